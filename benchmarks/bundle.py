@@ -45,13 +45,13 @@ from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.specialization.scratch import third_answers
+from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.questions import headline, three_questions
-from moevision.analysis.recording import recording_of
-from moevision.analysis.report.measure import measure_effects
-from moevision.analysis.specialization import measure_baselines, specialization
+from moevision.analysis.readings import recording_of
+from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
 from moevision.demo.bundle import SOURCES
@@ -62,7 +62,7 @@ from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.checkpoint import BEST, read_manifest
-from moevision.train.report import accuracy_interval
+from moevision.train.stats import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
 EFFECTS_S = 1800.0  # for taking each expert away, over images of each class
@@ -430,7 +430,6 @@ def _atlas(
     fractions = fractions_of_parts(pictures, trace.grid)
     parts = None if fractions is None else majority_part(fractions)
     baselines = measure_baselines(model, pictures, trace)
-    information = specialization(trace, baselines=baselines, seeds=others, parts=parts)
     own = recording_of(
         model, pictures, trace, baselines=baselines, before=earlier[0], parts=parts, part_names=pictures.part_names
     )
@@ -446,4 +445,4 @@ def _atlas(
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
     on_show = None if shown is None else collect_routing(model, shown, name=title)
     effects = measure_effects(model, pictures, trace, budget_s=EFFECTS_S)
-    return build_atlas(trace, pictures, information, maps, questions=questions, shown=on_show, effects=effects)
+    return build_atlas(trace, pictures, maps, questions=questions, shown=on_show, effects=effects)

@@ -23,8 +23,8 @@ from scipy.stats import t as student
 from benchmarks.subject import Subject
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.train.report import points
 from moevision.train.task import ClassificationTask
+from moevision.words import points
 
 IMAGE_SIZE, BATCH = 32, 64
 MODEL = {"name": "vit_moe_micro_patch4_32", "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}

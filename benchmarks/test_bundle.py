@@ -22,7 +22,7 @@ from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory
 from moevision.models.io import load_model
 from moevision.train.checkpoint import read_manifest
-from moevision.train.report import accuracy_interval
+from moevision.train.stats import accuracy_interval
 
 # file, author, licence, path inside, quotation, grade
 PHOTOS = [

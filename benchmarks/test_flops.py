@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import moevision  # noqa: F401 (registers the names)
+import moevision.models  # noqa: F401 (registers the names)
 from benchmarks.flops import inference_flops, recomputed_attention_flops, training_flops
 from moevision import MoEMlp, dense_twin, forward_routing
 from moevision.efficiency import flop_counter, measure_cost

@@ -1,17 +1,12 @@
 """moevision: train sparse vision transformers, see which expert every patch goes to, trust what you see.
 
-The public names load on first use, so that `moevision --help` needs no torch. Once moevision and timm are imported, in
-whichever order, timm knows the `vit_moe*` names.
+The public names load on first use, so that `moevision --help` needs no torch. `import moevision.models`, or the first
+use of a public name, registers the `vit_moe*` names with timm.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from moevision.errors import UserError
@@ -63,6 +58,7 @@ def package_version(name: str) -> str | None:
 def __getattr__(name: str) -> object:
     """Import a public name, or a module of the package, on its first use."""
     if name in _HOME:
+        import_module(f"{__name__}.models")
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
@@ -72,32 +68,3 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """What completion in a notebook offers."""
     return sorted({*globals(), *__all__, *_MODULES})
-
-
-class _AfterTimm(MetaPathFinder, Loader):
-    """Loads timm by its own loader, and `moevision.models` right after it: timm has no entry point for plugins."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What the other finders know of timm; transformers, for one, asks and doesn't import it."""
-        if name != "timm":
-            return None
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, specs), None)
-        if spec is not None and spec.loader is not None:
-            self.timm_loader, spec.loader = spec.loader, self
-        return spec
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run timm, then register our names with it, unless it is `moevision.models` that is importing timm."""
-        module.__loader__ = self.timm_loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.timm_loader
-        self.timm_loader.exec_module(module)
-        if "moevision.models" not in sys.modules:
-            import_module("moevision.models")
-
-
-if sys.modules.get("timm") is None:
-    sys.meta_path.insert(0, _AfterTimm())
-else:
-    import_module("moevision.models")

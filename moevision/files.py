@@ -1,19 +1,18 @@
 """Write a file whole or not at all, so that a crash never leaves half a report where a whole one stood.
 
-The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target;
-`os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system. Then the folder is
-flushed: until then the disk may forget the new name. Checkpoints, metrics and reports all go through this module, so
-that one place can be made to fail in a test (`tests/train/test_file_operations.py`).
+The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target.
+Then the folder is flushed: until then the disk may forget the new name. Checkpoints, metrics and reports all go through
+this module, so that one place can be made to fail in a test (`tests/train/test_file_operations.py`).
 """
 
+import csv
 import errno
 import hashlib
+import io
 import os
-import platform
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """
     path = Path(path)
     with written_beside(path, data) as temporary:
-        rename(temporary, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
 
 
@@ -75,18 +74,13 @@ def written_beside(path: Path, data: bytes | Iterable[bytes]) -> Iterator[Path]:
             os.unlink(temporary)
 
 
-def rename(path: Path, target: Path) -> None:
-    """Give a file another name in its folder, over what has that name; `sync_folder` makes it last."""
-    os.replace(path, target)
-
-
 def rename_over(path: Path, target: Path) -> None:
-    """Give a file or folder another name in its folder, also over a folder; `sync_folder` makes it last.
+    """Give a file or folder another name in its folder, over what has that name; `sync_folder` makes it last.
 
     Systems put a file over a file in one step, but nothing over a folder: that is moved away before and then deleted.
     """
     if not (path.is_dir() or target.is_dir()):
-        rename(path, target)
+        os.replace(path, target)
         return
     away = temporary_for(target.with_name(f"old-{target.name}"))
     if target.exists():
@@ -167,34 +161,26 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def temporary_for(path: Path) -> Path:
-    """The name under which `path` is written, in its folder; it says which process of which machine writes."""
+    """The name under which `path` is written, in its folder; it says which process writes."""
     # Not tempfile: its files are readable by their owner only, and the mode would survive the rename.
-    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> int:
     """Delete temporary files and folders that processes which have ended left in a folder, not below it; their number.
 
-    A file stays while its process may live: as long as this machine has a process of that number, or if the name is of
-    another machine. For numbers that were given again, and machines that were given up, an hour of silence is the end.
+    Numbers of processes are given again: an hour of silence is the end, too.
     """
-    leftovers = [path for path in folder.glob(".*.tmp") if _has_ended(path)]
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return len(leftovers)
-
-
-def _has_ended(temporary: Path) -> bool:
-    *_, machine, process, _ = temporary.name.rsplit(".", 3)
-    if machine == _machine() and process.isdecimal() and not other_lives(int(process)):
-        return True
-    try:
-        return time.time() - temporary.stat().st_mtime > _SILENT_S
-    except FileNotFoundError:  # it was renamed a moment ago
-        return False
+    gone = 0
+    for path in folder.glob(".*.tmp"):
+        *_, process, _ = path.name.rsplit(".", 2)
+        with suppress(FileNotFoundError):  # it was renamed a moment ago
+            lives = process.isdecimal() and other_lives(int(process))
+            if lives and time.time() - path.stat().st_mtime < _SILENT_S:
+                continue
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+            gone += 1
+    return gone
 
 
 def other_lives(process: int) -> bool:
@@ -210,10 +196,6 @@ def other_lives(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _machine() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
@@ -255,6 +237,25 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
+
+    Raises:
+        csv.Error: if it is none.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, restval="", strict=True))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\n") -> str:
+    """A CSV file: its first line, and rows of as many cells; the caller shows names from outside (`csv_name`)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=end)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:

@@ -162,7 +162,7 @@ def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let this process, which trains, get a signal after a step; afterwards no more."""
-    from moevision.train.callbacks import Stopwatch
+    from moevision.train.health import Stopwatch
 
     def after(step: int, number: int = signal.SIGTERM) -> None:
         real = Stopwatch.on_train_batch_end

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moevision.data.sources import DATASET_NAMES
+from moevision.data.named import DATASET_NAMES
 from moevision.train.recipe import find_config, shipped_configs
 
 CONFIGS = shipped_configs()

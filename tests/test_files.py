@@ -47,3 +47,11 @@ def test_what_is_flushed_may_be_written(tmp_path, monkeypatch):
 def test_json_is_indented_by_two_and_ends_its_line(tmp_path):
     files.write_json_atomic(tmp_path / "x.json", {"a": ["ü"]})
     assert (tmp_path / "x.json").read_bytes() == '{\n  "a": [\n    "ü"\n  ]\n}\n'.encode()
+
+
+def test_csv_is_read_as_it_was_written(tmp_path):
+    rows = [["a,b", 'say "x"', "two\nlines"], ["ü", "", "1"]]
+    text = files.csv_text(["path", "class", "note"], rows)
+    assert text == 'path,class,note\n"a,b","say ""x""","two\nlines"\nü,,1\n'
+    files.write_text_atomic(tmp_path / "x.csv", text + "short\n")
+    assert [list(row.values()) for row in files.read_csv(tmp_path / "x.csv")] == [*rows, ["short", "", ""]]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 import moevision
+from benchmarks.house.counts import count, cycle, imports, modules
 
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# allocator, errors, files, limits and names are the floor that everyone stands on. Units of one brace don't import
-# each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"allocator", "errors", "files", "limits", "names"}
+# allocator, errors, files, limits, names and words are the floor that everyone stands on. Units of one brace don't
+# import each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
+_FLOOR = {"allocator", "errors", "files", "limits", "names", "words"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
@@ -23,6 +24,7 @@ _DEMO = _TRAIN | {"train", "analysis"}
 MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "names": set(),
+    "words": set(),
     "limits": set(),
     "errors": {"names"},
     "files": {"errors", "names"},
@@ -104,6 +106,22 @@ def test_imports_point_one_way() -> None:
 )
 def test_the_rule_sees_every_kind_of_import(unit: str, source: str, package: str, expected: set[str]) -> None:
     assert violations(unit, source, package) == expected
+
+
+def test_no_modules_import_one_another() -> None:
+    """Nor do those inside one folder, of which the picture says nothing."""
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert count(PACKAGE.parent)["cycle"] == []
+
+
+def test_only_parallel_imports_what_divides_tensors() -> None:
+    """Nothing of moevision.train.parallel is imported before somebody asks for it."""
+    known, inside = modules(PACKAGE.parent), "moevision.train.parallel"
+    for name, path in known.items():
+        if not name.startswith(inside):
+            found = imports(ast.parse(path.read_text(encoding="utf-8")), known, at_import=True)
+            assert not [other for other in found if other.startswith(inside)], name
 
 
 def test_the_picture_has_no_cycle() -> None:

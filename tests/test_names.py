@@ -23,17 +23,16 @@ from PIL import Image
 
 from moevision.analysis import RoutingTrace
 from moevision.analysis.images import labels_in
-from moevision.analysis.plots.charts import plot_effects
-from moevision.analysis.plots.style import figure_png
+from moevision.analysis.plots import figure_png, plot_effects
 from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
-from moevision.data.sources import read_folder
+from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
-from moevision.train.callbacks import Stopwatch
 from moevision.train.card import without_example
+from moevision.train.health import Stopwatch
 from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
 

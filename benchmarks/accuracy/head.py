@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.accuracy import record_of
 from benchmarks.harness import HERE, Record, about, argument_parser, print_table
 from benchmarks.queue import refuse_changes
-from moevision.train.probe import FILE
+from moevision.train.start import PROBE_FILE
 
 SEEDS, EPOCHS = (0, 1, 2), 1
 STARTS = {"probe": "", "random": "cli.fit_probe = lambda *given: None; "}  # what is changed in the program
@@ -35,7 +35,7 @@ def fit(folder: Path, options: Any, start: str, seed: int) -> dict[str, Any]:
         program = [sys.executable, "-c", PROGRAM.format(change=STARTS[start])]
         subprocess.run([*program, *map(str, arguments)], check=True)
         record = record_of(Path(home) / "run")
-        assert (Path(home) / "run" / FILE).is_file() == (start == "probe"), "the program wasn't changed as meant"
+        assert (Path(home) / "run" / PROBE_FILE).is_file() == (start == "probe"), "the program wasn't changed as meant"
     cost = {name: record["cost"][name] for name in ("images", "cpu_s", "precision")}
     return {"start": start, **{name: record[name] for name in KEPT}, **cost}
 

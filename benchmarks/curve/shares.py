@@ -39,17 +39,16 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks.harness import argument_parser, positive
 from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
-from moevision.data.prune import prune
-from moevision.data.scores import FILE, Scores
+from moevision.data.scores import FILE, Scores, prune
 from moevision.errors import UserError
 from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train import run as training
-from moevision.train.differences import Gap
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell
 from moevision.train.resume import is_finished
+from moevision.train.stats import Gap
 
 ALL: Final = "all"
 HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped

@@ -28,10 +28,10 @@ from benchmarks import harness
 from benchmarks.harness import Json, positive
 from benchmarks.timing import Candidate, interleave, rows_of
 from moevision.data import ImageDataModule
-from moevision.data.dataset import ImageDataset
-from moevision.data.shard_writer import write_shards
-from moevision.data.shards import file_sha256, open_shards
-from moevision.data.sources import Collection, Sample, read_folder
+from moevision.data.collection import Collection, Sample
+from moevision.data.folder import read_folder
+from moevision.data.loader import ImageDataset
+from moevision.data.shards import file_sha256, open_shards, write_shards
 from moevision.errors import UserError
 
 QUICK = {"images": 64, "repetitions": 2, "steps": 2}

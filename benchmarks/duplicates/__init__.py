@@ -30,10 +30,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from benchmarks.harness import HERE, about, argument_parser, positive, progress_bar
 from benchmarks.queue import fill_readme, refuse_changes
 from benchmarks.timing import rounded
-from moevision.analysis.good_data.examine import Known, RunImages, examine, images_of
-from moevision.data.duplicates import nearest_in_class
+from moevision.analysis.good_data import Known, RunImages, examine, images_of, nearest_in_class
+from moevision.data.folder import read_folder
 from moevision.data.scores import FILE, SCORES, Scores
-from moevision.data.sources import read_folder
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.models.io import load_model

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import about, argument_parser, write_result
 from benchmarks.study import quiet_trainer
 from benchmarks.subject import Subject, find_subject, noise_batch
-from moevision.train.callbacks import RouterHealth
 from moevision.train.guard import GuardConfig, StabilityGuard, TrainingSnapshot
+from moevision.train.health import RouterHealth
 from moevision.train.recipe import default_precision
 
 WARM_UP = 5  # the first steps allocate the moments

@@ -33,13 +33,10 @@ from benchmarks.study import drawn
 from benchmarks.timing import rounded
 from moevision import package_version
 from moevision.analysis.collect import network_input
-from moevision.analysis.good_data.examine import RunImages, examine, images_of
+from moevision.analysis.good_data import RunImages, class_doubt, examine, images_of
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
-from moevision.data.choices import KEEP, YES
-from moevision.data.doubt import class_doubt
-from moevision.data.prune import prune
-from moevision.data.scores import FILE, Scores
+from moevision.data.scores import FILE, KEEP, YES, Scores, prune
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import UserError
@@ -48,7 +45,7 @@ from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import csv_name
-from moevision.train.differences import Gap
+from moevision.train.stats import Gap
 
 FOLDER = HERE / "label_noise"
 SHARE, SEEDS, TOP, BATCH = 0.1, (0, 1, 2), 0.1, 256

@@ -24,7 +24,7 @@ from benchmarks.harness import about, argument_parser
 from benchmarks.label_noise import FOLDER, SEEDS, _images_in
 from benchmarks.queue import refuse_changes
 from benchmarks.timing import rounded
-from moevision.analysis.good_data.examine import examine, images_of
+from moevision.analysis.good_data import examine, images_of
 from moevision.data.scores import FILE, Scores
 from moevision.files import write_json_atomic
 from moevision.models.io import load_model

@@ -29,12 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.planner.formulas import ModelShape, MoEShape, Weights
 from moevision.efficiency import count_layers, flop_counter
 from moevision.layers import ExpertChoiceRouting, SoftRouting, moe_layers
-from moevision.layers.baselines import HandmadeRouter
 from moevision.layers.cpu import take_rows
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
-from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
-from moevision.train.muon import matrices_of
+from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
+from moevision.train.optim import matrices_of
 
 if TYPE_CHECKING:
     from moevision.train.optim import OptimizerName
@@ -169,7 +168,8 @@ def kept_bytes_per_image(net: nn.Module, image_size: int, dtype: torch.dtype) ->
         blank = _blank_copy(net, "cpu").train()
         for layer in moe_layers(blank):
             layer.dispatcher = _EvenDispatcher()
-            if isinstance(layer.router, HandmadeRouter):  # nothing is kept of it, and colours need real images to train
+            if layer.router.rows is None and layer.router.kind == "token_choice":
+                # Hand-made: nothing is kept of it, and colours need real images to train.
                 layer.router.eval()
             cast(Any, layer.experts).forward = lambda rows, counts: rows + 0  # another tensor, and nothing kept
         inputs: list[int] = []

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import about
+from benchmarks.markdown import table
 from benchmarks.planner.footprint import shape_of
 from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan
 from benchmarks.planner.machine import Machine, measured_links, measured_machine, sheet_machine
@@ -39,9 +40,10 @@ from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
-from moevision.train import parallel
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.report import table
+from moevision.train.parallel.layout import Layout as Processes
+from moevision.train.parallel.layout import shard
+from moevision.train.parallel.parts import DIVIDED
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3
 RATES = ("matmul_flops", "memory_bytes_per_s", "link_bytes_per_s", "latency_s", "overlap")
@@ -177,11 +179,15 @@ class Arm:
         self.module: nn.Module = _WithRoutings(net)
         if not self.mean:
             replicated = layout.parallel == "ddp"
-            parallel.shard(net, parallel.Layout.of("cpu", layout.expert, replicated=replicated))
+            shard(net, Processes.of("cpu", layout.expert, replicated=replicated))
         elif dist.get_world_size() > 1:
             self.module = DistributedDataParallel(self.module)
         self.optimizer, _ = build_optimizer(
-            net, OptimizerConfig(lr=1e-3, warmup_fraction=0.0), total_steps=10**6, fused=True
+            net,
+            OptimizerConfig(lr=1e-3, warmup_fraction=0.0),
+            total_steps=10**6,
+            fused=True,
+            kinds=None if self.mean else DIVIDED.optimizers,
         )
         self.loads = torch.zeros(())
 

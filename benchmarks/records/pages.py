@@ -137,7 +137,7 @@ DEFINITIONS = {
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
         Definition("(p ≥ .05)", "the level of the tests"),
-        Definition("tell apart with 80 % power", "POWER of `moevision.train.differences`"),
+        Definition("tell apart with 80 % power", "POWER of `moevision.train.stats`"),
         Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
     ],
     "docs/guides/tables-and-logs.md": [
@@ -176,7 +176,7 @@ DEFINITIONS = {
     ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
     "docs/reference/files.md": [
-        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS and AGREE of `data.duplicates`"),
+        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),

@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.records import Claim, Definition
 from benchmarks.records.studies import shown
 from benchmarks.stem import FACTORS, STEPS, Arm, arms, complete_seeds, effects, parts_of
-from moevision.train.report import points
+from moevision.words import points
 
 
 def _parts(record: Any) -> list[dict[str, str]]:

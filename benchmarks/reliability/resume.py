@@ -31,11 +31,12 @@ from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
-from moevision.train.callbacks import RunLogger, Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
 from moevision.train.cli import quiet_lightning
+from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import StabilityGuard
-from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA
+from moevision.train.health import RunLogger, Stopwatch
+from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.scores import ExampleScores

@@ -15,8 +15,8 @@ from benchmarks.queue import is_dirty
 from benchmarks.sparsity.arms import LEARNED_NOTHING, TUNING_SEEDS, Record, rate_of
 from benchmarks.sparsity.training import PROTOCOL
 from benchmarks.study import Contrast, holm
-from moevision.train.differences import LEVEL, detectable
-from moevision.train.report import points
+from moevision.train.stats import LEVEL, detectable
+from moevision.words import points
 
 _SENTENCE = re.compile(r"^\| (\w+) \| (positive|negative|tie) \| (.+) \|$", re.MULTILINE)
 _EITHER_SIGN = "; this cannot exclude ±{x} points"  # false where the interval ends nearer on one side: an amendment

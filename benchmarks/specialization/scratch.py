@@ -27,7 +27,7 @@ from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, sma
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import PictureSet, open_pictures
 from moevision.analysis.questions import Answer, function_answer
-from moevision.analysis.recording import Recording, choices_of, run_forced
+from moevision.analysis.readings import Recording, choices_of, run_forced
 from moevision.analysis.swap import Swap, swap_test
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets

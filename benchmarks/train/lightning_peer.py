@@ -31,8 +31,9 @@ from benchmarks.study import quiet_trainer
 from benchmarks.subject import Subject, noise_batch
 from benchmarks.timing import Timings, synchronize
 from moevision.train.cli import watching
+from moevision.train.ema import EmaConfig
 from moevision.train.guard import GuardConfig
-from moevision.train.optim import EmaConfig, OptimizerConfig
+from moevision.train.optim import OptimizerConfig
 
 OURS, PLAIN = "MoE, moevision fit", "dense twin, plain timm in Lightning"
 BLOCK = 20  # counted steps of one turn

@@ -39,16 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.markdown import table
 from benchmarks.queue import read_records
 from benchmarks.study import IMAGE_SIZE, MODEL
-from moevision.analysis.plots.style import PAGE_INCHES, calm, new_figure, panel_title, save_figure
-from moevision.layers import Routing, all_to_all, forward_routing, moe_layers
-from moevision.layers.all_to_all import AllToAllDispatcher
+from moevision.analysis.plots import PAGE_INCHES, calm, new_figure, panel_title, save_figure
+from moevision.layers import Routing, forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel import Layout, same_everywhere, shard
-from moevision.train.report import table
+from moevision.train.parallel import all_to_all
+from moevision.train.parallel.all_to_all import AllToAllDispatcher
+from moevision.train.parallel.layout import Layout, same_everywhere, shard
+from moevision.train.parallel.parts import DIVIDED
 
 ARMS = ("even", "forced", "no loss", "loss")
 EXPERTS, CLASSES, BALANCE = 8, 8, 0.05
@@ -196,7 +198,9 @@ class Arm:
         self.aux.check(self.net)
         same_everywhere(self.net, torch.device("cpu"))
         shard(self.net, layout)
-        self.optimizer, _ = build_optimizer(self.net, OptimizerConfig(lr=1e-3, warmup_fraction=0.0), total_steps=10**6)
+        self.optimizer, _ = build_optimizer(
+            self.net, OptimizerConfig(lr=1e-3, warmup_fraction=0.0), total_steps=10**6, kinds=DIVIDED.optimizers
+        )
 
     def step(self, seed: int, images: int) -> Traffic:
         """One optimizer step on images of noise."""

@@ -1,13 +1,12 @@
 """What experts respond to: the routing of whole sets of images, and what can be said about it.
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
-- is it more than chance: `questions` (three answers about any model), from its `recording`, `readings` of that and the
-  `swap` test; `information`, `specialization` (baselines), `agreement`
+- is it more than chance: `questions` (three answers about any model), from `readings` of what is recorded of it beside
+  `baselines`, and the `swap` test; `information`, `agreement`
 - what if: `intervention`, `effects`
-- what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
+- what it looks like: `plots` (all figures) and `report` (`moevision analyze`); `good_data` (`moevision data score`)
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
-`moevision.analysis.specialization.specialization` has the name of its module, which a package can't hand out.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-    from moevision.analysis.collect import collect_routing
+    from moevision.analysis.baselines import measure_baselines
+    from moevision.analysis.collect import Table, collect_routing
     from moevision.analysis.describe import class_expert_map, compare_classes
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.questions import three_questions
-    from moevision.analysis.recording import RecordedLayer, Recording, recording_of
-    from moevision.analysis.specialization import measure_baselines
-    from moevision.analysis.table import Table
+    from moevision.analysis.readings import RecordedLayer, Recording, recording_of
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -33,10 +31,10 @@ _HOME = {
     "Intervention": "intervention",
     "LayerTrace": "trace",
     "PictureSet": "images",
-    "RecordedLayer": "recording",
-    "Recording": "recording",
+    "RecordedLayer": "readings",
+    "Recording": "readings",
     "RoutingTrace": "trace",
-    "Table": "table",
+    "Table": "collect",
     "class_effect": "effects",
     "class_expert_map": "describe",
     "collect_routing": "collect",
@@ -46,10 +44,10 @@ _HOME = {
     "expert_similarity": "agreement",
     "intervene": "intervention",
     "match_experts": "agreement",
-    "measure_baselines": "specialization",
+    "measure_baselines": "baselines",
     "open_pictures": "images",
     "patch_crop": "images",
-    "recording_of": "recording",
+    "recording_of": "readings",
     "three_questions": "questions",
 }
 

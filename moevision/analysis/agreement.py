@@ -30,7 +30,7 @@ import torch
 
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import PictureSet, read_images
-from moevision.analysis.information import ENDS
+from moevision.analysis.information import ENDS, Floats
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers import forward_routing
@@ -39,7 +39,6 @@ from moevision.models.io import SavedModel
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.floating[Any]]
 _BATCH = 64
 
 
@@ -111,7 +110,14 @@ def consistency(
                 tables.setdefault((layer, change), []).extend(each)
     rng = np.random.default_rng(seed)
     weight = rng.multinomial(len(indices), np.full(len(indices), 1 / len(indices)), size=num_resamples)
-    return [_result(layer, change, np.stack(each), weight) for (layer, change), each in tables.items()]
+    found = []
+    for (layer, change), each in tables.items():
+        table, total = np.stack(each), np.sum(each, axis=0)  # [E + 1, E + 1], the last row and column for no expert
+        resampled = cohen_kappa((weight @ table.reshape(len(table), -1)).reshape(-1, *total.shape))
+        low, high = np.quantile(resampled, ENDS)
+        agreement = float(np.trace(total) / total.sum())
+        found.append(Consistency(layer, change, agreement, cohen_kappa(total), float(low), float(high), len(table)))
+    return found
 
 
 @torch.inference_mode()
@@ -161,14 +167,6 @@ def overlap(before: Ints, after: Ints, shift: tuple[int, int]) -> tuple[Ints, In
     return before[:, shift[0] :, shift[1] :], after[:, : rows - shift[0], : columns - shift[1]]
 
 
-def _result(layer: int, change: str, tables: Ints, weight: Ints) -> Consistency:
-    total = tables.sum(0)  # [E + 1, E + 1], the last row and column for no expert
-    resampled = cohen_kappa((weight @ tables.reshape(len(tables), -1)).reshape(-1, *total.shape))
-    low, high = np.quantile(resampled, ENDS)
-    agreement = float(np.trace(total) / total.sum())
-    return Consistency(layer, change, agreement, cohen_kappa(total), float(low), float(high), len(tables))
-
-
 @dataclass(frozen=True)
 class ExpertMatch:
     """How the experts of router b answer to those of router a.
@@ -207,14 +205,7 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
 
 
 def pair_experts(first: npt.NDArray[Any], second: npt.NDArray[Any], num_experts: int, *, seed: int = 0) -> ExpertMatch:
-    """Pair the experts of two routers by their first choices on the same images; see `match_experts`.
-
-    Args:
-        first: [I, ...] the expert of each patch; -1: none.
-        second: [I, ...] the other router's.
-        num_experts: E, of both.
-        seed: of the halves.
-    """
+    """`match_experts` by the first choices [I, ...] of two routers of E experts on the same images; -1: none."""
     from scipy.optimize import linear_sum_assignment
 
     half = np.random.default_rng(seed).permutation(len(first))
@@ -251,16 +242,10 @@ def cohen_kappa(tables: npt.NDArray[Any]) -> Any:
 
 
 def linear_cka(x: Floats, y: Floats) -> float:
-    """Linear CKA of two representations of the same tokens, ``|YᵀX|² / (|XᵀX| |YᵀY|)`` with centred columns.
+    """Linear CKA of two representations [T, D], [T, D'] of the same tokens, ``|YᵀX|² / (|XᵀX| |YᵀY|)``, centred.
 
-    Between 0 and 1. It is biased upwards for few tokens: take at least ten times as many as there are columns.
-
-    Args:
-        x: [T, D].
-        y: [T, D'].
-
-    Returns:
-        The similarity; 0 if one of them is constant.
+    Between 0 and 1; 0 if one of them is constant. It is biased upwards for few tokens: take at least ten times as many
+    as there are columns.
     """
     x = np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
     y = np.asarray(y, dtype=np.float64) - np.mean(y, axis=0, dtype=np.float64)

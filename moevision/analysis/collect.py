@@ -9,10 +9,12 @@ E experts, C classes, D width.
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,11 +30,11 @@ from torch import Tensor, nn
 
 from moevision import __version__
 from moevision.analysis.images import Data, PictureSet, open_pictures
-from moevision.analysis.trace import Array, RoutingTrace, TensorBuffer, TensorFile, TensorSpec, describe_trace
+from moevision.analysis.trace import Array, RoutingTrace, StreamedRows, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
-from moevision.layers import MoEMlp, Routing, SoftRouter, SoftRouting, forward_routing, moe_layers, routing_lock
+from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.reading import unread_layers
@@ -100,9 +102,9 @@ def collect_routing(
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
-    sink: TensorBuffer | TensorFile | None = None
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(net))
+    in_memory: list[dict[str, Array]] = []
+    with evaluating(net), ExitStack() as files:
+        streamed = None if path is None else StreamedRows(path, files)
         with routing_lock(net), torch.inference_mode(False):
             unread = unread_layers(net)
         if unread:
@@ -113,23 +115,16 @@ def collect_routing(
             )
         for batch in reader.batches(progress):
             rows, place = _rows(net, batch)
-            if sink is None:
-                names = [pictures.picture_name(index) for index in range(len(pictures))]
-                num_outputs = rows["probabilities"].shape[1]
-                about |= place | {"prediction_names": _output_names(num_outputs, saved, pictures)}
-                specs = {key: TensorSpec(array.dtype, (len(names), *array.shape[1:])) for key, array in rows.items()}
-                metadata = describe_trace(picture_names=names, **about)
-                if path is None:
-                    sink = TensorBuffer(specs, metadata)
-                else:
-                    sink = stack.enter_context(TensorFile(path, specs, metadata))
-            sink.write(rows, batch.row)
+            about |= place | {"prediction_names": _output_names(rows["probabilities"].shape[1], saved, pictures)}
+            (in_memory.append if streamed is None else streamed.add)(rows)
         reader.report()
-        assert sink is not None  # report() has refused a set without a readable image
-        if reader.bad:
-            about["provenance"] |= {"unreadable": len(reader.bad)}
-            sink.shrink(len(reader.names), describe_trace(picture_names=reader.names, **about))
-    return RoutingTrace.from_arrays(*sink.result())
+        about["provenance"] |= {"unreadable": len(reader.bad)}
+        metadata = metadata_of(about | {"picture_names": reader.names})
+        if streamed is not None:
+            streamed.finish(metadata)
+            return RoutingTrace.load(streamed.path)
+    arrays = {name: np.concatenate([rows[name] for rows in in_memory]) for name in in_memory[0]}
+    return RoutingTrace.from_arrays(arrays, metadata)
 
 
 def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -203,11 +198,10 @@ def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> 
 
 
 class Batch(NamedTuple):
-    """Readable images: normalised float32 [B, 3, S, S], labels int64 [B], and the first one's row."""
+    """Readable images: normalised float32 [B, 3, S, S], and labels int64 [B]."""
 
     images: Tensor
     labels: Tensor
-    row: int
 
 
 class PictureReader:
@@ -219,7 +213,6 @@ class PictureReader:
     """
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
-        """Nothing is read yet."""
         self.pictures, self.model, self.batch_size = pictures, model, batch_size
         self.names: list[str] = []
         self.bad: list[tuple[str, str]] = []
@@ -229,12 +222,11 @@ class PictureReader:
         starts = range(0, len(self.pictures), self.batch_size)
         hidden = not progress or len(starts) < 4
         for start in track(starts, "routing", console=Console(stderr=True), disable=hidden, transient=True):
-            row = len(self.names)
             indices = range(start, min(start + self.batch_size, len(self.pictures)))
             pixels = [(index, image) for index in indices if (image := self._image(index)) is not None]
             if pixels:
                 images = normalize(torch.stack([image for _, image in pixels]), self.model.mean, self.model.std)
-                yield Batch(images, torch.tensor([self.pictures.label(index) for index, _ in pixels]), row)
+                yield Batch(images, torch.tensor([self.pictures.label(index) for index, _ in pixels]))
 
     def _image(self, index: int) -> Tensor | None:
         """The image, uint8 [3, S, S]; None if it can't be read."""
@@ -326,7 +318,7 @@ def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) 
 
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         tokens = arguments[0]
-        if filled_slots and isinstance(module, MoEMlp) and isinstance(module.router, SoftRouter):
+        if filled_slots and isinstance(module, MoEMlp) and module.router.kind == "soft":
             weight = module.router(tokens).dispatch_weight.flatten(2)  # [B, N, slots of all experts]
             received[block] = weight.mT.to(tokens.dtype) @ tokens  # [B, slots of all experts, D]
         else:
@@ -341,3 +333,39 @@ def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) 
             for handle in handles:
                 handle.remove()
     return received
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Cells as they shall be read; a notebook shows the table where it is the last line of a cell.
+
+    Attributes:
+        head: names of the columns.
+        rows: as many cells each; the first names the row.
+
+    >>> Table(["expert", "share"], [["E0", "9 %"], ["E1", "16 %"]])
+    expert  share
+    E0        9 %
+    E1       16 %
+    """
+
+    head: Sequence[object]
+    rows: Sequence[Sequence[object]]
+
+    def __repr__(self) -> str:
+        """Columns of text: the first to the left, the others to the right."""
+        lines = [[str(cell) for cell in row] for row in (self.head, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in lines
+        )
+
+    def _repr_html_(self) -> str:
+        def line(kind: str, row: Sequence[object]) -> str:
+            cells = (f'<{kind} style="text-align:left">{html.escape(str(cell))}</{kind}>' for cell in row)
+            return f"<tr>{''.join(cells)}</tr>"
+
+        return f"<table>{line('th', self.head)}{''.join(line('td', row) for row in self.rows)}</table>"

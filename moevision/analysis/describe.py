@@ -3,7 +3,7 @@
 Counts are of *requested* choices, what the router wants, before any capacity. Where tokens don't choose,
 `expert_index` names all experts and `amount` ([I, P, K], `LayerTrace.wanted`) says what each counts: whether it took
 the patch, or how much of it it reads. Whether a pattern is more than chance is tested over images, since patches of
-one image are not independent: of classes here, of what experts tell in `information.py` and `specialization.py`.
+one image are not independent: of classes here, of what experts tell in `information` and `readings`.
 
 The top patches of an expert alone mislead: the best eight of ten thousand patches look alike for any expert. So a
 gallery shows as many random patches of the same expert. An expert of Soft MoE reads something of every patch: its
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.information import ENDS, choice_counts, chunks
+from moevision.analysis.information import ENDS, Ints, choice_counts, chunks
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
 Amounts = npt.NDArray[Any]
 _ROWS = 1 << 16  # patches that are multiplied at once
@@ -102,12 +101,9 @@ def expected_co_activation(counts: Ints, steps: int = 500) -> Floats:
 
 
 def position_share(expert_index: Ints, num_experts: int, amount: Amounts | None = None) -> Floats:
-    """[E, P]: which share of the choices made at a grid position falls on each expert; columns sum to 1.
+    """[E, P]: which share of the choices [I, P, K] made at a grid position falls on each expert; columns sum to 1.
 
-    Args:
-        expert_index: [I, P, K] chosen experts.
-        num_experts: E.
-        amount: [I, P, K] what each counts; 1 if None. Where nothing is counted at a position, its column is 0.
+    A choice counts its amount [I, P, K], or 1. Where nothing is counted at a position, its column is 0.
     """
     chosen = _checked(expert_index, num_experts)
     patches = chosen.shape[1]
@@ -122,16 +118,11 @@ def position_share(expert_index: Ints, num_experts: int, amount: Amounts | None 
 def gate_weight_quantiles(
     combine_weight: npt.NDArray[np.floating], quantiles: Sequence[float] = QUANTILES, kept: Flags | None = None
 ) -> Floats:
-    """[Q, K]: quantiles over all patches of the weight of the 1st .. Kth choice (linear interpolation).
+    """[Q, K]: quantiles over all patches of the weight [I, P, K] of the 1st .. Kth choice (linear interpolation).
 
-    Args:
-        combine_weight: [I, P, K] weight of each choice in the output, best choice first.
-        quantiles: Q numbers in [0, 1].
-        kept: [I, P, K] which of them count; all if None. Of a rank that no patch has the result is nan.
+    Of a rank that no patch has (`kept` [I, P, K] is False everywhere) the result is nan.
     """
     weights = np.asarray(combine_weight, dtype=np.float64)
-    if weights.ndim != 3 or weights.size == 0:
-        raise UserError(f"Gate weights need the axes [images, patches, choices], all filled; got {weights.shape}.")
     by_rank = weights.reshape(-1, weights.shape[-1])
     if kept is None:
         return np.quantile(by_rank, quantiles, axis=0)
@@ -149,12 +140,9 @@ def part_fractions(part_masks: npt.NDArray[np.uint8], grid: tuple[int, int], num
         grid: (rows, columns) of patches; each divides S.
         num_parts: number of parts.
     """
-    masks = np.asarray(part_masks)
     rows, columns = grid
-    if masks.ndim != 3 or masks.shape[1] % rows or masks.shape[2] % columns:
-        raise UserError(f"Part masks need the axes [images, S, S] with S a multiple of the grid {grid}; {masks.shape}.")
-    images, height, width = masks.shape
-    tiles = masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(2, 3)
+    images, height, width = part_masks.shape
+    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(2, 3)
     pixels = tiles.reshape(images, rows * columns, -1)
     return np.stack([(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1)
 
@@ -180,16 +168,16 @@ def part_expert_table(
         num_experts: E.
         amount: [I, P, K] what each choice carries; 1/K if None.
     """
-    chosen = _checked(expert_index, num_experts)
     area = np.asarray(fractions, np.float64)
-    if area.shape[:2] != chosen.shape[:2]:
-        raise UserError(f"Parts {area.shape[:2]} and routing {chosen.shape[:2]} are of other images or patches.")
-    table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(chosen, num_experts, amount)
+    if area.shape[:2] != np.shape(expert_index)[:2]:
+        raise UserError("These parts and this routing are of other images or patches: make both of one trace.")
+    table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
     return table
 
 
-def _carried(chosen: Ints, num_experts: int, amount: Amounts | None) -> Floats:
+def _carried(expert_index: Ints, num_experts: int, amount: Amounts | None) -> Floats:
     """[I · P, E] float64: how much of each patch went to each expert; a choice carries its amount, or 1/K."""
+    chosen = _checked(expert_index, num_experts)
     counts = choice_counts(chosen, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
     return counts / chosen.shape[2] if amount is None else counts
 
@@ -205,17 +193,9 @@ def part_stands_out(
 ) -> Flags:
     """[parts, E] bool: which experts get another share of a part than if masks belonged to other images.
 
-    Args:
-        expert_index: [I, P, K] chosen experts.
-        fractions: [I, P, parts] from `part_fractions`.
-        num_experts: E.
-        amount: [I, P, K] what each choice carries; 1/K if None.
-        num_permutations: R.
-        seed: of the permutations.
+    The arguments are those of `part_expert_table`, R permutations and their seed.
     """
-    chosen = _checked(expert_index, num_experts)
-    carried, area = _carried(chosen, num_experts, amount), np.asarray(fractions, np.float64)
-    images = len(chosen)
+    carried, area = _carried(expert_index, num_experts, amount), np.asarray(fractions, np.float64)
 
     def shares(order: Ints) -> Floats:
         table = area[order].reshape(len(carried), -1).T @ carried  # [parts, E]
@@ -224,7 +204,7 @@ def part_stands_out(
         return share
 
     rng = np.random.default_rng(seed)
-    permuted = np.stack([shares(rng.permutation(images)) for _ in range(num_permutations)])  # [R, parts, E]
+    permuted = np.stack([shares(rng.permutation(len(area))) for _ in range(num_permutations)])  # [R, parts, E]
     mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
 
     def distance(share: Floats) -> Floats:
@@ -233,7 +213,7 @@ def part_stands_out(
         return away
 
     largest = distance(permuted).max((1, 2))
-    stands_out: Flags = distance(shares(np.arange(images))) > np.quantile(largest, _LEVEL, method="higher")
+    stands_out: Flags = distance(shares(np.arange(len(area)))) > np.quantile(largest, _LEVEL, method="higher")
     return stands_out
 
 
@@ -248,13 +228,7 @@ def _checked(expert_index: Ints, num_experts: int) -> Ints:
 
 
 class GalleryPatch(NamedTuple):
-    """One patch of one image.
-
-    Attributes:
-        image: index of the image in the trace.
-        patch: index of the patch in its grid.
-        weight: the gate weight that the expert has in it; Soft MoE: how much of it the expert reads.
-    """
+    """A patch of an image of the trace, and the gate weight of the expert in it (Soft MoE: how much of it it reads)."""
 
     image: int
     patch: int
@@ -286,11 +260,6 @@ def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryP
 
     Choices that capacity dropped don't count: the expert has not computed them. Of equal weights the earlier image
     and patch comes first, so the answer does not depend on the platform.
-
-    Args:
-        layer: the trace of one layer.
-        expert: index in 0..E - 1.
-        count: how many, fewer if the expert is in fewer images.
     """
     images, patches, weights = _routed(layer, expert)
     heaviest = np.lexsort((patches, images, -weights))
@@ -302,11 +271,7 @@ def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryP
 def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0) -> list[GalleryPatch]:
     """Patches drawn without replacement from all that an expert computed: evenly, or (Soft MoE) as it reads them.
 
-    Args:
-        layer: the trace of one layer.
-        expert: index in 0..E - 1.
-        count: how many, fewer if the expert has fewer.
-        seed: other seeds give other patches; layers and experts of one seed are drawn independently.
+    Layers and experts of one seed are drawn independently.
     """
     images, patches, weights = _routed(layer, expert)
     rng = np.random.default_rng([seed, layer.layer, expert])
@@ -326,17 +291,10 @@ def first_choice_paths(trace: RoutingTrace) -> npt.NDArray[np.int16]:
 def patches_on_path(
     trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8, seed: int = 0
 ) -> list[GalleryPatch]:
-    """Random patches whose first choice is `path`, at most one of each image as long as images suffice.
+    """Random patches whose first choice is `path` [L], at most one of each image as long as images suffice.
 
-    Args:
-        trace: the routing of a set of images.
-        path: [L] an expert for each MoE layer, in order of depth.
-        label: only of images of this class.
-        count: how many, fewer if fewer take this path.
-        seed: other seeds give other patches.
-
-    Returns:
-        Patches with the weight of the last layer's first choice, in order of image and patch.
+    Only of images of one class, if `label` names it; in order of image and patch, with the weight of the last layer's
+    first choice.
 
     Raises:
         UserError: if the path is not one expert per MoE layer.
@@ -353,13 +311,7 @@ def patches_on_path(
 
 
 def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """Positions in `images` of random entries, sorted; an image's second entry only fills up what others can't.
-
-    Args:
-        images: [N] the image of each entry.
-        count: how many, fewer if there are fewer.
-        rng: draws them.
-    """
+    """Positions in `images` [N] of random entries, sorted; an image's second entry only fills up what others can't."""
     order = rng.permutation(len(images))
     _, first = np.unique(images[order], return_index=True)
     once = np.zeros(len(order), dtype=bool)
@@ -515,17 +467,17 @@ def _largest_of_permuted(
     return np.concatenate(largest)
 
 
-def _jsonable(values: Floats) -> list[Any]:
+def _jsonable(values: Floats) -> list[list[float | None]]:
     return [[None if np.isnan(value) else float(value) for value in row] for row in values]
 
 
 @dataclass(frozen=True)
 class ExpertDifference:
-    """One expert's share in class a minus its share in class b.
+    """One expert's mean share (of choices, or of weights where tokens don't choose) in class a minus that in class b.
 
     Attributes:
         expert: index of the expert.
-        difference: of mean shares of the kept choices (weights, where tokens don't choose), between -1 and 1.
+        difference: between -1 and 1.
         low: lower end of the 95 % interval.
         high: upper end.
         p_value: of "both classes use it alike", two-sided.
@@ -557,16 +509,7 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class ClassComparison:
-    """Two classes side by side.
-
-    Attributes:
-        class_a: name of the first class.
-        class_b: name of the second.
-        n_a: images of class a.
-        n_b: images of class b.
-        layers: in order of depth.
-        sentence: the result in words.
-    """
+    """Two classes side by side, their images [n_a, n_b], the layers in order of depth, and the result in words."""
 
     class_a: str
     class_b: str
@@ -577,11 +520,9 @@ class ClassComparison:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON primitives."""
-        layers = [
-            {"name": layer.name, **asdict(layer), "experts": [asdict(e) for e in layer.experts]}
-            for layer in self.layers
-        ]
-        return {**asdict(self), "layers": layers}
+        found = asdict(self)
+        found["layers"] = [{"name": f"L{layer['layer']}", **layer} for layer in found["layers"]]
+        return found
 
 
 def compare_classes(

@@ -294,8 +294,8 @@ def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
     tables it is itself biased, so only differences between labellings of the same images are used.
 
     Args:
-        sums: [R, G, V, E] choices.
-        squares: [R, G, V, E] sums of the squares of each image's choices.
+        sums: [R, G, V, E] choices, and of `squares` those of each image squared.
+        squares: [R, G, V, E].
         images: [V] images of each class.
     """
     if not len(sums):

@@ -58,13 +58,10 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import (
-    ExpertChoiceRouter,
     ExpertChoiceRouting,
     MoEMlp,
     Routing,
-    SoftRouter,
     SoftRouting,
-    TopKRouter,
     capacity_of,
     moe_layers,
     routing_lock,
@@ -392,7 +389,7 @@ Edit = Callable[[Any], Any]
 
 
 def each_row(edits: Sequence[Edit]) -> Edit:
-    """An edit that treats every image of a batch by its own edit; those must leave K and the capacity alone."""
+    """An edit that treats every image of a batch by its own; those must leave K and the capacity alone."""
 
     def edit(decision: Decision) -> Decision:
         rows = [own(decision.row(image)) for image, own in enumerate(edits)]
@@ -415,9 +412,8 @@ def draw_orders(key: Sequence[int], rows: int, length: int, device: torch.device
 
 def routing_kind(router: Any) -> RoutingKind:
     """Who chooses: tokens their experts, experts their tokens, or nobody (Soft MoE)."""
-    if isinstance(router, ExpertChoiceRouter):
-        return "expert_choice"
-    return "soft" if isinstance(router, SoftRouter) else "token_choice"
+    kind: RoutingKind = router.kind
+    return kind
 
 
 @dataclass(frozen=True)
@@ -437,9 +433,9 @@ class Capacity:
     @classmethod
     def own(cls, router: Any) -> Capacity | None:
         """What a router itself applies in its present mode; None for no limit."""
-        if not isinstance(router, TopKRouter):
+        options = getattr(router, "options", None)
+        if options is None:
             return None
-        options = router.options
         factor = options.capacity_factor if router.training else options.eval_capacity_factor
         return None if factor is None else cls(factor, bool(options.batch_priority), options.capacity_group == "batch")
 
@@ -501,9 +497,7 @@ class Ranking(Decision):
         weight = self.router.gates(gate_logits, top_scores).masked_fill(~exists, 0.0)
         kept = exists & ~self.silenced.gather(-1, index)
         if self.capacity is not None:
-            by = weight
-            if isinstance(self.router, TopKRouter):
-                by = self.router.priority(gate_logits, top_scores).masked_fill(~exists, 0.0)
+            by = self.router.priority(gate_logits, top_scores).masked_fill(~exists, 0.0)
             kept = within_capacity(
                 index,
                 by,

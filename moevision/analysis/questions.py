@@ -23,7 +23,7 @@ and experts that do different things may be no experts of classes. The rules:
   tells.
 
 The answers are about first choices of all patches; where no patch chooses (expert choice, Soft MoE) about what patches
-take. What is missing of a recording is said to be not measured. What is recorded is in `recording`, what is read off it
+take. What is missing of a recording is said to be not measured. What is recorded and read off it is
 in `readings`, the third question's test in `swap`.
 
 Axes: C classes, E experts.
@@ -36,11 +36,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, cast
 
 from moevision.analysis.information import Estimate
-from moevision.analysis.readings import Controls, Interval, LayerReadings, Load, Reading, read_layer
-from moevision.analysis.recording import Recording
-from moevision.analysis.specialization import listed, percent, signed, span
+from moevision.analysis.readings import (
+    Controls,
+    Interval,
+    LayerReadings,
+    Load,
+    Reading,
+    Recording,
+    listed,
+    read_layer,
+    span,
+)
 from moevision.analysis.swap import Swap, swap_test
 from moevision.errors import UserError
+from moevision.words import percent, signed
 
 Json = dict[str, Any]
 Question = Literal["experts", "training", "function"]

@@ -29,9 +29,17 @@ from typing import Any, cast
 import numpy as np
 from scipy.special import log_softmax
 
-from moevision.analysis.information import halves_by_class
-from moevision.analysis.readings import Interval, counts_of, load_of, paired_interval, ratio_interval
-from moevision.analysis.recording import Flags, Floats, Ints, Recording, Run
+from moevision.analysis.information import Floats, Ints, halves_by_class
+from moevision.analysis.readings import (
+    Flags,
+    Interval,
+    Recording,
+    Run,
+    counts_of,
+    load_of,
+    paired_interval,
+    ratio_interval,
+)
 
 Json = dict[str, Any]
 

@@ -7,7 +7,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,42 +15,31 @@ from torch import Tensor, nn
 
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
-from moevision.models.export import (
-    OPSET,
-    SUFFIX,
-    ExportReport,
-    Format,
-    Runner,
-    export_onnx,
-    export_torch,
-    load_exported,
-)
+from moevision.layers import moe_layers
+from moevision.models.export import OPSET, SUFFIX, Format, Runner, export_onnx, export_torch, load_exported
 from moevision.models.io import SavedModel
 from moevision.names import shown
 from moevision.train.trained import load_trained
 
+_PREPARE = """
+size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
+pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
+"""
 SNIPPETS: dict[Format, str] = {
-    "onnx": """\
+    "onnx": f"""\
 import json, numpy as np, onnxruntime
 from PIL import Image, ImageOps
-session = onnxruntime.InferenceSession({file!r})
-about = {{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}
-size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
-image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
-pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
-logits = session.run(None, {{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}})[0]
+session = onnxruntime.InferenceSession({{file!r}})
+about = {{{{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}}}{_PREPARE}\
+logits = session.run(None, {{{{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}}})[0]
 print(about["class_names"][logits[0].argmax()])""",
-    "torch": """\
+    "torch": f"""\
 import json, numpy as np, torch
 from PIL import Image, ImageOps
-program = torch.export.load({file!r}, extra_files=(extra := {{"moevision.json": ""}})).module()
-about = json.loads(extra["moevision.json"])
-size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
-image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
-pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
+program = torch.export.load({{file!r}}, extra_files=(extra := {{{{"moevision.json": ""}}}})).module()
+about = json.loads(extra["moevision.json"]){_PREPARE}\
 logits = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
 print(about["class_names"][logits[0].argmax()])""",
 }
@@ -67,44 +55,48 @@ def run(chosen: Namespace) -> None:
         UserError: if there is no such model, the file exists or has another ending, or the model can't be exported.
     """
     out = Path(chosen.out)
-    form = _format_of(out, chosen.format)
+    form: Format | None = chosen.format or {suffix: name for name, suffix in SUFFIX.items()}.get(out.suffix)
+    if form is None:
+        raise UserError(f"{out} says no format: end it in .onnx or .pt2, or give --format.")
+    if out.suffix != SUFFIX[form]:
+        raise UserError(f"{out} is no name for the format {form}: end it in {SUFFIX[form]}.")
     if form != "onnx" and chosen.opset is not None:
         raise UserError(f"--opset is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
     if out.exists() and not chosen.force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
-    opset = OPSET if chosen.opset is None else chosen.opset
     with Console(stderr=True).status("loading the model") as status:
         saved = load_trained(chosen.model)
         pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=opset, pictures=pictures)
+                report = export_onnx(saved, out, opset=chosen.opset or OPSET, pictures=pictures)
             else:
                 report = export_torch(saved, out, pictures=pictures)
         except OSError as error:
             raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
         status.update("measuring")
         net = saved.net.cpu().float()
-        runners: dict[str, Runner] = {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out, form)}
-        rounds, latency_ms = measure_latency(runners, saved.image_size)
-        flops = {"the model": _flops(saved, "loop"), "this file": _flops(saved, "dense")}
-    _print(report, saved, flops, latency_ms, rounds)
-
-
-def _flops(saved: SavedModel, backend: Backend) -> int:
-    cost = measure_cost(saved.net, saved.image_size, backend=backend)
-    return cost.flops_per_image + cost.router_flops_per_image
-
-
-def _format_of(out: Path, format: Format | None) -> Format:
-    by_suffix = {suffix: name for name, suffix in SUFFIX.items()}
-    form = format or by_suffix.get(out.suffix)
-    if form is None:
-        raise UserError(f"{out} says no format: end it in .onnx or .pt2, or give --format.")
-    if out.suffix != SUFFIX[form]:
-        raise UserError(f"{out} is no name for the format {form}: end it in {SUFFIX[form]}.")
-    return form
+        latency_ms = measure_latency(
+            {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out, form)}, saved.image_size
+        )
+        costs = [measure_cost(net, saved.image_size, backend=each) for each in ("loop", "dense")]
+    file = shown(str(out))
+    print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
+    print(
+        f"compared on {report.pictures} images: logits of noise differ by at most {report.max_logit_delta:.1g} "
+        f"(1e-4 passes), same class for {report.top1_agreement:.1%}\n\n{experts_sentence(saved.net)}\n"
+    )
+    table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in BATCHES))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for (name, measured), cost in zip(latency_ms.items(), costs, strict=True):
+        flops = cost.flops_per_image + cost.router_flops_per_image
+        table.add_row(name, f"{flops / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
+    Console().print(table)
+    threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
+    print(f"median of {_MIN_ROUNDS} to {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file)}")
 
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
@@ -133,13 +125,8 @@ def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
 
 def measure_latency(
     runners: Mapping[str, Runner], image_size: int, batches: Iterable[int] = BATCHES
-) -> tuple[dict[int, int], dict[str, dict[int, float]]]:
-    """Median milliseconds of one call, the runners taking turns so that what slows the machine slows all.
-
-    Returns:
-        For each batch size how many rounds were measured, and for each runner and batch size the median.
-    """
-    rounds: dict[int, int] = {}
+) -> dict[str, dict[int, float]]:
+    """For each runner and batch size the median milliseconds of a call; they take turns: what slows one slows all."""
     medians: dict[str, dict[int, float]] = {name: {} for name in runners}
     for batch in batches:
         images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
@@ -147,63 +134,30 @@ def measure_latency(
             run(images)  # the first call allocates and picks kernels
         times_ms: dict[str, list[float]] = {name: [] for name in runners}
         begin = time.perf_counter()
-        while (done := len(times_ms[next(iter(runners))])) < _ROUNDS:
+        for done in range(_ROUNDS):
             if done >= _MIN_ROUNDS and time.perf_counter() - begin > _SECONDS:
                 break
             for name, run in runners.items():
                 start = time.perf_counter()
                 run(images)
                 times_ms[name].append(1e3 * (time.perf_counter() - start))
-        rounds[batch] = done
         for name, values in times_ms.items():
             medians[name][batch] = statistics.median(values)
-    return rounds, medians
-
-
-def _print(
-    report: ExportReport,
-    saved: SavedModel,
-    flops: Mapping[str, int],
-    latency_ms: Mapping[str, Mapping[int, float]],
-    rounds: Mapping[int, int],
-) -> None:
-    file = shown(str(report.path))
-    print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
-    print(
-        f"compared on {report.pictures} images: logits differ by at most {report.max_logit_delta:.1g} (1e-4 passes), "
-        f"same class for {report.top1_agreement:.1%}"
-    )
-    if report.near_ties:
-        print(
-            f"left out of that difference: {report.near_ties} on which two scores of a router nearly tie, so that "
-            f"rounding chooses an expert (there it is {report.near_tie_delta:.1g})"
-        )
-    print(f"\n{experts_sentence(saved.net)}\n")
-    table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in rounds))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, measured in latency_ms.items():
-        table.add_row(name, f"{flops[name] / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
-    Console().print(table)
-    threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
-    turns = " and ".join(str(number) for number in dict.fromkeys(rounds.values()))
-    print(f"median of {turns} turns of each on {threads} of this machine; one multiply-add is two FLOPs")
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[report.format].format(file=file)}")
+    return medians
 
 
 def experts_sentence(net: nn.Module) -> str:
     """Says plainly which experts the file computes, and which the model does."""
-    layers = [layer for layer in moe_layers(net) if not isinstance(layer.router, SoftRouter)]
-    if not layers:
+    routers = [layer.router for layer in moe_layers(net) if layer.router.kind != "soft"]
+    if not routers:
         soft = "Soft MoE's experts each compute their slots" if moe_layers(net) else "The model has no experts"
         return f"{soft}: the file does the same work as the model."
-    average = " on average" if any(isinstance(layer.router, ExpertChoiceRouter) for layer in layers) else ""
+
+    def span(numbers: set[int]) -> str:
+        return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(min(numbers))
+
+    average = " on average" if any(router.kind == "expert_choice" for router in routers) else ""
     return (
-        f"The file computes ALL {_span(layer.router.num_experts for layer in layers)} experts of every MoE layer for "
-        f"every token; the model computes {_span(layer.router.top_k for layer in layers)} of them{average}."
+        f"The file computes ALL {span({router.num_experts for router in routers})} experts of every MoE layer for "
+        f"every token; the model computes {span({router.top_k for router in routers})} of them{average}."
     )
-
-
-def _span(numbers: Iterable[Any]) -> str:
-    ordered = sorted(set(numbers))
-    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"

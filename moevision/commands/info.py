@@ -1,29 +1,38 @@
-"""`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with."""
+"""`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with.
+
+`moevision info --machine`: what limits a training on this machine, and what to change.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moevision.commands import loading, machine
+from moevision.commands import loading
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
+from moevision.limits import cpu_quota, memory_available_bytes, usable_cores
 from moevision.models.convert import one_or_list
 from moevision.models.io import SavedModel, load_model
 from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
+from moevision.train.provenance import cpu_model, gpu_names
+from moevision.train.recipe import default_precision
 
 
 def run(chosen: Namespace) -> None:
@@ -33,7 +42,7 @@ def run(chosen: Namespace) -> None:
         UserError: if there is no such model.
     """
     if chosen.machine:
-        machine.show(as_json=chosen.format == "json")
+        _show_machine(as_json=chosen.format == "json")
         return
     with loading("counting parameters and FLOPs"):
         saved = load_any(chosen.model)
@@ -73,10 +82,10 @@ def load_any(address: str) -> SavedModel:
 
 
 def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
-    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs.
+    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs, untrained.
 
     Raises:
-        UserError: if the model has no MoE layers to compare.
+        UserError: if the model was not created under a registered name.
     """
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
@@ -86,23 +95,14 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
         ("total_params", "dense twin, same parameters"),
     ):
         costs[name] = measure_cost(dense_twin(net, cast(Any, match)), image_size)
-    costs["the plain ViT"] = measure_cost(plain_vit(net), image_size)
-    return costs
-
-
-def plain_vit(net: nn.Module) -> nn.Module:
-    """The same ViT as timm builds it, without MoE layers and without trained weights.
-
-    Raises:
-        UserError: if the model was not created under a registered name.
-    """
-    config = cast(dict[str, Any], net.pretrained_cfg)
-    arguments = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
-    if not config.get("architecture"):
+    architecture = cast(dict[str, Any], net.pretrained_cfg).get("architecture")
+    if not architecture:
         raise UserError("The plain ViT of a model without a timm name is not known.")
-    for name in (*MOE_ARGUMENTS, "twin"):
-        arguments.pop(name, None)
-    return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
+    given = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
+    dense = {name: value for name, value in given.items() if name not in (*MOE_ARGUMENTS, "twin")}
+    plain = timm.create_model(architecture, **{**dense, "num_classes": net.num_classes, "moe_layers": []})
+    costs["the plain ViT"] = measure_cost(plain, image_size)
+    return costs
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -119,3 +119,79 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{cost['router_flops_per_image'] / 1e6:,.2f}",
         )
     return table
+
+
+# ---- the machine
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process can use; None where the system doesn't say."""
+
+    cpu: str
+    cores: int  # that it may run on, within the time that its control group grants
+    threads: int  # of torch
+    gpus: list[str]  # that torch can use
+    nvidia_card: bool  # for torch or not
+    torch: str
+    cuda: str | None  # that torch was built for
+    precision: str  # of fit, if nobody says otherwise
+    memory_gib: float | None  # free
+    shm_gib: float | None  # of /dev/shm, through which data workers hand over batches
+    disk_gib: float  # free in the current folder
+
+
+def _show_machine(*, as_json: bool) -> None:
+    machine = look()
+    found = [{"what": what, "advice": advice} for what, advice in findings(machine)]
+    if as_json:
+        print(json.dumps({"machine": asdict(machine), "findings": found}, indent=2))
+        return
+    print("\n".join(f"{name:12} {value}" for name, value in asdict(machine).items()))
+    for finding in found:
+        print(f"\n{finding['what']}\n-> {finding['advice']}")
+
+
+def findings(machine: Machine) -> Iterator[tuple[str, str]]:
+    """What limits, and what to do about it: the wrong device first, then cores, then memory."""
+    if machine.nvidia_card and not machine.gpus:
+        yield (
+            f"There is an NVIDIA card, but torch {machine.torch} (CUDA: {machine.cuda}) can't use it.",
+            "Install a torch for CUDA (https://pytorch.org/get-started/locally/); if it is one, check that "
+            "CUDA_VISIBLE_DEVICES doesn't hide the card and that `nvidia-smi` shows a driver for that CUDA.",
+        )
+    if machine.threads > machine.cores or (machine.threads < machine.cores and not machine.gpus):
+        yield (
+            f"torch uses {machine.threads} threads, and this process may use {machine.cores} cores.",
+            f"Set OMP_NUM_THREADS={machine.cores}, or less if several trainings share this machine.",
+        )
+    for size, least, what, advice in (
+        (machine.memory_gib, 2, "GiB of memory are free", "End other programs, or use a smaller --data.batch_size and "
+            "more --trainer.accumulate_grad_batches."),
+        (machine.shm_gib, 0.5, "GiB has /dev/shm, and data workers die when it is full", "Start the container with "
+            "--shm-size=2g, or keep --data.num_workers 0."),
+        (machine.disk_gib, 2, "GiB are left on the disk of this folder, and a run keeps several checkpoints",
+            "Make room, or write elsewhere with --runs_root."),
+    ):  # fmt: skip
+        if size is not None and size < least:
+            yield f"Only {size} {what}.", advice
+
+
+def look() -> Machine:
+    """Collect the facts."""
+    memory, shm = memory_available_bytes(), Path("/dev/shm")
+    return Machine(
+        cpu=cpu_model(),
+        cores=max(1, min(usable_cores(), math.ceil(cpu_quota() or usable_cores()))),
+        threads=torch.get_num_threads(),
+        gpus=gpu_names() if torch.cuda.is_available() else [],
+        nvidia_card=shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        precision=default_precision(),
+        memory_gib=None if memory is None else round(memory / GIB, 2),
+        shm_gib=round(shutil.disk_usage(shm).total / GIB, 2) if shm.is_dir() else None,
+        disk_gib=round(shutil.disk_usage(".").free / GIB, 2),
+    )

@@ -438,7 +438,7 @@ def _tars(add_parser: Callable[..., ArgumentParser]) -> None:
 
             Every command that takes a folder of images takes SHARDS: ids, split, order, augmentation and resume are the
             folder's. Stopped at any moment, the same command goes on: finished shards are checked by their hash and
-            kept. Tars that others made need no preparation: give their folder to fit.
+            kept. FOLDER may hold tars that others made (WebDataset): this converts them.
             """,
             """\
             moevision data shard path/to/images --out shards

@@ -1,19 +1,33 @@
-"""`moevision push MODEL USER/NAME`: publish a saved model with its card on the Hugging Face hub."""
+"""`moevision push MODEL USER/NAME`: publish a saved model with its card on the Hugging Face hub.
+
+In the format that timm loads: `hf-hub:user/name`. `timm.models.push_to_hf_hub` is not used: it would keep an old
+README.md, can write pickles, and saves the model anew. Here exactly three files go up, the weights byte for byte.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moevision.commands import loading
 from moevision.errors import UserError
-from moevision.models.io import SavedModel, load_model
-from moevision.models.publish import FILES, check_repo_id, push_to_hub, stage_model
-from moevision.models.safe_files import MAX_YAML_BYTES, read_bytes
+from moevision.files import write_bytes_atomic
+from moevision.models.io import load_model, model_folder
+from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes
 from moevision.names import shown
+
+CARD = "README.md"
+FILES = (CARD, CONFIG, WEIGHTS)
+"""What is published; nothing else of a folder ever is."""
 
 
 def run(chosen: Namespace) -> None:
@@ -28,27 +42,46 @@ def run(chosen: Namespace) -> None:
     if not Path(chosen.model).exists():
         raise UserError(f"There is no {chosen.model}: give a run folder or its model/ folder on this computer.")
     with loading("writing the card"):
-        saved = load_model(chosen.model)
-        card = _card(chosen, saved)
+        card = _own_card(chosen) if chosen.card is not None else _card(chosen)
+        load_model(chosen.model)  # what can't be loaded here nobody could load
+        folder = cast(Path, model_folder(Path(chosen.model)))
+    files: dict[str, bytes | Path] = {CARD: card.encode(), CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     if chosen.dry_run:
-        print(_dry_run(chosen, card))
+        _dry_run(chosen, files)
         return
     if chosen.public and chosen.license is None and chosen.card is None:
         print("No --license was given, so others may look at the model but not use it.", file=sys.stderr)
     print(f"Uploading {shown(chosen.model)} to {chosen.repo} …", file=sys.stderr)
-    page = push_to_hub(chosen.model, chosen.repo, card=card, private=not chosen.public, update=chosen.force)
+    page = upload(files, chosen.repo, private=not chosen.public, update=chosen.force)
     print(f"{page} ({'everyone' if chosen.public else 'only you'} can see it)")
     print(f"Try it: moevision predict hf-hub:{chosen.repo} image.jpg")
 
 
-def _card(chosen: Namespace, saved: SavedModel) -> str:
+def check_repo_id(repo_id: str) -> str:
+    """The address itself.
+
+    Raises:
+        UserError: unless it is `user/name` by the hub's rules.
+    """
+    try:
+        validate_repo_id(repo_id)
+        known = "/" in repo_id
+    except HFValidationError:
+        known = False
+    if not known:
+        raise UserError(
+            f"{repo_id!r} is no place on the hub: give USER/NAME, each of letters, digits, '-', '_' and '.', "
+            "without '--' or '..'."
+        )
+    return repo_id
+
+
+def _card(chosen: Namespace) -> str:
     """The text of README.md.
 
     Raises:
         UserError: if a file that it is made from is missing, or of another model.
     """
-    if chosen.card is not None:
-        return _own_card(chosen)
     from moevision.train.card import UNKNOWN_LICENCE, gather_facts, model_card
 
     licence = chosen.license or UNKNOWN_LICENCE
@@ -60,14 +93,12 @@ def _card(chosen: Namespace, saved: SavedModel) -> str:
         address=f"hf-hub:{chosen.repo}",
         licence=licence,
         others=chosen.seeds,
-        analysis=None if chosen.analysis is None else _analysis(Path(chosen.analysis), saved),
+        analysis=None if chosen.analysis is None else _analysis(Path(chosen.analysis), chosen.model),
     )
     return model_card(facts)
 
 
 def _own_card(chosen: Namespace) -> str:
-    from huggingface_hub import ModelCard
-
     if chosen.license or chosen.analysis or chosen.seeds:
         raise UserError("--card is a finished text: leave --license, --analysis and --seeds out, or leave it out.")
     try:
@@ -78,15 +109,15 @@ def _own_card(chosen: Namespace) -> str:
     return text
 
 
-def _analysis(folder: Path, saved: SavedModel) -> dict[str, Any]:
+def _analysis(folder: Path, model: str) -> dict[str, Any]:
     """The numbers of a report of this very model."""
     from moevision.analysis.collect import weights_sha256
-    from moevision.analysis.report.build import former_report
+    from moevision.analysis.report import former_report
 
     numbers = former_report(folder if folder.is_dir() else folder.parent)
     if numbers is None:
         raise UserError(f"{folder} holds no report: give --analysis the folder that `moevision analyze --out` wrote.")
-    if numbers["provenance"]["weights_sha256"] != weights_sha256(saved.net):
+    if numbers["provenance"]["weights_sha256"] != weights_sha256(load_model(model).net):
         raise UserError(
             f"The report in {folder} is of another model ({numbers['model']['name']}): "
             "run `moevision analyze` on this one."
@@ -94,17 +125,80 @@ def _analysis(folder: Path, saved: SavedModel) -> dict[str, Any]:
     return numbers
 
 
-def _dry_run(chosen: Namespace, card: str) -> str:
+def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
     """Write the folder, and say what is in it."""
     folder = Path(chosen.out or Path("hub") / chosen.repo)
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in found if name not in FILES]
-    if folder.exists() and (not folder.is_dir() or foreign or (found and not chosen.force)):
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    foreign = not found <= set(FILES) or (folder.exists() and not folder.is_dir())
+    if foreign or (folder.exists() and found and not chosen.force):
         raise UserError(
             f"{folder} exists already: give --out another place"
             + ("." if foreign else ", or --force to write it anew.")
         )
-    files = stage_model(chosen.model, card, folder)
-    lines = [f"  {file.name:18} {file.stat().st_size:>12,} bytes" for file in files]
+    try:
+        for name, content in files.items():
+            write_bytes_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror}): make room or give another place.") from error
     seen = "everyone" if chosen.public else "you alone"
-    return "\n".join([f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:", *lines])
+    print(f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:")
+    for name in FILES:
+        print(f"  {name:18} {(folder / name).stat().st_size:>12,} bytes")
+
+
+def upload(files: dict[str, bytes | Path], repo_id: str, *, private: bool, update: bool) -> str:
+    """Publish files as the repository `user/name`, a new one unless `update`; returns the address of its page.
+
+    Raises:
+        UserError: without a token or network, if the hub refuses, if the repository exists and `update` is False, or if
+            it exists and is seen by others than `private` says.
+    """
+    if get_token() is None:
+        raise UserError(
+            "The hub wants to know who you are: make a token with the right to write on "
+            "https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN."
+        )
+    api = HfApi(library_name="moevision")
+    with _in_words(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=update)
+        if update and bool(api.model_info(repo_id).private) != private:
+            raise UserError(
+                f"{repo_id} exists and "
+                + ("everyone can see it: say --public if this model may be seen too." if private else
+                   "is private: make it public in its settings on the hub, or leave --public out.")
+            )  # fmt: skip
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repo_id, operations, commit_message="Add model")
+    return f"{api.endpoint}/{repo_id}"
+
+
+@contextmanager
+def _in_words(repo_id: str) -> Iterator[None]:
+    """Turn the hub's refusals and a missing network into sentences that say what to do."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be published: unset it.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        said = _REFUSALS.get(status, f"The hub refused REPO (status {status}: {_short(error)}): try again later.")
+        raise UserError(said.replace("REPO", repo_id)) from error
+    except _NETWORK as error:
+        raise UserError(
+            f"The hub can't be reached ({type(error).__name__}: {_short(error)}): check the network and try again; "
+            "--dry-run writes the files without it."
+        ) from error
+
+
+# huggingface_hub has changed its HTTP library more than once: the base of its own error is that of the library's.
+_NETWORK: tuple[type[Exception], ...] = (cast(type[Exception], HfHubHTTPError.__mro__[1]), OSError)
+_REFUSALS = {
+    401: "The hub does not accept the token: run `hf auth login` with one that is valid.",
+    403: "The token may not write to REPO: make one with the right to write, or publish under your own name.",
+    404: "The hub has no place REPO for this token: check the name of the user or organisation.",
+    409: "REPO exists already: choose another name, or say --force to add a new version to it.",
+}
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

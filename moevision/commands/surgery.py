@@ -30,16 +30,16 @@ from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.surgery import (
     ExpertUse,
     collapse_to_dense,
+    layers_by_block,
     measure_use,
     merge_experts,
     most_used,
-    numbered_layers,
     prune_experts,
     similar_groups,
 )
 from moevision.names import shown
 from moevision.train.provenance import collect_provenance
-from moevision.train.report import accuracy_interval, paired_difference
+from moevision.train.stats import accuracy_interval, paired_difference
 
 
 def run(chosen: Namespace) -> None:
@@ -48,10 +48,14 @@ def run(chosen: Namespace) -> None:
     Raises:
         UserError: if the model, its data or the operation isn't possible, or OUT holds something.
     """
-    _check(chosen)
+    if chosen.split == chosen.use_split:
+        raise UserError(f"--split and --use-split are both {chosen.split!r}: never choose on the set that is reported.")
+    if not chosen.align and (chosen.prune is not None or chosen.collapse == "most_used"):
+        raise UserError("--no-align is for averages: --prune and --collapse most_used average nothing.")
+    check_folder(chosen.out, force=chosen.force)
     with loading("loading the model"):
         saved = load_model(chosen.model)
-    numbered_layers(saved.net)  # a dense model is refused before images are read
+    layers_by_block(saved.net)  # a dense model is refused before images are read
     saved.net.to(best_device())
     used_on, tested_on = (
         _pictures(chosen, saved, split, limit)
@@ -66,20 +70,15 @@ def run(chosen: Namespace) -> None:
         "operation": {"kind": kind, "amount": getattr(chosen, kind), "align": chosen.align},
         "use": {"pictures": used_on.name, "layers": layers},
         "accuracy": {"pictures": tested_on.name, **_compare(saved, after, tested_on, chosen.batch_size)},
-        "costs": _costs(saved, after),
+        "costs": {
+            name: asdict(measure_cost(each.net, each.image_size))
+            for name, each in (("before", saved), ("after", after))
+        },
         "provenance": collect_provenance(command=shlex.split(chosen.command), seed=None, data_sha256=None),
     }
     write_model(after, chosen.out, "surgery.json", record)
-    print_report(record)
+    _print_report(record)
     print(f"The new model is in {shown(str(chosen.out))}")
-
-
-def _check(chosen: Namespace) -> None:
-    if chosen.split == chosen.use_split:
-        raise UserError(f"--split and --use-split are both {chosen.split!r}: never choose on the set that is reported.")
-    if not chosen.align and (chosen.prune is not None or chosen.collapse == "most_used"):
-        raise UserError("--no-align is for averages: --prune and --collapse most_used average nothing.")
-    check_folder(chosen.out, force=chosen.force)
 
 
 def _pictures(chosen: Namespace, saved: SavedModel, split: str, limit: int | None) -> PictureSet:
@@ -123,8 +122,15 @@ def _operate(
 
 
 def _compare(before: SavedModel, after: SavedModel, pictures: PictureSet, batch_size: int) -> dict[str, Any]:
-    """Accuracy of both and of a control on the same images, with the paired difference after - before."""
-    nets = {"before": before.net, "after": after.net, "without": _without_moe_layers(before.net)}
+    """Accuracy of both and of a control on the same images, with the paired difference after - before.
+
+    The control is the same network with MoE layers that give nothing, so that only the residual stream passes. An
+    average of experts that have little in common is nearly that, and should not be taken for a good dense layer.
+    """
+    control = copy.deepcopy(before.net)
+    for block in layers_by_block(control):
+        cast(Any, control).blocks[block].mlp = _Nothing()
+    nets = {"before": before.net, "after": after.net, "without": control}
     rows: list[npt.NDArray[np.bool_]] = []
     with torch.inference_mode():
         for images, labels in _batches(before, pictures, batch_size):
@@ -134,27 +140,11 @@ def _compare(before: SavedModel, after: SavedModel, pictures: PictureSet, batch_
     correct = dict(zip(nets, np.concatenate(rows, axis=1), strict=True))  # each [n], in the order of the images
     if not correct["before"].size:
         raise UserError(f"{pictures.name} has no image of a class that the model knows: give other --data.")
-    return {
-        "n": correct["before"].size,
-        **{name: _accuracy(hits) for name, hits in correct.items()},
-        "difference": asdict(paired_difference(correct["after"], correct["before"])),
-    }
-
-
-def _accuracy(hits: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    low, high = accuracy_interval(int(hits.sum()), len(hits))
-    return {"correct": int(hits.sum()), "top1": float(hits.mean()), "low": low, "high": high}
-
-
-def _without_moe_layers(net: nn.Module) -> nn.Module:
-    """The control: the same network with MoE layers that give nothing, so that only the residual stream passes.
-
-    An average of experts that have little in common is nearly that, and should not be taken for a good dense layer.
-    """
-    control = copy.deepcopy(net)
-    for block in numbered_layers(net):
-        cast(Any, control).blocks[block].mlp = _Nothing()
-    return control
+    found: dict[str, Any] = {"n": correct["before"].size}
+    for name, hits in correct.items():
+        low, high = accuracy_interval(int(hits.sum()), len(hits))
+        found[name] = {"correct": int(hits.sum()), "top1": float(hits.mean()), "low": low, "high": high}
+    return {**found, "difference": asdict(paired_difference(correct["after"], correct["before"]))}
 
 
 class _Nothing(nn.Module):
@@ -162,15 +152,7 @@ class _Nothing(nn.Module):
         return torch.zeros_like(x)
 
 
-def _costs(before: SavedModel, after: SavedModel) -> dict[str, dict[str, int]]:
-    return {
-        name: asdict(measure_cost(model.net, model.image_size))
-        for name, model in (("before", before), ("after", after))
-    }
-
-
-def print_report(record: dict[str, Any]) -> None:
-    """What was done, and what it cost, beside each other."""
+def _print_report(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     used_on, tested_on = (shown(record[part]["pictures"]) for part in ("use", "accuracy"))
     console.print(f"use of experts on {used_on}, in percent of choices:", markup=False, soft_wrap=True)

@@ -45,7 +45,11 @@ def run(chosen: Namespace) -> None:
     check_folder(out, force=chosen.force)
     if (chosen.router_start == "cluster") != (chosen.data is not None):
         raise UserError("--router-start cluster and --data belong together: the images whose tokens are clustered.")
-    options = _options(chosen.option)
+    for name, _ in chosen.option:
+        if name not in MOE_ARGUMENTS:
+            raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
+    # In `upcycle` `noise` is that on the copies.
+    options = {"router_noise" if name == "noise" else name: value for name, value in chosen.option}
     with loading("reading the dense model"):
         sizes = {name: getattr(chosen, name) for name in ("num_classes", "image_size", "depth")}
         dense = load_dense(chosen.model, chosen.weights, **sizes, seed=chosen.seed)
@@ -55,12 +59,23 @@ def run(chosen: Namespace) -> None:
         names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
         moe = upcycle(dense, layers=chosen.layers or None, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
-    start = _start_from_clusters(saved, chosen) if chosen.router_start == "cluster" else {}
+    start: dict[str, Any] = {}
+    if chosen.router_start == "cluster":
+        data = {} if chosen.root is None else {"root": chosen.root}
+        pictures = open_pictures(
+            chosen.data, saved.image_size, split="train", limit=START_IMAGES, seed=chosen.seed, **data
+        )
+        reader = PictureReader(pictures, saved, batch_size=64)
+        with loading("clustering the routers' input"):
+            batches = (batch.images for batch in reader.batches(progress=True))
+            shares = start_routers(saved.net, batches, seed=chosen.seed)
+        reader.report()
+        start = {"router_start": {"kind": "cluster", "pictures": pictures.name, "shares": shares}}
     with loading("measuring"):
         record = {"source": chosen.model, "moe_config": moe.moe_config, **start, **measure(dense, saved)}
     write_model(saved, out, "upcycle.json", record)
     console = Console(highlight=False)
-    print_report(console, record)
+    _print_report(console, record)
     unread = unread_layers(saved.net)
     if unread:
         console.print(
@@ -68,18 +83,10 @@ def run(chosen: Namespace) -> None:
             "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
             soft_wrap=True,
         )
-    console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
-
-
-def _start_from_clusters(saved: SavedModel, chosen: Namespace) -> dict[str, Any]:
-    """Set the routers, and say from which images and how even the clusters are, for the record."""
-    data = {} if chosen.root is None else {"root": chosen.root}
-    pictures = open_pictures(chosen.data, saved.image_size, split="train", limit=START_IMAGES, seed=chosen.seed, **data)
-    reader = PictureReader(pictures, saved, batch_size=64)
-    with loading("clustering the routers' input"):
-        shares = start_routers(saved.net, (batch.images for batch in reader.batches(progress=True)), seed=chosen.seed)
-    reader.report()
-    return {"router_start": {"kind": "cluster", "pictures": pictures.name, "shares": shares}}
+    command = f"moevision fit FOLDER --pretrained {shlex.quote(str(out))} --data.image_size {saved.image_size}"
+    if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):  # what `fit` takes by itself
+        command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
+    console.print(f"\nnext: {shown(command)}", markup=False, soft_wrap=True)
 
 
 def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
@@ -100,46 +107,33 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     }
 
 
-def print_report(console: Console, record: dict[str, Any]) -> None:
-    """What was made, what it costs, and how far it is from the dense model."""
+def _print_report(console: Console, record: dict[str, Any]) -> None:
     config, gap = record["moe_config"], record["step0_gap"]
-    blocks = ", ".join(map(str, config["moe_layers"]))
-    console.print(
-        f"{shown(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
-        f"{config['num_experts']} experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, router "
-        f"{config['router']}, in blocks {blocks}",
-        markup=False,
-        soft_wrap=True,
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    say(
+        f"{shown(record['source'])}: {record['classes']} classes, {record['image_size']} px; {config['num_experts']} "
+        f"experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, router {config['router']}, in "
+        f"blocks {', '.join(map(str, config['moe_layers']))}"
     )
     if "router_start" in record:
         shares = [max(each) * len(each) for each in record["router_start"]["shares"].values()]
-        console.print(
+        say(
             f"routers start from clusters of what {record['router_start']['pictures']} gives them; largest over mean "
-            f"cluster {', '.join(f'{share:.2f}' for share in shares)}",
-            markup=False,
-            soft_wrap=True,
+            f"cluster {', '.join(f'{share:.2f}' for share in shares)}"
         )
     console.print(cost_table({"dense": record["costs"]["before"], "upcycled": record["costs"]["after"]}))
-    console.print(
-        f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the "
-        f"dense logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}",
-        soft_wrap=True,
+    say(
+        f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the dense "
+        f"logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}"
     )
     if gap["max_logit"] > SAME:
-        console.print(
+        say(
             "so training starts from other outputs than the dense model's: noise, reinit, a capacity in evaluation, "
-            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them",
-            soft_wrap=True,
+            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them"
         )
-
-
-def next_command(saved: SavedModel, out: Path) -> str:
-    """How to train the new model, with the size and the colour statistics that it knows."""
-    command = f"moevision fit FOLDER --pretrained {shlex.quote(str(out))} --data.image_size {saved.image_size}"
-    # ImageNet's are what `fit` takes by itself.
-    if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
-    return command
 
 
 def check_folder(out: Path, *, force: bool) -> None:
@@ -167,15 +161,3 @@ def write_model(saved: SavedModel, out: Path, name: str, record: dict[str, Any])
                 os.replace(file, out / file.name)
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): give --out another place.") from error
-
-
-def _options(given: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`--option` as arguments of `upcycle`, in which `noise` is that on the copies.
-
-    Raises:
-        UserError: for a name that is no option of MoE layers.
-    """
-    for name, _ in given:
-        if name not in MOE_ARGUMENTS:
-            raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
-    return {"router_noise" if name == "noise" else name: value for name, value in given}

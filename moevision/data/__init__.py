@@ -9,18 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.data.datamodule import ImageDataModule
     from moevision.data.images import BadImageError, safe_open
+    from moevision.data.module import ImageDataModule
     from moevision.data.synthetic import SyntheticPets
 
 __all__ = ["BadImageError", "ImageDataModule", "SyntheticPets", "safe_open"]
 
-_HOME = {
-    "BadImageError": "images",
-    "ImageDataModule": "datamodule",
-    "SyntheticPets": "synthetic",
-    "safe_open": "images",
-}
+_HOME = {"BadImageError": "images", "ImageDataModule": "module", "SyntheticPets": "synthetic", "safe_open": "images"}
 
 
 def __getattr__(name: str) -> object:

@@ -38,8 +38,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from moevision.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
-
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File name endings, in lower case, that a folder scan takes for images."""
 
@@ -93,10 +91,8 @@ class BadImageError(UserError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        """Builds the message from both parts."""
         super().__init__(f"cannot use the image {path}: {reason}")
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
         """Pickles by both arguments, so that the error survives the way out of a loader process."""
@@ -142,14 +138,14 @@ def safe_open(
     data = read_image(source, name, max_bytes)
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")
-    # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
-    # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     if _REPEATED_EXIF in data:
         raise BadImageError(name, "its metadata are malformed (repeated Exif headers); save it anew")
-    if data.startswith(JPEG) and has_too_many_scans(data):
+    if data.startswith(JPEG) and _has_too_many_scans(data):
         raise BadImageError(
             name, f"it is a JPEG of more than {MAX_SCANS} scans, or of countless segments; save it anew"
         )
+    # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
+    # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     try:
         image = _open_header(data)
     except Exception as error:
@@ -160,7 +156,7 @@ def safe_open(
     full, reduction = image.size, 1
     try:
         if short_side is not None and isinstance(image, JpegImageFile):
-            reduction = reduce_jpeg(image, short_side, turned=_turn(image) is not None)
+            reduction = _reduce_jpeg(image, short_side, turned=_turn(image) is not None)
         image.load()
         # The decoder may revise the size that the header announced (TIFF, GIF).
         _check_size(image.size, name, max_pixels, max_side)
@@ -172,7 +168,7 @@ def safe_open(
         raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
     rgb.info.clear()
     if reduction > 1:
-        note_full_size(rgb, full, reduction)
+        rgb.info[_FULL_SIZE] = _FullSize(full, reduction)
     return rgb
 
 
@@ -189,10 +185,22 @@ def upright_rgb(
     Raises:
         BadImageError: If its pixel format has no agreed range.
     """
-    rgb = _to_rgb(_upright(image), background)
-    if rgb is None:
+    # Pillow's TIFF decoder has applied the orientation already, and then reports none.
+    turn = _turn(image)
+    image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I;16"):
+        # 65535 = 257 x 255, so a rounded division by 257 maps full scale to full scale.
+        values = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
         raise BadImageError(name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits")
-    return rgb
+    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
 
 
 def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
@@ -259,30 +267,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation (Pillow's TIFF decoder has done so already, and then reports none)."""
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image | None:
-    """Converts any pixel format with a known range to RGB; None for one without (32-bit integer, float)."""
-    if image.mode.startswith("I;16"):
-        # 65535 = 257 x 255, so a rounded division by 257 maps full scale to full scale.
-        values = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        return None
-    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        canvas.alpha_composite(image.convert("RGBA"))
-        return canvas.convert("RGB")
-    return image.convert("RGB")
-
-
-def has_too_many_scans(data: bytes) -> bool:
+def _has_too_many_scans(data: bytes) -> bool:
     """Counts a JPEG's scans (ITU-T T.81, B.1.1) up to its end; what lies behind, such as a video, isn't looked at."""
     position, scans = 2, 0
     for _ in range(_MAX_SEGMENTS):
@@ -298,19 +283,11 @@ def has_too_many_scans(data: bytes) -> bool:
     return True
 
 
-def reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
+def _reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
     """Has a JPEG decoded smaller, if that leaves enough pixels for a short side of `short_side`.
 
-    An image that will be turned is divided only without remainder: a part of a pixel may stand at its right and lower
-    edge, where boxes end, but not at the left or upper one.
-
-    Args:
-        image: An image whose header was read and whose pixels weren't.
-        short_side: What the short side will be shrunk to, in pixels.
-        turned: Whether the image will be turned or mirrored to be upright.
-
-    Returns:
-        What its size is divided by: 1, 2, 4 or 8.
+    An image that will be ``turned`` to be upright is divided only without remainder: a part of a pixel may stand at its
+    right and lower edge, where boxes end, but not at the left or upper one. Returns the divisor: 1, 2, 4 or 8.
     """
     width, height = image.size
     for divisor in (8, 4, 2):
@@ -321,7 +298,7 @@ def reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
     return 1
 
 
-class FullSize(NamedTuple):
+class _FullSize(NamedTuple):
     """What `safe_open` notes in a reduced image: width and height of the full one, upright, and the divisor."""
 
     size: tuple[int, int]
@@ -339,9 +316,4 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """
     found = image.info.get(_FULL_SIZE)
     # an image that was opened elsewhere may have a text of that name in it
-    return (found.size, found.reduction) if isinstance(found, FullSize) else (image.size, 1)
-
-
-def note_full_size(image: Image.Image, size: tuple[int, int], reduction: int) -> None:
-    """Let `full_size` find the size of the full image, upright, and the divisor."""
-    image.info[_FULL_SIZE] = FullSize(size, reduction)
+    return (found.size, found.reduction) if isinstance(found, _FullSize) else (image.size, 1)

@@ -1,12 +1,14 @@
-"""The order in which a split is read, and its batches as the model gets them: normalised, mixed, counted and timed.
+"""One split as batches: the order in which it is read, decoded or cached pixels, and batches as the model gets them.
 
 A resumed run must see the images that an uninterrupted one would have seen next, with the same random crops. Both
 follow from never asking a global random generator: the order is a pure function of ``(seed, epoch)``, the position in
 it is a plain offset, and every yielded key carries its epoch, from which the dataset derives the augmentation of that
-image (see ``transforms.py``).
+image (see ``transforms.py``). A batch is fetched as a whole (``__getitems__``), so that its random numbers are drawn at
+once. A file that can't be decoded never stops a run: its reason travels with the batch, which goes on without it, and
+the main process is told.
 
-Axis legend: B batch, C classes, S = ``image_size``; n = images of the split, world = number of processes, rank = this
-process.
+Axis legend: B batch, C classes, H height, W width (images differ in size), S = ``image_size``; n = images of the split,
+world = number of processes, rank = this process.
 """
 
 from __future__ import annotations
@@ -15,17 +17,30 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moevision.data.dataset import BadImage, ImageDataset, RawBatch
-from moevision.data.transforms import BatchMixer, hash_u64, normalize
+from moevision.data.collection import Collection, Sample
+from moevision.data.images import BadImageError
+from moevision.data.transforms import (
+    BatchMixer,
+    Pixels,
+    TrainTransform,
+    base_pixels,
+    base_side,
+    hash_u64,
+    normalize,
+    square_pixels,
+)
 from moevision.errors import UserError
+from moevision.limits import usable_cores
 
 Batch = dict[str, Tensor]
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
@@ -33,6 +48,9 @@ _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
 # Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
 _AGAIN = 2**31 + 1
+# Where all files are unreadable the run should say so soon, instead of trying every one for one image.
+_MAX_TRIES = 100
+_CACHED_AT_ONCE = 512  # images per buffer
 
 
 class PositionSampler(Sampler[tuple[int, int]]):
@@ -52,25 +70,13 @@ class PositionSampler(Sampler[tuple[int, int]]):
         world_size: int = 1,
         balanced_labels: Sequence[int] | None = None,
     ) -> None:
-        """Remember what the order depends on.
-
-        Args:
-            num_samples: number of images in the split, n.
-            seed: seed of the order.
-            rank: index of this process, in [0, world_size).
-            world_size: number of processes that share the epoch.
-            balanced_labels: labels of the n images; when given, every class is drawn equally often.
-        """
+        """Remember what the order depends on; with the labels of the n images every class is drawn equally often."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
         if balanced_labels is not None and len(balanced_labels) != num_samples:
             raise ValueError(f"expected {num_samples} balanced_labels, got {len(balanced_labels)}")
-        self.num_samples = num_samples
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
+        self.num_samples, self.seed, self.rank, self.world_size = num_samples, seed, rank, world_size
+        self.epoch = self.start = 0
         self.running_epoch: int | None = None
         self._class_members: list[torch.Tensor] | None = None
         if balanced_labels is not None:
@@ -136,19 +142,10 @@ class PositionSampler(Sampler[tuple[int, int]]):
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Batches of indices that cover a split once over all processes, in order.
+    """This process's batches of indices; together they cover a split once, in order.
 
     Every process gets the same number of batches (collective operations inside an evaluation step would
     otherwise wait for ever), which is why sizes may differ by one when there are several processes.
-
-    Args:
-        num_samples: number of images in the split.
-        batch_size: largest batch.
-        rank: index of this process.
-        world_size: number of processes.
-
-    Returns:
-        This process's batches, at most ``batch_size`` indices each.
     """
     own = list(range(rank, num_samples, world_size))
     if world_size == 1:
@@ -160,14 +157,9 @@ def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: i
 
 
 def fitting_workers(asked: int, batch_bytes: int, processes: int = 1) -> int:
-    """How many data workers have room for their batches in shared memory, of those that were asked for.
+    """How many of ``asked`` data workers have room for their batches in the shared memory of so many processes.
 
     A worker that finds no room (Docker gives 64 MB) loses its batch, and the training would wait for it for ever.
-
-    Args:
-        asked: number of workers.
-        batch_bytes: size of the largest batch.
-        processes: number of processes on this machine that have as many workers each.
     """
     if not (asked and SHM.is_dir()):
         return asked
@@ -175,22 +167,215 @@ def fitting_workers(asked: int, batch_bytes: int, processes: int = 1) -> int:
     return max(0, min(asked, (batches - 1) // _AHEAD))  # one more is in use
 
 
-class Collate:
-    """Turns images into a batch: normalise, mix."""
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """An image that couldn't be used: its split, its index there, and why."""
+
+    split: str
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawBatch:
+    """The good images of a batch to be, and the bad ones met on the way.
+
+    Attributes:
+        pixels: uint8 [B, 3, S, S].
+        label: class of each.
+        index: index of each in its split.
+        epoch: epoch number of each; 0 in evaluation.
+        bad: images that couldn't be used.
+    """
+
+    pixels: Tensor
+    label: list[int]
+    index: list[int]
+    epoch: list[int]
+    bad: list[BadImage]
+
+
+class ImageDataset(Dataset[RawBatch]):
+    """Images of one split.
+
+    Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
+    the next readable image stands in for a bad one, so that batches keep their size and a resumed run its
+    position; in evaluation a bad image is left out of its batch.
+    """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], seed: int = 0, mixer: BatchMixer | None = None
+        self,
+        split: str,
+        collection: Collection,
+        samples: Sequence[Sample],
+        *,
+        image_size: int,
+        square: bool,
+        seed: int = 0,
+        transform: TrainTransform | None = None,
     ) -> None:
-        """Remember the normalisation (per channel, in units of [0, 1]), the seed and the mixer."""
-        self.mean, self.std, self.seed, self.mixer = mean, std, seed, mixer
+        """Describe the split; nothing is read yet.
+
+        Args:
+            split: "train", "val" or "test".
+            collection: where images are opened.
+            samples: the split's images.
+            image_size: side of the images, S.
+            square: whether images are prepared to S x S, or kept larger for random resized crops.
+            seed: seed of the augmentation.
+            transform: augmentation; None for evaluation.
+        """
+        self.split, self.collection, self.samples = split, collection, samples
+        self.image_size, self.square, self.seed, self.transform = image_size, square, seed, transform
+        self.cache: PixelCache | None = None
+
+    def __len__(self) -> int:
+        """Number of images, bad ones included."""
+        return len(self.samples)
+
+    def decode(self, index: int) -> Pixels:
+        """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
+        prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
+        return prepare(self.collection.open(self.samples[index], side), self.image_size)
+
+    def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
+        """Decode everything into memory, on all processor cores that this process may use.
+
+        ``on_progress`` gets the number of images done since its last call; returns index and reason of the bad ones.
+        """
+        cache = PixelCache(planar=self.square)
+        with ThreadPoolExecutor(min(16, usable_cores())) as pool:
+            for start in range(0, len(self), _CACHED_AT_ONCE):
+                indices = range(start, min(start + _CACHED_AT_ONCE, len(self)))
+                # a few images per task: handing over small ones costs as much as decoding them
+                tasks = [indices[i : i + 32] for i in range(0, len(indices), 32)]
+                cache.extend(list(chain.from_iterable(pool.map(self._attempt, tasks))))
+                on_progress(len(indices))
+        self.cache = cache
+        return cache.bad
+
+    def _attempt(self, indices: Sequence[int]) -> list[Pixels | str]:
+        """Images, or the reasons why they can't be used."""
+        results: list[Pixels | str] = []
+        for index in indices:
+            try:
+                results.append(self.decode(index))
+            except BadImageError as error:
+                results.append(error.reason)
+        return results
+
+    def pixels(self, indices: Sequence[int]) -> list[Pixels | str]:
+        """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
+        if self.cache is not None:
+            return self.cache.take(indices)
+        return [found if isinstance(found, str) else found.transpose(2, 0, 1) for found in self._attempt(indices)]
+
+    def _stand_in(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
+        """The next image after ``index`` that can be used, and its pixels; bad ones met on the way go into ``bad``."""
+        for candidate in islice(chain(range(index + 1, len(self)), range(index)), _MAX_TRIES - 1):
+            (found,) = self.pixels([candidate])
+            if not isinstance(found, str):
+                return candidate, found
+            bad.append(BadImage(self.split, candidate, found))
+        return None
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
+        """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
+        keyed = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        images: list[Pixels] = []
+        bad: list[BadImage] = []
+        indices, epochs, drawn = [], [], []
+        for (epoch, key_index), found in zip(keyed, self.pixels([index for _, index in keyed]), strict=True):
+            index, image = key_index, found
+            if isinstance(image, str):
+                bad.append(BadImage(self.split, index, image))
+                stand_in = self._stand_in(index, bad) if self.transform is not None else None
+                if stand_in is None:
+                    continue
+                index, image = stand_in
+            images.append(image)
+            indices.append(index)
+            epochs.append(epoch)
+            drawn.append(key_index)
+        if self.transform is not None:
+            # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
+            pixels = self.transform(images, self.seed, epochs, drawn)  # [B, 3, S, S]
+        else:
+            pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
+            for row, prepared in zip(pixels.numpy(), images, strict=True):
+                row[:] = prepared
+        return RawBatch(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> RawBatch:
+        """A batch of one key."""
+        return self.__getitems__([key])
+
+
+class PixelCache:
+    """Decoded images of one split in a few large uint8 buffers.
+
+    Thousands of small tensors would be copied into every worker process as soon as their reference counts
+    are touched; views into a few large buffers are shared. The buffers are torch's, which workers that are not
+    forked share too.
+    """
+
+    def __init__(self, *, planar: bool) -> None:
+        """``planar`` stores [3, H, W], the fast order for shifted copies; otherwise [H, W, 3], fast for resizing."""
+        self._planar = planar
+        self._chunks: list[Tensor] = []
+        self._views: list[Pixels] = []  # the same memory as arrays, which are sliced faster
+        self._where: list[tuple[int, int, int, int]] = []
+        self.bad: dict[int, str] = {}
+
+    def extend(self, images: Sequence[Pixels | str]) -> None:
+        """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
+        chunk = torch.empty(sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8)
+        offset = 0
+        for image in images:
+            if isinstance(image, str):
+                self.bad[len(self._where)] = image
+                self._where.append((0, 0, 0, 0))
+                continue
+            height, width, _ = image.shape
+            stored = image.transpose(2, 0, 1) if self._planar else image
+            chunk.numpy()[offset : offset + image.size].reshape(stored.shape)[:] = stored
+            self._where.append((len(self._chunks), offset, height, width))
+            offset += image.size
+        self._chunks.append(chunk)
+
+    def take(self, indices: Sequence[int]) -> list[Pixels | str]:
+        """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
+        if len(self._views) < len(self._chunks):
+            self._views = [chunk.numpy() for chunk in self._chunks]
+        taken: list[Pixels | str] = []
+        for index in indices:
+            chunk, offset, height, width = self._where[index]
+            stored = self._views[chunk][offset : offset + 3 * height * width]
+            if self._planar:
+                found = stored.reshape(3, height, width)
+            else:
+                found = stored.reshape(height, width, 3).transpose(2, 0, 1)
+            taken.append(self.bad.get(index, found))
+        return taken
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the views: where workers aren't forked, tensors are shared with them and arrays would be copied."""
+        return {**vars(self), "_views": []}
+
+
+@dataclass
+class Collate:
+    """Turns images into a batch: normalise (per channel, in units of [0, 1]), mix."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int = 0
+    mixer: BatchMixer | None = None
 
     def __call__(self, raw: RawBatch) -> dict[str, Any]:
-        """Build the batch dict.
+        """The batch: ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], with a mixer ``target`` [B, C].
 
-        Returns:
-            ``image`` float32 [B, 3, S, S], ``label`` int64 [B], ``index`` int64 [B], with a mixer ``target``
-            float32 [B, C], and ``bad``, a list of `BadImage` that `ImageLoader` takes out. Without a single
-            good image only ``bad`` is there.
+        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a single good image it stands alone.
         """
         if not raw.index:
             return {"bad": raw.bad}
@@ -222,14 +407,7 @@ class ImageLoader(DataLoader[RawBatch]):
         in_step: bool = False,
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Pass on DataLoader's options.
-
-        Args:
-            dataset: the images.
-            on_bad: called with the bad images of a batch.
-            in_step: other processes wait for every batch, so that none may be skipped.
-            options: of DataLoader.
-        """
+        """Report to ``on_bad``; ``in_step``: other processes wait for every batch, so that none may be skipped."""
         super().__init__(dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options)
         self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
@@ -267,12 +445,9 @@ class ImageLoader(DataLoader[RawBatch]):
                     "its results for ever: remove or repair these files."
                 )
 
+    # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in `ImageDataModule`'s state.
-
-        That this method and the next exist tells Lightning that a resumed epoch goes on where it stopped;
-        otherwise it warns that it doesn't.
-        """
+        """Empty: the position is in `ImageDataModule`'s state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Scores of the training images: what every visit adds to an image's row, and the table `scores.csv` made of the rows.
+"""Scores of the training images, the lists made of them, and what these lists do to a training.
 
-One visit is one image in one applied update; p = softmax(logits) [C], y its label.
+**Scores** (`scores.csv`): what every visit adds to an image's row. One visit is one image in one applied update;
+p = softmax(logits) [C], y its label.
 
 - `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3); low where other images
   speak against the label;
@@ -19,7 +20,26 @@ and the tail that several processes drop. They are of the training's own forward
 router noise. Numbers lie in one array with a row per image, so that memory is known in advance: 52 + 4 H bytes an
 image, with its key.
 
-Axes: n training images, B visits, C classes, H = sum of the experts over all MoE layers.
+**Lists** (`moevision data prune`): which images to keep, with a reason per row. With n scored images and the share s,
+round(s n) are kept; methods differ in what they give up first:
+
+- `aum` and `loss` give up what speaks against its label: the lowest area under the margin (arXiv:2001.10528), the
+  highest mean loss (the small-loss rule, arXiv:1804.06872);
+- `el2n` and `forgetting` give up what is easy: the lowest EL2N (arXiv:2107.07075), the least forgotten, where an image
+  that was never correct counts as forgotten most (arXiv:1812.05159, §3);
+- `ccs` gives up the share β with the lowest AUM, then draws equally from strata of equal width in AUM, and all of a
+  stratum that has too few (arXiv:2210.15809, algorithm 1; 50 strata as there);
+- `random` draws, the baseline for all others: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
+- `decisions` gives up what a person dropped on the page of `moevision data score`.
+
+Ties are broken at random. No class loses its last image. An image without a visit has no score, and is kept.
+
+**Choices** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is `yes`
+or `no` (without this column a file lists what is kept; what isn't listed is left out), `new_label` the class that the
+image is trained with (empty: its own). Only training images may be named, and they are chosen after the split is drawn.
+The result stands in `splits.csv` (what is left out as `unused`), by which a run goes on.
+
+Axes: n training images, B visits, C classes, E experts, H = sum of the experts over all MoE layers.
 """
 
 from __future__ import annotations
@@ -27,29 +47,41 @@ from __future__ import annotations
 import csv
 import io
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from moevision.data.collection import Sample
+from moevision.data.splits import Splits
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name, name_bytes
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 FILE: Final = "scores.csv"
 MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")
 """What is measured at a visit, in this order."""
 SCORES: Final = ("aum", "el2n", "loss_mean", "loss_last", "p_mean", "p_std", "forgetting", "correct")
-_HEAD: Final = ("image", "label", "visits", *SCORES)
+METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
+DECISIONS: Final = ("keep", "relabel", "drop")
+KEEP, NEW_LABEL, DECISION = "keep", "new_label", "decision"
+YES, NO = "yes", "no"
+LIST_HEAD: Final = f"image,label,{KEEP},{NEW_LABEL},reason"
+_SCORES_HEAD: Final = ("image", "label", "visits", *SCORES)
+_STRATA: Final = 50
+_STARVED: Final = 0.5  # of its former share: below that a class or an expert is warned about
 _BLOCK = 10_000  # rows that are turned into text at once
+_MAX_ROWS = 20
 
 
 def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
@@ -193,35 +225,38 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write the CSV whole or not at all, without holding its text in memory."""
-        write_text_atomic(path, self._text())
+        experts = [f"L{block}.E{expert}" for block, shares in self.experts.items() for expert in range(shares.shape[1])]
 
-    def _text(self) -> Iterator[str]:
-        names = [f"L{block}.E{expert}" for block, shares in self.experts.items() for expert in range(shares.shape[1])]
-        yield ",".join([*_HEAD, *names]) + "\n"
-        for start in range(0, len(self.images), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            scores = np.stack([self.scores[name][part] for name in SCORES], axis=1)
-            shares = [values[part] for values in self.experts.values()]
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            cells = np.concatenate([scores, *shares], axis=1).tolist()
+        def rows(part: slice) -> Iterator[list[Any]]:
+            values = [
+                *(self.scores[name][part, None] for name in SCORES),
+                *(each[part] for each in self.experts.values()),
+            ]
+            cells = np.concatenate(values, axis=1).tolist()
             for image, label, visits, row in zip(
                 self.images[part], self.labels[part], self.visits[part].tolist(), cells, strict=True
             ):
                 numbers = ["" if value != value else f"{value:.5g}" for value in row]
-                writer.writerow([csv_name(image), csv_name(label), visits, *numbers])
-            yield text.getvalue()
+                yield [csv_name(image), csv_name(label), visits, *numbers]
+
+        write_text_atomic(path, _csv_text(",".join([*_SCORES_HEAD, *experts]), len(self.images), rows))
 
     @classmethod
     def read(cls, path: Path) -> Scores:
-        """Read `scores.csv`.
-
-        Raises:
-            UserError: if the file isn't there or is no such table.
-        """
+        """Read `scores.csv`; raises UserError if the file isn't there or is no such table."""
         try:
             with path.open(newline="", encoding="utf-8") as file:
-                return cls._parse(csv.reader(file))
+                lines = csv.reader(file)
+                head = next(lines, [])
+                if tuple(head[: len(_SCORES_HEAD)]) != _SCORES_HEAD:
+                    raise ValueError(f"its first line begins with {','.join(head[:3])}")
+                images, labels, numbers = [], [], array("f")
+                for image, label, *cells in lines:
+                    if len(cells) != len(head) - 2:
+                        raise ValueError(f"{image} has {len(cells) + 2} cells and the first line {len(head)}")
+                    images.append(image)
+                    labels.append(label)
+                    numbers.extend(float(cell or "nan") for cell in cells)
         except OSError as error:
             raise UserError(
                 f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, unless "
@@ -229,23 +264,8 @@ class Scores:
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
-
-    @classmethod
-    def _parse(cls, lines: Iterator[list[str]]) -> Scores:
-        head = next(lines, [])
-        if tuple(head[: len(_HEAD)]) != _HEAD:
-            raise ValueError(f"its first line begins with {','.join(head[:3])}")
-        images: list[str] = []
-        labels: list[str] = []
-        numbers = array("f")
-        for image, label, *cells in lines:
-            if len(cells) != len(head) - 2:
-                raise ValueError(f"{image} has {len(cells) + 2} cells and the first line {len(head)}")
-            images.append(image)
-            labels.append(label)
-            numbers.extend(float(cell or "nan") for cell in cells)
         values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
-        blocks = [int(name.partition(".E")[0].removeprefix("L")) for name in head[len(_HEAD) :]]
+        blocks = [int(name.partition(".E")[0].removeprefix("L")) for name in head[len(_SCORES_HEAD) :]]
         shares = values[:, 1 + len(SCORES) :]
         return cls(
             images,
@@ -254,3 +274,362 @@ class Scores:
             {name: values[:, 1 + column] for column, name in enumerate(SCORES)},
             {block: shares[:, np.array(blocks) == block] for block in dict.fromkeys(blocks)},
         )
+
+
+def _csv_text(head: str, n: int, rows: Callable[[slice], Iterable[list[Any]]]) -> Iterator[str]:
+    """The text of a CSV in parts."""
+    yield head + "\n"
+    for start in range(0, n, _BLOCK):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows(slice(start, min(start + _BLOCK, n))))
+        yield text.getvalue()
+
+
+# ---- which images to keep
+
+
+@dataclass
+class Kept:
+    """What becomes of each of n images.
+
+    Attributes:
+        keep: [n].
+        reason: [n], which of `reasons` it is.
+        reasons: words, with `{value}` and `{rank}` where they stand in them.
+        value: [n], the score that decided.
+        rank: [n], 1 for the first to keep.
+        new_label: row -> class, for those that a person gave another one.
+    """
+
+    keep: npt.NDArray[np.bool_]
+    reason: Ints
+    reasons: list[str]
+    value: Floats
+    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    new_label: dict[int, str] = field(default_factory=dict)
+
+    def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
+        """Write the list: image, label, keep, new_label, reason.
+
+        Args:
+            path: the file, replaced if it is there.
+            scores: whose images these are.
+            relabelled: whether the run had other labels than its data: then every row says the label, so that the list
+                is the one of `--data.relabel` too.
+
+        Raises:
+            UserError: if it can't be written.
+        """
+
+        def rows(part: slice) -> Iterator[list[Any]]:
+            for row in range(part.start, part.stop):
+                label = scores.labels[row]
+                new = self.new_label.get(row, label if relabelled else "")
+                value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
+                rank = self.rank[row] if len(self.rank) else 0
+                reason = self.reasons[self.reason[row]].format(value=value, rank=rank)
+                keep = YES if self.keep[row] else NO
+                yield [csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason]
+
+        try:
+            write_text_atomic(path, _csv_text(LIST_HEAD, len(self.keep), rows))
+        except OSError as error:
+            raise UserError(f"{path} can't be written ({error.strerror}): give --out another file.") from error
+
+
+def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0) -> Kept:
+    """Choose by a score.
+
+    Args:
+        scores: of the training images.
+        by: one of `METHODS`, but `decisions`.
+        share: of the scored images to keep, in (0, 1].
+        hardest: β of `ccs`.
+        seed: of what is drawn, and of ties.
+
+    Raises:
+        UserError: if nothing was scored, or β leaves fewer images than are to be kept.
+    """
+    known, n = scores.scores, len(scores.images)
+    scored = np.flatnonzero(scores.visits > 0)
+    if not len(scored):
+        raise UserError("The scores are of no image: the training has made no step.")
+    count = max(1, round(share * len(scored)))
+    # value [n]: the higher the sooner kept
+    value = known.get("aum" if by == "ccs" else by, np.zeros(n, np.float32))
+    if by == "loss":
+        value = -known["loss_mean"]
+    if by == "forgetting":
+        value = np.where(known["correct"] == 0, np.float32(np.inf), value)
+    draw = np.random.default_rng(seed).permutation(len(scored))
+    # The last key decides first; equal values stand in the order of the draw.
+    order = scored[np.lexsort((draw, -value[scored]))]
+    found = Kept(np.zeros(n, bool), np.zeros(n, np.int64), [], value, np.zeros(n, np.int64))
+    if by == "ccs":
+        chosen = _from_strata(found, order, count, hardest, seed)
+    else:
+        chosen = order[:count]
+        said = "drawn" if by == "random" else f"{by} {{value}}"
+        found.reasons = [f"{said}: rank {{rank}} of {len(scored):,}"]
+    found.value = known["loss_mean"] if by == "loss" else value
+    found.keep[chosen] = True
+    found.rank[order] = np.arange(1, len(order) + 1)
+    never = scores.visits == 0
+    labels, _ = class_numbers(scores.labels)
+    classes, first = np.unique(labels[order], return_index=True)  # the first in `order` of each class
+    empty = np.bincount(labels[found.keep | never], minlength=labels.max() + 1)[classes] == 0
+    for rows, reason in (
+        (np.flatnonzero(never), "never visited, so it has no score"),
+        (order[first[empty]], "the last of its class"),
+    ):
+        found.keep[rows] = True
+        found.reason[rows] = len(found.reasons)
+        found.reasons.append(reason)
+    return found
+
+
+def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int) -> Ints:
+    """CCS: the images to keep, of those in `order`, by falling AUM; the reasons go into `found`."""
+    aum, left = found.value, order[: len(order) - int(hardest * len(order))]
+    if len(left) < count:
+        raise UserError(
+            f"--hardest {hardest:g} drops more than --keep allows: {len(left):,} images are left and {count:,} are to "
+            "be kept. Lower one of them."
+        )
+    low, high = float(aum[left].min()), float(aum[left].max())
+    width = (high - low) / _STRATA or 1.0
+    stratum = np.minimum((aum[left] - low) / width, _STRATA - 1).astype(np.int64)
+    sizes = np.bincount(stratum, minlength=_STRATA)
+    generator, budget, drawn = np.random.default_rng(seed), count, {}
+    filled = [int(each) for each in np.argsort(sizes, kind="stable") if sizes[each]]
+    for done, each in enumerate(filled):  # the smallest first: what it can't give, the others do
+        members = left[stratum == each]
+        drawn[each] = generator.permutation(members)[: budget // (len(filled) - done)]
+        budget -= len(drawn[each])
+    found.reasons = [f"aum {{value}}: among the {hardest:.0%} with the lowest", *(
+        f"aum {{value}}: stratum {each + 1} of {_STRATA}, {len(drawn.get(each, ()))} of {sizes[each]} drawn"
+        for each in range(_STRATA)
+    )]  # fmt: skip
+    found.reason[left] = 1 + stratum
+    return np.concatenate(list(drawn.values()))
+
+
+def decide(scores: Scores, path: Path) -> Kept:
+    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label.
+
+    Raises:
+        UserError: if the file can't be used, or drops all images of a class.
+    """
+    classes = {csv_name(label) for label in scores.labels}
+
+    def decision(row: Mapping[str, str]) -> tuple[int, str]:
+        if row[DECISION] not in DECISIONS:
+            raise ValueError(f"decision is {row[DECISION]!r} and must be one of {', '.join(DECISIONS)}")
+        new = csv_name(row.get(NEW_LABEL, "")) if row[DECISION] == "relabel" else ""
+        if new not in classes and row[DECISION] == "relabel":
+            raise ValueError(f"new_label is {new!r}, and the training images have no such class")
+        return DECISIONS.index(row[DECISION]), new
+
+    listed = read_list(path, DECISION, decision, "--decisions")
+    row_of = {csv_name(image): row for row, image in enumerate(scores.images)}
+    if strange := len(listed.keys() - row_of.keys()):
+        raise UserError(f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own.")
+    n = len(scores.images)
+    reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]
+    found = Kept(np.ones(n, bool), np.full(n, len(DECISIONS)), reasons, np.zeros(n, np.float32))
+    for image, (what, new) in listed.items():
+        found.reason[row_of[image]] = what
+        if new:
+            found.new_label[row_of[image]] = new
+    found.keep = found.reason != DECISIONS.index("drop")
+    for name, before, after in class_shares(scores, found):
+        if before and not after:
+            raise UserError(f"{path} leaves no image of the class {name!r}: keep some of it.")
+    return found
+
+
+class Share(NamedTuple):
+    """A class or an expert: its name, and its share of the images or choices before and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+def class_numbers(labels: Sequence[str]) -> tuple[Ints, list[str]]:
+    """[n] numbers of the classes, and their names in the order in which they occur."""
+    numbers: dict[str, int] = {}
+    found = np.fromiter((numbers.setdefault(label, len(numbers)) for label in labels), np.int64, len(labels))
+    return found, list(numbers)
+
+
+def class_shares(scores: Scores, kept: Kept) -> list[Share]:
+    """Share of the images of each class, under the labels before and after."""
+    numbers, names = class_numbers([*scores.labels, *kept.new_label.values()])
+    before = numbers[: len(scores.labels)]
+    after = before.copy()
+    after[list(kept.new_label)] = numbers[len(scores.labels) :]
+    shares = [np.bincount(each, minlength=len(names)) / max(1, len(each)) for each in (before, after[kept.keep])]
+    return sorted(map(Share, names, *(each.tolist() for each in shares)))
+
+
+def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
+    """Share of the choices of its layer that each expert computes; none without routing."""
+    found = []
+    for block, shares in scores.experts.items():
+        routed = ~np.isnan(shares[:, 0])
+        if (routed & keep).any():
+            both = [shares[chosen].mean(0, dtype=np.float64).tolist() for chosen in (routed, routed & keep)]
+            found += [Share(f"L{block}.E{expert}", *each) for expert, each in enumerate(zip(*both, strict=True))]
+    return found
+
+
+def starved(shares: Sequence[Share], what: str) -> list[str]:
+    """A sentence for each whose share has fallen by more than half."""
+    return [
+        f"{what} {share.name} starves: its share falls from {share.before:.1%} to {share.after:.1%}"
+        for share in shares
+        if share.after < _STARVED * share.before
+    ]
+
+
+def shares_table(shares: Sequence[Share], what: str) -> list[str]:
+    """Lines of a table; of many only those that lose most."""
+    rows = list(shares)
+    if len(rows) > _MAX_ROWS:
+        rows = sorted(rows, key=lambda share: share.after / share.before if share.before else 1.0)[:_MAX_ROWS]
+    left_out = len(shares) - len(rows)
+    width = max([len(what), *(len(share.name) for share in rows)])
+    lines = [f"{what:<{width}}   before    after"]
+    lines += [f"{share.name:<{width}} {share.before:>8.1%} {share.after:>8.1%}" for share in rows]
+    return lines + ([f"and {left_out:,} that lose less"] if left_out else [])
+
+
+# ---- what lists do to a split
+
+
+def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], T], option: str) -> dict[str, T]:
+    """Read a list of images.
+
+    Args:
+        path: the CSV.
+        column: which it must have, besides `image`; `keep` may be absent.
+        meaning: what a row says; raises ValueError if it says nothing that can be used.
+        option: who asked for it, for messages.
+
+    Returns:
+        What is said of each image, by its name as `csv_name` writes it.
+
+    Raises:
+        UserError: if it can't be read, or lists an image twice.
+    """
+    found: dict[str, T] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, restval="", strict=True)
+            if missing := {"image", *({column} - {KEEP})} - set(rows.fieldnames or ()):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            for line, row in enumerate(rows, start=2):
+                name = csv_name(row["image"])
+                if name in found:
+                    raise ValueError(f"it lists {name!r} twice: keep one of the rows")
+                try:
+                    found[name] = meaning(row)
+                except ValueError as error:
+                    raise ValueError(f"line {line}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{option}: {path} can't be read ({error.strerror}): give a CSV file.") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{option}: {path} can't be used: {error}.") from error
+    return found
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Files that say which training images are used, and as what.
+
+    Attributes:
+        keep: list of images to keep; None keeps all.
+        relabel: list of images with another class; None changes none.
+    """
+
+    keep: Path | None = None
+    relabel: Path | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything was chosen."""
+        return self.keep is not None or self.relabel is not None
+
+    def apply(self, splits: Splits, class_names: Sequence[str]) -> Splits:
+        """The split with the chosen training images under their new labels; its other parts are as they were.
+
+        Raises:
+            UserError: if a file can't be read, names an image that isn't in the training set or a class that the data
+                haven't, or leaves a class without a training image.
+        """
+        number_of = {csv_name(name): number for number, name in enumerate(class_names)}
+
+        def new_label(row: Mapping[str, str]) -> int | None:
+            name = csv_name(row[NEW_LABEL])
+            if name and name not in number_of:
+                raise ValueError(f"the data have no class {name!r} ({', '.join(list(number_of)[:8])})")
+            return number_of.get(name)
+
+        def is_kept(row: Mapping[str, str]) -> bool:
+            if DECISION in row:
+                raise ValueError(
+                    "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a "
+                    "list of such a file"
+                )
+            answer = row.get(KEEP, YES)
+            if answer not in (YES, NO):
+                raise ValueError(f"keep is {answer!r} and must be {YES} or {NO}")
+            return answer == YES
+
+        if self.relabel is not None:
+            train = splits.samples["train"]
+            labels = _of_training_images(self.relabel, NEW_LABEL, new_label, "--data.relabel", splits)
+            if not any(label is not None for label in labels):
+                raise UserError(f"--data.relabel: {self.relabel} gives no image a new label: leave it out.")
+            new = [
+                each if label is None else Sample(each.sample_id, label)
+                for each, label in zip(train, labels, strict=True)
+            ]
+            changed = sum(each.label != other.label for each, other in zip(new, train, strict=True))
+            note = f"{changed:,} with another label by {self.relabel.name}"
+            splits = _with_train(splits, new, note, class_names, self.relabel)
+        if self.keep is not None:
+            train = splits.samples["train"]
+            kept = [bool(each) for each in _of_training_images(self.keep, KEEP, is_kept, "--data.keep", splits)]
+            left_out = list(compress(train, (not each for each in kept)))
+            found = replace(splits, unused=[*splits.unused, *left_out])
+            note = f"{len(left_out):,} left out by {self.keep.name}"
+            splits = _with_train(found, list(compress(train, kept)), note, class_names, self.keep)
+        return splits
+
+
+def _with_train(splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path) -> Splits:
+    before, after = ({sample.label for sample in members} for members in (splits.samples["train"], train))
+    if lost := sorted(before - after):
+        raise UserError(f"{path} leaves the class {class_names[lost[0]]!r} without a training image: keep some of it.")
+    notes = splits.notes | {"train": f"{splits.notes['train']}, {note}"}
+    return replace(splits, samples=splits.samples | {"train": train}, notes=notes)
+
+
+def _of_training_images(
+    path: Path, column: str, meaning: Callable[[Mapping[str, str]], T], option: str, splits: Splits
+) -> list[T | None]:
+    """What the file says of each training image; None where it says nothing."""
+    listed = read_list(path, column, meaning, option)
+    names = [csv_name(sample.sample_id) for sample in splits.samples["train"]]
+    known = set(names)
+    if strangers := [name for name in listed if name not in known]:
+        parts = {**splits.samples, "no split": splits.unused}
+        place = next((s for s, part in parts.items() if any(csv_name(e.sample_id) == strangers[0] for e in part)), None)
+        where = f"it is in {place}" if place else "the data have no such image"
+        raise UserError(
+            f"{option}: {path} lists {len(strangers):,} images that are not among the training images, the first is "
+            f"{strangers[0]!r} ({where}): give a list of these data in this split (--data.seed and the fractions "
+            "decide it)."
+        )
+    return [listed.get(name) for name in names]

@@ -1,13 +1,22 @@
 """Images in tar shards (the WebDataset format), read at random through an index.
 
-A shard is an uncompressed tar that holds each image as ``KEY.jpg`` (or another ending) and its class beside it, as
-``KEY.cls`` or ``KEY.json``. Other programs read shards from front to back and shuffle in a buffer; here an index of
-(shard, offset, size) per image lets `os.pread` fetch any of them, so that the order, the augmentation and an exact
-resume are those of a folder. What `moevision data shard` writes (``shard_writer.py``) keeps the sample ids, the classes
-and the order of its source in the index. Shards that others made are indexed once by their headers
-(``shard_scan.py``). Local and mounted storage only.
+A shard is an uncompressed tar that holds each image as ``KEY.jpg`` (or another ending) and its class as ``KEY.cls``.
+Other programs read shards from front to back and shuffle in a buffer; here an index of (shard, offset, size) per image
+lets `os.pread` fetch any of them, so that order, augmentation and an exact resume are those of a folder. The index
+keeps the sample ids, the classes and the order of the source. Local and mounted storage only.
 
-Source of the format: webdataset (github.com/webdataset/webdataset), ``tariterators.py``.
+`write_shards` makes the same bytes each time and goes on after a kill. Which image goes where follows from the dataset
+alone: images go into the shards of their split in the order of a hash of their names; an image's key is its place in
+the dataset's order. When a shard is on the disk, the journal says its SHA-256 and what it was made from; started again,
+the writer keeps each shard that was made from the same images and still has its hash. The index takes the journal's
+place at the end, so that a folder with an index is complete.
+
+`read_tars` reads tars that others made, to be written as shards: members belong together if their names agree up to the
+first dot of the last part (``a/b.jpg``, ``a/b.cls``, ``a/b.json``). The class is the number or word in ``.cls``, or
+"label" of ``.json``; the split is a word in the name of the tar or of its folder.
+
+Sources: webdataset (github.com/webdataset/webdataset), ``tariterators.py`` (`base_plus_ext`); POSIX.1-2001 pax, "ustar
+Interchange Format" (two blocks of zeros end a tar).
 """
 
 from __future__ import annotations
@@ -16,28 +25,57 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
+import tarfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from moevision.data.images import MAX_BYTES, BadImageError, safe_open
-from moevision.data.sources import SPLIT_NAMES, Collection, Sample, access_advice, subfolders
+from moevision.data.collection import (
+    SPLIT_NAMES,
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    check_distinct,
+    check_splits,
+    told_apart,
+    words_of,
+)
+from moevision.data.folder import subfolders
+from moevision.data.images import IMAGE_SUFFIXES, MAX_BYTES, BadImageError, safe_open
 from moevision.errors import UserError
-from moevision.files import file_sha256, write_text_atomic
-from moevision.names import json_text, name_bytes
+from moevision.files import (
+    file_sha256,
+    make_folder,
+    remove_leftovers,
+    sync_folder,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+from moevision.names import json_text, name_bytes, shown
 
 INDEX: Final = "moevision-index.json"
 JOURNAL: Final = "moevision-unfinished.json"
 """What `moevision data shard` has written so far; the index takes its place at the end."""
 _FORMAT: Final = 1
+_JOURNAL_MARK: Final = "moevision_unfinished_shards"
 _OPEN_FILES: Final = 128  # ImageNet has 1,088 shards, and a process may often open no more than 1,024 files
+_OWN_NAME: Final = re.compile(r"(all|train|val|test)-\d{5,}\.tar")  # nothing else is ever deleted
+_ENDINGS: Final = (
+    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"),
+    (b"II*\x00", "tif"), (b"MM\x00*", "tif"),
+)  # fmt: skip
 
 
 @dataclass
@@ -47,15 +85,15 @@ class Shard:
     Attributes:
         file: path relative to the folder of the shards, with forward slashes.
         bytes: its size.
-        sha256: of the whole tar, in hexadecimal; empty for tars that were only scanned.
-        plan: what it was made from, see `shard_writer`; empty for scanned ones.
-        modified_ns: time of change when it was scanned; 0 for those that we wrote.
+        sha256: of the whole tar, in hexadecimal.
+        plan: SHA-256 over names, labels, sizes and times of change of the images that it was made from.
+        modified_ns: always 0; version 0.1 kept the time of change of tars that others made.
     """
 
     file: str
     bytes: int
-    sha256: str = ""
-    plan: str = ""
+    sha256: str
+    plan: str
     modified_ns: int = 0
 
 
@@ -79,6 +117,10 @@ class Rows:
     sizes: list[int] = field(default_factory=list)
     columns: dict[str, list[str]] = field(default_factory=dict)
 
+    def samples(self) -> list[Sample]:
+        """The images as a collection lists them."""
+        return [Sample(*row) for row in zip(self.ids, self.labels, strict=True)]
+
 
 @dataclass
 class Index:
@@ -89,7 +131,7 @@ class Index:
         shards: the tars.
         splits: rows by "train", "val" and "test", or all under "all".
         group_column: the column whose equal values are kept in one split, if the source had one.
-        notes: sentences about what was left out while scanning.
+        notes: sentences about what was left out of the source.
     """
 
     class_names: list[str]
@@ -97,11 +139,6 @@ class Index:
     splits: dict[str, Rows]
     group_column: str | None = None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def scanned(self) -> bool:
-        """Whether it was made from tars that others wrote."""
-        return any(not shard.sha256 for shard in self.shards)
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
@@ -131,7 +168,7 @@ def read_index(path: Path) -> Index:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} can't be read as an index of shards ({type(error).__name__}): delete it, and run `moevision data "
-            "shard` again for shards that it wrote."
+            "shard` again."
         ) from error
     return index
 
@@ -140,8 +177,8 @@ def _check_index(index: Index) -> None:
     """Every row lies in a shard of the folder, and has a class; raises ValueError."""
     for shard in index.shards:
         path = Path(shard.file)
-        if path.is_absolute() or ".." in path.parts or "\\" in shard.file:
-            raise ValueError(f"{shard.file} leads out of the folder")
+        if path.is_absolute() or ".." in path.parts or "\\" in shard.file or not shard.sha256:
+            raise ValueError(f"{shard.file} leads out of the folder, or wasn't written by moevision")
     ends = np.array([shard.bytes for shard in index.shards], np.int64)
     for rows in index.splits.values():
         where, start, size, label = (
@@ -160,103 +197,38 @@ def _check_index(index: Index) -> None:
         raise ValueError("an id that stands twice")
 
 
-# ---- finding and opening
-
-
-def tars_in(folder: Path) -> list[Path]:
-    """The tars of a folder and of its train, val and test folders, in order."""
-    places = [folder, *(below for below in subfolders(folder) if below.name.lower() in SPLIT_NAMES)]
-    return sorted(
-        entry for place in places for entry in place.iterdir() if entry.suffix == ".tar" and entry.name[0] not in "._"
-    )
-
-
-def is_shards(folder: Path) -> bool:
-    """Whether a folder holds shards: an index, or tars and no folders of classes (an archive may lie beside those)."""
-    with access_advice(folder):
-        return _is_shards(folder)
-
-
-def _is_shards(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if (folder / INDEX).is_file() or (folder / JOURNAL).is_file():
-        return True
-    split_folders = [below for below in subfolders(folder) if below.name.lower() in SPLIT_NAMES]
-    if len(split_folders) < len(subfolders(folder)) or any(map(subfolders, split_folders)):
-        return False
-    return bool(tars_in(folder))
-
-
-def open_shards(folder: Path) -> ShardCollection:
-    """Open a folder of shards, ours or others'.
-
-    Args:
-        folder: the tars, and the index if there is one.
+def find_index(folder: Path) -> Index:
+    """The index of a folder of shards that is complete: every shard is there, as large as it was.
 
     Raises:
-        UserError: if shards are missing, damaged, changed or without labels; the sentence says what to do.
+        UserError: if shards are missing, damaged or changed; the sentence says what to do.
     """
-    index = find_index(folder)
-    samples = {
-        split: [Sample(*row) for row in zip(rows.ids, rows.labels, strict=True)] for split, rows in index.splits.items()
-    }
-    return ShardCollection(
-        index.class_names, samples, index.notes, index.group_column, ShardFiles(folder, index.shards), _places(index),
-        {name: _column(index, name) for rows in index.splits.values() for name in rows.columns},
-    )  # fmt: skip
-
-
-def find_index(folder: Path) -> Index:
-    """The index of a folder, made now if others' tars have none or have changed since; see `open_shards`."""
-    from moevision.data import shard_scan  # which imports this module
-
     if (folder / JOURNAL).is_file():
         raise UserError(f"{folder} isn't finished: run `moevision data shard` again as before, and it goes on.")
-    cached = shard_scan.cache_file(folder)
-    path = folder / INDEX if (folder / INDEX).is_file() else cached
-    if not path.is_file():
-        return shard_scan.index_others(folder)
-    index = read_index(path)
-    if index.scanned and shard_scan.has_changed(folder, index, path):
-        return shard_scan.index_others(folder)
-    _check_sizes(folder, index, path)
-    return index
-
-
-def _check_sizes(folder: Path, index: Index, path: Path) -> None:
-    """Every shard is there, as large as it was."""
+    index = read_index(folder / INDEX)
     for shard in index.shards:
         file = folder / shard.file
         try:
             size = os.stat(file).st_size
         except OSError as error:
-            hint = f", or delete {path} to go without it" if index.scanned else ""
             raise UserError(
-                f"The shard {file} is missing ({error.strerror}), and {path} names it: bring it back{hint}."
+                f"The shard {file} is missing ({error.strerror}), and {folder / INDEX} names it: bring it back."
             ) from error
-        if size < shard.bytes:
-            raise UserError(f"The shard {file} is cut short: it has {size:,} of {shard.bytes:,} bytes; copy it again.")
-        if size > shard.bytes:
+        if size != shard.bytes:
+            what = "is cut short" if size < shard.bytes else "was changed"
             raise UserError(
-                f"The shard {file} was changed: it has {size:,} bytes, and {shard.bytes:,} when {path} was written; "
-                "copy it again, or write it anew with `moevision data shard`."
+                f"The shard {file} {what}: it has {size:,} of {shard.bytes:,} bytes; copy it again, or write it anew "
+                "with `moevision data shard`."
             )
+    return index
 
 
 def verify(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
-    """Compare every shard with the SHA-256 in its index.
+    """Compare every shard with the SHA-256 in its index; raises UserError if one differs or is missing.
 
-    Args:
-        folder: shards that `moevision data shard` wrote.
-        on_progress: called with the number of bytes read since the last call.
-
-    Raises:
-        UserError: if one differs, is missing, or the index has no hashes.
+    ``on_progress`` is called with the number of bytes read since the last call.
     """
     index = find_index(folder)
-    if index.scanned:
-        raise UserError(f"{folder} has no hashes to check: its tars weren't written by `moevision data shard`.")
     for shard in index.shards:
         if file_sha256(folder / shard.file, on_progress) != shard.sha256:
             raise UserError(
@@ -281,77 +253,39 @@ class _Descriptor:
 
 
 class ShardFiles:
-    """The bytes of a folder of shards; may be used by several threads, and in worker processes."""
+    """The bytes of a folder of tars; may be used by several threads, and in worker processes."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Nothing is opened yet."""
-        self.folder = folder
-        self.names = [shard.file for shard in shards]
+        self.folder, self.names = folder, list(names)
         self._opened = lru_cache(_OPEN_FILES)(_Descriptor)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard, fewer where it ends early; raises OSError."""
+        """Bytes of a tar, fewer where it ends early; raises OSError."""
+        path = self.folder / self.names[shard]
         if sys.platform == "win32":  # which has no pread
-            with (self.folder / self.names[shard]).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(offset)
                 return file.read(size)
-        return os.pread(self._opened(self.folder / self.names[shard]).number, size, offset)
+        return os.pread(self._opened(path).number, size, offset)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Without open files, for workers that aren't forked."""
-        return {"folder": self.folder, "names": self.names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open anew."""
-        self.__dict__.update(state)
-        self._opened = lru_cache(_OPEN_FILES)(_Descriptor)
-
-
-Places = tuple[dict[str, int], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Row by sample id; shard, offset and size by row."""
-
-
-def _places(index: Index) -> Places:
-    everything = list(index.splits.values())
-    shards, offsets, sizes = (
-        np.concatenate([np.array(part, np.int64) for part in parts] or [np.zeros(0, np.int64)])
-        for parts in zip(*((rows.shards, rows.offsets, rows.sizes) for rows in everything), strict=True)
-    )
-    ids = (name for rows in everything for name in rows.ids)
-    return {name: row for row, name in enumerate(ids)}, shards.astype(np.int32), offsets, sizes
-
-
-def _column(index: Index, name: str) -> dict[str, str]:
-    """Values of a column by sample id."""
-    return {
-        sample_id: value
-        for rows in index.splits.values()
-        for sample_id, value in zip(rows.ids, rows.columns.get(name, [""] * len(rows.ids)), strict=True)
-    }
+        return type(self), (self.folder, self.names)
 
 
 @dataclass
 class ShardCollection(Collection):
-    """Images in tar shards, each read by one `pread`."""
+    """Images in tars, each read by one `pread`; ``row`` by sample id, and [n, 3] tar, offset and size by row."""
 
     files: ShardFiles = field(default_factory=lambda: ShardFiles(Path(), ()))
-    places: Places = field(default_factory=lambda: _places(Index([], [], {"all": Rows()})))
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def _read(self, sample: Sample, start: int = 0, size: int | None = None) -> bytes:
-        """Stored bytes, all of them or so many from ``start``; raises OSError where the shard can't be read."""
-        row_of, shards, offsets, sizes = self.places
-        row = row_of[sample.sample_id]
-        size = int(sizes[row]) if size is None else size
-        found = self.files.read(int(shards[row]), int(offsets[row]) + start, min(size, MAX_BYTES + 1))
-        if len(found) < min(size, MAX_BYTES + 1):
-            raise OSError(f"{self.files.names[shards[row]]} was cut short; copy it again")
-        return found
+    row: dict[str, int] = field(default_factory=dict)
+    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the stored bytes through `safe_open`."""
         try:
-            stored = io.BytesIO(self._read(sample))
+            stored = io.BytesIO(self.stored(sample))
         except OSError as error:
             raise BadImageError(sample.sample_id, f"its shard can't be read ({error})") from error
         stored.name = sample.sample_id
@@ -359,31 +293,417 @@ class ShardCollection(Collection):
 
     def size_bytes(self, sample: Sample) -> int:
         """Number of stored bytes."""
-        return int(self.places[3][self.places[0][sample.sample_id]])
-
-    def probe(self, sample: Sample) -> bytes:
-        """1 KiB from the middle of an image of 64 KiB or more, as of a file."""
-        half = self.size_bytes(sample) // 2
-        try:
-            return b"" if half < 32 * 1024 else self._read(sample, half, 1024)
-        except OSError:
-            return b""
-
-    def digest(self, sample: Sample) -> bytes:
-        """SHA-256 of the stored bytes; an unreadable image is unlike any other (opening it will say why)."""
-        try:
-            return hashlib.sha256(self._read(sample)).digest()
-        except OSError:
-            return hashlib.sha256(name_bytes(sample.sample_id)).digest()
+        return int(self.places[self.row[sample.sample_id], 2])
 
     def stored(self, sample: Sample) -> bytes:
         """The stored bytes."""
-        return self._read(sample)
+        return self.read_part(sample, 0, self.size_bytes(sample))
 
-    def column(self, name: str) -> Mapping[str, str] | None:
-        """Values by sample id of a column that the shards' source had."""
-        return self.columns.get(name)
+    def read_part(self, sample: Sample, start: int, size: int) -> bytes:
+        """Without reading the rest."""
+        tar, offset, _ = self.places[self.row[sample.sample_id]].tolist()
+        found = self.files.read(tar, offset + start, min(size, MAX_BYTES + 1))
+        if len(found) < min(size, MAX_BYTES + 1):
+            raise OSError(f"{self.files.names[tar]} was cut short; copy it again")
+        return found
 
-    def column_names(self) -> Iterator[str]:
-        """Columns that the shards' source had."""
-        yield from self.columns
+
+def open_shards(folder: Path) -> ShardCollection:
+    """Open a folder of shards that `write_shards` wrote; raises UserError as `find_index`."""
+    index = find_index(folder)
+    columns: dict[str, dict[str, str]] = defaultdict(dict)
+    for rows in index.splits.values():
+        for name, values in rows.columns.items():
+            columns[name] |= zip(rows.ids, values, strict=True)
+    found = _collection(folder, [shard.file for shard in index.shards], index.class_names, index.splits, index.notes)
+    found.group_column, found.columns = index.group_column, dict(columns)
+    return found
+
+
+def _collection(
+    folder: Path, files: Sequence[str], class_names: list[str], splits: Mapping[str, Rows], notes: list[str]
+) -> ShardCollection:
+    parts = [np.array([rows.shards, rows.offsets, rows.sizes], np.int64).reshape(3, -1).T for rows in splits.values()]
+    ids = (name for rows in splits.values() for name in rows.ids)
+    return ShardCollection(
+        class_names,
+        {split: rows.samples() for split, rows in splits.items()},
+        notes,
+        files=ShardFiles(folder, files),
+        row={name: row for row, name in enumerate(ids)},
+        places=np.concatenate(parts) if parts else np.zeros((0, 3), np.int64),
+    )
+
+
+# ---- writing
+
+
+class ShardPlan(NamedTuple):
+    """One shard to be: its name and split, its images with their places in the split's order, and the hash of this."""
+
+    file: str
+    split: str
+    images: list[tuple[int, Sample]]
+    made_from: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_shards` did.
+
+    Attributes:
+        index: of the finished folder.
+        kept: number of shards that were there, whole and made from the same images.
+        changed: files that had been finished before, and no longer had their hash.
+    """
+
+    index: Index
+    kept: int
+    changed: list[str]
+
+
+def write_shards(
+    collection: Collection,
+    out: Path,
+    *,
+    shard_bytes: int = 256 * 2**20,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Written:
+    """Write a dataset as shards, or go on with that.
+
+    Args:
+        collection: the dataset.
+        out: a new folder, or one that this function has written to.
+        shard_bytes: a shard is closed when its images have so many bytes.
+        on_progress: called with the number of images that are done since the last call.
+
+    Raises:
+        UserError: if the folder holds something else or can't be written to, or an image can't be read.
+    """
+    if isinstance(collection, DrawnCollection):
+        raise UserError("synthetic_pets is drawn when it is opened: there are no files to put into shards.")
+    try:
+        before = _begin(out)
+        plans = _plan(collection, shard_bytes)
+        done: dict[str, Shard] = {}
+        changed: list[str] = []
+        for plan in plans:
+            shard, file = before.get(plan.file), out / plan.file
+            if shard is None or shard.plan != plan.made_from:
+                continue
+            if file.is_file() and file.stat().st_size == shard.bytes and file_sha256(file) == shard.sha256:
+                done[plan.file] = shard
+                on_progress(len(plan.images))
+            else:
+                changed.append(plan.file)
+        kept = len(done)
+        if (out / INDEX).exists() and kept < len(plans):  # no longer true from here on
+            _write_journal(out, before)
+            (out / INDEX).unlink()
+        for plan in plans:
+            if plan.file not in done:
+                done[plan.file] = _write_shard(collection, plan, out, on_progress)
+                _write_journal(out, {**before, **done})
+        for name in before.keys() - done.keys():
+            (out / name).unlink(missing_ok=True)
+        index = _make_index(collection, plans, [done[plan.file] for plan in plans], out)
+        index.write(out / INDEX)
+        (out / JOURNAL).unlink(missing_ok=True)
+        sync_folder(out)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out} can't be read or written ({error.strerror or error}): mend that and start again; "
+            "finished shards are kept."
+        ) from error
+    return Written(index, kept, changed)
+
+
+def _begin(out: Path) -> dict[str, Shard]:
+    """What was finished before, by name; makes the folder; raises UserError if it holds something else."""
+    make_folder(out)
+    remove_leftovers(out)
+    finished: list[Shard] = []
+    if (out / JOURNAL).is_file():
+        try:
+            held = json.loads((out / JOURNAL).read_text(encoding="utf-8"))[_JOURNAL_MARK]
+            finished = [Shard(**shard) for shard in held]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{out / JOURNAL} is damaged: delete it to write every shard anew.") from error
+    elif (out / INDEX).is_file():
+        finished = read_index(out / INDEX).shards
+    elif any(out.iterdir()):
+        raise UserError(f"{out} holds something else: give --out a new folder.")
+    else:
+        _write_journal(out, {})  # from now on the folder is known as ours, whatever a kill leaves in it
+    return {shard.file: shard for shard in finished if _OWN_NAME.fullmatch(shard.file)}
+
+
+def _write_journal(out: Path, done: dict[str, Shard]) -> None:
+    write_json_atomic(out / JOURNAL, {_JOURNAL_MARK: [asdict(shard) for shard in done.values()]})
+
+
+def _plan(collection: Collection, shard_bytes: int) -> list[ShardPlan]:
+    """Which image goes into which shard; see the head of this file."""
+    plans: list[ShardPlan] = []
+    for split, samples in collection.given.items():
+        left = list(enumerate(samples))
+        left.sort(key=lambda each: hashlib.sha256(name_bytes(each[1].sample_id)).digest(), reverse=True)
+        number = 0
+        while left:
+            images: list[tuple[int, Sample]] = []
+            size, made_from = 0, hashlib.sha256(split.encode())
+            while left and (size < shard_bytes or not images):
+                place, sample = left.pop()
+                images.append((place, sample))
+                size += collection.size_bytes(sample)
+                made_from.update(name_bytes(json.dumps((place, *sample, *_state(collection, sample)))))
+            plans.append(ShardPlan(f"{split}-{number:05d}.tar", split, images, made_from.hexdigest()))
+            number += 1
+    return plans
+
+
+def _state(collection: Collection, sample: Sample) -> tuple[int, int]:
+    """Size and time of change of an image; 0 as the time where there are no files."""
+    if isinstance(collection, FileCollection):
+        found = os.stat(collection.root / sample.sample_id)
+        return found.st_size, found.st_mtime_ns
+    return collection.size_bytes(sample), 0
+
+
+def _write_shard(collection: Collection, plan: ShardPlan, out: Path, on_progress: Callable[[int], None]) -> Shard:
+    """The same bytes for the same images, whoever writes them and when."""
+    digest, size = hashlib.sha256(), 0
+
+    def parts() -> Iterator[bytes]:
+        nonlocal size
+        for place, sample in plan.images:
+            part = b""
+            for name, content in _files_of(collection, place, sample):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                part += member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+            digest.update(part)
+            size += len(part)
+            yield part
+            on_progress(1)
+        # Two blocks of zeros are the end, and tar fills its last record.
+        end = bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
+        digest.update(end)
+        size += len(end)
+        yield end
+
+    write_bytes_atomic(out / plan.file, parts())
+    return Shard(plan.file, size, digest.hexdigest(), plan.made_from)
+
+
+def _files_of(collection: Collection, place: int, sample: Sample) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
+    """Name and bytes of an image's class and of the image."""
+    try:
+        data = collection.stored(sample)
+    except (OSError, BadImageError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UserError(
+            f"The image {sample.sample_id} can't be read ({reason}): mend or remove it and start again; finished "
+            "shards are kept."
+        ) from error
+    # The first bytes name the kind, as `safe_open` goes by them; of damaged ones the file's own ending does.
+    own = PurePosixPath(sample.sample_id).suffix.lower().removeprefix(".")
+    ending = next((ending for magic, ending in _ENDINGS if data.startswith(magic)), own or "jpg")
+    return (f"{place:08d}.cls", str(sample.label).encode()), (f"{place:08d}.{ending}", data)
+
+
+def _make_index(collection: Collection, plans: list[ShardPlan], shards: list[Shard], out: Path) -> Index:
+    """The index, with the places of the images as the tars' headers say them."""
+    columns = {name: collection.column(name) or {} for name in collection.column_names()}
+    splits: dict[str, Rows] = {}
+    for split, samples in collection.given.items():
+        ids, n = [sample.sample_id for sample in samples], len(samples)
+        rows = Rows(ids, [sample.label for sample in samples], [0] * n, [0] * n, [0] * n)
+        rows.columns = {name: [values.get(each, "") for each in ids] for name, values in columns.items()}
+        splits[split] = rows
+    for number, plan in enumerate(plans):
+        rows, places = splits[plan.split], set()
+        for member in members(out / plan.file):
+            key, _, ending = member.name.partition(".")
+            if ending != "cls":
+                place = int(key)
+                places.add(place)
+                rows.shards[place], rows.offsets[place], rows.sizes[place] = number, member.offset, member.size
+        if places != {place for place, _ in plan.images}:
+            raise UserError(f"{out / plan.file} was changed while it was written: start again.")
+    return Index(collection.class_names, shards, splits, collection.group_column)
+
+
+# ---- tars that others made
+
+Label = int | str
+
+
+class Member(NamedTuple):
+    """One file in a tar: its name, where its bytes begin, and how many they are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(tar: Path) -> Iterator[Member]:
+    """The files in a tar, in order; raises UserError if it isn't a tar, is compressed, damaged or cut short."""
+    size = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # which tarfile would keep
+                if member.issparse():
+                    raise UserError(f"{tar} holds a sparse file ({member.name}): make it anew without --sparse.")
+                if member.isreg() and member.offset_data + member.size <= size:
+                    yield Member(member.name.removeprefix("./"), member.offset_data, member.size)
+            end = archive.offset
+        with tar.open("rb") as file:  # tarfile takes whatever isn't a header for the end
+            file.seek(end)
+            block = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        if "end of data" not in str(error):
+            raise UserError(
+                f"{tar} is no uncompressed tar, or is damaged ({error}): unpack or copy it again."
+            ) from error
+        block = b""
+    except OSError as error:
+        raise UserError(f"{tar} can't be read ({error.strerror or error}): check its permissions.") from error
+    if len(block) < tarfile.BLOCKSIZE:
+        raise UserError(f"{tar} is cut short: it ends after {size:,} bytes without a tar's end; copy it again.")
+    if any(block):
+        raise UserError(f"{tar} is damaged at byte {end:,}, where a header should be: copy it again.")
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The tars of a folder and of its train, val and test folders, in order."""
+    places = [folder, *(below for below in subfolders(folder) if below.name.lower() in SPLIT_NAMES)]
+    return sorted(
+        entry for place in places for entry in place.iterdir() if entry.suffix == ".tar" and entry.name[0] not in "._"
+    )
+
+
+def read_tars(folder: Path) -> ShardCollection:
+    """Tars that others made, indexed by their headers in memory: a source for `write_shards`.
+
+    Raises:
+        UserError: if a tar is damaged or cut short, or there are no images with labels in them.
+    """
+    tars = tars_in(folder)
+    found: dict[str, list[tuple[int, str, Member, Label]]] = defaultdict(list)  # by split: tar, key, image, label
+    endings: Counter[str] = Counter()
+    unlabelled = 0
+    for number, (tar, split) in enumerate(zip(tars, _splits_of(folder, tars), strict=True)):
+        for key, image, label in _images(tar, endings):
+            unlabelled += label is None
+            if label is not None:
+                found[split].append((number, key, image, label))
+    if not found:
+        met = ", ".join(f"{count:,} x .{ending}" for ending, count in endings.most_common(5))
+        raise UserError(
+            f"The tars in {folder} hold {'images but no labels' if unlabelled else 'no images'} "
+            f"({met or 'no files with endings'}): each image KEY.jpg (or .png, .webp) needs its class beside it, "
+            'KEY.cls with a number or KEY.json with "label".'
+        )
+    used = {label for part in found.values() for *_, label in part}
+    numbered = all(isinstance(label, int) for label in used)  # words in order, if there are both
+    order = sorted(used, key=int) if numbered else sorted(used, key=str)
+    words = list(dict.fromkeys(map(str, order)))
+    index = {word: place for place, word in enumerate(words)}
+    keys: dict[Label, set[str]] = defaultdict(set)
+    for part in found.values():
+        for _, key, _, label in part:
+            match = re.fullmatch(r"(?:.*[/_])?(n\d{8})(?:[/_].*)?", key)
+            keys[label].add(match[1] if match else "")
+    names = _class_names(folder, [int(label) for label in order], keys) if numbered else words_of(words)
+    splits: dict[str, Rows] = {}
+    for split in (split for split in ("all", *SPLITS) if split in found):
+        rows = splits[split] = Rows()
+        for number, _, image, label in found[split]:
+            rows.ids.append(f"{tars[number].relative_to(folder).as_posix().removesuffix('.tar')}/{image.name}")
+            rows.labels.append(index[str(label)])
+            rows.shards.append(number)
+            rows.offsets.append(image.offset)
+            rows.sizes.append(image.size)
+    check_distinct(names)
+    check_splits({split: rows.samples() for split, rows in splits.items()}, names, str(folder))
+    images = unlabelled + sum(map(len, found.values()))
+    notes = [f"{unlabelled} of {images} images in the tars of {folder} have no label: left out"] if unlabelled else []
+    return _collection(folder, [tar.relative_to(folder).as_posix() for tar in tars], names, splits, notes)
+
+
+def _splits_of(folder: Path, tars: Sequence[Path]) -> list[str]:
+    """The split of every tar by its folder's name or a word in its own, or "all" for every one."""
+    splits = []
+    for tar in tars:
+        words = re.findall("[a-z]+", tar.stem.lower()) if tar.parent == folder else [tar.parent.name.lower()]
+        found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+        splits.append(found.pop() if len(found) == 1 else "all")
+    if "all" in splits and set(splits) != {"all"}:
+        raise UserError(
+            f"The name of {tars[splits.index('all')]} says no split, and other tars' names do: call all of them by "
+            "train, val or test (such as train-0001.tar), or none."
+        )
+    return splits
+
+
+def _images(tar: Path, endings: Counter[str]) -> Iterator[tuple[str, Member, Label | None]]:
+    """Key, image and label of each sample of a tar that has an image; ``endings`` counts what was met."""
+    samples: dict[str, dict[str, Member]] = defaultdict(dict)
+    for member in members(tar):
+        match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
+        if match is None or member.name.rpartition("/")[2].startswith("."):
+            continue
+        key, ending = match[1], match[2].lower()
+        endings[ending] += 1
+        if ending in samples[key]:
+            raise UserError(f"{tar} holds a .{ending} of {key!r} twice: keep one of them.")
+        samples[key][ending] = member
+    with tar.open("rb", buffering=0) as file:
+        for key, parts in samples.items():
+            image = next((member for ending, member in parts.items() if f".{ending}" in IMAGE_SUFFIXES), None)
+            if image is not None:
+                yield key, image, _label(parts, file, tar)
+
+
+def _label(parts: Mapping[str, Member], file: io.RawIOBase, tar: Path) -> Label | None:
+    """The label of a sample; None without one, and for -1, which stands for a hidden label."""
+    kind = next((ending for ending in ("cls", "json") if ending in parts), None)
+    if kind is None:
+        return None
+    file.seek(parts[kind].offset)
+    text = (file.read(min(parts[kind].size, 2**20)) or b"").decode("utf-8", errors="replace").strip()
+    label: Any = int(text) if kind == "cls" and re.fullmatch(r"-?\d{1,9}", text) else text
+    if kind == "json":
+        try:
+            label = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{tar} holds {parts[kind].name!r}, which is no JSON: mend or remove it.") from error
+        label = label.get("label") if isinstance(label, dict) else None
+    if label is None or label in (-1, ""):
+        return None
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise UserError(
+            f"{tar}: the label of {next(iter(parts.values())).name!r} is {label!r}; it must be one number or word: one "
+            "image has one label."
+        )
+    return label
+
+
+def _class_names(folder: Path, labels: Sequence[int], keys: Mapping[Label, set[str]]) -> list[str]:
+    """Names in words: a list of names beside the tars, a WordNet id in every key of a class, or the numbers."""
+    for name in ("classnames.txt", "classes.txt"):
+        if (folder / name).is_file():
+            names = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            if len(names) <= max(labels):
+                raise UserError(
+                    f"{folder / name} has {len(names)} names, and there is a label {max(labels)}: give every class a "
+                    "line, from label 0 on."
+                )
+            return told_apart([shown(names[label].strip()) for label in labels], labels)
+    # Keys without an id, such as those of a validation set, say nothing.
+    ids = [sorted(keys[label] - {""}) for label in labels]
+    if all(len(each) == 1 for each in ids) and len({each[0] for each in ids}) == len(labels):
+        return words_of([each[0] for each in ids])
+    return list(map(str, labels))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -21,9 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moevision.data.sources import SPLITS, Collection, Sample
+from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, read_csv, write_text_atomic
 from moevision.names import csv_name, name_bytes
 
 _UNUSED = "unused"  # known, and in no split
@@ -92,19 +91,21 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
         UserError: if a class has too few images (or groups) to be cut, or a split none of its own.
     """
     given = _merged(collection.given)
-    groups, warnings = group_samples(collection, given, cut.group_by, cut.check_duplicates)
-    together = _kept_together(collection, given, cut.group_by)
+    samples = [sample for part in given.values() for sample in part]
+    named, kind = _named_groups(collection, samples, cut.group_by)
+    together = f"Kept in one split: {kind}, {len(set(named.values())):,} groups." if kind else ""
+    groups, warnings = _with_copies(collection, samples, named, cut.check_duplicates)
     notes = split_origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
         if not cut.test_fraction:
             raise UserError("test_fraction 0 leaves nothing to test on: set --data.test_fraction above 0, or add test/")
         fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
-        parts = stratified_cut(given["all"], groups, fractions, cut.seed, collection.class_names)
-        return Splits({split: parts[split] for split in SPLITS}, notes, warnings, [], together)
+        parts = stratified_cut(samples, groups, fractions, cut.seed, collection.class_names)
+        return Splits({split: parts[split] for split in SPLITS}, notes, warnings, [], together or _ASK)
     if "test" not in given:
         given["test"] = given.pop("val")
     before = given
-    given, unused = without_leaks(given, groups, warnings)
+    given, unused = _without_leaks(given, groups, warnings)
     for split, members in given.items():
         lost = {sample.label for sample in before[split]} - {sample.label for sample in members}
         if lost:
@@ -139,8 +140,8 @@ def split_origins(given: dict[str, list[Sample]], drawn: str = "") -> dict[str, 
 
 def stratified_cut(
     samples: Sequence[Sample],
-    groups: dict[str, str],
-    fractions: dict[str, float],
+    groups: Mapping[str, str],
+    fractions: Mapping[str, float],
     seed: int,
     class_names: Sequence[str],
 ) -> dict[str, list[Sample]]:
@@ -165,9 +166,8 @@ def stratified_cut(
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:
         sizes[groups.get(sample.sample_id, sample.sample_id)][sample.label] += 1
-    order = sorted(sizes, key=lambda group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest())
     by_label: dict[int, list[str]] = defaultdict(list)
-    for group in order:
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest()):
         for label in sizes[group]:
             by_label[label].append(group)
     part_of: dict[str, str] = {}
@@ -183,11 +183,17 @@ def stratified_cut(
     parts: dict[str, list[Sample]] = {part: [] for part in ("train", *fractions)}
     for sample in samples:
         parts[part_of.get(groups.get(sample.sample_id, sample.sample_id), "train")].append(sample)
-    _check_cut(parts, by_label, class_names)
+    for part, cut in parts.items():
+        if missing := by_label.keys() - {sample.label for sample in cut}:
+            label = next(label for label in by_label if label in missing)
+            raise UserError(
+                f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(by_label[label])} "
+                f"independent images or groups of it leave none for {part}: add some or remove the class"
+            )
     return parts
 
 
-def _chosen(free: list[str], sizes: dict[str, Counter[int]], label: int, need: int) -> list[str]:
+def _chosen(free: list[str], sizes: Mapping[str, Counter[int]], label: int, need: int) -> list[str]:
     """Groups that come nearest to ``need`` images of a class, in their order; one is left for train."""
     chosen: list[str] = []
     for group in free[:]:
@@ -202,26 +208,37 @@ def _chosen(free: list[str], sizes: dict[str, Counter[int]], label: int, need: i
     return chosen
 
 
-def _check_cut(parts: dict[str, list[Sample]], by_label: dict[int, list[str]], class_names: Sequence[str]) -> None:
-    """Every class must be in every part."""
-    for part, samples in parts.items():
-        present = {sample.label for sample in samples}
-        for label, members in by_label.items():
-            if label not in present:
-                raise UserError(
-                    f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(members)} "
-                    f"independent images or groups of it leave none for {part}: add some or remove the class"
-                )
+def _named_groups(collection: Collection, samples: Sequence[Sample], by: str | None) -> tuple[dict[str, str], str]:
+    """Groups by a column, the parent folder or a regular expression, and what these are in words, empty for none.
+
+    Keys begin with //, so that they can't be sample ids.
+    """
+    by = by or collection.group_column
+    if by is None:
+        return {}, ""
+    ids = [sample.sample_id for sample in samples]
+    if (column := collection.column(by)) is not None:
+        return {name: f"//{column[name]}" for name in ids if column.get(name)}, f"images with the same {by!r}"
+    if by == "parent":
+        return {name: f"//{name.rpartition('/')[0]}" for name in ids}, "images of one folder (--data.group_by parent)"
+    try:
+        pattern = re.compile(by)
+    except re.error as error:
+        raise UserError(f"--data.group_by {by!r} is not a regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise UserError(f"--data.group_by {by!r} must have exactly one (group), it has {pattern.groups}")
+    found = {name: pattern.search(name) for name in ids}
+    if unlike := next((name for name, match in found.items() if match is None), None):
+        raise UserError(f"--data.group_by {by!r} does not match {unlike!r}: let it match every path")
+    groups = {name: f"//{match.group(1)}" for name, match in found.items() if match}
+    return groups, f"images whose path agrees in {by} (--data.group_by)"
 
 
-def group_samples(
-    collection: Collection, given: dict[str, list[Sample]], group_by: str | None, check_duplicates: bool
+def _with_copies(
+    collection: Collection, samples: Sequence[Sample], named: Mapping[str, str], check_duplicates: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
-    samples = [sample for part in given.values() for sample in part]
-    group_of = _named_groups(collection, samples, group_by)
-    warnings: list[str] = []
-    parent: dict[str, str] = {}
+    group_of, parent = dict(named), dict[str, str]()
 
     def root(group: str) -> str:
         while group in parent:
@@ -232,59 +249,15 @@ def group_samples(
     for copies in identical(collection, samples) if check_duplicates else _alike(samples, [collection.identity]):
         if len({sample.label for sample in copies}) > 1:
             contradictions.append(copies[0].sample_id)
-        keys = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
-        for key in keys[1:]:
-            first, other = root(keys[0]), root(key)
-            if first != other:
-                parent[other] = first
-    if contradictions:
-        warnings.append(
-            f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
-            f"{contradictions[0]}): keep each in its right class"
-        )
+        first, *others = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
+        for key in others:
+            if root(key) != root(first):
+                parent[root(key)] = root(first)
+    warnings = [
+        f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
+        f"{contradictions[0]}): keep each in its right class"
+    ] if contradictions else []  # fmt: skip
     return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
-
-
-def _kept_together(collection: Collection, given: dict[str, list[Sample]], group_by: str | None) -> str:
-    """The sentence that names the groups of images that are in one split only, or how to name them."""
-    name = group_by or collection.group_column
-    if name is None:
-        return _ASK if "all" in given else ""
-    samples = [sample for part in given.values() for sample in part]
-    groups = len(set(_named_groups(collection, samples, group_by).values()))
-    if name == "parent":
-        kind = "images of one folder (--data.group_by parent)"
-    elif collection.column(name) is not None:
-        kind = f"images with the same {name!r}"
-    else:
-        kind = f"images whose path agrees in {name} (--data.group_by)"
-    return f"Kept in one split: {kind}, {groups:,} groups."
-
-
-def _named_groups(collection: Collection, samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
-    """Groups by a column, the parent folder or a regular expression; keys can't collide with sample ids."""
-    group_by = group_by or collection.group_column
-    if group_by is None:
-        return {}
-    if (column := collection.column(group_by)) is not None:
-        return {sample.sample_id: f"//{column[sample.sample_id]}" for sample in samples if column.get(sample.sample_id)}
-    if group_by == "parent":
-        return {sample.sample_id: f"//{sample.sample_id.rpartition('/')[0]}" for sample in samples}
-    try:
-        pattern = re.compile(group_by)
-    except re.error as error:
-        raise UserError(f"--data.group_by {group_by!r} is not a regular expression: {error}") from error
-    if pattern.groups != 1:
-        raise UserError(f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}")
-    groups = {}
-    for sample in samples:
-        match = pattern.search(sample.sample_id)
-        if match is None:
-            raise UserError(
-                f"--data.group_by {group_by!r} does not match {sample.sample_id!r}: let it match every path"
-            )
-        groups[sample.sample_id] = f"//{match.group(1)}"
-    return groups
 
 
 def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -294,9 +267,9 @@ def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sa
     return _alike(stored, (collection.size_bytes, collection.probe, collection.digest))
 
 
-def _alike(samples: list[Sample], keys: Sequence[Callable[[Sample], Hashable]]) -> list[list[Sample]]:
+def _alike(samples: Iterable[Sample], keys: Sequence[Callable[[Sample], Hashable]]) -> list[list[Sample]]:
     """Sets of two or more samples that agree in every key; the next key is asked only of those that agree so far."""
-    sets = [samples]
+    sets = [list(samples)]
     for key in keys:
         finer: list[list[Sample]] = []
         for members in sets:
@@ -308,21 +281,16 @@ def _alike(samples: list[Sample], keys: Sequence[Callable[[Sample], Hashable]]) 
     return sets
 
 
-def without_leaks(
-    given: dict[str, list[Sample]], groups: dict[str, str], warnings: list[str]
+def _without_leaks(
+    given: dict[str, list[Sample]], groups: Mapping[str, str], warnings: list[str]
 ) -> tuple[dict[str, list[Sample]], list[Sample]]:
     """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
     kept: dict[str, list[Sample]] = {}
     unused: list[Sample] = []
-    reserved: dict[str, str] = {}
-    for split in ("test", "val", "train"):
-        if split not in given:
-            continue
-        kept[split] = []
-        dropped: list[Sample] = []
-        for sample in given[split]:
-            leaks = sample.sample_id in groups and groups[sample.sample_id] in reserved
-            (dropped if leaks else kept[split]).append(sample)
+    reserved: dict[str, str] = {}  # split by group
+    for split in (split for split in ("test", "val", "train") if split in given):
+        dropped = [sample for sample in given[split] if groups.get(sample.sample_id) in reserved]
+        kept[split] = [sample for sample in given[split] if groups.get(sample.sample_id) not in reserved]
         unused += dropped
         if dropped:
             others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
@@ -330,20 +298,18 @@ def without_leaks(
                 f"{len(dropped)} {split} images are not used: byte-identical copies, links to them, or files of their "
                 f"group, are in {' and '.join(others)} (for example {dropped[0].sample_id})"
             )
-        for sample in kept[split]:
-            if sample.sample_id in groups:
-                reserved.setdefault(groups[sample.sample_id], split)
+        reserved |= {groups[sample.sample_id]: split for sample in kept[split] if sample.sample_id in groups}
     return kept, unused
 
 
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
     """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `csv_name` has them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["split", "class", "path"])
-    for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
-        writer.writerows([split, *map(csv_name, (class_names[sample.label], sample.sample_id))] for sample in samples)
-    write_text_atomic(path, text.getvalue())
+    rows = (
+        (split, csv_name(class_names[sample.label]), csv_name(sample.sample_id))
+        for split, samples in {**splits.samples, _UNUSED: splits.unused}.items()
+        for sample in samples
+    )
+    write_text_atomic(path, csv_text(("split", "class", "path"), rows))
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
@@ -398,12 +364,12 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 def _listed(path: Path) -> list[dict[str, str]]:
     """The rows of ``splits.csv``."""
     rows: list[dict[str, str]] = []
-    with suppress(UnicodeDecodeError, csv.Error), path.open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+    with suppress(UnicodeDecodeError, csv.Error):
+        rows = read_csv(path)
     if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
-    return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+    return [{name: csv_name(row[name]) for name in ("split", "class", "path")} for row in rows]
 
 
 def is_copy(path: Path, collection: Collection, original: Callable[[], Collection | None]) -> bool:
@@ -415,9 +381,7 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
         UserError: if the file isn't such a list.
     """
     rows, here = _listed(path), _by_written_name(collection)
-    if not all(row["path"] in here for row in rows):
-        return False
-    if _moved(rows, here, collection) is not None:
+    if not all(row["path"] in here for row in rows) or _moved(rows, here, collection) is not None:
         return False
     if (known := original()) is None:
         return True

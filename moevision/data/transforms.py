@@ -178,55 +178,36 @@ class TrainTransform:
             out[:] = self.fill
             padding = max(1, self.image_size // 8)
             shifts = pad_shifts(uniform(2, seed, _CROP, epoch, index), padding)  # [B, 2]
+            size = self.image_size
             for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
-                _write_shifted(row, image, down, right)
+                # The window that starts down and right of the image's corner; the row keeps what lies outside.
+                row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = image[
+                    :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
+                ]
         elif self.crop == "random_resized":
             u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)  # [B, T, 4]
             sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
             boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
-            for row, image, box in zip(rows, images, boxes.tolist(), strict=True):
-                _write_resized(row, image, *box)
+            for row, image, (top, left, height, width) in zip(rows, images, boxes.tolist(), strict=True):
+                # [1, 3, h, w]; with the channels last torch's uint8 kernel takes half the time (cached photos are so)
+                crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
+                crop = crop.contiguous(memory_format=torch.channels_last)
+                row[:] = interpolate(crop, row.shape[1:], mode="bicubic", antialias=True)[0].numpy()
         else:
             for row, image in zip(rows, images, strict=True):
                 row[:] = image
-        if self.policy is not None:
-            self._apply_policy(self.policy, out, seed, epoch, index)
+        if self.policy is not None:  # on PIL images: two to four times as fast as on tensors
+            for row, *key in zip(out, epoch.tolist(), index.tolist(), strict=True):
+                with seeded_torch(seed, _POLICY, *key):
+                    changed = self.policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
+                row[:] = np.asarray(changed).transpose(2, 0, 1)
         if self.random_erasing > 0:
-            self._erase(out, seed, epoch, index)
+            erased = np.flatnonzero(uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing)
+            u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(-1, TRIES, 4)
+            boxes = erasing_boxes(u, self.image_size)
+            for number, (top, left, height, width) in zip(erased.tolist(), boxes.tolist(), strict=True):
+                out[number, :, top : top + height, left : left + width] = self.fill
         return torch.from_numpy(out)
-
-    def _apply_policy(
-        self, policy: v2.Transform, out: Pixels, seed: int, epoch: npt.NDArray[np.int64], index: npt.NDArray[np.int64]
-    ) -> None:
-        """Change each image by its own operations, on PIL images: two to four times as fast as on tensors."""
-        for row, *key in zip(out, epoch.tolist(), index.tolist(), strict=True):
-            with seeded_torch(seed, _POLICY, *key):
-                changed = policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
-            row[:] = np.asarray(changed).transpose(2, 0, 1)
-
-    def _erase(self, out: Pixels, seed: int, epoch: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> None:
-        """Fill a rectangle of some images."""
-        erased = np.flatnonzero(uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing)
-        u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(-1, TRIES, 4)
-        boxes = erasing_boxes(u, self.image_size)
-        for row, (top, left, height, width) in zip(erased.tolist(), boxes.tolist(), strict=True):
-            out[row, :, top : top + height, left : left + width] = self.fill
-
-
-def _write_shifted(row: Pixels, image: Pixels, down: int, right: int) -> None:
-    """Copy the window that starts ``down`` and ``right`` of the image's corner; the row keeps what lies outside."""
-    size = row.shape[-1]
-    row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = image[
-        :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
-    ]
-
-
-def _write_resized(row: Pixels, image: Pixels, top: int, left: int, height: int, width: int) -> None:
-    """Resize a box of the image to the row's size (bicubic, antialiased, as ``v2.functional.resized_crop`` does)."""
-    crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
-    # [1, 3, h, w]; with the channels last torch's uint8 kernel takes half the time (cached photos are stored so)
-    crop = crop.contiguous(memory_format=torch.channels_last)
-    row[:] = interpolate(crop, row.shape[1:], mode="bicubic", antialias=True)[0].numpy()
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -240,13 +221,7 @@ class BatchMixer:
     """Mixup and/or CutMix of a whole batch, with soft targets; decided by (seed, epoch, first index)."""
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
-        """Choose the mixers.
-
-        Args:
-            mixup: alpha of Mixup's Beta distribution; 0 turns Mixup off.
-            cutmix: alpha of CutMix's Beta distribution; 0 turns CutMix off.
-            num_classes: number of classes, C.
-        """
+        """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
         self.mixers: list[v2.Transform] = []
         if mixup > 0:
             self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
@@ -254,17 +229,10 @@ class BatchMixer:
             self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Mix every image with its neighbour in the batch.
-
-        Args:
-            image: float32 [B, 3, H, W].
-            label: int64 [B], hard.
-            seed: seed of the run.
-            epoch: epoch number.
-            index: index of the batch's first image.
+        """Mix every image float32 [B, 3, H, W] with its neighbour in the batch.
 
         Returns:
-            Mixed image float32 [B, 3, H, W] and soft target float32 [B, C], whose rows sum to 1.
+            The mixed images, and soft targets float32 [B, C], whose rows sum to 1.
         """
         with seeded_torch(seed, _MIX, epoch, index):
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
@@ -277,15 +245,7 @@ class BatchMixer:
 
 
 def pad_shifts(u: Uniform, padding: int) -> Boxes:
-    """How far windows are moved over images that have a border of ``padding`` pixels.
-
-    Args:
-        u: uniform numbers, [B, 2].
-        padding: width of the border on each side.
-
-    Returns:
-        int64 [B, 2], down and right, uniform over -padding ... padding.
-    """
+    """[B, 2], down and right in -padding ... padding, from u [B, 2]: moves over images with such a border."""
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
@@ -310,9 +270,7 @@ def resized_crop_boxes(
 def erasing_boxes(u: Uniform, size: int) -> Boxes:
     """Rectangles to erase in images of ``size`` x ``size``; of height 0, nothing, where no try fits.
 
-    Args:
-        u: [B, T, 4]: area, shape, top, left of each try.
-        size: side of the images in pixels.
+    ``u`` is [B, T, 4]: area, shape, top, left of each try.
     """
     sizes = np.full((len(u), 2), size)
     height, width = _sides(u, sizes[:, :1] * sizes[:, 1:], ERASED_SHARE, ERASED_RATIO)
@@ -376,11 +334,7 @@ def hash_u64(*values: int) -> int:
 
 
 def hash_u64_array(*values: Key) -> npt.NDArray[np.uint64]:
-    """`hash_u64` of every element of integers and integer arrays, which are broadcast against each other.
-
-    Returns:
-        uint64, in the common shape of the values.
-    """
+    """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64."""
     state = np.zeros((), np.uint64)
     for value in values:
         # a negative number counts modulo 2**64, as it does in hash_u64

@@ -5,8 +5,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 - `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
 - `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
   `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
-  `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`), `answers` (the three `Answer`s about the
-  layer), `load_words` and `experts`: per expert its `top` and
+  `map` (a `ClassExpertMap`), `information` (in atlases of earlier versions: bits beside baselines; empty now),
+  `answers` (the three `Answer`s about the layer), `load_words` and `experts`: per expert its `top` and
   `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
   most) and its `parts` (null where the images have none), largest excess first, `significant` where one stands out
   beyond chance; and where it was measured `without`, what taking the expert away does (`measure_effects`);
@@ -18,8 +18,7 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 
 `num_experts` and `top_k` are the first layer's.
 
-Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
-is no number, as for a class without images.
+Floats are rounded to four decimals; null stands where there is no number, as for a class without images.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
 """
 
@@ -51,14 +50,13 @@ if TYPE_CHECKING:
     from moevision.analysis.describe import ClassExpertMap
     from moevision.analysis.images import PictureSet
     from moevision.analysis.questions import LayerAnswers
-    from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 
 Json = dict[str, Any]
-_DIGITS, _INFORMATION_DIGITS = 4, 7
+_DIGITS = 4
 _CLASSES_SHOWN = 5
 _PATCHES_PER_PATH = 24
 
@@ -66,7 +64,6 @@ _PATCHES_PER_PATH = 24
 def build_atlas(
     trace: RoutingTrace,
     pictures: PictureSet | None,
-    information: Sequence[LayerSpecialization],
     maps: Mapping[int, ClassExpertMap],
     *,
     questions: Sequence[LayerAnswers] = (),
@@ -81,11 +78,10 @@ def build_atlas(
     Args:
         trace: of `pictures`.
         pictures: whose parts are counted; None leaves parts out.
-        information: from `specialization(trace, ...)`.
         maps: block index -> `class_expert_map(trace, layer)`.
         questions: from `three_questions`; without them there are no answers.
         shown: of other images, whose patches stand in galleries and on paths, where those of `trace` can't be shown.
-        effects: of taking each expert away, from `moevision.analysis.report.measure.measure_effects`.
+        effects: of taking each expert away, from `moevision.analysis.report.measure_effects`.
         count: patches in each gallery.
         max_patches: of all paths together.
         seed: of what is drawn at random.
@@ -114,7 +110,7 @@ def build_atlas(
                 "loads": loads.tolist(),
                 "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
                 "map": class_map.to_json(),
-                "information": [entry.to_json() for entry in information if entry.layer == layer.layer],
+                "information": [],
                 **told.get(layer.name, {"answers": [], "load_words": ""}),
                 "experts": [
                     {
@@ -280,14 +276,11 @@ def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[An
     return [[trace.picture_names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]
 
 
-def _rounded(value: Any, digits: int = _DIGITS) -> Any:
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, digits) if math.isfinite(value) else None
+        return round(value, _DIGITS) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {
-            name: _rounded(item, _INFORMATION_DIGITS if name == "information" else digits)
-            for name, item in value.items()
-        }
+        return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item, digits) for item in value]
+        return [_rounded(item) for item in value]
     return value

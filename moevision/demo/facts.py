@@ -24,10 +24,9 @@ from moevision.analysis.intervention import refusal
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
 from moevision.demo.noise import noise_of
-from moevision.demo.steps import steps
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
-from moevision.layers import HandmadeRouter, MoEMlp, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.io import SavedModel
@@ -64,7 +63,7 @@ class LayerFacts:
         read_by_classifier: whether what it computes for patches reaches the classifier; else routes change no answer.
         refused: why a change of that kind has no meaning here, as the end of a sentence; kinds that aren't in it do.
         route_by: `token`, or `image` where all patches of an image share one choice.
-        steps: what the router does, step by step (`demo.steps`).
+        steps: what the router does, step by step (`moevision.layers.words`).
         expert_parameters: parameters of one routed expert.
         noise: what the router adds in training: `learned`, `fixed`, `jitter` or `none`.
     """
@@ -132,7 +131,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             layer=int(routing.layer or 0),
             router=name or type(layer.router).__name__,
             kind=routing.kind,
-            learned=not isinstance(layer.router, HandmadeRouter),
+            learned=any(True for _ in layer.router.parameters()),
             num_experts=routing.num_experts,
             top_k=layer.router.top_k,
             num_shared_experts=layer.num_shared_experts,
@@ -144,7 +143,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
                 kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
             },
             route_by=routing.route_by,
-            steps=steps(layer),
+            steps=layer.router.words(noisy=False, top_k=layer.router.top_k, capacity=None),
             expert_parameters=sum(weight.numel() for weight in layer.experts.parameters()) // routing.num_experts,
             noise=noise_of(layer.router),
         )

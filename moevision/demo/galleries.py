@@ -20,15 +20,12 @@ from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import (
     class_expert_map,
     compare_classes,
-    fractions_of_parts,
     image_shares,
-    majority_part,
     patches_on_path,
 )
 from moevision.analysis.images import PictureSet, Pixels, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.questions import three_questions
-from moevision.analysis.recording import Recording, choices_of
-from moevision.analysis.specialization import specialization
+from moevision.analysis.readings import Recording, choices_of
 from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
@@ -215,10 +212,8 @@ class Galleries:
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
     """An atlas by recorded choices alone: what training added, and what experts do, take minutes to measure."""
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
-    fractions = fractions_of_parts(pictures, trace.grid)
-    parts = None if fractions is None else majority_part(fractions)
     choices = Recording(np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names)
-    return build_atlas(trace, pictures, specialization(trace, parts=parts), maps, questions=three_questions(choices))
+    return build_atlas(trace, pictures, maps, questions=three_questions(choices))
 
 
 def _stored(entry: Entry) -> list[tuple[Key, Json]]:

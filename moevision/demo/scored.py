@@ -16,10 +16,10 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
+from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.images import Collected, PictureSet, open_pictures, run_folder
+from moevision.data.collection import SPLITS
 from moevision.data.scores import FILE, Scores
-from moevision.data.sources import SPLITS
 from moevision.demo.requests import RequestError
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel
@@ -106,7 +106,7 @@ class ScoredRun:
             return self._pictures
 
     def _open(self) -> PictureSet:
-        from moevision.analysis.good_data.examine import images_of  # and with it what finds duplicates
+        from moevision.analysis.good_data import images_of  # and with it what finds duplicates
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)  # at start the explorer noted what there is to note

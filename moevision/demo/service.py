@@ -16,7 +16,7 @@ import numpy as np
 
 from moevision import __version__
 from moevision.analysis.effects import ClassEffect, class_effect, effect
-from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
+from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant

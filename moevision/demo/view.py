@@ -36,7 +36,6 @@ from moevision.demo.facts import (
 )
 from moevision.demo.lens import block_outputs, lens
 from moevision.demo.noise import noise_of_training
-from moevision.demo.steps import steps
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
@@ -418,8 +417,9 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
         top_k = facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
     noisy = settings.noise is not None and facts.noise != "none"
     capacity = None if "capacity" in facts.refused else settings.capacity
+    words = heard.layer.router.words(noisy=noisy, top_k=top_k, capacity=capacity)
     return LayerView(
-        facts=replace(facts, top_k=top_k, steps=steps(heard.layer, noisy=noisy, top_k=top_k, capacity=capacity)),
+        facts=replace(facts, top_k=top_k, steps=words),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),

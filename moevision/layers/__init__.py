@@ -7,7 +7,6 @@ from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers
 from moevision.layers.routers import (
     ROUTERS,
     CosineRouter,
-    Router,
     SigmoidRouter,
     TopKRouter,
     build_router,
@@ -16,6 +15,7 @@ from moevision.layers.routers import (
 from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
 from moevision.layers.routing import (
     Recordable,
+    Router,
     RouterOptions,
     Routing,
     capacity_of,

@@ -12,6 +12,7 @@ Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.routing import Routing, at_least_float32, check_top_k
+from moevision.layers.routing import Router, Routing, at_least_float32, check_top_k
+from moevision.layers.words import by_rule
 
 _CERTAINTY = 10.0  # a chosen expert's logit stands this much above the cyclic order of all
 _GOLDEN_RATIO = 2_654_435_769  # 2³² / φ: Fibonacci hashing (Knuth, TAOCP 3, §6.4) spreads consecutive numbers evenly
@@ -29,7 +31,7 @@ _UINT32 = 2**32 - 1
 _MAX_COLOURS = 20_000  # patches that k-means sees
 
 
-class HandmadeRouter(nn.Module):
+class HandmadeRouter(Router):
     """Experts by a rule; subclasses say which one a token gets first.
 
     `logits` are not learned either: minus the rank in cyclic order, and 10 more for the chosen experts, so that every
@@ -43,14 +45,12 @@ class HandmadeRouter(nn.Module):
         UserError: if top_k is not between 1 and num_experts.
     """
 
-    losses: frozenset[str] = frozenset()
+    words = by_rule
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
         self.num_experts, self.top_k = num_experts, top_k
-        self.num_prefix_tokens = 0  # set by the model's conversion
-        self.default_losses: dict[str, float] = {}
 
     def first_expert(self, x: Tensor) -> Tensor:
         """[B, N] (or broadcastable) int64: the first expert of each token of x [B, N, D]."""
@@ -88,6 +88,8 @@ class HandmadeRouter(nn.Module):
         """1/k for each of k experts, whatever their scores."""
         return torch.full_like(top_logits, 1 / top_logits.shape[-1])
 
+    priority = gates
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -95,6 +97,8 @@ class HandmadeRouter(nn.Module):
 
 class HashRouter(HandmadeRouter):
     """The position decides: neighbours get different experts, all experts equally many positions (± 1)."""
+
+    words = partialmethod(by_rule, rule="A hash of the patch's position")
 
     def first_expert(self, x: Tensor) -> Tensor:
         """By the rank of a Fibonacci hash of the position: cut into E equal parts, the hashes alone are uneven."""
@@ -106,6 +110,8 @@ class HashRouter(HandmadeRouter):
 class RandomRouter(HandmadeRouter):
     """K different experts at random for every token; in evaluation a fixed draw by position, so that it repeats."""
 
+    words = partialmethod(by_rule, rule="A draw that is fixed for each position (in training a new one each time)")
+
     def order(self, x: Tensor) -> Tensor:
         """A random order of all experts."""
         if self.training:
@@ -116,6 +122,8 @@ class RandomRouter(HandmadeRouter):
 
 class PositionRouter(HandmadeRouter):
     """Bands of the image from top to bottom: each expert has P / E consecutive patches in row-major order."""
+
+    words = partialmethod(by_rule, rule="The patch's place, from top to bottom,")
 
     def first_expert(self, x: Tensor) -> Tensor:
         """Prefix tokens belong to the first band."""
@@ -130,6 +138,8 @@ class ColourRouter(HandmadeRouter):
     A hook on the model's patch embedding shows it the image, since a layer's tokens no longer have a colour.
     """
 
+    words = partialmethod(by_rule, rule="The nearest of a few colours")
+    sees_image = True
     centroids: Tensor
     fitted: Tensor
 

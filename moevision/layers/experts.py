@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         """Weight [E', out, in] and bias [E', out] of the E' experts in this process, in `dtype` if one is given.
 
         Every backend reads them here and nowhere else: products never see a sharded tensor. E' is E unless experts
-        are spread over processes (`moevision.train.parallel`).
+        are spread over processes (`moevision.train.parallel.layout`).
         """
         weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if dtype is None:

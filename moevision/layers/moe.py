@@ -17,7 +17,7 @@ from moevision.errors import UserError
 from moevision.layers.cpu import refuse_transforms
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
-from moevision.layers.routers import SigmoidRouter, build_router
+from moevision.layers.routers import build_router
 from moevision.layers.routers_soft import SoftRouting
 from moevision.layers.routing import Recordable, RouterOptions, Routing, routed_unit
 
@@ -198,10 +198,9 @@ def moe_layers(model: nn.Module) -> list[MoEMlp]:
 
 @torch.no_grad()
 def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
-    """Move the biases of `bias_balanced` routers towards balance; call it once per applied optimizer step.
+    """Let routers act on their load (`bias_balanced` moves its bias); call it once per applied optimizer step.
 
-    `b += δ - mean(δ)`, δ = γ · sign(mean load - load) (arXiv:2408.15664, algorithm 1; re-centred, so that the biases
-    keep their mean of 0).
+    What each router does is its `after_step`.
 
     Args:
         model: any module with MoE layers.
@@ -215,13 +214,7 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
     if len(layers) != len(counts):
         raise UserError(f"Give the counts of all {len(layers)} MoE layers; these are {len(counts)}.")
     for layer, load in zip(layers, counts, strict=True):
-        router = layer.router
-        if not isinstance(router, SigmoidRouter) or not router.weight.requires_grad:
-            continue
-        if router.bias is not None and router.bias_rate is not None:
-            load = load.to(router.bias.device, torch.float64)
-            step = router.bias_rate * torch.sign(load.mean() - load)
-            router.bias += (step - step.mean()).to(router.bias.dtype)
+        layer.router.after_step(load)
 
 
 def describe_moe(layers: Sequence[MoEMlp]) -> str:

@@ -8,8 +8,7 @@ Each is exactly as its source defines it:
 - `cosine`: Chi et al. 2022 (X-MoE), arXiv:2204.09179, §3.2, with the numbers of Swin-MoE (Tutel).
 - `sigmoid`, `bias_balanced`: DeepSeek-V3, arXiv:2412.19437, §2.1.2; the bias is Wang et al. 2024, arXiv:2408.15664.
 
-A router of your own is an `nn.Module` that returns a `Routing` for tokens [B, N, D] (see `Router`), and a row of
-`ROUTERS`.
+A router of your own is a `Router`, which returns a `Routing` for tokens [B, N, D], and a row of `ROUTERS`.
 
 Axes: B images, N tokens, D width, E experts, K choices.
 """
@@ -19,8 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol, Self
+from functools import partial, partialmethod
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,9 @@ from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter,
 from moevision.layers.cpu import best, softmax_over_experts
 from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
 from moevision.layers.routing import (
+    JITTER,
     Noise,
+    Router,
     RouterOptions,
     Routing,
     at_least_float32,
@@ -39,8 +40,8 @@ from moevision.layers.routing import (
     full_precision,
     within_capacity,
 )
+from moevision.layers.words import ANGLE, by_sigmoid, by_softmax
 
-JITTER = 0.01  # Switch Transformer, table 1 and its released code
 _MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100
 # arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
 # loads of up to 2.0 where 0.05 keeps them below 1.5 (benchmarks/routers).
@@ -48,25 +49,7 @@ _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 
 
-class Router(Protocol):
-    """What an MoE layer needs of a router."""
-
-    num_experts: int
-    top_k: int
-
-    @property
-    def losses(self) -> frozenset[str]:
-        """Names of the balance losses that this router's `Routing` can supply."""
-
-    @property
-    def default_losses(self) -> dict[str, float]:
-        """Weights of the balance losses where the user gives none."""
-
-    def __call__(self, x: torch.Tensor) -> Routing:
-        """Route tokens x [B, N, D]."""
-
-
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Each token chooses its K best experts by a linear score plus noise (noise in training only).
 
     With `softmax_over="kept"` this is Shazeer's noisy top-k gating (eq. 3-5): `H = x W_gate + N(0, 1) ·
@@ -101,6 +84,7 @@ class TopKRouter(nn.Module):
         UserError: if top_k is not between 1 and num_experts.
     """
 
+    words = by_softmax
     noise_weight: nn.Parameter | None
 
     def __init__(
@@ -148,15 +132,34 @@ class TopKRouter(nn.Module):
         """[E, features]: the row of each expert, by which tokens choose it."""
         return self.weight
 
+    def features(self, x: Tensor) -> Tensor:
+        """[..., features]: what is multiplied with a row of each expert, of tokens x [..., D]."""
+        return x
+
+    @torch.no_grad()
+    def start_rows(self, centroids: Tensor, features: Tensor) -> None:
+        """Set the rows so that each token goes to its nearest centroid.
+
+        What all centroids have in common is taken off, which changes no choice, and one factor gives the logits of a
+        token the standard deviation 1 over experts, about that of random rows.
+
+        Args:
+            centroids: [E, features] unit vectors.
+            features: [T, features] of the tokens that they are centroids of.
+        """
+        rows = centroids - centroids.mean(0)
+        spread = F.linear(features, rows).std(-1, correction=0).mean()
+        self.rows.copy_(rows / spread.clamp_min(1e-12))
+
     @property
     def losses(self) -> frozenset[str]:
-        """Names of the balance losses this router can supply; the load loss needs Gaussian noise."""
+        """As for every router; the load loss needs Gaussian noise."""
         names = {"importance", "load_balancing", "z"}
         return frozenset(names | {"load"} if self.noise in ("learned", "fixed") else names)
 
     @property
     def default_losses(self) -> dict[str, float]:
-        """Weights of the balance losses where the user gives none."""
+        """Those of the constructor that it can supply."""
         return {name: weight for name, weight in self._default_losses.items() if name in self.losses}
 
     def forward(self, x: Tensor) -> Routing:
@@ -252,6 +255,8 @@ class CosineRouter(TopKRouter):
     features and the scale starts at 2, as in Swin-MoE.
     """
 
+    words = partialmethod(by_softmax, scores=ANGLE)
+
     def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """The projection, an embedding [E, features] and the logarithm of the scale."""
         if self.noise == "learned":
@@ -266,6 +271,15 @@ class CosineRouter(TopKRouter):
         """[E, features]: the embeddings, which are compared with projected tokens."""
         return self.expert_embedding
 
+    def features(self, x: Tensor) -> Tensor:
+        """Projected tokens of length 1."""
+        return F.normalize(F.linear(x, self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)), dim=-1)
+
+    @torch.no_grad()
+    def start_rows(self, centroids: Tensor, features: Tensor) -> None:
+        """As long as they were: only the direction of a row counts."""
+        self.rows.copy_(centroids * self.rows.to(centroids).norm(dim=-1).mean())
+
     def reset_parameters(self) -> None:
         """Embeddings drawn small (only their direction counts), scale 2."""
         self.proj.reset_parameters()
@@ -275,9 +289,7 @@ class CosineRouter(TopKRouter):
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As those of `TopKRouter`."""
         noise = self.noise if self.training else "none"
-        x = jittered(x) if noise == "jitter" else x
-        bias = self.proj.bias.to(x.dtype)
-        query = F.normalize(F.linear(x, self.proj.weight.to(x.dtype), bias), dim=-1)  # [B, N, features]
+        query = self.features(jittered(x) if noise == "jitter" else x)  # [B, N, features]
         embedding = F.normalize(self.expert_embedding.to(x.dtype), dim=-1)  # [E, features]
         logits = F.linear(query, embedding) * self.temperature.to(x.dtype).exp().clamp_max(_MAX_SCALE)  # [B, N, E]
         return logits, fixed_std(logits) if noise == "fixed" else None
@@ -301,6 +313,7 @@ class SigmoidRouter(TopKRouter):
         dtype: dtype of the parameters.
     """
 
+    words = partialmethod(by_sigmoid)
     bias: Tensor | None
 
     def __init__(
@@ -328,6 +341,28 @@ class SigmoidRouter(TopKRouter):
         if bias is not None and self.bias is not None and self.bias.dtype.itemsize < bias.dtype.itemsize:
             self.bias = bias.to(self.bias.device)
         return self
+
+    def reset_parameters(self) -> None:
+        """As those of `TopKRouter`, and a bias of 0."""
+        super().reset_parameters()
+        if hasattr(self, "bias") and self.bias is not None:  # the constructor makes it later
+            self.bias.zero_()
+
+    @property
+    def needs_load(self) -> bool:
+        """For the bias."""
+        return self.bias is not None
+
+    @torch.no_grad()
+    def after_step(self, load: Tensor) -> None:
+        """`b += δ - mean(δ)`, δ = γ · sign(mean load - load), unless the router is frozen (arXiv:2408.15664, alg. 1).
+
+        It is re-centred, so that the biases keep their mean of 0.
+        """
+        if self.bias is not None and self.bias_rate is not None and self.weight.requires_grad:
+            load = load.to(self.bias.device, torch.float64)
+            step = self.bias_rate * torch.sign(load.mean() - load)
+            self.bias += (step - step.mean()).to(self.bias.dtype)
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
         """The K best by sigmoid and bias, with gates of the sigmoids alone."""

@@ -25,6 +25,7 @@ from moevision.errors import UserError
 from moevision.layers.routing import (
     Kind,
     Noise,
+    Router,
     RouterOptions,
     Routing,
     at_least_float32,
@@ -32,6 +33,7 @@ from moevision.layers.routing import (
     check_top_k,
     full_precision,
 )
+from moevision.layers.words import by_experts, by_slots
 
 _EPS = 1e-6  # under the root, as in Soft MoE's released code
 
@@ -91,7 +93,7 @@ class ExpertChoiceRouting(Routing):
         return self.counts()
 
 
-class ExpertChoiceRouter(nn.Module):
+class ExpertChoiceRouter(Router):
     """`S = softmax over experts(x W + ε)`; expert i takes its C best tokens by S[:, i], and S is their weight.
 
     The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none.
@@ -108,7 +110,8 @@ class ExpertChoiceRouter(nn.Module):
         UserError: if top_k is not between 1 and num_experts, or for another noise.
     """
 
-    losses: frozenset[str] = frozenset({"z"})
+    kind = "expert_choice"
+    words = by_experts
 
     def __init__(
         self,
@@ -126,9 +129,13 @@ class ExpertChoiceRouter(nn.Module):
             raise UserError("The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'.")
         self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
         self.noise: Noise = options.noise or "fixed"
-        self.default_losses: dict[str, float] = {}
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """It is balanced by construction."""
+        return frozenset({"z"})
 
     def reset_parameters(self) -> None:
         """LeCun normal."""
@@ -226,7 +233,7 @@ class SoftRouting(Routing):
         return self.counts()
 
 
-class SoftRouter(nn.Module):
+class SoftRouter(Router):
     """Slot logits are scaled cosines of tokens and learned slot directions (§2.3, "normalization", and appendix E).
 
     `logits = scale · l2(x) · l2(Φ)`; a slot reads the tokens by a softmax over tokens, a token takes the slots by a
@@ -244,7 +251,8 @@ class SoftRouter(nn.Module):
         UserError: if top_k is not between 1 and num_experts.
     """
 
-    losses: frozenset[str] = frozenset()
+    kind = "soft"
+    words = by_slots
 
     def __init__(
         self,
@@ -259,7 +267,6 @@ class SoftRouter(nn.Module):
         super().__init__()
         check_top_k(top_k, num_experts)
         self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
-        self.default_losses: dict[str, float] = {}
         slots = options.slots_per_expert or 1
         self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 shards no scalars

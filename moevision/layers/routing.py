@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Final, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,10 @@ Kind = Literal["token_choice", "expert_choice", "soft"]
 Noise = Literal["learned", "fixed", "jitter", "none"]
 Group = Literal["image", "batch"]
 RouteBy = Literal["token", "image"]
+JITTER = 0.01  # Switch Transformer, table 1 and its released code
+STEPS: Final = ("scores", "shares", "kept", "weights")
+Words = dict[str, str]
+"""One or two sentences for each of `STEPS`."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
     return output, routings
 
 
-# ---- what all routers share: options, precision, capacity
+# ---- what all routers share: options, interface, precision, capacity
 
 
 @dataclass(kw_only=True)
@@ -308,6 +312,60 @@ class RouterOptions:
         if useless:
             raise UserError(f"The router {router!r} has no use for {', '.join(useless)}: leave it out.")
         return self
+
+
+class Router(nn.Module):
+    """What an MoE layer, training, analysis and the explorer need of a router; calling it gives a `Routing`.
+
+    A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        num_prefix_tokens: class and register tokens in front of the patches; a model's conversion sets it.
+        kind: who chooses.
+        sees_image: whether `look` is called with the patch embedding and its arguments before each forward pass.
+    """
+
+    kind: ClassVar[Kind] = "token_choice"
+    sees_image: ClassVar[bool] = False
+    num_experts: int
+    top_k: int
+    num_prefix_tokens: int = 0
+
+    @property
+    def rows(self) -> nn.Parameter | None:
+        """[E, features]: the learned row of each expert, by which tokens choose it; None without such rows."""
+        return None
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """Names of the balance losses that this router's `Routing` can supply."""
+        return frozenset()
+
+    @property
+    def default_losses(self) -> dict[str, float]:
+        """Weights of the balance losses where the user gives none."""
+        return {}
+
+    @property
+    def needs_load(self) -> bool:
+        """Whether `after_step` does anything."""
+        return False
+
+    def after_step(self, load: Tensor) -> None:
+        """What the router does after an applied optimizer step in which `load` [E] choices fell on each expert."""
+
+    def words(self, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
+        """What the router does with a patch in evaluation.
+
+        Args:
+            noisy: whether the noise of training is on.
+            top_k: K that is shown.
+            capacity: a capacity factor in the place of the router's own; None for that.
+        """
+        scores = f"The router {type(self).__name__} gives each expert a number."
+        return dict(zip(STEPS, (scores, "As shares of 1.", "It chooses experts.", "It gives weights."), strict=True))
 
 
 def routed_unit(router: object) -> RouteBy:

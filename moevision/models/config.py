@@ -15,9 +15,8 @@ from torch import nn
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
 from moevision.layers import RouterOptions, moe_layers
-from moevision.models.architecture import architecture_of
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
-from moevision.models.io import FOLDER, create_from, model_folder, unknown_name
+from moevision.models.io import FOLDER, architecture_of, create_from, model_folder, unknown_name
 from moevision.models.reading import pool_patches
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
@@ -45,7 +44,7 @@ class MoEConfig(RouterOptions):
         name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default.
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
         pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
-            file (its architecture is found out, or given as `base`). A dense model is upcycled: experts start as copies
+            file (its metadata say its architecture, or `base` does). A dense model is upcycled: experts start as copies
             of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only `depth` may
             be given beside it.
         num_experts: E, experts in each MoE layer.

@@ -1,8 +1,8 @@
 """Where a model comes from and where it is saved: a folder, the Hugging Face hub, a timm name, or a file of weights.
 
-A saved model is a folder in timm's own format, `config.json` and `model.safetensors`, which opens with timm alone once
-`moevision` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin are
-checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
+A saved model is a folder in timm's own format, `config.json` and `model.safetensors`. timm alone opens it once
+`moevision.models` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin
+are checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
 `pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else.
 """
 
@@ -28,8 +28,15 @@ import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
-from moevision.models.published import cached, hub_answers, published
-from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
+from moevision.models.safe_files import (
+    CONFIG,
+    WEIGHTS,
+    check_model_folder,
+    check_types,
+    read_config,
+    read_header,
+    read_metadata,
+)
 from moevision.names import shown
 
 ImageSize = int | tuple[int, int]
@@ -69,11 +76,6 @@ def load_model(address: str) -> SavedModel:
     with saying_what_fails(address):
         net = open_model(address_of(address)).eval()
         saved = replace(describe(net), temperature=getattr(net, "temperature", None))
-    _check_usable(saved, address)
-    return saved
-
-
-def _check_usable(saved: SavedModel, address: str) -> None:
     if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
@@ -81,6 +83,7 @@ def _check_usable(saved: SavedModel, address: str) -> None:
     for name, value in saved.net.state_dict().items():  # statistics and biases of a choice too
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
+    return saved
 
 
 def describe(net: nn.Module) -> SavedModel:
@@ -262,6 +265,21 @@ def is_timm_name(address: str) -> bool:
     return ":" not in address and timm.is_model(address)
 
 
+def architecture_of(file: str | Path) -> str:
+    """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`).
+
+    Raises:
+        UserError: if the file isn't there or is damaged, or doesn't say.
+    """
+    try:
+        named = read_metadata(file).get("architecture", "")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {file}.") from error
+    if not timm.is_model(named):
+        raise UserError(f"{file} doesn't say its architecture: give --model.arch.base, such as deit_tiny_patch16_224.")
+    return named
+
+
 def unknown_name(name: str) -> str:
     """A sentence that says there is no such model, and which ones are near."""
     bare = name.split(".")[0]
@@ -348,28 +366,16 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     if isinstance(getattr(vit, "feature_info", None), list):
         state.feature_info = state.feature_info[:depth]
     state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
-    _check_rebuilds(vit)
-    return vit
-
-
-def _check_rebuilds(vit: nn.Module) -> None:
-    """Raise a UserError unless the model's own record builds the same tensors, as loading it again will."""
-    state = cast(Any, vit)
-    arguments = {**state._model_args, "num_classes": state.num_classes}
-    try:
+    try:  # the model's own record must build the same tensors, as loading it again will
         with torch.device("meta"):
-            rebuilt: nn.Module = timm.create_model(state.pretrained_cfg["architecture"], **arguments)
-        same = _shapes(rebuilt) == _shapes(vit)
+            arguments = {**state._model_args, "num_classes": state.num_classes}
+            again: nn.Module = timm.create_model(state.pretrained_cfg["architecture"], **arguments)
+        ours, theirs = ({key: tensor.shape for key, tensor in net.state_dict().items()} for net in (vit, again))
     except (TypeError, RuntimeError, AssertionError):
-        same = False
-    if not same:
-        raise UserError(
-            f"{type(vit).__name__} can't be built with {state._model_args['depth']} blocks: leave depth out."
-        )
-
-
-def _shapes(net: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+        ours, theirs = {"": torch.Size()}, {}
+    if ours != theirs:
+        raise UserError(f"{name} can't be built with {depth} blocks: leave depth out.")
+    return vit
 
 
 def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:
@@ -404,14 +410,129 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     return created
 
 
-def _fetch_folder(repository: str, weights: bool) -> Path:
-    """The files of a repository on the Hugging Face hub, both of one commit, in the hub's cache."""
-    name, _, revision = repository.partition("@")
-    config = _fetch(name, CONFIG, revision or None)
-    read_config(config)  # before gigabytes are fetched for nothing
-    if weights:
-        _fetch(name, WEIGHTS, config.parent.name)  # the cache names a folder after its commit
-    return config.parent
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+
+
+# ---- weights that are published under a timm name, and the Hugging Face hub
+#
+# `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_HOME` mean what they mean to huggingface_hub.
+
+PATIENCE_S = 3.0
+"""How long an answer of the hub is waited for."""
+
+_SAFE_NAMES = {
+    "": WEIGHTS,
+    "pytorch_model.bin": WEIGHTS,
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+# Licences, as the hub abbreviates them, that let anybody use the weights for anything, with attribution at most.
+FREE_LICENCES = frozenset(
+    [
+        *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "cc0-1.0"),
+        *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
+    ]
+)
+NOT_STATED = "not stated"
+
+
+class HubUnreachableError(UserError):
+    """The hub doesn't answer, or may not be asked."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where the weights of a timm name are.
+
+    Attributes:
+        name: timm's, with the tag of its weights, such as `deit_tiny_patch16_224.fb_in1k`.
+        repository: on the hub.
+        revision: of the repository; None is its newest.
+        file: in the repository, a safetensors file.
+        licence: as timm records it, abbreviated as on the hub; `not stated` if it doesn't.
+    """
+
+    name: str
+    repository: str
+    revision: str | None
+    file: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class HubFacts:
+    """What the hub says about a repository.
+
+    Attributes:
+        licence: as the hub abbreviates it; empty if its card has none.
+        size_bytes: of the file of weights; None if the hub doesn't say.
+    """
+
+    licence: str
+    size_bytes: int | None
+
+
+def published(name: str) -> Published:
+    """What timm records about the weights of a name.
+
+    Raises:
+        UserError: if there are none, or only as a pickle or archive.
+    """
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.has_weights:
+        raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
+    asked = str(known.hf_hub_filename or "")
+    file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
+    if not known.hf_hub_id or file is None:
+        raise UserError(f"The weights of {name} are not published as safetensors, and pickles are never read.")
+    repository, _, revision = str(known.hf_hub_id).partition("@")
+    return Published(name, repository, revision or None, file, str(known.license or NOT_STATED).lower())
+
+
+def cached(weights: Published) -> Path | None:
+    """The file in the hub's cache on this computer; None if it isn't there. Asks nobody."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(
+        weights.repository, weights.file, cache_dir=constants.HF_HUB_CACHE, revision=weights.revision
+    )
+    return Path(found) if isinstance(found, str) else None
+
+
+def ask_hub(weights: Published) -> HubFacts:
+    """Licence and size of published weights, as the hub states them today.
+
+    Raises:
+        HubUnreachableError: if it can't be asked within `PATIENCE_S`.
+        UserError: if it has no such repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(
+            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"The hub has no {weights.repository}, or hides it from you: choose other weights, or log in there with "
+            "`hf auth login`."
+        ) from error
+    except Exception as error:  # each version of the hub's client has its own; the cause stays attached
+        offline = isinstance(error, OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else f"no answer: {type(error).__name__}"
+        raise HubUnreachableError(f"The hub can't be reached ({reason}).") from error
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+    stated = None if info.card_data is None else info.card_data.get("license")
+    tags = (tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:"))
+    return HubFacts(str(stated or next(tags, "")).lower(), sizes.get(weights.file))
+
+
+def is_free(licence: str) -> bool:
+    """Whether weights under this licence may be taken unasked."""
+    return licence in FREE_LICENCES
 
 
 def fetch_weights(name: str) -> Path:
@@ -426,38 +547,39 @@ def fetch_weights(name: str) -> Path:
     return path
 
 
-def _fetch(repository: str, file: str, revision: str | None) -> Path:
-    """One file of a repository on the hub, in the hub's cache.
+def _fetch_folder(repository: str, weights: bool) -> Path:
+    """The files of a repository on the hub, both of one commit, in the hub's cache."""
+    name, _, revision = repository.partition("@")
+    config = _fetch(name, CONFIG, revision or None)
+    read_config(config)  # before gigabytes are fetched for nothing
+    if weights:
+        _fetch(name, WEIGHTS, config.parent.name)  # the cache names a folder after its commit
+    return config.parent
 
-    Where the connection breaks, the hub's client goes on where it stopped, up to five times. What it keeps for another
-    process depends on its version: nothing from 2.0 on.
+
+def _fetch(repository: str, file: str, revision: str | None) -> Path:
+    """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on.
 
     Raises:
         UserError: if the hub can't be reached, or has no such repository or file.
     """
-    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    offline = not hub_answers(hf_hub_url(repository, file, revision=revision))
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        return Path(hf_hub_download(repository, file, revision=revision, etag_timeout=PATIENCE_S))
+    except LocalEntryNotFoundError as error:
         raise UserError(
             f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer: connect it to "
             "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
         ) from error
     except EntryNotFoundError as error:
-        only = (
-            "give a model that timm or moevision saved"
-            if file == CONFIG
-            else "only safetensors are read, never pickles"
-        )
+        only = "give a model that timm or moevision saved; only safetensors are read, never pickles"
         raise UserError(f"{repository} has no {file} on the hub: {only}.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
@@ -471,9 +593,3 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
             f"The download of {file} of {repository} broke off ({type(error).__name__}), five tries to go on included: "
             "start the same command again, or give a file or folder."
         ) from error
-
-
-def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import TopKRouter, moe_layers
-from moevision.layers.routing import evaluating
+from moevision.layers import moe_layers
+from moevision.layers.routing import evaluating, routed_unit
 from moevision.models.convert import moe_layer_indices
 
 
@@ -93,8 +93,8 @@ def routes_read(model: nn.Module) -> list[bool]:
     read = []
     for layer, gradient in zip(layers, gradients, strict=True):
         # Where an image decides once for all its tokens, the class token's part carries that route too.
-        by_image = getattr(getattr(layer.router, "options", None), "route_by", None) == "image"
-        read.append(gradient is not None and bool(gradient[:, 0 if by_image else prefix :].any()))
+        start = 0 if routed_unit(layer.router) == "image" else prefix
+        read.append(gradient is not None and bool(gradient[:, start:].any()))
     return read
 
 
@@ -110,7 +110,7 @@ def block_to_pool(model: nn.Module) -> int | None:
     By the model's structure, without a pass over an image: `unread_layers` measures it.
     """
     last = next(reversed(moe_layers(model)), None)
-    if last is None or not isinstance(last.router, TopKRouter) or last.router.options.route_by == "image":
+    if last is None or last.router.rows is None or routed_unit(last.router) == "image":
         return None
     end = len(cast(Any, model).blocks) - 1
     could_pool = reads_class_token_only(model) and not hasattr(model, "dist_token")  # a distilled model can't

@@ -3,9 +3,8 @@
 What the operations decide on is an `ExpertUse` per layer (`measure_use`), which should come from other images than
 those on which the result is tested. All return a new model, which saves and reloads under its registered name.
 
-Averages of experts need one order of their hidden units. An MLP computes the same whatever that order is, so two
-experts that do alike things may hold them in different orders, and the plain average of their weights is then neither.
-Each expert is therefore first permuted to come as close as possible to a reference expert.
+An MLP computes the same whatever the order of its hidden units, so the plain average of two experts that do alike
+things may be neither. Each expert is first permuted to come as close as possible to a reference expert.
 
 Sources
     Li et al. 2024 (M-SMoE), arXiv:2310.01334: the most used experts stay, each other one joins the one whose router
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import timm
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import HandmadeRouter, MoEMlp, Routing, TopKRouter, forward_routing, moe_layers
+from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
 from moevision.models.convert import convert_to_moe, one_or_list
 from moevision.models.twin import make_dense
 from moevision.models.vit_moe import MOE_ARGUMENTS
@@ -89,38 +88,29 @@ def measure_use(model: nn.Module, batches: Iterable[Tensor]) -> dict[int, Expert
     for images in batches:
         for place, routing in enumerate(forward_routing(model, images)[1]):
             block = place if routing.layer is None else routing.layer
-            sums.setdefault(block, _Sums(routing.num_experts)).add(routing)
+            sums.setdefault(block, _Sums(routing)).add(routing)
     if not sums:
         raise UserError("There is no image to count the use of experts on: give at least one batch.")
     return {block: layer.use() for block, layer in sums.items()}
 
 
-@dataclass
 class _Sums:
     """Running sums of one layer, in float64."""
 
-    num_experts: int
-    counts: Tensor = field(init=False)
-    gate_sum: Tensor = field(init=False)
-    logit_sum: Tensor = field(init=False)
-    product_sum: Tensor = field(init=False)
-    shift: Tensor | None = None
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        zeros = torch.zeros(self.num_experts, dtype=torch.float64)
-        self.counts, self.gate_sum, self.logit_sum = zeros.long(), zeros, zeros
-        self.product_sum = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+    def __init__(self, first: Routing) -> None:
+        self.shift = first.logits[0, 0].double().cpu()  # correlation doesn't change by it; large offsets lose no digits
+        self.counts: Any = 0
+        self.gate_sum: Any = 0
+        self.logit_sum: Any = 0
+        self.product_sum: Any = 0
+        self.tokens = 0
 
     def add(self, routing: Routing) -> None:
-        logits = routing.logits.flatten(0, 1).double().cpu()
-        if self.shift is None:
-            self.shift = logits[0].clone()  # correlation doesn't change by it, and large offsets lose no digits
-        logits = logits - self.shift
-        self.counts = self.counts + routing.counts().cpu()
-        self.gate_sum = self.gate_sum + routing.expert_weights().double().sum((0, 1)).cpu()
-        self.logit_sum = self.logit_sum + logits.sum(0)
-        self.product_sum = self.product_sum + logits.T @ logits
+        logits = routing.logits.flatten(0, 1).double().cpu() - self.shift
+        self.counts += routing.counts().cpu()
+        self.gate_sum += routing.expert_weights().double().sum((0, 1)).cpu()
+        self.logit_sum += logits.sum(0)
+        self.product_sum += logits.T @ logits
         self.tokens += len(logits)
 
     def use(self) -> ExpertUse:
@@ -141,9 +131,7 @@ def prune_experts(
 ) -> nn.Module:
     """Remove experts and their router rows; a token that chose one goes to its next-best expert.
 
-    Pruning an expert that no token uses changes nothing where gates are a softmax over the kept choices
-    (`noisy_top_k`). Where they are a softmax over all experts (`vmoe_top_k`), the gates of the others grow by
-    1 / (1 - its probability).
+    Where gates are a softmax over all experts (`vmoe_top_k`), those of the others grow by 1 / (1 - its probability).
 
     Args:
         model: a converted model.
@@ -159,7 +147,7 @@ def prune_experts(
         UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do with
             fewer experts (slots, hand-made gates).
     """
-    layers = numbered_layers(model)
+    layers = layers_by_block(model)
     if keep is None and remove is not None and remove >= 0:
         left = {block: max(layer.router.num_experts - remove, 0) for block, layer in layers.items()}
         keep = {block: most_used(use_of(use, block, layer), left[block]) for block, layer in layers.items()}
@@ -179,10 +167,8 @@ def merge_experts(
     """Replace groups of experts by their averages.
 
     Weights, router rows and whatever else the router has for each expert are averaged with the experts' choices as
-    weights (equally without `use`), hidden units aligned first. One row can't say what several did: to keep the gates
-    of a softmax its logit would have to be the logsumexp of the group's, which is not linear in the token. So a merged
-    expert is chosen less often than its members together, and a token that chose two of them also gets its next-best
-    expert. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
+    weights (equally without `use`), hidden units aligned first. One row can't say what several did: a merged expert is
+    chosen less often than its members together (docs/reference/conversions.md).
 
     Args:
         model: a converted model.
@@ -199,7 +185,7 @@ def merge_experts(
         UserError: if the groups are no partition of a layer's experts, fewer than K experts would be left, or the
             router can't do with fewer experts (slots, hand-made gates).
     """
-    layers = numbered_layers(model)
+    layers = layers_by_block(model)
     if groups is None and to is not None and to > 0:
         groups = {block: similar_groups(use_of(use, block, layer), to) for block, layer in layers.items()}
     elif groups is None or to is not None:
@@ -240,9 +226,9 @@ def collapse_to_dense(
 ) -> nn.Module:
     """Replace every MoE layer by one plain MLP of an expert's hidden width.
 
-    With `use` experts count by the gates that they had, and the output is scaled by the mean sum of a token's gates, so
-    that the layer keeps its magnitude: with V-MoE's router that sum is below 1, since its softmax is over all experts.
-    Without `use` experts count equally and nothing is scaled. Shared experts are kept exactly, as further hidden units.
+    With `use` experts count by the gates that they had, and the output is scaled by the mean sum of a token's gates,
+    which V-MoE's router keeps below 1. Without `use` experts count equally and nothing is scaled. Shared experts are
+    kept exactly, as further hidden units.
 
     Args:
         model: a converted model, of any router.
@@ -257,28 +243,22 @@ def collapse_to_dense(
     Raises:
         UserError: if the model has no MoE layer, `how` is unknown, or `most_used` has no `use`.
     """
-    layers = numbered_layers(model)
+    layers = layers_by_block(model)
     if how not in get_args(How):
         raise UserError(f"There is no way to collapse named {how!r}: choose {' or '.join(get_args(How))}.")
-    known = {
-        block: use_of(use, block, layer) for block, layer in layers.items() if use is not None or how == "most_used"
-    }
-    mlps = {block: _mlp_state(layer, how, known.get(block), align) for block, layer in layers.items()}
+    mlps = {}
+    for block, layer in layers.items():
+        known = use_of(use, block, layer) if use is not None or how == "most_used" else None
+        experts = state_of(layer.experts)
+        gates = torch.ones(layer.router.num_experts) if known is None else known.gate_sum
+        if how == "most_used":
+            mlp = expert_of(experts, int(gates.argmax()))
+        else:
+            mlp = average_experts(experts, range(len(gates)), gates, align=align)
+        if known is not None:
+            mlp = {name: value * known.gate_total if name.startswith("fc2.") else value for name, value in mlp.items()}
+        mlps[block] = mlp if layer.shared is None else side_by_side(mlp, state_of(layer.shared))
     return with_mlps(model, mlps)
-
-
-@torch.no_grad()
-def _mlp_state(layer: MoEMlp, how: How, use: ExpertUse | None, align: bool) -> State:
-    """State of the plain MLP that stands for a MoE layer."""
-    experts = state_of(layer.experts)
-    gates = torch.ones(layer.router.num_experts) if use is None else use.gate_sum
-    if how == "most_used":
-        mlp = expert_of(experts, int(gates.argmax()))
-    else:
-        mlp = average_experts(experts, range(len(gates)), gates, align=align)
-    if use is not None:
-        mlp = {name: value * use.gate_total if name.startswith("fc2.") else value for name, value in mlp.items()}
-    return mlp if layer.shared is None else side_by_side(mlp, state_of(layer.shared))
 
 
 def side_by_side(first: State, second: State) -> State:
@@ -302,7 +282,7 @@ def regrouped(model: nn.Module, groups: Mapping[int, Groups], use: Use | None, *
         UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do
             without an expert.
     """
-    layers = numbered_layers(model)
+    layers = layers_by_block(model)
     strangers = sorted(set(groups) - set(layers))
     if strangers:
         raise UserError(f"Block {strangers[0]} is no MoE layer: choose among {', '.join(map(str, layers))}.")
@@ -312,50 +292,36 @@ def regrouped(model: nn.Module, groups: Mapping[int, Groups], use: Use | None, *
         for block, layer in layers.items()
     }
     for block, layer in layers.items():
-        _check_groups(block, layer, parts[block])
-    new = _with_experts(model, [len(parts[block]) for block in layers])
-    for block, layer in layers.items():
-        weights = torch.ones(layer.router.num_experts) if use is None else use_of(use, block, layer).counts
-        target: MoEMlp = cast(Any, new).blocks[block].mlp
-        if layer.shared is not None and target.shared is not None:
-            target.shared.drop.p = layer.shared.drop.p  # not that of the experts, which convert_to_moe has seen
-        target.load_state_dict(_averaged_state(layer, target, parts[block], weights, align))
-    return new
-
-
-def _check_groups(block: int, layer: MoEMlp, groups: Groups) -> None:
-    number, top_k = layer.router.num_experts, layer.router.top_k
-    members = [expert for group in groups for expert in group]
-    if len(set(members)) < len(members) or not set(members) <= set(range(number)):
-        raise UserError(f"Block {block} has the experts 0 to {number - 1}, not {members}: name each at most once.")
-    if len(groups) < top_k:
-        raise UserError(
-            f"Block {block} would have {len(groups)} experts and a token takes {top_k}: leave at least {top_k}, "
-            "or collapse the model to a dense one."
-        )
-    if len(groups) < number and not isinstance(layer.router, TopKRouter):
-        if isinstance(layer.router, HandmadeRouter):
-            why = "it gives tokens to a fixed number of experts by a rule, not by a learned row for each"
-        else:
-            why = "every expert takes tokens into slots, so that none is unused and no token has a next-best one"
-        raise UserError(
-            f"The router of block {block} ({type(layer.router).__name__}) can't do with fewer experts: {why}. "
-            "Collapse the model to a dense one instead."
-        )
-
-
-def _with_experts(model: nn.Module, num_experts: Sequence[int]) -> nn.Module:
-    """A copy with so many experts in each MoE layer, freshly drawn; it saves and reloads under the model's name."""
+        number, top_k, left = layer.router.num_experts, layer.router.top_k, len(parts[block])
+        members = [expert for group in parts[block] for expert in group]
+        if len(set(members)) < len(members) or not set(members) <= set(range(number)):
+            raise UserError(f"Block {block} has the experts 0 to {number - 1}, not {members}: name each at most once.")
+        if left < top_k:
+            raise UserError(
+                f"Block {block} would have {left} experts and a token takes {top_k}: leave at least {top_k}, or "
+                "collapse the model to a dense one."
+            )
+        if left < number and layer.router.rows is None:
+            raise UserError(
+                f"The router of block {block} ({type(layer.router).__name__}) can't do with fewer experts: no token "
+                "chooses one by a learned row. Collapse the model to a dense one instead."
+            )
     given = {
-        "num_experts": one_or_list(list(num_experts), None),
+        "num_experts": one_or_list([len(parts[block]) for block in layers], None),
         # As a number: by default it would follow from K and the width of the dense MLP.
-        "expert_hidden": one_or_list([layer.experts.fc1.out_features for layer in moe_layers(model)], None),
+        "expert_hidden": one_or_list([layer.experts.fc1.out_features for layer in layers.values()], None),
     }
     new = copy.deepcopy(model)
     config = {**cast(Any, model).moe_config, **given}
     with torch.random.fork_rng(devices=[]):
         make_dense(new, "active_flops")  # convert_to_moe reads widths, biases and dropout from dense MLPs
         convert_to_moe(new, config.pop("moe_layers"), **config)
+    for block, layer in layers.items():
+        weights = torch.ones(layer.router.num_experts) if use is None else use_of(use, block, layer).counts
+        target: MoEMlp = cast(Any, new).blocks[block].mlp
+        if layer.shared is not None and target.shared is not None:
+            target.shared.drop.p = layer.shared.drop.p  # not that of the experts, which convert_to_moe has seen
+        target.load_state_dict(_averaged_state(layer, target, parts[block], weights, align))
     return new
 
 
@@ -383,35 +349,32 @@ def _averaged_state(old: MoEMlp, new: MoEMlp, groups: Groups, weights: Tensor, a
 def with_mlps(model: nn.Module, mlps: Mapping[int, State]) -> nn.Module:
     """A copy of the model with plain MLPs of these weights in its MoE blocks; it saves and reloads."""
     new = copy.deepcopy(model)
-    widths = [len(mlps[block]["fc1.weight"]) for block in numbered_layers(model)]
+    widths = [len(mlps[block]["fc1.weight"]) for block in layers_by_block(model)]
     with torch.random.fork_rng(devices=[]):
         make_dense(new, widths)
         arguments = getattr(model, "_model_args", {})
         for block, state in mlps.items():
             cast(Any, new).blocks[block].mlp.load_state_dict(state)
         cast(Any, new)._model_args = {**arguments, "twin": widths}
-        if getattr(model, "pretrained_cfg", None):
-            _become_plain(new, arguments)
+        if not getattr(model, "pretrained_cfg", None):
+            return new
+        # Where the architecture without experts has MLPs of the same widths, the model becomes that architecture.
+        state = cast(Any, new)
+        own = {name: value for name, value in arguments.items() if name not in (*MOE_ARGUMENTS, "moe_layers", "twin")}
+        name = own.pop("base", None)
+        if name is None:
+            name, own["moe_layers"] = state.pretrained_cfg["architecture"], []
+        plain: Any = timm.create_model(name, **{**own, "num_classes": state.num_classes})
+    pairs = list(zip(state.blocks, plain.blocks, strict=True))
+    if all(block.mlp.fc1.out_features == its.mlp.fc1.out_features for block, its in pairs):
+        for block, its in pairs:  # experts may have had another dropout
+            block.mlp.drop1.p, block.mlp.drop2.p = its.mlp.drop1.p, its.mlp.drop2.p
+        state._model_args = own
+        state.pretrained_cfg = state.default_cfg = {**state.pretrained_cfg, "architecture": name}
+        del state.moe_config
+        if hasattr(plain, "moe_config"):
+            state.moe_config = plain.moe_config
     return new
-
-
-def _become_plain(dense: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Where the architecture without experts has MLPs of the same widths, let `dense` be that architecture."""
-    state = cast(Any, dense)
-    own = {name: value for name, value in arguments.items() if name not in (*MOE_ARGUMENTS, "moe_layers", "twin")}
-    name = own.pop("base", None)
-    if name is None:
-        name, own["moe_layers"] = state.pretrained_cfg["architecture"], []
-    plain: Any = timm.create_model(name, **{**own, "num_classes": state.num_classes})
-    if [block.mlp.fc1.out_features for block in plain.blocks] != [b.mlp.fc1.out_features for b in state.blocks]:
-        return
-    for block, its in zip(state.blocks, plain.blocks, strict=True):  # experts may have had another dropout
-        block.mlp.drop1.p, block.mlp.drop2.p = its.mlp.drop1.p, its.mlp.drop2.p
-    state._model_args = own
-    state.pretrained_cfg = state.default_cfg = {**state.pretrained_cfg, "architecture": name}
-    del state.moe_config
-    if hasattr(plain, "moe_config"):
-        state.moe_config = plain.moe_config
 
 
 def average_experts(experts: State, members: Sequence[int], weights: Tensor, *, align: bool = True) -> State:
@@ -481,7 +444,7 @@ def expert_of(experts: State, index: int) -> State:
     return {name: packed[index] for name, packed in experts.items()}
 
 
-def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
+def layers_by_block(model: nn.Module) -> dict[int, MoEMlp]:
     """The MoE layers by block index.
 
     Raises:

@@ -13,7 +13,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moevision.errors import UserError
-from moevision.layers import ColourRouter, MoEMlp, moe_layers
+from moevision.layers import MoEMlp, moe_layers
 from moevision.models.convert import scale_by_depth
 
 Match = Literal["active_flops", "total_params"]
@@ -62,7 +62,7 @@ def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
         raise UserError(f"twin={widths} has {len(widths)} widths for {len(layers)} MoE layers: give one for each.")
     state = cast(Any, model)
     for number, hook in list(state.patch_embed._forward_pre_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), ColourRouter):
+        if any(getattr(hook, "__self__", None) is layer.router for layer in layers):
             del state.patch_embed._forward_pre_hooks[number]  # no router reads the image any more
     for index, block in enumerate(state.blocks):
         if isinstance(block.mlp, MoEMlp):

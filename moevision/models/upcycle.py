@@ -30,7 +30,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import CosineRouter, MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
+from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
@@ -94,7 +94,9 @@ def upcycle(
     if layers is None and not (layers := read_layer_indices(dense, "last2")):
         raise UserError("The classifier reads the patches of none of the last two blocks: name layers.")
     with _seeded(seed, stream=1):
-        options = {"normalize_gates": True if _can_normalize(router) else None, "noise": router_noise, **moe_options}
+        kinds = [router_kind(name) for name in ([router] if isinstance(router, str) else router)]
+        can_normalize = any("normalize_gates" in kind.options for kind in kinds)
+        options = {"normalize_gates": True if can_normalize else None, "noise": router_noise, **moe_options}
         model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)
         for layer in moe_layers(model):
             _diversify(layer, noise, reinit)
@@ -121,7 +123,11 @@ class StepZeroGap:
 @torch.no_grad()
 def step0_gap(dense: nn.Module, moe: nn.Module, images: Tensor) -> StepZeroGap:
     """Compare the outputs of two models in eval mode on images [B, 3, H, W]; both are left in the mode they were in."""
-    before, after = (_eval_logits(model, images) for model in (dense, moe))
+    logits = []
+    for model in (dense, moe):
+        with evaluating(model):
+            logits.append(model(images.to(next(model.parameters()).device)).float().cpu())
+    before, after = logits
     return StepZeroGap(
         images=len(images),
         max_logit=float((after - before).abs().max()),
@@ -161,13 +167,10 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
         raise UserError(f"No block of {name} was chosen: name at least one in layers.")
     for index in indices:
         plain_mlp(vit, index)
-    widths = {cast(Any, blocks[index]).mlp.fc1.in_features for index in range(len(blocks)) if _has_mlp(blocks[index])}
+    mlps = [getattr(block, "mlp", None) for block in blocks]
+    widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
     if len(widths) > 1:
         raise UserError(f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks.")
-
-
-def _has_mlp(block: nn.Module) -> bool:
-    return isinstance(getattr(block, "mlp", None), Mlp)
 
 
 def _dense_copy(
@@ -189,11 +192,6 @@ def _dense_copy(
         dense = copy.deepcopy(source)
         dense = dense if device.type == "meta" else dense.cpu()
         return reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size), device
-
-
-def _can_normalize(router: str | Sequence[str]) -> bool:
-    names = [router] if isinstance(router, str) else router
-    return any("normalize_gates" in router_kind(name).options for name in names)
 
 
 @torch.no_grad()
@@ -226,12 +224,9 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     """Let the routers of a model start from clusters of their own input, in place.
 
     Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
-    tokens where it routes images), so that at first a token goes to the cluster that it belongs to. What all centroids
-    have in common is taken off, which changes no choice, and one factor gives the logits of a token the standard
-    deviation 1 over experts, about that of random rows. The cosine router's embeddings become centroids of its
-    projected tokens. Experts that have equal rows, as those that hold one MLP together, get one centroid. Of several
-    clusterings the one with the most even clusters is taken; balance is then the business
-    of the training. Noise weights and selection biases stay as they are.
+    tokens where it routes images), so that at first a token goes to the cluster that it belongs to
+    (`TopKRouter.start_rows`). Experts that have equal rows, as those that hold one MLP together, get one centroid. Of
+    several clusterings the one with the most even clusters is taken. Noise weights and selection biases stay.
 
     What routes by similarity from the start tells nothing about what training the router adds.
 
@@ -250,7 +245,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer, so it has no router to start: give a MoE model.")
     for layer in layers:
-        if not isinstance(layer.router, TopKRouter):
+        if layer.router.rows is None:
             raise UserError(
                 f"The router {layer.router_name!r} can't start from clusters: its tokens don't choose by a learned row "
                 "for each expert. Leave the cluster start out, or choose another router."
@@ -264,8 +259,9 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
         if len(units) < clusters:
             what = "images" if routed_unit(layer.router) == "image" else "tokens"
             raise UserError(f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images.")
-        centroids, sizes = _most_even(units, clusters, generator)
-        _set_rows(router, centroids[group], units)
+        found = [spherical_kmeans(units, clusters, generator) for _ in range(_RESTARTS)]
+        centroids, sizes = min(found, key=lambda each: int(each[1].max()))  # whose largest cluster is smallest
+        router.start_rows(centroids[group], units)
         shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
     cast(Any, model).router_start = "cluster"  # saved with the model: no training can be credited with it
     return shares
@@ -300,17 +296,9 @@ def _router_inputs(
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
     return [
-        _scored(cast(TopKRouter, layer.router), torch.cat(units)[:number])
+        copy.deepcopy(layer.router).cpu().double().features(torch.cat(units)[:number])
         for layer, units, number in zip(layers, found, wanted, strict=True)
     ]
-
-
-def _scored(router: TopKRouter, units: Tensor) -> Tensor:
-    """[T, features]: what the router multiplies with a row of each expert."""
-    if isinstance(router, CosineRouter):
-        weight, bias = (parameter.double().cpu() for parameter in (router.proj.weight, router.proj.bias))
-        return F.normalize(F.linear(units, weight, bias), dim=-1)
-    return units
 
 
 def _groups(router: TopKRouter) -> Tensor:
@@ -322,55 +310,24 @@ def _groups(router: TopKRouter) -> Tensor:
     return torch.tensor([order.setdefault(int(each), len(order)) for each in group])
 
 
-def _set_rows(router: TopKRouter, centroids: Tensor, units: Tensor) -> None:
-    if isinstance(router, CosineRouter):  # only the direction counts; as long as they were
-        router.rows.copy_(centroids * router.rows.double().norm(dim=-1).mean().cpu())
-        return
-    rows = centroids - centroids.mean(0)
-    spread = F.linear(units, rows).std(-1, correction=0).mean()
-    router.rows.copy_(rows / spread.clamp_min(1e-12))
-
-
-def _most_even(units: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centroids [E, D] and sizes [E] of the clustering whose largest cluster is smallest."""
-    found = [spherical_kmeans(units, clusters, generator) for _ in range(_RESTARTS)]
-    return min(found, key=lambda each: int(each[1].max()))
-
-
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Clusters by cosine: Lloyd's steps on directions, from seeds that are drawn far apart (k-means++).
+    """Clusters by cosine: k-means of directions.
 
     Args:
-        x: [T, D], T >= clusters; lengths don't count.
+        x: [T, D] on the CPU, T >= clusters; lengths don't count.
         clusters: E.
-        generator: draws the seeds.
+        generator: draws the seed.
 
     Returns:
-        Unit centroids [E, D] and cluster sizes [E] int64; a cluster that lost all its members is moved to the direction
-        that its centroid represents worst.
+        Unit centroids [E, D] and cluster sizes [E] int64.
     """
+    from sklearn.cluster import KMeans  # not at import: it takes a second
+
     x = F.normalize(x, dim=-1)
-    centroids = x[torch.randint(len(x), (1,), generator=generator)]
-    while len(centroids) < clusters:
-        away = (1 - (x @ centroids.T).amax(-1)).clamp_min(0) + 1e-12  # half the squared distance of unit vectors
-        centroids = torch.cat([centroids, x[torch.multinomial(away, 1, generator=generator)]])
-    for _ in range(_STEPS):
-        best, label = (x @ centroids.T).max(-1)
-        sizes = torch.bincount(label, minlength=clusters)
-        sums = torch.zeros_like(centroids).index_add_(0, label, x)
-        for empty in (sizes == 0).nonzero().flatten().tolist():
-            sums[empty] = x[best.argmin()]
-        moved = F.normalize(sums, dim=-1)
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    found = KMeans(clusters, n_init=1, max_iter=_STEPS, random_state=seed).fit(x.numpy())
+    centroids = F.normalize(torch.from_numpy(found.cluster_centers_), dim=-1)
     return centroids, torch.bincount((x @ centroids.T).argmax(-1), minlength=clusters)
-
-
-def _eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    with evaluating(model):
-        output: Tensor = model(images.to(next(model.parameters()).device))
-    return output.float().cpu()
 
 
 @contextmanager

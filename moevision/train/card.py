@@ -12,60 +12,33 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from moevision import __version__, package_version
-from moevision.data.sources import UNKNOWN, DataTerms, terms_of
-from moevision.efficiency import ModelCost, measure_cost
+from moevision.data.named import UNKNOWN, DataTerms, terms_of
+from moevision.efficiency import measure_cost
 from moevision.errors import UserError, refuse_equal_seeds
 from moevision.layers import moe_layers
-from moevision.models.io import SavedModel, load_model, model_folder
+from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
-from moevision.train.report import (
-    RunSummary,
-    read_summary,
-    render,
-)
+from moevision.train.report import RunSummary, read_summary, template
 
-Json = dict[str, Any]
 UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`
-TAGS = ("image-classification", "timm", "moevision", "mixture-of-experts", "vision-transformer")
 
 
-@dataclass(frozen=True)
-class MoEBlock:
-    """One MoE layer.
+class WeightsOrigin(NamedTuple):
+    """The weights that a training started from: name, address on huggingface.co and licence as timm records them.
 
-    Attributes:
-        block: index of the transformer block, from 0.
-        router: its name.
-        num_experts: E.
-        top_k: K, experts per token.
-    """
-
-    block: int
-    router: str
-    num_experts: int
-    top_k: int
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights that a training started from.
-
-    Attributes:
-        name: a timm name, an address, or the last part of a path; empty = from scratch.
-        hub_id: its address on huggingface.co, if known.
-        licence: what timm records for them; empty if it records nothing.
+    The name is a timm name, an address, or the last part of a path; empty = from scratch.
     """
 
     name: str = ""
@@ -73,61 +46,20 @@ class Start:
     licence: str = ""
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """Everything that a model card says.
-
-    Attributes:
-        name: title of the card.
-        address: how timm finds the model, such as `hf-hub:user/name`.
-        architecture: timm's name, with that of the dense base where there is one.
-        blocks: the MoE layers; empty for a dense model.
-        depth: number of transformer blocks; None where the architecture has none that are numbered.
-        options: what else was set for the MoE layers, such as `capacity_factor`.
-        class_names: [C] in words.
-        image_size: in pixels.
-        cost: parameters and FLOPs.
-        licence: of the weights, as huggingface.co abbreviates it; `unknown` if none was chosen.
-        summary: of the run that trained it; None if unknown.
-        command: what was typed for that run, without the paths.
-        start: the weights that it started from; None if that isn't recorded.
-        versions: of the software, by name.
-        others: runs of the same recipe with other seeds.
-        analysis: the numbers of `moevision analyze`; None if not made.
-    """
-
-    name: str
-    address: str
-    architecture: str
-    blocks: Sequence[MoEBlock]
-    depth: int | None
-    options: Mapping[str, Any]
-    class_names: Sequence[str]
-    image_size: int
-    cost: ModelCost
-    licence: str = UNKNOWN_LICENCE
-    summary: RunSummary | None = None
-    command: Sequence[str] = ()
-    start: Start | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    others: Sequence[RunSummary] = ()
-    analysis: Json | None = None
-
-
 def gather_facts(
-    model: str | Path | SavedModel,
+    model: str | Path,
     *,
     name: str | None = None,
     address: str = "local-dir:.",
     licence: str = UNKNOWN_LICENCE,
     others: Sequence[str | Path] = (),
-    analysis: Json | None = None,
+    analysis: dict[str, Any] | None = None,
     summary: RunSummary | None = None,
-) -> CardFacts:
-    """Gather what is known about a saved model.
+) -> dict[str, Any]:
+    """Gather what is known about a saved model; `card.md.jinja` describes it by its names.
 
     Args:
-        model: a run folder or its model/ folder, whose run is told too; or another address, or a model in memory.
+        model: a run folder or its model/ folder, whose run is told too; or another address.
         name: title of the card; by default the run's, or the architecture's.
         address: where a reader of the card will find the model; the default fits a card beside its model.
         licence: of the weights.
@@ -138,33 +70,34 @@ def gather_facts(
     Raises:
         UserError: if there is no model, a file of the run is damaged, or two of the runs have one seed.
     """
-    saved = model if isinstance(model, SavedModel) else load_model(str(model))
-    run = None if isinstance(model, SavedModel) else Path(model) if summary is not None else _run_of(Path(model))
-    if run is not None and summary is None:
-        summary = read_summary(run / "summary.json")
+    saved, run = load_model(str(model)), cast("Path | None", Path(model))
+    if summary is None:
+        folder = model_folder(Path(model))
+        around = () if folder is None else (Path(model), folder.resolve().parent)
+        run = next((each for each in around if (each / "summary.json").is_file()), None)
+        summary = None if run is None else read_summary(run / "summary.json")
     rest = [read_summary(Path(other) / "summary.json") for other in others]
     refuse_equal_seeds((each.name, each.seed) for each in ([summary, *rest] if summary else rest))
-    command, versions = _origin(None if run is None else run / "provenance.json")
-    architecture, options = _architecture(saved.net)
-    blocks = _moe_blocks(saved.net)
-    return CardFacts(
-        name=shown(name or (summary.name if summary else architecture.split()[0])),
-        address=address,
-        architecture=architecture,
-        blocks=blocks,
-        depth=len(cast(Any, saved.net).blocks) if hasattr(saved.net, "blocks") else None,
-        options=options if blocks else {},
-        class_names=saved.class_names,
-        image_size=saved.image_size,
-        cost=summary.cost if summary else measure_cost(saved.net, saved.image_size),
-        licence=licence,
-        summary=summary,
-        command=command,
-        start=_start(run),
-        versions=versions,
-        others=rest,
-        analysis=analysis,
-    )
+    command, versions = _origin(run)
+    architecture, blocks, options = _architecture(saved.net)
+    return {
+        "name": shown(name or (summary.name if summary else architecture.split()[0])),
+        "address": address,
+        "licence": licence,
+        "architecture": architecture,
+        "blocks": blocks,
+        "depth": len(cast(Any, saved.net).blocks) if hasattr(saved.net, "blocks") else None,
+        "options": options,
+        "class_names": saved.class_names,
+        "image_size": saved.image_size,
+        "cost": summary.cost if summary else measure_cost(saved.net, saved.image_size),
+        "summary": summary,
+        "command": command,
+        "start": _start(run),
+        "versions": versions,
+        "others": rest,
+        "analysis": analysis,
+    }
 
 
 def without_path(word: str) -> str:
@@ -176,165 +109,116 @@ def without_path(word: str) -> str:
     return f"{option}{equals}…/{last}"
 
 
-def _run_of(path: Path) -> Path | None:
-    """The finished run that a model lies in, given either of them."""
-    folder = model_folder(path)
-    candidates = () if folder is None else (path, folder.resolve().parent)
-    return next((each for each in candidates if (each / "summary.json").is_file()), None)
-
-
-def _origin(file: Path | None) -> tuple[list[str], dict[str, str]]:
-    """The command in a provenance.json and its software, or without one that of this process.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    if file is None or not file.is_file():
-        return [], _versions({})
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        provenance = dict(read_json(file))
-        return [shown(without_path(word)) for word in provenance.get("command", [])], _versions(provenance)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({type(error).__name__}): repair it or move it away.") from error
 
 
-def _architecture(net: nn.Module) -> tuple[str, Json]:
-    """The timm name with the base in brackets, and the MoE options that stand neither there nor in `_moe_blocks`."""
-    given: Json = dict(getattr(net, "_model_args", {}))
-    config = cast(Json, getattr(net, "pretrained_cfg", None) or {})
-    name = str(config.get("architecture") or type(net).__name__)
-    base = f" ({given['base']} with experts)" if given.get("base") else ""
-    told = {"moe_layers", "num_experts", "top_k", "router", "backend"}
-    options = {key: value for key, value in getattr(net, "moe_config", {}).items() if key not in told}
-    return name + base, {key: value for key, value in options.items() if value is not None}
+def _origin(run: Path | None) -> tuple[str, dict[str, str]]:
+    """The command in provenance.json and its software, or without one that of this process."""
+    if run is None or not (run / "provenance.json").is_file():
+        here = {"moevision": __version__, **{name: package_version(name) for name in LIBRARIES}}
+        return "", {name: version for name, version in here.items() if version}
+    with _reading(run / "provenance.json"):
+        known = dict(read_json(run / "provenance.json"))
+        words = [shown(without_path(word)) for word in known.get("command", [])]
+        versions = {"moevision": known.get("moevision"), **dict(known.get("libraries") or {})}
+        versions["Python"] = (known.get("python") or {}).get("version")
+    command = " ".join(word if "…" in word else shlex.quote(word) for word in words)
+    return command, {name: str(version) for name, version in versions.items() if version}
 
 
-def _moe_blocks(net: nn.Module) -> list[MoEBlock]:
-    layers = moe_layers(net)
+def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
+    """The timm name with the base in brackets, the MoE layers, and their options that stand in neither."""
+    base = dict(getattr(net, "_model_args", {})).get("base")
+    config = cast(dict[str, Any], getattr(net, "pretrained_cfg", None) or {})
+    name = str(config.get("architecture") or type(net).__name__) + (f" ({base} with experts)" if base else "")
+    layers, chosen = moe_layers(net), dict(getattr(net, "moe_config", {}))
     if not layers:
-        return []
-    routers = getattr(net, "moe_config", {}).get("router", "unknown")
-    names = [routers] * len(layers) if isinstance(routers, str) else list(routers)
-    return [
-        MoEBlock(cast(int, layer.layer_index), name, layer.router.num_experts, layer.router.top_k)
-        for layer, name in zip(layers, names, strict=True)
+        return name, [], {}
+    routers = chosen.get("router", "unknown")
+    routers = [routers] * len(layers) if isinstance(routers, str) else routers
+    blocks = [
+        {
+            "block": layer.layer_index,
+            "router": router,
+            "experts": layer.router.num_experts,
+            "per_token": layer.router.top_k,
+        }
+        for layer, router in zip(layers, routers, strict=True)
     ]
+    told = ("moe_layers", "num_experts", "top_k", "router", "backend")
+    options = {
+        option: ", ".join(
+            "–" if each is None else str(each) for each in (value if isinstance(value, list) else [value])
+        )
+        for option, value in chosen.items()
+        if value is not None and option not in told
+    }
+    return name, blocks, options
 
 
-def _start(run: Path | None) -> Start | None:
+def _start(run: Path | None) -> WeightsOrigin | None:
     """What config.yaml says about pretrained weights, and what timm knows of those."""
     if run is None or not (run / "config.yaml").is_file():
         return None
-    try:
-        source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run / 'config.yaml'} can't be read ({type(error).__name__}): repair it or move it away."
-        ) from error
-    if not source:
-        return Start()
-    if str(source).startswith("hf-hub:"):
-        return Start(str(source), str(source).removeprefix("hf-hub:").split("@")[0])
-    if Path(source).exists() or not timm.is_model(source):
-        return Start(without_path(str(source)))
+    with _reading(run / "config.yaml"):
+        source = str(read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"] or "")
+    if source.startswith("hf-hub:"):
+        return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
+    if not source or Path(source).exists() or not timm.is_model(source):
+        return WeightsOrigin(without_path(source))
     config = cast(Any, timm.get_pretrained_cfg(source)).to_dict()
-    return Start(str(source), str(config.get("hf_hub_id") or ""), str(config.get("license") or ""))
+    return WeightsOrigin(source, str(config.get("hf_hub_id") or ""), str(config.get("license") or ""))
 
 
-def _versions(provenance: Json) -> dict[str, str]:
-    """Of the run; without one, of the software that the card's numbers were measured with."""
-    if provenance:
-        found = {"moevision": provenance.get("moevision"), **dict(provenance.get("libraries") or {})}
-        found["Python"] = (provenance.get("python") or {}).get("version")
-    else:
-        found = {"moevision": __version__, **{name: package_version(name) for name in LIBRARIES}}
-    return {name: str(version) for name, version in found.items() if version}
-
-
-def model_card(facts: CardFacts) -> str:
-    """The card as Markdown; the same facts always give the same text.
-
-    Args:
-        facts: from `gather_facts`.
-    """
-    terms = None if facts.summary is None else terms_of(facts.summary.data)
-    return render(
-        "card.md.jinja",
+def model_card(facts: dict[str, Any]) -> str:
+    """The card as Markdown, from `gather_facts`; the same facts always give the same text."""
+    summary: RunSummary | None = facts["summary"]
+    terms = None if summary is None else terms_of(summary.data)
+    card: str = template("card.md.jinja").render(
         facts=facts,
         terms=terms,
-        header=_header(facts, terms).to_yaml(),
+        header=_header(facts, summary, terms).to_yaml(),
         unknown_terms=UNKNOWN,
         unknown_licence=UNKNOWN_LICENCE,
-        per_layer=_per_layer,
         without_example=without_example,
-        shell=_shell,
-        bits=_bits,
-        signed=_signed,
-        strongest=_strongest,
-        largest=_largest,
+        largest=lambda experts: max(experts, key=lambda expert: abs(expert["delta_logit"])),
     )
+    return card
 
 
-def _header(facts: CardFacts, terms: DataTerms | None) -> ModelCardData:
-    start = facts.start or Start()
-    results = None if facts.summary is None or terms is None else [_result(facts.summary, terms)]
-    return ModelCardData(
-        license=facts.licence,
+def _header(facts: dict[str, Any], summary: RunSummary | None, terms: DataTerms | None) -> ModelCardData:
+    experts = ["mixture-of-experts"] if facts["blocks"] else []
+    header = ModelCardData(
+        license=facts["licence"],
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=list(TAGS if facts.blocks else [tag for tag in TAGS if tag != "mixture-of-experts"]),
-        datasets=[terms.hub_id] if terms and terms.hub_id else None,
-        base_model=start.hub_id or None,
-        metrics=["accuracy"] if results else None,
-        model_name=facts.name if results else None,
-        eval_results=results,
+        tags=["image-classification", "timm", "moevision", *experts, "vision-transformer"],
+        base_model=(facts["start"] and facts["start"].hub_id) or None,
     )
-
-
-def _result(summary: RunSummary, terms: DataTerms) -> EvalResult:
-    return EvalResult(
-        task_type="image-classification",
-        task_name="Image Classification",
-        dataset_type=terms.hub_id or terms.kind,
-        dataset_name=terms.title,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_name="top-1 accuracy",
-        metric_value=round(summary.test.correct / summary.test.total, 4),
-    )
+    if summary is not None and terms is not None:
+        header.datasets = [terms.hub_id] if terms.hub_id else None
+        header.metrics = ["accuracy"]
+        header.model_name = facts["name"]
+        header.eval_results = [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=terms.hub_id or terms.kind,
+                dataset_name=terms.title,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name="top-1 accuracy",
+                metric_value=round(summary.test.accuracy, 4),
+            )
+        ]
+    return header
 
 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
     return re.sub(r" \(for example .*\)", "", shown(sentence))  # to the last bracket: names have brackets too
-
-
-def _per_layer(value: Any) -> str:
-    """One value for all MoE layers, or one for each; a dash where a layer has none."""
-    return ", ".join("–" if each is None else str(each) for each in (value if isinstance(value, list) else [value]))
-
-
-def _shell(command: Sequence[str]) -> str:
-    return " ".join(word if "…" in word else shlex.quote(word) for word in command)
-
-
-def _strongest(baselines: Mapping[str, Sequence[float]]) -> str:
-    """The routing without learning that tells most, over all its seeds, such as `0.200 (kmeans input)`."""
-    found = [(max(values), name) for name, values in baselines.items() if values]
-    if not found:
-        return "not measured"
-    bits, name = max(found)
-    return f"{_bits(bits)} ({name.replace('_', ' ')})"
-
-
-def _largest(experts: Sequence[Json]) -> Json:
-    """The expert whose absence changes most."""
-    return max(experts, key=lambda expert: abs(expert["delta_logit"]))
-
-
-def _bits(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

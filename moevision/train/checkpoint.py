@@ -7,8 +7,8 @@ numbers, paths and the like; and the state of every global random generator (`pr
 Writing: Lightning writes through a temporary file in $TMPDIR, without fsync; on another file system that is a plain
 copy onto the final name, so a kill leaves half a file there. Here: a temporary file in the target's own folder, fsync,
 its SHA-256 into manifest.json, rename, fsync of the folder. What a disk refuses is kept in memory and tried again,
-while training goes on. Weights that are sharded over processes make the checkpoint a folder (`sharded.py`), renamed
-as a whole; what a disk refuses of it isn't kept, since the next point comes.
+while training goes on. Weights that are sharded over processes make the checkpoint a folder (`parallel/folder.py`),
+renamed as a whole; what a disk refuses of it isn't kept, since the next point comes.
 
 Reading: a flipped bit inside a tensor loads without an error, so a file is compared with its hash in the manifest. The
 manifest is written before a new file is renamed over an old one and names both until then: at no moment is a whole file
@@ -48,7 +48,7 @@ from moevision.files import (
     written_beside,
 )
 from moevision.models.safe_files import read_json
-from moevision.train import sharded
+from moevision.train import archive
 from moevision.train.processes import from_first, is_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -93,7 +93,7 @@ class Entry:
 
     Attributes:
         name: the name of the file or folder.
-        sha256: hash of its bytes, in hexadecimal; for a folder over its files (`sharded.digest`).
+        sha256: hash of its bytes, in hexadecimal; for a folder over its files (`archive.digest`).
         step: optimizer steps done.
         epoch: the epoch that it lies in.
         size: bytes.
@@ -141,13 +141,13 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; of a folder `sharded.digest`.
+    """SHA-256 of a file in hexadecimal; of a folder `archive.digest`.
 
     Raises:
         OSError: if it can't be read, or is a pipe or device.
     """
     if path.is_dir():
-        return sharded.digest(path)
+        return archive.digest(path)
     if path.exists() and not path.is_file():
         raise OSError(0, "it is no regular file")
     return file_sha256(path)
@@ -192,11 +192,11 @@ def _verify_archive(path: Path, digest: str) -> Verified:
     if path.is_dir():
         return Verified(path, -1, "has no entry in manifest.json", digest)
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+        with zipfile.ZipFile(path) as parts:
+            broken = parts.testzip()
         if broken is not None:
             return Verified(path, -1, f"is damaged in {broken}", digest)
-        return Verified(path, int(sharded.load_rest(path)["global_step"]), None, digest)
+        return Verified(path, int(archive.load_rest(path)["global_step"]), None, digest)
     except Exception as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
         return Verified(path, -1, f"is no whole checkpoint ({type(error).__name__})", digest)
 
@@ -248,7 +248,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint; if the disk refuses, warn, keep it in memory and let `retry` write it later."""
         path = Path(path).resolve()
-        if sharded.is_sharded(checkpoint):
+        if archive.is_divided(checkpoint):
             self._save_folder(checkpoint, path)
             return
         memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
@@ -260,10 +260,12 @@ class SafeCheckpointIO(CheckpointIO):
 
     def _save_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Write sharded tensors, each process its own; a new attempt comes with the next point, not before."""
+        from moevision.train.parallel.folder import write_folder
+
         temporary = Path(from_first(str(temporary_for(path))))
         fault = None
         try:
-            digest, size, finite = sharded.write_folder(checkpoint, temporary)
+            digest, size, finite = write_folder(checkpoint, temporary)
             if is_first():
                 step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
                 now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -325,7 +327,7 @@ class SafeCheckpointIO(CheckpointIO):
         path: str | Path,
         map_location: Any | None = None,
         weights_only: bool | None = None,
-        like: sharded.Like | None = None,
+        like: Any = None,
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake.
 
@@ -339,7 +341,7 @@ class SafeCheckpointIO(CheckpointIO):
         location = map_location if map_location is not None else "cpu"
         held = from_first(self._unwritten[path].data if path in self._unwritten else None)
         if held is not None:  # the disk is full, and the best weights are only here
-            return cast(dict[str, Any], sharded.load_archive(io.BytesIO(held), location))
+            return cast(dict[str, Any], archive.load_archive(io.BytesIO(held), location))
         fault = None
         if is_first():  # reading it whole once is enough
             fault = verify(path).fault if path.exists() else "is missing"
@@ -347,15 +349,17 @@ class SafeCheckpointIO(CheckpointIO):
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         if path.is_dir():
-            return sharded.read_folder(path, like, location)
-        with sharded.saying_what_is_damaged(path):
-            return cast(dict[str, Any], sharded.load_archive(path, location))
+            from moevision.train.parallel.folder import read_folder
+
+            return read_folder(path, like, location)
+        with archive.saying_what_is_damaged(path):
+            return cast(dict[str, Any], archive.load_archive(path, location))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint and its entry."""
         path = Path(path).resolve()
         self._unwritten.pop(path, None)
-        sharded.remove(path)
+        archive.remove(path)
         write_manifest(path.parent, [entry for entry in read_manifest(path.parent) if entry.name != path.name])
 
 
@@ -407,8 +411,8 @@ def check_checkpoint(name: str) -> None:
     """Raise a UserError if this is a file that is missing, damaged, or of another program."""
     if not Path(name).exists():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
-    with sharded.saying_what_is_damaged(name):
-        checkpoint = sharded.load_rest(Path(name))
+    with archive.saying_what_is_damaged(name):
+        checkpoint = archive.load_rest(Path(name))
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "arch" not in options:
         raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")

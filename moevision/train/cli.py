@@ -35,8 +35,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from moevision.data import ImageDataModule
-from moevision.data.sources import DATASET_NAMES
-from moevision.data.tables import HF
+from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges
 from moevision.files import newest_config, sync_file, sync_folder
 from moevision.layers import moe_layers
@@ -44,23 +43,20 @@ from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
-from moevision.train.calibration import Calibrate
-from moevision.train.callbacks import (
+from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
+from moevision.train.devices import ParallelConfig, parallel_strategy, trains_on
+from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.health import (
     EarlyStoppingConfig,
     RouterHealth,
     RunLogger,
-    ScheduleCheck,
     StopEarly,
     Stopwatch,
-    TimeLeft,
 )
-from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
-from moevision.train.devices import trains_on
-from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
 from moevision.train.memory import check_memory, describe_memory
-from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
-from moevision.train.probe import fit_probe, start_with
+from moevision.train.optim import freeze_parameters
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
@@ -79,7 +75,8 @@ from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
-from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
+from moevision.train.start import fit_probe, start_with
+from moevision.train.stats import Calibrate
 from moevision.train.task import ClassificationTask, check_trainer
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
@@ -184,7 +181,7 @@ a pretrained start (fit FOLDER; by default below 20,000 images)
                         network starts from scratch. Without --pretrained it asks on a terminal, and elsewhere takes
                         only what the cache has.
   --pretrained NAME     any timm ViT with plain MLPs, such as deit_tiny_patch16_224; also hf-hub:USER/NAME.
-  --pretrained FILE     a .safetensors file in timm's names; its architecture is found out, or --model.arch.base NAME.
+  --pretrained FILE     a .safetensors file in timm's names; say --model.arch.base NAME if it doesn't.
   --pretrained FOLDER   what timm or moevision saved.
   --pretrained none     from scratch.
   --dense               fine-tune the dense model, without experts; --with-twin trains both and says which to use.
@@ -581,8 +578,6 @@ class TrainingCLI(LightningCLI):
             self.point, self.best = self._resume_point(), self._checkpoints()
             callbacks += [
                 self.stopwatch,
-                TimeLeft(self.session.clock),
-                ScheduleCheck(),
                 LearningRateMonitor("step"),
                 self.best,
             ]
@@ -601,7 +596,7 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError, ImportError) as error:  # such as an accelerator that isn't there
             raise UserError(f"The Trainer does not take these options: {error}") from error
-        if (divided := MoEParallelStrategy.of(trainer)) is not None:
+        if (divided := parallel_strategy(trainer)) is not None:
             divided.check(trainer)
         # On CUDA TF32 where all is float32. What autocast leaves in float32, such as routers, needs its digits.
         torch.set_float32_matmul_precision("high" if trainer.precision == "32-true" else "highest")
@@ -766,7 +761,8 @@ class TrainingCLI(LightningCLI):
                 net = build_model(twin, *sizes, load_pretrained=False, kept=self._kept)
                 freeze_parameters(net, self.model.optim.freeze)
         records = self._get(self.config, "record_routing")["images"] is not None
-        check_fit(self.trainer, self.model, self.datamodule, records=records)
+        if (divided := parallel_strategy(self.trainer)) is not None:
+            divided.check_fit(self.trainer, self.model, self.datamodule, records=records)
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""
@@ -783,8 +779,8 @@ class TrainingCLI(LightningCLI):
             self.expected_s = None if steps_s is None else before_s + steps_s
             needed = describe_memory(self.model, self.trainer)
             print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
-            if (line := describe_parallel(self.trainer, self.model.net)) is not None:
-                print(line)
+            if (divided := parallel_strategy(self.trainer)) is not None:
+                print(divided.plan(self.trainer.world_size, self.model.net))
         print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
 
     def _memory_advice(self) -> AbstractContextManager[None]:
@@ -807,7 +803,7 @@ class TrainingCLI(LightningCLI):
     @property
     def _divided(self) -> bool:
         """Whether processes share the model, so that the whole of it may not fit a device."""
-        return MoEParallelStrategy.of(self.trainer) is not None
+        return parallel_strategy(self.trainer) is not None
 
     @property
     def _device_before(self) -> torch.device:

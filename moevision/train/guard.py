@@ -21,39 +21,32 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import fsum, isfinite, sqrt
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moevision.data.scores import ScoreSums
 from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
 from moevision.files import write_text_atomic
-from moevision.limits import usable_memory_bytes
+from moevision.layers.experts import local
 from moevision.names import csv_name
-from moevision.train.callbacks import is_logged
-from moevision.train.optim import WeightEMA
-from moevision.train.parallel import first_index, mesh_of, own_part, with_part
+from moevision.train.ema import WeightEMA
+from moevision.train.health import is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 DIAGNOSIS = "divergence.md"
 GUARD_CSV = "guard.csv"
-_MOST_OF_MEMORY = 0.25  # that snapshots may take
-_SMALL = 1 << 16  # bytes; on disk, a tensor of fewer stays in memory, as none saves much
 _RECENT = 100  # updates over which refused ones are counted
 _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
@@ -87,10 +80,9 @@ class GuardConfig:
 
     Args:
         enabled: refuse updates from numbers that are not finite, and return to an earlier state when it must be.
-        snapshot_every: applied updates between two snapshots (weights, moments; about 3 x the weights each).
-        snapshots: how many snapshots are kept.
-        snapshots_in: where: `memory`, `disk` (the run folder's), or `auto`, on disk if they are more than a quarter of
-            the main memory.
+        snapshot_every: applied updates between two snapshots.
+        snapshots: how many snapshots are kept in main memory; each takes 12 bytes per parameter under AdamW (weights
+            and two moments), 4 more with a moving average.
         max_skips: refused among the last 100 updates, above which training returns to a snapshot.
         max_rollbacks: returns within 1,000 steps, above which training stops.
         spike_sigmas: standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes.
@@ -101,18 +93,20 @@ class GuardConfig:
     enabled: bool = True
     snapshot_every: int = 100
     snapshots: int = 2
-    snapshots_in: Literal["auto", "memory", "disk"] = "auto"
     max_skips: int = 10
     max_rollbacks: int = 3
     spike_sigmas: float = 6.0
     spike_updates: int = 10
     spike_warmup: int = 20
 
-    def on_disk(self, size: float) -> bool:
-        """Whether snapshots of so many bytes, of all processes of this machine, are kept on disk."""
-        memory = usable_memory_bytes()
-        large = memory is not None and size > _MOST_OF_MEMORY * memory
-        return self.snapshots_in == "disk" or (self.snapshots_in == "auto" and large)
+
+class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
+    """The training diverged again and again, and the budget of returns to a snapshot is used up.
+
+    It has its own exit code, so that a job script doesn't start the same training again and again.
+    """
+
+    exit_code = DIVERGED
 
 
 class StabilityGuard(L.Callback):
@@ -123,6 +117,7 @@ class StabilityGuard(L.Callback):
 
     Attributes:
         record: what it found and did.
+        snapshots: states to return to, the newest last.
 
     Raises:
         UserError: if a number of the config can't be used.
@@ -137,10 +132,11 @@ class StabilityGuard(L.Callback):
         check_ranges(config, ranges, "--guard.")
         self.config = config
         self.record = GuardRecord()
+        self.snapshots: deque[TrainingSnapshot] = deque(maxlen=config.snapshots)
         self._losses = LossHistory(config.spike_sigmas, config.spike_updates, config.spike_warmup)
         self._applied = 0
         self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
-        self._recovery = Recovery(config.snapshots, config.max_rollbacks)
+        self._returns: list[int] = []  # steps
         self._before: tuple[dict[str, Any], list[Tensor]] | None = None  # randomness and buffers before the window
         self._indices: list[Tensor] = []  # images of the window
         self._loss: float | None = None  # of the window, if it was decided and applied
@@ -165,13 +161,7 @@ class StabilityGuard(L.Callback):
         if not isinstance(pl_module, ClassificationTask):
             raise UserError("StabilityGuard watches a ClassificationTask: leave it out for other modules.")
         pl_module.update_gate = lambda norm: self._refuses(trainer, pl_module, norm)
-        self._recovery.clear()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop deciding, and free the snapshots."""
-        if stage == "fit":
-            cast(ClassificationTask, pl_module).update_gate = None
-            self._recovery.clear()
+        self.snapshots.clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the first snapshot, before anything is trained.
@@ -180,16 +170,9 @@ class StabilityGuard(L.Callback):
             UserError: if the weights to begin with are not finite.
         """
         task = cast(ClassificationTask, pl_module)
-        if (source := self._recovery.find_nonfinite(trainer, task)) is not None:
+        if (source := find_nonfinite(trainer, task)) is not None:
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
-        size = self.config.snapshots * trainer.num_devices * _snapshot_bytes(trainer, task)
-        self._recovery.folder = None
-        if any(gather(self.config.on_disk(size))):  # parts may differ a little in size: all decide alike
-            self._recovery.folder = Path(trainer.default_root_dir)
-            self._recovery.folder.mkdir(parents=True, exist_ok=True)
         self._keep(trainer, task)
-        if len(self._recovery) == 0:
-            raise UserError("The guard needs a first snapshot: make room, or say --guard.snapshots_in memory.")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -215,24 +198,21 @@ class StabilityGuard(L.Callback):
             return False
         gradients = ((name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None)
         source = source_of(task.evidence, gradients)
-        self._undo_forward(task)
-        task.aux_loss.start_window()
-        task.window_counts = []
-        self._bad_state = self._recovery.find_nonfinite(trainer, task)
-        self.record.not_applied += 1
-        if self._bad_state is None and not bad_losses and _looks_for_scale(trainer):
-            self.record.overflows += 1
-            self._recent[-1] = 0
-        elif self._bad_state is None:
-            self._note(trainer, "skip", source)
-        return True
-
-    def _undo_forward(self, task: ClassificationTask) -> None:
         randomness, buffers = cast(tuple[dict[str, Any], list[Tensor]], self._before)
         restore_random_state(randomness)
         with torch.no_grad():
             for buffer, before in zip(task.net.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        task.aux_loss.start_window()
+        task.window_counts = []
+        self._bad_state = find_nonfinite(trainer, task)
+        self.record.not_applied += 1
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self._bad_state is None and not bad_losses and scaler is not None and scaler.get_scale() > 1:
+            self._recent[-1] = 0  # an overflow, by which fp16 looks for its loss scale: no fault
+        elif self._bad_state is None:
+            note(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
+        return True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -251,7 +231,7 @@ class StabilityGuard(L.Callback):
             if self._losses.add(loss):
                 cause = f"loss spike: {loss:.3g} against a mean of {self._losses.mean:.3g} (limit {threshold:.3g})"
             elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
-                cause = self._recovery.find_nonfinite(trainer, task)
+                cause = find_nonfinite(trainer, task)
                 if cause is None:
                     self._keep(trainer, task)
         elif cause is None and sum(self._recent) > self.config.max_skips:
@@ -271,7 +251,7 @@ class StabilityGuard(L.Callback):
         """Record a validation loss that isn't finite; the weights are finite, so training does not return."""
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn is TrainerFn.FITTING and loss is not None and not isfinite(float(loss)):
-            self._note(trainer, "validation", "validation loss")
+            note(self.record, trainer, "validation", "validation loss")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Return to a snapshot rather than end with a state that isn't finite."""
@@ -284,6 +264,12 @@ class StabilityGuard(L.Callback):
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stop deciding, and free the snapshots."""
+        if stage == "fit":
+            cast(ClassificationTask, pl_module).update_gate = None
+            self.snapshots.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Counters and statistics, as primitives. Snapshots aren't saved: a resumed run takes a new one first."""
         return {
@@ -291,7 +277,7 @@ class StabilityGuard(L.Callback):
             "losses": self._losses.state_dict(),
             "applied": self._applied,
             "recent": list(self._recent),
-            "returns": list(self._recovery.returns),
+            "returns": list(self._returns),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -300,41 +286,53 @@ class StabilityGuard(L.Callback):
         self._losses.load_state_dict(state_dict["losses"])
         self._applied = int(state_dict["applied"])
         self._recent = deque(state_dict["recent"], maxlen=_RECENT)
-        self._recovery.returns = list(state_dict["returns"])
+        self._returns = list(state_dict["returns"])
 
-    # -- helpers
+    # -- the way back
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Return to a snapshot if the state isn't finite; whether that was done."""
-        if not self._recovery.can_check(trainer):
+        """Return to a snapshot, outside of a training step, if the state isn't finite; whether that was done."""
+        task, average = cast(ClassificationTask, pl_module), WeightEMA.of(trainer)
+        swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
+        alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
+        if trainer.state.fn is not TrainerFn.FITTING or not self.snapshots or swapped or alone:
             return False
-        task = cast(ClassificationTask, pl_module)
-        cause = self._recovery.find_nonfinite(trainer, task)
+        cause = find_nonfinite(trainer, task)
         if cause is not None:
             self._roll_back(trainer, task, cause)
         return cause is not None
 
     def _keep(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        self._recovery.keep(trainer, task, (self._applied, self._losses.state_dict()))
+        self.snapshots.append(TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict())))
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
-        applied, losses = self._recovery.go_back(trainer, task)
+        """Return to the newest snapshot, or to an older one if that did not help.
+
+        Raises:
+            TrainingDiverged: over the budget; the state that was returned to is saved, and a diagnosis beside it.
+        """
+        if self.snapshots[-1].restored and len(self.snapshots) > 1:
+            self.snapshots.pop()
+        self.snapshots[-1].restore(trainer, task)
+        applied, losses = self.snapshots[-1].extra
         self.record.lost += self._applied - applied
         self._applied = applied
         self._losses.load_state_dict(losses)
         self._recent.clear()
-        self._note(trainer, "rollback", cause)
-        self._recovery.give_up_over_budget(trainer, self.record, cause)
-
-    def _note(self, trainer: L.Trainer, kind: str, source: str | None) -> None:
-        images = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
-        note(self.record, trainer, kind, source, images)
-
-
-def _looks_for_scale(trainer: L.Trainer) -> bool:
-    """Whether fp16 loss scaling can still lower its scale, which is what an overflow is for."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and scaler.get_scale() > 1
+        self._returns = [step for step in self._returns if step > trainer.global_step - _BUDGET]
+        self._returns.append(trainer.global_step)
+        note(self.record, trainer, "rollback", cause)
+        if len(self._returns) <= self.config.max_rollbacks:
+            return
+        folder = Path(trainer.default_root_dir)
+        checkpoint = folder / "checkpoints" / "diverged.ckpt"
+        trainer.save_checkpoint(checkpoint)
+        if trainer.is_global_zero:
+            write_text_atomic(folder / DIAGNOSIS, self.record.diagnosis(trainer.global_step, str(checkpoint)))
+        raise TrainingDiverged(
+            f"The training diverged ({cause}) and returning to an earlier state did not help: read "
+            f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
+        )
 
 
 class LossHistory:
@@ -387,100 +385,6 @@ class LossHistory:
         self.suspicious = int(state["suspicious"])
 
 
-class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training diverged again and again, and the budget of returns to a snapshot is used up.
-
-    It has its own exit code, so that a job script doesn't start the same training again and again.
-    """
-
-    exit_code = DIVERGED
-
-
-class Recovery:
-    """Keeps snapshots of a training and returns to them.
-
-    Args:
-        snapshots: how many are kept.
-        max_rollbacks: returns within 1,000 steps, above which the training is given up.
-
-    Attributes:
-        returns: the steps at which training returned to a snapshot.
-        folder: on whose disk snapshots are kept; None: in memory.
-    """
-
-    def __init__(self, snapshots: int, max_rollbacks: int) -> None:
-        self.max_rollbacks = max_rollbacks
-        self.returns: list[int] = []
-        self.folder: Path | None = None
-        self._ring: deque[TrainingSnapshot] = deque(maxlen=snapshots)
-
-    def __len__(self) -> int:
-        """How many snapshots there are."""
-        return len(self._ring)
-
-    def clear(self) -> None:
-        """Free the memory."""
-        self._ring.clear()
-
-    def keep(self, trainer: L.Trainer, task: ClassificationTask, extra: Any) -> None:
-        """Take a snapshot of a state that is known to be finite; `extra` comes back with it.
-
-        A full disk is said, and the snapshots that are there stay; all processes have the same ones.
-        """
-        try:
-            taken, why = TrainingSnapshot(trainer, task, extra, self.folder), None
-        except OSError as error:
-            taken, why = None, error.strerror or str(error)
-        failures = [why for why in gather(why) if why] if self.folder else []
-        if failures:
-            tell(f"warning: the guard's snapshot can't be written ({failures[0]}): it keeps the one before.")
-        elif taken is not None:
-            self._ring.append(taken)
-
-    def find_nonfinite(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
-        """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
-        state = lasting_tensors(trainer, task)
-        (bad,) = sum_numbers([not all_finite(state.values())], task.device)
-        if not bad:
-            return None
-        buffers = frozenset(name for name, _ in task.net.named_buffers())
-        return cast(str, next(filter(None, gather(nonfinite_states(state, buffers)))))
-
-    def can_check(self, trainer: L.Trainer) -> bool:
-        """Whether the state may be checked now, outside of a training step."""
-        average = WeightEMA.of(trainer)
-        swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
-        alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
-        return trainer.state.fn is TrainerFn.FITTING and len(self) > 0 and not swapped and not alone
-
-    def go_back(self, trainer: L.Trainer, task: ClassificationTask) -> Any:
-        """Return to the newest snapshot, or to an older one if that did not help; its `extra`."""
-        if self._ring[-1].restored and len(self._ring) > 1:
-            self._ring.pop()
-        self._ring[-1].restore(trainer, task)
-        self.returns = [step for step in self.returns if step > trainer.global_step - _BUDGET]
-        self.returns.append(trainer.global_step)
-        return self._ring[-1].extra
-
-    def give_up_over_budget(self, trainer: L.Trainer, record: GuardRecord, cause: str) -> None:
-        """Stop if the budget is used up; the good state that was just restored is saved, and a diagnosis beside it.
-
-        Raises:
-            TrainingDiverged: if it is.
-        """
-        if len(self.returns) <= self.max_rollbacks:
-            return
-        folder = Path(trainer.default_root_dir)
-        checkpoint = folder / "checkpoints" / "diverged.ckpt"
-        trainer.save_checkpoint(checkpoint)
-        if trainer.is_global_zero:
-            write_text_atomic(folder / DIAGNOSIS, record.diagnosis(trainer.global_step, str(checkpoint)))
-        raise TrainingDiverged(
-            f"The training diverged ({cause}) and returning to an earlier state did not help: read "
-            f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
-        )
-
-
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
@@ -493,113 +397,60 @@ class TrainingSnapshot:
         trainer: a trainer that fits.
         task: its task.
         extra: what the owner wants back with it, such as running statistics; kept as it is.
-        folder: on whose disk it is kept; None: in memory.
 
     Attributes:
         restored: how often training has come back to it.
     """
 
-    def __init__(
-        self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None, folder: Path | None = None
-    ) -> None:
-        self.restored = 0
-        self.extra = extra
-        self._tensors = _copied([own_part(tensor) for tensor in _tensors(trainer, task)], folder)
-        self._optimizers = [_copied(optimizer.state_dict(), folder) for optimizer in trainer.optimizers]
-        self._schedules = [_copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
-        self._precision = _copied(trainer.precision_plugin.state_dict())
-        average = WeightEMA.of(trainer)
-        self._averaged = 0 if average is None else average.updates
+    def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
+        self.restored, self.extra = 0, extra
+        self._tensors = _copied(_own_tensors(trainer, task))
+        self._states = [_copied(each.state_dict()) for each in _stateful(trainer)]
+        average, scores = WeightEMA.of(trainer), ExampleScores.of(trainer)
+        self._averaged = None if average is None else average.updates
         self._random = random_state()
-        scores = ExampleScores.of(trainer)
-        self._scores = None if scores is None else _copied(_scores(scores), folder)
+        self._scores = None if scores is None else scores.rows.copy()
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
         """Restore the training and drop its gradients; may be called repeatedly."""
-        for tensor, saved in zip(_tensors(trainer, task), self._tensors, strict=True):
-            own_part(tensor).copy_(saved)
-        for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=True):
-            optimizer.load_state_dict(_copied(state))
+        for tensor, saved in zip(_own_tensors(trainer, task), self._tensors, strict=True):
+            tensor.copy_(saved)
+        for each, state in zip(_stateful(trainer), self._states, strict=True):
+            each.load_state_dict(_copied(state))
+        for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
-            config.scheduler.load_state_dict(_copied(state))
-        trainer.precision_plugin.load_state_dict(_copied(self._precision))
-        average = WeightEMA.of(trainer)
-        if average is not None:
+        average, scores = WeightEMA.of(trainer), ExampleScores.of(trainer)
+        if average is not None and self._averaged is not None:
             average.updates = self._averaged
         restore_random_state(self._random)
-        scores = ExampleScores.of(trainer)
-        if scores is not None and self._scores is not None:
-            _scores(scores).copy_(self._scores)
+        if scores is not None:
+            scores.rows[:] = self._scores
         self.restored += 1
 
 
-def lasting_tensors(trainer: L.Trainer, task: ClassificationTask) -> dict[str, Tensor]:
-    """Name -> every floating-point weight and saved buffer of the network, and of its moving average."""
+def _stateful(trainer: L.Trainer) -> list[Any]:
+    schedules = (config.scheduler for config in trainer.lr_scheduler_configs)
+    return [*trainer.optimizers, *schedules, trainer.precision_plugin]
+
+
+def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
+    """The network in training, and its moving average if there is one, by what stands before their tensors' names."""
     average = WeightEMA.of(trainer)
-    networks = {"": task.net} if average is None or average.network is None else {"": task.net, "ema.": average.network}
-    return {
-        prefix + name: tensor
-        for prefix, network in networks.items()
-        for name, tensor in network.state_dict().items()
-        if tensor.is_floating_point()
-    }
+    return {"": task.net} if average is None or average.network is None else {"": task.net, "ema.": average.network}
 
 
-def _tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
-    average = WeightEMA.of(trainer)
-    networks = [task.net] if average is None or average.network is None else [task.net, average.network]
-    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
+    """All weights and buffers, as far as this process holds them."""
+    networks = _networks(trainer, task).values()
+    return [local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())]
 
 
-def _scores(scores: ScoreSums) -> Tensor:
-    """Their bytes, as a tensor on the same memory."""
-    return torch.from_numpy(scores.rows.view(np.uint8))
-
-
-def _copied(state: Any, folder: Path | None = None) -> Any:
-    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory.
-
-    `folder`: on whose disk they are backed.
-    """
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return deepcopy(leaf)
-        return leaf.detach().to("cpu", copy=True) if folder is None else mapped_copy(leaf.detach(), folder)
-
-    return tree_map(copied, state)
-
-
-def mapped_copy(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy in main memory, backed by a file of `folder` that has no name any more: with the copy it is gone.
-
-    Args:
-        tensor: of any device, whole or this process's part of a divided one; detached.
-        folder: on a local disk.
-
-    Raises:
-        OSError: if the file can't be written.
-    """
-    part = own_part(tensor).cpu().contiguous()
-    if part.nbytes < _SMALL or os.name == "nt":  # where a mapped file can't be deleted
-        part = part.clone()
-    else:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".snapshot-") as file:
-            # Written, not mapped and filled: a full disk is an error then, and no crash.
-            file.write(part.flatten().view(torch.uint8).numpy().data)
-            file.flush()
-            part = torch.from_file(file.name, size=part.numel(), dtype=part.dtype).view(part.shape)
-    return part if mesh_of(tensor) is None else with_part(part, tensor)
-
-
-def _snapshot_bytes(trainer: L.Trainer, task: ClassificationTask) -> int:
-    """Of one snapshot of this process: weights, buffers, average, two moments of each learning weight, scores."""
-    scores = ExampleScores.of(trainer)
-    kept = sum(own_part(tensor).nbytes for tensor in _tensors(trainer, task))
-    kept += 0 if scores is None else scores.rows.nbytes
-    return kept + 2 * sum(own_part(weight).nbytes for weight in task.net.parameters() if weight.requires_grad)
+def _copied(state: Any) -> Any:
+    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
+    return tree_map(
+        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf), state
+    )
 
 
 @dataclass(frozen=True)
@@ -619,8 +470,6 @@ class GuardRecord:
 
     skipped: int = 0
     rollbacks: int = 0
-    overflows: int = 0
-    """Updates that fp16 loss scaling left out while it looked for its scale: no fault."""
     validations: int = 0
     """Validations whose loss was not finite: noted, nothing is done about them."""
     not_applied: int = 0
@@ -671,31 +520,28 @@ class GuardRecord:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
-        """What `state_dict` gave."""
+        """What `state_dict` gave; an earlier version counted overflows of fp16 too."""
+        known = {each.name: state[each.name] for each in fields(cls)}
         events = [Event(step, epoch, kind, source, tuple(ids)) for step, epoch, kind, source, ids in state["events"]]
-        return cls(**{**state, "events": events, "sources": Counter(state["sources"])})
+        return cls(**{**known, "events": events, "sources": Counter(state["sources"])})
 
     def diagnosis(self, step: int, checkpoint: str) -> str:
         """The page that is written when a training is given up."""
         words = {source.split()[0] for source, _ in self.sources.most_common(_MAX_NAMED)}
-        advice = [text for word, text in _ADVICE.items() if word in words]
-        cases = [f"- {event.kind} at step {event.step}: {event.source}" for event in self.events[-20:]]
-        return "\n".join(
-            [
-                "# This training diverged\n",
-                f"It was given up at step {step:,}, after {self.rollbacks:,} returns to an earlier state. The last "
-                f"good state is {checkpoint}; its weights are finite.\n",
-                *(f"- {sentence}" for sentence in self.sentences()),
-                "\n## What to try\n",
-                *(f"- {text}" for text in advice),
-                "\n## The last cases\n",
-                *cases,
-                "",
-            ]
-        )
+        lines = [
+            "# This training diverged\n",
+            f"It was given up at step {step:,}, after {self.rollbacks:,} returns to an earlier state. The last "
+            f"good state is {checkpoint}; its weights are finite.\n",
+            *(f"- {sentence}" for sentence in self.sentences()),
+            "\n## What to try\n",
+            *(f"- {advice}" for word, advice in _ADVICE.items() if word in words),
+            "\n## The last cases\n",
+            *(f"- {event.kind} at step {event.step}: {event.source}" for event in self.events[-20:]),
+        ]
+        return "\n".join(lines) + "\n"
 
 
-def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int]) -> None:
+def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int] = ()) -> None:
     """Count an event on every process, with the images of all of them; write guard.csv and tell the user.
 
     Args:
@@ -720,6 +566,9 @@ def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None,
             tell(_SAID[kind].format(step=step, source=source))
 
 
+# -- where a number isn't finite
+
+
 def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tuple[str, Tensor]]) -> str | None:
     """Where a number that is not finite first appeared: router, balance loss, cross-entropy, loss, or a gradient.
 
@@ -729,38 +578,43 @@ def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tupl
         for name, values in micro_batch.items():
             if not bool(values.isfinite().all()):
                 return name
-    bad = [(name, gradient) for name, gradient in gradients if not bool(own_part(gradient).isfinite().all())]
-    return name_tensors("gradient", bad) if bad else None
+    bad = _nonfinite(gradients)
+    return _in_words("gradient", bad) if bad else None
 
 
-def nonfinite_states(named: Mapping[str, Tensor], buffers: frozenset[str]) -> str | None:
-    """The weights or buffers among these that are not finite, in words; None if all are finite."""
-    bad = [(name, tensor) for name, tensor in named.items() if not bool(own_part(tensor).isfinite().all())]
-    if not bad:
+def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
+    """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
+    buffers = {name for name, _ in task.net.named_buffers()}
+    bad: list[tuple[str, Tensor]] = []
+    kind = None
+    for prefix, net in _networks(trainer, task).items():
+        bad += _nonfinite(net.state_dict().items())
+        if bad and kind is None:
+            kind = prefix + ("buffer" if bad[0][0] in buffers else "weight")
+    (anywhere,) = sum_numbers([bool(bad)], task.device)
+    if not anywhere:
         return None
-    first = bad[0][0]
-    average = "ema." if first.startswith("ema.") else ""
-    return name_tensors(average + ("buffer" if first.removeprefix("ema.") in buffers else "weight"), bad)
+    return next(filter(None, gather(_in_words(kind, bad) if kind else None)), None)
 
 
-def name_tensors(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
+def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Those with a number that isn't finite in this process's part."""
+    return [(name, tensor) for name, tensor in named if not bool(local(tensor.detach()).isfinite().all())]
+
+
+def _in_words(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
     """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`."""
     name, tensor = bad[0]
     experts = ""
     if ".experts." in name:
-        rows = (~own_part(tensor).isfinite()).flatten(1).any(1).nonzero().flatten()
-        found = (rows + first_index(tensor)[0]).tolist()
-        experts = f" (expert{'s' if len(found) > 1 else ''} {', '.join(map(str, found))})"
+        rows = (~local(tensor.detach()).isfinite()).flatten(1).any(1).nonzero().flatten()
+        if hasattr(tensor, "device_mesh"):
+            from moevision.train.parallel.parts import first_index
+
+            rows = rows + first_index(tensor)[0]
+        experts = f" (expert{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows.tolist()))})"
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"{kind} of {name.removeprefix('net.').removeprefix('ema.')}{experts}{more}"
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of these tensors in this process are finite; if so, by one pass and one synchronisation."""
-    parts = [own_part(tensor) for tensor in tensors]
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(parts))):
-        return True
-    return all(bool(torch.isfinite(part).all()) for part in parts)  # the norm of large numbers may overflow
+    return f"{kind} of {name}{experts}{more}"
 
 
 def _times(count: int, what: str) -> str:

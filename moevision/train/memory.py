@@ -6,7 +6,6 @@ Activations aren't counted: if they are too large, `moevision.train.recipe.memor
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -15,13 +14,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.limits import usable_memory_bytes
-from moevision.train.muon import matrices_of
-from moevision.train.optim import WeightEMA
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import matrices_of
 from moevision.train.provenance import device_name
-from moevision.train.strategy import MoEParallelStrategy
-
-if TYPE_CHECKING:
-    from moevision.train.task import ClassificationTask
+from moevision.train.task import ClassificationTask
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # under the others weights are not fp32
 
@@ -57,7 +53,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
         ways.append(f"--model.arch.num_experts {fewer} ({(dense + experts * fewer / most) / 1e9:.1f} GB)")
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
         ways.append(f"--parallel fsdp on {ceil(sum(whole) / capacity)} GPUs or more")
-        if _is_sharded(trainer):
+        if dense < whole[0]:  # it is divided already
             ways.append("--parallel.offload true")
     other = "a device with more memory" if goes_on else "a smaller model"
     raise UserError(
@@ -79,18 +75,14 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
 
 def _kept(whole: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
     """What one process keeps: FSDP2 divides all of it, expert parallelism the experts, every other strategy copies."""
-    processes = trainer.world_size if _is_sharded(trainer) else 1
-    return whole[0] / processes, whole[1] / max(processes, getattr(trainer.strategy, "expert", 1))
-
-
-def _is_sharded(trainer: L.Trainer) -> bool:
     strategy = trainer.strategy
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(strategy, "replicated", False)
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(strategy, "replicated", False)
+    processes = trainer.world_size if sharded else 1
+    return whole[0] / processes, whole[1] / max(processes, getattr(strategy, "expert", 1))
 
 
 def _offloads(trainer: L.Trainer) -> bool:
-    strategy = MoEParallelStrategy.of(trainer)
-    return strategy is not None and strategy.offload
+    return getattr(trainer.strategy, "offload", False)
 
 
 def _memory(trainer: L.Trainer) -> tuple[int | None, str]:

@@ -1,47 +1,49 @@
-"""The optimizer under a one-cycle schedule, what is frozen, and a moving average of the weights (EMA).
+"""The optimizer under a one-cycle schedule: AdamW, or Muon for matrices with AdamW for the rest; and what is frozen.
 
 Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form (`param_groups_layer_decay`): with L blocks,
 the classifier learns at lr, block i (from 0) at lr · layer_decay^(L - i), the patch and position embeddings at
 lr · layer_decay^(L + 1). A norm after the last block counts as part of it; routers and experts of block i as block i.
 
-Moving average: `ema = decay · ema + (1 - decay) · weights` after every *applied* update, by timm's `ModelEmaV3`.
-Floating-point buffers (BatchNorm statistics, router biases) are averaged like weights, counters are copied. With the
-warm-up the decay grows as `1 - (1 + updates)^-0.75`, so that a short training soon forgets its first weights.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
+nearest semi-orthogonal matrix, so that every direction moves equally far. A step is scaled by 0.2 · sqrt(max(out, in))
+(Liu et al. 2025, arXiv:2502.16982, §2.2): it is then about as large as one of AdamW at the same learning rate.
 
-Where the average is: validation sees it in place of the weights, which come back afterwards. A checkpoint holds it as
-`state_dict`, so that test, export and `load_from_checkpoint` use it without knowing of it; the weights that training
-goes on with are `current_model_state`, as in Lightning's own `WeightAveraging`. After `fit` the model *is* the average.
+A matrix is one linear map [out, in]. A convolution [out, in, h, w] is the map [out, in · h · w]; experts [E, out, in]
+are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a stack of experts for one map
+[E, out · in], hence this class around timm's iterations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import ModelEmaV3
-from torch import nn
+from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from moevision.errors import AT_LEAST_0, SHARE, UserError, check_ranges
-from moevision.layers import moe_layers
-from moevision.train.muon import AdamW, Muon, matrices_of
-from moevision.train.parallel import is_sharded
-
-if TYPE_CHECKING:
-    from moevision.train.task import ClassificationTask
+from moevision.layers import PackedLinear, moe_layers
 
 OptimizerName = Literal["adamw", "muon"]
 FreezeAllBut = Literal["all_but_experts", "all_but_head"]
-_NET = "net."  # where the network is in the task's state
+
+# Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
+# before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic").
+_ITERATIONS = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
 
 
 @dataclass
@@ -82,8 +84,14 @@ class OptimizerConfig:
 
 
 def build_optimizer(
-    net: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool = False, bfloat16: bool = False
-) -> tuple[torch.optim.AdamW, OneCycleLR]:
+    net: nn.Module,
+    config: OptimizerConfig,
+    *,
+    total_steps: int,
+    fused: bool = False,
+    bfloat16: bool = False,
+    kinds: Mapping[OptimizerName, type[AdamW]] | None = None,
+) -> tuple[AdamW, OneCycleLR]:
     """The optimizer of the parameters that learn, and its schedule.
 
     Args:
@@ -93,6 +101,7 @@ def build_optimizer(
             last step's rate is next to nothing.
         fused: use the fused kernel of the device.
         bfloat16: whether the training multiplies in bfloat16; Muon then does, too.
+        kinds: other classes in the place of `WHOLE.optimizers`.
 
     Raises:
         UserError: if nothing is left to learn.
@@ -101,8 +110,9 @@ def build_optimizer(
     if warmup * total_steps in (1, total_steps):
         warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
-    kind = partial(Muon, bfloat16=bfloat16) if config.name == "muon" else AdamW
-    optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+    options: dict[str, Any] = {"bfloat16": bfloat16} if config.name == "muon" else {}
+    kind = (kinds or WHOLE.optimizers)[config.name]
+    optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(
         optimizer, max_lr=highest, total_steps=total_steps, pct_start=float(warmup), cycle_momentum=False
@@ -201,130 +211,131 @@ def _learning(net: nn.Module, freeze: str) -> Iterator[nn.Parameter]:
     return chain.from_iterable(module.parameters() for module in learning)
 
 
-@dataclass
-class EmaConfig:
-    """Whether a moving average of the weights is evaluated and saved in their place.
+class Muon(AdamW):
+    """Muon for groups with `matrices: True`, AdamW for the others.
+
+    An expert without a gradient, which no token chose, only decays.
 
     Args:
-        decay: share of the old average that an update keeps, such as 0.999; null trains without an average.
-        warmup: let the decay grow at the start, so that the first weights are soon forgotten.
+        params: parameter groups.
+        lr: learning rate of both.
+        betas: decay of AdamW's moments.
+        momentum: decay of Muon's momentum, with Nesterov's look ahead.
+        bfloat16: multiply in bfloat16 on a CPU, too, as a training under its autocast does; a GPU always does.
+        **kwargs: what `torch.optim.AdamW` takes besides.
     """
 
-    decay: float | None = None
-    warmup: bool = True
+    bfloat16 = False  # also of a copy, which keeps groups and state alone
 
-
-class WeightEMA(L.Callback):
-    """Keeps the moving average; put it in front of the `StabilityGuard` in the list of callbacks.
-
-    Args:
-        config: its decay, which must be given here.
-
-    Attributes:
-        updates: how many applied updates are in the average.
-        swapped: whether the network holds the average now, and `network` the weights.
-
-    Raises:
-        UserError: if the decay isn't between 0 and 1.
-    """
-
-    def __init__(self, config: EmaConfig) -> None:
-        if config.decay is None or not 0 < config.decay < 1:
-            raise UserError(f"--ema.decay is {config.decay}: it must lie between 0 and 1, such as 0.999.")
-        self.config = config
-        self.updates = 0
-        self.swapped = False
-        self._average: ModelEmaV3 | None = None
-
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> WeightEMA | None:
-        """The average of this training, if it has one."""
-        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The averaged network (the weights in training, while `swapped`); None before the training."""
-        return None if self._average is None else cast(nn.Module, self._average.module)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with the weights that training begins with, unless a checkpoint brought an average."""
-        if self._average is None:
-            self._begin(trainer, pl_module)
-        cast(nn.Module, self.network).to(pl_module.device)
-
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net = cast("ClassificationTask", pl_module).net
-        divided = is_sharded(net)
-        self._average = ModelEmaV3(
-            cast(Any, trainer.strategy).copy_of(net) if divided else net,  # of the own part; FSDP2 has no copies
-            decay=cast(float, self.config.decay),
-            use_warmup=self.config.warmup,
-            warmup_power=0.75,
-            foreach=not divided,  # torch's functions on lists of tensors want one mesh
-        )
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take the weights into the average, if this batch ended an update that was applied."""
-        task = cast("ClassificationTask", pl_module)
-        if task.update_applied:
-            self.updates += 1
-            cast(ModelEmaV3, self._average).update(task.net, self.updates)
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the average."""
-        if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
-            self._swap(pl_module)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the weights back."""
-        if self.swapped:
-            self._swap(pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the weights back if a validation was interrupted, before anything saves them."""
-        if self.swapped:
-            self._swap(pl_module)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the model; the last checkpoint is written by now."""
-        cast("ClassificationTask", pl_module).net.load_state_dict(cast(nn.Module, self.network).state_dict())
-        self._average = None  # another fit begins with what the model then holds
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, *,
+        bfloat16: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(params, lr=lr, betas=betas, **kwargs)
+        self.bfloat16 = bfloat16
+        for group in self.param_groups:
+            group.setdefault("matrices", False)
+            group.setdefault("momentum", momentum)
 
     @torch.no_grad()
-    def _swap(self, pl_module: L.LightningModule) -> None:
-        ours, theirs = cast(nn.Module, self.network), cast("ClassificationTask", pl_module).net
-        for one, other in zip(
-            (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()), strict=True
-        ):
-            kept = one.clone()
-            one.copy_(other)
-            other.copy_(kept)
-        self.swapped = not self.swapped
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if group["matrices"]:
+                self._step_matrices(group)
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the averaged weights."""
-        return {"updates": self.updates}
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+                state["step"] = torch.zeros(())  # torch's AdamW looks for one in every state that it loads
+            state["step"] += 1
+            average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+            update = weight.grad.lerp(average, momentum)
+            scale = get_lr_scale(as_matrices(update).shape)
+            update = self._direction(update, weight.grad)
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(update, alpha=-lr * scale)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.updates = int(state_dict["updates"])
+    def _direction(self, update: Tensor, gradient: Tensor) -> Tensor:
+        """The orthogonal maps of an update [out, in], [E, out, in] or [out, in, h, w]; zero for idle experts."""
+        if update.ndim == 3:
+            # What little is left of an idle expert's momentum would move it as far as a gradient.
+            idle = (gradient == 0).flatten(1).all(1)  # [E]
+            update = update.masked_fill(idle[:, None, None], 0)
+        return orthogonal(as_matrices(update), self.bfloat16).view_as(update)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the average as the model, and the weights beside it."""
-        if self._average is None:
-            return
-        other = {_NET + name: value for name, value in cast(nn.Module, self.network).state_dict().items()}
-        current = checkpoint["state_dict"]
-        average = {**current, **other}
-        checkpoint["state_dict"], checkpoint["current_model_state"] = (
-            (current, average) if self.swapped else (average, current)
-        )
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average, which the model has just loaded, and load the weights that training continues with."""
-        if trainer.state.fn is not TrainerFn.FITTING:
-            return
-        self._begin(trainer, pl_module)
-        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
+def as_matrices(weight: Tensor) -> Tensor:
+    """The linear maps of a weight: [out, in] and [E, out, in] as they are, a convolution as [out, in · h · w]."""
+    return weight.flatten(1) if weight.ndim == 4 else weight
+
+
+def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
+    """The nearest semi-orthogonal matrix of each, up to a few percent of its singular values.
+
+    Args:
+        matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
+        bfloat16: see `Muon`.
+    """
+    if not matrices.numel():  # a process that holds no part of these experts
+        return matrices
+    # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 is far slower than in float32.
+    fast = bfloat16 or matrices.is_cuda
+    dtype = torch.bfloat16 if fast else torch.promote_types(matrices.dtype, torch.float32)
+    return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
+
+
+def matrices_of(net: nn.Module) -> set[str]:
+    """Names of the weights that Muon moves: the linear maps and convolutions between the image and the classifier.
+
+    Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
+    everything that is no linear map: embeddings, norms and biases.
+
+    Args:
+        net: a timm model.
+    """
+    model = cast(Any, net)
+    classifier = model.get_classifier()
+    first = [module for module in net.modules() if isinstance(module, nn.Conv2d)][:1]
+    spared = [
+        *(classifier if isinstance(classifier, tuple) else (classifier,)),
+        *first,
+        *(layer.router for layer in moe_layers(net)),
+    ]
+    apart = {id(module) for parent in spared for module in parent.modules()}
+    return {
+        f"{name}.weight"
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | PackedLinear) and id(module) not in apart
+    }
+
+
+class TensorOperations(NamedTuple):
+    """What a training does to lists of weights or gradients; another one where they are divided over processes."""
+
+    total_norm: Callable[[list[Tensor]], Tensor]
+    """2-norm over all of them, a scalar."""
+    clip: Callable[[list[nn.Parameter], float, Tensor], Any]
+    """Scale the gradients, whose norm is given, in place, so that it is at most a limit."""
+    optimizers: Mapping[OptimizerName, type[AdamW]]
+
+
+WHOLE = TensorOperations(
+    torch.nn.utils.get_total_norm, torch.nn.utils.clip_grads_with_norm_, {"adamw": AdamW, "muon": Muon}
+)

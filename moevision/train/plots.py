@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.signal import lfilter
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
+from moevision.words import percent
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Steps [S] and values [S] of one metric."""
@@ -29,10 +33,8 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _LOAD = re.compile(r"moe/(.+)/load_max")
-_SMOOTHED_SHARE = 0.04  # the average reaches over about this share of the curve's points
 _MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes: cells carry numbers up to the first, axes names up to the second
-_LONGEST_NAME = 22
-_LISTED_MIXUPS = 15
+_MIXUPS = 15  # that are listed where classes have no names at the axes
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -47,11 +49,15 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         UserError: the file is missing or isn't a metrics file.
     """
     curves = read_metrics(metrics_csv)
-    loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
-    rates = [curve for name, curve in curves.items() if name == "lr" or name.startswith("lr-")]
-    train = curves.get("train/loss", curves.get("train/loss_step"))
-    panels = [name for name, there in zip(("loss", "top1", "load", "lr"), (
-        train, curves.get("val/top1"), loads, rates), strict=True) if there]  # fmt: skip
+    panels: list[Callable[[Axes], None]] = []
+    if (train := curves.get("train/loss", curves.get("train/loss_step"))) is not None:
+        panels.append(lambda axes: _draw_loss(axes, train, curves.get("val/loss")))
+    if (top1 := curves.get("val/top1")) is not None:
+        panels.append(lambda axes: _draw_accuracy(axes, top1, curves.get("test/top1")))
+    if loads := {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}:
+        panels.append(lambda axes: _draw_loads(axes, loads))
+    if rates := [curve for name, curve in curves.items() if name == "lr" or name.startswith("lr-")]:
+        panels.append(lambda axes: _draw_rate(axes, rates[0]))
     if not panels:
         return
     columns = len(panels) if len(panels) < 4 else 2
@@ -59,20 +65,13 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     last_step = max(float(steps[-1]) for steps, _ in curves.values())
-    for place, name in enumerate(panels, start=1):
+    for place, draw in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
         calm(axes)
         axes.set_xlim(0, max(1.0, last_step))
         if place > len(panels) - columns:
             axes.set_xlabel("optimizer step", fontsize=9, color=INK)
-        if name == "loss" and train is not None:
-            _draw_loss(axes, train, curves.get("val/loss"))
-        elif name == "top1":
-            _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1"))
-        elif name == "load":
-            _draw_loads(axes, loads)
-        else:
-            _draw_rate(axes, rates[0])
+        draw(axes)
     save(figure, out)
 
 
@@ -86,10 +85,9 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
         raise UserError(f"{metrics_csv} doesn't exist; `moevision fit` writes it into the run folder")
     with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        names = list(reader.fieldnames or ())
-        rows = [row for row in reader if row.get("step")]
-    if "step" not in names:
-        raise UserError(f"{metrics_csv} has no column 'step', so it isn't the metrics file of a run")
+        if "step" not in (names := list(reader.fieldnames or ())):
+            raise UserError(f"{metrics_csv} has no column 'step', so it isn't the metrics file of a run")
+        rows = [row for row in reader if row["step"]]
     curves: dict[str, Curve] = {}
     for name in names:
         points = sorted((float(row["step"]), float(row[name])) for row in rows if row[name])
@@ -99,18 +97,15 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     return curves
 
 
-def smooth(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float64]:
+def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float64]:
     """Exponential moving average with weight 2 / (span + 1) on the newest value, without start-up bias.
 
     Non-finite values are passed over: they give NaN (a gap in the line) and don't spoil what follows.
     """
-    weight = 2.0 / (span + 1.0)
-    mean = mass = 0.0
+    finite, kept = np.isfinite(values), 1 - 2.0 / (span + 1.0)
     smoothed = np.full(values.shape, np.nan)
-    for i, value in enumerate(values):
-        if np.isfinite(value):
-            mean, mass = (1 - weight) * mean + weight * value, (1 - weight) * mass + weight
-            smoothed[i] = mean / mass
+    mass = 1 - kept ** np.arange(1, finite.sum() + 1)
+    smoothed[finite] = lfilter([1 - kept], [1, -kept], values[finite]) / mass
     return smoothed
 
 
@@ -139,37 +134,41 @@ def save(figure: Figure, out: Path) -> None:
     write_bytes_atomic(out, buffer.getvalue())
 
 
-def _line(axes: Axes, curve: Curve, color: str, **style: object) -> None:
+def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
     """A line; a lone point (a run of one epoch) would have no line, so it gets a dot."""
     dots = {"marker": "o", "markersize": 5.0 if curve[0].size == 1 else 3.5} if curve[0].size <= 30 else {}
-    axes.plot(*curve, **{"color": color, "linewidth": 1.8, "clip_on": False, **dots, **style})  # type: ignore[arg-type]
+    axes.plot(*curve, **{"color": color, "linewidth": 1.8, "clip_on": False, **dots, **style})
 
 
 def _legend(axes: Axes, columns: int = 1) -> None:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=columns, handlelength=1.4, columnspacing=1.2)
 
 
+def _dashed(axes: Axes, height: float) -> None:
+    axes.axhline(height, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+
+
 def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
     steps, values = train
-    span = max(1.0, _SMOOTHED_SHARE * steps.size)
+    span = max(1.0, 0.04 * steps.size)
     if span > 1:
         axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.22)
-    _line(axes, (steps, smooth(values, span)), BLUE, label="training")
+    _line(axes, (steps, moving_average(values, span)), BLUE, label="training")
     if val is not None:
         _line(axes, val, ORANGE, label="validation")
         _legend(axes)
     bad = int(np.sum(~np.isfinite(values)))
     smoothed = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
-    title(axes, "loss", "; ".join(filter(None, (smoothed, f"{bad} values weren't finite" if bad else ""))))
+    title(axes, "loss", smoothed + (f"; {bad} values weren't finite" if bad else ""))
 
 
 def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     _line(axes, val, GREEN)
-    note = f"validation, best {np.nanmax(val[1]):.1%}" if np.isfinite(val[1]).any() else "validation"
+    note = f"validation, best {percent(np.nanmax(val[1]))}" if np.isfinite(val[1]).any() else "validation"
     if test is not None:
-        axes.axhline(test[1][-1], color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        note += f"; dashed: test {test[1][-1]:.1%}"
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        _dashed(axes, test[1][-1])
+        note += f"; dashed: test {percent(test[1][-1])}"
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
     axes.set_ylim(0, 1)
     title(axes, "top-1 accuracy", note)
 
@@ -178,7 +177,7 @@ def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     for place, (layer, curve) in enumerate(loads.items()):
         dashed = "-" if place < len(OKABE_ITO) else (0, (3, 1.5))
         _line(axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=f"block {layer}", linestyle=dashed)
-    axes.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    _dashed(axes, 1.0)
     highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
@@ -202,36 +201,56 @@ def plot_confusion(
     count classes, and the most frequent mix-ups are written beside the image.
 
     Args:
-        labels: [n] true class of each image.
+        labels: [n] true class of each image, at least one.
         predictions: [n] predicted class of each image.
         class_names: [C] in words.
         out: the PNG to write (whole or not at all).
-
-    Raises:
-        UserError: no images, lengths that differ, or a class number without a name.
     """
     share, images = row_normalised_confusion(labels, predictions, len(class_names))
     classes = len(class_names)
-    listed = classes > _MAX_NAMED
+    named, numbered = classes <= _MAX_NAMED, classes <= _MAX_NUMBERED
     side = float(np.clip(2.8 + 0.42 * classes, 4.2, 10.5))
-    figure = Figure(figsize=(side + (3.4 if listed else 0.6), side), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(1, 2, width_ratios=(side, 2.6)) if listed else figure.add_gridspec(1, 1)
+    figure = Figure(figsize=(side + (0.6 if named else 3.4), side), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1, 1) if named else figure.add_gridspec(1, 2, width_ratios=(side, 2.6))
     axes = figure.add_subplot(grid[0, 0])
     axes.set_facecolor("#d9d9d9")  # shows through where a class has no images
     # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
-    norm = PowerNorm(0.5, 0, 1) if classes > _MAX_NUMBERED else Normalize(0, 1)
+    norm = Normalize(0, 1) if numbered else PowerNorm(0.5, 0, 1)
     picture = axes.imshow(np.ma.masked_invalid(share), cmap="Blues", norm=norm, interpolation="nearest")
-    _label_classes(axes, class_names, images)
-    if classes <= _MAX_NUMBERED:
-        _write_shares(axes, share)
-    title(axes, f"{images.sum():,} images, {np.mean(np.equal(labels, predictions)):.1%} correct")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.set_xlabel("predicted class", fontsize=9, color=INK)
+    axes.set_ylabel("true class (number of images)" if named else "true class", fontsize=9, color=INK)
+    # A class name may hold a dollar sign, which matplotlib would read as mathematics.
+    short = [(name if len(name) <= 22 else name[:21] + "…").replace("$", r"\$") for name in class_names]
+    if named:
+        size = 8 if classes <= 40 else 6
+        axes.set_xticks(range(classes), short, rotation=45, ha="right", fontsize=size, rotation_mode="anchor")
+        axes.set_yticks(range(classes), [f"{name} ({n:,})" for name, n in zip(short, images, strict=True)],
+                        fontsize=size)  # fmt: skip
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(10, integer=True))
+        beside = figure.add_subplot(grid[0, 1])
+        beside.axis("off")
+        title(beside, "most frequent mix-ups")
+        for place, (true, got, part) in enumerate(worst_mixups(share, _MIXUPS)):
+            top = 0.97 - place / (_MIXUPS + 1)
+            beside.text(0, top, f"{short[true]} → {short[got]}", fontsize=8, color=INK)
+            note = f"{percent(part)} of {images[true]:,} (class {true} → {got})"
+            beside.text(0, top - 0.02, note, fontsize=7, color=SOFT)
+    if numbered:
+        for (row, column), value in np.ndenumerate(share):
+            if value > 0:  # False for NaN as well; empty cells stay empty, so that what is mixed up stands out
+                text = "<1" if value < 0.005 else f"{100 * value:.0f}"
+                color = "white" if value > 0.55 else INK
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    title(axes, f"{images.sum():,} images, {percent(np.mean(np.equal(labels, predictions)))} correct")
     bar = figure.colorbar(picture, ax=axes, shrink=0.6, aspect=32, pad=0.015)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
     bar.set_label("share of the true class", fontsize=8, color=INK)
-    if listed:
-        _list_mixups(figure.add_subplot(grid[0, 1]), share, images, class_names)
     save(figure, out)
 
 
@@ -241,19 +260,7 @@ def row_normalised_confusion(
     """Share [C, C] of each true class (row) that got each prediction (column), and images per class [C].
 
     A class without images has a row of NaN: nothing is known about it, which isn't the same as zero.
-
-    Raises:
-        UserError: no images, lengths that differ, or a class number outside 0..num_classes - 1.
     """
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    if labels.size == 0 or labels.shape != predictions.shape or labels.ndim != 1:
-        raise UserError(
-            "a confusion matrix needs one label and one prediction for each of at least one image, "
-            f"got shapes {labels.shape} and {predictions.shape}"
-        )
-    both = np.concatenate([labels, predictions])
-    if both.min() < 0 or both.max() >= num_classes:
-        raise UserError(f"labels and predictions must lie in 0..{num_classes - 1}, got {both.min()}..{both.max()}")
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
     images = counts.sum(axis=1)
@@ -268,49 +275,3 @@ def worst_mixups(share: npt.NDArray[np.float64], limit: int) -> list[tuple[int, 
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     pairs = [(int(i) // len(share), int(i) % len(share)) for i in order]
     return [(true, got, float(wrong[true, got])) for true, got in pairs if wrong[true, got] > 0]
-
-
-def _short(name: str) -> str:
-    # A class name may hold a dollar sign, which matplotlib would read as mathematics.
-    shown = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-    return shown.replace("$", r"\$")
-
-
-def _label_classes(axes: Axes, class_names: list[str], images: npt.NDArray[np.int64]) -> None:
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
-    axes.set_xlabel("predicted class", fontsize=9, color=INK)
-    axes.set_ylabel("true class (number of images)", fontsize=9, color=INK)
-    places = np.arange(len(class_names))
-    if len(class_names) > _MAX_NAMED:
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(10, integer=True))
-        axes.set_ylabel("true class", fontsize=9, color=INK)
-        return
-    size = 8 if len(class_names) <= 40 else 6
-    axes.set_xticks(places, [_short(name) for name in class_names], rotation=45, ha="right", fontsize=size,
-                    rotation_mode="anchor")  # fmt: skip
-    rows = [f"{_short(name)} ({n:,})" for name, n in zip(class_names, images, strict=True)]
-    axes.set_yticks(places, rows, fontsize=size)
-
-
-def _write_shares(axes: Axes, share: npt.NDArray[np.float64]) -> None:
-    """Percentages in the cells; empty cells stay empty, so that what is mixed up stands out."""
-    for (row, column), value in np.ndenumerate(share):
-        if value > 0:  # False for NaN as well
-            text = "<1" if value < 0.005 else f"{100 * value:.0f}"
-            color = "white" if value > 0.55 else INK
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-
-
-def _list_mixups(
-    axes: Axes, share: npt.NDArray[np.float64], images: npt.NDArray[np.int64], class_names: list[str]
-) -> None:
-    axes.axis("off")
-    title(axes, "most frequent mix-ups")
-    for place, (true, got, part) in enumerate(worst_mixups(share, _LISTED_MIXUPS)):
-        top = 0.97 - place / (_LISTED_MIXUPS + 1)
-        axes.text(0, top, f"{_short(class_names[true])} → {_short(class_names[got])}", fontsize=8, color=INK)
-        note = f"{part:.0%} of {images[true]:,} (class {true} → {got})"
-        axes.text(0, top - 0.02, note, fontsize=7, color=SOFT)

@@ -36,7 +36,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
-from moevision.data.contents import is_main_process
+from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError
 from moevision.files import other_lives

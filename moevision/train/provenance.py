@@ -24,11 +24,8 @@ from moevision.limits import total_memory_bytes, usable_cores
 if TYPE_CHECKING:
     import lightning as L
 
-    from moevision.train.task import ClassificationTask
-
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
-_TIMEOUT_S = 10.0
 # What a user calls the parts of a fingerprint; libraries go by their own names.
 _WORDS = {
     "processor": "the processor",
@@ -41,12 +38,6 @@ _WORDS = {
     "backend": "the experts' backend",
     "compile": "compilation",
     "python": "Python",
-    "moevision": "moevision",
-}
-# Of these only a hash is known. Old checkpoints have no sizes, which are then not compared.
-_OTHERS = {
-    "data": "the list of images is another one",
-    "sizes": "image files have other sizes than then, so other contents",
 }
 
 
@@ -58,7 +49,7 @@ def collect_provenance(
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Collect what a reader needs to repeat this run.
+    """Collect what a reader needs to repeat this run, as JSON primitives.
 
     Args:
         command: the program and its arguments as given, e.g. `sys.argv`.
@@ -67,15 +58,13 @@ def collect_provenance(
         started: when the run began, with a time zone; None = now.
         extra: further JSON primitives, kept under `run` (e.g. the backend that a timing chose).
 
-    Returns:
-        JSON primitives only, ready for `write_json_atomic`.
-
     Raises:
         ValueError: `started` has no time zone, so its UTC time can't be known.
     """
     moment = datetime.now(UTC) if started is None else started
     if moment.tzinfo is None:
         raise ValueError("started needs a time zone, e.g. datetime.now(UTC)")
+    memory = total_memory_bytes()
     return {
         "moevision": __version__,
         # A checkout has the shipped configurations beside the package; in a wheel they are inside.
@@ -85,11 +74,25 @@ def collect_provenance(
         "started_utc": moment.astimezone(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "data": {"file_list_sha256": data_sha256},
-        "hardware": _hardware(),
+        "hardware": {
+            "cpu": cpu_model(),
+            "logical_cores": os.cpu_count(),
+            "usable_cores": usable_cores(),
+            "torch_threads": torch.get_num_threads(),
+            "memory_gib": None if memory is None else round(memory / 2**30, 1),
+            "gpus": gpu_names(),
+        },
         "os": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "python": {"implementation": platform.python_implementation(), "version": platform.python_version()},
         "libraries": {name: package_version(name) for name in LIBRARIES},
-        "determinism": _determinism(),
+        "determinism": {
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")},
+        },
         "run": dict(extra or {}),
     }
 
@@ -102,66 +105,36 @@ def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
     `others` in the same checkout, differs from the commit or is new; edits elsewhere (a README, a record that
     a study has just written) don't change what ran.
     """
-    if not _git(folder, "ls-files", "--", "."):
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    status = _git(folder, "status", "--porcelain", "--", ".", *map(str, others))
-    if not commit or status is None:
-        return None
-    return {"git_commit": commit, "dirty": bool(status)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
     # A hook or a parent git process may point these variables at another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write the index of a repository in use
-    return _output_of(["git", *arguments], folder, environment)
+
+    def git(*arguments: str) -> str | None:
+        return _output_of(["git", "-C", str(folder), *arguments], environment)
+
+    if not git("ls-files", "--", "."):
+        return None
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", *map(str, others))
+    return {"git_commit": commit, "dirty": bool(status)} if commit and status is not None else None
 
 
-def _output_of(command: list[str], folder: Path, environment: dict[str, str]) -> str | None:
-    """What a command prints, stripped; None where it is missing, fails or takes too long."""
+def _output_of(command: list[str], environment: dict[str, str] | None = None) -> str | None:
+    """What a command prints; None where it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _hardware() -> dict[str, Any]:
-    memory = total_memory_bytes()
-    return {
-        "cpu": cpu_model(),
-        "logical_cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_gib": None if memory is None else round(memory / 2**30, 1),
-        "gpus": gpu_names(),
-    }
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
 def cpu_model() -> str:
     """The processor's name as the system states it, e.g. `AMD EPYC 7B13`; the architecture if it doesn't."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():  # Arm kernels have no such line
-                return value.strip()
     if platform.system() == "Darwin":
-        brand = _output_of(["sysctl", "-n", "machdep.cpu.brand_string"], _PACKAGE_FOLDER, dict(os.environ))
-        if brand:
-            return brand
-    return platform.processor() or platform.machine() or "unknown"
+        return _output_of(["sysctl", "-n", "machdep.cpu.brand_string"]) or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [""])[0] or platform.processor() or platform.machine() or "unknown"  # Arm kernels name none
 
 
 def gpu_names() -> list[str]:
@@ -177,19 +150,8 @@ def device_name(trainer: L.Trainer) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
-def _determinism() -> dict[str, Any]:
-    return {
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")},
-    }
-
-
 def fingerprint(
-    trainer: L.Trainer, task: ClassificationTask, batch_size: int, data_sha256: str, sizes_sha256: str
+    trainer: L.Trainer, task: Any, batch_size: int, data_sha256: str, sizes_sha256: str
 ) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
@@ -220,11 +182,15 @@ def fingerprint(
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A phrase for everything that is not as it was, such as `the number of threads was 4, now 1`."""
+    """A phrase for everything that is not as it was, such as `the number of threads was 4, now 1`.
+
+    What `then` doesn't know, as the sizes in old checkpoints, isn't compared.
+    """
+    changed = {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
     found = []
-    for name, value in now.items():
-        if name in then and then[name] != value:
-            found.append(_OTHERS.get(name) or f"{_WORDS.get(name, name)} was {then[name]}, now {value}")
-    if _OTHERS["data"] in found and _OTHERS["sizes"] in found:  # follows from it
-        found.remove(_OTHERS["sizes"])
-    return found
+    if changed.pop("data", None):  # of data and sizes only a hash is known
+        found.append("the list of images is another one")
+        changed.pop("sizes", None)  # follows from it
+    if changed.pop("sizes", None):
+        found.append("image files have other sizes than then, so other contents")
+    return [f"{_WORDS.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items()] + found

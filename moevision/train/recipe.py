@@ -22,18 +22,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
-from moevision.data.images import is_image_path
-from moevision.data.shards import find_index, is_shards
-from moevision.data.sources import holds, open_collection, walk
-from moevision.data.tables import HF, count_rows
+from moevision.data.named import HF
+from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
-from moevision.models.architecture import architectures_of
 from moevision.models.config import DEFAULT_NAME
-from moevision.models.io import first_blocks
+from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.names import shown
 from moevision.train.devices import has_gpu, trains_on
@@ -295,11 +292,9 @@ def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] =
         asked = NONE if weights is None else weights.source
     options = {_PRETRAINED: "null" if asked == NONE else asked}
     if asked != NONE:
-        is_file = asked.endswith(".safetensors") and Path(asked).is_file()
-        of_weights = {
-            "--model.arch.name": "null",
-            "--model.arch.base": architectures_of(asked)[0] if is_file else "null",
-        }
+        of_weights = {"--model.arch.name": "null", "--model.arch.base": "null"}
+        if asked.endswith(".safetensors") and Path(asked).is_file() and value_of(given, "--model.arch.base") is None:
+            of_weights["--model.arch.base"] = architecture_of(asked)
         options |= {name: value for name, value in of_weights.items() if value_of(given, name) is None}
     return [f"{name}={value}" for name, value in options.items()]
 
@@ -319,7 +314,7 @@ def choose_recipe(
         UserError: if pretrained weights were asked for by name and can't be had.
     """
     named = path in _NAMED_IMAGES
-    images = _NAMED_IMAGES[path] if named else count_images(Path(path))
+    images = _NAMED_IMAGES[path] if named else count_images(path)
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if value_of(given, option) is not None), None)
     if asked is None and few and named_model is not None:
@@ -374,15 +369,6 @@ def scratch_options(
         "--data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }
-
-
-def count_images(folder: Path) -> int:
-    """Image files below `folder`, by their suffix, rows of a table or images in shards; 0 of what isn't there."""
-    if (rows := count_rows(str(folder))) is not None:
-        return rows
-    if is_shards(folder):
-        return sum(len(split.ids) for split in find_index(folder).splits.values())
-    return sum(is_image_path(entry.name) for entry in walk(folder))
 
 
 def _free_memory_bytes() -> int:

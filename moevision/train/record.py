@@ -108,6 +108,7 @@ class RecordRouting(L.Callback):
         set_fused_attention(task.net, True)
         with trainer.precision_plugin.forward_context():
             moment = moment_of(task.net, self._images.to(task.device, dtype))
+        task.choose_attention()
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)
 

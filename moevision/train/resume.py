@@ -30,10 +30,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
-from moevision.train.callbacks import RunLogger
+from moevision.train.archive import load_rest
 from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
-from moevision.train.probe import FILE as PROBE
-from moevision.train.probe import Probe
+from moevision.train.health import RunLogger
 from moevision.train.processes import (
     AwakeClock,
     Interruption,
@@ -45,7 +44,7 @@ from moevision.train.processes import (
     tell,
 )
 from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
-from moevision.train.sharded import load_rest
+from moevision.train.start import PROBE_FILE, Probe
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -64,7 +63,7 @@ _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
 _LAYOUT = "parallel."  # how processes share the weights rounds differently too
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
-_LEFT = ("splits.csv", "bad_images.csv", PROBE, "config-*.yaml")
+_LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
 _claims: set[int] = set()  # open descriptors of the run folders that this process trains in
 

@@ -31,31 +31,29 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.io import SavedModel, save_model
 from moevision.names import csv_name
-from moevision.train.calibration import Calibration, calibration_error
-from moevision.train.callbacks import StopEarly, data_wait_advice
 from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import final_checkpoint, sha256_of
 from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
+from moevision.train.devices import parallel_strategy
+from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.optim import WeightEMA
+from moevision.train.health import StopEarly, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.probe import read_probe
 from moevision.train.processes import Interrupted, gather, several_processes, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
-    Entry,
+    ComparedModel,
     RunSummary,
     TestScores,
     TwinComparison,
     choose,
-    paired_difference,
     write_summary,
 )
 from moevision.train.resume import Session, Start, begun_by, find_start
-from moevision.train.start import weights_file
-from moevision.train.strategy import MoEParallelStrategy
+from moevision.train.start import read_probe, weights_file
+from moevision.train.stats import Calibration, calibration_error, paired_difference
 from moevision.train.task import ClassificationTask
 
 # A disk without room, or one on which this user may have no more; Windows lacks the latter.
@@ -157,7 +155,7 @@ def _train_twin(
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     seed = cli._get(cli.config, "seed_everything")  # the one that was drawn, where `true` asked for it
     options = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
-    if (divided := MoEParallelStrategy.of(cli.trainer)) is not None and divided.expert > 1:
+    if (divided := parallel_strategy(cli.trainer)) is not None and divided.expert > 1:
         options += ["--parallel.expert", "1"]  # it has no experts
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
     other = finish_run(twin, [*command, *options])
@@ -235,7 +233,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     rows = _predictions(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
-    if (divided := MoEParallelStrategy.of(trainer)) is not None:
+    if (divided := parallel_strategy(trainer)) is not None:
         divided.gather()
     if not trainer.is_global_zero:
         return None
@@ -313,10 +311,10 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
     if (probe is None and twin is None) or not common:
         return result
 
-    def entry(name: str, run: RunResult) -> Entry:
+    def entry(name: str, run: RunResult) -> ComparedModel:
         made = run.summary
         correct = np.array([run.correct[sample] for sample in common])
-        return Entry(name, correct, made.ms_per_image, made.mbytes or 0.0, made.duration_s)
+        return ComparedModel(name, correct, made.ms_per_image, made.mbytes or 0.0, made.duration_s)
 
     dense = "dense fine-tune" if probe is not None else "dense twin"
     rows = [] if twin is None else [entry(dense, twin)]
@@ -325,7 +323,7 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
         correct = np.array([probe.test_correct[sample] for sample in common])
         # The model that training began with, which is the one of the first row; else its time isn't known.
         speed = rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
-        rows.insert(0, Entry("linear probe", correct, speed, probe.mbytes, probe.seconds))
+        rows.insert(0, ComparedModel("linear probe", correct, speed, probe.mbytes, probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
     given = probe is not None and probe.of_experts
     choice = choose(rows, labels, unbalanced=result.summary.unbalanced, experts_given=given)

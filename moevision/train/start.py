@@ -1,4 +1,4 @@
-"""Which weights a training on few images starts from, and what follows from them: `fit FOLDER --pretrained ...`.
+"""Which weights a training on few images starts from, and the linear probe of them: `fit FOLDER --pretrained ...`.
 
 | `--pretrained` | what happens |
 | --- | --- |
@@ -8,47 +8,63 @@
 | a timm name, a file, a folder | these weights, or an error |
 | `none` | from scratch |
 
-Only weights under a free licence are chosen unasked (`moevision.models.published.FREE_LICENCES`). A computer without a
+Only weights under a free licence are chosen unasked (`moevision.models.io.FREE_LICENCES`). A computer without a
 network is noticed within three seconds.
+
+The probe, logistic regression on the frozen features from one pass over the images, says what the features alone are
+worth, before anything is fine-tuned, and its weights are the classifier that the fine-tuning starts with: head first,
+then all (Kumar et al. 2022, arXiv:2202.10054, who found that a random head spoils features on the way). The strength of
+its penalty is chosen on the validation images; the test images are only reported.
+
+Axes: n images, D width of a feature, C classes.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
-from moevision.models.architecture import architectures_of
+from moevision.layers.routing import evaluating
 from moevision.models.io import (
-    address_of,
-    create_from,
-    describe,
-    fetch_weights,
-    is_timm_name,
-    model_folder,
-)
-from moevision.models.published import (
     NOT_STATED,
     HubFacts,
     HubUnreachableError,
     Published,
+    address_of,
+    architecture_of,
     ask_hub,
     cached,
+    create_from,
+    describe,
+    fetch_weights,
     is_free,
+    is_timm_name,
+    model_folder,
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
-from moevision.models.safe_files import WEIGHTS, read_metadata
+from moevision.models.safe_files import WEIGHTS, read_json, read_metadata
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.devices import has_gpu
+from moevision.train.health import cpu_s
 from moevision.train.processes import tell
+from moevision.words import percent
 
 AUTO, NONE = "auto", "none"
 _LARGE_GPU_BYTES = 11 * 2**30  # of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12
@@ -61,14 +77,8 @@ _CPU_FLOPS_PER_S = 30e9
 LOST = "Of 832 cats and dogs, trained on 2,048, pretrained weights got 96 % right, a model from scratch 88 %."
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Weights that are chosen unasked.
-
-    Attributes:
-        name: timm's.
-        flops: of one forward pass at the image size that a CPU trains at.
-    """
+class Candidate(NamedTuple):
+    """Weights that are chosen unasked: timm's name, FLOPs of a forward pass at the size that a CPU trains at."""
 
     name: str
     flops: float
@@ -95,7 +105,7 @@ class StartWeights:
     net: nn.Module
 
 
-class Choice(NamedTuple):
+class ChosenStart(NamedTuple):
     """What a training starts from.
 
     Attributes:
@@ -107,7 +117,7 @@ class Choice(NamedTuple):
     line: str = ""
 
 
-def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> Choice:
+def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
     """The weights to start from, fetched if need be.
 
     Args:
@@ -119,33 +129,128 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
         UserError: if weights that were named can't be had.
     """
     if asked == NONE:
-        return Choice(None)
+        return ChosenStart(None)
     if asked is not None and asked != AUTO:
-        return named_start(asked, base)
-    return _from_cache(images) or _from_hub(published(fitting(images)[0].name), images, unasked=asked == AUTO)
+        return _named(asked, base)
+    candidates = [published(candidate.name) for candidate in fitting(images)]
+    for weights in candidates:
+        if is_free(weights.licence) and cached(weights) is not None:
+            return _chosen(weights, images, "from the hub's cache on this computer")
+    weights = candidates[0]
+    if asked is None and not _on_terminal():
+        return from_scratch(
+            f"{weights.name} is not in the hub's cache, and without a terminal nothing is downloaded unless you say "
+            f"--pretrained {AUTO}"
+        )
+    try:
+        facts = ask_hub(weights)
+    except UserError as error:
+        offline = isinstance(error, HubUnreachableError)
+        more = ", and no pretrained weights are in its cache; --pretrained FILE works" if offline else ""
+        return from_scratch(str(error).rstrip(".") + more)
+    for licence in (weights.licence, facts.licence):
+        if licence and not is_free(licence):
+            return from_scratch(
+                f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
+                f"you name it: --pretrained {weights.name}"
+            )
+    if asked is None:
+        size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
+        answer = _typed(
+            f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
+            f"{weights.licence}), downloaded once from huggingface.co?\n"
+            "[Y]es, [n]o: from scratch, or another timm name, file or folder: "
+        )
+        if answer.lower() in ("n", "no", NONE):
+            return ChosenStart(None, "start: from scratch, as you wish.")
+        if answer.lower() not in ("", "y", "yes"):
+            return _named(answer)
+    _download(weights, facts)
+    return _chosen(weights, images, "downloaded")
 
 
-def named_start(source: str, base: str | None = None) -> Choice:
-    """Weights that the user named.
+def from_scratch(reason: str) -> ChosenStart:
+    """Why few images start from scratch, and what is lost by it."""
+    return ChosenStart(None, f"start: from scratch ({reason}). {LOST}")
 
-    Raises:
-        UserError: if they aren't there, or can't be fetched.
-    """
+
+def _named(source: str, base: str | None = None) -> ChosenStart:
+    """Weights that the user named."""
     if source.endswith(".safetensors"):
-        return _from_file(Path(source), base)
-    address = address_of(source)
-    net, licence = outline(source), NOT_STATED
-    if not moe_layers(net):
-        check_upcyclable(net, "last2")  # before anything is downloaded
-    if is_timm_name(address):
-        weights = published(address)
-        licence = weights.licence
-        if cached(weights) is None:
-            facts = ask_hub(weights)
-            licence = facts.licence or licence
-            _download(weights, facts)
-    line = f"start: {source} ({describe_weights(net)}, licence {licence}{_restricted(licence)})."
-    return Choice(StartWeights(source, None, net), line)
+        file = Path(source)
+        name = base or architecture_of(file)
+        net, metadata = _without_memory(name), read_metadata(file) if file.is_file() else {}
+        licence = metadata.get("license", NOT_STATED)
+        what, more = f"{file} as {name}", f", from {metadata['source']}" if "source" in metadata else ""
+    else:
+        name, net, licence, what, more = None, _without_memory(source), NOT_STATED, source, ""
+        if not moe_layers(net):
+            check_upcyclable(net, "last2")  # before anything is downloaded
+        if is_timm_name(address := address_of(source)):
+            weights = published(address)
+            licence = weights.licence
+            if cached(weights) is None:
+                facts = ask_hub(weights)
+                licence = facts.licence or licence
+                _download(weights, facts)
+    if licence != NOT_STATED and not is_free(licence):
+        more = ", which restricts what you may do" + more
+    return ChosenStart(StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more}).")
+
+
+def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
+    net = _without_memory(weights.name)
+    few = f"{images:,} images are few to learn from scratch, and " if images else ""
+    where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
+    return ChosenStart(
+        StartWeights(weights.name, None, net),
+        f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: "
+        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
+    )
+
+
+def _without_memory(source: str) -> nn.Module:
+    with torch.device("meta"):
+        return create_from(source, load_weights=False)
+
+
+def _size(net: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} M parameters"
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _typed(question: str) -> str:
+    """The answer; `none` where the terminal has gone."""
+    print(question, end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip()
+    except EOFError:
+        return NONE
+
+
+def _download(weights: Published, facts: HubFacts) -> None:
+    """Fetch with the hub's progress bar, which shows on a terminal."""
+    size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
+    tell(f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}")
+    fetch_weights(weights.name)
+
+
+def weights_file(source: str) -> Path | None:
+    """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
+    if source.endswith(".safetensors"):
+        path: Path | None = Path(source)
+    elif is_timm_name(source):
+        path = cached(published(source))
+    else:
+        folder = model_folder(Path(source))
+        path = None if folder is None else folder / WEIGHTS
+    return path if path is not None and path.is_file() else None
+
+
+# ---- what follows from the weights
 
 
 def fitting(images: int) -> list[Candidate]:
@@ -153,12 +258,9 @@ def fitting(images: int) -> list[Candidate]:
     if has_gpu():
         large = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >= _LARGE_GPU_BYTES
         return [BASE, SMALL, TINY] if large else [SMALL, TINY]
-    return [SMALL, TINY] if expected_s(SMALL, images) <= _PATIENT_S else [TINY]
-
-
-def expected_s(candidate: Candidate, images: int) -> float:
-    """Seconds that a CPU is expected to train for; backward costs twice a forward pass."""
-    return epochs_for(images) * images * 3 * candidate.flops / (torch.get_num_threads() * _CPU_FLOPS_PER_S)
+    # Backward costs twice a forward pass.
+    flops = epochs_for(images) * images * 3 * SMALL.flops
+    return [SMALL, TINY] if flops <= _PATIENT_S * torch.get_num_threads() * _CPU_FLOPS_PER_S else [TINY]
 
 
 def epochs_for(images: int) -> int:
@@ -207,133 +309,199 @@ def image_side(net: nn.Module, own: int) -> int:
     return max(1, round(wanted / patch)) * patch
 
 
-def weights_file(source: str) -> Path | None:
-    """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
-    if source.endswith(".safetensors"):
-        path: Path | None = Path(source)
-    elif is_timm_name(source):
-        path = cached(published(source))
-    else:
-        folder = model_folder(Path(source))
-        path = None if folder is None else folder / WEIGHTS
-    return path if path is not None and path.is_file() else None
+# ---- the linear probe
+
+PROBE_FILE = "probe.json"
+# Of each split. Nearly all of the time is that of the forward passes.
+_MOST_IMAGES = {"train": 2_000, "val": 500, "test": 2_000}
+_TIMED = 4  # batches, by which the time of all is told
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
+_ABSENT = -20.0  # logit of a class without a training image
+_Floats = npt.NDArray[np.float64]
+_Integers = npt.NDArray[np.int64]
 
 
-def outline(source: str) -> nn.Module:
-    """The model that a name or folder means, without memory.
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier on frozen features.
+
+    Attributes:
+        train_images: that it was fitted to.
+        val_correct: validation images that it classifies correctly.
+        val_images: all of them.
+        head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
+        test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
+        seconds: features and regression together, without what the process was stopped for.
+        mbytes: of the model that it is the classifier of, in float32.
+        cpu_s: CPU seconds of the same; earlier versions didn't keep them.
+        of_experts: whether the weights came with experts, so that no dense model has these features.
+        head: its weights [C, D] and biases [C]; None if it was read from a file.
+    """
+
+    train_images: int
+    val_correct: int
+    val_images: int
+    head_val_correct: int
+    test_correct: dict[str, bool]
+    seconds: float
+    mbytes: float
+    cpu_s: float = 0.0
+    of_experts: bool = False
+    head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def beats_the_head(self) -> bool:
+        """Whether it is the better classifier to start with; one that was trained for these classes may be better."""
+        return self.val_correct > self.head_val_correct
+
+    def sentence(self) -> str:
+        """What it found, for the terminal."""
+        total = len(self.test_correct)
+        val, test = self.val_correct / max(1, self.val_images), sum(self.test_correct.values()) / max(1, total)
+        start = "the classifier starts with it" if self.beats_the_head else "the weights' own classifier is kept"
+        return (
+            f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {total:,} test "
+            f"images by logistic regression on the frozen features, in {self.seconds:.0f} s; {start}"
+        )
+
+    def write(self, run_dir: Path) -> None:
+        """Leave everything but the head in a run folder."""
+        write_json_atomic(run_dir / PROBE_FILE, {name: value for name, value in vars(self).items() if name != "head"})
+
+
+def read_probe(run_dir: Path) -> Probe | None:
+    """The probe of a run; None if it had none.
 
     Raises:
-        UserError: if there is none.
+        UserError: if its file is damaged.
     """
-    with torch.device("meta"):
-        return create_from(source, load_weights=False)
-
-
-def describe_weights(net: nn.Module) -> str:
-    """`22.1 M parameters`."""
-    return f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} M parameters"
-
-
-def _from_file(file: Path, base: str | None) -> Choice:
-    fitting_names = [base] if base else architectures_of(file)
-    net = outline(fitting_names[0])
-    metadata = read_metadata(file) if file.is_file() else {}
-    others = f"; {', '.join(fitting_names[1:])} fit too: --model.arch.base NAME" if len(fitting_names) > 1 else ""
-    licence = metadata.get("license", NOT_STATED)
-    source = f", from {metadata['source']}" if "source" in metadata else ""
-    return Choice(
-        StartWeights(str(file), fitting_names[0], net),
-        f"start: {file} as {fitting_names[0]} ({describe_weights(net)}, licence {licence}{_restricted(licence)}"
-        f"{source}{others}).",
-    )
-
-
-def _restricted(licence: str) -> str:
-    return "" if licence == NOT_STATED or is_free(licence) else ", which restricts what you may do"
-
-
-def _from_cache(images: int) -> Choice | None:
-    for candidate in fitting(images):
-        weights = published(candidate.name)
-        if is_free(weights.licence) and cached(weights) is not None:
-            return _chosen(weights, images, "from the hub's cache on this computer")
-    return None
-
-
-def _from_hub(weights: Published, images: int, *, unasked: bool) -> Choice:
-    """Fetch the weights if that is wanted and allowed; from scratch, with the reason, if not."""
-    terminal = _on_terminal()
-    if not unasked and not terminal:
-        return from_scratch(
-            f"{weights.name} is not in the hub's cache, and without a terminal nothing is downloaded unless you say "
-            f"--pretrained {AUTO}"
-        )
     try:
-        facts = ask_hub(weights)
-    except HubUnreachableError as error:
-        return from_scratch(
-            f"{str(error).rstrip('.')}, and no pretrained weights are in its cache; --pretrained FILE works"
-        )
-    except UserError as error:
-        return from_scratch(str(error).rstrip("."))
-    for licence in (weights.licence, facts.licence):
-        if licence and not is_free(licence):
-            return from_scratch(
-                f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
-                f"you name it: --pretrained {weights.name}"
-            )
-    if unasked:
-        _download(weights, facts)
-        return _chosen(weights, images, "downloaded")
-    return _ask(weights, facts, images)
+        return Probe(**read_json(run_dir / PROBE_FILE))
+    except FileNotFoundError:
+        return None
+    except TypeError as error:
+        raise UserError(f"{run_dir / PROBE_FILE} can't be read ({error}): remove it.") from error
 
 
-def _ask(weights: Published, facts: HubFacts, images: int) -> Choice:
-    size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
-    answer = _answer(
-        f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
-        f"{weights.licence}), downloaded once from huggingface.co?\n"
-        "[Y]es, [n]o: from scratch, or another timm name, file or folder: "
+def fit_probe(
+    net: nn.Module,
+    data: ImageDataModule,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    now: Callable[[], float] = time.perf_counter,
+) -> Probe | None:
+    """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
+
+    Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
+    every class the same share.
+
+    Args:
+        net: a timm model with the classes of the data; left as it was, but for the device.
+        data: after `setup("fit")`.
+        device: where features are computed.
+        context: around each forward pass, such as autocast.
+        now: a clock, in seconds.
+    """
+    head = linear_head(net)
+    if head is None:
+        return None
+    began, began_cpu_s = now(), cpu_s()
+    state = cast(Any, net.to(device))
+    taken = {split: _some(data, split, most) for split, most in _MOST_IMAGES.items()}
+    images = {split: len(indices) for split, indices in taken.items()}
+    batches = sum(-(-count // data.batch_size) for count in images.values())
+    ends: list[float] = []
+    found: dict[str, list[Any]] = {}  # features [n, D], labels [n] and indices [n] of images without augmentation
+    with torch.no_grad(), evaluating(net):
+        for split, indices in taken.items():
+            parts: list[tuple[Tensor, Tensor, Tensor]] = []
+            for batch in data.plain_loader(split, indices):
+                with context():
+                    tokens = state.forward_features(batch["image"].to(device))
+                    features = state.forward_head(tokens, pre_logits=True).double().cpu()
+                parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
+                ends.append(now())
+                if len(ends) == _TIMED:
+                    tell(
+                        f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
+                        f"{images['val']:,} validation and {images['test']:,} test images, about "
+                        f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
+                    )
+            found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+    (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
+    weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
+    own_weight = head.weight.detach().double().cpu().numpy()
+    own_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
+    correct = _classify(test_x, weight, bias) == test_y
+    return Probe(
+        train_images=len(y),
+        val_correct=int((_classify(val_x, weight, bias) == val_y).sum()),
+        val_images=len(val_y),
+        head_val_correct=int((_classify(val_x, own_weight, own_bias) == val_y).sum()),
+        test_correct={
+            data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
+        },
+        seconds=now() - began,
+        mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
+        cpu_s=cpu_s() - began_cpu_s,
+        of_experts=bool(moe_layers(net)),
+        head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
-    if answer.lower() in ("", "y", "yes"):
-        _download(weights, facts)
-        return _chosen(weights, images, "downloaded")
-    if answer.lower() in ("n", "no", NONE):
-        return Choice(None, "start: from scratch, as you wish.")
-    return named_start(answer)
 
 
-def _answer(question: str) -> str:
-    """What is typed; no answer where the terminal has gone."""
-    print(question, end="", file=sys.stderr, flush=True)
-    try:
-        return input().strip()
-    except EOFError:
-        return NONE
+def linear_head(net: nn.Module) -> nn.Linear | None:
+    """The classifier of a timm model, if it is one linear map of features that the model tells."""
+    state = cast(Any, net)
+    if not (hasattr(state, "forward_head") and hasattr(state, "get_classifier")):
+        return None
+    head = state.get_classifier()
+    return head if isinstance(head, nn.Linear) else None
 
 
-def _on_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+@torch.no_grad()
+def start_with(net: nn.Module, probe: Probe) -> None:
+    """Give the classifier the probe's weights, in place."""
+    head = linear_head(net)
+    if head is None or probe.head is None:
+        raise ValueError("the probe has no head, or the model has none that takes it")
+    head.weight.copy_(probe.head[0])
+    if head.bias is not None:
+        head.bias.copy_(probe.head[1])
 
 
-def _download(weights: Published, facts: HubFacts) -> None:
-    """Fetch with the hub's progress bar, which shows on a terminal."""
-    size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
-    tell(f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}")
-    fetch_weights(weights.name)
+def _some(data: ImageDataModule, split: str, most: int) -> list[int]:
+    """At most `most` images of a split at random, of every class the same share."""
+    labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+    order = np.random.default_rng(data.seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+    places = np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)
+    return sorted(order[places].tolist())
 
 
-def _chosen(weights: Published, images: int, origin: str) -> Choice:
-    start = StartWeights(weights.name, None, outline(weights.name))
-    few = f"{images:,} images are few to learn from scratch, and " if images else ""
-    where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
-    return Choice(
-        start,
-        f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: "
-        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
-    )
+def _best_regression(
+    x: _Floats, y: _Integers, val_x: _Floats, val_y: _Integers, classes: int
+) -> tuple[_Floats, _Floats]:
+    """Weights [C, D] and biases [C] for raw features; the penalty is the best on validation, the strongest at a tie."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+    found: list[tuple[int, _Floats, _Floats]] = []
+    for strength in _STRENGTHS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough
+            model = LogisticRegression(C=strength, max_iter=300).fit((x - mean) / spread, y)
+        weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, _ABSENT)
+        present, coefficients, intercept = model.classes_, model.coef_, model.intercept_
+        if len(present) == 2:  # one row, for the second class against the first
+            coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+            intercept = np.concatenate([-intercept / 2, intercept / 2])
+        weight[present] = coefficients / spread
+        bias[present] = intercept - weight[present] @ mean
+        found.append((int((_classify(val_x, weight, bias) == val_y).sum()), weight, bias))
+    _, weight, bias = max(found, key=lambda each: each[0])
+    return weight, bias
 
 
-def from_scratch(reason: str) -> Choice:
-    """Why few images start from scratch, and what is lost by it."""
-    return Choice(None, f"start: from scratch ({reason}). {LOST}")
+def _classify(x: _Floats, weight: _Floats, bias: _Floats | float) -> _Integers:
+    return cast(_Integers, (x @ weight.T + bias).argmax(1))

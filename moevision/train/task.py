@@ -24,19 +24,17 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
-from moevision.layers import Routing, SigmoidRouter, forward_routing, moe_layers, update_router_bias
+from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
+from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
-from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.parallel import clip, total_norm
+from moevision.train.optim import WHOLE, OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, sums_over_processes
 
 if TYPE_CHECKING:
-    from moevision.train.calibration import Calibration
+    from moevision.train.stats import Calibration
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -125,6 +123,7 @@ class ClassificationTask(L.LightningModule):
             logger=False,
         )
         self.aux_loss = AuxLoss(self.aux_weights)
+        self.tensors = WHOLE  # `parallel.strategy` has another one, for parts
         self.window_counts: list[Tensor] = []
         # What the micro-batches of this optimizer step computed, by name: the stability guard judges by it.
         self.evidence: list[dict[str, Tensor]] = []
@@ -187,6 +186,28 @@ class ClassificationTask(L.LightningModule):
             for block in cast(Any, self.net).blocks:
                 block.compile()
 
+    def on_train_start(self) -> None:
+        """Refuse a resumed training whose schedule, the checkpoint's, would end before the training does.
+
+        Raises:
+            UserError: if so.
+        """
+        self.choose_attention()
+        planned = self.trainer.estimated_stepping_batches
+        for config in self.trainer.lr_scheduler_configs:
+            known = getattr(config.scheduler, "total_steps", planned)
+            if known < planned:
+                raise UserError(
+                    f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
+                    "on with its own epochs and a number of processes that divides the one before, or start a new run "
+                    "from its weights with --pretrained runs/NAME/model."
+                )
+
+    def choose_attention(self) -> None:
+        """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
+        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
+        set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
         make_plain(checkpoint)
@@ -206,9 +227,10 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
-        set_fused_attention(self.net, not self._trains_unfused)
         logits, routings = forward_routing(self.net, batch["image"])
-        self._count(routings)
+        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
+        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
+        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
@@ -231,22 +253,11 @@ class ClassificationTask(L.LightningModule):
     def _in_bfloat16(self) -> bool:
         return self.trainer.precision in ("bf16-mixed", "bf16-true")
 
-    @property
-    def _trains_unfused(self) -> bool:
-        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
-        return tokens is not None and trains_unfused(self.device, dtype, tokens)
-
     def start_window(self) -> None:
         """Forget what earlier micro-batches computed: the next one is the first of an optimizer step."""
         self.aux_loss.start_window()
         self.window_counts, self.evidence = [], []
         self.update_refused = self.update_applied = False
-
-    def _count(self, routings: Sequence[Routing]) -> None:
-        """Add what this micro-batch asked of every expert to the counts of the optimizer step."""
-        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
-        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
-        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Apply the update; if it was not refused, move the routers' biases by what it asked of every expert."""
@@ -256,7 +267,7 @@ class ClassificationTask(L.LightningModule):
         # Where fp16 gradients overflow, the scaler leaves the update out.
         overflowed = scaler is not None and scale is not None and scaler.get_scale() < scale
         self.update_applied = not (self.update_refused or overflowed)
-        if self.update_applied and any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
+        if self.update_applied and any(layer.router.needs_load for layer in moe_layers(self.net)):
             update_router_bias(self.net, sums_over_processes(self.window_counts))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -275,6 +286,10 @@ class ClassificationTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what validation found."""
         self._log_epoch("val", self.val_metrics, self.val_loss)
+
+    def on_validation_end(self) -> None:
+        """Go on as training does."""
+        self.choose_attention()
 
     def on_test_epoch_start(self) -> None:
         """Forget earlier predictions."""
@@ -344,14 +359,14 @@ class ClassificationTask(L.LightningModule):
         Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = total_norm(gradients)
+        norm = self.tensors.total_norm(gradients)
         self.log("train/grad_norm", norm)
         if self.update_gate is not None and self.update_gate(norm):
             self.update_refused = True
             optimizer.zero_grad(set_to_none=True)  # zeros would still decay weights and move moments
         elif gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            clip(parameters, gradient_clip_val, norm)
+            self.tensors.clip(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
@@ -359,8 +374,9 @@ class ClassificationTask(L.LightningModule):
         fused = self.trainer.precision != "16-mixed"
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(
-            self.net, self.optim, total_steps=steps, fused=fused, bfloat16=self._in_bfloat16
-        )
+            self.net, self.optim, total_steps=steps, fused=fused, bfloat16=self._in_bfloat16,
+            kinds=self.tensors.optimizers,
+        )  # fmt: skip
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -9,14 +9,22 @@ import torch
 
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
+from moevision.analysis.baselines import Rule, fresh_copy, measure_baselines
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
-from moevision.analysis.report.build import analyze, caption, draw_figures
-from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, measure_effects, model_numbers
-from moevision.analysis.specialization import Rule, fresh_copy, measure_baselines, specialization
+from moevision.analysis.report import (
+    ReportSettings,
+    Results,
+    analyze,
+    draw_figures,
+    environment,
+    layer_numbers,
+    measure_effects,
+    model_numbers,
+)
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas, sample_paths
 from moevision.layers import SoftRouter, moe_layers, record_routing
@@ -53,23 +61,15 @@ def test_every_step_takes_every_router(router) -> None:
                 assert own[0].counts().sum(-1).mean() == pytest.approx(layer.experts_per_patch, rel=0.05), name
             else:
                 np.testing.assert_allclose(own[0].patch_takes().sum(-1), 1, rtol=1e-4)
-    information = specialization(trace, baselines=baselines, num_permutations=20)
-    asked = [entry for entry in information if entry.about == "class"]
-    if trace.layers[0].kind == "token_choice":
-        assert all(f"{e.name}: the choice of expert tells" in e.sentence for e in asked if e.above_null)
-        assert all(f"{e.name}: no class specialization (" in e.sentence for e in asked if not e.above_null)
-    else:
-        assert all("how much patches take from each expert" in e.sentence for e in asked)
     if router in ("random", "colour"):  # nothing is learned, so the untrained model routes alike
         untrained = baselines["untrained"][0]
         assert (untrained.expert_index == trace.layers[0].expert_index).all()
-        assert not any(entry.above_baselines for entry in information)
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=20) for layer in trace.layers}
     for found in maps.values():
         np.testing.assert_allclose(found.share.sum(1), 1, rtol=1e-5)
     assert {change.layer for change in consistency(model, pictures, limit=8, num_resamples=10)} == {1, 3}
     assert np.allclose(np.diagonal(expert_similarity(model, pictures, 1, num_tokens=64)), 1)
-    atlas = build_atlas(trace, pictures, information, maps, count=2, max_patches=20)
+    atlas = build_atlas(trace, pictures, maps, count=2, max_patches=20)
     assert [layer["kind"] for layer in atlas["layers"]] == [layer.kind for layer in trace.layers]
     assert json.dumps([layer_numbers(layer) for layer in trace.layers])
     found = effect(model, pictures.image(0), Intervention("ablate", layer=1, expert=0), num_controls=3)
@@ -207,7 +207,7 @@ def test_effects_without_a_control_are_measured_and_drawn() -> None:
     effects = measure_effects(model, pictures, trace, budget_s=1000)  # however slow the machine
     assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {None}
     assert any(found["delta_logit"] != 0 for found in effects["experts"])
-    results = Results([], [], {}, None, [], effects)
+    results = Results([], {}, None, [], effects)
     drawn = draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers])
     assert "effects" in {item.kind for item in drawn}
 
@@ -230,8 +230,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         for e in range(layer.num_experts)
         for name in trace.class_names
     ]
-    information = specialization(trace, about=("class", "position"), num_permutations=20)
-    results = Results([], information, maps, None, [], {"rows": rows, "what": "it is away"})
+    results = Results([], maps, None, [], {"rows": rows, "what": "it is away"})
     drawn = list(draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers]))
     files = {item.file for item in drawn}
     numbers = model_numbers(trace, "here", 32)
@@ -260,15 +259,17 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
 
 @pytest.mark.parametrize("kinds", [["soft"], ["expert_choice"], ["soft", "expert_choice", "token_choice"]])
 def test_captions_add_what_differs(kinds) -> None:
-    plain, words = caption("load", ["token_choice"]).read, caption("load", kinds).read
+    caption = environment().get_template("captions.jinja").module.caption
+    (plain, rest), words = caption("load", ["token_choice"]).split(" <b>What"), caption("load", kinds)
     assert words.startswith(plain)
+    assert words.endswith(rest)
     assert ("as many slots" in words) == ("soft" in kinds)
     assert ("equal by construction" in words) == ("expert_choice" in kinds)
 
 
 def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     """Its numbers and its page; the figures are drawn above."""
-    monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: iter(()))
+    monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda *measured: iter(()))
     model = saved(["soft", "expert_choice"])
     save_model(model, tmp_path / "model")
     settings = ReportSettings(

@@ -20,8 +20,16 @@ from moevision.analysis.describe import (
     part_stands_out,
     position_share,
 )
-from moevision.analysis.palette import EXPERT_COLOURS, FADED, HIGHLIGHT, NEUTRAL
-from moevision.analysis.plots.style import contrast, expert_colour, expert_colours, ink_on
+from moevision.analysis.plots import (
+    EXPERT_COLOURS,
+    FADED,
+    HIGHLIGHT,
+    NEUTRAL,
+    contrast,
+    expert_colour,
+    expert_colours,
+    ink_on,
+)
 from moevision.errors import UserError
 
 
@@ -201,8 +209,6 @@ def test_a_part_does_not_stand_out_where_routing_goes_by_the_place_alone() -> No
     [
         lambda: co_activation(CHOICES, 3),  # expert 3 isn't there
         lambda: position_share(CHOICES[0], 4),  # an axis is missing
-        lambda: gate_weight_quantiles(np.zeros((0, 4, 2))),
-        lambda: part_fractions(MASK, (3, 3), 3),  # 4 pixels into 3 patches
         lambda: part_expert_table(CHOICES, FRACTIONS, 4),  # 2 images of 2 patches, 1 of 4
     ],
 )

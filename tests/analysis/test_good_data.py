@@ -15,10 +15,13 @@ import pytest
 from PIL import Image, ImageFilter
 
 import moevision.analysis.good_data
-from moevision.analysis.good_data.build import (
+from moevision.analysis.good_data import (
+    RunImages,
     Thumbnails,
+    _margins,
     _table,
     class_rows,
+    examine,
     expert_rows,
     map_cells,
     of_classes,
@@ -27,10 +30,8 @@ from moevision.analysis.good_data.build import (
     render,
     score,
 )
-from moevision.analysis.good_data.examine import RunImages, _margins, examine
-from moevision.data.prune import decide
-from moevision.data.scores import SCORES, Scores
-from moevision.data.sources import FileCollection, Sample
+from moevision.data.collection import FileCollection, Sample
+from moevision.data.scores import SCORES, Scores, decide
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model
@@ -41,7 +42,9 @@ ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made
 ABOUT |= {"explorer": "http://127.0.0.1:7860", "explorer_command": "moevision demo '<i>'"}
 
 
-TEMPLATE = Path(moevision.analysis.good_data.__file__).with_name("template.html.jinja").read_text(encoding="utf-8")
+TEMPLATE = (Path(moevision.analysis.good_data.__file__).parent / "templates" / "good_data.html.jinja").read_text(
+    "utf-8"
+)
 KNOWN_TAGS = {*re.findall(r"<(\w+)", TEMPLATE), "data", "html", "head", "body", "style"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ from PIL import Image
 
 from moevision.analysis import plots
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, position_share
-from moevision.analysis.palette import EXPERT_COLOURS, NEUTRAL
-from moevision.analysis.plots.style import BLANK, hex_of, wrap
+from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, hex_of, wrap
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
@@ -138,7 +136,7 @@ def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
     rest = np.delete(np.arange(16), 5)
     order = np.argsort(layer.combine_weight[1, rest, 0])
     assert (np.diff(cells[rest, 3][order]) > 0).all()  # opacity grows with the gate weight
-    assert "dog, predicted dog (33%)" in heading_of(figure)
+    assert "dog, predicted dog (33 %)" in heading_of(figure)
 
 
 def test_overlay_of_many_experts_is_grey() -> None:
@@ -213,7 +211,7 @@ def test_co_activation_writes_conditional_shares_and_states_chance() -> None:
     assert cells[1, 0] == "75"
     assert cells[2, 0] == "25"
     assert cells[0, 1] == cells[0, 2] == "100"
-    assert "50.0%" in heading_of(figure)  # (k - 1) / (E - 1)
+    assert "50.0 %" in heading_of(figure)  # (k - 1) / (E - 1)
 
 
 SHARE = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
@@ -266,7 +264,7 @@ def test_part_map_shares_areas_and_absent_parts() -> None:
     # 8 patches of part a (6 to expert 0) and 2 of part c, all to expert 1; part b doesn't occur.
     figure = plots.plot_part_experts([[6, 2], [0, 0], [0, 2]], ["a", "b", "c"], layer_name="L1")
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (80%)", "c (20%)"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (80 %)", "c (20 %)"]
     drawn = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(drawn, [[0.75 - 0.6, 0.25 - 0.4], [0 - 0.6, 1 - 0.4]])  # against 6 : 4 of all patches
     assert "Nothing is tested" in heading_of(figure)
@@ -290,54 +288,7 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     assert words(axes).count("no patch goes to this expert") == 1
     values = {int(np.asarray(image.get_array()).max()) for image in axes.images}
     assert values <= {10, 20, 30}
-    assert f"{np.mean(layer.expert_index == 0):.1%}" in words(axes)
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    plain = {
-        "layer": 1, "about": "class", "value_bits": 0.2, "low": 0.15, "high": 0.25, "null_sd": 0.01, "n_images": 400,
-        "baselines": {"untrained": [0.05, 0.06], "hash": [0.0], "kmeans_colour": [0.1], "kmeans_input": [0.12]},
-        "seeds": [0.18, 0.21], "above": {"null": True, "baselines": True},
-    }  # fmt: skip
-    return plain | changes
-
-
-def test_specialization_stands_beside_all_comparisons() -> None:
-    below = {"null": False, "baselines": False}
-    figure = plots.plot_specialization([row(), row(layer=3, above=below, value_bits=-0.02), row(about="part")])
-    axes = figure.axes[0]
-    drawn = {tuple(np.round(np.asarray(line.get_xdata()), 3)) for line in axes.lines}
-    assert {(0.2,), (0.15, 0.25), (0.05, 0.06), (0.0,), (0.1,), (0.12,), (0.18, 0.21)} <= drawn
-    band = axes.patches[0]
-    assert (band.get_x(), band.get_width()) == pytest.approx((-0.0196, 0.0392))  # type: ignore[attr-defined]
-    assert "0.200 bits\nabove all controls" in words(axes)
-    assert "−0.020 bits\nnot above all controls" in words(axes)
-    assert axes.get_title("left") == "expert ↔ class"
-    assert figure.axes[1].get_title("left") == "expert ↔ drawn part"
-    assert_readable(figure)
-
-
-def test_specialization_loses_no_comparison_that_it_does_not_know() -> None:
-    figure = plots.plot_specialization([row(about="colour", baselines={"another": [0.07]})])
-    assert figure.axes[0].get_title("left") == "colour"
-    assert (0.07,) in {tuple(np.asarray(line.get_xdata())) for line in figure.axes[0].lines}
-    assert "another" in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def test_a_comparison_far_off_stands_at_the_edge_with_its_number() -> None:
-    figure = plots.plot_specialization([row(about="position", baselines={"untrained": [0.1], "hash": [1.9, 2.0, 2.1]})])
-    axes = figure.axes[0]
-    assert "2.10 →" in words(axes)  # the largest, as in the sentence
-    assert (0.625,) in {tuple(np.asarray(line.get_xdata())) for line in axes.lines}  # 2.5 x the interval's upper end
-    assert axes.get_xlim()[1] < 0.7
-
-
-def test_specialization_draws_objects_as_their_json() -> None:
-    class Result:
-        def to_json(self) -> dict[str, Any]:
-            return row()
-
-    assert (rendered(plots.plot_specialization([Result()])) == rendered(plots.plot_specialization([row()]))).all()
+    assert f"{100 * np.mean(layer.expert_index == 0):.1f} %" in words(axes)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +308,6 @@ def test_all_sizes_are_readable(experts: int, top_k: int, layers: int, grid: tup
         plots.plot_gate_weights([gate_weight_quantiles(layer.combine_weight) for layer in trace.layers], names),
         plots.plot_positions(position_share(layer.expert_index, experts), grid, layer_name=layer.name),
         plots.plot_part_experts(np.ones((10, experts)), ["background"] * 10, layer_name=layer.name),
-        plots.plot_specialization([row(layer=layer.layer) for layer in trace.layers]),
     ]
     if top_k > 1:
         figures.append(plots.plot_co_activation(co_activation(layer.expert_index, experts), top_k, layer_name="L1"))
@@ -416,14 +366,7 @@ def test_dollars_in_names_are_no_formula() -> None:
     "call",
     [
         lambda: plots.plot_path(PICTURE, make_trace(), 0, 16),
-        lambda: plots.plot_load([[1, 2]], ["L1", "L3"]),
         lambda: plots.plot_load([[0, 0]], ["L1"]),
-        lambda: plots.plot_gate_weights(np.zeros((2, 4, 2)), ["L1", "L3"]),
-        lambda: plots.plot_co_activation(np.ones((3, 3), dtype=int), 1, layer_name="L1"),
-        lambda: plots.plot_class_experts(SHARE, SHARE > 0, ["a"], layer_name="L1"),
-        lambda: plots.plot_part_experts(np.zeros((2, 2)), ["a", "b"], layer_name="L1"),
-        lambda: plots.plot_positions(np.ones((2, 5)), (2, 2), layer_name="L1"),
-        lambda: plots.plot_specialization([]),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(call) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
+from moevision.analysis.baselines import Assignments, measure_baselines
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
@@ -26,13 +27,15 @@ from moevision.analysis.questions import (
 )
 from moevision.analysis.readings import (
     Load,
+    RecordedLayer,
+    Recording,
     guess_from_experts,
     paired_interval,
     probe_groups,
     ratio_interval,
+    recording_of,
+    run_forced,
 )
-from moevision.analysis.recording import RecordedLayer, Recording, recording_of, run_forced
-from moevision.analysis.specialization import Assignments, measure_baselines
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.errors import UserError

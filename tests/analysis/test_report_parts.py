@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 
 from moevision.analysis.images import Remembered, aligned_pictures
-from moevision.analysis.report.build import shown_pictures
-from moevision.analysis.report.measure import as_json, of_pairs
-from moevision.analysis.report.page import number
+from moevision.analysis.report import as_json, number, of_pairs, shown_pictures
 from moevision.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("value", "form", "shown"),
     [
-        (0.98765, ".1%", "98.8%"),
+        (0.98765, ".1%", "98.8 %"),
         (-0.1234, "+.2f", "−0.12"),
         (-0.0001, "+.2f", "0.00"),
         (1234, ",", "1,234"),

@@ -14,7 +14,7 @@ from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
 from moevision.analysis.intervention import ablate, numbered_layers
 from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly
-from moevision.analysis.recording import run_forced
+from moevision.analysis.readings import run_forced
 from moevision.analysis.swap import _knock_out, swap_test
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model

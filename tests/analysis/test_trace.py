@@ -317,8 +317,7 @@ def test_a_run_that_is_interrupted_leaves_the_old_file(trace_file):
     class Interrupted(Broken):
         def __getitem__(self, index):
             if index == 20:
-                (partial,) = set(trace_file.parent.iterdir()) - {trace_file}
-                self.partial = partial.read_bytes()
+                self.seen = os.listdir(trace_file.parent)
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 
@@ -328,11 +327,7 @@ def test_a_run_that_is_interrupted_leaves_the_old_file(trace_file):
         collect_routing(saved(small()), data, batch_size=4, path=trace_file)
     assert trace_file.read_bytes() == before
     assert os.listdir(trace_file.parent) == [trace_file.name]
-    # What a killed process would leave has its full length and can't be loaded either.
-    assert len(data.partial) > sum(array.nbytes for array in collect_routing(saved(small()), PETS).arrays().values())
-    trace_file.write_bytes(data.partial)
-    with pytest.raises(UserError, match="is damaged"):
-        RoutingTrace.load(trace_file)
+    assert data.seen == [trace_file.name]  # so a killed process leaves nothing else either
 
 
 def rewritten(file, **changes):

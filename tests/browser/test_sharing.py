@@ -120,7 +120,7 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
 
 
 def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
-    from moevision.analysis.palette import HIGHLIGHT, NEUTRAL
+    from moevision.analysis.plots import HIGHLIGHT, NEUTRAL
     from moevision.demo import route_image
     from moevision.demo.html import view_html
 

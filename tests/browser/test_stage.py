@@ -2,7 +2,7 @@
 
 import pytest
 
-from moevision.analysis.palette import EXPERT_COLOURS
+from moevision.analysis.plots import EXPERT_COLOURS
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 

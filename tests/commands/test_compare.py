@@ -12,8 +12,7 @@ import pytest
 from scipy import stats
 
 from moevision.models.safe_files import read_yaml
-from moevision.train.differences import Gap, detectable_on
-from moevision.train.report import mcnemar_p_value
+from moevision.train.stats import Gap, detectable_on, mcnemar_p_value
 
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 

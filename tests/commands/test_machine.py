@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moevision.commands import machine
-from moevision.commands.machine import Machine, findings, look
+from moevision.commands import info
+from moevision.commands.info import Machine, findings, look
 from moevision.limits import (
     cpu_quota,
     memory_available_bytes,
@@ -134,8 +134,8 @@ def test_the_machine_is_this_one():
 
 @pytest.mark.parametrize(("quota", "cores"), [(None, 4), (1.5, 2), (9.0, 4)])
 def test_cores_are_those_that_the_control_group_grants(quota, cores, monkeypatch):
-    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(info, "usable_cores", lambda: 4)
+    monkeypatch.setattr(info, "cpu_quota", lambda: quota)
     assert look().cores == cores
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moevision.commands.predict import find_images, predict_batch
+from moevision.commands.predict import images_at, predict_batch
 from moevision.errors import UserError
 from moevision.models.io import load_model
 
@@ -110,7 +110,7 @@ def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):
 
 def test_the_batch_size_changes_no_prediction(tiny_run, drawn_pets):
     model = load_model(str(tiny_run))
-    files = list(find_images([str(drawn_pets)]))
+    files = list(images_at([str(drawn_pets)]))
     whole = predict_batch(model, files)
     for size in (1, 7):
         parts = [

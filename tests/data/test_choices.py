@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moevision.data import ImageDataModule
-from moevision.data.choices import Choices
-from moevision.data.sources import Sample
+from moevision.data.collection import Sample
+from moevision.data.scores import Choices
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 

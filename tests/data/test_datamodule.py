@@ -20,8 +20,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
-from moevision.data import ImageDataModule, sources
-from moevision.data.sources import open_collection, read_folder, words_of
+from moevision.data import ImageDataModule
+from moevision.data.collection import words_of
+from moevision.data.folder import read_folder
+from moevision.data.open import open_collection
 from moevision.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -183,7 +185,7 @@ def test_the_loader_counts_the_time_it_is_waited_for(image_folder, monkeypatch):
         clock[0] += 0.25
         return np.zeros((16, 16, 3), np.uint8)
 
-    monkeypatch.setattr("moevision.data.dataset.ImageDataset.decode", slow)
+    monkeypatch.setattr("moevision.data.loader.ImageDataset.decode", slow)
     for _ in loader:
         clock[0] += 100  # a training step
     assert loader.wait_s == 16 * 0.25  # two batches of 8 of the 16 training images
@@ -582,10 +584,10 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(sources.os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
     monkeypatch.setattr(Path, "open", refusing(Path.open))
     monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
-    collection = sources.read_folder(root)
+    collection = read_folder(root)
     assert len(collection.given["all"]) == 12
     assert any("1 folders" in note and "can't be read" in note for note in collection.notes)
     shut = "dog/003.png"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moevision.commands.predict import find_images
-from moevision.data.sources import FileCollection, read_folder, walk
+from moevision.commands.predict import images_at
+from moevision.data.collection import FileCollection
+from moevision.data.folder import read_folder, walk
 from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError
 from moevision.train.recipe import count_images
@@ -121,7 +122,7 @@ def test_farms_of_links_are_as_the_files_behind_them(pets, tmp_path):
         assert (linked.given, linked.notes) == (plain.given, [])
         assert make_splits(linked, Cut()).samples == make_splits(plain, Cut()).samples
         assert count_images(root) == 40
-        assert list(find_images([str(root)])) == [root / sample.sample_id for sample in plain.given["all"]]
+        assert list(images_at([str(root)])) == [root / sample.sample_id for sample in plain.given["all"]]
 
 
 def test_a_real_path_goes_before_a_link(pets, tmp_path):
@@ -157,7 +158,7 @@ def test_predict_ends_and_tells_of_every_name(pets):
     (pets / "cat" / "self").symlink_to("..")
     (pets / "cat" / "again.png").symlink_to("000.png")
     (pets / "cat" / "gone.png").symlink_to("missing")
-    assert len(list(find_images([str(pets)]))) == 42
+    assert len(list(images_at([str(pets)]))) == 42
 
 
 def test_a_path_with_dots_is_read(pets, monkeypatch):

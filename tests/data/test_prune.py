@@ -7,10 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moevision.data.choices import Choices
-from moevision.data.prune import METHODS, class_shares, decide, expert_shares, prune, shares_table, starved
-from moevision.data.scores import SCORES, Scores
-from moevision.data.sources import Sample
+from moevision.data.collection import Sample
+from moevision.data.scores import (
+    METHODS,
+    SCORES,
+    Choices,
+    Scores,
+    class_shares,
+    decide,
+    expert_shares,
+    prune,
+    shares_table,
+    starved,
+)
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from moevision.analysis.images import open_pictures
 from moevision.data import ImageDataModule, shards
+from moevision.data.folder import read_folder
 from moevision.data.images import BadImageError
-from moevision.data.shard_writer import write_shards
-from moevision.data.shards import INDEX, JOURNAL, is_shards, open_shards, verify
-from moevision.data.sources import open_collection, read_folder
+from moevision.data.open import kind_of, open_collection
+from moevision.data.shards import INDEX, JOURNAL, open_shards, read_tars, verify, write_shards
 from moevision.errors import UserError
 from moevision.train.recipe import count_images
 
@@ -127,7 +127,7 @@ def test_pixels_without_files_are_stored_as_png(tmp_path):
     """As CIFAR-10 comes from torchvision; shards of shards are the same shards."""
     import numpy as np
 
-    from moevision.data.sources import ArrayCollection, Sample
+    from moevision.data.collection import ArrayCollection, Sample
 
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     given = {"train": [Sample(f"train/{number}", number % 2) for number in range(6)]}
@@ -260,7 +260,7 @@ def test_shards_that_are_not_whole(pictures, tmp_path):
         verify(out)
     for data, words in (
         (before[:-100], r"all-00000\.tar is cut short: it has [\d,]+ of [\d,]+ bytes; copy it again"),
-        (before + b"x", r"all-00000\.tar was changed: it has [\d,]+ bytes, and [\d,]+ when"),
+        (before + b"x", r"all-00000\.tar was changed: it has [\d,]+ of [\d,]+ bytes"),
     ):
         first.write_bytes(data)
         with pytest.raises(UserError, match=words):
@@ -355,16 +355,21 @@ def eight(change=lambda number: {}, **endings):
 
 def refused(folder, words):
     with pytest.raises(UserError, match=words):
-        open_shards(folder)
+        read_tars(folder)
 
 
 def test_imagenet_as_timm_publishes_it(tmp_path):
     root = imagenet(tmp_path / "wds")
-    data = ready(root)
+    with pytest.raises(UserError, match=f"convert them by `moevision data shard {root} --out SHARDS`"):
+        ready(root)
+    write_shards(read_tars(root), tmp_path / "shards")
+    verify(tmp_path / "shards")
+    data = ready(tmp_path / "shards")
     assert data.class_names == ["tench", "goldfish"]
     assert data.class_counts["test"] == {"tench": 4, "goldfish": 4}  # the validation set, which is reported
     assert sum(map(len, data.contents.datasets.values())) == 24
-    collection = open_shards(root)
+    collection = open_shards(tmp_path / "shards")
+    assert collection.given == read_tars(root).given
     names = [sample.sample_id for sample in collection.given["train"]]
     assert names[8:10] == ["imagenet1k-train-0001/n01440764_0.jpg", "imagenet1k-train-0001/n01443537_1.jpg"]
     for number, sample in enumerate(collection.given["train"]):
@@ -377,13 +382,13 @@ def test_tars_in_folders_of_splits_with_names_beside_them(tmp_path):
     for split in ("train", "test"):
         a_tar(tmp_path / split / "0.tar", eight(webp=picture, cls=lambda number: str(3 * (number % 2)).encode()))
     (tmp_path / "classnames.txt").write_text("apple\npear\nplum\nfig\n")
-    collection = open_shards(tmp_path)
+    collection = read_tars(tmp_path)
     assert collection.class_names == ["apple", "fig"]
     assert {split: len(samples) for split, samples in collection.given.items()} == {"train": 8, "test": 8}
     assert collection.given["test"][1] == ("test/0/0001.webp", 1)
     # ImageNet's lists call two classes crane, the bird and the machine
-    (tmp_path / "classnames.txt").write_text("crane\npear\nplum\ncrane\n")  # read again, since it is newer
-    assert open_shards(tmp_path).class_names == ["crane (0)", "crane (3)"]
+    (tmp_path / "classnames.txt").write_text("crane\npear\nplum\ncrane\n")
+    assert read_tars(tmp_path).class_names == ["crane (0)", "crane (3)"]
     (tmp_path / "classnames.txt").write_text("apple\npear\n")
     refused(tmp_path, "has 2 names, and there is a label 3")
 
@@ -393,7 +398,7 @@ def test_words_as_labels_and_images_without_one(tmp_path):
         return json.dumps({"label": ("dog", "cat", None, -1)[number % 4]}).encode()
 
     a_tar(tmp_path / "a.tar", eight(png=picture, json=label) | {"._0000.png": b"", "0000.seg.png": b"", "note": b""})
-    collection = open_shards(tmp_path)
+    collection = read_tars(tmp_path)
     assert collection.class_names == ["cat", "dog"]
     assert [sample[:2] for sample in collection.given["all"]] == [
         *(("a/0000.png", 1), ("a/0001.png", 0), ("a/0004.png", 1), ("a/0005.png", 0))
@@ -442,62 +447,30 @@ def test_tars_that_are_not_whole(tmp_path):
         pass
     refused(tmp_path, "a.tar is no uncompressed tar")
     tar.write_bytes(data)
-    assert len(open_shards(tmp_path).given["all"]) == 8
+    assert len(read_tars(tmp_path).given["all"]) == 8
 
 
-def test_the_index_of_others_is_made_once(tmp_path, monkeypatch):
-    """It is kept beside the tars, and made anew when a tar came or was written; one that is gone is asked for."""
+def test_an_index_of_tars_that_others_made(tmp_path):
+    """Version 0.1 wrote such; it has no hashes, and the tars are converted now."""
     root = imagenet(tmp_path / "wds")
-    held = open_shards(root).given
-    index = root / INDEX
-    first = index.read_bytes()
-    monkeypatch.setattr("moevision.data.shard_scan.scan", None)  # not called
-    assert open_shards(root).given == held
-    monkeypatch.undo()
-    a_tar(root / "imagenet1k-train-0002.tar", eight())
-    assert len(open_shards(root).given["train"]) == len(held["train"]) + 8
-    (root / "imagenet1k-train-0002.tar").unlink()
-    refused(root, f"train-0002.tar is missing .* bring it back, or delete {index} to go without it")
-    index.write_bytes(first)
-    assert open_shards(root).given == held
-    tar = root / "imagenet1k-train-0000.tar"
-    swapped = tar.read_bytes().replace(b"n01440764_0.", b"n01440764_9.")  # as many bytes; the headers' sums are wrong
-    tar.write_bytes(swapped)
-    refused(root, "no uncompressed tar, or is damaged")
-    shutil.rmtree(root)
-    imagenet(root)
-    with pytest.raises(UserError, match="no hashes to check"):
-        verify(root)
-
-
-def test_the_index_of_a_folder_that_only_may_be_read(tmp_path, monkeypatch):
-    root = imagenet(tmp_path / "wds")
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    real = shards.Index.write
-
-    def write(index, path):  # root, who runs tests in containers, may write anywhere
-        if path.parent == root:
-            raise PermissionError(13, "Permission denied")
-        real(index, path)
-
-    monkeypatch.setattr(shards.Index, "write", write)
-    held = open_shards(root).given
-    assert not (root / INDEX).exists()
-    assert len(list((cache / "moevision" / "shards").glob("*.json"))) == 1
-    monkeypatch.setattr("moevision.data.shard_scan.scan", None)
-    assert open_shards(root).given == held
+    shard = {"file": "imagenet1k-train-0000.tar", "bytes": 1, "sha256": "", "plan": "", "modified_ns": 5}
+    held = {"moevision_shards": 1, "class_names": ["a"], "shards": [shard], "splits": {}}
+    (root / INDEX).write_text(json.dumps(held))
+    with pytest.raises(
+        UserError, match=f"{INDEX} can't be read as an index .* delete it, and run `moevision data shard`"
+    ):
+        open_shards(root)
 
 
 def test_what_counts_as_shards(pictures, tmp_path):
     a_tar(pictures / "pictures.tar", eight())  # the archive that a folder came in
-    assert not is_shards(pictures)
-    assert not is_shards(tmp_path / "nowhere")
-    assert is_shards(imagenet(tmp_path / "wds"))
+    assert kind_of(str(pictures)) == "folder"
+    assert kind_of(str(tmp_path / "nowhere")) == kind_of(str(tmp_path / "train")) == "folder"
+    assert kind_of(str(imagenet(tmp_path / "wds"))) == "tars"
     a_tar(tmp_path / "wds" / "more.tar", eight())
     refused(tmp_path / "wds", r"more\.tar says no split, and other tars' names do")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / JOURNAL).write_text("{}")
-    assert is_shards(tmp_path / "unfinished")
+    assert kind_of(str(tmp_path / "unfinished")) == "shards"
     with pytest.raises(UserError, match="is damaged: delete it to write every shard anew"):
         write_shards(read_folder(pictures), tmp_path / "unfinished")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.sources import Collection, Sample, read_folder
+from moevision.data.collection import Collection, Sample
+from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, identical, make_splits, read_splits, stratified_cut, write_splits
 from moevision.errors import UserError
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-import moevision  # noqa: F401  (registers the models)
+import moevision.models  # noqa: F401  (registers the names)
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets

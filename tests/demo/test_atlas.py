@@ -1,7 +1,6 @@
 """The atlas: its numbers against brute-force counts, its size, and its way through a file."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import class_expert_map, fractions_of_parts
 from moevision.analysis.images import View, open_pictures
-from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import SCHEMA, build_atlas, counted_name, load_atlas, sample_paths, save_atlas
 from moevision.errors import UserError
@@ -37,7 +35,7 @@ def trace(pictures):
 @pytest.fixture(scope="module")
 def atlas(trace, pictures):
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
-    return build_atlas(trace, pictures, specialization(trace, num_permutations=50), maps, max_patches=100)
+    return build_atlas(trace, pictures, maps, max_patches=100)
 
 
 def test_it_says_what_it_is_about(atlas, trace):
@@ -117,7 +115,7 @@ def test_the_effect_of_taking_an_expert_away_is_kept(trace, pictures):
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=5) for layer in trace.layers}
     told = {"delta_logit": -0.5, "control_delta_logit": -0.1, "strongest_class": "cat", "strongest_delta_logit": -1.25}
     effects = {"pictures_per_class": 7, "experts": [{"layer": 3, "expert": 2, "name": "L3·E2", **told}]}
-    made = build_atlas(trace, pictures, [], maps, effects=effects, max_patches=1)
+    made = build_atlas(trace, pictures, maps, effects=effects, max_patches=1)
     found = [expert.get("without") for layer in made["layers"] for expert in layer["experts"]]
     assert found == [*[None] * 6, {"images_per_class": 7, **told}, None]  # two layers of four
 
@@ -145,27 +143,17 @@ def test_the_file_is_small_and_comes_back(atlas, trace, pictures, tmp_path):
     assert (tmp_path / "atlas.json").stat().st_size < 300_000
 
 
-def test_numbers_of_information_round_as_in_their_sentence(trace, pictures):
-    """0.02153 was stored as 0.0215, which a page wrote as 0.021 beside a sentence with 0.022."""
-    (entry, *_) = specialization(trace, num_permutations=50)
-    changed = replace(entry, estimate=replace(entry.estimate, high=0.02153))
-    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
-    built = build_atlas(trace, None, [changed], maps)
-    found = next(each for layer in built["layers"] for each in layer["information"])
-    assert f"{found['high']:.3f}" == "0.022"
-
-
 def test_a_class_without_pictures_is_null(trace, pictures):
     some = trace.select(trace.labels != 3)
     maps = {layer.layer: class_expert_map(some, layer.layer, num_permutations=50) for layer in some.layers}
-    built = build_atlas(some, None, [], maps)
+    built = build_atlas(some, None, maps)
     assert built["layers"][0]["map"]["share"][3] == [None] * some.layers[0].num_experts
     assert built["layers"][0]["experts"][0]["parts"] is None
     for entry in built["layers"][0]["experts"]:
         assert SyntheticPets.classes[3] not in [row["class"] for row in entry["classes"]]
     two = trace.select(trace.labels < 2)
     maps = {layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers}
-    for entry in build_atlas(two, None, [], maps)["layers"][0]["experts"]:
+    for entry in build_atlas(two, None, maps)["layers"][0]["experts"]:
         assert {row["class"] for row in entry["classes"]} == set(SyntheticPets.classes[:2])
     json.dumps(built, allow_nan=False)
 

@@ -12,7 +12,7 @@ import moevision
 from moevision.analysis import collect_routing, images
 from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
-from moevision.data.sources import open_collection
+from moevision.data.open import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card

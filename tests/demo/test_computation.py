@@ -17,11 +17,11 @@ from moevision.demo import route_image
 from moevision.demo.computation import Heard
 from moevision.demo.facts import describe
 from moevision.demo.noise import noise_of_training
-from moevision.demo.steps import STEPS
 from moevision.demo.view import Settings
 from moevision.demo.wire import packed
 from moevision.layers import ROUTERS, forward_routing, record_routing, routing_lock
 from moevision.layers.reference import Expert, NoisyTopKRouter
+from moevision.layers.routing import STEPS
 
 WAYS = {
     **{name: {"router": name} for name in ROUTERS},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moevision.demo
-from moevision.analysis import palette
+from moevision.analysis import plots
 from moevision.demo import route_image
 from moevision.demo.html import APP_STYLES, CORE_STYLES, DOCS, app_page, modules, view_html
 
@@ -95,9 +95,9 @@ def test_modules_that_one_scope_would_change_are_refused(files, why, monkeypatch
 
 def test_the_page_has_the_colours_of_the_figures():
     script = Page(opened().text).scripts[0]
-    assert constant(script, "PALETTE") == list(palette.EXPERT_COLOURS)
-    assert constant(script, "NEUTRAL") == palette.NEUTRAL
-    assert constant(script, "HIGHLIGHT") == palette.HIGHLIGHT
+    assert constant(script, "PALETTE") == list(plots.EXPERT_COLOURS)
+    assert constant(script, "NEUTRAL") == plots.NEUTRAL
+    assert constant(script, "HIGHLIGHT") == plots.HIGHLIGHT
 
 
 @pytest.mark.parametrize("file", sorted([*ASSETS.iterdir(), *LESSON.glob("lesson*")]), ids=lambda file: file.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from moevision.data.sources import DATASET_NAMES, SYNTHETIC
+from moevision.data.named import DATASET_NAMES, SYNTHETIC
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("committed_images.json")

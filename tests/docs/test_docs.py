@@ -352,12 +352,13 @@ def _default(name: str) -> Any:
     from moevision.data import ImageDataModule
     from moevision.losses import AuxLossWeights
     from moevision.models.config import MoEConfig
-    from moevision.train.callbacks import EarlyStoppingConfig
+    from moevision.train.devices import ParallelConfig
+    from moevision.train.ema import EmaConfig
     from moevision.train.guard import GuardConfig
-    from moevision.train.optim import EmaConfig, OptimizerConfig
+    from moevision.train.health import EarlyStoppingConfig
+    from moevision.train.optim import OptimizerConfig
     from moevision.train.record import RecordRoutingConfig
     from moevision.train.resume import CheckpointConfig
-    from moevision.train.strategy import ParallelConfig
     from moevision.train.task import ClassificationTask
 
     group, _, key = name.rpartition(".")
@@ -411,7 +412,7 @@ MODELS = re.findall(
 def test_every_model_is_in_the_table() -> None:
     import timm
 
-    import moevision  # noqa: F401
+    import moevision.models  # noqa: F401
 
     assert {row[0] for row in MODELS} == set(timm.list_models("vit_moe_*", module="vit_moe"))
 
@@ -420,7 +421,7 @@ def test_every_model_is_in_the_table() -> None:
 def test_the_table_of_models(row: tuple[str, str, str, str]) -> None:
     import timm
 
-    import moevision  # noqa: F401
+    import moevision.models  # noqa: F401
     from moevision.efficiency import measure_cost
 
     name, total, active, flops = row

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import moevision  # noqa: F401  (registers the models)
+import moevision.models  # noqa: F401  (registers the names)
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
 from tests.layers.linear_experts import run

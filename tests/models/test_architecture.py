@@ -1,4 +1,4 @@
-"""A file of weights is recognised: by its metadata, else by names and shapes among timm's ViTs."""
+"""A file of weights is recognised by its metadata."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from moevision import UserError
-from moevision.models.architecture import architecture_of, architectures_of
 from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import architecture_of
 
 
 def write(tmp_path: Path, name: str, metadata: dict[str, str] | None = None, **options: object) -> Path:
@@ -20,41 +20,21 @@ def write(tmp_path: Path, name: str, metadata: dict[str, str] | None = None, **o
     return tmp_path / "w.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("test_vit", {"num_classes": 3}),
-        ("test_vit2", {}),
-        ("test_vit", {"num_classes": 0, "img_size": 96}),  # another grid of positions, no classifier
-        ("vit_small_patch14_reg4_dinov2", {"img_size": 98}),
-    ],
-)
-def test_by_shapes(tmp_path: Path, name: str, options: dict[str, object]) -> None:
-    assert architecture_of(write(tmp_path, name, **options)) == name
-
-
-def test_several_fit_and_the_files_own_grid_comes_first(tmp_path: Path) -> None:
-    found = architectures_of(write(tmp_path, "vit_tiny_patch16_384"))
-    assert found[0] == "vit_tiny_patch16_384"
-    assert {"vit_tiny_patch16_224", "deit_tiny_patch16_224"} < set(found)
-
-
 def test_what_the_file_says_counts(tmp_path: Path) -> None:
-    assert architectures_of(write(tmp_path, "test_vit", {"architecture": "test_vit3"})) == ["test_vit3"]
-    assert architecture_of(write(tmp_path, "test_vit", {"architecture": "nothing of timm's"})) == "test_vit"
+    assert architecture_of(write(tmp_path, "test_vit", {"architecture": "test_vit3"})) == "test_vit3"
 
 
-def test_nothing_fits(tmp_path: Path) -> None:
-    save_file({"blocks.0.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"name its architecture, such as --model\.arch\.base"):
-        architecture_of(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("metadata", [None, {"architecture": "nothing of timm's"}])
+def test_a_file_that_does_not_say_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    with pytest.raises(UserError, match=r"--model\.arch\.base"):
+        architecture_of(write(tmp_path, "test_vit", metadata))
     with pytest.raises(UserError, match="There is no file"):
         architecture_of(tmp_path / "none.safetensors")
 
 
 def test_a_model_starts_from_such_a_file(tmp_path: Path) -> None:
     """float16 at 160 px: the weights arrive in float32, with the positions of 96 px."""
-    file = write(tmp_path, "test_vit", num_classes=0)
+    file = write(tmp_path, "test_vit", {"architecture": "test_vit"}, num_classes=0)
     config = MoEConfig(pretrained=str(file), num_experts=2, top_k=1, moe_layers="last2", global_pool="avg")
     net = build_model(config, 2, 96)
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import moevision
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
-from moevision.models.export import choice_margin, describe, export_onnx, export_torch
+from moevision.models.export import export_onnx, export_torch, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
 
 NAMES = ["cat", "dog", "Käuzchen"]
@@ -160,7 +160,7 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: 
         extra = {"moevision.json": ""}
         torch.export.load(path, extra_files=extra)
         facts = json.loads(extra["moevision.json"])
-    assert facts == describe(model)
+    assert facts == exported_facts(model)
     assert (facts["class_names"], facts["image_size"]) == (NAMES, 32)
     assert (facts["mean"], facts["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
@@ -178,7 +178,7 @@ def test_the_preparation_is_that_of_predict() -> None:
     dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     for net in (moe, dense):
         assert net.pretrained_cfg["crop_pct"] == 0.9
-        facts = describe(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
+        facts = exported_facts(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
         assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
         assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
 
@@ -210,7 +210,22 @@ def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) 
 @pytest.mark.deep
 def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
     report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2", pictures=pictures(40))
-    assert (report.pictures, report.near_ties, report.top1_agreement) == (44, 0, 1)
+    assert (report.pictures, report.top1_agreement) == (44, 1)
+
+
+@pytest.mark.deep
+def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path, monkeypatch) -> None:
+    """Off on the first draw of noise only, as where two scores tie but for a digit; a wrong file is off on all."""
+    load, calls = export_module.load_exported, []
+
+    def off_at_first(source, form):
+        run = load(source, form)
+        return lambda images: calls.append(0) or run(images) + (1.0 if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(export_module, "load_exported", off_at_first)
+    report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2")
+    assert len(calls) == 4  # one image and three, twice
+    assert report.max_logit_delta <= 1e-4
 
 
 @pytest.mark.deep
@@ -226,14 +241,6 @@ def test_what_can_not_be_exported_says_why(form: str, tmp_path: Path) -> None:
 def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k", capacity_factor=1.0, capacity_group="batch")
     assert export_torch(model, tmp_path / "model.pt2").max_logit_delta <= 1e-4
-
-
-@pytest.mark.deep
-def test_a_router_whose_scores_tie_is_refused(tmp_path: Path) -> None:
-    net = timm.create_model("test_vit_moe", num_classes=3, router="noisy_top_k").eval()  # starts with zero weights
-    with pytest.raises(UserError, match=r"Scores of a router tie.*train the model"):
-        export_torch(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model.pt2")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.deep
@@ -295,12 +302,3 @@ def test_the_smallest_and_the_largest_opset(opset: int, tmp_path: Path) -> None:
     export_onnx(model, path, opset=opset)
     assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [opset]
     torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
-
-
-@pytest.mark.deep
-def test_the_margin_of_a_choice() -> None:
-    # Two images of two tokens: K = 2 of 3, so what counts is second minus third place; the least of each image.
-    scores = torch.tensor([[[3.0, 2.0, 1.5], [0.0, 9.0, 0.25]], [[1.0, 1.0, 0.0], [5.0, 4.0, 4.0]]])
-    index = scores.topk(2).indices
-    routing = Routing(scores, scores, scores.softmax(-1), None, index, torch.ones(2, 2, 2), torch.ones(2, 2, 2) > 0)
-    assert choice_margin(routing).tolist() == [0.25, 0.0]

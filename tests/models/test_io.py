@@ -235,7 +235,7 @@ def test_timm_alone_opens_it_in_a_new_interpreter(tmp_path: Path) -> None:
     save_model(as_saved(net), tmp_path / "model")
     torch.save(images(), tmp_path / "images.pt")
     code = (
-        "import sys, timm, torch, moevision\n"
+        "import sys, timm, torch, moevision.models\n"
         "net = timm.create_model(f'local-dir:{sys.argv[1]}/model', pretrained=True).eval()\n"
         "torch.save(net(torch.load(f'{sys.argv[1]}/images.pt')), f'{sys.argv[1]}/logits.pt')\n"
         "assert net.pretrained_cfg['label_names'][2] == 'Käfer'\n"

@@ -9,6 +9,7 @@ import torch
 
 from moevision import UserError, convert_to_moe, dense_twin, forward_routing
 from moevision.analysis import RoutingTrace, collect_routing, open_pictures
+from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.intervention import (
     Intervention,
     ablate,
@@ -19,7 +20,6 @@ from moevision.analysis.intervention import (
     swap,
     use_top_k,
 )
-from moevision.analysis.specialization import measure_baselines
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.facts import describe

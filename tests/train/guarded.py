@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks.guard.faults import FaultInjector
 from moevision.models.config import MoEConfig
-from moevision.train import guard
+from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
-from moevision.train.optim import EmaConfig, OptimizerConfig, OptimizerName, WeightEMA
-from moevision.train.parallel import full
-from moevision.train.strategy import MoEParallelStrategy
+from moevision.train.optim import OptimizerConfig, OptimizerName
+from moevision.train.parallel.parts import full
+from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 CLASSES = 4
@@ -203,7 +202,6 @@ def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice, and the guard's own words
     torch.set_num_threads(1)
-    guard._SMALL = 1  # bytes: snapshots go to the disk, if any
     for case, faults in {**TWO_PROCESS_CASES, **SHARDED_CASES}.items():
         mine, averaged = batches(24 if "spike" in faults else 12)[rank::2], Averaged()
         run = Run(
@@ -212,7 +210,7 @@ def one_of_two(rank: int, folder: Path) -> None:
             faults=faults,
             task=tiny_task(**BIASED),
             processes=2,
-            guard=replace(TWO_PROCESS_GUARD, snapshots_in="disk" if case in SHARDED_CASES else "memory"),
+            guard=TWO_PROCESS_GUARD,
             expert={"EP 2": 2, "FSDP2": 1}.get(case.split(",")[0]),
             callbacks=(averaged,),
         )

@@ -33,26 +33,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
-from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
+from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.checkpoint import SafeCheckpointIO, sha256_of
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
-from moevision.train.parallel import (
-    Layout,
+from moevision.train.parallel.folder import divide, like_these
+from moevision.train.parallel.layout import Layout, same_everywhere, shard
+from moevision.train.parallel.parts import (
+    DIVIDED,
     clip,
     filled,
     full,
     gathered_state,
+    is_sharded,
     outline,
     own_part,
-    same_everywhere,
-    shard,
     shard_like,
     total_norm,
 )
 from moevision.train.processes import gather
-from moevision.train.sharded import divide, like_these
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
@@ -203,6 +203,11 @@ def build(case: Case) -> nn.Module:
     return net
 
 
+def kinds(net: nn.Module) -> Any:
+    """The optimizers for a network, sharded or not."""
+    return DIVIDED.optimizers if is_sharded(net) else None
+
+
 def train(
     case: Case,
     net: nn.Module,
@@ -227,7 +232,9 @@ def train(
     dtype = next(net.parameters()).dtype
     aux_loss = AuxLoss(AuxLossWeights(**case.losses))
     aux_loss.check(net)
-    optimizer, _ = build_optimizer(net, OptimizerConfig(case.optimizer, lr=1e-2), total_steps=10**6, fused=True)
+    optimizer, _ = build_optimizer(
+        net, OptimizerConfig(case.optimizer, lr=1e-2), total_steps=10**6, fused=True, kinds=kinds(net)
+    )
     for group in optimizer.param_groups:
         group["lr"] = 1e-2  # of the schedule's first step otherwise, which is small
     for number in range(case.steps):
@@ -399,7 +406,7 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     plain = outline(net)
     if layout is not None:
         shard(net, layout)
-    optimizer, _ = build_optimizer(net, OptimizerConfig(), total_steps=2, fused=True)
+    optimizer, _ = build_optimizer(net, OptimizerConfig(), total_steps=2, fused=True, kinds=kinds(net))
     if before is None:
         net(torch.ones(4, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
@@ -409,7 +416,7 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
         path = folder / "checkpoints" / before
         state = files.load_checkpoint(path, like=None if layout is None else like)
         if path.is_file():
-            state = divide(state, like, shard_like)
+            state = divide(state, like)
         net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state["state_dict"].items()})
         optimizer.load_state_dict(state["optimizer_states"][0])
     digest = hashlib.sha256()

@@ -19,12 +19,14 @@ from huggingface_hub import ModelCard
 import moevision
 from moevision import UserError
 from moevision.commands.predict import predict_batch
-from moevision.data.sources import DATASET_NAMES, UNKNOWN, terms_of
+from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
-from moevision.models.io import SavedModel, load_model
-from moevision.train.card import CardFacts, Start, gather_facts, model_card, without_path
+from moevision.models.io import SavedModel, load_model, save_model
+from moevision.train.card import WeightsOrigin, gather_facts, model_card, without_path
 from moevision.train.report import read_summary
 from moevision.train.run import _calibration_error, _Prediction, _write_summary
+
+Facts = dict[str, Any]
 
 ANALYSIS = {
     "verdict": {
@@ -32,14 +34,6 @@ ANALYSIS = {
         "layers": [{"layer": 1, "sentences": ["L1: Classes go: yes."], "numbers": ["Max/mean load 1.20."]}],
     },
     "data": {"n_images": 40},
-    "specialization": [
-        {
-            **{"about": "class", "name": "L1", "value_bits": 0.123, "low": -0.002, "high": 0.25, "p_value": 0.03},
-            "baselines": {"untrained": [0.1, 0.11], "kmeans_input": [0.2], "hash": []},
-            "seeds": [0.119, 0.4],
-        },
-        {"about": "position", "name": "L1"},
-    ],
     "effects": {
         "why": None,
         "pictures_per_class": 7,
@@ -52,16 +46,18 @@ ANALYSIS = {
 
 
 @pytest.fixture(scope="module")
-def facts(tiny_run: Path) -> CardFacts:
+def facts(tiny_run: Path) -> Facts:
     return gather_facts(tiny_run)
 
 
 @pytest.fixture(scope="module")
-def bare() -> CardFacts:
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     """Of a model without a run."""
+    folder = tmp_path_factory.mktemp("bare")
     torch.manual_seed(0)
     net = timm.create_model("test_vit_moe", num_classes=2, router=["soft", "expert_choice"], capacity_factor=None)
-    return gather_facts(SavedModel(net.eval(), ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3), name="bare")
+    save_model(SavedModel(net.eval(), ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3), folder)
+    return gather_facts(folder, name="bare")
 
 
 def header(card: str) -> dict[str, Any]:
@@ -70,7 +66,7 @@ def header(card: str) -> dict[str, Any]:
     return yaml.safe_load(found[1])
 
 
-def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: CardFacts) -> None:
+def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: Facts) -> None:
     """Written anew once the twin is known; the twin's own card is that of a dense model."""
     written = (tiny_run / "model" / "README.md").read_text()
     assert written == model_card(facts) == model_card(gather_facts(tiny_run / "model"))
@@ -81,8 +77,8 @@ def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: CardFacts) 
     assert "dense twin" not in twin
 
 
-def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: CardFacts) -> None:
-    card = ModelCard(model_card(replace(facts, licence="apache-2.0")))
+def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: Facts) -> None:
+    card = ModelCard(model_card(facts | {"licence": "apache-2.0"}))
     test = json.loads((tiny_run / "summary.json").read_text())["test"]
     (result,) = card.data.eval_results
     assert result.metric_value == pytest.approx(test["correct"] / test["total"], abs=5e-5)
@@ -100,17 +96,17 @@ def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: CardFacts) ->
     assert header(model_card(facts))["license"] == "unknown"
 
 
-def test_the_header_names_data_and_start_that_the_hub_knows(facts: CardFacts) -> None:
+def test_the_header_names_data_and_start_that_the_hub_knows(facts: Facts) -> None:
     """Addresses as huggingface.co has them; timm's own record names the licence of its weights."""
-    start = Start("deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0")
-    card = model_card(replace(facts, start=start, summary=replace(facts.summary, data="cifar10")))
+    start = WeightsOrigin("deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0")
+    card = model_card(facts | {"start": start, "summary": replace(facts["summary"], data="cifar10")})
     assert header(card)["datasets"] == ["uoft-cs/cifar10"]
     assert header(card)["base_model"] == "timm/deit_tiny_patch16_224.fb_in1k"
     assert "the weights of deit_tiny_patch16_224 (their licence, as timm records it: apache-2.0)" in card
     assert "states no licence and asks to cite Krizhevsky 2009" in card
 
 
-def test_what_was_measured_is_in_it(tiny_run: Path, facts: CardFacts) -> None:
+def test_what_was_measured_is_in_it(tiny_run: Path, facts: Facts) -> None:
     card, summary = model_card(facts), json.loads((tiny_run / "summary.json").read_text())
     test, cost = summary["test"], summary["cost"]
     assert f"**{100 * test['correct'] / test['total']:.1f} % of {test['total']} test images recognised**" in card
@@ -127,7 +123,7 @@ def test_what_was_measured_is_in_it(tiny_run: Path, facts: CardFacts) -> None:
     assert "Classes: cat, dog." in card
 
 
-def test_what_was_not_measured_is_said(facts: CardFacts, bare: CardFacts) -> None:
+def test_what_was_not_measured_is_said(facts: Facts, bare: Facts) -> None:
     limits = model_card(bare).partition("## Limits")[2].partition("##")[0]
     for words in ("Accuracy", "dense twin", "spread over seeds", "Load of the experts", "specialize", "Energy"):
         assert re.search(f"^- .*{words}.*not measured", limits, re.M), words
@@ -141,13 +137,13 @@ def test_what_was_not_measured_is_said(facts: CardFacts, bare: CardFacts) -> Non
     assert "Accuracy, calibration" not in limits
     assert "dense twin" not in limits
     assert "specialize in: not measured" in limits
-    alone = model_card(replace(facts, summary=replace(facts.summary, twin=None)))
+    alone = model_card(facts | {"summary": replace(facts["summary"], twin=None)})
     assert "how good a dense model of the same cost is" in alone
 
 
-def test_cost_of_a_model_without_a_run_is_measured(bare: CardFacts) -> None:
+def test_cost_of_a_model_without_a_run_is_measured(bare: Facts) -> None:
     net = timm.create_model("test_vit_moe", num_classes=2, router=["soft", "expert_choice"])
-    assert bare.cost == measure_cost(net, 32)
+    assert bare["cost"] == measure_cost(net, 32)
     card = model_card(bare)
     assert "| block 1 | soft | 4 | 2 |" in card
     assert "| block 3 | expert_choice | 4 | 2 |" in card
@@ -155,51 +151,47 @@ def test_cost_of_a_model_without_a_run_is_measured(bare: CardFacts) -> None:
     assert "every token takes a part of all experts" in card
 
 
-def test_a_model_by_image_says_so(facts: CardFacts) -> None:
+def test_a_model_by_image_says_so(facts: Facts) -> None:
     by_image = "By image: one choice per image and layer, for all its tokens."
     assert by_image not in model_card(facts)
-    card = model_card(replace(facts, options={**facts.options, "route_by": "image"}))
+    card = model_card(facts | {"options": {**facts["options"], "route_by": "image"}})
     assert by_image in card
     assert "| route by | image |" in card
 
 
-def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:
-    """The strongest baseline is the largest of all their seeds: 0.2, from k-means; the position entry has no row."""
-    card = model_card(replace(facts, analysis=ANALYSIS))
+def test_what_the_experts_do_is_that_of_the_report(facts: Facts) -> None:
+    card = model_card(facts | {"analysis": ANALYSIS})
     assert "**Classes go to different experts: yes (the expert alone guesses 46.0 % right).**" in card
     assert "- L1: Classes go: yes.\n- Max/mean load 1.20." in card
-    assert "| L1 | 0.123 | −0.002 to 0.250 | 0.03 | 0.200 (kmeans input) | 0.119, 0.400 |" in card
     assert "L1·E2 matters most, and changes the logit of the true class by −0.50 on average" in card
     assert "another expert taken away at random: −0.25" in card
     assert "specialize in: not measured" not in card
-    lonely = {**ANALYSIS["specialization"][0], "baselines": {}, "seeds": []}
-    less = {**ANALYSIS, "specialization": [lonely], "effects": {"why": "too slow", "experts": []}}
-    card = model_card(replace(facts, analysis=less))
-    assert "| 0.03 | not measured | not measured |" in card
+    less = {**ANALYSIS, "effects": {"why": "too slow", "experts": []}}
+    card = model_card(facts | {"analysis": less})
     assert "Taking experts away: not measured (too slow)." in card
     old = {**ANALYSIS, "verdict": {"headline": "No learned specialization found", "layers": []}}
-    card = model_card(replace(facts, analysis=old))
+    card = model_card(facts | {"analysis": old})
     assert "specialization found" not in card  # an earlier version's verdict over three questions
     assert "Made by an earlier version" in card
 
 
-def test_other_seeds(tiny_run: Path, facts: CardFacts, tmp_path: Path) -> None:
-    other = replace(facts.summary, name="pets-2", seed=1)
-    card = model_card(replace(facts, others=[other]))
+def test_other_seeds(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
+    other = replace(facts["summary"], name="pets-2", seed=1)
+    card = model_card(facts | {"others": [other]})
     assert re.search(r"\| this model \| 0 \| [\d.]+ % \|.*\n\| pets-2 \| 1 \|", card)
     assert "spread over seeds: not measured" not in card
     summary = json.loads((tiny_run / "summary.json").read_text())
     (tmp_path / "summary.json").write_text(json.dumps({**summary, "seed": 1}))
-    assert gather_facts(tiny_run, others=[tmp_path]).others == [read_summary(tmp_path / "summary.json")]
+    assert gather_facts(tiny_run, others=[tmp_path])["others"] == [read_summary(tmp_path / "summary.json")]
     for others in ([tiny_run], [tmp_path, tmp_path]):  # each training once
         with pytest.raises(UserError, match="has the seed of"):
             gather_facts(tiny_run, others=others)
 
 
-def test_nothing_private(tiny_run: Path, facts: CardFacts) -> None:
+def test_nothing_private(tiny_run: Path, facts: Facts) -> None:
     """No path of this computer, no name of an image; a class name can't break the table that it stands in."""
     note = "3 pictures stand in several classes as byte-identical files (for example dog/jane doe.png): keep each"
-    odd = replace(facts, class_names=["a|b", "<script>"], summary=replace(facts.summary, notes=[note]))
+    odd = facts | {"class_names": ["a|b", "<script>"], "summary": replace(facts["summary"], notes=[note])}
     card = model_card(odd)
     assert str(tiny_run.parent) not in card
     assert "broken.png" not in card
@@ -259,11 +251,11 @@ def test_the_program_in_the_card_works(
     assert lines[2:] == ["1 (4, 4) torch.Size([1, 16, 4])", "3 (4, 4) torch.Size([1, 16, 4])"]
 
 
-def test_the_program_names_the_address(facts: CardFacts) -> None:
-    text = model_card(replace(facts, address="hf-hub:me/pets"))
+def test_the_program_names_the_address(facts: Facts) -> None:
+    text = model_card(facts | {"address": "hf-hub:me/pets"})
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
     assert "moevision predict hf-hub:me/pets image.jpg" in text
-    assert "forward_routing" not in model_card(replace(facts, blocks=[]))
+    assert "forward_routing" not in model_card(facts | {"blocks": []})
 
 
 def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
@@ -284,9 +276,9 @@ def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=name):
             gather_facts(tmp_path / "run")
         (tmp_path / "run" / name).write_text(kept)
-    assert gather_facts(tmp_path / "run").start == Start()
+    assert gather_facts(tmp_path / "run")["start"] == WeightsOrigin()
     (tmp_path / "run" / "config.yaml").unlink()
-    assert gather_facts(tmp_path / "run").start is None
+    assert gather_facts(tmp_path / "run")["start"] is None
 
 
 def test_start_from_pretrained_weights(tiny_run: Path, tmp_path: Path) -> None:
@@ -296,33 +288,31 @@ def test_start_from_pretrained_weights(tiny_run: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load(config.read_text())
     record = timm.get_pretrained_cfg("deit_tiny_patch16_224")
     expected = {
-        "deit_tiny_patch16_224": Start("deit_tiny_patch16_224", record.hf_hub_id, record.license),
-        "hf-hub:timm/vit_tiny@main": Start("hf-hub:timm/vit_tiny@main", "timm/vit_tiny"),
-        str(tmp_path / "secret" / "weights"): Start("…/weights"),
+        "deit_tiny_patch16_224": WeightsOrigin("deit_tiny_patch16_224", record.hf_hub_id, record.license),
+        "hf-hub:timm/vit_tiny@main": WeightsOrigin("hf-hub:timm/vit_tiny@main", "timm/vit_tiny"),
+        str(tmp_path / "secret" / "weights"): WeightsOrigin("…/weights"),
     }
     for source, start in expected.items():
         settings["model"]["arch"]["pretrained"] = source
         config.write_text(yaml.safe_dump(settings))
-        assert gather_facts(tmp_path / "run").start == start
+        assert gather_facts(tmp_path / "run")["start"] == start
 
 
-def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: CardFacts) -> None:
+def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: Facts) -> None:
     given = json.loads((tiny_run / "summary.json").read_text())
-    assert facts.summary.test.correct == given["test"]["correct"]
-    assert facts.summary.twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
-    assert [layer.counts for layer in facts.summary.layers] == [layer["counts"] for layer in given["layers"]]
+    assert facts["summary"].test.correct == given["test"]["correct"]
+    assert facts["summary"].twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
+    assert [layer.counts for layer in facts["summary"].layers] == [layer["counts"] for layer in given["layers"]]
     with pytest.raises(UserError, match=r"can't be read as the summary of a run"):
         read_summary(tiny_run / "nothing.json")
 
 
-def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(
-    tiny_run: Path, facts: CardFacts, tmp_path: Path
-) -> None:
+def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
     """One test image whose logits aren't finite is enough. JSON has no NaN: summary.json says null."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    layers = [replace(layer, entropy_bits=math.nan) for layer in facts.summary.layers]
-    test = replace(facts.summary.test, loss=math.nan)
-    _write_summary(replace(facts.summary, test=test, layers=layers), run)
+    layers = [replace(layer, entropy_bits=math.nan) for layer in facts["summary"].layers]
+    test = replace(facts["summary"].test, loss=math.nan)
+    _write_summary(replace(facts["summary"], test=test, layers=layers), run)
     assert json.loads((run / "summary.json").read_text())["test"]["loss"] is None
     assert "| loss | not finite |" in (run / "summary.md").read_text()
     again = read_summary(run / "summary.json")

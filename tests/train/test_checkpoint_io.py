@@ -15,7 +15,7 @@ import torch
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
-from moevision.train import checkpoint, sharded
+from moevision.train import checkpoint
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -28,6 +28,7 @@ from moevision.train.checkpoint import (
     verify,
     write_manifest,
 )
+from moevision.train.parallel import folder
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left"), MemoryError("out of memory")])
@@ -38,14 +39,14 @@ def test_what_fails_in_one_process_fails_in_all(failure, monkeypatch):
         raise failure
 
     sent = []
-    monkeypatch.setattr(sharded, "gather", lambda mine: sent.append(mine) or [mine])
+    monkeypatch.setattr(folder, "gather", lambda mine: sent.append(mine) or [mine])
     kind = OSError if isinstance(failure, OSError) else RuntimeError
     with pytest.raises(kind) as own:
-        sharded._on_all(fail)
+        folder._on_all(fail)
     assert own.value.__cause__ is failure
-    monkeypatch.setattr(sharded, "gather", lambda mine: [mine, sent[0]])
+    monkeypatch.setattr(folder, "gather", lambda mine: [mine, sent[0]])
     with pytest.raises(kind, match=str(failure.args[-1])):
-        sharded._on_all(lambda: "written")
+        folder._on_all(lambda: "written")
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:
@@ -275,27 +276,24 @@ def test_removing(files, tmp_path):
 @pytest.mark.deep
 def test_leftovers_of_ended_processes_go_and_unfinished_files_stay(tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    here = temporary_for(tmp_path / LAST).name.split(".")[3]
 
-    def unfinished(machine, process, folder=tmp_path, hours=0):
-        path = folder / f".{LAST}.{machine}.{process}.tmp"
+    def unfinished(process, folder=tmp_path, hours=0):
+        path = folder / f".{LAST}.{process}.tmp"
         path.write_text("half")
         os.utime(path, (time.time() - 3600 * hours - 60,) * 2)
         return path
 
     (tmp_path / "twin").mkdir()
     gone = [
-        unfinished(here, ended.stdout.strip()),
-        unfinished(here, os.getpid()),  # of an earlier process with this number: this one has begun nothing yet
-        unfinished(here, 10**30),
-        unfinished(here, 1, hours=1),  # the number was given again
-        unfinished("another", 2, hours=1),
+        unfinished(ended.stdout.strip()),
+        unfinished(os.getpid()),  # of an earlier process with this number: this one has begun nothing yet
+        unfinished(10**30),
+        unfinished(1, hours=1),  # the number was given again
     ]
+    assert temporary_for(tmp_path / LAST) == gone[1]
     stay = [
-        unfinished(here, os.getppid()),
-        unfinished("another", ended.stdout.strip()),
-        unfinished("another", os.getpid()),
-        unfinished(here, ended.stdout.strip(), folder=tmp_path / "twin"),  # which may be training on its own
+        unfinished(os.getppid()),
+        unfinished(ended.stdout.strip(), folder=tmp_path / "twin"),  # which may be training on its own
         tmp_path / "kept.tmp",
         tmp_path / ".kept",
     ]

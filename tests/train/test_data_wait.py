@@ -1,4 +1,4 @@
-"""Time that is measured and told: the share in which training waited for its data, and what is left of it."""
+"""The share of the time in which training waited for its data."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from moevision.data import ImageDataModule
-from moevision.train.callbacks import Stopwatch, TimeLeft, data_wait_advice
+from moevision.train.health import Stopwatch, data_wait_advice
 from moevision.train.processes import AwakeClock
 
 
@@ -100,43 +100,3 @@ def test_a_run_reports_it(tiny_run: Any) -> None:
     assert "of the training steps' time |" in summary
     header = (tiny_run / "metrics.csv").read_text().splitlines()[0]
     assert "wait" not in header, "a resumed run repeats metrics.csv byte by byte, and no clock does"
-
-
-def test_the_time_left_is_said_once_and_again_where_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    """A training of 1,000 steps that goes on after 100: four epochs of 225 steps, each with a speed of its own."""
-    clock = Hand()
-    trainer = cast(Any, SimpleNamespace(global_step=100, estimated_stepping_batches=1000))
-    left = TimeLeft(clock)
-
-    def epoch(step_s: float) -> dict[int, str]:
-        """What was said after which step of this session."""
-        said = {}
-        for number in range(225):
-            trainer.global_step += 1
-            clock.time_s += step_s
-            left.on_train_batch_end(trainer, cast(Any, None), None, None, number)
-            if number == 224:
-                left.on_train_epoch_end(trainer, cast(Any, None))
-            if line := capsys.readouterr().err.strip():
-                said[trainer.global_step - 100] = line
-        return said
-
-    left.on_train_start(trainer, cast(Any, None))
-    # 10 steps of 4 s; 890 are left: 3,560 s. The whole is 3,600 s, and at the end of the epoch it still is.
-    assert epoch(4) == {10: "about 59 min left: 4 s a step over 10 steps so far."}
-    # 450 steps in 900 + 2,250 s, 7 s each; 450 are left: 3,150 s. The whole is 6,300 s, 43 % of which is new.
-    assert epoch(10) == {450: "about 52 min left: 7 s a step over 450 steps so far."}
-    # 675 steps in 3,150 + 2,025 s: the whole is 6,900 s, 9 % more, which isn't worth saying.
-    assert epoch(9) == {}
-    assert epoch(100) == {}, "nothing is left"
-
-
-def test_the_first_thirty_seconds_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Hand()
-    trainer = cast(Any, SimpleNamespace(global_step=0, estimated_stepping_batches=1000))
-    left = TimeLeft(clock)
-    left.on_train_start(trainer, cast(Any, None))
-    for number in range(1, 32):
-        trainer.global_step, clock.time_s = number, float(number)
-        left.on_train_batch_end(trainer, cast(Any, None), None, None, number)
-        assert bool(capsys.readouterr().err) == (number == 30)

@@ -23,10 +23,13 @@ from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.optim import OptimizerConfig, WeightEMA, build_optimizer
-from moevision.train.parallel import Layout, clip, full, is_sharded, shard, total_norm
-from moevision.train.sharded import like_these
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel.folder import like_these
+from moevision.train.parallel.layout import Layout, shard
+from moevision.train.parallel.parts import clip, full, is_sharded, total_norm
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
+from tests.train.layouts import kinds
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
@@ -102,7 +105,9 @@ def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, rep
     assert is_sharded(sharded)
     assert {p.device.type for p in sharded.parameters()} == {"cpu" if offload else group}
     for net, device in ((plain, "cpu"), (sharded, group)):
-        updates, _ = build_optimizer(net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True)
+        updates, _ = build_optimizer(
+            net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True, kinds=kinds(net)
+        )
         for _ in range(3):
             updates.zero_grad()
             step(net, device)
@@ -139,7 +144,7 @@ def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
     for number in range(2):
         net = build("switch").to(group)
         shard(net, Layout.of(group))
-        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True)
+        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, kinds=kinds(net))
         learning = [parameter for each in updates.param_groups for parameter in each["params"]]
         if number == 0:
             step(net, group)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from moevision.train import run
-from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.train.health import Stopwatch
 
 pytestmark = pytest.mark.deep
 

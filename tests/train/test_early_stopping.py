@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from moevision.errors import UserError
-from moevision.train.callbacks import EarlyStoppingConfig, StopEarly, Stopwatch
+from moevision.train.health import EarlyStoppingConfig, StopEarly, Stopwatch
 from moevision.train.resume import ResumePoint
 
 # A learning rate of 0: no epoch is better than the first, so a patience of 2 stops after the third.

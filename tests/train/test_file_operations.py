@@ -9,8 +9,10 @@ bytes that weren't flushed are missing, half there or all there; of the names th
     python tests/train/test_file_operations.py    # writes benchmarks/reliability/file_operations.json
 """
 
+import csv
 import errno
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -27,8 +29,8 @@ import torch
 
 from moevision import files as files_module
 from moevision.files import write_json_atomic
-from moevision.train.callbacks import MetricsFile
 from moevision.train.checkpoint import BEST, LAST, PREVIOUS, SafeCheckpointIO, newest_valid, verify
+from moevision.train.health import MetricsFile
 from moevision.train.resume import find_start
 
 pytestmark = pytest.mark.deep
@@ -98,7 +100,7 @@ def lost(run: Path, least: int) -> str:
     if training.metrics.rows < rows:
         return f"{rows - training.metrics.rows} rows of metrics.csv"
     training.metrics.cut(rows)
-    steps = [row["step"] for row in training.metrics._read()] if rows else []
+    steps = [row["step"] for row in csv.DictReader(io.StringIO(training.metrics._read()))] if rows else []
     if rows and steps != [str(step) for step in range(1, start.step + 1)][-rows:]:
         return "rows of metrics.csv are others"
     training.save(NOW + 1)

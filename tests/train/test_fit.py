@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import moevision
-from moevision.data.sources import holds
+from moevision.data.open import holds
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model

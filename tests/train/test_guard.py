@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, all_finite, note
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -200,7 +200,8 @@ def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
     assert [event.samples for event in record.events] == [tuple(map(str, range(256)))] * 12
 
 
-# Losses of the two micro-batches, norm of their gradient, loss scale of fp16 (None: not fp16); skipped and overflowed.
+# Losses of the two micro-batches, norm of their gradient, loss scale of fp16 (None: not fp16); skipped, or refused as
+# an overflow that is no fault.
 WINDOWS: dict[str, tuple[list[float], float, float | None, int, int]] = {
     "all is well": ([1.0, 2.0], 1.0, 1024.0, 0, 0),
     "one of two losses, and a gradient that doesn't show it": ([float("nan"), 1.0], 1.0, None, 1, 0),
@@ -227,7 +228,7 @@ def test_what_is_refused_and_what_it_counts_as(window: str, tmp_path: Path) -> N
     assert task.update_gate is not None
     refused = task.update_gate(torch.tensor(norm))
     assert refused == bool(skipped or overflows)
-    assert (guard.record.skipped, guard.record.overflows) == (skipped, overflows)
+    assert guard.record.skipped == skipped
     assert guard.record.not_applied == skipped + overflows
     assert sum(guard.state_dict()["recent"]) == skipped, "an overflow is no reason to return"
     assert [event.samples for event in guard.record.events] == [("0", "1")] * skipped
@@ -238,15 +239,8 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
 
     class Kept(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kept.extend(len(each._recovery) for each in trainer.callbacks if isinstance(each, StabilityGuard))
+            kept.extend(len(each.snapshots) for each in trainer.callbacks if isinstance(each, StabilityGuard))
 
     run = Run(tmp_path, batches(2), callbacks=(Kept(),))
     assert run.guard is not None
-    assert (kept, len(run.guard._recovery)) == ([1], 0)
-
-
-def test_large_numbers_are_finite() -> None:
-    """Their norm isn't: 1e30 squared is beyond float32."""
-    assert all_finite([torch.full((4,), 1e30), torch.ones(2)])
-    assert not all_finite([torch.full((4,), 1e30), torch.tensor([torch.inf])])
-    assert not all_finite([torch.tensor([torch.nan])])
+    assert (kept, len(run.guard.snapshots)) == ([1], 0)

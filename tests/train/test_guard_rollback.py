@@ -1,6 +1,5 @@
 """Tier 2 of the stability guard: back to the last good snapshot, forward with the data, and an end to it."""
 
-import resource
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -13,14 +12,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from moevision.train import guard
-from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
-from moevision.train.optim import EmaConfig, WeightEMA
+from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.guard import (
+    GuardConfig,
+    GuardRecord,
+    LossHistory,
+    StabilityGuard,
+    TrainingDiverged,
+    TrainingSnapshot,
+)
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
 EVERY_4 = GuardConfig(snapshot_every=4)
-ON_DISK = GuardConfig(snapshot_every=4, snapshots_in="disk")
 ONE_SNAPSHOT = GuardConfig(snapshot_every=4, snapshots=1)
 SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)
 
@@ -55,7 +59,6 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
         [9, 10, 11],
         "weight of head.weight",
     ),
-    "from disk": ("nan_weight@7, nan_weight@9", ON_DISK, NOISY, 12, [9, 10, 11], "weight of head.weight"),
     # Nothing that training computes uses a running mean: it is found when the next snapshot is due, after update 8.
     "a BatchNorm statistic": ("nan_buffer@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "buffer of patch_embed"),
     "a router bias": (
@@ -73,9 +76,8 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_return_is_to_what_was(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
     """The run is in the state of one that never saw the batches between the snapshot and the return, bit for bit."""
-    monkeypatch.setattr(guard, "_SMALL", 1)  # bytes: on disk, if any
     faults, config, router, count, left, cause = CASES[case]
     every = batches(count)
     applied: list[int] = []
@@ -98,69 +100,6 @@ def test_a_return_is_to_what_was(case: str, tmp_path: Path, monkeypatch: pytest.
     assert clean.record.rollbacks == 0
     assert struck.states.last["net"]
     assert_same(struck.states.last, clean.states.state)
-
-
-def test_what_is_on_disk_has_no_name_and_ends_with_its_tensor(tmp_path: Path) -> None:
-    """It takes room while it is there, and a file without a name can't be left over."""
-    tensor = torch.arange(1 << 20, dtype=torch.float32).view(1024, 1024).to(torch.bfloat16)
-    copied = guard.mapped_copy(tensor.T, tmp_path)
-    assert torch.equal(copied, tensor.T)
-    copied.mul_(2)  # its own
-    assert torch.equal(guard.mapped_copy(tensor, tmp_path), tensor)
-    assert list(tmp_path.iterdir()) == []
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        assert maps.read_text().count(".snapshot-") == 1
-        del copied
-        assert ".snapshot-" not in maps.read_text()
-
-
-def test_a_small_tensor_of_a_snapshot_on_disk_stays_in_memory(tmp_path: Path) -> None:
-    """Below 64 KiB a file saves no memory worth having, and none can be mapped that is empty."""
-    nowhere = tmp_path / "not there"
-    for size in (0, 1, 2**16 - 1):
-        tensor = torch.arange(size, dtype=torch.int64).to(torch.uint8)
-        copied = guard.mapped_copy(tensor, nowhere)
-        assert torch.equal(copied, tensor)
-        assert size == 0 or copied.data_ptr() != tensor.data_ptr()
-    with pytest.raises(FileNotFoundError):
-        guard.mapped_copy(torch.zeros(2**16, dtype=torch.uint8), nowhere)
-
-
-def test_a_full_disk_keeps_the_snapshot_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = tiny_task()
-    trainer, recovery = standing_trainer(task), Recovery(snapshots=2, max_rollbacks=1)
-    recovery.folder = tmp_path
-    monkeypatch.setattr(guard, "_SMALL", 1)
-    recovery.keep(trainer, task, "first")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        recovery.keep(trainer, task, "second")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert recovery.go_back(trainer, task) == "first"
-    assert "snapshot can't be written (File too large): it keeps the one before" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_large_snapshots_go_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "usable_memory_bytes", lambda: 1000)
-    assert [GuardConfig().on_disk(size) for size in (250, 251)] == [False, True]
-    assert [GuardConfig(snapshots_in=place).on_disk(251) for place in ("memory", "disk")] == [False, True]
-    monkeypatch.setattr(guard, "usable_memory_bytes", lambda: None)
-    assert not GuardConfig().on_disk(1e18)
-
-
-def test_where_one_process_needs_the_disk_all_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts differ a little in size: one that decided alone would wait for the others for ever."""
-    monkeypatch.setattr(guard, "gather", lambda value: [value, True] if isinstance(value, bool) else [value])
-    made: list[Path] = []
-    monkeypatch.setattr(guard, "mapped_copy", lambda tensor, folder: made.append(folder) or tensor.clone())
-    Run(tmp_path, batches(1))
-    assert set(made) == {tmp_path}
 
 
 def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) -> None:
@@ -197,7 +136,8 @@ def standing_trainer(task: Any, **values: Any) -> Any:
     optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1)
     plugin = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
-    own = {"global_step": 3, "callbacks": [], "optimizers": [optimizer], "lr_scheduler_configs": []}
+    own = {"global_step": 3, "callbacks": [], "optimizers": [optimizer], "lr_scheduler_configs": [], "current_epoch": 0}
+    own |= {"is_global_zero": False, "datamodule": None, "default_root_dir": "."}
     return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
 
 
@@ -216,18 +156,32 @@ def test_a_return_drops_the_gradients(tmp_path: Path) -> None:
 
 
 def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
-    """Each of four reasons is enough to leave it alone."""
-    task, swapped = tiny_task(), WeightEMA(EmaConfig(decay=0.9))
+    """Each of four reasons is enough to leave a weight alone that isn't finite."""
+    task, swapped, guard = tiny_task(), WeightEMA(EmaConfig(decay=0.9)), StabilityGuard()
     swapped.swapped = True
-    fitting, recovery = standing_trainer(task), Recovery(snapshots=1, max_rollbacks=1)
-    assert not recovery.can_check(fitting), "no snapshot yet"
-    recovery.keep(fitting, task, None)
-    assert recovery.can_check(fitting)
+    fitting = standing_trainer(task)
+    bad, good = task.net.head.weight.data, task.net.head.weight.data.clone()
+    bad[0] = float("nan")
+    guard.on_train_end(fitting, task)
+    assert bad.isnan().any(), "no snapshot yet"
+    bad.copy_(good)
+    guard.on_train_start(fitting, task)
+    bad[0] = float("nan")
     testing = SimpleNamespace(fn=TrainerFn.TESTING, status=TrainerStatus.RUNNING)
     interrupted = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.INTERRUPTED)
-    assert not recovery.can_check(standing_trainer(task, state=testing))
-    assert not recovery.can_check(standing_trainer(task, state=interrupted)), "other processes won't answer"
-    assert not recovery.can_check(standing_trainer(task, callbacks=[swapped])), "the network holds the average"
+    guard.on_train_end(standing_trainer(task, state=testing), task)
+    guard.on_train_end(standing_trainer(task, state=interrupted), task)  # other processes won't answer
+    guard.on_train_end(standing_trainer(task, callbacks=[swapped]), task)  # the network holds the average
+    assert bad.isnan().any()
+    guard.on_train_end(fitting, task)
+    assert torch.equal(task.net.head.weight.data, good)
+
+
+def test_large_numbers_are_finite() -> None:
+    """The square of 1e30 isn't, in float32."""
+    task = tiny_task()
+    torch.nn.init.constant_(task.net.head.weight, 1e30)
+    StabilityGuard().on_train_start(standing_trainer(task), task)
 
 
 def test_a_bad_validation_is_only_noted(tmp_path: Path) -> None:

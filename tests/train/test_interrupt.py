@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-from moevision.train import processes
-from moevision.train.callbacks import MetricsFile
+from moevision.train import health, processes
+from moevision.train.health import MetricsFile
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -222,8 +222,8 @@ def test_a_full_disk_costs_no_row(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(MetricsFile, "_append", full)
-        patched.setattr(MetricsFile, "_write_all", full)
+        patched.setattr(health, "append_bytes", full)
+        patched.setattr(health, "write_text_atomic", full)
         for step, name in enumerate(("a", "a", "b"), 1):
             metrics.log_metrics({name: 1}, step)
             metrics.save()

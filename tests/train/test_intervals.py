@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from moevision.errors import UserError
-from moevision.train.report import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
+from moevision.train.stats import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
 
 
 def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,5 +125,5 @@ def test_wrong_input_is_said() -> None:
     for correct, total in ((1, 0), (3, 2), (-1, 2)):
         with pytest.raises(UserError, match="correct"):
             accuracy_interval(correct, total)
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="interval"):
         accuracy_interval(1, 2, level=95)

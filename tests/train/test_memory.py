@@ -10,8 +10,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import memory
-from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA, build_optimizer
-from moevision.train.strategy import MoEParallelStrategy
+from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 

@@ -15,8 +15,7 @@ from moevision import forward_routing
 from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
 from moevision.models.config import MoEConfig
-from moevision.train.muon import Muon, matrices_of, orthogonal
-from moevision.train.optim import OptimizerConfig, build_optimizer, parameter_groups
+from moevision.train.optim import Muon, OptimizerConfig, build_optimizer, matrices_of, orthogonal, parameter_groups
 from moevision.train.task import ClassificationTask
 
 ITERATIONS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))

@@ -17,8 +17,9 @@ from moevision.errors import UserError
 from moevision.layers import Backend, MoEMlp
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid, verify
-from moevision.train.parallel import check_divides, check_network, filled, outline, total_norm
-from moevision.train.sharded import read_folder
+from moevision.train.parallel.folder import read_folder
+from moevision.train.parallel.layout import check_divides, check_network
+from moevision.train.parallel.parts import filled, outline, total_norm
 from tests.forks import Forked
 from tests.train import layouts
 from tests.train.layouts import CASES, CLASSES, COUNTED, DDP, EP2, EP4, FSDP, IMAGES, REPLICATED, build

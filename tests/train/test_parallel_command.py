@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from moevision.train.checkpoint import newest_valid
-from moevision.train.sharded import read_folder
+from moevision.train.parallel.folder import read_folder
 from moevision.train.trained import load_trained
 from tests.train.test_command_two_processes import (
     FIRST_KILLED,

@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler
 
 from moevision.data import ImageDataModule
 from moevision.models.upcycle import upcycle
-from moevision.train import probe as probe_module
-from moevision.train.probe import fit_probe, linear_head, read_probe, start_with
+from moevision.train import start
+from moevision.train.start import fit_probe, linear_head, read_probe, start_with
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def features_of(net: torch.nn.Module, data: ImageDataModule, split: str) -> tupl
 
 
 def test_the_probe_is_scikit_learns(data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(probe_module, "_STRENGTHS", (0.1,))
+    monkeypatch.setattr(start, "_STRENGTHS", (0.1,))
     found = fit_probe(net, data, CPU)
     assert found is not None
     (x, y), (test_x, test_y) = (features_of(net, data, split) for split in ("train", "test"))
@@ -84,8 +84,8 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, 60) * 2  # classes 0 and 2 of three
     x[y == 2] += 3
-    weight, bias = probe_module._best_regression(x, y, x, y, 3)
-    assert set(probe_module._classify(x, weight, bias)) == {0, 2}
+    weight, bias = start._best_regression(x, y, x, y, 3)
+    assert set(start._classify(x, weight, bias)) == {0, 2}
 
 
 def test_a_start_with_experts_is_told(data: ImageDataModule, net: torch.nn.Module) -> None:
@@ -101,9 +101,9 @@ def test_it_takes_some_images_of_every_class_and_says_how_long(
     data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A clock that goes on by 1 s a batch: 3 batches of training, 1 of validation and 2 of test images."""
-    monkeypatch.setattr(probe_module, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
+    monkeypatch.setattr(start, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
     classes = [sample.label for sample in data.contents.datasets["train"].samples]
-    taken = [classes[index] for index in probe_module._some(data, "train", 10)]
+    taken = [classes[index] for index in start._some(data, "train", 10)]
     assert len(taken) == 10
     assert abs(taken.count(0) - 10 * classes.count(0) / len(classes)) <= 1
     ticks = iter(range(100))

@@ -9,14 +9,15 @@ import pytest
 from moevision import cli as program
 from moevision.commands.parsers import PARSERS
 from moevision.data import ImageDataModule
-from moevision.data.contents import class_weight_tensor
+from moevision.data.module import class_weight_tensor
 from moevision.errors import UserError
 from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
 from moevision.models.upcycle import upcycle
+from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, StabilityGuard
-from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA
+from moevision.train.optim import OptimizerConfig
 from moevision.train.recipe import new_run_folder
 from moevision.train.resume import CheckpointConfig
 from moevision.train.task import ClassificationTask

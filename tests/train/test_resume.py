@@ -32,9 +32,9 @@ from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import checkpoint, resume
 from moevision.train import cli as training_cli
-from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain
 from moevision.train.cli import quiet_lightning
+from moevision.train.health import Stopwatch
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.recipe import take

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moevision.layers import moe_layers
-from moevision.train.callbacks import RouterHealth
+from moevision.train.health import RouterHealth
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
 
@@ -58,7 +58,7 @@ def test_a_collapse_is_said_with_advice(
 ) -> None:
     """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer."""
     task = tiny_task(**router)
-    monkeypatch.setattr("moevision.train.callbacks._PATIENCE", 2)
+    monkeypatch.setattr("moevision.train.health._PATIENCE", 2)
     task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=10**6)
     task.update_applied = True
     task.window_counts = [torch.tensor([25, 26, 0, 1]), torch.tensor([13, 13, 13, 13])]

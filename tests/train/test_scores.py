@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.guard.faults import FaultInjector
 from benchmarks.study import quiet_trainer
-from moevision.data import ImageDataModule, datamodule
+from moevision.data import ImageDataModule, module
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
@@ -274,8 +274,8 @@ def test_scores_of_half_a_training_are_none(tmp_path: Path, capsys: pytest.Captu
 
 def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many are 200,000, or here 20."""
-    assert datamodule._MANY_IMAGES == 200_000
-    monkeypatch.setattr(datamodule, "_MANY_IMAGES", 20)
+    assert module._MANY_SCORED == 200_000
+    monkeypatch.setattr(module, "_MANY_SCORED", 20)
     few, many = ({"train_size": size} for size in (19, 20))
     for options, keeps in (
         (few, True),

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moevision.errors import UserError
+from moevision.train.archive import sizes_of
 from moevision.train.checkpoint import MANIFEST, Entry, newest_valid, read_manifest, verify, write_manifest
-from moevision.train.sharded import read_folder, sizes_of
+from moevision.train.parallel.folder import read_folder
 from moevision.train.trained import load_trained
 from tests.forks import Forked
 from tests.train.test_command_two_processes import SHARDED, fit

@@ -22,7 +22,7 @@ from moevision.data.loader import eval_batches
 from moevision.layers import update_router_bias
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.train.callbacks import RouterHealth
+from moevision.train.health import RouterHealth
 from moevision.train.task import ClassificationTask
 
 STEPS, IMAGES, CLASSES = 3, 16, 4

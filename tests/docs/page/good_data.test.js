@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Decisions, HEAD, cellsOf, decisionsIn } from "../../../moevision/analysis/good_data/page.js";
+import { Decisions, HEAD, cellsOf, decisionsIn } from "../../../moevision/analysis/templates/good_data.js";
 
 test("an image has its last decision, and undo takes back one change", () => {
   const decisions = new Decisions();

@@ -1,0 +1,1062 @@
+"""`moevision data score`: what is known about the images of a run, as a table and as a page of ranked lists.
+
+images.csv   a row for each image of every split: scores, what the model says, its file, its doubles
+page.html    ranked lists with the images themselves, a map, tables of classes and experts; one file, nothing fetched
+
+One pass opens each image once: its pixels are measured (`look_at`), and the run's own model says what it sees. Then
+near-duplicates are looked for (`nearest_by_hash`, `nearest_by_features`). Numbers lie in arrays with a row per image,
+the splits one after the other; nothing else is kept of an image.
+
+The page ranks and judges nothing: how many of the first are bad depends on the data. What a person decides there is
+saved by the browser as decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. The
+explorer shows the lists that need the scores alone (`SCORE_LISTS`).
+
+Axes: n images of all splits, m of the training set (the first m of n), D features, C classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.resources import files
+from inspect import signature
+from pathlib import Path
+from typing import Any, Final, cast
+from urllib.parse import urlencode
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from markupsafe import Markup
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from moevision import __version__
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import data_settings
+from moevision.data.collection import SPLITS, Collection, Sample
+from moevision.data.images import BadImageError, full_size
+from moevision.data.scores import FILE, SCORES, Floats, Ints, Scores, keys_of, rows_of
+from moevision.data.transforms import Pixels, square_pixels
+from moevision.errors import UserError
+from moevision.files import refuse_foreign, write_text_atomic
+from moevision.layers.routing import evaluating
+from moevision.limits import usable_cores
+from moevision.models.io import SavedModel, best_device, load_model
+from moevision.names import csv_name, json_text, shown
+
+Json = dict[str, Any]
+Bools = npt.NDArray[np.bool_]
+TABLE, PAGE = "images.csv", "page.html"
+EXPLORER: Final = "http://127.0.0.1:7860"
+"""Where `moevision demo` is, unless the port is taken."""
+THUMB: Final = 112  # px, the longer side of an image on the page
+_BLOCK = 10_000
+_CELLS = (24, 16)  # of the map: mean p, spread
+_MOST_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
+_MOST_ROWS = 1000  # of a table of the page
+_OF_EACH = 5  # images of a class or an expert
+_MOST_GROUPS = 64  # classes or experts that are shown with images
+_LITTLE = 0.5  # of an even share: an expert with less has little work
+_GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no colour that one sees
+_FEW = 0.5  # grey images stand out where at most this share is grey
+
+
+def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = "") -> Json:
+    """Find out everything about the images of a run, and write the table and the page.
+
+    Args:
+        run_dir: the run folder, with scores.csv and its model.
+        out: the folder to write to.
+        show: images per list of the page.
+        quick: only the scores: no image is opened but those that are shown.
+        command: the command line, for the page.
+
+    Returns:
+        What the page was made of.
+
+    Raises:
+        UserError: if there are no scores, images or model, or `out` can't be written.
+    """
+    for name, mark in ((TABLE, b"split,image,label,"), (PAGE, b'content="moevision ')):
+        refuse_foreign(out / name, mark)
+    scores = Scores.read(run_dir / FILE)
+    images = images_of(run_dir)
+    model = None if quick else load_model(str(run_dir))
+    with Progress(console=Console(stderr=True), transient=True, disable=quick or len(images) < 1000) as bar:
+        task = bar.add_task("looking at images", total=len(images))
+        known = examine(images, scores, model, lambda done: bar.update(task, advance=done))
+    names = images.class_names if model is None else model.class_names
+    facts = page_facts(images, known, names, show)
+    facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
+    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shlex.quote(shown(str(run_dir)))}"}
+    facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        write_text_atomic(out / TABLE, _table(images, known, names))
+        write_text_atomic(out / PAGE, render(facts, Thumbnails(images)))
+    except OSError as error:
+        raise UserError(f"{out} can't be written to ({error.strerror}): give --out another folder.") from error
+    return facts
+
+
+# ---- what the pixels of one image say
+
+SIDE: Final = 224
+LOOK: Final = np.dtype([
+    ("width", np.int32), ("height", np.int32), ("sharpness", np.float32), ("brightness", np.float32),
+    ("colour", np.float32), ("hash", np.uint64), ("has_hash", np.bool_), ("read", np.bool_),
+])  # fmt: skip
+"""What is kept of one image, 33 bytes; `read` is false where it can't be decoded."""
+_GRID, _KEPT = 32, 8
+_FLAT: Final = 2.0  # grey levels: standard deviation of the 32 x 32 luma below which signs are noise
+# DCT-II, rows k = 0 ... 7: cos(pi k (2 x + 1) / 64).
+_COSINES: Final = np.cos(np.pi * np.outer(np.arange(_KEPT), 2 * np.arange(_GRID) + 1) / (2 * _GRID))
+
+
+def look_at(image: Image.Image) -> npt.NDArray[Any]:
+    """Measure an RGB image, perhaps decoded at a reduced size by `safe_open`; a 0-d array of `LOOK`.
+
+    All but the size is measured at a short side of at most `SIDE`, so that photos of different cameras compare;
+    nothing is enlarged. `sharpness` is the variance of the Laplacian of the luma, in grey levels² (Pech-Pacheco et al.,
+    ICPR 2000, LAPV); low: blurred or without detail. `brightness` is the mean luma, 0 to 1; `colour` the mean of the
+    largest less the smallest channel, 0 to 1; 0: grey.
+    """
+    (width, height), _ = full_size(image)
+    scale = SIDE / min(image.size)
+    if scale < 1:
+        size = tuple(max(1, round(side * scale)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR)  # type: ignore[arg-type]
+    luma = image.convert("L")
+    rgb = np.asarray(image)  # [H, W, 3]
+    found = np.zeros((), LOOK)
+    found["width"], found["height"], found["read"] = width, height, True
+    found["sharpness"] = laplacian_variance(np.asarray(luma, np.float32))
+    found["brightness"] = np.asarray(luma).mean() / 255
+    found["colour"] = (rgb.max(-1) - rgb.min(-1)).mean() / 255
+    found["hash"], found["has_hash"] = perceptual_hash(luma)
+    return found
+
+
+def laplacian_variance(luma: npt.NDArray[np.float32]) -> float:
+    """Variance of the four-neighbour Laplacian of [H, W] inside the edge; 0 of less than 3 x 3 pixels."""
+    if min(luma.shape) < 3:
+        return 0.0
+    inner = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
+    return float(inner.var())
+
+
+def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
+    """The hash of a grey image, and whether there was contrast enough for one.
+
+    64 bits, signs of the lowest 8 x 8 frequencies (DCT-II of 32 x 32 luma) against their median, as pHash does (Zauner,
+    "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): alike for a copy in another size or
+    compression, and not for a mirrored or strongly cropped one.
+    """
+    grid = np.asarray(luma.resize((_GRID, _GRID), Image.Resampling.BILINEAR), np.float64)
+    frequencies = (_COSINES @ grid @ _COSINES.T).ravel()[1:]  # without the mean
+    bits = np.packbits(np.append(False, frequencies > np.median(frequencies)))
+    return bits.view(">u8")[0].astype(np.uint64), bool(grid.std() >= _FLAT)
+
+
+# ---- near-duplicates: for each image the most alike other one, and the most alike one of another split
+#
+# Two ways to be alike, because each misses what the other finds: a perceptual hash, and the features of a model,
+# whitened, so that they tell images apart instead of classes. Both searches are bounded for a million images, and may
+# miss pairs:
+# - hashes are sorted under `ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
+#   (Charikar, STOC 2002, §3): every image that shares its hash with another is found, and pairs that differ in four
+#   bits nearly always. Where more than `SURE_BITS` differ, the features must agree: among many images some are as near
+#   by chance, and their number grows as that of all pairs does;
+# - features are compared within cells of at most `CELL` images, the nearest of k centroids (as SemDeDup does,
+#   arXiv:2303.09540): pairs at a border between cells are missed. Up to `CELL` images there is one cell.
+
+ORDERS, WINDOW, MOST_BITS, SURE_BITS = 16, 16, 10, 4
+AGREE: Final = 0.7  # cosine; among 60 000 images of CIFAR-10, pairs of 7 to 10 bits below it are no copies, by eye
+CELL: Final = 16_384
+WIDTH: Final = 64  # features that are kept of an image: 128 bytes
+_COMPARED = 1024  # at once
+_ROUNDS = 5
+
+
+@dataclass
+class Nearest:
+    """The most alike other image of each [n], -1: none was found, and its distance, infinite without."""
+
+    other: Ints
+    distance: Floats
+
+    @classmethod
+    def none(cls, n: int) -> Nearest:
+        """Nothing is found yet."""
+        return cls(np.full(n, -1, np.int64), np.full(n, np.inf, np.float32))
+
+    def offer(self, image: Ints, other: Ints, distance: Floats) -> None:
+        """Take pairs that are nearer than what is known; an image may be among them several times."""
+        order = np.lexsort((other, distance))
+        image, first = np.unique(image[order], return_index=True)
+        other, distance = other[order][first], distance[order][first]
+        better = distance < self.distance[image]
+        self.other[image[better]] = other[better]
+        self.distance[image[better]] = distance[better]
+
+
+def nearest_by_hash(
+    hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints, white: Floats | None = None
+) -> tuple[Nearest, Nearest]:
+    """The nearest image, and the nearest one of another split, by the bits in which hashes differ, at most `MOST_BITS`.
+
+    Args:
+        hashes: [n].
+        usable: [n], whether an image has a hash.
+        split: [n], number of its split.
+        white: [n, D] of `whitened`, which must agree where more than `SURE_BITS` differ; None: they aren't asked.
+    """
+    rows, found = np.flatnonzero(usable), (Nearest.none(len(hashes)), Nearest.none(len(hashes)))
+    bits = np.unpackbits(hashes[rows].astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
+    generator = np.random.default_rng(0)
+    for _ in range(ORDERS if len(rows) > 1 else 0):
+        shuffled = np.ascontiguousarray(bits[:, generator.permutation(64)])
+        key = np.packbits(shuffled, axis=1).view(">u8")[:, 0]
+        order = rows[np.argsort(key, kind="stable")]
+        for step in range(1, min(WINDOW, len(rows) - 1) + 1):
+            left, right = order[:-step], order[step:]
+            differ = np.bitwise_count(hashes[left] ^ hashes[right])
+            near = np.flatnonzero(differ <= MOST_BITS)
+            if white is not None:
+                cosine = np.einsum("pd,pd->p", white[left[near]], white[right[near]])
+                near = near[(differ[near] <= SURE_BITS) | (cosine >= AGREE)]
+            _offer_both(found, left[near], right[near], differ[near].astype(np.float32), split)
+    return found
+
+
+def _offer_both(found: tuple[Nearest, Nearest], left: Ints, right: Ints, distance: Floats, split: Ints) -> None:
+    pairs = np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([distance, distance])
+    found[0].offer(*pairs)
+    across = split[pairs[0]] != split[pairs[1]]
+    found[1].offer(*(each[across] for each in pairs))
+
+
+def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+    """By one less the cosine of vectors of unit length [n, D], as of `whitened`; `nearest_by_hash` says the rest."""
+    found = (Nearest.none(len(white)), Nearest.none(len(white)))
+    rows = np.flatnonzero(usable)
+    if len(rows) < 2:
+        return found
+    for members in _cells(white[rows]):
+        cell = rows[members]
+        for start in range(0, len(cell), _COMPARED):
+            block = cell[start : start + _COMPARED]
+            cosine = white[block] @ white[cell].T  # [rows, cell]
+            cosine[np.arange(len(block)), start + np.arange(len(block))] = -np.inf
+            for each, allowed in zip(found, (None, split[block, None] != split[cell]), strict=True):
+                if allowed is not None:
+                    cosine = np.where(allowed, cosine, -np.inf)
+                best = cosine.argmax(1)
+                value = cosine[np.arange(len(block)), best]
+                there = np.isfinite(value)
+                each.offer(block[there], cell[best[there]], 1 - value[there])
+    return found
+
+
+def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
+    """The image of the same class that the experts computed most alike, by one less the Bhattacharyya coefficient.
+
+    Of the shares of each layer [m, E], NaN: unknown. The coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for
+    equal shares.
+    """
+    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32) / np.sqrt(np.float32(len(shares)))
+    return nearest_in_class(roots, np.where(np.isfinite(roots).all(1), labels, -1))
+
+
+def nearest_in_class(vectors: Floats, labels: Ints) -> Nearest:
+    """The image of the same class by one less the cosine of vectors of unit length [m, D]; label -1 takes no part."""
+    found = Nearest.none(len(labels))
+    for label in np.unique(labels[labels >= 0]):
+        rows = np.flatnonzero(labels == label)
+        near, _ = nearest_by_features(vectors[rows], np.ones(len(rows), bool), np.zeros(len(rows), np.int64))
+        there = near.other >= 0
+        found.offer(rows[there], rows[near.other[there]], near.distance[there])
+    return found
+
+
+def whitened(features: npt.NDArray[np.floating[Any]], usable: Bools) -> Floats:
+    """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out.
+
+    Images that aren't `usable` [n] take no part, and are 0.
+    """
+    centred = features.astype(np.float32)
+    centred -= centred[usable].mean(0) if usable.any() else 0
+    centred[~usable] = 0
+    spread, axes = np.linalg.eigh(centred.T @ centred / max(1, usable.sum()))
+    kept = spread > 1e-5 * spread.max()  # features are kept as float16
+    white: Floats = centred @ (axes[:, kept] / np.sqrt(spread[kept] + 1e-12)).astype(np.float32)
+    white /= np.maximum(np.linalg.norm(white, axis=1, keepdims=True), np.float32(1e-12))
+    return white
+
+
+def _cells(white: Floats) -> list[Ints]:
+    """Indices of at most `CELL` images each, by their nearest centroid (Lloyd's algorithm on a sample)."""
+    n = len(white)
+    if n <= CELL:
+        return [np.arange(n)]
+    generator = np.random.default_rng(0)
+    sample = white[np.sort(generator.choice(n, min(n, 2 * CELL), replace=False))]
+    centroids = sample[generator.choice(len(sample), 2 * -(-n // CELL), replace=False)]
+    for _ in range(_ROUNDS):
+        mine = _nearest_centroid(sample, centroids)
+        filled = np.bincount(mine, minlength=len(centroids)) > 0
+        sums = np.zeros_like(centroids)
+        np.add.at(sums, mine, sample)
+        centroids[filled] = sums[filled] / np.maximum(np.linalg.norm(sums[filled], axis=1, keepdims=True), 1e-12)
+    mine = _nearest_centroid(white, centroids)
+    order = np.argsort(mine, kind="stable")
+    cells = np.split(order, np.flatnonzero(np.diff(mine[order])) + 1)
+    return [cell[start : start + CELL] for cell in cells for start in range(0, len(cell), CELL)]
+
+
+def _nearest_centroid(white: Floats, centroids: Floats) -> Ints:
+    parts = [(white[start : start + CELL] @ centroids.T).argmax(1) for start in range(0, len(white), CELL)]
+    return np.concatenate(parts)
+
+
+def projection(width: int, seed: int = 0) -> Floats:
+    """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
+    if width <= WIDTH:
+        return np.eye(width, dtype=np.float32)
+    square, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, WIDTH)))
+    return square.astype(np.float32)
+
+
+# ---- how little an image fits its class
+
+_SOLVED = 4096
+
+
+def class_doubt(x: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
+    """[n] -ln p(label | x) under Gaussian classes of one covariance (Fisher 1936; Hastie et al., ESL, §4.3).
+
+    Of the experts that computed an image (their shares) it asks: are these the experts of its class? The same question
+    about the pooled features of a dense model is the control. 0 where x [n, H] leaves no doubt; NaN where x has NaN,
+    and everywhere if there is one class only.
+    """
+    doubt = np.full(len(x), np.nan, np.float32)
+    rows = np.flatnonzero(~np.isnan(x).any(1))
+    classes, number = np.unique(labels[rows], return_inverse=True)
+    if len(classes) < 2:
+        return doubt
+    counts, width = np.bincount(number), x.shape[1]
+    means, scatter = np.zeros((len(classes), width)), np.zeros((width, width))
+    for part in _blocks(len(rows)):
+        np.add.at(means, number[part], x[rows[part]])
+    means /= counts[:, None]
+    for part in _blocks(len(rows)):
+        within = x[rows[part]] - means[number[part]]
+        scatter += within.T @ within
+    scatter /= len(rows)
+    # Shares of a layer add up to 1: one direction has no spread, and the ridge keeps it out of the answer.
+    scatter += np.eye(width) * (1e-3 * np.trace(scatter) / width + 1e-12)
+    weight = np.linalg.solve(scatter, means.T)  # [H, C]
+    bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)
+    for part in _blocks(len(rows)):
+        logits = x[rows[part]] @ weight + bias  # [rows, C]
+        top = logits.max(1, keepdims=True)
+        total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+        doubt[rows[part]] = total - logits[np.arange(len(logits)), number[part]]
+    return doubt
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, start + _SOLVED) for start in range(0, n, _SOLVED)]
+
+
+# ---- everything about the images of a run
+
+_BATCH = 64
+
+
+@dataclass
+class RunImages:
+    """The images of a run in the order of its splits, train first.
+
+    Attributes:
+        collection: where they are opened.
+        class_names: in words; labels index them.
+        samples: split -> its images; `all` of them [n], with `labels` [n] and the number of their split `split_of` [n].
+    """
+
+    collection: Collection
+    class_names: list[str]
+    samples: dict[str, list[Sample]]
+
+    def __post_init__(self) -> None:
+        self.splits = [split for split in SPLITS if split in self.samples]
+        self.all = [sample for split in self.splits for sample in self.samples[split]]
+        self.split_of = np.repeat(np.arange(len(self.splits)), [len(self.samples[split]) for split in self.splits])
+        self.labels = np.array([sample.label for sample in self.all], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def place(self, index: int) -> tuple[str, Sample]:
+        """The split of an image, and the image."""
+        return self.splits[self.split_of[index]], self.all[index]
+
+    def each(self) -> Iterator[tuple[str, Sample]]:
+        """All of them, in order."""
+        return map(self.place, range(len(self)))
+
+
+def images_of(run_dir: Path) -> RunImages:
+    """The images of a run, in the split that it recorded; nothing is decoded for good.
+
+    Raises:
+        UserError: if the data are no longer there.
+    """
+    from moevision.data import ImageDataModule  # Lightning comes along
+
+    known = signature(ImageDataModule).parameters
+    settings = {name: value for name, value in data_settings(run_dir).items() if name in known}
+    settings |= {name: tuple(settings[name]) for name in ("mean", "std") if name in settings}
+    data = ImageDataModule(**(settings | {"cache_mb": 0, "num_workers": 0, "download": False}))
+    data.run_dir = run_dir if (run_dir / "splits.csv").is_file() else None  # and none is written
+    data.setup()
+    datasets = data.contents.datasets
+    samples = {split: list(dataset.samples) for split, dataset in datasets.items()}
+    return RunImages(datasets["train"].collection, data.class_names, samples)
+
+
+@dataclass
+class Known:
+    """What is known of n images.
+
+    Attributes:
+        look: [n] of `LOOK`.
+        problems: index -> why it can't be read.
+        prediction: [n] class that the model names; -1: not asked.
+        certainty: [n] its probability.
+        margin: [n] its probability of the label less the largest other one; NaN: not asked.
+        by_hash, by_features: the most alike image, and the most alike one of another split.
+        scores: name -> [m]; NaN where there are none, or the image has no visit.
+        experts: block -> [m, E].
+        visits: [m].
+        unlike_class: [m] how little the experts that computed the image are those of its class (`class_doubt`).
+        by_experts: [m] the image of the same class that the experts computed most alike.
+        features: float16 [n, at most 64] what is in front of the classifier, projected; None: not asked.
+        white: [n, D] the features, whitened; None: not asked.
+    """
+
+    look: npt.NDArray[Any]
+    prediction: Ints
+    certainty: Floats
+    margin: Floats
+    by_hash: tuple[Nearest, Nearest]
+    by_features: tuple[Nearest, Nearest]
+    scores: dict[str, Floats]
+    experts: dict[int, Floats]
+    visits: Ints
+    unlike_class: Floats
+    by_experts: Nearest
+    features: npt.NDArray[np.float16] | None = None
+    white: Floats | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def most_alike(self, *, across: bool) -> Nearest:
+        """The most alike image of each, or the one of another split: by hash if one is near, else by features.
+
+        The distance orders pairs, all by hash first: bits that differ, or 100 and one less the cosine.
+        """
+        by_hash, by_features = self.by_hash[across], self.by_features[across]
+        near = by_hash.other >= 0
+        return Nearest(
+            np.where(near, by_hash.other, by_features.other),
+            np.where(near, by_hash.distance, 100 + by_features.distance),
+        )
+
+
+def scores_in_order(scores: Scores, images: RunImages) -> tuple[Ints, dict[str, Floats], dict[int, Floats]]:
+    """Visits [m], scores [m] each and experts [m, E] in the order of the training images.
+
+    Raises:
+        UserError: if the scores are of other images.
+    """
+    train = images.samples["train"]
+    keys, known = keys_of(map(csv_name, scores.images)), keys_of(csv_name(sample.sample_id) for sample in train)
+    row = rows_of(keys, known)
+    there = row >= 0
+    if not there.any():
+        raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
+    visits = np.where(there, scores.visits[row], 0)
+    values = {name: np.where(there, scores.scores[name][row], np.nan).astype(np.float32) for name in SCORES}
+    experts = {
+        block: np.where(there[:, None], shares[row], np.nan).astype(np.float32)
+        for block, shares in scores.experts.items()
+    }
+    return visits, values, experts
+
+
+def examine(
+    images: RunImages, scores: Scores, model: SavedModel | None, advance: Callable[[int], None] = lambda _: None
+) -> Known:
+    """Find out everything.
+
+    Args:
+        images: of the run.
+        scores: of its training images.
+        model: the run's own; None leaves the pass over the images out.
+        advance: called with the number of images that were looked at since the last call.
+
+    Raises:
+        UserError: if the scores are of other images, or the model has other classes.
+    """
+    n = len(images)
+    visits, values, experts = scores_in_order(scores, images)
+    labels = images.labels[: len(visits)]
+    unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels) if experts else np.full(len(visits), np.nan)
+    known = Known(
+        np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32),
+        (Nearest.none(n), Nearest.none(n)), (Nearest.none(n), Nearest.none(n)), values, experts, visits,
+        unlike.astype(np.float32),
+        nearest_by_experts(list(experts.values()), labels) if experts else Nearest.none(len(visits)),
+    )  # fmt: skip
+    if model is None:
+        return known
+    known.features = _look_at_all(images, model, known, advance)
+    split, read = images.split_of, known.look["read"]
+    known.white = None if known.features is None else whitened(known.features, read)
+    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split, known.white)
+    if known.white is not None:
+        known.by_features = nearest_by_features(known.white, read, split)
+    return known
+
+
+def _look_at_all(
+    images: RunImages, model: SavedModel, known: Known, advance: Callable[[int], None]
+) -> npt.NDArray[np.float16] | None:
+    """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if any could be read."""
+    net = model.net.to(best_device())
+    features, onto, labels = None, None, images.labels
+    workers = min(16, usable_cores())
+
+    def open_one(sample: Sample) -> tuple[npt.NDArray[Any], Pixels] | str:
+        try:
+            image = images.collection.open(sample, max(SIDE, model.image_size))
+        except BadImageError as error:
+            return error.reason
+        return look_at(image), square_pixels(image, model.image_size)
+
+    with ThreadPoolExecutor(workers) as pool, evaluating(net):
+        for start in range(0, len(images), _BATCH):
+            batch = images.all[start : start + _BATCH]
+            found = list(pool.map(open_one, batch))
+            rows = [start + place for place, each in enumerate(found) if not isinstance(each, str)]
+            known.problems |= {start + place: each for place, each in enumerate(found) if isinstance(each, str)}
+            if rows:
+                looks, pixels = zip(*(each for each in found if not isinstance(each, str)), strict=True)
+                known.look[rows] = np.stack(looks)
+                seen, probabilities = _answers(net, network_input(model, np.stack(pixels)))
+                known.prediction[rows] = probabilities.argmax(1)
+                known.certainty[rows] = probabilities.max(1)
+                known.margin[rows] = _margins(probabilities, labels[rows])
+                if onto is None:
+                    onto = projection(seen.shape[1])
+                    features = np.zeros((len(images), onto.shape[1]), np.float16)
+                cast(Any, features)[rows] = np.clip(seen @ onto, -6e4, 6e4)
+            advance(len(batch))
+    return features
+
+
+def _margins(probabilities: Floats, labels: Ints) -> Floats:
+    """Of [B, C]: p of the label less the largest other p, the order of cleanlab's normalized margin."""
+    rows = np.arange(len(labels))
+    own, others = probabilities[rows, labels], probabilities.copy()
+    others[rows, labels] = -np.inf
+    return own - others.max(1) if others.shape[1] > 1 else own
+
+
+@torch.inference_mode()
+def _answers(net: nn.Module, pixels: torch.Tensor) -> tuple[Floats, Floats]:
+    """What is in front of the classifier [B, D] and the probabilities [B, C]."""
+    state = cast(Any, net)
+    tokens = state.forward_features(pixels)
+    logits = state.forward_head(tokens)
+    seen = state.forward_head(tokens, pre_logits=True)
+    return seen.float().cpu().numpy(), logits.float().softmax(-1).cpu().numpy()
+
+
+# ---- ranked lists
+
+
+@dataclass(frozen=True)
+class ScoreList:
+    """One of these lists.
+
+    Attributes:
+        key: its name in addresses.
+        name: in two words.
+        title: what it is called.
+        about: what it is ranked by, and what it does not show.
+        score: the score, one of `data.scores.SCORES`.
+        highest: whether the highest comes first; else the lowest.
+        words: the format of a score, in words.
+    """
+
+    key: str
+    name: str
+    title: str
+    about: str
+    score: str
+    highest: bool
+    words: str
+
+    def first(self, scores: Mapping[str, Floats], count: int, among: npt.NDArray[np.bool_] | None = None) -> Ints:
+        """At most `count` rows of `scores`, score -> [m], in order; images without the score are in no list."""
+        values = scores[self.score]
+        return lowest(-values if self.highest else values, count, among)
+
+    def value(self, scores: Mapping[str, Floats], row: int) -> str:
+        """What is said of one image."""
+        return self.words.format(scores[self.score][row]).replace("-", "\N{MINUS SIGN}")
+
+
+SCORE_LISTS: Final = {
+    one.key: one
+    for one in (
+        ScoreList(
+            "doubtful", "Doubtful labels", "Other images speak against the label",
+            "Lowest area under the margin: the logit of the label less the largest other one, mean over the training. "
+            "Wrong labels come first, and with them rare and ambiguous images.",
+            "aum", False, "margin {:.2f}",
+        ),
+        ScoreList(
+            "hardest", "Hardest", "Hardest",
+            "Highest EL2N: how far the probabilities were from the label, mean over the training.",
+            "el2n", True, "EL2N {:.2f}",
+        ),
+        ScoreList(
+            "unsteady", "Most unsteady", "Most unsteady",
+            "Largest spread of the label's probability over the training: learned and lost again.",
+            "p_std", True, "spread {:.2f}",
+        ),
+        ScoreList(
+            "easiest", "Easiest", "Easiest",
+            "Lowest EL2N. Many alike easy images teach little more than some of them.",
+            "el2n", False, "EL2N {:.2g}",
+        ),
+    )
+}  # fmt: skip
+
+
+def lowest(values: npt.NDArray[Any], count: int, among: npt.NDArray[np.bool_] | None = None) -> Ints:
+    """Rows of the lowest finite values [m], lowest first; of equal ones the first."""
+    rows = np.flatnonzero(np.isfinite(values) if among is None else among & np.isfinite(values))
+    near = rows[np.argpartition(values[rows], count - 1)[:count]] if len(rows) > count else rows
+    return near[np.lexsort((near, values[near]))]
+
+
+def image_id(split: str, name: str) -> str:
+    """By what the explorer knows an image of a run; `name` is its sample id, or that as a file of the run has it."""
+    return f"{split}/{csv_name(name)}"
+
+
+# ---- the table
+
+
+def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[str]:
+    """images.csv, part by part."""
+    yield ",".join([
+        "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "margin", "width",
+        "height", "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin",
+        "feature_cosine", "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
+    ]) + "\n"  # fmt: skip
+    trained, leak = len(known.visits), known.most_alike(across=True).other
+    for start in range(0, len(images), _BLOCK):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for index in range(start, min(start + _BLOCK, len(images))):
+            split, sample = images.place(index)
+            own: list[Any] = [""] * (len(SCORES) + 2)
+            if index < trained:
+                values = [*(known.scores[name][index] for name in SCORES), known.unlike_class[index]]
+                own = [known.visits[index], *map(_cell, values)]
+            look = known.look[index]
+            seen = ["", "", "", "", ""]
+            if look["read"]:
+                seen = [look["width"], look["height"], *(_cell(look[name]) for name in _MEASURED)]
+            twin = known.by_hash[0].other[index], known.by_features[0].other[index]
+            writer.writerow([
+                split, csv_name(sample.sample_id), csv_name(images.class_names[sample.label]), *own,
+                csv_name(names[known.prediction[index]]) if known.prediction[index] >= 0 else "",
+                _cell(known.certainty[index]), _cell(known.margin[index]), *seen,
+                csv_name(known.problems.get(index, "")),
+                _name(images, twin[0]), _bits(known.by_hash[0], index),
+                _name(images, twin[1]), _cosine(known.by_features[0], index),
+                _name(images, leak[index]), _bits(known.by_hash[1], index),
+                _cosine(known.by_features[1], index),
+                *((_name(images, known.by_experts.other[index]), _cosine(known.by_experts, index))
+                  if index < trained else ("", "")),
+            ])  # fmt: skip
+        yield text.getvalue()
+
+
+_MEASURED: Final = ("sharpness", "brightness", "colour")
+
+
+def _cell(value: Any) -> str:
+    return "" if not math.isfinite(value) else f"{value:.5g}"
+
+
+def _name(images: RunImages, index: int) -> str:
+    return csv_name(images.place(int(index))[1].sample_id) if index >= 0 else ""
+
+
+def _bits(nearest: Nearest, index: int) -> str:
+    return f"{nearest.distance[index]:.0f}" if nearest.other[index] >= 0 else ""
+
+
+def _cosine(nearest: Nearest, index: int) -> str:
+    return _cell(1 - nearest.distance[index]) if nearest.other[index] >= 0 else ""
+
+
+# ---- what the page says
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One ranked list.
+
+    Attributes:
+        key: its anchor.
+        title: what it is called.
+        about: what it is ranked by, and what it does not show.
+        rows: the first images, best first.
+        value: what is said of each.
+        twin: the image that is shown beside each, if it is about pairs.
+    """
+
+    key: str
+    title: str
+    about: str
+    rows: Ints
+    value: Callable[[int], str]
+    twin: Callable[[int], int] | None = None
+
+
+def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int) -> Json:
+    """Everything on the page but the thumbnails: plain numbers and words."""
+    lists = [each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]
+    return {
+        "counts": {split: len(images.samples[split]) for split in images.splits},
+        "unreadable": len(known.problems),
+        "lists": [_list_facts(each, images, known, names) for each in lists],
+        "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
+        "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
+        "classes": class_rows(images, known, names),
+        "experts": expert_rows(images, known),
+        "of_classes": [_list_facts(each, images, known, names) for each in of_classes(images, known)],
+        "of_experts": [_list_facts(each, images, known, names) for each in of_experts(known)],
+        "class_names": list(map(shown, images.class_names)),
+        "class_ids": list(map(csv_name, images.class_names)),
+    }
+
+
+def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
+    """The lists in the order of the page; those of what wasn't measured are empty."""
+    scores, look, read = known.scores, known.look, known.look["read"]
+
+    def scored(key: str) -> Ranked:
+        one = SCORE_LISTS[key]
+        return Ranked(one.key, one.title, one.about, one.first(scores, show), lambda i: one.value(scores, i))
+
+    grey = read & (look["colour"] < _GREY)
+    few_grey = grey & (grey.sum() <= _FEW * read.sum())
+    odd = _oddness(look["width"], look["height"], read)
+    broken = np.fromiter(sorted(known.problems), np.int64, len(known.problems))
+    pair, leak = known.most_alike(across=False), known.most_alike(across=True)
+    return [
+        scored("doubtful"),
+        Ranked(
+            "contradicted", "The finished model names another class",
+            "Lowest probability of the label less the largest other one, by the finished model on the image as it is "
+            "(the normalized margin of cleanlab).",
+            lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}",
+        ),
+        scored("hardest"),
+        scored("unsteady"),
+        Ranked(
+            "experts", "Computed by experts of other classes",
+            "How little the experts that computed an image are those of its class (linear discriminant analysis of "
+            "their shares; the classifier is not asked).",
+            lowest(-known.unlike_class, show), lambda i: f"−ln p {known.unlike_class[i]:.2f}",
+        ),
+        scored("easiest"),
+        Ranked(
+            "leaks", "In two splits",
+            "The most alike pairs with one image outside of training, by perceptual hash, then by the model's "
+            "features. A copy of a training image in a test set rewards memory.",
+            _once(lowest(leak.distance, 2 * show, split > 0), leak.other, show),
+            lambda i: _alike(known, 1, i), lambda i: int(leak.other[i]),
+        ),
+        Ranked(
+            "doubles", "Near-duplicates",
+            "The most alike pairs, by perceptual hash (bits of 64 that differ), then by the cosine of the model's "
+            "features, whitened. Mirrored copies are found by features only.",
+            _once(lowest(pair.distance, 2 * show), pair.other, show),
+            lambda i: _alike(known, 0, i), lambda i: int(pair.other[i]),
+        ),
+        Ranked(
+            "redundant", "Computed alike",
+            "Pairs of one class whose patches the experts shared out most alike in the last third of the training "
+            "(Bhattacharyya coefficient, 1: equal shares): what one teaches the experts, the other may too. Beside it "
+            "the cosine of their features, which a dense model has as well.",
+            _once(lowest(known.by_experts.distance, 2 * show), known.by_experts.other, show),
+            lambda i: _computed_alike(known, i), lambda i: int(known.by_experts.other[i]),
+        ),
+        Ranked(
+            "blurred", "Least detail",
+            "Lowest variance of the Laplacian, at a short side of at most 224 px: blurred, or plain.",
+            lowest(look["sharpness"], show, read), lambda i: f"variance {look['sharpness'][i]:.3g}",
+        ),
+        Ranked(
+            "dark", "Darkest", "Lowest mean luma.", lowest(look["brightness"], show, read),
+            lambda i: f"brightness {look['brightness'][i]:.2f}",
+        ),
+        Ranked(
+            "odd", "Odd sizes",
+            "Number of pixels or shape farthest from the median of all images; none where all are alike.",
+            lowest(-odd, show, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px",
+        ),
+        Ranked(
+            "grey", "Grey among colour", "No difference between the channels, where most images have one.",
+            lowest(look["colour"], show, few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
+        ),
+        Ranked("unreadable", "Can't be read", "Truncated, damaged or missing files.", broken[:show],
+               lambda i: ""),  # the frame says why
+    ]  # fmt: skip
+
+
+def _oddness(width: Ints, height: Ints, read: npt.NDArray[np.bool_]) -> Floats:
+    """[n] largest of |ln pixels − median| and |ln (width / height) − median|; 0 for what couldn't be read."""
+    found = np.zeros(len(read), np.float32)
+    if read.any():
+        w, h = np.log(width[read].astype(np.float64)), np.log(height[read].astype(np.float64))
+        found[read] = np.maximum(*(np.abs(each - np.median(each)) for each in (w + h, w - h)))
+    return np.where(found > 0.01, found, 0)  # a pixel more or less is not odd
+
+
+def _once(rows: Ints, twin: Ints, show: int) -> Ints:
+    """The rows without the second image of a pair whose first one is there already."""
+    seen: set[tuple[int, int]] = set()
+    kept = []
+    for row in rows.tolist():
+        pair = (min(row, int(twin[row])), max(row, int(twin[row])))
+        if pair not in seen:
+            seen.add(pair)
+            kept.append(row)
+    return np.array(kept[:show], np.int64)
+
+
+def _alike(known: Known, which: int, index: int) -> str:
+    bits = known.by_hash[which]
+    if bits.other[index] >= 0:
+        return f"{bits.distance[index]:.0f} of 64 bits differ"
+    return f"cosine {1 - known.by_features[which].distance[index]:.3f}"
+
+
+def _computed_alike(known: Known, index: int) -> str:
+    alike = f"coefficient {1 - known.by_experts.distance[index]:.4f}"
+    if known.white is None:
+        return alike
+    return f"{alike}, features {known.white[index] @ known.white[known.by_experts.other[index]]:.2f}"
+
+
+def _list_facts(ranked: Ranked, images: RunImages, known: Known, names: Sequence[str]) -> Json:
+    return {
+        "key": ranked.key, "title": ranked.title, "about": ranked.about,
+        "entries": [
+            _entry(int(row), images, known, names) | {
+                "value": ranked.value(int(row)).replace("-", "\N{MINUS SIGN}"),
+                "twin": _entry(ranked.twin(int(row)), images, known, names) if ranked.twin else None,
+            }
+            for row in ranked.rows
+        ],
+    }  # fmt: skip
+
+
+def _entry(index: int, images: RunImages, known: Known, names: Sequence[str]) -> Json:
+    """What the page says of one image."""
+    split, sample = images.place(index)
+    prediction = int(known.prediction[index])
+    said = shown(names[prediction]) if prediction >= 0 else ""
+    return {
+        "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+        "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
+        "label": shown(images.class_names[sample.label]), "label_id": csv_name(images.class_names[sample.label]),
+        "prediction": said, "prediction_id": csv_name(said),
+        "certainty": float(known.certainty[index]) if said else None,
+    }  # fmt: skip
+
+
+def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
+    """[class, column, row, images] of every cell of the map that has some; columns by mean p, rows by its spread."""
+    there = np.flatnonzero(np.isfinite(p_mean) & np.isfinite(p_std))
+    columns, rows = _CELLS
+    x = np.minimum(p_mean[there] * columns, columns - 1).astype(np.int64)
+    y = np.minimum(p_std[there] / _MOST_SPREAD * rows, rows - 1).astype(np.int64)
+    code, counts = np.unique((labels[there] * columns + x) * rows + y, return_counts=True)
+    found: list[list[int]] = np.stack(
+        [code // (columns * rows), code // rows % columns, code % rows, counts], 1
+    ).tolist()
+    return found
+
+
+def _mean_by(labels: Ints, values: npt.NDArray[Any], classes: int) -> npt.NDArray[np.float64]:
+    """[classes] means of the finite values; NaN where a class has none."""
+    there = np.isfinite(values)
+    counts = np.bincount(labels[there], minlength=classes)
+    sums = np.bincount(labels[there], values[there].astype(np.float64), minlength=classes)
+    means: npt.NDArray[np.float64] = np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
+    return means
+
+
+def class_rows(images: RunImages, known: Known, names: Sequence[str]) -> list[Json]:
+    """A row for each class, the least certain first."""
+    labels, classes, m = images.labels, len(images.class_names), len(known.visits)
+    measured = ("p_mean", "aum", "correct", "forgetting")
+    means = {name: _mean_by(labels[:m], known.scores[name], classes) for name in measured}
+    train = np.bincount(labels[:m], minlength=classes)
+    asked = np.flatnonzero(known.prediction[:m] >= 0)
+    number_of = {name: number for number, name in enumerate(images.class_names)}
+    own = np.array([number_of.get(name, -1) for name in names], np.int64)
+    wrong = asked[own[known.prediction[asked]] != labels[asked]]
+    pairs, often = np.unique(np.stack([labels[wrong], known.prediction[wrong]], 1), axis=0, return_counts=True)
+    taken: dict[int, tuple[int, int]] = {}
+    for (label, prediction), count in zip(pairs.tolist(), often.tolist(), strict=True):
+        taken[label] = max(taken.get(label, (0, 0)), (count, prediction))
+    rows: list[Json] = [
+        {
+            "name": shown(name), "images": int(train[label]),
+            **{key: None if math.isnan(value[label]) else float(value[label]) for key, value in means.items()},
+            "taken_for": shown(names[taken[label][1]]) if label in taken else "",
+            "times": taken[label][0] if label in taken else 0,
+        }
+        for label, name in enumerate(images.class_names)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[:_MOST_ROWS]
+
+
+def expert_rows(images: RunImages, known: Known) -> list[Json]:
+    """A row for each expert: its share, how hard its images are beside those of the layer, and its main class."""
+    m = len(known.visits)
+    labels, classes = images.labels[:m], len(images.class_names)
+    found = []
+    for block, shares in known.experts.items():
+        there = np.flatnonzero(np.isfinite(shares[:, 0]) & np.isfinite(known.scores["p_mean"]))
+        if not len(there):
+            continue
+        weight = shares[there].astype(np.float64)  # [r, E]
+        total = np.maximum(weight.sum(0), 1e-12)
+        for expert in range(weight.shape[1]):
+            by_class = np.bincount(labels[there], weight[:, expert], minlength=classes)
+            most = int(by_class.argmax())
+            means = {name: float(weight[:, expert] @ known.scores[name][there] / total[expert])
+                     for name in ("p_mean", "aum", "correct")}  # fmt: skip
+            found.append({
+                "name": f"L{block}.E{expert}", "share": float(total[expert] / weight.sum()),
+                "images": float(total[expert]), **means, "class": shown(images.class_names[most]),
+                "of_class": float(by_class[most] / total[expert]),
+            })  # fmt: skip
+    return found[:_MOST_ROWS]
+
+
+def of_classes(images: RunImages, known: Known) -> list[Ranked]:
+    """For each class, the least certain first, the images whose label the others speak against most."""
+    labels, m = images.labels, len(known.visits)
+    mean = _mean_by(labels[:m], known.scores["p_mean"], len(images.class_names))
+    margin, found = SCORE_LISTS["doubtful"], []
+    for label in lowest(mean, _MOST_GROUPS).tolist():
+        rows = margin.first(known.scores, _OF_EACH, labels[:m] == label)
+        found.append(Ranked("", shown(images.class_names[label]), "", rows, lambda i: margin.value(known.scores, i)))
+    return [each for each in found if len(each.rows)]
+
+
+def of_experts(known: Known) -> list[Ranked]:
+    """For each expert, those with the least work first, the images of which it computed the largest part."""
+    found: list[tuple[float, Ranked]] = []
+    for block, shares in known.experts.items():
+        there = np.isfinite(shares[:, 0])
+        if not there.any():
+            continue
+        work = shares[there].mean(0) * shares.shape[1]  # [E]; 1: an even share
+        for expert, times in enumerate(work.tolist()):
+            little = ", little work" if times < _LITTLE else ""
+            title = f"L{block}.E{expert}: {times:.2f} of an even share{little}"
+            rows = lowest(-shares[:, expert], _OF_EACH, shares[:, expert] > 0)
+            found.append((times, Ranked("", title, "", rows, partial(_part, shares[:, expert]))))
+    found.sort(key=lambda each: each[0])
+    return [each for _, each in found[:_MOST_GROUPS]]
+
+
+def _part(shares: Floats, index: int) -> str:
+    return f"{shares[index]:.0%} of the image"
+
+
+# ---- the page
+
+
+class Thumbnails:
+    """Small copies of images as addresses that hold them; each is opened once."""
+
+    def __init__(self, images: RunImages) -> None:
+        self.images = images
+        self._known: dict[int, Json] = {}
+
+    def __call__(self, index: int) -> Json:
+        """`src`, `width` and `height`, or `problem` if it can't be read."""
+        if index not in self._known:
+            self._known[index] = self._make(index)
+        return self._known[index]
+
+    def _make(self, index: int) -> Json:
+        _, sample = self.images.place(index)
+        try:
+            image = self.images.collection.open(sample, THUMB)
+        except BadImageError as error:
+            return {"src": None, "problem": error.reason}
+        file = io.BytesIO()
+        if max(image.size) <= THUMB:  # a small one as it is
+            image.save(file, "PNG")
+            kind = "png"
+        else:
+            scale = THUMB / max(image.size)
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
+            kind = "jpeg"
+        return {"src": Markup(f"data:image/{kind};base64,") + base64.b64encode(file.getvalue()).decode("ascii")}
+
+
+def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
+    """The page: one file, in which only its own script runs."""
+    from moevision.analysis.report import environment  # figures come along
+
+    script = files("moevision.analysis").joinpath("templates/good_data.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode("ascii")
+    page = environment()
+    page.filters |= {"thumbnail": thumbnail}
+    told = {name: facts[name] for name in ("class_ids", "map", "map_size")}
+    return page.get_template("good_data.html.jinja").render(
+        facts,
+        script=Markup("\n" + script),
+        script_sha256=Markup(digest),
+        told=Markup(json_text(told).replace("<", "\\u003c")),
+    )

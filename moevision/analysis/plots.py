@@ -1,0 +1,1067 @@
+"""All figures of the analysis, one function each: arrays (or an image and its trace) in, a matplotlib Figure out.
+
+| question | figure |
+|---|---|
+| where does each patch of this image go? | `plot_overlay` |
+| which experts does one patch pass through? | `plot_path` |
+| how sure is the router of it? | `plot_certainty` |
+| how busy is each expert? | `plot_load` |
+| how much weight does each choice get? | `plot_gate_weights` |
+| how many experts does a patch have? | `plot_experts_per_patch` |
+| which experts are chosen together? | `plot_co_activation` |
+| which classes use which expert? | `plot_class_experts` |
+| which parts of an image go where? | `plot_part_experts` |
+| where in the image does each expert work? | `plot_positions` |
+| what does an expert get? | `plot_gallery` |
+| what changes without one expert? | `plot_effects` |
+
+`save_figure` writes one as PNG, `figure_png` gives the bytes; in a notebook a figure shows itself. Figures are drawn on
+matplotlib's Figure objects, never through pyplot, whose global state isn't safe in a thread, and are laid out for
+print: a figure is one column (3.5 in) or one page (7.2 in) wide at its natural size (wider only for many experts),
+with no text under 6 points but for numbers in crowded cells. Nothing is decided here: statistics come from `describe`.
+
+Colours of experts: the first seven are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common
+colour vision, with the values of matplotlib's `color_sequences["okabe_ito"]`. The eighth is the grey of Tol's "bright"
+scheme (SRON technical note, 2021) instead of their black. No palette of more than about eight colours is safe: beyond
+that an expert is a number on grey, and one expert at a time is highlighted. A colour never stands alone, the number is
+always with it; and equal numbers in two layers are two unrelated experts. The explorer's `palette.js` has the same.
+
+Axes: L MoE layers, C classes (or parts), E experts, K choices, P patches (row-major in a grid of rows x columns),
+S pixels of a side, Q quantiles. Those of the arguments named `layer_names` are such as "L4".
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator
+from PIL import Image
+
+from moevision.analysis.describe import (
+    QUANTILES,
+    ExpertGallery,
+    GalleryPatch,
+    expected_co_activation,
+    layer_gallery,
+)
+from moevision.analysis.images import PictureSet, patch_crop
+from moevision.analysis.readings import Load
+from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.errors import UserError
+from moevision.files import write_bytes_atomic
+from moevision.layers.routing import Kind as RoutingKind
+from moevision.names import shown
+from moevision.words import percent
+
+EXPERT_COLOURS: Final = (
+    "#0072B2",  # blue
+    "#D55E00",  # vermillion
+    "#009E73",  # bluish green
+    "#CC79A7",  # reddish purple
+    "#E69F00",  # orange
+    "#56B4E9",  # sky blue
+    "#F0E442",  # yellow
+    "#BBBBBB",  # light grey, in place of black, which can't be seen on dark fur and in dark mode
+)
+"""Colour of expert 0, 1, ... in a layer of up to eight experts."""
+
+NEUTRAL: Final = "#C9CDD2"
+"""Every expert of a layer with more than eight, but for the highlighted one."""
+
+FADED: Final = "#E6E8EB"
+"""The experts that aren't highlighted while one is."""
+
+HIGHLIGHT: Final = "#0072B2"
+"""The highlighted expert of a layer with more than eight."""
+
+BLACK: Final = "#000000"
+WHITE: Final = "#FFFFFF"
+
+COLUMN_INCHES: Final = 3.5
+PAGE_INCHES: Final = 7.2
+INK: Final = "#333333"
+SOFT: Final = "#6B6B6B"
+RULE: Final = "#BBBBBB"
+GRID: Final = "#E8E8E8"
+BLANK: Final = "#F1F2F4"  # cells that hold nothing worth a colour
+SMALL, NORMAL, LARGE = 6.5, 7.5, 8.5  # points
+_LINE_INCHES = 0.145
+_CHIPS = 20  # experts: up to here each has a chip at the edge of a map
+
+BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
+    "moevision_below_above", ["#8A3F00", "#D98A4E", "#F7F7F7", "#5FA3CC", "#00466F"]
+)
+"""Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
+
+AMOUNT: Final = LinearSegmentedColormap.from_list("moevision_amount", ["#F5F8FA", "#9CC5DF", "#2F83B5", "#0B3C5D"])
+"""From nothing (nearly white) to much (dark blue); also right in grey print."""
+
+
+NOTEBOOK_DPI = 110
+"""Sharp enough on a screen, and small in a saved notebook."""
+_LARGE: Final = 100_000  # bytes
+
+
+class NotebookFigure(Figure):
+    """A figure that shows itself as a cell's result; matplotlib's own needs pyplot for that, which is global state."""
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, bytes]:
+        """PNG; of a figure with a photo, which a PNG makes large, JPEG."""
+        png = figure_png(self, NOTEBOOK_DPI)
+        if len(png) < _LARGE:
+            return {"image/png": png}
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(png)) as drawn:
+            drawn.convert("RGB").save(buffer, "JPEG", quality=90, optimize=True)
+        return {"image/jpeg": buffer.getvalue()}
+
+
+def new_figure(width_inches: float, height_inches: float) -> Figure:
+    """An empty white figure with constrained layout, 200 dots per inch."""
+    figure = NotebookFigure(figsize=(width_inches, height_inches), dpi=200, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def figure_png(figure: Figure, dots_per_inch: float | None = None) -> bytes:
+    """The figure as PNG, at its own or another number of dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", dpi=dots_per_inch or "figure")
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, out: str | Path) -> None:
+    """Write the figure as PNG, whole or not at all."""
+    write_bytes_atomic(Path(out), figure_png(figure))
+
+
+def heading(figure: Figure, text: str, note: str = "") -> None:
+    """What the figure shows, in bold, and below it in grey how to read it, on room that is added above the figure.
+
+    Lines are broken to the figure's width. Call it once, after the figure has its size.
+    """
+    width, height = figure.get_size_inches()
+    measure = min(width, PAGE_INCHES) - 0.15  # a longer line is hard to read
+    bold = wrap(text, measure, FontProperties(size=LARGE, weight="bold"))
+    plain = wrap(note, measure, FontProperties(size=NORMAL - 0.5))
+    room = 0.1 + _LINE_INCHES * (len(bold) + len(plain))
+    figure.set_size_inches(width, height + room)
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + room)))  # type: ignore[union-attr, call-arg]
+    for place, line in enumerate([*bold, *plain]):
+        y = 1 - (0.06 + _LINE_INCHES * place) / (height + room)
+        is_bold = place < len(bold)
+        figure.text(
+            0.05 / width, y, line, va="top", in_layout=False, parse_math=False, color=INK if is_bold else SOFT,
+            fontsize=LARGE if is_bold else NORMAL - 0.5, fontweight="bold" if is_bold else "normal",
+        )  # fmt: skip
+
+
+def wrap(text: str, width_inches: float, font: FontProperties) -> list[str]:
+    """Lines of at most `width_inches` in this font (a longer word stands alone); none for an empty text."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        points, _, _ = text_to_path.get_text_width_height_descent(longer, font, ismath=False)
+        if lines and points <= 72 * width_inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def panel_title(axes: Axes, text: str, note: str = "") -> None:
+    """A panel's name in bold and, behind it in grey, what is to be said about it."""
+    axes.set_title(text, loc="left", fontsize=NORMAL, fontweight="bold", color=INK, pad=4)
+    if note:
+        axes.set_title(note, loc="right", fontsize=SMALL, color=SOFT, pad=4)
+
+
+def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Light grid, no box, quiet ticks: the data is the darkest thing in the figure."""
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.grid(axis=grid, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+
+
+def bare(axes: Axes) -> None:
+    """No ticks and no box, for images and maps."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def colour_bar(
+    axes: Axes | Sequence[Axes], mappable: ScalarMappable, label: str, formatter: Formatter | str
+) -> Colorbar:
+    """A thin bar beside `axes` (one, or all that share it), named with its unit."""
+    parent = axes if isinstance(axes, Axes) else list(axes)
+    figure = axes.figure if isinstance(axes, Axes) else next(iter(axes)).figure
+    aspect = float(np.clip(9 * figure.get_figure(root=True).get_size_inches()[1], 20, 60))  # about 0.08 in wide
+    bar = figure.colorbar(mappable, ax=parent, shrink=0.75, aspect=aspect, pad=0.02, format=formatter)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
+    bar.set_label(label, fontsize=SMALL, color=SOFT)
+    return bar
+
+
+def expert_chips(axes: Axes, num_experts: int, side: Literal["top", "left"] = "top") -> None:
+    """Name the columns (or rows) 0..E - 1 of a map by chips: the expert's colour and its number.
+
+    Of many experts every fourth is named, without a chip.
+    """
+    top = side == "top"
+    (axes.set_xticks if top else axes.set_yticks)([])
+    crowded = num_experts > _CHIPS
+    for expert in range(0, num_experts, 4 if crowded else 1):
+        colour = expert_colour(expert, num_experts)
+        axes.annotate(
+            str(expert), (expert, 1.0) if top else (0.0, expert), (0, 7) if top else (-8, 0),
+            xycoords=("data", "axes fraction") if top else ("axes fraction", "data"), textcoords="offset points",
+            ha="center", va="center", fontsize=SMALL, color=INK if crowded else ink_on(colour), annotation_clip=False,
+            bbox=None if crowded else {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"},
+        )  # fmt: skip
+
+
+def _tick(share: float, _position: int | None = None) -> str:
+    """A tick's label: a share as a percentage, with as many decimals as it has."""
+    return f"{100 * share:.3g} %"
+
+
+def _whole(share: float) -> str:
+    """A bar's label."""
+    return percent(share, 0) if share >= 0.005 or share == 0 else "<1 %"
+
+
+def hex_of(colour: npt.ArrayLike) -> str:
+    """`#RRGGBB` of a colour with channels in [0, 1]; an alpha channel is ignored."""
+    return "#" + "".join(f"{round(float(channel) * 255):02X}" for channel in np.asarray(colour)[:3])
+
+
+def rgb_of(colour: str) -> npt.NDArray[np.float64]:
+    """[3] channels in [0, 1] of a colour's name."""
+    return np.array(to_rgb(colour), dtype=np.float64)
+
+
+def expert_colour(expert: int, num_experts: int, highlight: int | None = None) -> str:
+    """`#RRGGBB` of one expert of E; `highlight` is the one expert to show while all others fade.
+
+    Raises:
+        UserError: an expert that the layer doesn't have.
+    """
+    for index in (expert,) if highlight is None else (expert, highlight):
+        if not 0 <= index < num_experts:
+            raise UserError(f"There is no expert {index}: the layer has experts 0 to {num_experts - 1}.")
+    if highlight is not None and expert != highlight:
+        return FADED
+    if num_experts <= len(EXPERT_COLOURS):
+        return EXPERT_COLOURS[expert]
+    return HIGHLIGHT if expert == highlight else NEUTRAL
+
+
+def expert_colours(num_experts: int) -> list[str]:
+    """[E] colours of a layer's experts, in order."""
+    return [expert_colour(expert, num_experts) for expert in range(num_experts)]
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`).
+
+    The better of the two always has a contrast of at least √21 ≈ 4.58, more than the 4.5 of WCAG's level AA.
+    """
+    return max(WHITE, BLACK, key=lambda ink: contrast(ink, colour))
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours (`#RRGGBB`), from 1 (equal) to 21 (black on white), as WCAG 2.2 defines it.
+
+    https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
+    """
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """WCAG relative luminance of `#RRGGBB`, from 0 (black) to 1 (white)."""
+    channels = rgb_of(colour)
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+# ---- figures of numbers
+
+Ints = npt.NDArray[np.integer]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+_NUMBERED = 16  # experts: up to here every bar and cell carries its number
+_RANKS = 4  # choices whose weights are drawn; Soft MoE has as many as experts
+_LONGEST_NAME = 28
+_NOBODY = "#D55E00"
+_CONTROL = "#9AA0A6"
+
+
+def plot_load(
+    counts: Sequence[npt.ArrayLike],
+    layer_names: Sequence[str],
+    *,
+    requested: Sequence[npt.ArrayLike] | None = None,
+    kinds: Sequence[RoutingKind] | None = None,
+) -> Figure:
+    """Load bars, one panel per MoE layer, with the ideal line and how much busier the busiest expert is.
+
+    Args:
+        counts: per layer [E] choices that each expert computed, over all images (Soft MoE: weight that patches took).
+        layer_names: [L].
+        requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
+        kinds: who chooses in each layer; tokens if None.
+
+    Raises:
+        UserError: a layer without any choice.
+    """
+    loads = [np.asarray(load, dtype=np.float64) for load in counts]
+    wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
+    kinds = kinds or ["token_choice"] * len(loads)
+    if any(load.sum() <= 0 for load in (*loads, *wanted)):
+        raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
+    layers, experts = len(loads), max(len(load) for load in loads)
+    columns = min(layers, 2 if experts > 8 else 4)
+    rows = -(-layers // columns)
+    figure = new_figure(COLUMN_INCHES if columns == 1 and experts <= 8 else PAGE_INCHES, 0.25 + 1.5 * rows)
+    highest = max(float((each / each.sum()).max()) for each in wanted)
+    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_load(axes, load, wanted[place], highest)
+        ratio = "largest ÷ mean" if kind == "soft" else "slowest ÷ mean"
+        panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
+        if place % columns == 0:
+            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
+        if place >= layers - columns:
+            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
+    heading(figure, "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert",
+            _load_note([len(load) for load in loads], set(kinds), requested is not None))  # fmt: skip
+    return figure
+
+
+def _load_note(experts: Sequence[int], kinds: set[RoutingKind], dropped: bool) -> str:
+    """How to read the bars."""
+    equal = f", 1 ÷ {experts[0]} = {percent(1 / experts[0])}" if len(set(experts)) == 1 else ""
+    words = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
+    if dropped:
+        words.append("Hollow: dropped by capacity.")
+    if "expert_choice" in kinds:
+        words.append("Where experts choose, all take as many tokens of every image.")
+    if "soft" in kinds:
+        words.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
+    return " ".join(words)
+
+
+def _draw_load(axes: Axes, load: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], highest: float) -> None:
+    experts, total = len(load), wanted.sum()
+    calm(axes)
+    colours = expert_colours(experts)
+    axes.bar(range(experts), wanted / total, 0.78, color="none", edgecolor=SOFT, linewidth=0.5 * (wanted > load))
+    axes.bar(range(experts), load / total, 0.78, color=colours)
+    axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
+    axes.set(ylim=(0, max(1.18 * highest, 1.4 / experts)), xlim=(-0.6, experts - 0.4))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xticks(range(0, experts, 1 if experts <= _NUMBERED else 4))
+    if experts > _NUMBERED:
+        return
+    for expert, share in enumerate(load / total):
+        inside = share > 0.3 / experts  # else the bar is too low for a number, which then stands above it
+        axes.annotate(_whole(share), (expert, 0 if inside else share), (0, 3), textcoords="offset points", ha="center",
+                      fontsize=SMALL - 0.5, color=ink_on(colours[expert]) if inside else INK)  # fmt: skip
+
+
+def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
+    """Gate weights by depth: per MoE layer the distribution of the weight of the 1st .. Kth choice.
+
+    From `gate_weight_quantiles`, per layer [5, K]; K may differ, nan for a rank that no patch has.
+    """
+    values = [np.asarray(layer, dtype=np.float64) for layer in quantiles]
+    layers, most = len(values), max(layer.shape[1] for layer in values)
+    choices = min(most, _RANKS)
+    figure = new_figure(COLUMN_INCHES if layers * choices <= 12 else PAGE_INCHES, 2.1)
+    axes = figure.add_subplot()
+    calm(axes)
+    step = min(0.2, 0.7 / choices)
+    for choice in range(choices):
+        there = [place for place in range(layers) if choice < values[place].shape[1]]
+        there = [place for place in there if np.isfinite(values[place][:, choice]).all()]
+        if not there:
+            continue
+        x = np.array(there) + (choice - (choices - 1) / 2) * step
+        low, lower, middle, upper, high = np.stack([values[place][:, choice] for place in there], axis=-1)
+        colour = EXPERT_COLOURS[choice % len(EXPERT_COLOURS)]
+        axes.vlines(x, low, high, color=colour, linewidth=1.0)
+        axes.vlines(x, lower, upper, color=colour, linewidth=4.5, alpha=0.45)
+        axes.plot(x, middle, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.6,
+                  label=("1st", "2nd", "3rd", "4th")[choice], zorder=4)  # fmt: skip
+        axes.plot(x, middle, "-", color=colour, linewidth=0.8, alpha=0.5)
+    highest = max(float(np.nanmax(layer)) for layer in values)
+    axes.set(ylim=(0, min(1.05, 1.1 * highest)), xlim=(-0.5, layers - 0.5))
+    axes.set_xticks(range(layers), layer_names)
+    axes.set_ylabel("gate weight", fontsize=SMALL, color=SOFT)
+    axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
+    if choices > 1:
+        legend = axes.legend(title="choice", fontsize=SMALL, title_fontsize=SMALL, frameon=False, labelcolor=INK,
+                             loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)  # fmt: skip
+        legend.get_title().set_color(INK)
+    spans = [percent(QUANTILES[4 - place] - QUANTILES[place], 0) for place in (1, 0)]
+    fewer = "" if choices == most else f" The largest {choices} of {most} weights of a patch."
+    note = f"Dot: median patch; thick: middle {spans[0]} of patches; thin: middle {spans[1]}.{fewer}"
+    heading(figure, "How much weight each choice gets", note)
+    return figure
+
+
+def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
+    """How many experts compute a patch: per MoE layer the patches [K + 1] of `LayerTrace.kept_per_patch`."""
+    tables = [np.asarray(count, dtype=np.float64) for count in counts]
+    last = max(int(np.flatnonzero(table)[-1]) for table in tables)
+    columns = min(len(tables), 4)
+    rows = -(-len(tables) // columns)
+    figure = new_figure(COLUMN_INCHES if columns == 1 else PAGE_INCHES, 0.25 + 1.5 * rows)
+    for place, (table, name) in enumerate(zip(tables, layer_names, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        calm(axes)
+        share = np.pad(table, (0, max(0, last + 1 - len(table))))[: last + 1] / table.sum()
+        axes.bar(range(last + 1), share, 0.78, color=[_NOBODY, *[EXPERT_COLOURS[0]] * last])
+        for number, height in enumerate(share):
+            axes.annotate(_whole(height), (number, height), (0, 2), textcoords="offset points", ha="center",
+                          fontsize=SMALL - 0.5, color=INK)  # fmt: skip
+        axes.set(ylim=(0, 1.18 * max(float((t / t.sum()).max()) for t in tables)), xlim=(-0.6, last + 0.6))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xticks(range(0, last + 1, 1 if last < _NUMBERED else 4))
+        mean = float((np.arange(len(table)) * table).sum() / table.sum())
+        panel_title(axes, name, f"mean {mean:.2f}")
+        if place % columns == 0:
+            axes.set_ylabel("share of patches", fontsize=SMALL, color=SOFT)
+        if place >= len(tables) - columns:
+            axes.set_xlabel("experts that compute a patch", fontsize=SMALL, color=SOFT)
+    note = "Orange: patches that no expert computes; they pass the layer by the residual path alone."
+    heading(figure, "How many experts a patch has", note)
+    return figure
+
+
+def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> Figure:
+    """Which experts are chosen for the same patch: conditional shares for all pairs, coloured by their excess.
+
+    Args:
+        counts: [E, E] from `co_activation`.
+        top_k: K of the layer, at least 2; None where experts choose, so that patches have different numbers of them.
+        layer_name: in words.
+    """
+    table = np.asarray(counts, dtype=np.float64)
+    experts = len(table)
+    chosen = np.diagonal(table)[:, None]
+    share = np.divide(table, chosen, out=np.full_like(table, np.nan), where=chosen > 0)
+    expected = expected_co_activation(counts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = np.log2(table / expected)
+    np.fill_diagonal(times, np.nan)
+    reach = 2.0  # a quarter to four times
+    side = float(np.clip(0.29 * experts, 1.7, 6.0))
+    figure = new_figure(max(COLUMN_INCHES, side + 1.1), side + 0.45)
+    axes = figure.add_subplot()
+    norm = TwoSlopeNorm(0, -reach, reach)
+    picture = axes.imshow(np.ma.masked_invalid(np.clip(times, -reach, reach)), cmap=BELOW_ABOVE, norm=norm)
+    bare(axes)
+    expert_chips(axes, experts)
+    expert_chips(axes, experts, "left")
+    if experts <= _NUMBERED:
+        for i, j in zip(*np.nonzero(np.isfinite(times) | (table == 0)), strict=True):
+            if i != j and np.isfinite(share[i, j]):
+                colour = hex_of(BELOW_ABOVE(norm(np.clip(times[i, j], -reach, reach))))
+                axes.text(
+                    j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=SMALL, color=ink_on(colour)
+                )
+    chose = "chose" if top_k else "have"
+    axes.set_ylabel(f"of the patches that {chose} ...", fontsize=SMALL, color=SOFT, labelpad=14)
+    axes.set_xlabel(f"... the share that also {chose} ... (%)", fontsize=SMALL, color=SOFT)
+    bar = colour_bar(
+        axes, picture, "share ÷ share that the loads alone give", FuncFormatter(lambda power, _: f"{2.0**power:g}×")
+    )
+    bar.set_ticks(list(range(-int(reach), int(reach) + 1)))
+    note = "All pairs of experts that took the same patch; colour allows for how often each is in a pair."
+    if top_k:
+        note = (
+            f"All pairs of the {top_k} choices. Were all pairs as frequent, every cell would be "
+            f"{percent((top_k - 1) / (experts - 1))}; colour allows for unequal loads."
+        )
+    heading(figure, f"{layer_name}: experts {'chosen' if top_k else 'that take patches'} together", note)
+    return figure
+
+
+def plot_class_experts(
+    share: npt.ArrayLike,
+    significant: npt.ArrayLike,
+    class_names: Sequence[str],
+    *,
+    layer_name: str,
+    excess: npt.ArrayLike | None = None,
+    max_classes: int = 25,
+    threshold: float | None = None,
+    kind: RoutingKind = "token_choice",
+) -> Figure:
+    """Class × expert heatmap of one layer: shares in the cells, colour only where a cell stands above the null.
+
+    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal. A class
+    without images (NaN) is left out.
+
+    Args:
+        share: [C, E] share of a class's choices (weights, where tokens don't choose) that falls on each expert.
+        significant: [C, E] bool, which cells stand above the null.
+        class_names: [C] in words.
+        layer_name: in words.
+        excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
+        max_classes: of more classes, those with the largest effect are shown.
+        threshold: the smallest |excess| that counts as significant, to be stated.
+        kind: who chooses in the layer.
+
+    Raises:
+        UserError: no class has an image.
+    """
+    shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
+    known: Flags = np.asarray(np.isfinite(shares).all(1))
+    if not known.any():
+        raise UserError("No class has an image, so there is no share to draw; give images whose class is known.")
+    above = shares if excess is None else np.asarray(excess, dtype=np.float64)
+    shares, flags, above = shares[known], flags[known], above[known]
+    if excess is None:
+        above = above - shares.mean(0)
+    names = [name for name, there in zip(class_names, known, strict=True) if there]
+    # Classes with a significant cell come first, larger effects before smaller ones.
+    effect = np.abs(above).max(1) + np.where(flags, np.abs(above), 0).max(1)
+    kept = np.sort(np.argsort(-effect, kind="stable")[:max_classes])
+    best = above[kept].argmax(1)
+    order = kept[np.lexsort((-above[kept].max(1), best))]
+    figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
+    shown = (
+        "" if len(shares) <= max_classes else f" {len(order)} of {len(shares)} classes, those with the largest effect."
+    )
+    limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
+    what = "choices" if kind == "token_choice" else "weights"
+    cells = (
+        f"Cells: share of the class's {what} (%)." if shares.shape[1] <= _NUMBERED else f"Share of a class's {what}."
+    )
+    if flags.any():
+        note = (
+            f"{cells} Coloured: differs from the mean{limit}, more than chance "
+            f"over images gives in any cell ({int(flags.sum())} of {flags.size} cells).{shown}"
+        )
+    else:
+        note = (
+            f"{cells} No cell stands above chance over images, "
+            f"so none is coloured: no class was found to use an expert more than others do.{shown}"
+        )
+    # Without the load two busy experts and two classes look like specialization.
+    overall = (shares - above).mean(0)  # [E]
+    load = Load(overall / overall.sum(), shares).words
+    heading(figure, f"{layer_name}: which classes use which expert", f"{note} Load: {load}.")
+    return figure
+
+
+def plot_part_experts(
+    table: npt.ArrayLike,
+    part_names: Sequence[str],
+    *,
+    layer_name: str,
+    kind: RoutingKind = "token_choice",
+) -> Figure:
+    """Part × expert heatmap of one layer: where the patches of each part of an image go.
+
+    From the table [parts, E] of `part_expert_table`: where tokens don't choose, it counts what experts read. Parts that
+    don't occur are left out.
+    """
+    counts = np.asarray(table, dtype=np.float64)
+    area = counts.sum(1) / counts.sum()
+    order = np.argsort(-area, kind="stable")
+    order = order[area[order] > 0]
+    shares = counts[order] / counts[order].sum(1, keepdims=True)
+    above = shares - counts.sum(0) / counts.sum()
+    names = [f"{part_names[part]} ({_percent(area[part])})" for part in order]
+    figure = _share_map(shares, above, np.ones_like(shares, dtype=bool), names)
+    of, bracket = ("the part's area", "the part's area")
+    if kind != "token_choice":
+        of, bracket = "what experts read of the part", "the part's share of all that they read"
+    note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
+    heading(figure, f"{layer_name}: which parts go to which expert", note)
+    return figure
+
+
+def plot_positions(
+    share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: str, kind: RoutingKind = "token_choice"
+) -> Figure:
+    """Position × expert: one small map of the grid (rows, columns) per expert, all on one scale.
+
+    From `position_share` [E, P]: share of the choices at each position that falls on the expert.
+    """
+    shares = np.asarray(share, dtype=np.float64)
+    experts = len(shares)
+    columns = min(experts, 4 if experts <= 8 else 8)
+    rows = -(-experts // columns)
+    width = COLUMN_INCHES if columns <= 4 else PAGE_INCHES
+    side = (width - 0.7) / columns
+    figure = new_figure(width, rows * (side * grid[0] / grid[1] + 0.22))
+    panels = figure.subplots(rows, columns, squeeze=False)
+    norm = Normalize(0, max(float(shares.max()), 2 / experts))
+    for expert, axes in enumerate(panels.flat):
+        bare(axes)
+        if expert >= experts:
+            axes.set_visible(False)
+            continue
+        axes.imshow(shares[expert].reshape(grid), cmap=AMOUNT, norm=norm, interpolation="nearest")
+        colour = expert_colour(expert, experts)
+        axes.set_title(str(expert), fontsize=SMALL, color=ink_on(colour), pad=4,
+                       bbox={"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
+    scale = ScalarMappable(norm, AMOUNT)
+    scale.set_array([])
+    what = {"soft": "reading done there", "expert_choice": "patches taken there"}.get(kind, "choices made there")
+    bar = colour_bar(list(panels.flat), scale, f"share of the {what}", FuncFormatter(_tick))
+    bar.ax.axhline(1 / experts, color=INK, linewidth=1.2)
+    note = (
+        f"One map of the image per expert, one scale for all: {percent(shares.min())} to "
+        f"{percent(shares.max())}. Line in the bar: equal use, {percent(1 / experts)}."
+    )
+    heading(figure, f"{layer_name}: where in the image each expert works", note)
+    return figure
+
+
+def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]) -> Figure:
+    """Rows x experts: shares written in the cells, the excess as colour where flagged, grey elsewhere."""
+    rows, experts = shares.shape
+    label = 0.075 * min(max(len(name) for name in names), _LONGEST_NAME) + 0.1
+    cell = 0.29 if experts <= _NUMBERED else 0.1
+    figure = new_figure(
+        float(np.clip(label + cell * experts + 0.85, COLUMN_INCHES, 12.0)), max(1.0, 0.19 * rows + 0.55)
+    )
+    axes = figure.add_subplot()
+    axes.set_facecolor(BLANK)
+    reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
+    norm = TwoSlopeNorm(0, -reach, reach)
+    picture = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, experts - 0.5, color="white", linewidth=0.8)
+    if experts <= _NUMBERED:
+        digits = 1 if float(np.ptp(shares)) < 0.03 else 0  # whole numbers would all be the same
+        for row, column in np.ndindex(rows, experts):
+            colour = hex_of(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
+            ink = ink_on(colour) if flags[row, column] else SOFT
+            text = f"{100 * shares[row, column]:.{digits}f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
+    short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    axes.set_yticks(range(rows), short, parse_math=False)
+    axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+    expert_chips(axes, experts)
+    if flags.any():
+        colour_bar(axes, picture, "difference (points)", FuncFormatter(_points))
+    return figure
+
+
+def _percent(share: float) -> str:
+    return percent(share, 0 if share >= 0.1 else 1) if share >= 0.001 else "<0.1 %"
+
+
+def _points(share: float, _position: int | None = None) -> str:
+    """A colour bar's label: a difference of shares in percentage points, with a true minus sign."""
+    return f"{100 * share:+.3g}".replace("-", "−") if share else "0"
+
+
+def plot_effects(
+    deltas: Sequence[npt.ArrayLike],
+    controls: Sequence[npt.ArrayLike],
+    layer_names: Sequence[str],
+    class_names: Sequence[str],
+    *,
+    what: str,
+) -> Figure:
+    """Change of the true class's logit without each expert: one small mark per class, a large one for their mean.
+
+    Args:
+        deltas: per layer [E, C], mean over images of a class.
+        controls: per layer [E, C], the same with as many random choices taken away instead; NaN without a control.
+        layer_names: such as "L4".
+        class_names: [C]; the one that changes most is named.
+        what: the intervention in words, such as "its patches go to their next-best expert".
+    """
+    effects = [np.asarray(delta, dtype=np.float64) for delta in deltas]
+    chance = [np.asarray(control, dtype=np.float64) for control in controls]
+    columns = min(2 if effects[0].shape[0] > 8 else 3, len(effects))
+    rows = -(-len(effects) // columns)
+    figure = new_figure(PAGE_INCHES, 0.55 + 1.75 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(effects) :]:
+        axes.set_visible(False)
+    for place, (axes, effect, control) in enumerate(zip(panels.flat, effects, chance, strict=False)):
+        _draw_effects(axes, effect, control)
+        _name_largest(axes, effect, class_names, 0.2 * max(float(np.ptp(array)) for array in effects))
+        panel_title(axes, layer_names[place])
+        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
+        if place % columns == 0:
+            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
+    style = {"linestyle": "none", "marker": "o"}
+    marks = [
+        Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]
+        Line2D([], [], color=INK, markersize=2.5, alpha=0.55, label="one class", **style),  # type: ignore[arg-type]
+        Line2D([], [], color=_CONTROL, markersize=4, marker="_", linestyle="none", label="as many choices at random"),
+    ]
+    figure.legend(handles=marks, loc="outside lower left", ncols=3, fontsize=SMALL, frameon=False, labelcolor=INK)
+    heading(figure, "Without one expert", f"Change of the true class's logit; {what}.")
+    return figure
+
+
+def _draw_effects(axes: Axes, effect: npt.NDArray[np.float64], control: npt.NDArray[np.float64]) -> None:
+    calm(axes)
+    axes.axhline(0, color=RULE, linewidth=1.0)
+    experts, classes = effect.shape
+    spread = _spread(classes)
+    for expert in range(experts):
+        colour = expert_colour(expert, experts) if experts <= len(EXPERT_COLOURS) else INK
+        axes.plot(expert + 0.28, control[expert].mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
+        axes.vlines(expert + 0.28, control[expert].min(), control[expert].max(), color=_CONTROL, linewidth=1)
+        axes.plot(expert - 0.12 + spread, effect[expert], "o", color=colour, markersize=2.2, alpha=0.55)
+        axes.plot(expert - 0.12, effect[expert].mean(), "o", color=colour, markersize=5, markeredgecolor="white")
+    axes.set_xticks(range(experts))
+    axes.set_xlim(-0.6, experts - 0.1)
+
+
+def _name_largest(axes: Axes, effect: npt.NDArray[np.float64], class_names: Sequence[str], least: float) -> None:
+    """The class that changes most without an expert, beside its mark, if that is at least `least` away from zero."""
+    spread = _spread(effect.shape[1])
+    for expert, row in enumerate(effect):
+        label = int(np.abs(row).argmax())
+        if abs(row[label]) >= max(least, 1e-6):
+            place = (expert - 0.12 + spread[label], row[label])
+            style = {"textcoords": "offset points", "va": "center", "fontsize": SMALL - 0.5, "color": SOFT}
+            axes.annotate(class_names[label], place, (4, 0), parse_math=False, **style)  # type: ignore[arg-type]
+
+
+def _spread(classes: int) -> npt.NDArray[np.float64]:
+    """How far each class stands to the side of its expert."""
+    return np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)
+
+
+# ---- figures of images
+
+Picture = npt.NDArray[np.uint8]
+_PER_ROW = 4  # panels side by side
+_MOST_EXPERTS = 16
+_GAP, _NAME = 0.5, 1.5  # widths between top and random patches and of the expert's name, in patches
+
+
+def plot_overlay(
+    picture: Picture,
+    trace: RoutingTrace,
+    image: int = 0,
+    *,
+    layers: Sequence[int] | None = None,
+) -> Figure:
+    """The image, and per MoE layer the expert of every patch: colour and number, opacity = gate weight.
+
+    Args:
+        picture: uint8 [S, S, 3], the image as the model saw it.
+        trace: routing of one or more images.
+        image: which of them is `picture`.
+        layers: block indices of the layers to show; all of the trace by default.
+    """
+    shown = trace.layers if layers is None else [trace.layer(block) for block in layers]
+    columns = min(1 + len(shown), _PER_ROW)
+    rows = -(-(1 + len(shown)) // columns)
+    side = max(PAGE_INCHES / max(columns, 3), 0.13 * max(trace.grid) + 0.2)
+    figure = new_figure(side * columns, (side + 0.12) * rows)
+    axes = figure.add_subplot(rows, columns, 1)
+    axes.imshow(picture)
+    bare(axes)
+    panel_title(axes, "image")
+    for place, layer in enumerate(shown, start=2):
+        axes = figure.add_subplot(rows, columns, place)
+        _draw_experts(axes, picture, layer, image, trace.grid)
+        panel_title(axes, layer.name, _first_choices(layer, image))
+    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", _overlay_note({each.kind for each in shown}))
+    return figure
+
+
+def _first_choices(layer: LayerTrace, image: int) -> str:
+    """What there is to say about a panel."""
+    of_image = layer.select(slice(image, image + 1))
+    first = of_image.first_choice()
+    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+    if layer.kind == "expert_choice":
+        return f"no expert: {(first < 0).sum()} of {first.size} patches"
+    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
+
+
+def _overlay_note(kinds: set[RoutingKind]) -> str:
+    """How to read the overlay."""
+    words = {
+        "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped "
+        "by capacity.",
+        "expert_choice": "Experts choose: colour and number are the expert with the largest weight of those that took "
+        "the patch; opacity: grows with that weight; · no expert took it.",
+        "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
+        "weight, from an equal share to all of it.",
+    }
+    said = " ".join(text for kind, text in words.items() if kind in kinds)
+    return f"{said} Equal colours in two layers are unrelated experts."
+
+
+def _draw_experts(axes: Axes, picture: Picture, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    first = np.asarray(layer.expert_index[image, :, 0], dtype=np.int64)
+    kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
+    weight = np.clip(np.asarray(layer.combine_weight[image, :, 0], dtype=np.float64), 0, 1)
+    palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
+    if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
+        weight = np.clip((layer.num_experts * weight - 1) / max(1, layer.num_experts - 1), 0, 1)
+    alpha = np.where(kept, 0.12 + 0.75 * weight, 0.0)
+    pale = _pale(picture, 0.55)
+    overlay = np.concatenate([palette[first], alpha[:, None]], axis=1).reshape(rows, columns, 4)
+    _over(axes, pale, overlay, grid)
+    ground = pale[..., None].repeat(3, -1).reshape(rows, pale.shape[0] // rows, columns, -1, 3).mean((1, 3))
+    shade = alpha[:, None] * palette[first] + (1 - alpha[:, None]) * ground.reshape(-1, 3)
+    points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
+    size = float(np.clip(0.5 * points, 4.5, 8.5))
+    for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
+        text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink_on(hex_of(shade[patch])))
+
+
+def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int], **style: object) -> None:
+    """A pale image with one translucent cell per patch on it, thin white lines between; data units are patches."""
+    rows, columns = grid
+    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+    axes.imshow(overlay, interpolation="nearest", **style)  # type: ignore[arg-type]
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    bare(axes)
+    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
+
+
+def _pale(picture: Picture, darkest: float) -> Floats:
+    """[S, S] in [darkest, 1]: the image without its colours, so that those on top mean one thing."""
+    grey = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
+    return darkest + (1 - darkest) * grey
+
+
+def plot_certainty(
+    picture: Picture, trace: RoutingTrace, image: int = 0, *, layers: Sequence[int] | None = None
+) -> Figure:
+    """How sure the router is of each patch of an image (as in `plot_overlay`): entropy and margin."""
+    shown = trace.layers if layers is None else [trace.layer(block) for block in layers]
+    columns = min(len(shown), _PER_ROW)
+    blocks = -(-len(shown) // columns)
+    side = PAGE_INCHES / max(columns + 1.6, 3.6)
+    figure = new_figure(side * (columns + 1) + 0.75, 2 * blocks * (side + 0.1))
+    cells = figure.add_gridspec(2 * blocks, columns + 1)
+    axes = figure.add_subplot(cells[0, 0])
+    axes.imshow(picture)
+    bare(axes)
+    panel_title(axes, "image")
+    most = float(np.log2(max(layer.num_experts for layer in shown)))
+    for row, (name, limit, label, form) in enumerate(
+        (
+            ("entropy", most, f"bits (0 decided, {most:.3g} undecided)", "%.1f"),
+            ("margin", 1.0, "best − second-best", "%.1f"),
+        )
+    ):
+        norm, drawn = Normalize(0, limit), []
+        for place, layer in enumerate(shown):
+            values = np.asarray((layer.entropy_bits if row == 0 else layer.margin)[image], dtype=np.float64)
+            axes = figure.add_subplot(cells[row * blocks + place // columns, 1 + place % columns])
+            _over(axes, _pale(picture, 0.6), values.reshape(trace.grid), trace.grid, cmap=AMOUNT, norm=norm, alpha=0.78)
+            panel_title(axes, layer.name, f"mean {name} {values.mean():.2f}")
+            drawn.append(axes)
+        bar = ScalarMappable(norm, AMOUNT)
+        bar.set_array([])
+        colour_bar(drawn, bar, label, form)
+    note = (
+        "Entropy of the router's probabilities over all experts, and how far the best is ahead of the second. "
+        "Low entropy alone isn't specialization: a collapsed router is sure as well."
+    )
+    heading(figure, f"How sure the router is: {verdict_on(trace, image)}", note)
+    return figure
+
+
+def verdict_on(trace: RoutingTrace, image: int) -> str:
+    """What the image is and what the model takes it for."""
+    guess, label = int(trace.predictions[image]), int(trace.labels[image])
+    words = [] if label < 0 else [trace.class_names[label]]
+    if guess >= 0:  # a model without a head predicts nothing
+        names = trace.prediction_names or trace.class_names
+        words.append(f"predicted {names[guess]} ({percent(trace.probabilities[image, guess], 0)})")
+    return ", ".join(words) or shown(trace.picture_names[image])
+
+
+def plot_path(picture: Picture, trace: RoutingTrace, image: int, patch: int) -> Figure:
+    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities.
+
+    Raises:
+        UserError: if there is no such patch.
+    """
+    rows, columns = trace.grid
+    if not 0 <= patch < rows * columns:
+        raise UserError(
+            f"There is no patch {patch}: the {rows} x {columns} grid has patches 0 to {rows * columns - 1}."
+        )
+    experts = max(layer.num_experts for layer in trace.layers)
+    height = float(np.clip(0.24 * experts, 1.9, 6.5))
+    figure = new_figure(PAGE_INCHES * (0.7 if len(trace.layers) <= 4 else 1), height)
+    left, right = figure.subplots(1, 2, width_ratios=(1.75, figure.get_size_inches()[0] - 1.75))
+    left.imshow(picture, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+    for width, colour in ((3.0, "white"), (1.3, INK)):
+        left.add_patch(
+            Rectangle((patch % columns - 0.5, patch // columns - 0.5), 1, 1, fill=False, ec=colour, lw=width)
+        )
+    bare(left)
+    left.set_anchor("N")
+    panel_title(left, f"row {patch // columns + 1}, column {patch % columns + 1}")
+    _draw_path(right, trace, image, patch, experts)
+    soft = any(layer.kind == "soft" for layer in trace.layers)
+    lines = "the largest of each layer" if soft else "first choices, thin ones the others"
+    note = (
+        f"Discs: {'experts' if soft else 'chosen experts'} and their gate weights; the thick line joins {lines}. "
+        "Grey dots: router probability (area). Equal numbers in two layers are unrelated experts."
+    )
+    heading(figure, f"The path of one patch: {verdict_on(trace, image)}", note)
+    return figure
+
+
+def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts: int) -> None:
+    calm(axes, "both")
+    x = np.arange(len(trace.layers))
+    dense = experts > 24
+    for place, layer in enumerate(trace.layers):
+        probs = np.asarray(layer.probs[image, patch], dtype=np.float64)
+        axes.scatter(np.full(len(probs), place), np.arange(len(probs)), s=60 * probs + 1.5, color="#B9BEC4", zorder=2)
+    for choice in reversed(range(max(layer.top_k for layer in trace.layers))):
+        there = [place for place, layer in enumerate(trace.layers) if _is_drawn(layer, image, patch, choice)]
+        at = {place: int(trace.layers[place].expert_index[image, patch, choice]) for place in there}
+        if choice == 0 or not any(layer.kind == "soft" for layer in trace.layers):
+            line = [at.get(place, np.nan) for place in range(len(x))]  # interrupted where a layer has no such choice
+            axes.plot(x, line, color=INK if choice == 0 else "#9AA0A6", linewidth=1.8 if choice == 0 else 0.8, zorder=3)
+        for place, expert in at.items():
+            layer = trace.layers[place]
+            lit = expert if choice == 0 and layer.num_experts > len(EXPERT_COLOURS) else None
+            weight = float(layer.combine_weight[image, patch, choice])
+            colour, kept = expert_colour(expert, layer.num_experts, lit), bool(layer.kept[image, patch, choice])
+            size = (5.0 if dense else 8.0) + (3.0 if dense else 6.0) * weight
+            axes.plot(place, expert, "o", markersize=size, color=colour if kept else "white", zorder=4,
+                      markeredgecolor="white" if kept else INK, markeredgewidth=0.8)  # fmt: skip
+            axes.text(place, expert, str(expert), ha="center", va="center_baseline", zorder=5,
+                      fontsize=SMALL - (2.5 if dense else 0), color=ink_on(colour) if kept else INK)  # fmt: skip
+            label = f"{weight:.2f}" if kept else "dropped"
+            axes.annotate(label, (place, expert), (size / 2 + 1.5, 0), textcoords="offset points", va="center",
+                          fontsize=SMALL - 0.5, color=INK if choice == 0 else SOFT, zorder=4,
+                          bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
+    for place, layer in enumerate(trace.layers):
+        if layer.kind == "expert_choice" and not layer.kept[image, patch].any():
+            axes.text(place, (layer.num_experts - 1) / 2, "no expert", rotation=90, ha="center", va="center",
+                      fontsize=SMALL, color=SOFT, zorder=4,
+                      bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
+    axes.set(xlim=(-0.35, len(x) - 0.45), ylim=(experts - 0.4, -0.6))
+    axes.set_xticks(x, [layer.name for layer in trace.layers])
+    axes.set_yticks(range(0, experts, 1 if experts <= 16 else 4))
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_ylabel("expert", fontsize=SMALL, color=SOFT)
+    axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
+
+
+def _is_drawn(layer: LayerTrace, image: int, patch: int, choice: int) -> bool:
+    """Whether the layer has such a choice: one that capacity dropped counts, an expert that took nothing doesn't."""
+    return choice < layer.top_k and (layer.kind != "expert_choice" or bool(layer.kept[image, patch, choice]))
+
+
+def plot_gallery(
+    pictures: PictureSet,
+    trace: RoutingTrace,
+    layer: int,
+    *,
+    experts: Sequence[int] | None = None,
+    count: int = 8,
+    context: int = 1,
+    seed: int = 0,
+) -> Figure:
+    """One row per expert: its heaviest patches, and as many random ones, in context and outlined.
+
+    Args:
+        pictures: the images that the trace was made of.
+        trace: routing of all of them.
+        layer: block index of the MoE layer.
+        experts: which to show; all by default, or the 16 busiest of more.
+        count: patches of each kind.
+        context: patches shown around each.
+        seed: of the random patches.
+    """
+    routing = trace.layer(layer)
+    loads = routing.counts().sum(0)
+    galleries = layer_gallery(routing, count, seed)
+    shown = list(experts) if experts is not None else list(range(routing.num_experts))
+    if experts is None and len(shown) > _MOST_EXPERTS:
+        shown = sorted(np.argsort(-loads, kind="stable")[:_MOST_EXPERTS].tolist())
+    units = _NAME + 2 * count + _GAP
+    figure = new_figure(PAGE_INCHES, PAGE_INCHES / units * (1.06 * len(shown) + 0.55))
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, units), ylim=(1.06 * len(shown), -0.5), aspect="equal")
+    bare(axes)
+    soft = routing.kind == "soft"
+    for left, name in (
+        (_NAME, "read most" if soft else "largest gate weight"),
+        (_NAME + count + _GAP, "random patches"),
+    ):
+        axes.text(left + 0.03, -0.15, name, fontsize=SMALL + 0.5, fontweight="bold", color=INK)
+    for row, expert in enumerate(shown):
+        share = float(loads[expert] / max(1, loads.sum()))
+        _draw_row(axes, galleries[expert], row, share, routing.num_experts)
+        for start, patches in ((_NAME, galleries[expert].top), (_NAME + count + _GAP, galleries[expert].random)):
+            for place, patch in enumerate(patches):
+                _draw_patch(axes, pictures, patch, trace.grid, context, start + place, 1.06 * row)
+    fewer = "" if len(shown) == routing.num_experts else f" {len(shown)} of {routing.num_experts} experts."
+    drawn = "drawn as much as the expert reads of them" if soft else "drawn evenly from all that the expert computes"
+    share_of = "the weight that patches take" if soft else "choices"
+    note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
+    heading(figure, f"{routing.name}: what each expert gets", note)
+    return figure
+
+
+def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_experts: int) -> None:
+    """The expert's chip, and a word where nothing is routed to it."""
+    y, colour = 1.06 * row, expert_colour(gallery.expert, num_experts)
+    axes.text(0.65, y + 0.34, str(gallery.expert), ha="center", va="center", fontsize=SMALL + 1, color=ink_on(colour),
+              bbox={"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
+    axes.text(0.65, y + 0.83, percent(share), ha="center", va="center", fontsize=SMALL - 0.5, color=SOFT)
+    if not gallery.top:
+        width = axes.get_xlim()[1] - _NAME
+        axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))
+        axes.text(_NAME + 0.2, y + 0.5, "no patch goes to this expert", va="center", fontsize=SMALL, color=SOFT)
+
+
+def _draw_patch(
+    axes: Axes, pictures: PictureSet, patch: GalleryPatch, grid: tuple[int, int], context: int, x: float, y: float
+) -> None:
+    """A crop of one unit, with its patch, which is in the middle, outlined in white on black."""
+    crop = patch_crop(pictures.image(patch.image), grid, patch.patch, context)
+    axes.imshow(crop, extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02), interpolation="nearest", zorder=2)
+    side = 0.96 / (1 + 2 * context)
+    corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
+    for width, colour in ((1.5, "black"), (0.7, "white")):
+        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=3))

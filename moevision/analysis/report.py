@@ -1,0 +1,781 @@
+"""`moevision analyze`: run a model over held-out images, measure what its experts do, and write one report.
+
+report.html         one page with everything in it; written last, so where it stands everything else does
+report.json         every number of it
+trace.safetensors   the routing (`RoutingTrace.load`)
+figures/*.png       its figures, drawn one after the other
+
+The stages are ordinary calls of this package, in the order in which a notebook would make them; the report adds no
+statistic of its own. The page is `templates/report.html.jinja` filled with `report.json` and the figures: it computes
+nothing, so it can't say another number than the file does.
+
+Axes: I images, P patches, K choices, E experts, C classes, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import platform
+import struct
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import moevision.analysis.plots as plots
+from moevision import __version__, package_version
+from moevision.analysis.agreement import consistency, expert_similarity, match_experts
+from moevision.analysis.baselines import measure_baselines
+from moevision.analysis.collect import UNREAD, collect_routing, model_title
+from moevision.analysis.describe import (
+    QUANTILES,
+    ClassExpertMap,
+    class_expert_map,
+    co_activation,
+    fractions_of_parts,
+    gate_weight_quantiles,
+    majority_part,
+    part_expert_table,
+    position_share,
+)
+from moevision.analysis.effects import class_effect
+from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
+from moevision.analysis.intervention import Intervention
+from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
+from moevision.analysis.readings import recording_of
+from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.errors import UserError, refuse_equal_seeds
+from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from moevision.layers import moe_layers
+from moevision.layers.routing import Kind as RoutingKind
+from moevision.metrics import LayerLoad
+from moevision.models.io import SavedModel, load_model
+from moevision.models.reading import routes_read
+from moevision.models.safe_files import read_json, read_yaml
+from moevision.names import shown
+
+Json = dict[str, Any]
+SCHEMA = "moevision.report/1"
+"""Version of report.json; a change that an older reader would misread raises the number."""
+
+HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
+LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
+CONTROLS = ("untrained", "kmeans_input")  # what the three questions compare with
+_SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
+_PICTURES_SHOWN = 3
+_LEAST, _MOST = 3, 40  # images of a class
+_WHAT: dict[RoutingKind, str] = {
+    "token_choice": "an expert's patches go to their next-best expert",
+    "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
+    "soft": "in Soft MoE an expert's weight is shared out among the others",
+}
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to analyze, and how thoroughly.
+
+    Attributes:
+        model: a run folder, its model/ folder, or a timm address.
+        data: a folder or a dataset's name; None takes what the run was trained on.
+        root: folder of named datasets; the run's own if None.
+        out: folder to write to.
+        limit: images, the same number of each class; 1 000 by default.
+        seeds: other trainings of the same recipe, as addresses like `model`.
+        before: the model before it was trained, as an address; the same architecture with fresh weights if None.
+        permutations: shuffles behind each chance level.
+        seed: of everything that is drawn at random.
+        quick: fewer untrained models, and experts taken away on fewer images.
+        command: what was typed, for the record.
+        progress: show a progress bar.
+    """
+
+    model: str
+    data: str | None = None
+    root: str | None = None
+    out: Path = Path("report")
+    limit: int = 1000
+    seeds: tuple[str, ...] = ()
+    before: str | None = None
+    permutations: int = 1000
+    seed: int = 0
+    quick: bool = False
+    command: str = ""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: if a number is out of its range.
+        """
+        for name, least in (("limit", 20), ("permutations", 20), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name} is {value}: it must be at least {least}.")
+
+
+def run(chosen: Namespace) -> None:
+    """`moevision analyze MODEL`: write the report, and print the three answers and what it says of each layer."""
+    settings = ReportSettings(
+        model=chosen.model,
+        data=chosen.data,
+        root=chosen.root,
+        out=Path(chosen.out),
+        limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
+        seeds=tuple(chosen.seeds),
+        before=chosen.before,
+        permutations=chosen.permutations if chosen.permutations is not None else 200 if chosen.quick else 1000,
+        seed=chosen.seed,
+        quick=chosen.quick,
+        command=chosen.command,
+    )
+    numbers = analyze(settings)
+    for answer in numbers["verdict"]["answers"]:
+        print(shown(answer["sentence"]))
+    for layer in numbers["verdict"]["layers"]:
+        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
+    print(f"The report is {shown(str(settings.out / 'report.html'))}")
+
+
+def analyze(settings: ReportSettings) -> Json:
+    """Analyze a model and write the report.
+
+    Args:
+        settings: what, and how thoroughly.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        UserError: if there is no such model or data, the model has no MoE layers, two trainings have one seed, or `out`
+            holds other files.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    refuse_equal_seeds((address, _seed_of(address)) for address in (settings.model, *settings.seeds))
+    model = load_model(settings.model)
+    if not moe_layers(model.net):
+        raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
+    found = pictures_for(settings.model, model, settings.data, limit=settings.limit, root=settings.root)
+    if found is None:
+        raise UserError(
+            f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
+            "or a dataset's name such as synthetic_pets."
+        )
+    titles = {address: shown(model_title(address)) for address in (settings.model, *settings.seeds)}
+    others = [(titles[address], load_model(address)) for address in settings.seeds]
+    before = None if settings.before is None else load_model(settings.before)
+    folder = claim_folder(settings.out)
+    stages = Stages(total=8, show=settings.progress)
+    with stages.bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
+        with stages.stage("collecting the routing"):
+            trace = collect_routing(model, found, path=folder / TRACE, progress=False, name=titles[settings.model])
+            (folder / HTML).unlink(missing_ok=True)  # it belongs to the trace that was replaced
+            pictures = Remembered(aligned_pictures(found, trace))
+        results = measure(model, pictures, trace, others, settings, stages, before)
+        with stages.stage("drawing figures"):
+            layers = [layer_numbers(layer) for layer in trace.layers]
+            figures: list[Json] = []
+            pngs: dict[str, bytes] = {}
+            for kind, file, title, figure in draw_figures(trace, pictures, results, layers, settings.seed):
+                figures.append({"file": file, "kind": kind, "title": title})
+                pngs[file] = plots.figure_png(figure)
+    numbers: Json = as_json(
+        {
+            "schema": SCHEMA,
+            "title": f"What the experts of {trace.model} do",
+            "settings": {"limit": settings.limit, "permutations": settings.permutations, "seed": settings.seed,
+                         "quick": settings.quick, "seeds": [titles[address] for address in settings.seeds],
+                         "before": settings.before and shown(model_title(settings.before))},
+            "model": model_numbers(trace, settings.model, model.image_size),
+            "data": data_numbers(trace),
+            "layers": [{**layer, "read": read} for layer, read in zip(layers, routes_read(model.net), strict=True)],
+            **results.to_json(trace),
+            "figures": figures,
+            # What a reader needs to repeat the report; no path, user or host beyond what the command itself contains.
+            "provenance": {
+                "moevision": __version__,
+                "command": settings.command,
+                "started_utc": started.isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - clock, 1),
+                "stages_s": stages.seconds,
+                "seed": settings.seed,
+                "weights_sha256": trace.provenance.get("weights_sha256"),
+                "unreadable": trace.provenance.get("unreadable", 0),
+                "libraries": {name: package_version(name) or "not installed" for name in LIBRARIES},
+                "python": platform.python_version(),
+                "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            },
+        }
+    )  # fmt: skip
+    write_report(folder, numbers, render(numbers, pngs), pngs)
+    return numbers
+
+
+def _seed_of(address: str) -> int | None:
+    """The seed of a model's training, as its config.yaml has it; None where it isn't known."""
+    run = run_folder(address)
+    try:
+        seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
+    except (OSError, ValueError, AttributeError):  # as a model without a run
+        return None
+    return seed if isinstance(seed, int) else None
+
+
+@dataclass
+class Stages:
+    """The progress bar, and the time that each stage took."""
+
+    total: int
+    show: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+        console = Console(stderr=True)
+        show = self.show and console.is_terminal  # elsewhere rich would leave an empty line
+        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
+        self.task = self.bar.add_task("", total=self.total)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The scope of one stage."""
+        self.bar.update(self.task, description=f"{name} ({len(self.seconds) + 1} of {self.total})")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.bar.advance(self.task)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    Attributes:
+        questions: the three answers about each layer.
+        maps: block index -> class x expert map; empty with fewer than two labelled classes.
+        parts: [I, P, parts] share of each patch that belongs to each part; None where images have none.
+        stability: per layer agreement under changes and with other trainings, and similarity of its experts.
+        effects: from `measure_effects`.
+    """
+
+    questions: Sequence[LayerAnswers]
+    maps: dict[int, ClassExpertMap]
+    parts: npt.NDArray[np.float32] | None
+    stability: list[Json]
+    effects: Json
+
+    def to_json(self, trace: RoutingTrace) -> Json:
+        """Every number, and the answers that follow from them; `headline` is all three in one."""
+        answers = headline(self.questions)
+        layers = [
+            {
+                "layer": layer.layer,
+                "name": layer.name,
+                "sentences": [f"{layer.name}: {answer.sentence}" for answer in found.answers],
+                "numbers": [line for answer in found.answers for line in answer.numbers],
+            }
+            for layer, found in zip(trace.layers, self.questions, strict=True)
+        ]
+        why = self.effects["why"]
+        return {
+            "verdict": {
+                "plain": plainly(answers),
+                "headline": " ".join(answer.sentence for answer in answers).removesuffix("."),
+                "answers": [answer.to_json() for answer in answers],
+                "layers": layers,
+            },
+            "questions": [each.to_json() for each in self.questions],
+            "specialization": [],  # what an earlier version measured, and its readers look for
+            "maps": [found.to_json() for found in self.maps.values()],
+            "stability": self.stability,
+            "effects": self.effects,
+            "skipped": [{"what": "Taking experts away was left out", "why": why}] if why else [],
+        }
+
+
+def measure(
+    model: SavedModel,
+    pictures: PictureSet,
+    trace: RoutingTrace,
+    others: Sequence[tuple[str, SavedModel]],
+    settings: ReportSettings,
+    stages: Stages,
+    before: SavedModel | None = None,
+) -> Results:
+    """Run the stages on the images and the routing of a model, with the names and models of other trainings.
+
+    `before` is the model before it was trained; one with fresh weights if None.
+    """
+    parts = fractions_of_parts(pictures, trace.grid)
+    with stages.stage("measuring what needs no learning"):
+        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5, names=CONTROLS)
+    with stages.stage("looking at other trainings"):
+        seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
+    shown_parts = None if parts is None else majority_part(parts)
+    with stages.stage("asking three questions"):
+        again = []
+        for (_, other), routed in zip(others, seeds, strict=True):  # each beside controls of its own
+            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3, names=CONTROLS)
+            again.append(recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed))
+        ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
+        recording = recording_of(
+            model, pictures, trace,
+            baselines=baselines, before=ago, parts=shown_parts, part_names=pictures.part_names, seed=settings.seed,
+        )  # fmt: skip
+        questions = three_questions(
+            recording, seeds=again, permutations=settings.permutations, draws=1 if settings.quick else 2,
+            seed=settings.seed,
+        )  # fmt: skip
+    with stages.stage("mapping classes to experts"):
+        known = len(np.unique(trace.labels[trace.labels >= 0])) > 1
+        maps = {
+            layer.layer: class_expert_map(
+                trace, layer.layer, num_permutations=settings.permutations, seed=settings.seed
+            )
+            for layer in (trace.layers if known else ())
+        }
+    with stages.stage("mirroring and cropping"):
+        stability = _stability(model, pictures, trace, seeds, settings.seed)
+    with stages.stage("taking experts away"):
+        effects = measure_effects(model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed)
+    return Results(questions, maps, parts, stability, effects)
+
+
+def _stability(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: Sequence[RoutingTrace], seed: int
+) -> list[Json]:
+    found = []
+    changes = consistency(model, pictures, seed=seed)
+    for layer in trace.layers:
+        similarity = expert_similarity(model, pictures, layer.layer, seed=seed)
+        found.append(
+            {
+                "layer": layer.layer,
+                "name": layer.name,
+                "similarity": similarity.tolist(),
+                **of_pairs(similarity),
+                "matches": [
+                    {"run": other.model, **asdict(match_experts(layer, other.layer(layer.layer)))} for other in seeds
+                ],
+                "consistency": [change.to_json() for change in changes if change.layer == layer.layer],
+            }
+        )
+    return found
+
+
+def of_pairs(similarity: npt.NDArray[Any]) -> Json:
+    """Mean and largest similarity of two experts, and which two: from [E, E]; all None for one expert."""
+    pairs = np.argwhere(np.triu(np.ones_like(similarity, dtype=bool), 1))
+    if not len(pairs):
+        return {"similarity_mean": None, "similarity_most": None, "most_similar": None}
+    values = similarity[tuple(pairs.T)]
+    first, second = pairs[values.argmax()]
+    return {
+        "similarity_mean": float(values.mean()),
+        "similarity_most": float(values.max()),
+        "most_similar": f"E{first} and E{second}",
+    }
+
+
+def measure_effects(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
+) -> Json:
+    """Take every expert away, one at a time, and follow the true class of images of each class.
+
+    How many images of a class are used follows from the time that a first call takes.
+
+    Args:
+        model: the model that the trace is of.
+        pictures: labelled images.
+        trace: their routing.
+        budget_s: about how long all of it may take, in seconds.
+        seed: of the images and of the control.
+
+    Returns:
+        `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
+        the classes and the class that changes most); both lists are empty, and `why` says why, where it takes too long
+        or no class of the model has images.
+    """
+    classes = [
+        name for label, name in enumerate(trace.class_names)
+        if name in model.class_names and (trace.labels == label).sum() >= _LEAST
+    ]  # fmt: skip
+    what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
+    found: Json = {"what": what, "why": None, "pictures_per_class": 0, "rows": [], "experts": []}
+    if not classes:
+        return found | {"why": f"no class of the model has {_LEAST} images here"}
+    calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
+    first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
+    start = time.perf_counter()
+    class_effect(model, pictures, classes[0], first, limit=_LEAST, seed=seed)
+    each_s = (time.perf_counter() - start) / _LEAST
+    per_class = min(_MOST, int(budget_s / (each_s * calls)))
+    if per_class < _LEAST:
+        minutes = each_s * calls * _LEAST / 60
+        return found | {"why": f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"}
+    for layer in trace.layers:
+        load = layer.counts().sum(0)
+        for expert in range(layer.num_experts):
+            away = Intervention("ablate", layer=layer.layer, expert=expert)
+            place = {"layer": layer.layer, "expert": expert}
+            rows = [
+                {**place, **class_effect(model, pictures, name, away, limit=per_class, seed=seed).to_json()}
+                for name in classes
+            ]
+            strongest = max(rows, key=lambda row: abs(row["delta_logit"]))
+            mean = {  # None where a row has none: an expert without a control has none in any class
+                name: None if None in (values := [row[name] for row in rows]) else fmean(values)
+                for name in ("delta_logit", "control_delta_logit", "delta_p")
+            }
+            found["rows"] += rows
+            found["experts"].append(
+                {
+                    **place,
+                    "name": f"L{layer.layer}·E{expert}",
+                    "share": float(load[expert] / max(load.sum(), 1e-12)),
+                    **mean,
+                    "strongest_class": strongest["class"],
+                    "strongest_delta_logit": strongest["delta_logit"],
+                    "strongest_control_delta_logit": strongest["control_delta_logit"],
+                }
+            )
+    return found | {"pictures_per_class": per_class}
+
+
+def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
+    """What the model is; numbers of experts are lists where layers differ."""
+    each: dict[str, list[Any]] = {
+        "num_experts": [layer.num_experts for layer in trace.layers],
+        "top_k": [layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers],
+        "experts_per_patch": [round(layer.experts_per_patch, 2) for layer in trace.layers],
+        "routing": [layer.kind for layer in trace.layers],
+        "route_by": [layer.route_by for layer in trace.layers],
+    }
+    return {
+        "name": trace.model,
+        "address": address,
+        "image_size": image_size,
+        "grid": list(trace.grid),
+        "moe_blocks": [layer.layer for layer in trace.layers],
+        **{name: values[0] if len(set(values)) == 1 else values for name, values in each.items()},
+        "class_names": list(trace.prediction_names or trace.class_names),
+    }
+
+
+def data_numbers(trace: RoutingTrace) -> Json:
+    """What the images are, and how many of each class are classified correctly."""
+    known = trace.labels >= 0
+    classes = []
+    for index, name in enumerate(trace.class_names):
+        of_class = trace.labels == index
+        count = int(of_class.sum())
+        correct = int((trace.predictions[of_class] == index).sum()) if trace.accuracy is not None else None
+        accuracy = None if correct is None or count == 0 else correct / count
+        classes.append({"class": name, "n": count, "correct": correct, "accuracy": accuracy})
+    correct = None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
+    return {
+        "name": trace.data,
+        "n_images": len(trace),
+        "n_labelled": int(known.sum()),
+        "correct": correct,
+        "accuracy": trace.accuracy,
+        "classes": classes,
+    }
+
+
+def layer_numbers(layer: LayerTrace) -> Json:
+    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced).
+
+    Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
+    take from each; nothing is dropped where tokens don't choose.
+    """
+    index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
+    image_counts = layer.counts()
+    counts = image_counts.sum(0)
+    chooses = layer.kind == "token_choice"
+    requested = np.bincount(index.ravel(), minlength=layer.num_experts) if chooses else counts
+    computed = np.ones_like(counts) if layer.kind == "soft" else counts
+    load = LayerLoad.from_sums(
+        layer.layer,
+        torch.from_numpy(computed),
+        torch.from_numpy(requested if chooses else computed),
+        entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
+        tokens=torch.tensor(index.shape[0] * index.shape[1]),
+        unrouted=torch.tensor(int((~kept.any(-1)).sum())),
+        count_squares=torch.from_numpy((image_counts**2).sum(0)),
+        images=torch.tensor(len(image_counts)),
+    )
+    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight), kept=None if chooses else kept)
+    together = None
+    if layer.kind != "soft" and layer.top_k > 1:  # all that a token chose, or those that took it
+        together = co_activation(index, layer.num_experts, None if chooses else kept).tolist()
+    return {
+        "layer": layer.layer,
+        "name": layer.name,
+        "kind": layer.kind,
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k if chooses else None,
+        "experts_per_patch": layer.experts_per_patch,
+        "counts": counts.tolist(),
+        "requested": requested.tolist(),
+        "share": (counts / max(counts.sum(), 1e-12)).tolist(),
+        "slowest": load.max_over_mean,
+        "cv_squared": load.cv_squared,
+        "cv_squared_floor": load.cv_squared_floor if chooses else None,
+        "dead": load.dead,
+        "dropped": load.dropped if chooses else None,
+        "unrouted": load.unrouted,
+        "kept_per_patch": layer.kept_per_patch().tolist(),
+        "entropy_bits": load.entropy_bits,
+        "entropy_bits_most": math.log2(layer.num_experts),
+        "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
+        "gate_weight_quantiles": {"levels": list(QUANTILES), "values": quantiles.tolist()},
+        "co_activation": together,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON primitives; NaN and infinity, which JSON can't say, as null."""
+    if isinstance(value, dict):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if isinstance(value, np.generic):
+        return as_json(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- figures
+
+
+class Drawn(NamedTuple):
+    """A figure: the kind that its caption is of, its file's name, what it shows, and itself."""
+
+    kind: str
+    file: str
+    title: str
+    figure: Figure
+
+
+def draw_figures(
+    trace: RoutingTrace, pictures: PictureSet, results: Results, layers: Sequence[Json], seed: int = 0
+) -> Iterator[Drawn]:
+    """All figures of what was measured, in the order of the report.
+
+    `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
+    """
+    names = [layer.name for layer in trace.layers]
+    yield from _draw_pictures(trace, pictures, seed)
+    counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
+    kinds = [layer.kind for layer in trace.layers]
+    load = plots.plot_load(counts, names, requested=None if wanted == counts else wanted, kinds=kinds)
+    yield Drawn("load", "load.png", "Load of each expert", load)
+    uneven = [each for each in layers if any(each["kept_per_patch"][:-1])]
+    if uneven:
+        figure = plots.plot_experts_per_patch(
+            [each["kept_per_patch"] for each in uneven], [each["name"] for each in uneven]
+        )
+        yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", figure)
+    quantiles = [each["gate_weight_quantiles"]["values"] for each in layers]
+    yield Drawn("gate_weights", "gate_weights.png", "Gate weights by depth", plots.plot_gate_weights(quantiles, names))
+    for layer, found in zip(trace.layers, layers, strict=True):
+        yield from _draw_layer(trace, pictures, results, layer, found, seed)
+    if results.effects["rows"]:
+        yield Drawn("effects", "effects.png", "Without one expert", _effects_figure(trace, results.effects))
+
+
+def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN) -> list[int]:
+    """Images drawn at random, of different classes as long as those suffice: not chosen to look good."""
+    order = np.random.default_rng(seed).permutation(len(trace))
+    _, first = np.unique(trace.labels[order], return_index=True)
+    others = np.setdiff1d(np.arange(len(order)), first)
+    return [int(index) for index in order[np.concatenate([np.sort(first), others])][:count]]
+
+
+def _draw_pictures(trace: RoutingTrace, pictures: PictureSet, seed: int) -> Iterator[Drawn]:
+    shown = shown_pictures(trace, seed)
+    for place, image in enumerate(shown, start=1):
+        title = f"Which expert each patch goes to, image {place}"
+        yield Drawn("overlay", f"overlay_{place}.png", title, plots.plot_overlay(pictures.image(image), trace, image))
+    first, (rows, columns) = shown[0], trace.grid
+    middle = rows // 2 * columns + columns // 2
+    path = plots.plot_path(pictures.image(first), trace, first, middle)
+    yield Drawn("path", "path.png", "The path of one patch, image 1", path)
+    certainty = plots.plot_certainty(pictures.image(first), trace, first)
+    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
+
+
+def _draw_layer(
+    trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
+) -> Iterator[Drawn]:
+    name, index = layer.name, np.asarray(layer.expert_index)
+    if numbers["co_activation"] is not None:
+        figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
+        yield Drawn("co_activation", f"co_activation_{name}.png", f"{name}: experts chosen together", figure)
+    if layer.layer in results.maps:
+        found = results.maps[layer.layer]
+        figure = plots.plot_class_experts(
+            found.share, found.significant, trace.class_names,
+            layer_name=name, excess=found.excess, threshold=found.threshold, kind=layer.kind,
+        )  # fmt: skip
+        yield Drawn("class_experts", f"class_experts_{name}.png", f"{name}: which classes use which expert", figure)
+    share = position_share(index, layer.num_experts, layer.wanted)
+    figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=layer.kind)
+    yield Drawn("positions", f"positions_{name}.png", f"{name}: where in the image each expert works", figure)
+    if results.parts is not None:
+        table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
+        figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=layer.kind)
+        yield Drawn("parts", f"parts_{name}.png", f"{name}: which parts go to which expert", figure)
+    figure = plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
+    yield Drawn("gallery", f"gallery_{name}.png", f"{name}: what each expert gets", figure)
+
+
+def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
+    deltas: list[npt.NDArray[np.float64]] = []
+    controls: list[npt.NDArray[np.float64]] = []
+    for layer in trace.layers:
+        rows = [row for row in effects["rows"] if row["layer"] == layer.layer]
+        for name, tables in (("delta_logit", deltas), ("control_delta_logit", controls)):
+            by_expert = [[row[name] for row in rows if row["expert"] == e] for e in range(layer.num_experts)]
+            tables.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
+    names = [layer.name for layer in trace.layers]
+    classes = list(dict.fromkeys(row["class"] for row in effects["rows"]))
+    return plots.plot_effects(deltas, controls, names, classes, what=effects["what"])
+
+
+# ---- the page and the folder
+
+
+def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The page: everything inside it, nothing fetched, readable on screen, in the dark and on paper.
+
+    Args:
+        numbers: what `report.json` holds.
+        pictures: file name -> PNG of every figure that it lists.
+    """
+    page = environment()
+    page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
+    return page.get_template("report.html.jinja").render(numbers)
+
+
+def _image(png: bytes) -> Json:
+    """A PNG as the page holds it: size on screen, and the address with the image inside."""
+    width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
+    return {
+        "width": round(width * _SHOWN_PER_PIXEL),
+        "height": round(height * _SHOWN_PER_PIXEL),
+        "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
+    }
+
+
+def environment() -> jinja2.Environment:
+    """Templates with autoescape: an unknown name is an error, and names from outside are shown harmless."""
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("moevision.analysis"),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(str(value)),  # names from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"number": number}
+    return page
+
+
+def number(value: float | int | None, form: str = ",") -> Markup:
+    """A number rounded by a format such as `.2f`, with a true minus sign; an en dash where there is none.
+
+    It carries its exact value, as `report.json` has it, in HTML's own element for that: `<data value="0.0123">`.
+    """
+    if value is None:
+        return Markup('<span class="soft">–</span>')
+    text = format(value, form).replace("-", "−").replace("%", " %")
+    if set(text) <= set("−+0. %"):
+        text = text.replace("−", "").replace("+", "")  # −0.00 would look like a direction
+    return Markup('<data value="{}">{}</data>').format(json.dumps(value), text)
+
+
+def claim_folder(out: str | Path) -> Path:
+    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
+
+    Raises:
+        UserError: if something else lies there, or it can't be made or written to.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry))
+        probe = folder / ".moevision-probe"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError as error:
+        raise UserError(f"{folder} is a file: give --out a folder for the report.") from error
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror}): give --out another place.") from error
+    if foreign and former_report(folder) is None:
+        raise UserError(
+            f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no former "
+            "report: give --out a new folder."
+        )
+    return folder
+
+
+def former_report(folder: Path) -> dict[str, Any] | None:
+    """The numbers of the report that lies in a folder; None where none does."""
+    try:
+        found = read_json(folder / NUMBERS)
+    except (OSError, ValueError):
+        return None  # absent, or not ours: both mean that there is no report to replace
+    ours = isinstance(found, dict) and str(found.get("schema", "")).startswith("moevision.report/")
+    return found if ours else None
+
+
+def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]) -> None:
+    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go.
+
+    Raises:
+        UserError: if the disk is full or the folder has become read-only.
+    """
+    former = former_report(folder) or {}
+    try:
+        for name, png in pictures.items():
+            write_bytes_atomic(folder / FIGURES / name, png)
+        write_json_atomic(folder / NUMBERS, numbers)
+        write_text_atomic(folder / HTML, page)
+        for entry in former.get("figures", []):
+            name = Path(str(entry.get("file", ""))).name
+            if name.endswith(".png") and name not in pictures:
+                (folder / FIGURES / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The report can't be written to {folder} ({error.strerror}): make room or give --out another place."
+        ) from error
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an earlier, perhaps interrupted, run can have left it."""
+    if entry.name == FIGURES:
+        return entry.is_dir() and all(inner.suffix in (".png", ".tmp") for inner in entry.iterdir())
+    unfinished = entry.name.startswith(".") and entry.suffix == ".tmp"
+    return unfinished or entry.name in (HTML, NUMBERS, TRACE)

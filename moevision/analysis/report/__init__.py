@@ -1,1 +1,0 @@
-"""`moevision analyze`: the stages, the folder and the page of the report."""

@@ -1,0 +1,238 @@
+"""A folder of images: one subfolder per class, with or without train / val / test above them.
+
+Any other layout raises a `UserError` that says what to change. Symbolic links are followed, since many datasets consist
+of links to a store. Each folder is entered once, so circular links end, and a link to a folder that contains it is
+ignored. Within a class a link to a file that the class has already is left out; ``splits.py`` handles what is in
+several classes or splits. Hard links count as separate, byte-identical files, as after a copy to another disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from moevision.data.collection import (
+    SPLIT_NAMES,
+    SPLITS,
+    FileCollection,
+    Sample,
+    check_distinct,
+    check_same_classes,
+    file_identity,
+    some_of,
+    words_of,
+)
+from moevision.data.images import is_image_path
+from moevision.errors import UserError
+
+_LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or train/ and val/ or test/ of such"
+
+
+def read_folder(root: Path) -> FileCollection:
+    """Read a folder-per-class dataset, with or without train / val / test subfolders.
+
+    Args:
+        root: the dataset's folder.
+
+    Returns:
+        The collection; ``given`` has the key "all" for an unsplit folder.
+
+    Raises:
+        UserError: if the folder is missing, empty or laid out otherwise; the sentence says what to change.
+    """
+    if not root.is_dir():
+        raise UserError(_missing_folder(root))
+    notes: list[str] = []
+    links: Counter[str] = Counter()
+    splits = split_folders(root)
+    given = {split: _class_files(folder, root, notes, links) for split, folder in (splits or {"all": root}).items()}
+    if splits:
+        others = [each.name for each in subfolders(root) if each not in splits.values() and _holds_images(each)]
+        if others:
+            notes.append(
+                f"{root} has the folders {', '.join(others)} beside train, which were left out: call a validation set "
+                "val and a test set test"
+            )
+        if "test" in given and not given["test"]:
+            notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
+            del given["test"]
+    train, classes = (splits["train"], given["train"]) if splits else (root, given["all"])
+    _check_classes(train, classes, notes)
+    for split in given if splits else ():
+        check_same_classes(train, classes, splits[split], (name for name, files in given[split].items() if files))
+    folders = sorted(classes)
+    samples = {
+        split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
+        for split, found in given.items()
+    }
+    check_distinct(folders)
+    check_distinct(sample.sample_id for members in samples.values() for sample in members)
+    if links["repeated"]:
+        notes.append(
+            f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
+            "their class has already"
+        )
+    if links["unreadable"]:
+        notes.append(
+            f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
+        )
+    return FileCollection(words_of(folders), samples, notes, root=root, has_links=links["met"] > 0)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir) and links to a folder that holds them."""
+    return sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
+    )
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The train / val / test folders of a dataset that came split; empty if it did not.
+
+    A folder "train" that holds images and no folders is a class of that name (trains exist).
+    """
+    found: dict[str, Path] = {}
+    for folder in subfolders(root):
+        split = SPLIT_NAMES.get(folder.name.lower())
+        if split in found:
+            raise UserError(f"{found[split]} and {folder} both stand for {split}: keep one of them")
+        if split:
+            found[split] = folder
+    if "train" not in found or not subfolders(found["train"]):
+        return {}
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder, with each subfolder entered once, whatever links lead to it.
+
+    What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
+    are left out, and so are folders above `folder`: a link to one of them goes in a circle.
+
+    Args:
+        folder: where to start.
+        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new; and the
+            folders that are `unreadable`.
+    """
+    links = Counter() if links is None else links
+    entered = {file_identity(above) for above in folder.resolve().parents}
+    waiting = [str(folder)]  # the folder itself, then links to others
+    while waiting:
+        below = [waiting.pop(0)]
+        if file_identity(below[0]) in entered:
+            links["repeated"] += 1
+        while below:
+            directory = below.pop()
+            identity = file_identity(directory)
+            if identity in entered:
+                continue
+            entered.add(identity)
+            try:
+                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            except OSError:
+                links["unreadable"] += 1
+                continue
+            for entry in entries:
+                if not _is_folder(entry):
+                    yield entry
+                elif entry.name[0] in ".@":
+                    continue
+                elif entry.is_symlink():
+                    links["met"] += 1
+                    waiting.append(entry.path)
+                else:
+                    below.append(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _leads_up(entry: Path) -> bool:
+    """Whether it is a link to a folder that holds it."""
+    return entry.is_symlink() and entry.is_dir() and entry.parent.resolve().is_relative_to(entry.resolve())
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image_path(entry.name) for entry in walk(folder))
+
+
+def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
+    """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
+
+    ``links`` counts the links that were met, those that led to nothing new, and folders that can't be read.
+    """
+    classes: dict[str, list[str]] = {}
+    ignored: Counter[str] = Counter()
+    above = 0 if root == Path() else len(os.path.join(root, ""))
+    links["met"] += folder.is_symlink()
+    loose = 0
+    for entry in sorted(folder.iterdir()):
+        links["repeated"] += _leads_up(entry)
+        loose += is_image_path(entry) and entry.is_file()
+        if entry.is_symlink() and not entry.exists() and not entry.suffix:
+            notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
+        elif entry.name[0] == "_" and entry.name != "__MACOSX" and entry.is_dir() and _holds_images(entry):
+            notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
+    for class_folder in subfolders(folder):
+        links["met"] += class_folder.is_symlink()
+        real: list[str] = []
+        linked: list[str] = []
+        for found in walk(class_folder, links):
+            if is_image_path(found.name):
+                (linked if found.is_symlink() else real).append(found.path)
+            elif not found.name.startswith("."):
+                ignored[Path(found.name).suffix.lower() or found.name] += 1
+        # Links to files that are neither among the real ones nor behind an earlier link.
+        known = set(map(file_identity, real)) if linked else set()
+        behind = {file_identity(path): path for path in sorted(linked, reverse=True)}  # the first path of each stays
+        files = real + [path for identity, path in behind.items() if identity not in known]
+        links["met"] += len(linked)
+        links["repeated"] += len(real) + len(linked) - len(files)
+        classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
+    if ignored:
+        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
+        notes.append(f"files in {folder} that are not images were left out: {kinds}")
+    if classes and loose:
+        notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
+    return classes
+
+
+def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]) -> None:
+    """At least two class folders, none of them empty; else ``notes`` say what was left out."""
+    left_out = "".join(f"; {note}" for note in [*notes, "convert photos to JPEG or PNG"]) if notes else ""
+    if not any(classes.values()):
+        loose = sum(is_image_path(entry) for entry in folder.iterdir())
+        inside = f"holds {loose} images but no class folders" if loose else "holds no images"
+        raise UserError(f"{folder} {inside}: {_LAYOUT}{left_out}")
+    if len(classes) == 1:
+        only = folder / next(iter(classes))
+        inner = [entry.name for entry in subfolders(only)]
+        hint = f"did you mean {only} (it holds {some_of(inner)})?" if len(inner) > 1 else _LAYOUT
+        raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise UserError(f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{left_out}")
+
+
+def _missing_folder(root: Path) -> str:
+    """What to say when ``root`` is no folder: what is there instead, and which names look alike."""
+    if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
+        return f"{root} is a configuration: give it by --config {root}"
+    if root.is_file():
+        return f"{root} is a file: unpack it and give the folder, {_LAYOUT}"
+    parent = root.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    folders = [entry.name for entry in subfolders(parent)]
+    if alike := difflib.get_close_matches(root.name, folders, n=1):
+        nearby = f"did you mean {parent / alike[0]}?"
+    else:
+        nearby = f"{parent} has " + (f"the folders {some_of(folders)}" if folders else "no folders")
+    return f"there is no folder {root}: {nearby}; {_LAYOUT}"

@@ -1,0 +1,652 @@
+"""What a run reads: `ImageDataModule`, any folder of images, table or named dataset as Lightning batches.
+
+For a given seed it yields the same images in the same order with the same pixels, whatever the number of workers
+and wherever the run was resumed. No image is on two sides of a split, nothing is selected on the set that is
+reported, and a damaged file stops no run.
+
+Axis legend: B batch, C classes, S = ``image_size``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.progress import Progress
+from torch import Tensor
+
+from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
+from moevision.data.images import BadImageError
+from moevision.data.loader import (
+    SHM,
+    BadImage,
+    Collate,
+    ImageDataset,
+    ImageLoader,
+    PositionSampler,
+    eval_batches,
+    fitting_workers,
+)
+from moevision.data.named import DATASET_NAMES
+from moevision.data.open import open_collection
+from moevision.data.scores import Choices
+from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
+from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
+from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
+from moevision.files import csv_text, write_text_atomic
+from moevision.names import csv_name, name_bytes, shown
+
+ClassCounts = dict[str, dict[str, int]]
+_MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they take memory
+_MANY_DECODED = 2000  # decoding more than this takes long enough for a progress bar
+_MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
+_MAX_ROWS = 20
+_NUM_PROBES = 32
+_SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
+_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files of the run."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+class ImageDataModule(LightningDataModule):
+    """Images of one folder, table or named dataset, split, augmented and batched."""
+
+    def __init__(
+        self,
+        path: str = "synthetic_pets",
+        root: str = "data",
+        download: bool = False,
+        image_size: int = 64,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        order_seed: int | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        group_by: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        check_duplicates: bool = True,
+        augment: Augment = "light",
+        crop: Literal["auto", "pad", "random_resized"] = "auto",
+        min_crop_scale: float = 0.25,
+        hflip: bool = True,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        class_weights: Literal["none", "auto"] | dict[str, float] = "none",
+        balanced_sampling: bool = False,
+        cache_mb: int = 4096,
+        max_bad_fraction: float = 0.05,
+        scores: bool | None = None,
+        keep: str | None = None,
+        relabel: str | None = None,
+        train_size: int = 16_000,
+        val_size: int = 1_000,
+        test_size: int = 2_000,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        """Describe the data; nothing is read before ``setup``.
+
+        Args:
+            path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
+                `moevision data shard` writes them), a CSV file with the columns path and label, a Hugging Face dataset
+                (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100,
+                imagenette, pets, pets_cat_dog, flowers102, food101, imagenet.
+            root: Folder in which named datasets live.
+            download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
+            image_size: Side of the square images the model sees, in pixels.
+            batch_size: Images per batch and process, at most those of the training set.
+            num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0
+                prepares them in the main process.
+            seed: Seed of the split and of drawn images.
+            order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
+                command line: seed).
+            val_fraction: Share of the images cut for validation, where the dataset has no validation set.
+            test_fraction: Share cut for the test, where the dataset came unsplit.
+            group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
+                column (of a CSV or a Hugging Face dataset), or a regular expression with one group that is searched
+                in the relative path. The column "group" of a CSV is used unasked.
+            image_column: The column with the image, if it can't be found out; in a CSV the path.
+            label_column: The column with the label, if it can't be found out.
+            check_duplicates: Keep byte-identical files on one side of the split.
+            augment: Random changes of training images: none, light (crop and flip), or in addition
+                randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
+            crop: How training images are cropped: pad (by image_size / 8, for small images),
+                random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
+            min_crop_scale: Smallest share of an image's area that a random_resized crop keeps.
+            hflip: Mirror every training image in every other epoch, half of them in the first.
+            random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
+            mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
+            cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
+                gets one of the two at random.
+            class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
+                images), or a weight per class name (1 for names left out).
+            balanced_sampling: Draw every class equally often in training.
+            cache_mb: Keep the decoded images in memory if they fit into this many MiB.
+            max_bad_fraction: Stop when a larger share of a split's images can't be read.
+            scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
+                CutMix.
+            keep: CSV file of the training images to keep (columns image and keep, as `moevision data prune` writes it);
+                the others are left out. Validation and test images stay as they are.
+            relabel: CSV file of training images with another class (columns image and new_label, as `moevision data
+                prune` or the page of `moevision data score` writes it).
+            train_size: Number of training images of synthetic_pets.
+            val_size: Number of validation images of synthetic_pets.
+            test_size: Number of test images of synthetic_pets.
+            mean: Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default.
+            std: Deviation per colour channel that is divided by; ImageNet's by default.
+
+        Raises:
+            UserError: If a value is out of range.
+        """
+        super().__init__()
+        self.path, self.root, self.download = path, root, download
+        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.seed, self.order_seed = seed, order_seed
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.group_by, self.check_duplicates = group_by, check_duplicates
+        self.columns = (image_column, label_column)
+        self.augment, self.crop, self.min_crop_scale, self.hflip = augment, crop, min_crop_scale, hflip
+        self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
+        self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
+        self.cache_mb, self.max_bad_fraction, self.scores = cache_mb, max_bad_fraction, scores
+        self.choices = Choices(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
+        self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
+        self.mean, self.std = mean, std
+        self.run_dir: Path | None = None
+        self.crop_mode: CropMode = "pad"
+        self._contents: Contents | None = None
+        self._class_weights: Tensor | None = None
+        self.sampler: PositionSampler | None = None
+        self._start = (0, 0)
+        self.processes = 1  # of this training on this machine
+        self.in_step = False  # whether processes wait for one another at every batch of an evaluation
+        ranges = (
+            (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
+            (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
+            ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
+            (*SEED, ("seed", "order_seed")),
+        )
+        check_ranges(self, ranges, "--data.")
+        if self.scores and self.mixes:
+            raise UserError(
+                "--data.scores true needs images that aren't mixed with others: set --data.mixup and --data.cutmix to 0"
+            )
+        if not all(0 < each < math.inf for each in self.std):
+            raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
+
+    def is_of_run(self, table: Path, path: str) -> bool:
+        """Whether these are the images of a run, or a copy of them.
+
+        Args:
+            table: the run's splits.csv.
+            path: where its images were.
+
+        Raises:
+            UserError: if the images or the table can't be read.
+        """
+        place, other = (None if each in DATASET_NAMES else Path(each).expanduser() for each in (path, self.path))
+        if path == self.path or (place and other and place.resolve() == other.resolve()):
+            return True
+        is_there = place is not None and place.exists()
+        return is_copy(
+            table, self._open_collection(False), lambda: self._open_collection(False, path) if is_there else None
+        )
+
+    def _open_collection(self, download: bool, path: str | None = None) -> Collection:
+        return open_collection(
+            path or self.path,
+            root=self.root,
+            download=download,
+            image_size=self.image_size,
+            seed=self.seed,
+            sizes={"train": self.train_size, "val": self.val_size, "test": self.test_size},
+            columns=self.columns,
+        )
+
+    def prepare_data(self) -> None:
+        """Fetch the dataset if asked to; Lightning calls this in one process only."""
+        if self.download:
+            self._open_collection(download=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the file list, split it, and decode what fits into memory.
+
+        Args:
+            stage: "fit", "validate", "test", or None for all splits.
+
+        Raises:
+            UserError: If the data are missing, laid out otherwise, or too many files are bad.
+        """
+        if self._contents is None:
+            self._contents = self._read(self._open_collection(self.download and self.trainer is None))
+            self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))
+            self._limit_workers(self._contents)
+            for sentence in self._contents.warnings:
+                rank_zero_warn(sentence, category=DataWarning)
+        self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
+
+    def _read(self, collection: Collection) -> Contents:
+        """Split the collection, or take its split from the run's splits.csv, and describe a dataset per split."""
+        class_names = collection.class_names
+        # Drawn images need no record, unless some are left out or relabelled.
+        recorded = self.run_dir is not None and (self.choices or not isinstance(collection, DrawnCollection))
+        table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
+        if table is not None and table.exists():  # it holds the choices already
+            splits, class_names = read_splits(table, collection)
+        else:
+            cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
+            splits = self.choices.apply(make_splits(collection, cut), class_names)
+            if table is not None and is_main_process():
+                write_splits(table, splits, class_names)
+        counts = count_classes(splits.samples, class_names)
+        self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
+        imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
+        self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
+        transform = TrainTransform(
+            self.image_size,
+            augment=self.augment,
+            crop=self.crop_mode,
+            min_crop_scale=self.min_crop_scale,
+            hflip=self.hflip,
+            random_erasing=self.random_erasing,
+            mean=self.mean,
+        )
+        datasets = {
+            split: ImageDataset(
+                split,
+                collection,
+                samples,
+                image_size=self.image_size,
+                square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
+                seed=self._order_seed,
+                transform=transform if split == "train" else None,
+            )
+            for split, samples in splits.samples.items()
+        }
+        notes = [*collection.notes, *splits.warnings, *imbalance]
+        bad = self.run_dir / "bad_images.csv" if self.run_dir is not None and is_main_process() else None
+        quarantine = Quarantine(splits.samples, self.max_bad_fraction, bad)
+        return Contents(
+            datasets, class_names, counts, splits.sentences(), list(map(shown, notes)), quarantine, self.cache_mb
+        )
+
+    def _limit_workers(self, contents: Contents) -> None:
+        """Leave out data workers for whose batches the shared memory has no room."""
+        # float32 pixels and a soft target; and a page or two for each small tensor
+        batch_bytes = self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
+        if workers < self.num_workers:
+            contents.warnings.append(
+                f"{SHM} has room for the batches of {workers} of {self.num_workers} data workers: the others are left "
+                "out (start the container with --shm-size=2g)"
+            )
+            self.num_workers = workers
+
+    @property
+    def contents(self) -> Contents:
+        """What ``setup`` has read."""
+        if self._contents is None:
+            raise RuntimeError("the data have not been read yet: call setup() first")
+        return self._contents
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in words; labels index them."""
+        return self.contents.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.class_names)
+
+    @property
+    def class_counts(self) -> ClassCounts:
+        """Images per split and class name, unreadable ones included."""
+        return self.contents.counts
+
+    @property
+    def split_note(self) -> str:
+        """One sentence per split: how many images, and where they come from."""
+        return " ".join(self.contents.sentences)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about what was left out while reading, or should be known before training."""
+        return self.contents.warnings
+
+    @property
+    def bad_images(self) -> list[tuple[str, str, str]]:
+        """(path, reason, split) of the images that couldn't be used so far."""
+        return self.contents.quarantine.entries()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether training keeps scores of its images."""
+        few = len(self.contents.datasets["train"]) < _MANY_SCORED
+        return not self.mixes and (few if self.scores is None else self.scores)
+
+    def sample_id(self, split: str, index: int) -> str:
+        """Stable name of an image: its path relative to the dataset."""
+        return self.contents.datasets[split].samples[index].sample_id
+
+    def file_list_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
+        return self.contents.sha256_with(lambda dataset, sample: sample.label)
+
+    def file_sizes_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
+        return self.contents.sha256_with(lambda dataset, sample: dataset.collection.size_bytes(sample))
+
+    def class_weight_tensor(self) -> Tensor | None:
+        """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
+        return self._class_weights
+
+    def describe(self) -> str:
+        """What the data are, in lines: splits, images per class, pixels, warnings."""
+        found = self.contents
+        where = "kept in memory" if found.fits_memory else "decoded as needed"
+        lines = [f"{self.num_classes} classes from {self.path}", *found.sentences, *count_table(found.counts)]
+        lines.append(
+            f"{self.image_size} x {self.image_size} pixels, {where}; augmentation {self.augment}, crop {self.crop_mode}"
+        )
+        lines += [f"warning: {sentence}" for sentence in found.warnings]
+        if bad := self.bad_images:
+            path, reason, split = bad[0]
+            lines.append(f"warning: {len(bad)} images can't be used, the first ({split}) is {path}: {reason}")
+        return "\n".join(map(shown, lines))
+
+    @property
+    def _order_seed(self) -> int:
+        return self.seed if self.order_seed is None else self.order_seed
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _leave_signals_to_the_main_process,
+            # own generator: otherwise every new iterator would draw from, and so move, the global one
+            "generator": torch.Generator().manual_seed(self._order_seed),
+            "on_bad": self.contents.quarantine.add,
+        }
+
+    def train_dataloader(self) -> ImageLoader:
+        """Shuffled, augmented batches, from the position that a checkpoint recorded."""
+        rank, world_size = self._rank_and_world()
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise UserError("set --trainer.use_distributed_sampler false: the images are shared out already")
+        dataset = self.contents.datasets["train"]
+        labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
+        self.sampler = PositionSampler(
+            len(dataset), seed=self._order_seed, rank=rank, world_size=world_size, balanced_labels=labels
+        )
+        self.sampler.seek(*self._start)
+        self._start = (0, 0)  # used up: another fit with this module begins at the beginning
+        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if self.mixes else None
+        return ImageLoader(
+            dataset,
+            sampler=self.sampler,
+            batch_size=self.batch_size,
+            drop_last=len(self.sampler) >= self.batch_size,
+            **self._loader_options(mixer),
+        )
+
+    def train_batches(self, world_size: int | None = None) -> int:
+        """Batches of a training epoch, for each of so many processes; None: of those of the trainer."""
+        own = len(self.contents.datasets["train"]) // (world_size or self._rank_and_world()[1])
+        return max(own // self.batch_size, int(own > 0))  # see drop_last above
+
+    def _eval_dataloader(self, split: str) -> ImageLoader:
+        dataset = self.contents.datasets.get(split)
+        if dataset is None:
+            raise UserError(f"there is no {split} set: splits.csv lists no image of it")
+        batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
+        return ImageLoader(dataset, in_step=self.in_step, batch_sampler=batches, **self._loader_options())
+
+    def val_dataloader(self) -> ImageLoader:
+        """Validation batches, in order, without randomness."""
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> ImageLoader:
+        """Test batches, in order, without randomness."""
+        return self._eval_dataloader("test")
+
+    def plain_loader(self, split: str, indices: Sequence[int] | None = None) -> ImageLoader:
+        """Batches of a split (or of some of its images) in order, prepared as for evaluation, on this process alone."""
+        known = self.contents.datasets[split]
+        dataset = known
+        if split == "train":
+            dataset = ImageDataset(
+                split, known.collection, known.samples, image_size=self.image_size, square=True, seed=self.seed
+            )
+        wanted = list(range(len(dataset)) if indices is None else indices)
+        batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
+        return ImageLoader(dataset, batch_sampler=batches, **{**self._loader_options(), "persistent_workers": False})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
+        sampler = self.sampler
+        epoch, start = self._start if sampler is None else (sampler.epoch, sampler.start)
+        batch = start // self.batch_size
+        if sampler is not None and sampler.running_epoch is not None and self.trainer is not None:
+            epoch = sampler.running_epoch
+            batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if batch >= self.trainer.num_training_batches:  # the last batch of an epoch: the next one starts
+                epoch, batch = epoch + 1, 0
+        _, world_size = self._rank_and_world()
+        return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "world_size": world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's position; another batch size or process count gets a warning."""
+        now = {"batch_size": self.batch_size, "world_size": self._rank_and_world()[1]}
+        for name, value in now.items():
+            if state_dict[name] != value:
+                rank_zero_warn(
+                    f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
+                    "the images can't be repeated exactly"
+                )
+        read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]  # by all processes
+        self._start = (int(state_dict["epoch"]), int(read // now["world_size"]))
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal or a cluster signals every process: workers go on until the main process, which may save, ends."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@dataclass
+class Contents:
+    """What was read of a dataset.
+
+    Attributes:
+        datasets: split -> dataset.
+        class_names: class names in words; labels index them.
+        counts: split -> class name -> number of images.
+        sentences: one sentence per split, how many images it has and where they come from.
+        warnings: sentences about what the user should know.
+        quarantine: the images that can't be used.
+        cache_mb: decoded images are kept if all fit into so many MiB.
+    """
+
+    datasets: dict[str, ImageDataset]
+    class_names: list[str]
+    counts: ClassCounts
+    sentences: list[str]
+    warnings: list[str]
+    quarantine: Quarantine
+    cache_mb: int
+
+    @cached_property
+    def fits_memory(self) -> bool:
+        """Whether the prepared pixels of all splits fit into ``cache_mb``."""
+        return estimate_bytes(self.datasets.values()) <= self.cache_mb * 2**20
+
+    def fill_caches(self, wanted: Sequence[str]) -> None:
+        """Decode the wanted splits into memory if everything fits, with a progress bar if that takes long."""
+        datasets = [self.datasets[split] for split in wanted if split in self.datasets]
+        datasets = [dataset for dataset in datasets if dataset.cache is None]
+        count = sum(map(len, datasets))
+        if not datasets or not self.fits_memory:
+            return
+        with Progress(disable=count <= _MANY_DECODED or not is_main_process(), transient=True) as progress:
+            task = progress.add_task("decoding images", total=count)
+            for dataset in datasets:
+                bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
+                self.quarantine.add([BadImage(dataset.split, i, reason) for i, reason in bad.items()])
+
+    def sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
+        """SHA-256 over the sorted (split, relative path, number) of all images, in hexadecimal."""
+        lines = sorted(
+            f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        )
+        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+
+
+class Quarantine:
+    """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
+
+    def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
+        """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
+        self.samples, self.max_fraction, self.table = samples, max_fraction, table
+        self._reasons: dict[tuple[str, int], str] = {}
+
+    def entries(self) -> list[tuple[str, str, str]]:
+        """(path, reason, split) of every bad image, in the order they were met."""
+        return [
+            (self.samples[split][index].sample_id, reason, split) for (split, index), reason in self._reasons.items()
+        ]
+
+    def add(self, bad: Sequence[BadImage]) -> None:
+        """Record bad images, each once; raises UserError if more than ``max_fraction`` of a split is bad."""
+        new = {(entry.split, entry.index): entry.reason for entry in bad}
+        if new.keys() <= self._reasons.keys():
+            return
+        self._reasons = {**self._reasons, **new}
+        if self.table is not None:
+            rows = ((csv_name(path), csv_name(reason), split) for path, reason, split in self.entries())
+            write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
+        for split, count in Counter(split for split, _ in self._reasons).items():
+            size = len(self.samples[split])
+            if count > self.max_fraction * size:
+                first = [f"{name}: {reason}" for name, reason, where in self.entries() if where == split][:3]
+                raise UserError(
+                    f"{count} of {size} {split} images can't be used, more than the allowed share of "
+                    f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
+                )
+
+
+def count_classes(samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str]) -> ClassCounts:
+    """Images per split and class name, unreadable ones included."""
+    counts: ClassCounts = {}
+    for split, members in samples.items():
+        labels = Counter(sample.label for sample in members)
+        counts[split] = {name: labels[label] for label, name in enumerate(class_names)}
+    return counts
+
+
+def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:
+    """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
+    if weighted and balanced_sampling:
+        return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
+    largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
+    if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
+        return []
+    return [
+        f"class {largest!r} has {train[largest]} training images and {smallest!r} only {train[smallest]}: "
+        "consider --data.class_weights auto or --data.balanced_sampling true"
+    ]
+
+
+def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
+    """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
+
+    Args:
+        weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
+            training images is 1; or a weight per class name, 1 for names left out.
+        train: training images per class.
+
+    Raises:
+        UserError: if a name is unknown or a weight isn't above 0.
+    """
+    if weights == "none":
+        return None
+    counts = torch.tensor(list(train.values()))
+    if not isinstance(weights, dict):
+        return counts.sum() / (len(train) * counts)
+    weights = {shown(name): weight for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if name not in train:
+            raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")
+        if not 0 < weight < math.inf:  # 0 makes the loss of a batch with such classes alone 0 / 0
+            raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01")
+    return torch.tensor([float(weights.get(name, 1.0)) for name in train])
+
+
+def count_table(counts: ClassCounts) -> list[str]:
+    """Lines of a table with a row per class and a column per split; many classes are summed up."""
+    names = list(next(iter(counts.values())))
+    rows = {name: [split[name] for split in counts.values()] for name in names}
+    if len(names) > _MAX_ROWS:
+        rows = {
+            f"{what} of the {len(names)} classes": [choose(split.values()) for split in counts.values()]
+            for what, choose in (("smallest", min), ("largest", max))
+        }
+    rows = {**rows, "all": [sum(split.values()) for split in counts.values()]}
+    width = max(len("class"), *map(len, rows))
+    lines = [f"{'class':<{width}}" + "".join(f"{split:>9}" for split in counts)]
+    lines += [f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row) for name, row in rows.items()]
+    return lines
+
+
+def choose_crop(collection: Collection, samples: Sequence[Sample]) -> CropMode:
+    """The crop that suits the images: "pad" for small and drawn ones, "random_resized" for photos."""
+    if isinstance(collection, DrawnCollection):
+        return "pad"
+    short_sides = []
+    for sample in samples[:: max(1, len(samples) // _NUM_PROBES)]:
+        try:
+            short_sides.append(min(collection.open(sample).size))
+        except BadImageError:  # counted when it is decoded in its turn
+            continue
+    return "random_resized" if short_sides and median(short_sides) > _SMALL_SIDE else "pad"
+
+
+def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
+    """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
+    total = 0.0
+    for dataset in datasets:
+        probes = () if dataset.square else range(0, len(dataset), max(1, len(dataset) // _NUM_PROBES))
+        seen = [found.nbytes for found in dataset.pixels(probes) if not isinstance(found, str)]
+        total += len(dataset) * (sum(seen) / len(seen) if seen else 3.0 * dataset.image_size**2)
+    return total

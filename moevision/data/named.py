@@ -1,0 +1,247 @@
+"""Datasets known by name: the drawn pets, torchvision's datasets, ImageNet-1k; with their terms of use.
+
+torchvision fetches and indexes; the images themselves are opened by `safe_open` like any others, so that one damaged
+file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the field reports as its
+test), ``splits.py`` cuts one from the training images.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from torchvision import datasets
+
+from moevision.data.collection import (
+    SPLITS,
+    ArrayCollection,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    access_advice,
+)
+from moevision.data.folder import read_folder
+from moevision.data.synthetic import SyntheticPets
+from moevision.errors import UserError
+from moevision.names import shown
+
+SYNTHETIC: Final = "synthetic_pets"
+HF: Final = "hf:"
+UNKNOWN: Final = "unknown: check before you publish"
+DRAWN_SIZES: Final = {"train": 16_000, "val": 1_000, "test": 2_000}
+_IMAGENET_ARCHIVES: Final = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+
+
+def synthetic_pets(image_size: int, seed: int, sizes: Mapping[str, int] = DRAWN_SIZES) -> DrawnCollection:
+    """The drawn dataset, ``sizes[split]`` images per split."""
+    pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
+    given = {
+        split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
+        for split, drawn in pets.items()
+    }
+    return DrawnCollection(list(SyntheticPets.classes), given, pets=pets)
+
+
+def read_named(name: str, root: str, *, download: bool = False) -> Collection:
+    """One of torchvision's datasets, or ImageNet-1k, in the folder ``root``.
+
+    Raises:
+        UserError: if it isn't there, is there in part only, or can't be fetched.
+    """
+    folder, known = Path(root).expanduser(), NAMED[name]
+    if name == "imagenet":
+        return _imagenet(folder, download)
+    try:
+        return known.read(folder, False)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # something in a folder isn't there
+        raise UserError(
+            f"the dataset {name} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
+            f"{folder / known.unpacked} and fetch it anew by {fetching(name, root)}"
+        ) from error
+    except OSError:
+        with access_advice(folder):
+            raise
+    except RuntimeError as error:  # torchvision: not found or corrupted
+        if not download:
+            raise UserError(
+                f"the dataset {name} is not in {folder}: fetch it by {fetching(name, root)}, or say where it is by "
+                "--root, for fit, validate and test by --data.root"
+                + (f"; for your own folder write ./{name}" if Path(name).is_dir() else "")
+            ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return known.read(folder, True)
+    except UserError:
+        raise
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"{name} could not be fetched into {folder} ({error}): check the network and try again"
+        ) from error
+
+
+def fetching(name: str, root: str | Path = "data") -> str:
+    """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
+    where = "" if str(root) == "data" else f" --data.root {shlex.quote(str(root))}"
+    return f"`moevision fit {name} --data.download true{where}`"
+
+
+# ---- torchvision's datasets as collections
+
+
+def _words(names: Sequence[str]) -> list[str]:
+    return [name.replace("_", " ") for name in names]
+
+
+def _cifar(factory: Callable[..., Any], root: Path, download: bool) -> Collection:
+    parts = {split: factory(root, train=split == "train", download=download) for split in ("train", "test")}
+    given = {
+        split: [Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)]
+        for split, part in parts.items()
+    }
+    arrays = {split: np.asarray(part.data, dtype=np.uint8) for split, part in parts.items()}
+    return ArrayCollection(_words(parts["train"].classes), given, arrays=arrays)
+
+
+def _files(root: Path, classes: Sequence[str], parts: Mapping[str, tuple[Sequence[Any], Sequence[int]]]) -> Collection:
+    """A collection from lists of paths and labels."""
+    given = {
+        split: [Sample(Path(path).relative_to(root).as_posix(), int(each)) for path, each in zip(*lists, strict=True)]
+        for split, lists in parts.items()
+    }
+    return FileCollection(_words(classes), given, root=root)
+
+
+def _imagenette(root: Path, download: bool) -> Collection:
+    # the smallest release that is larger than most training sizes; photos have a short side of 320 px
+    part = datasets.Imagenette(root, split="train", size="320px", download=download)
+    place = Path(part._image_root).parent
+    found = read_folder(place)
+    if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(found.given):
+        raise ValueError(f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each")
+    return found
+
+
+def _pets(binary: bool, root: Path, download: bool) -> Collection:
+    target = "binary-category" if binary else "category"
+    parts = {
+        split: datasets.OxfordIIITPet(root, split=name, target_types=target, download=download)
+        for split, name in (("train", "trainval"), ("test", "test"))
+    }
+    classes = parts["train"].bin_classes if binary else parts["train"].classes
+    labels = {split: part._bin_labels if binary else part._labels for split, part in parts.items()}
+    return _files(root, classes, {split: (part._images, labels[split]) for split, part in parts.items()})
+
+
+def _listed(factory: Callable[..., Any], splits: Sequence[str], root: Path, download: bool) -> Collection:
+    parts = {split: factory(root, split=split, download=download) for split in splits}
+    return _files(root, parts["train"].classes, {split: (p._image_files, p._labels) for split, p in parts.items()})
+
+
+def _imagenet(root: Path, download: bool) -> Collection:
+    """ImageNet-1k in ``root`` or ``root/imagenet``; archives lying there are unpacked by torchvision."""
+    folders = [folder for folder in (root, root / "imagenet") if folder.is_dir()]
+    for folder in folders:
+        if all((folder / split).is_dir() for split in ("train", "val")):
+            return read_folder(folder)
+    for folder in folders:
+        if download and all((folder / name).is_file() for name in _IMAGENET_ARCHIVES):
+            for split in ("train", "val"):
+                datasets.ImageNet(folder, split)
+            return read_folder(folder)
+    raise UserError(
+        f"ImageNet is not in {root} and can't be downloaded without an account: put train/ and val/ (one "
+        f"folder per WordNet id) there, or its archives ({', '.join(_IMAGENET_ARCHIVES)}), which "
+        f"{fetching('imagenet', root)} unpacks"
+    )
+
+
+@dataclass(frozen=True)
+class DataTerms:
+    """What is certain about one dataset.
+
+    Attributes:
+        title: its name in words.
+        terms: licence or terms of use, with the page that states them.
+        hub_id: its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used.
+        kind: what a model card calls its type: the dataset's name, or `imagefolder`.
+    """
+
+    title: str
+    terms: str = UNKNOWN
+    hub_id: str = ""
+    kind: str = "imagefolder"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A dataset known by name: what a model's card says of it, its images, how it is read, torchvision's folder."""
+
+    title: str
+    terms: str
+    hub_id: str
+    images: int
+    read: Callable[[Path, bool], Collection]
+    unpacked: str = ""
+
+
+# Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,
+# or this table knows nothing, the card says "unknown": a guess would be worse. Each sentence follows the page it names.
+_CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009"
+_OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
+_IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
+_FOOD = (
+    "photos of Foodspotting's users: more than scientific fair use must be negotiated with each of them (the dataset's "
+    "license_agreement.txt)"
+)
+_DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
+NAMED: Final = {
+    SYNTHETIC: Named("SyntheticPets", _DRAWN, "", 16_000, lambda root, download: synthetic_pets(64, 0)),
+    "cifar10": Named(
+        "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, partial(_cifar, datasets.CIFAR10), "cifar-10-batches-py"
+    ),
+    "cifar100": Named(
+        "CIFAR-100", _CIFAR, "uoft-cs/cifar100", 60_000, partial(_cifar, datasets.CIFAR100), "cifar-100-python"
+    ),
+    "imagenette": Named(
+        "Imagenette", f"a selection of ImageNet's photos, which are {_IMAGENET}", "frgfm/imagenette", 13_394,
+        _imagenette, "imagenette2-320",
+    ),
+    "pets": Named(
+        "Oxford-IIIT Pet", _OXFORD, "timm/oxford-iiit-pet", 7_349, partial(_pets, False), "oxford-iiit-pet"
+    ),
+    "pets_cat_dog": Named(
+        "Oxford-IIIT Pet, cat or dog", _OXFORD, "timm/oxford-iiit-pet", 7_349, partial(_pets, True), "oxford-iiit-pet"
+    ),
+    "flowers102": Named(
+        "flowers102", UNKNOWN, "", 8_189, partial(_listed, datasets.Flowers102, SPLITS), "flowers-102"
+    ),
+    "food101": Named(
+        "Food-101", _FOOD, "ethz/food101", 101_000, partial(_listed, datasets.Food101, ("train", "test")), "food-101"
+    ),
+    "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
+}  # fmt: skip
+DATASET_NAMES: Final = tuple(NAMED)
+
+
+def terms_of(path: str) -> DataTerms:
+    """What is certain about the data that `--data` names.
+
+    Args:
+        path: a name of `DATASET_NAMES`, a folder, or another place of images. Of a path only its last part is told:
+            the rest may be private.
+    """
+    if path.startswith(HF):
+        name = shown(path.removeprefix(HF).partition(":")[0])
+        return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)
+    if path in NAMED:
+        known = NAMED[path]
+        return DataTerms(known.title, known.terms, known.hub_id, path)
+    if path.lower().endswith(".csv"):
+        return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)")
+    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")

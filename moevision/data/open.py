@@ -1,0 +1,140 @@
+"""From what the user names to a collection: the one place that decides what kind of thing a path is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+from moevision.data.collection import SPLIT_NAMES, Collection, access_advice, unreadable
+from moevision.data.folder import read_folder, split_folders, subfolders, walk
+from moevision.data.images import is_image_path
+from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
+from moevision.data.shards import INDEX, JOURNAL, find_index, open_shards, tars_in
+from moevision.data.tables import count_rows, read_dataset, read_manifest
+from moevision.errors import UserError
+
+Kind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
+UNKNOWN_COUNT: Final = 10_000
+"""Images that a dataset is taken to have before it is fetched."""
+
+
+def kind_of(path: str) -> Kind:
+    """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, our shards, others' tars.
+
+    Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it. Tars beside
+    folders of classes are the archive that these came in.
+    """
+    if path in DATASET_NAMES:
+        return "drawn" if path == SYNTHETIC else "named"
+    if path.startswith(HF):
+        return "dataset"
+    place = Path(path).expanduser()
+    if place.suffix.lower() == ".csv" and os.path.isfile(place):
+        return "csv"
+    try:
+        if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return "dataset"
+        if any((place / name).is_file() for name in (INDEX, JOURNAL)):
+            return "shards"
+        if place.is_dir():
+            below = subfolders(place)
+            if all(each.name.lower() in SPLIT_NAMES and not subfolders(each) for each in below) and tars_in(place):
+                return "tars"
+    except OSError as error:
+        raise unreadable(place, error) from error
+    return "folder"
+
+
+def open_collection(
+    path: str,
+    *,
+    root: str = "data",
+    download: bool = False,
+    image_size: int = 64,
+    seed: int = 0,
+    sizes: Mapping[str, int] = DRAWN_SIZES,
+    columns: tuple[str | None, str | None] = (None, None),
+) -> Collection:
+    """Find the dataset that ``path`` names.
+
+    Args:
+        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images or of
+            shards, a CSV manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
+        root: folder in which named datasets live.
+        download: fetch a named dataset that isn't there.
+        image_size: side of the drawn images, in pixels.
+        seed: seed of the drawn images.
+        sizes: number of drawn images per split.
+        columns: of a table, those with image and label; None finds them.
+
+    Raises:
+        UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
+    """
+    kind, place = kind_of(path), Path(path).expanduser()
+    if kind == "drawn":
+        return synthetic_pets(image_size, seed, sizes)
+    if kind == "named":
+        return read_named(path, root, download=download)
+    if kind == "dataset":
+        return read_dataset(path, columns, download=download)
+    if kind == "shards":
+        return open_shards(place)
+    if kind == "tars":
+        raise UserError(_convert(path))
+    try:
+        with access_advice(place):
+            return read_manifest(place, columns) if kind == "csv" else read_folder(place)
+    except UserError as error:
+        if os.path.exists(place) or isinstance(error.__cause__, OSError):
+            raise
+        alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
+        names = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
+        raise UserError(f"{error}; or a dataset's name: {names}") from None
+
+
+def _convert(path: str) -> str:
+    return (
+        f"{path} holds tars that moevision didn't write: convert them by `moevision data shard {shlex.quote(path)} "
+        "--out SHARDS`, and give SHARDS."
+    )
+
+
+def count_images(path: str | Path) -> int:
+    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there.
+
+    Raises:
+        UserError: if a table or an index can't be read, or these are tars to be converted.
+    """
+    path = str(path)
+    kind, place = kind_of(path), Path(path).expanduser()
+    if path in NAMED:
+        return NAMED[path].images
+    if kind == "dataset":
+        try:
+            return count_rows(path)
+        except UserError:
+            return UNKNOWN_COUNT
+    if kind == "csv":
+        with place.open("rb") as file:
+            return max(0, sum(1 for _ in file) - 1)
+    if kind == "shards":
+        return sum(len(rows.ids) for rows in find_index(place).splits.values())
+    if kind == "tars":
+        raise UserError(_convert(path))
+    return sum(is_image_path(entry.name) for entry in walk(place))
+
+
+def holds(path: str, place: Path) -> bool:
+    """Whether images at `place`, which needn't exist, belong to the folder of images at `path`."""
+    root = Path(path).expanduser().resolve()
+    if kind_of(path) != "folder" or not root.is_dir():
+        return False
+    for folder in split_folders(root).values() or [root]:
+        if place.resolve().is_relative_to(folder):
+            below = place.resolve().relative_to(folder).parts
+            return bool(below) and below[0][0] not in "._@"
+    return False

@@ -1,0 +1,386 @@
+"""What the command line hangs onto Lightning's Trainer: metrics.csv, a stopwatch, the health of the routers.
+
+Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
+
+Router health (axes: E experts, K choices): `max_violation` is max load / mean load - 1 of one layer in one update
+(MaxVio, Wang et al. 2024, arXiv:2408.15664, §2.2): 0 for perfect balance, E/K - 1 for all tokens on K experts.
+`update_norm` is ‖Δw‖ of one applied update over all weights that learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before
+the loss does.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import lightning as L
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch import Tensor
+
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.files import append_bytes, sync_file, write_text_atomic
+from moevision.layers import MoEMlp, moe_layers
+from moevision.train.processes import AwakeClock, sums_over_processes, tell
+from moevision.train.task import ClassificationTask
+
+MAX_DATA_WAIT: Final = 0.03
+"""Share of the training time above which waiting for data is worth a remedy."""
+_SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
+_PATIENCE = 100  # updates that are summed before a layer is judged
+_STARVED = 0.1  # of the mean load: an expert below it hardly learns
+
+
+class RunLogger(CSVLogger):
+    """Lightning's CSVLogger in a run folder, without deleting what is there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, name="", version="")
+        self._path = run_dir / "metrics.csv"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer, as Lightning asks for it; on the first process only."""
+        return self.file
+
+    @property
+    def file(self) -> MetricsFile:
+        """The file behind it."""
+        if self._experiment is None:
+            self._experiment = MetricsFile(self._path)
+        return cast(MetricsFile, self._experiment)
+
+
+class MetricsFile(ExperimentWriter):
+    """A CSV file of metrics that is appended to, row by row.
+
+    A column that comes later is added by writing the file anew, whole or not at all. Rows that a full disk refuses are
+    kept, and written with the next ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # not ExperimentWriter's: it deletes the file
+        self.path, self.log_dir, self.hparams = path, str(path.parent), {}
+        whole = self._read() if path.is_file() else ""
+        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
+        if kept != whole:
+            write_text_atomic(path, kept)
+        known = list(csv.reader(io.StringIO(kept)))
+        self.columns: list[str] = known[0] if known else []
+        self.rows = max(0, len(known) - 1)
+        self._unwritten: list[dict[str, Any]] = []
+        self._failed = False
+
+    def cut(self, rows: int) -> None:
+        """Drop all rows after the first `rows`."""
+        if self.rows > rows:
+            write_text_atomic(self.path, "".join(self._read().splitlines(keepends=True)[: rows + 1]))
+            self.rows = rows
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        """Take one row."""
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
+        self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
+
+    def save(self) -> None:
+        """Append the rows that are not in the file yet."""
+        if not self._unwritten:
+            return
+        columns, new = self.columns, set().union(*self._unwritten) - set(self.columns)
+        text = io.StringIO()
+        try:
+            if new:
+                columns = sorted([*columns, *new])
+                earlier = list(csv.DictReader(io.StringIO(self._read()))) if self.rows else []
+                writer = csv.DictWriter(text, columns)
+                writer.writeheader()
+                writer.writerows([*earlier, *self._unwritten])
+                write_text_atomic(self.path, text.getvalue())
+            else:
+                csv.DictWriter(text, columns).writerows(self._unwritten)
+                append_bytes(self.path, text.getvalue().encode("utf-8"))
+        except OSError as error:
+            self._warn(error)
+            return
+        self.columns, self.rows = columns, self.rows + len(self._unwritten)
+        self._unwritten, self._failed = [], False
+
+    def sync(self) -> int:
+        """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
+        self.save()
+        try:
+            if self.path.is_file():
+                sync_file(self.path)
+        except OSError as error:
+            self._warn(error)
+        return self.rows + len(self._unwritten)
+
+    def _read(self) -> str:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return file.read()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
+        self._failed = True
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process, all its threads and its children that have ended."""
+    times = os.times()  # of children; its steps of 10 ms are too coarse for our own
+    return time.process_time() + times.children_user + times.children_system
+
+
+class Stopwatch(L.Callback):
+    """Seconds and images of training proper, over all sessions of a run: validation and sleep are left out.
+
+    Args:
+        clock: what measures time.
+
+    Attributes:
+        train_s: seconds of training without validation.
+        images: training images seen, over all processes.
+        data_wait_s: seconds of `train_s` in which this process waited for a batch; None where the loader doesn't say
+            (`moevision.data.loader.ImageLoader` does).
+    """
+
+    def __init__(self, clock: AwakeClock) -> None:
+        self.train_s = 0.0
+        self.images = 0
+        self.data_wait_s: float | None = 0.0
+        self._clock = clock
+        self._started = 0.0
+        self._waited: float | None = 0.0
+        self._advised = False
+        self._run_started, self._earlier_s = clock.now(), 0.0
+        self._cpu_started = cpu_s()
+        self._earlier_cpu_s: float | None = 0.0
+
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""
+        return None if self.data_wait_s is None or not self.train_s else self.data_wait_s / self.train_s
+
+    @property
+    def run_s(self) -> float:
+        """Seconds since the run began, reading and validation included, interruptions left out."""
+        return self._earlier_s + self._clock.now() - self._run_started
+
+    @property
+    def cpu_s(self) -> float | None:
+        """CPU seconds over the same time, all threads of this process and of workers that have ended; None: unknown."""
+        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s() - self._cpu_started
+
+    def add(self, run_s: float, cpu_s: float) -> None:
+        """Count what another run has done for this one, in seconds of the run and of the CPU."""
+        self._earlier_s += run_s
+        self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts that a resumed run continues."""
+        counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
+        return {**counts, "data_wait_s": self.data_wait_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counts."""
+        self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
+        self._earlier_s = float(state_dict["run_s"])
+        # Earlier versions counted neither of these.
+        self._earlier_cpu_s = state_dict.get("cpu_s")
+        self.data_wait_s = state_dict.get("data_wait_s")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self._start(trainer)
+
+    def _start(self, trainer: L.Trainer) -> None:
+        self._started, self._waited = self._clock.now(), getattr(trainer.train_dataloader, "wait_s", None)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images of this batch, over all ranks."""
+        self.images += len(batch["label"]) * trainer.world_size
+        began, waited = self._started, self._waited
+        self._start(trainer)
+        self.train_s += self._started - began
+        if self.data_wait_s is None or waited is None or self._waited is None:
+            self.data_wait_s = None
+        else:
+            self.data_wait_s += self._waited - waited
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on after validation."""
+        self._start(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn once, early, that training waits for its data."""
+        if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
+            return
+        self._advised = True
+        for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+            tell(sentence)
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a training that no longer improves ends.
+
+    Attributes:
+        patience: validations in a row without a better one, after which training stops; null trains to the end. The
+            learning rate then hasn't come down to its end, so the schedule's whole length often scores higher.
+        monitor: what must become better; null: what best.ckpt is chosen by.
+    """
+
+    patience: int | None = None
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a patience that would stop at once."""
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"--early_stopping.patience is {self.patience}: it must be at least 1 validation.")
+
+
+class StopEarly(EarlyStopping):
+    """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
+
+    def __init__(self, monitor: str | None, patience: int) -> None:
+        mode = "min" if monitor == "val/loss" else "max"
+        # not finite is not better, and the guard's business
+        super().__init__(monitor or "val/top1", patience=patience, mode=mode, check_finite=False, strict=False)
+
+    @staticmethod
+    def of(config: EarlyStoppingConfig) -> list[L.Callback]:
+        """The callback that the config asks for, if it does."""
+        return [] if config.patience is None else [StopEarly(config.monitor, config.patience)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train no further epoch if the checkpoint was saved after the decision to stop."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say it."""
+        if trainer.is_global_zero:
+            for sentence in self.sentences(trainer):
+                tell(sentence)
+
+    def sentences(self, trainer: L.Trainer) -> list[str]:
+        """What summary.md says, if training ended before its last step."""
+        steps, planned = trainer.global_step, trainer.estimated_stepping_batches
+        if self.wait_count < self.patience or steps >= planned:
+            return []
+        in_steps = trainer.max_steps > 0
+        done = f"{steps} of {planned} steps" if in_steps else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+        return [
+            f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
+            f"{self.wait_count} validations. The learning rate had not come down to its end."
+        ]
+
+
+def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
+    """A sentence that says what to change, if training waited for data longer than it should.
+
+    Args:
+        share: part of the training time spent waiting, in [0, 1]; None if it wasn't measured.
+        data: what was waited for.
+    """
+    if share is None or share <= MAX_DATA_WAIT:
+        return []
+    remedies = [f"raise --data.num_workers (now {data.num_workers})"]
+    if not data.contents.fits_memory:
+        remedies.insert(0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})")
+    if data.augment in ("randaugment", "trivialaugment"):
+        remedies.append("choose --data.augment light")
+    return [f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."]
+
+
+def is_logged(trainer: L.Trainer, step: int) -> bool:
+    """Whether the numbers of this step, counted from 1, are logged; none where --trainer.log_every_n_steps is 0."""
+    every: int = cast(Any, trainer).log_every_n_steps
+    return every != 0 and step % every == 0
+
+
+class RouterHealth(L.Callback):
+    """Logs `train/update_norm`, `train/update_ratio`, `moe/<layer>/max_violation`; warns of collapse once per layer."""
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] = []
+        self._loads: list[Tensor] = []
+        self._updates = 0
+        self._warned: set[int | None] = set()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keep the weights of a step that will be logged."""
+        if is_logged(trainer, trainer.global_step + 1):
+            self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and judge the loads of the last updates."""
+        task = cast(ClassificationTask, pl_module)
+        before, self._before = self._before, []
+        if not task.update_applied:
+            return
+        if before:
+            self._log_update(task, before)
+        counts = [count.detach() for count in task.window_counts]
+        self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
+        if is_logged(trainer, trainer.global_step):
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(counts), strict=True):
+                load = count.double()
+                task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
+        self._updates += 1
+        if self._updates % _PATIENCE == 0:
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(self._loads), strict=True):
+                self._judge(task, layer, count.double())
+            self._loads = []
+
+    @torch.no_grad()
+    def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
+        after = _learning(task)
+        norm = task.tensors.total_norm
+        update = norm([now.detach() - then for now, then in zip(after, before, strict=True)])
+        task.log("train/update_norm", update)
+        task.log("train/update_ratio", update / norm(before))
+
+    def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
+        advice = _advice(layer)
+        starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
+        if advice is None or not starved or layer.layer_index in self._warned:
+            return
+        self._warned.add(layer.layer_index)
+        if task.trainer.is_global_zero:
+            tell(
+                f"warning: experts collapse in block {layer.layer_index}: {len(starved)} of {len(load)} experts "
+                f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
+                f"updates, so they hardly learn. {advice}"
+            )
+
+
+def _advice(layer: MoEMlp) -> str | None:
+    """What balances this kind of router; None where balance is by construction or by hand."""
+    if getattr(layer.router, "bias_rate", None) is not None:
+        return "Give the bias a larger --model.arch.bias_rate."
+    if not layer.router.losses - {"z"}:
+        return None
+    names = " or ".join(f"--model.aux.{name}" for name in sorted(layer.router.losses - {"z"}))
+    return f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
+
+
+def _learning(module: L.LightningModule) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,200 @@
+"""One network over several processes: experts divided among them, everything else sharded by FSDP2.
+
+- **Expert parallelism** (GShard, arXiv:2006.16668): the W processes form a mesh (efsdp, ep). Each row of `ep` processes
+  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all (`all_to_all.py`). All W
+  processes read images of their own: expert parallelism is carved out of data parallelism.
+- **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
+  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones, each
+  along a dimension that they divide evenly. A block's weights are gathered while it computes.
+- **Divided experts beside replicated weights** (`Layout.replicated`): what would be divided over all W or over efsdp
+  processes is on all of them, and gradients are summed by all-reduce. For `fully_shard` that is a mesh whose second
+  dimension, over which it shards, has one process.
+
+What a network's parameters are then: DTensors at the boundary (state dict, optimizer), plain local tensors in forward
+(`PackedLinear.local_weights`). FSDP2 gathers dense weights into plain tensors by itself.
+
+Gradients are *summed* over processes, everywhere, and the loss is divided by W. Dividing by a factor instead is wrong
+for experts where efsdp = 1: torch 2.13 divides twice on a mesh of one process with a forced sum.
+
+Axes: E experts, W processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard as shard_whole
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.train.parallel.all_to_all import AllToAllDispatcher
+from moevision.train.parallel.parts import own_part
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which processes share what.
+
+    Attributes:
+        world: all W processes; the dense weights are divided among them.
+        experts: [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them
+            once more among the `efsdp` processes of a column. None: experts are sharded with their block.
+        replicated: whether nothing but the experts, over `ep`, is divided; `world` is then [W, 1] and `experts`
+            [efsdp, 1, ep].
+    """
+
+    world: DeviceMesh
+    experts: DeviceMesh | None = None
+    replicated: bool = False
+
+    @classmethod
+    def of(cls, device_type: str, expert: int = 1, *, replicated: bool = False) -> Layout:
+        """The layout of all processes that are there; every one of them must call it.
+
+        Args:
+            device_type: `cpu` or `cuda`.
+            expert: ep, among how many processes one set of experts is divided.
+            replicated: as the attribute.
+
+        Raises:
+            UserError: if it doesn't divide the number of processes.
+        """
+        size = dist.get_world_size()
+        check_divides(expert, size)
+        mesh = functools.partial(init_device_mesh, device_type)
+        if replicated:
+            world = mesh((size, 1), mesh_dim_names=("world", "one"))
+            experts = mesh((size // expert, 1, expert), mesh_dim_names=("efsdp", "one", "ep"))
+            return cls(world, experts, replicated=True)
+        world = mesh((size,), mesh_dim_names=("world",))
+        if expert == 1:
+            return cls(world)
+        return cls(world, mesh((size // expert, expert), mesh_dim_names=("efsdp", "ep")))
+
+
+def check_divides(expert: int, processes: int) -> None:
+    """Refuse, by a UserError, an expert parallelism that the number of processes is no multiple of."""
+    if expert < 1 or processes % expert:
+        raise UserError(
+            f"--parallel.expert is {expert}, which does not divide the {processes} processes: use a divisor of "
+            f"{processes}."
+        )
+
+
+def check_network(net: nn.Module, expert: int) -> None:
+    """Refuse a network, not sharded yet, whose experts can't be divided among `expert` processes.
+
+    Raises:
+        UserError: for no experts, a number of them that `expert` doesn't divide, or the dense backend.
+    """
+    if expert == 1:
+        return
+    layers = moe_layers(net)
+    if not layers:
+        raise UserError("--parallel.expert needs a model with experts; this one has none: leave it out.")
+    for layer in layers:
+        count = layer.router.num_experts
+        if count % expert:
+            raise UserError(
+                f"--parallel.expert is {expert}, which does not divide the {count} experts of block "
+                f"{layer.layer_index}: use a divisor of {count}."
+            )
+        if layer.experts.backend == "dense":
+            raise UserError(
+                "The dense backend computes every expert on every token, so that no token has to travel: leave "
+                "--parallel.expert or --model.arch.backend out."
+            )
+
+
+def same_everywhere(net: nn.Module, device: torch.device) -> None:
+    """Give all processes the weights and buffers of the first one, over `device`; they stay where they are."""
+    for tensor in net.state_dict().values():
+        sent = tensor.to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+@torch.no_grad()
+def share_buffers(net: nn.Module) -> None:
+    """Give all processes the first one's running statistics (BatchNorm), in one message.
+
+    DDP does so before each forward pass. Every process sees batches of its own, and only the first one's statistics are
+    saved: a resumed training would go on from others in the other processes.
+    """
+    buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, src=0)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
+    """Divide a network over the processes of a layout, in place; all of them have the same weights before.
+
+    Args:
+        net: a timm model with `blocks`.
+        layout: the processes.
+        gathered: autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
+            they are used. Everything else, routers and norms with it, travels as it is stored.
+        offload: keep parts of weights and gradients, and so the optimizer's moments, in main memory (FSDP2's offload):
+            a block's weights go to the device while it computes. Collectives of parts are then gloo's.
+
+    Raises:
+        UserError: if its experts can't be divided.
+    """
+    whole = _evenly(layout.world.size(-1))
+    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
+    check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
+    policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
+    kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    fully_shard = functools.partial(shard_whole, offload_policy=kept)
+    for layer in moe_layers(net):
+        # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
+        if layout.experts is not None:
+            ep = layout.experts["ep"]
+            for linear in layer.experts.children():
+                for name, weight in list(linear.named_parameters(recurse=False)):
+                    divided = distribute_tensor(weight.detach(), ep, [Shard(0)])  # [E, ...]
+                    setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
+            before = layer.dispatcher
+            layer.dispatcher = AllToAllDispatcher(ep.get_group(), before.row_multiple, before.max_padding)
+            same = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
+            fully_shard(layer.experts, mesh=same, mp_policy=policy, shard_placement_fn=_evenly(same.size(-1)))
+        elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
+            fully_shard(layer.experts, mesh=layout.world, mp_policy=policy, shard_placement_fn=whole)
+    for block in cast(Any, net).blocks:
+        fully_shard(block, mesh=layout.world, shard_placement_fn=whole)
+    # True: after a forward pass without a backward pass the state must be that of the shards, too.
+    fully_shard(net, mesh=layout.world, reshard_after_forward=True, shard_placement_fn=whole)
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return net
+
+
+def _not_in_two_steps(record: logging.LogRecord) -> bool:
+    """Leaves out DTensor's warning of a gathering in two steps: over efsdp and over ep, which is meant."""
+    return not str(record.msg).startswith("While redistributing from")
+
+
+def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
+    """Says along which dimension to cut a parameter: the first that the number of processes divides, else the first.
+
+    FSDP2 pads the first one: 8 experts over 64 processes would lie on 8 of them, and be gathered as if they were 64.
+    """
+
+    def cut(parameter: nn.Parameter) -> Shard:
+        return Shard(next((dim for dim, size in enumerate(own_part(parameter).shape) if size % processes == 0), 0))
+
+    return cut

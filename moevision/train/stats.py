@@ -1,0 +1,325 @@
+"""How sure a result is: intervals of accuracies and of differences, what a test could detect, calibrated confidence.
+
+Two sources of chance, never mixed. Over test images: Wilson's and Tango's intervals and McNemar's exact test say how
+far a result depends on which images were drawn, and nothing about the luck of a training. Over seeds: Student's t of
+one difference per seed.
+
+Sources
+    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion; honest near 0 % and 100 % too.
+    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions. It is
+    asymptotic: summed over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100 images and falls to 93.0 %
+    for 40 of which 2 % and 20 % are right in one model only (enumerated in its test).
+    McNemar, Psychometrika 12 (1947) 153-157: only images that one model alone gets right tell the two apart; the exact
+    p-value is a two-sided sign test on them. Its power: Duffy, Biometrics 40 (1984) 1005-1015.
+    Over seeds, the noncentral t: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), chapter 2.
+    Guo et al., On Calibration of Modern Neural Networks (arXiv:1706.04599, 4.2): softmax(logits / T), with the T of the
+    smallest negative log-likelihood on the validation images. It changes no answer, only how sure it sounds.
+    Platt, Probabilistic outputs for support vector machines (1999): a target of (n + 1) / (n + 2) in the place of 1, so
+    that n images which are all right don't make the model certain of everything.
+
+Axes: n images, C classes. Shares are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import logsumexp
+from scipy.stats import binom, binomtest, nct, norm
+from scipy.stats import t as student
+
+from moevision.errors import UserError
+from moevision.train.processes import gather
+
+LEVEL, POWER = 0.05, 0.8
+_Z = float(norm.ppf(1 - LEVEL / 2))
+_EDGE = 1 - 1e-12  # of differences: at -1 and 1 the score is infinite
+
+
+# ---- over test images
+
+
+def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tuple[float, float]:
+    """Wilson score interval (low, high) for an accuracy of correct / total.
+
+    Raises:
+        UserError: there is no image, or `correct` isn't between 0 and `total`.
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise UserError(f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}")
+    found = binomtest(correct, total).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of model a minus accuracy of model b on the same n images.
+
+    Attributes:
+        low, high: interval of the difference.
+        only_a: images that a classifies correctly and b doesn't.
+        only_b: the other way round.
+        p_value: exact McNemar test of "both are right equally often".
+        level: of the interval.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    only_a: int
+    only_b: int
+    p_value: float
+    level: float = 1 - LEVEL
+
+
+def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:
+    """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.
+
+    Args:
+        correct_a: [n] whether model a classified image i correctly.
+        correct_b: [n] the same for model b, in the same order of images.
+
+    Raises:
+        UserError: the two aren't non-empty boolean vectors of one length.
+    """
+    a, b = np.asarray(correct_a), np.asarray(correct_b)
+    if a.dtype != np.bool_ or b.dtype != np.bool_ or a.ndim != 1 or a.shape != b.shape or a.size == 0:
+        raise UserError(
+            "a paired comparison needs two boolean vectors over the same test images, "
+            f"got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        )
+    n, only_a, only_b = a.size, int(np.sum(a & ~b)), int(np.sum(~a & b))
+    low, high = (_difference_scored(z, only_a, only_b, n) for z in (_Z, -_Z))
+    return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b))
+
+
+def paired_macro_difference(
+    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]
+) -> PairedDifference:
+    """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
+
+    The 95 % interval is Price and Bonett's (Computational Statistics & Data Analysis 45, 2004, 449-456) for a mean of
+    proportions, here of paired differences as in Agresti and Min (Statistics in Medicine 24, 2005, 729-740): two images
+    are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
+    p-value is McNemar's, of the plain accuracies.
+
+    Args:
+        correct_a: [n] whether model a classified image i correctly.
+        correct_b: [n] the same for model b.
+        labels: [n] the class of image i.
+
+    Raises:
+        UserError: the two can't be compared, see `paired_difference`.
+    """
+    plain = paired_difference(correct_a, correct_b)
+    means, centres, variances = [], [], []
+    classes = np.unique(labels)
+    for label in classes:
+        gaps = correct_a[labels == label].astype(float) - correct_b[labels == label].astype(float)
+        images = len(gaps) + 2 / len(classes)
+        means.append(gaps.mean())
+        centres.append(gaps.sum() / images)
+        variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
+    centre, half = float(np.mean(centres)), _Z * math.sqrt(sum(variances)) / len(means)
+    return PairedDifference(
+        float(np.mean(means)), max(-1.0, centre - half), min(1.0, centre + half), plain.n, plain.only_a, plain.only_b,
+        plain.p_value,
+    )  # fmt: skip
+
+
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Exact two-sided p: a fair coin thrown only_a + only_b times falls at least this unevenly."""
+    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def _difference_scored(z: float, only_a: int, only_b: int, n: int) -> float:
+    """The difference at which the score, which falls as the difference grows, is z; -1 or 1 if it nowhere is."""
+
+    def excess(difference: float) -> float:
+        return paired_score(only_a, only_b, n, difference) - z
+
+    if excess(-_EDGE) * excess(_EDGE) > 0:
+        return math.copysign(1.0, -z)
+    return float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14))
+
+
+def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
+    """Tango's score: (observed - assumed difference) over its standard error under the assumption.
+
+    Under an assumed difference d the discordant cells have probabilities q + d and q; q is their maximum
+    likelihood value, the larger root of 2n q^2 + (d (2n - only_a + only_b) - only_a - only_b) q
+    - only_b d (1 - d) = 0. The variance of the difference is then (2q + d (1 - d)) / n.
+    """
+    b = difference * (2 * n - only_a + only_b) - only_a - only_b
+    q = (math.sqrt(max(0.0, b * b + 8 * n * only_b * difference * (1 - difference))) - b) / (4 * n)
+    surplus = only_a - only_b - n * difference
+    variance = n * (2 * q + difference * (1 - difference))
+    if variance <= 0:  # d = 0 without a discordant image: the sign is all there is
+        return math.copysign(math.inf, surplus) if surplus else 0.0
+    return surplus / math.sqrt(variance)
+
+
+def detectable_on(images: int, discordant: int) -> float:
+    """Difference of two accuracies on the same images that McNemar's exact test finds at 5 % with 80 % power.
+
+    Args:
+        images: n.
+        discordant: those that one model alone classified correctly. Their share is taken to stay; a difference above
+            it needs as many as itself.
+
+    Returns:
+        A share in [0, 1]; NaN where n images can't tell any difference apart.
+    """
+
+    def excess(difference: float) -> float:
+        return _mcnemar_power(images, max(discordant / images, difference), difference) - POWER
+
+    return float(brentq(excess, 1e-9, 1.0)) if excess(1.0) >= 0 else math.nan
+
+
+def _mcnemar_power(images: int, share: float, difference: float) -> float:
+    """Chance that model a is found better, if only a is right on (share + difference) / 2 of the images."""
+    low, high = binom.interval(1 - 1e-9, images, share)
+    discordant = np.arange(int(low), int(high) + 1)
+    fewest = binom.ppf(LEVEL / 2, discordant, 0.5)  # the most images with only b right that are still significant
+    fewest -= binom.cdf(fewest, discordant, 0.5) > LEVEL / 2
+    found = binom.sf(discordant - fewest - 1, discordant, min(1.0, (1 + difference / share) / 2))
+    return float(binom.pmf(discordant, images, share) @ found)
+
+
+# ---- over seeds
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A mean difference over seeds, in points, with its 95 % t interval.
+
+    The interval is NaN without a spread, which one seed has not, nor have equal differences; so are the properties.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> Gap:
+        """Of one difference for each seed; NaN for none."""
+        n = len(differences)
+        mean = statistics.fmean(differences) if n else math.nan
+        spread = statistics.stdev(differences) if n > 1 else 0.0
+        half = float(student.ppf(0.975, n - 1)) * spread / math.sqrt(n) if spread > 0 else math.nan
+        return cls(mean, mean - half, mean + half, n)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, in points."""
+        return (self.high - self.mean) / float(student.ppf(0.975, self.seeds - 1))
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p of the paired t-test."""
+        return 2 * float(student.sf(abs(self.mean) / self.error, self.seeds - 1))
+
+    @property
+    def detectable(self) -> float:
+        """Points that as many seeds with this spread tell from 0 with 80 % power."""
+        error = self.error
+        return math.nan if math.isnan(error) else detectable(self.seeds) * math.sqrt(self.seeds) * error
+
+    @property
+    def text(self) -> str:
+        """`-0.40 (-1.20 to +0.40)`."""
+        if math.isnan(self.mean):
+            return "-"
+        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
+
+
+def detectable(seeds: int, level: float = LEVEL, power: float = POWER) -> float:
+    """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with this power.
+
+    By the noncentral t; the chance of a significant result in the wrong direction, below 1e-4, is left out.
+    """
+    critical = student.ppf(1 - level / 2, seeds - 1)
+    return float(brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - power, 1e-6, 100.0))
+
+
+# ---- confidence
+
+
+class Calibration(NamedTuple):
+    """A temperature, above 1 where the model was too sure of itself, and the images that it was fitted on."""
+
+    temperature: float
+    images: int
+
+
+def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calibration | None:
+    """The temperature, 0.05 to 20, of the smallest negative log-likelihood.
+
+    Args:
+        logits: [n, C].
+        labels: [n].
+
+    Returns:
+        None without images or with logits that aren't finite.
+    """
+    n, classes = logits.shape
+    logits = logits.astype(np.float64)
+    if not n or not np.isfinite(logits).all():
+        return None
+    right = logits[np.arange(n), labels]  # [n]
+    wrong = (logits.sum(1) - right) / (classes - 1)  # [n] mean logit of the other classes
+    target = (n + 1) / (n + 2)
+    aimed = target * right + (1 - target) * wrong
+
+    def loss(log_temperature: float) -> float:
+        temperature = np.exp(log_temperature)
+        return float(np.mean(logsumexp(logits / temperature, axis=1) - aimed / temperature))
+
+    # Convex in 1 / T, so there is one minimum.
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6})
+    return Calibration(float(np.exp(found.x)), n)
+
+
+def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], bins: int = 15) -> float:
+    """Expected calibration error in [0, 1]: mean gap between confidence and accuracy over equally wide bins.
+
+    Args:
+        confidence: [n] probability of the answer.
+        correct: [n] whether it was right.
+        bins: number of bins (arXiv:1706.04599, eq. 3).
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+class Calibrate(L.Callback):
+    """Fits the temperature on the validation images when a trained model is tested."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Here the weights to be tested are loaded, on their device, in evaluation mode and without gradients."""
+        task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
+        limit = trainer.limit_val_batches
+        batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+        own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        for batch in islice(loader, batches):
+            batch = {name: value.to(task.device) for name, value in batch.items()}
+            batch = trainer.precision_plugin.convert_input(batch)
+            with trainer.precision_plugin.forward_context():
+                logits = task.evaluation_logits(batch)
+            own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
+        known = list(chain.from_iterable(gather(own)))
+        if known:
+            task.calibration = fit_temperature(*(np.concatenate(part) for part in zip(*known, strict=True)))

@@ -1,0 +1,29 @@
+"""Numbers as people read them, on every page, figure and terminal in the same spelling."""
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.965 -> `96.5 %`."""
+    return f"{signed(100 * share, digits)} %"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign: -0.013 -> `−1.3`."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def flops(count: float) -> str:
+    """345_000_000 -> `345.00 M`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def duration(seconds: float) -> str:
+    """732.4 -> `12 min 12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
