@@ -36,6 +36,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
     if option.numprocesses is None and not (option.usepdb or option.collectonly):
         option.numprocesses = 2
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with all cores each would be in each other's way
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = next((tier for folder, tier in FOLDERS.items() if path.startswith(f"{folder}/")), None)
         if tier:
             item.add_marker(tier)
+        elif "server" in getattr(item, "fixturenames", ()):  # the explorer in a process of its own
+            item.add_marker("deep")
         elif not any(map(item.get_closest_marker, (*TIERS, "whole"))):
             cases[item.nodeid.partition("[")[0]].append(item)
     for test, of_test in cases.items():

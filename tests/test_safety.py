@@ -729,6 +729,7 @@ def test_a_card_of_wrong_types(tmp_path: Path) -> None:
             read_card(tmp_path / "card.json")
 
 
+@pytest.mark.deep
 def test_safe_files_need_no_torch() -> None:
     """The checks come before the heavy machinery, so that they can be read and used alone."""
     code = (

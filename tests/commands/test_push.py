@@ -55,6 +55,7 @@ def refused(outcome: Any, *words: str) -> None:
         assert word in outcome.err
 
 
+@pytest.mark.deep
 def test_pushed_and_loaded_it_is_the_same_model(
     hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path
 ) -> None:

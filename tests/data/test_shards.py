@@ -175,6 +175,7 @@ def test_nothing_is_said_when_python_ends(pictures, tmp_path, monkeypatch):
 # ---- interrupted, and started again
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork is killed")
 @pytest.mark.parametrize("images", [1, 6, 9, 21])
 def test_killed_and_started_again(pictures, tmp_path, images):

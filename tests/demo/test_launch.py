@@ -194,6 +194,7 @@ def test_the_help_teaches(cli):
     assert "demo" in cli("--help").out
 
 
+@pytest.mark.deep
 def test_the_help_loads_no_gradio():
     code = (
         "import sys; from moevision.cli import main; main(['demo', '--help']); main(['demo', '--share'])\n"

@@ -15,6 +15,8 @@ from moevision.train import run
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.health import Stopwatch
 
+pytestmark = pytest.mark.deep
+
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
 Cli = Callable[..., Any]
 

@@ -457,6 +457,7 @@ def start_real(*arguments, code):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.deep
 def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
     """A training with workers is killed; they find out seconds later, and hold nothing until then."""
     claimed, tell = os.pipe()
@@ -510,6 +511,7 @@ def files_of(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.deep
 def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     """A watchdog repeats its command while the training that it started still lives: that one doesn't notice."""
     command = ("fit", drawn_pets, *tiny, "--checkpoint.every_steps=1")
@@ -687,6 +689,7 @@ def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
     assert (found["world_size"], found["precision"], found["threads"]) == (1, "32-true", torch.get_num_threads())
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.name == "nt", reason="no forks")
 def test_a_claim_that_was_given_up_is_forgotten(tmp_path):
     """A forked worker gives up the claims that it inherited, not another file that has their number by now."""
