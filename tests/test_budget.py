@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # why it is no smaller
-    "moevision": (11, 1_525, 7_776),  # as of the start of "half the house"
+    "moevision": (12, 1_525, 7_776),  # as of the start of "half the house"; and words.py, numbers spelled once
     "moevision/analysis": (28, 9_872, 68_833),
     "moevision/commands": (12, 2_613, 15_937),
     "moevision/data": (20, 6_454, 45_478),

@@ -9,9 +9,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import signal
 from collections import Counter
@@ -46,7 +44,7 @@ from moevision.data.scores import Choices
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, write_text_atomic
 from moevision.names import csv_name, name_bytes, shown
 
 ClassCounts = dict[str, dict[str, int]]
@@ -387,7 +385,6 @@ class ImageDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
-        """What all loaders have in common."""
         return {
             "num_workers": self.num_workers,
             "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
@@ -540,13 +537,7 @@ class Quarantine:
     """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
-        """Start empty.
-
-        Args:
-            samples: images per split.
-            max_fraction: largest share of a split that may be bad.
-            table: file to write them to (columns path, reason, split), None for nowhere.
-        """
+        """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
         self.samples, self.max_fraction, self.table = samples, max_fraction, table
         self._reasons: dict[tuple[str, int], str] = {}
 
@@ -563,11 +554,8 @@ class Quarantine:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(["path", "reason", "split"])
-            writer.writerows([csv_name(path), csv_name(reason), split] for path, reason, split in self.entries())
-            write_text_atomic(self.table, text.getvalue())
+            rows = ((csv_name(path), csv_name(reason), split) for path, reason, split in self.entries())
+            write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
             size = len(self.samples[split])
             if count > self.max_fraction * size:
@@ -601,12 +589,12 @@ def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling
 
 
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
-    """Weights of the loss per class, float32 [C].
+    """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
 
     Args:
         weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
             training images is 1; or a weight per class name, 1 for names left out.
-        train: training images per class, in the order of the labels.
+        train: training images per class.
 
     Raises:
         UserError: if a name is unknown or a weight isn't above 0.

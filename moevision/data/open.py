@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from moevision.data.collection import SPLIT_NAMES, Collection, access_advice
+from moevision.data.collection import SPLIT_NAMES, Collection, access_advice, unreadable
 from moevision.data.folder import read_folder, split_folders, subfolders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
@@ -35,7 +35,7 @@ def kind_of(path: str) -> Kind:
     place = Path(path).expanduser()
     if place.suffix.lower() == ".csv" and os.path.isfile(place):
         return "csv"
-    with access_advice(place):
+    try:
         if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
         if any((place / name).is_file() for name in (INDEX, JOURNAL)):
@@ -44,6 +44,8 @@ def kind_of(path: str) -> Kind:
             below = subfolders(place)
             if all(each.name.lower() in SPLIT_NAMES and not subfolders(each) for each in below) and tars_in(place):
                 return "tars"
+    except OSError as error:
+        raise unreadable(place, error) from error
     return "folder"
 
 

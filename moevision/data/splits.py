@@ -369,7 +369,7 @@ def _listed(path: Path) -> list[dict[str, str]]:
     if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
-    return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+    return [{name: csv_name(row[name]) for name in ("split", "class", "path")} for row in rows]
 
 
 def is_copy(path: Path, collection: Collection, original: Callable[[], Collection | None]) -> bool:
@@ -381,9 +381,7 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
         UserError: if the file isn't such a list.
     """
     rows, here = _listed(path), _by_written_name(collection)
-    if not all(row["path"] in here for row in rows):
-        return False
-    if _moved(rows, here, collection) is not None:
+    if not all(row["path"] in here for row in rows) or _moved(rows, here, collection) is not None:
         return False
     if (known := original()) is None:
         return True

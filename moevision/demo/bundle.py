@@ -31,7 +31,6 @@ import numpy.typing as npt
 
 from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
-from moevision.analysis.readings import percent
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe, title_of
@@ -41,6 +40,7 @@ from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
 from moevision.names import shown
+from moevision.words import percent
 
 Floats = npt.NDArray[np.float32]
 SOURCES: Final = Path("examples/SOURCES.json")

@@ -73,7 +73,7 @@ _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets 
 # 112 px reached 75e9 with AVX-512, decoding included.
 _CPU_FLOPS_PER_S = 30e9
 
-# benchmarks/accuracy/folder-*.json, three seeds and one; a test compares.
+# folder-* in benchmarks/accuracy/runs.jsonl, three seeds and one; a test compares.
 LOST = "Of 832 cats and dogs, trained on 2,048, pretrained weights got 96 % right, a model from scratch 88 %."
 
 

@@ -162,10 +162,9 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
 def test_what_is_lost_is_what_the_records_say() -> None:
     """Said where nothing could be had, not to who wants to start from scratch."""
     seeds = {"pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"), "scratch": ("folder-none",)}
-    tests = {
-        start: [json.loads((ROOT / f"benchmarks/accuracy/{name}.json").read_text())["test"] for name in names]
-        for start, names in seeds.items()
-    }
+    lines = (ROOT / "benchmarks" / "accuracy" / "runs.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    tests = {start: [record["test"] for record in records if record["name"] in names] for start, names in seeds.items()}
     pretrained, scratch = (
         f"{100 * sum(test['correct'] for test in of) / sum(test['total'] for test in of):.0f} %"
         for of in tests.values()
