@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moevision
-from benchmarks.house.counts import count, cycle, imports, modules
+from benchmarks.house.counts import imports, modules
 
 PACKAGE = Path(moevision.__file__).parent
 
@@ -108,19 +108,14 @@ def test_the_rule_sees_every_kind_of_import(unit: str, source: str, package: str
     assert violations(unit, source, package) == expected
 
 
-def test_no_modules_import_one_another() -> None:
-    """Nor do those inside one folder, of which the picture says nothing."""
-    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
-    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
-    assert count(PACKAGE.parent)["cycle"] == []
-
-
 def test_only_parallel_imports_what_divides_tensors() -> None:
     """Nothing of moevision.train.parallel is imported before somebody asks for it."""
     known, inside = modules(PACKAGE.parent), "moevision.train.parallel"
     for name, path in known.items():
         if not name.startswith(inside):
-            found = imports(ast.parse(path.read_text(encoding="utf-8")), known, at_import=True)
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            found = imports(tree, known)
             assert not [other for other in found if other.startswith(inside)], name
 
 

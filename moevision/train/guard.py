@@ -19,8 +19,6 @@ whose deviation is tiny, from false alarms.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -36,7 +34,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.names import csv_name
 from moevision.train.ema import WeightEMA
@@ -506,12 +504,10 @@ class GuardRecord:
 
     def write(self, folder: Path) -> None:
         """Write guard.csv whole; a resumed run writes it again from what the checkpoint remembers."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for event in self.events:
-            writer.writerow([event.step, event.epoch, event.kind, event.source, csv_name(" ".join(event.samples))])
-        write_text_atomic(folder / GUARD_CSV, text.getvalue())
+        rows = (
+            (each.step, each.epoch, each.kind, each.source, csv_name(" ".join(each.samples))) for each in self.events
+        )
+        write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""
