@@ -40,7 +40,7 @@ from moevision.data.loader import (
 )
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
-from moevision.data.scores import Choices
+from moevision.data.scores import ImageLists
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
@@ -166,7 +166,7 @@ class ImageDataModule(LightningDataModule):
         self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
         self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
         self.cache_mb, self.max_bad_fraction, self.scores = cache_mb, max_bad_fraction, scores
-        self.choices = Choices(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
+        self.choices = ImageLists(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self.mean, self.std = mean, std
         self.run_dir: Path | None = None
