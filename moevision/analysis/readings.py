@@ -641,15 +641,9 @@ def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Int
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
     """The patches dealt to as many balanced groups as there are experts, by a linear probe of the layer's input.
 
-    The probe is fitted on one half of the images and applied to the other. Its patches are put in the order of the
-    class that it predicts (and of its certainty in each) and cut into groups of equal size.
-
-    Args:
-        inputs: [I, p, D].
-        target: [I, p] what the probe is fitted to; negative: not fitted.
-        num_groups: E.
-        halves: [I].
-        seed: of the patches that it is fitted on.
+    The probe is fitted to the target [I, p] (negative: not fitted) on one half of the images and applied to the other.
+    Its patches are put in the order of the class that it predicts (and of its certainty in each) and cut into groups of
+    equal size.
 
     Returns:
         [I, p, E] one-hot.
