@@ -304,6 +304,7 @@ class Results:
                 "layers": layers,
             },
             "questions": [each.to_json() for each in self.questions],
+            "specialization": [],  # what an earlier version measured, and its readers look for
             "maps": [found.to_json() for found in self.maps.values()],
             "stability": self.stability,
             "effects": self.effects,
