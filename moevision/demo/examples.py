@@ -23,9 +23,8 @@ from moevision.analysis.images import PictureSet, original_image
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
-from moevision.demo.requests import RequestError
 from moevision.demo.scored import ScoredRun, gone
-from moevision.demo.wire import data_uri
+from moevision.demo.wire import RequestError, data_uri
 from moevision.errors import UserError
 from moevision.names import shown
 

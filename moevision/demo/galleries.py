@@ -36,9 +36,8 @@ from moevision.demo.atlas import build_atlas, counted_name, load_atlas
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent, thumb
 from moevision.demo.facts import ModelFacts
-from moevision.demo.requests import RequestError
 from moevision.demo.typical import MIN_PICTURES, Typical, typical_of
-from moevision.demo.wire import data_uri
+from moevision.demo.wire import RequestError, data_uri
 
 LIMIT = 400  # images of a gallery
 MOST = 2000  # of a folder that the user named: all of it, as far as memory goes

@@ -50,20 +50,31 @@ class Document:
     policy: str
 
 
-def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]], component: int) -> Document:
+def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> Document:
     """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
 
     Args:
         boot: what the request `boot` answers; `whole` says whether all models have their examples.
         views: of the images that the page opens with.
-        component: number of gradio's component that answers the page's requests.
     """
-    last = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS, COMPONENT);"
-    script = script_of("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
+    script = script_of("app.js", "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);", BOOT=boot, VIEWS=views)
     body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
     text = document("moevision explorer", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Document(text, f"script-src 'sha256-{digest}'")
+
+
+def login_page(query: str, wrong: bool) -> str:
+    """The form that asks for user and password; the address's query comes back with the page behind it."""
+    said = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
+    field = '<p><label>{0}<br><input name="{1}" type="{2}" autocomplete="{3}" required></label></p>'
+    body = (
+        f'<main class="mv"><h1>moevision explorer</h1>{said}<form method="post" action="login?{html.escape(query)}">'
+        + field.format("User", "username", "text", "username")
+        + field.format("Password", "password", "password", "current-password")
+        + '<p><button class="mv-button">Log in</button></p></form></main>'
+    )
+    return document("moevision explorer", read_css(CORE_STYLES), body, "", policy="")
 
 
 def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
@@ -118,9 +129,14 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
         script: runs when the body is there.
         policy: its Content-Security-Policy; empty where a server sends one.
     """
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n' if policy else ""
+    # Of a server a browser would also ask for an icon.
+    own = (
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        if policy
+        else '<link rel="icon" href="data:,">'
+    )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{meta}'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{own}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
         f"<body>{body}\n<script>{script}</script></body></html>\n"

@@ -7,29 +7,16 @@ whose message says what would be right; unknown fields are refused too, since a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.demo.facts import ModelFacts
 from moevision.demo.view import FILLS, KINDS, Settings
-from moevision.errors import UserError
+from moevision.demo.wire import RequestError
 
-Code = Literal["bad_request", "busy", "bad_image", "too_large"]
 MAX_NAME: Final = 200
 MAX_ID: Final = 4200  # of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind
 MIN_CAPACITY, MAX_CAPACITY = 0.05, 16.0
-
-
-class RequestError(UserError):
-    """A request that can't be answered.
-
-    Attributes:
-        code: what kind of mistake it is, for the page.
-    """
-
-    def __init__(self, message: str, code: Code = "bad_request") -> None:
-        super().__init__(message)
-        self.code: Code = code
 
 
 def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
 from moevision.analysis.images import Collected, PictureSet, open_pictures, run_folder
 from moevision.data.scores import FILE, Scores
 from moevision.data.sources import SPLITS
-from moevision.demo.requests import RequestError
+from moevision.demo.wire import RequestError
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel
 from moevision.names import csv_name

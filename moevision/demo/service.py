@@ -24,10 +24,9 @@ from moevision.demo.examples import Found, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
-from moevision.demo.requests import RequestError
 from moevision.demo.times import Times
 from moevision.demo.view import RoutingView, Settings, route_image
-from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
+from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
 from moevision.errors import UserError
 
 Json = dict[str, Any]
@@ -345,8 +344,6 @@ def told(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
     if isinstance(error, RequestError):
         return failure(str(error), error.code)
-    if isinstance(error, TooLargeError):
-        return failure(str(error), "too_large")
     if isinstance(error, BadImageError):
         return failure(f"This image can't be used: {error.reason}.", "bad_image")
     if isinstance(error, UserError):

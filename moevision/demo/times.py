@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moevision.demo.bundle import Entry
-from moevision.demo.requests import RequestError
 from moevision.demo.view import top_classes
-from moevision.demo.wire import halves
+from moevision.demo.wire import RequestError, halves
 from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 
