@@ -29,7 +29,7 @@ import torch
 from benchmarks.demo import running_demo
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.data import SyntheticPets
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError

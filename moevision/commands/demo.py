@@ -87,7 +87,7 @@ def open_explorer(model: str | None, data: str | None, root: str | None, *, loca
     """Load the models, start to look through their images, and warm everything up."""
     import torch
 
-    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.models import DataOptions, open_entries
     from moevision.demo.galleries import Galleries
     from moevision.demo.server import cpu_workers
     from moevision.demo.service import Explorer

@@ -31,9 +31,7 @@ def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
 
 def text(request: Mapping[str, Any], name: str, default: str | None = None, *, longest: int = MAX_NAME) -> str:
     """A short string."""
-    value = request.get(name, default)
-    if value is None:
-        value = default
+    value = default if request.get(name) is None else request[name]
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         raise RequestError(f"The field {name!r} must be a text of 1 to {longest} characters.")
     return value
@@ -54,11 +52,11 @@ def choice(request: Mapping[str, Any], name: str, options: Sequence[str], defaul
 
 def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None) -> int:
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
-    value = request.get(name)
-    if value is None:
-        value = default
+    value = default if request.get(name) is None else request[name]
     if type(value) is not int or value not in options:
-        raise RequestError(f"The field {name!r} must be {_range(options)}.")
+        listed = f"one of {', '.join(map(str, options))}"
+        words = f"a whole number from {options[0]} to {options[-1]}" if isinstance(options, range) else listed
+        raise RequestError(f"The field {name!r} must be {words}.")
     return value
 
 
@@ -71,7 +69,12 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
         top_k = whole(request, "top_k", range(1, facts.max_top_k + 1))
     capacity = request.get("capacity")
     if capacity is not None:
-        capacity = _capacity(capacity)
+        number = type(capacity) in (int, float)
+        if not number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
+            raise RequestError(
+                f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
+            )
+        capacity = float(capacity)
     changed = request.get("intervention")
     noise = None if request.get("noise") is None else whole(request, "noise", range(2**31))
     if noise is not None and all(router.noise == "none" for router in facts.routers):
@@ -120,16 +123,3 @@ def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
             f"The field 'path' must be a list of {len(facts.routers)} experts, one for each MoE layer: {lasts}."
         )
     return tuple(value)
-
-
-def _capacity(value: Any) -> float:
-    number = type(value) in (int, float)
-    if not number or not MIN_CAPACITY <= value <= MAX_CAPACITY:  # NaN lies in no range
-        raise RequestError(f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null.")
-    return float(value)
-
-
-def _range(options: Sequence[int]) -> str:
-    if isinstance(options, range):
-        return f"a whole number from {options[0]} to {options[-1]}"
-    return f"one of {', '.join(map(str, options))}"

@@ -238,6 +238,8 @@ class Door:
         )
 
     async def _log_in(self, request: Request) -> Response:
+        if self.serving.auth is None:
+            raise HTTPException(404)
         async with request.form() as form:
             given = str(form.get("username", "")).strip(), str(form.get("password", ""))
         try:
@@ -253,7 +255,7 @@ class Door:
 
     def _is_right(self, *given: str) -> bool:
         """Whether these are user and password; wrong ones take a second, one after another, so that nobody guesses."""
-        right = secrets.compare_digest("\n".join(given).encode(), "\n".join(self.serving.auth or given).encode())
+        right = secrets.compare_digest("\n".join(given).encode(), "\n".join(self.serving.auth or ()).encode())
         if not right:
             time.sleep(WRONG_LOGIN_S)
         return right

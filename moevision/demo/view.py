@@ -10,6 +10,7 @@ expert. Where experts choose patches or mix them, K = E, best first, and `kept` 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
 from moevision.demo.computation import Computation, Heard, listen
@@ -30,13 +32,13 @@ from moevision.demo.facts import (
     Pixels,
     describe,
     model_input,
+    noise_of_training,
     route_batch,
     softmax,
+    steps,
     title_of,
 )
-from moevision.demo.lens import block_outputs, lens
-from moevision.demo.noise import noise_of_training
-from moevision.demo.steps import steps
+from moevision.demo.html import VIEW_SCHEMA, view_html
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
@@ -46,7 +48,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SlotWeights:
+class SlotMaps:
     """The slots of one layer, for the patches of one image.
 
     Attributes:
@@ -58,13 +60,10 @@ class SlotWeights:
     combine: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, routing: SoftRouting) -> SlotWeights:
+    def of(cls, routing: SoftRouting) -> SlotMaps:
         """The slots of a batch of one image, prefix tokens left out."""
-        first = routing.num_prefix_tokens
-        dispatch, combine = (
-            weight[0, first:].float().cpu().numpy() for weight in (routing.dispatch_weight, routing.slot_weight)
-        )
-        return cls(dispatch, combine)
+        weights = (routing.dispatch_weight, routing.slot_weight)
+        return cls(*(weight[0, routing.num_prefix_tokens :].float().cpu().numpy() for weight in weights))
 
     @property
     def reads(self) -> Floats:
@@ -153,11 +152,8 @@ class Settings:
 
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
-    able = [
-        number
-        for number, layer in layers.items()
-        if refusal(kind, routing_kind(layer.router), routed_unit(layer.router)) is None
-    ]
+    routers = {number: layer.router for number, layer in layers.items()}
+    able = [number for number, one in routers.items() if refusal(kind, routing_kind(one), routed_unit(one)) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 
@@ -192,18 +188,10 @@ def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
 
 def intervention_json(change: Intervention) -> dict[str, Any]:
     """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
-    other = {"other": change.other} if change.kind == "swap" else {}
-    return {
-        "kind": change.kind,
-        "layer": change.layer,
-        "expert": change.expert,
-        **other,
-        "fill": change.fill,
-        "seed": change.seed,
-    }
+    names = ("kind", "layer", "expert", *(["other"] if change.kind == "swap" else []), "fill", "seed")
+    return {name: getattr(change, name) for name in names}
 
 
-SCHEMA: Final = "moevision.view/2"
 TOP, LENS_TOP = 5, 2
 
 
@@ -227,15 +215,14 @@ class LayerView:
     combine_weight: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
     probs: npt.NDArray[np.float32]
-    slots: SlotWeights | None = None
+    slots: SlotMaps | None = None
     computation: Computation | None = None
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
         """[P] best minus second-best router probability; with one expert its probability."""
-        ordered = np.sort(self.probs, axis=1)
-        second = ordered[:, -2] if ordered.shape[1] > 1 else np.zeros_like(ordered[:, -1])
-        margin: npt.NDArray[np.float32] = ordered[:, -1] - second
+        ordered = np.sort(np.pad(self.probs, ((0, 0), (1, 0))), axis=1)
+        margin: npt.NDArray[np.float32] = ordered[:, -1] - ordered[:, -2]
         return margin
 
     @property
@@ -303,7 +290,7 @@ class RoutingView:
         probabilities: [C] of the MoE.
         dense_probabilities: [C] of its dense twin; None without one.
         settings: what was changed about the model.
-        lens: [blocks, C] probabilities by the logit lens (`demo/lens.py`); None for a network without blocks.
+        lens: [blocks, C] probabilities by the logit lens (`demo/view.py`); None for a network without blocks.
     """
 
     model: ModelFacts
@@ -325,7 +312,7 @@ class RoutingView:
         changed = settings.intervention
         reason = settings.off_reason(self.model.routers)
         return {
-            "schema": SCHEMA,
+            "schema": VIEW_SCHEMA,
             "model": self.model.to_json(),
             "picture": self.picture.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
@@ -345,8 +332,6 @@ class RoutingView:
         }
 
     def _repr_html_(self) -> str:
-        from moevision.demo.html import view_html
-
         return view_html(self.to_json(), full_page=False)
 
 
@@ -424,9 +409,44 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
-        slots=SlotWeights.of(routing) if isinstance(routing, SoftRouting) else None,
+        slots=SlotMaps.of(routing) if isinstance(routing, SoftRouting) else None,
         computation=heard.computation(routing, noisy=noisy),
     )
+
+
+# The logit lens (nostalgebraist, "interpreting GPT", 2020): final norm, pooling and head, applied to the output of each
+# block as they are. They were trained for the last one alone, so of an earlier one they are an untrained readout.
+
+
+@contextmanager
+def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what the blocks of `net` give, each [1, N, D] for one image; in this thread, and until the scope closes.
+
+    Yields:
+        A list that fills in order of depth while the model runs; it stays empty where a network has no blocks.
+    """
+    outputs: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(_module: nn.Module, _given: tuple[Any, ...], result: Tensor) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(result)
+
+    with routing_lock(net):
+        hooks = [block.register_forward_hook(keep) for block in getattr(net, "blocks", ())]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@torch.inference_mode()
+def lens(net: Any, outputs: list[Tensor]) -> Tensor | None:
+    """Logits [L, C] of the head after each block; the last row is the model's own. None without blocks."""
+    if not outputs:
+        return None
+    return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
 
 
 def _round(values: npt.NDArray[Any]) -> Any:

@@ -76,14 +76,9 @@ def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
 
 
 def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
-    """Decode an image that came inside a request.
+    """The upright RGB image that came inside a request as `data:image/...;base64,...`, or as the base64 alone.
 
-    Args:
-        text: `data:image/...;base64,...`, or the base64 alone.
-        short_side: what it will be shrunk to, in pixels: a JPEG may come with fewer pixels then (`safe_open`).
-
-    Returns:
-        An upright RGB image.
+    A JPEG may come with fewer pixels if it will be shrunk to `short_side` (`safe_open`).
 
     Raises:
         RequestError: with code "too_large" if it has more than `MAX_BYTES` bytes.

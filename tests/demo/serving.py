@@ -129,9 +129,9 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
     """
     from gradio import networking
 
-    from moevision.demo.bundle import DataOptions, open_entries
     from moevision.demo.galleries import Galleries
     from moevision.demo.gate import Serving
+    from moevision.demo.models import DataOptions, open_entries
     from moevision.demo.server import Server
     from moevision.demo.service import Explorer
 

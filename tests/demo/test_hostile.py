@@ -295,7 +295,7 @@ def test_too_large_says_how_large_it_may_be(explorer):
 def ask_door(explorer, monkeypatch):
     """What the door answers to a body that arrives in chunks, and its counts by address afterwards."""
 
-    def ask(chunks, *, path="/api/route", method="POST", headers=(), delay=0.0, **limits):
+    def ask(chunks, *, path="/api/route", method="POST", headers=(), delay=0.0, auth=None, **limits):
         for name, value in limits.items():
             monkeypatch.setattr(server_module, name, value)
         sent, left = [], list(chunks)
@@ -318,7 +318,7 @@ def ask_door(explorer, monkeypatch):
         }
 
         async def talk():  # gradio leaves an event loop open where none runs
-            door = Door(explorer, Serving())
+            door = Door(explorer, Serving(auth=auth))
             await door(scope, receive, send)
             door.close()
             return sent, door
@@ -366,7 +366,8 @@ def test_a_fourth_of_all_bodies_is_for_one_address(ask_door):
 
 
 def test_a_short_form_is_enough_for_a_login(ask_door):
-    (start, *_), _ = ask_door([b"x" * 5000], path="/login")
+    form = [(b"content-type", b"application/x-www-form-urlencoded")]
+    (start, *_), _ = ask_door([b"x" * 5000], path="/login", headers=form, auth=("class", "secret"))
     assert start["status"] == 413
 
 

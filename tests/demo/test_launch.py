@@ -320,7 +320,7 @@ def free_port():
 SERVE = """
 import sys, urllib.request
 from pathlib import Path
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.gate import Serving
 from moevision.demo.server import Server

@@ -4,8 +4,8 @@ from urllib.parse import quote
 
 import pytest
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.html import app_page
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.demo.conftest import HOSTILE
 from tests.demo.serving import asked_for

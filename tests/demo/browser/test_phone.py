@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.html import app_page
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 
 pytestmark = pytest.mark.needs("chromium")

@@ -5,8 +5,8 @@ import re
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 
 pytestmark = pytest.mark.needs("chromium")

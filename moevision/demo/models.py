@@ -20,7 +20,7 @@ and a model of photos
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -32,10 +32,8 @@ import numpy.typing as npt
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
 from moevision.analysis.specialization import fresh_copy, percent
 from moevision.data.sources import DATASET_NAMES, SYNTHETIC
-from moevision.demo.examples import Examples
+from moevision.demo.examples import Examples, ScoredRun, Typical
 from moevision.demo.facts import ModelFacts, describe, title_of
-from moevision.demo.scored import ScoredRun
-from moevision.demo.typical import Typical
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
@@ -102,11 +100,7 @@ class Card:
 
 
 def read_card(file: Path) -> Card:
-    """Read a card.json.
-
-    Raises:
-        UserError: if it isn't one.
-    """
+    """Read a card.json; a UserError if it isn't one."""
     try:
         given = read_json(file)
         typical = given.pop("typical", None)
@@ -118,21 +112,27 @@ def read_card(file: Path) -> Card:
 
 def _check_types(given: dict[str, Any]) -> None:
     """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+
+    def by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+    def whole(value: Any) -> bool:
+        return value is None or type(value) is int
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "seed": whole,
+        "test_images": whole,
+        "validation_top1": numbers,
+        "accuracy": by_name(lambda value: isinstance(value, int | float)),
+        "accuracy_interval": by_name(numbers),
+        "balanced_accuracy": by_name(numbers),
+        "recipes": by_name(lambda value: isinstance(value, str)),
+    }
     for name, value in given.items():
-        if name in ("seed", "test_images"):
-            right = value is None or type(value) is int
-        elif name == "validation_top1":
-            right = isinstance(value, list) and all(isinstance(share, int | float) for share in value)
-        elif name in ("accuracy_interval", "balanced_accuracy"):
-            right = isinstance(value, dict) and all(
-                isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in value.values()
-            )
-        elif name in ("accuracy", "recipes"):
-            kind = str if name == "recipes" else int | float
-            right = isinstance(value, dict) and all(isinstance(inner, kind) for inner in value.values())
-        else:
-            right = isinstance(value, str)
-        if not right:
+        if not kinds.get(name, lambda value: isinstance(value, str))(value):
             raise TypeError(f"{name} has the wrong type")
 
 
@@ -161,9 +161,6 @@ def card_of_run(address: str) -> Card:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away.") from error
-
-
-UNTRAINED_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -226,11 +223,7 @@ def bundled_folders(home: Path | None = None) -> list[Path]:
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder of one of the models that come with the package.
-
-    Raises:
-        UserError: if there is no such model.
-    """
+    """The folder of one of the models that come with the package; a UserError if there is no such model."""
     folders = {folder.name: folder for folder in bundled_folders()}
     if name not in folders:
         raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
@@ -276,11 +269,7 @@ def _photos(folder: Path, model: SavedModel) -> PictureSet:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
-
-    Raises:
-        UserError: if there is none, or the data don't exist.
-    """
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones."""
     if model is not None:
         return [_open_own(model, options)]
     folders = bundled_folders(home)
@@ -329,11 +318,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
 
 
 def credits_of(file: Path) -> dict[str, str]:
-    """Whose an example is and under which licence, by its name, from SOURCES.json.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
+    """Whose an example is and under which licence, by its name, from SOURCES.json; a UserError if it is damaged."""
     try:
         given = read_json(file)
         return {
@@ -426,6 +411,6 @@ def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool 
     return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
 
 
-def untrained(like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:
+def untrained(like: SavedModel, seed: int = 0) -> SavedModel:
     """The same architecture with fresh weights, a random router among them."""
     return replace(like, net=fresh_copy(like.net, seed))
