@@ -88,14 +88,10 @@ class Found:
 
 
 class Examples:
-    """The images of one model.
+    """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores.
 
-    Args:
-        pictures: the model's data; None if there are none.
-        image_size: S.
-        credits: of images that the package carries, by their names. They and drawn ones have no photos of gradio's
-            beside them.
-        scored: the run that the model comes from, if it kept scores of its training images.
+    `credits` are of images that the package carries, by their names. They and drawn ones have no photos of gradio's
+    beside them.
     """
 
     def __init__(
@@ -382,13 +378,8 @@ class Typical:
 def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
     """Measure what images of the training data look like, best on images that were held out.
 
-    Args:
-        pictures: at least 200 images, uint8 [S, S, 3]. Every other one fixes mean and covariance, the rest the
-            threshold: on the same images it would come out too low.
-        image_size: S.
-
-    Raises:
-        UserError: if there are too few images or they have another size.
+    Of at least 200 images, uint8 [S, S, 3], every other one fixes mean and covariance, the rest the threshold: on the
+    same images it would come out too low. Too few images, or another size, are a UserError.
     """
     rows = []
     for pixels in pictures:

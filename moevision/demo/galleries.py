@@ -94,15 +94,10 @@ class _UntilStopped(View):
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images of a model's data with the routing of every patch.
+    """Images of a model's data with the routing of every patch."""
 
-    Attributes:
-        pictures: at most `LIMIT`, the same number of each class.
-        trace: of these images, in their order.
-    """
-
-    pictures: PictureSet
-    trace: RoutingTrace
+    pictures: PictureSet  # at most `LIMIT`, the same number of each class
+    trace: RoutingTrace  # of these images, in their order
 
 
 class Galleries:
@@ -369,22 +364,14 @@ class Times:
 
     The last moment is the model as it is carried, which the page shows with all numbers of a view; of the others there
     are weights and predictions only.
-
-    Attributes:
-        history: of images that are among the model's examples.
-        rows: place of each image in it, by the example's id.
     """
 
-    history: RoutingHistory
-    rows: dict[str, int]
+    history: RoutingHistory  # of images that are among the model's examples
+    rows: dict[str, int]  # place of each image in it, by the example's id
 
     @classmethod
     def of(cls, entry: Entry) -> Times | None:
-        """Read the history of a model that has one.
-
-        Raises:
-            UserError: if the file is damaged, or of another model or other images.
-        """
+        """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
         if entry.history is None:
             return None
         history, facts, examples = RoutingHistory.load(entry.history), entry.facts, entry.examples
@@ -409,15 +396,7 @@ class Times:
         return {"images": list(self.rows), "steps": list(self.history.steps), "total_steps": self.history.total_steps}
 
     def of_image(self, id: str) -> dict[str, Any]:
-        """All moments of one image.
-
-        Returns:
-            `picture`, `steps` and `total_steps`; `predictions`, for each moment the likeliest classes; and `layers`,
-            each with its number `layer` and `weights` [T, P, E] as `wire.halves` packs them.
-
-        Raises:
-            RequestError: if it wasn't recorded.
-        """
+        """All moments of one image: the likeliest classes, and of each layer `weights` [T, P, E] as `halves` packs."""
         if id not in self.rows:
             raise RequestError(f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}.")
         history, row = self.history, self.rows[id]

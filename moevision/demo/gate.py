@@ -151,17 +151,11 @@ def _on_space() -> bool:
 
 
 def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: bool) -> str:
-    """What counts as one address.
+    """What counts as one address: an IPv4 address, the first half of an IPv6 one (its whole network), or a word.
 
-    Args:
-        client: address and port of the visitor; uvicorn has put in the last untrusted address of `X-Forwarded-For` if
-            the connection comes from this computer, or from a proxy named in `FORWARDED_ALLOW_IPS`.
-        proxied: whether there is such a proxy or tunnel.
-        forwarded: whether the request has the header. Without a proxy it is made up by the visitor: all such requests
-            count as from one address.
-
-    Returns:
-        An IPv4 address, the first half of an IPv6 address (who has one has the whole network), or a word.
+    In `client` uvicorn has put the last untrusted address of `X-Forwarded-For` if the connection comes from this
+    computer, or from a proxy named in `FORWARDED_ALLOW_IPS`. A request that has this header (`forwarded`) where no
+    proxy is (`proxied`) made it up: all of them count as from one address.
     """
     if forwarded and not proxied:
         return "forwarded"
@@ -181,10 +175,6 @@ class Gate:
     A free thread goes to the oldest request of the address that had its turn longest ago, or never: an address with one
     request waits for one that runs, however many another address has sent. An address alone may have all places. If
     all are taken, the address with most of them loses its newest one to an address with fewer.
-
-    Args:
-        workers: how many run at once.
-        waiting: how many more may wait for their turn.
     """
 
     def __init__(self, workers: int, waiting: int = WAITING) -> None:

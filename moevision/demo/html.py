@@ -13,10 +13,9 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moevision.names import json_text
 
@@ -37,14 +36,8 @@ DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 
 
-@dataclass(frozen=True)
-class Document:
-    """A page of one file.
-
-    Attributes:
-        text: the HTML.
-        policy: `script-src` of its Content-Security-Policy, which lets its own script run and no other.
-    """
+class Document(NamedTuple):
+    """A page of one file, and the `script-src` of its policy, which lets its own script run and no other."""
 
     text: str
     policy: str
@@ -53,9 +46,7 @@ class Document:
 def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> Document:
     """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
 
-    Args:
-        boot: what the request `boot` answers; `whole` says whether all models have their examples.
-        views: of the images that the page opens with.
+    `boot` is what the request of that name answers, `views` are those of the images that the page opens with.
     """
     script = script_of("app.js", "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);", BOOT=boot, VIEWS=views)
     body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
@@ -101,7 +92,14 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
-    page = _page(view, history)
+    picture = view["picture"]
+    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    page = document(
+        html.escape(f"Routing of {picture.get('label') or picture['name']}"),
+        read_css(CORE_STYLES),
+        '<main class="mv" data-mv></main>',
+        script_of("core.js", last, VIEW=view, HISTORY=history),
+    )
     if full_page:
         return page
     # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
@@ -111,23 +109,10 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
     )
 
 
-def _page(view: Mapping[str, Any], history: Mapping[str, Any] | None) -> str:
-    picture = view["picture"]
-    title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
-    script = script_of("core.js", last, VIEW=view, HISTORY=history)
-    return document(title, read_css(CORE_STYLES), '<main class="mv" data-mv></main>', script)
-
-
 def document(title: str, style: str, body: str, script: str, *, policy: str = OFFLINE) -> str:
-    """A page in one file, which may load nothing.
+    """A page in one file, which may load nothing; `title` and `body` are HTML, and `script` runs when they are there.
 
-    Args:
-        title: as HTML.
-        style: of what is inside `body`; the page around it has its own.
-        body: as HTML.
-        script: runs when the body is there.
-        policy: its Content-Security-Policy; empty where a server sends one.
+    `policy` is its Content-Security-Policy, empty where a server sends one.
     """
     # Of a server a browser would also ask for an icon.
     own = (
@@ -146,34 +131,20 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any) -> str:
     """The module `entry` and all that it imports in one function, which ends with the call `last`.
 
-    Args:
-        entry: its name.
-        last: JavaScript.
-        read: the text of the module of a name; None: of `assets/`.
-        **constants: what the script begins with, as JSON.
+    It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
     """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
-    joined = _joined(entry, read or read_asset)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
-    return "\n".join(
-        [
-            "(() => {",
-            '"use strict";',
-            *lines,
-            joined.replace("</script", "<\\/script"),
-            last,
-            "})();",
-        ]
-    )
+    joined = _joined(entry, read or read_asset).replace("</script", "<\\/script")
+    return "\n".join(["(() => {", '"use strict";', *lines, joined, last, "})();"])
 
 
 def _joined(entry: str, read: Callable[[str], str]) -> str:
     """The text of a module and of all that it imports, in one scope.
 
-    Raises:
-        ValueError: where one scope would mean something else than modules do: two of them declare the same name, or
-            import each other, or import and export in another form than `import { name } from "./file.js"` and
-            `export const|function|class`.
+    A ValueError where one scope would mean something else than modules do: two of them declare the same name, or import
+    each other, or import and export in another form than `import { name } from "./file.js"` and
+    `export const|function|class`.
     """
     text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read(name)))) for name in modules(entry, read))
     if odd := _ODD.findall(text):
@@ -209,7 +180,7 @@ def _inline_json(value: Any) -> str:
 
 def read_css(names: tuple[str, ...]) -> str:
     """Style sheets of `assets/`, one behind the other, without comments."""
-    return without_comments("\n".join(read_asset(name) for name in names))
+    return without_comments("\n".join(map(read_asset, names)))
 
 
 def without_comments(css: str) -> str:

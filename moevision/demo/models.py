@@ -45,43 +45,24 @@ SOURCES: Final = Path("examples/SOURCES.json")
 
 @dataclass(frozen=True)
 class Card:
-    """What people should know about a model before they believe it.
+    """What people should know about a model before they believe it; empty or missing where unknown or not measured."""
 
-    Attributes:
-        id: its name in addresses.
-        title: its name in words.
-        subtitle: one line under the title.
-        data: the training data, in words.
-        recipe: the command or config that trained it.
-        seed: of that training; None if unknown.
-        accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
-        accuracy_interval: 95 % interval [low, high] of each accuracy; missing if not measured.
-        balanced_accuracy: mean of the classes' accuracies and its 95 % interval, [share, low, high], by the same names.
-        test_images: number of images that the accuracy was measured on; None if unknown.
-        recipes: the commands that trained each variant, the dense twin among them.
-        note: what the commands don't say about the training.
-        validation_top1: of the trained model after each epoch.
-        licence: of the weights.
-        data_kind: name of the dataset as `--data` takes it; empty if unknown.
-        typical: what images of the training data look like to the model; None if not measured.
-    """
-
-    id: str
-    title: str
-    subtitle: str = ""
-    data: str = ""
-    recipe: str = ""
-    seed: int | None = None
-    accuracy: dict[str, float] = field(default_factory=dict)
-    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
-    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)
-    test_images: int | None = None
-    recipes: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-    validation_top1: list[float] = field(default_factory=list)
-    licence: str = ""
-    data_kind: str = ""
-    typical: Typical | None = None
+    id: str  # its name in addresses
+    title: str  # its name in words
+    subtitle: str = ""  # one line under the title
+    data: str = ""  # the training data, in words
+    recipe: str = ""  # the command or config that trained it
+    seed: int | None = None  # of that training
+    accuracy: dict[str, float] = field(default_factory=dict)  # on test images, of `moe`, `dense` and `unbalanced`
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)  # 95 % interval [low, high] of each
+    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)  # mean of the classes', [share, low, high]
+    test_images: int | None = None  # on which these were measured
+    recipes: dict[str, str] = field(default_factory=dict)  # the commands that trained each variant, and the dense twin
+    note: str = ""  # what the commands don't say about the training
+    validation_top1: list[float] = field(default_factory=list)  # of the trained model after each epoch
+    licence: str = ""  # of the weights
+    data_kind: str = ""  # name of the dataset as `--data` takes it
+    typical: Typical | None = None  # what images of the training data look like to the model
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, without the numbers of `typical`."""
@@ -165,42 +146,26 @@ def card_of_run(address: str) -> Card:
 
 @dataclass(frozen=True)
 class Variant:
-    """One version of a model: `trained`, `unbalanced` or `untrained`.
-
-    Attributes:
-        saved: the network.
-        facts: what views say about it.
-        atlas: file with its atlas; None if that has to be computed.
-    """
+    """One version of a model: `trained`, `unbalanced` or `untrained`."""
 
     saved: SavedModel
     facts: ModelFacts
-    atlas: Path | None = None
+    atlas: Path | None = None  # the file; None if it has to be computed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with everything that belongs to it.
-
-    Attributes:
-        card: what people should know about it.
-        variants: by name; `trained` comes first and is always there.
-        dense: its dense twin, if there is one.
-        examples: the images that it can show.
-        foreign: whether those are other data than the model's own kind, as far as that is known.
-        dense_answers: [C] what the dense twin says about examples, by their ids, where the twin itself isn't here.
-        history: file with the routing of the examples while the model was trained; None if there is none.
-        shown: which images these are, in words, where the user named them (`--data`); else empty.
-    """
+    """A model with everything that belongs to it."""
 
     card: Card
-    variants: dict[str, Variant]
-    dense: SavedModel | None
+    variants: dict[str, Variant]  # by name; `trained` comes first and is always there
+    dense: SavedModel | None  # its dense twin
     examples: Examples
-    foreign: bool = False
+    foreign: bool = False  # whether those are other data than the model's own kind, as far as that is known
+    # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    history: Path | None = None
-    shown: str = ""
+    history: Path | None = None  # the file with the routing of the examples while the model was trained
+    shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
     @property
     def facts(self) -> ModelFacts:

@@ -54,9 +54,9 @@ def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
     value = default if request.get(name) is None else request[name]
     if type(value) is not int or value not in options:
-        listed = f"one of {', '.join(map(str, options))}"
-        words = f"a whole number from {options[0]} to {options[-1]}" if isinstance(options, range) else listed
-        raise RequestError(f"The field {name!r} must be {words}.")
+        if isinstance(options, range):
+            raise RequestError(f"The field {name!r} must be a whole number from {options[0]} to {options[-1]}.")
+        raise RequestError(f"The field {name!r} must be one of {', '.join(map(str, options))}.")
     return value
 
 

@@ -20,9 +20,9 @@ import time
 import webbrowser
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from socket import socket
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import orjson
@@ -62,7 +62,7 @@ MAX_LOGIN: Final = 4096
 MAX_BODIES: Final = 16 * MAX_BODY  # of all requests that are being read or answered
 MAX_UPLOADS: Final = 8 * MAX_BYTES
 MAX_WORD: Final = 100
-READ_S, UPLOAD_S, WRONG_LOGIN_S = 60.0, 600.0, 1.0
+READ_S, DRAIN_S, UPLOAD_S, WRONG_LOGIN_S = 60.0, 5.0, 600.0, 1.0
 HEADERS: Final = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -81,10 +81,8 @@ class Uploads:
     """Files that gradio's clients send ahead of a request, in memory, each for one request and at most 10 minutes.
 
     gradio would write them to a folder and later open the path that a request names, or fetch it if it is an address.
-    Here the "path" of a file is a random word, and `text_of` puts the file itself in its place.
-
-    Args:
-        limit: bytes of all files; the oldest one of the address with most bytes makes room.
+    Here the "path" of a file is a random word, and `text_of` puts the file itself in its place. Beyond `limit` bytes
+    the oldest one of the address with most of them makes room.
     """
 
     def __init__(self, limit: int = MAX_UPLOADS) -> None:
@@ -95,9 +93,13 @@ class Uploads:
         """The name by which a request may ask for the file."""
         name = f"upload:{secrets.token_urlsafe(16)}"
         self._files[name] = (address, data)
-        while (held := self._held()).total() > self.limit:
+        held = Counter[str]()
+        for owner, content in self._files.values():
+            held[owner] += len(content)
+        while held.total() > self.limit:
             ((most, _),) = held.most_common(1)
-            del self._files[next(one for one, (owner, _) in self._files.items() if owner == most)]
+            oldest = next(one for one, (owner, _) in self._files.items() if owner == most)
+            held[most] -= len(self._files.pop(oldest)[1])
         asyncio.get_running_loop().call_later(UPLOAD_S, self._files.pop, name, None)
         return name
 
@@ -108,20 +110,9 @@ class Uploads:
         _, data = self._files.pop(path, ("", None))
         return path if data is None else base64.b64encode(data).decode("ascii")
 
-    def _held(self) -> Counter[str]:
-        held: Counter[str] = Counter()
-        for address, data in self._files.values():
-            held[address] += len(data)
-        return held
-
 
 class Door:
-    """The explorer as an ASGI app.
-
-    Args:
-        explorer: what answers.
-        serving: who may ask, and how.
-    """
+    """The explorer as an ASGI app, for whom `serving` lets in."""
 
     def __init__(self, explorer: Explorer, serving: Serving) -> None:
         self.explorer, self.serving, self.tunnel = explorer, serving, ""
@@ -131,7 +122,7 @@ class Door:
         self._decoding, self._answering, self._logins = Gate(1), Gate(cpu_workers()), Gate(1)
         self._uploads = Uploads()
         self._inside, self._held = Counter[str](), Counter[str]()  # by address: requests, and bytes of their bodies
-        self._gradio = _gradio(self.ask, next(iter(explorer.entries)), serving.root_path)
+        self._gradio, self._blocks, self._arguments = _gradio(self.ask, next(iter(explorer.entries)), serving.root_path)
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
@@ -143,7 +134,7 @@ class Door:
             ],
             middleware=[Middleware(GZipMiddleware, compresslevel=6)],
             exception_handlers={HTTPException: _refuse},
-            lifespan=self._gradio.app.router.lifespan_context,
+            lifespan=self._gradio.router.lifespan_context,
         )
         self._app.router.redirect_slashes = False
 
@@ -178,9 +169,8 @@ class Door:
 
         async def protected(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    own.setdefault(name, value)
+                for header in HEADERS.items():
+                    MutableHeaders(scope=message).setdefault(*header)
             await send(message)
 
         self._inside[address] += 1
@@ -188,12 +178,14 @@ class Door:
             self._check(Request(scope), address, most)
             await self._app(scope, counted, protected)
         except HTTPException as refused:
+            with suppress(TimeoutError):  # who still sends when the connection is closed may lose the answer
+                async with asyncio.timeout(DRAIN_S):
+                    while (await receive()).get("more_body", False):
+                        pass
             await _refuse(None, refused)(scope, counted, protected)
         finally:
-            for counter, amount in ((self._inside, 1), (self._held, held)):
-                counter[address] -= amount
-                if not counter[address]:
-                    del counter[address]
+            self._inside -= Counter({address: 1})  # which forgets an address that has nothing left
+            self._held -= Counter({address: held})
 
     def _check(self, request: Request, address: str, most: int) -> None:
         """Refuse a request by its header."""
@@ -202,7 +194,8 @@ class Door:
             raise HTTPException(421, "The explorer doesn't go by this name: start it with --allow-host NAME.")
         if self._inside[address] * EACH > MAX_CONNECTIONS:
             raise HTTPException(503, "Too many requests from this address: try again in a few seconds.")
-        if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", 0)) > most:
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
             raise _too_large(most)
         if path == "/":
             return
@@ -292,7 +285,7 @@ class Door:
         return JSONResponse([self._uploads.keep(request.scope["client"][0], data)])
 
     async def _read(self, request: Request) -> ASGIApp:
-        return self._gradio.app
+        return self._gradio
 
     async def _call(self, request: Request) -> ASGIApp:
         """A program's call: gradio gets the arguments of `route` and the session, and nothing else of the body.
@@ -300,7 +293,7 @@ class Door:
         gradio 6.31 opens files that a body names, answers what doesn't fit with 422 or 500, and an empty `session_hash`
         ends the loop that starts all calls.
         """
-        found, arguments = await _json(request, self._uploads.text_of), self._gradio.arguments
+        found, arguments = await _json(request, self._uploads.text_of), self._arguments
         data, session = found.get("data"), found.get("session_hash")
         if "/v2/" in (path := request.scope["path"]):
             data = [] if found.keys() - arguments else [found.get(name, one) for name, one in arguments.items()]
@@ -314,30 +307,21 @@ class Door:
             isinstance(session, str) and session.isascii() and 0 < len(session) <= MAX_WORD
         ):
             raise HTTPException(400, f"session_hash must be a text of 1 to {MAX_WORD} ASCII characters.")
-        call = {"data": data, "session_hash": session, "fn_index": self._gradio.function}
-        return _replayed(self._gradio.app, path.replace("/v2/", "/"), json.dumps(call).encode())
+        call = {"data": data, "session_hash": session, "fn_index": next(iter(self._blocks.fns))}
+        return _replayed(self._gradio, path.replace("/v2/", "/"), json.dumps(call).encode())
 
     def close(self) -> None:
         """Let nobody in any more and wait for those inside."""
-        self._gradio.blocks.close(verbose=False)
+        self._blocks.close(verbose=False)
         for gate in (self._decoding, self._answering, self._logins):
             gate.close()
 
 
 class Server(AbstractContextManager["Server"]):
-    """A running explorer; leaving the scope stops it.
+    """A running explorer at `url`, and with `share` at `share_url` for others; leaving the scope stops it.
 
-    Args:
-        explorer: what answers.
-        serving: how.
-        listener: from `serving.listen()`, where somebody called that already.
-
-    Attributes:
-        url: where it is.
-        share_url: where it is for others, with `share`.
-
-    Raises:
-        UserError: if it may not be opened like this, or the port is taken.
+    `listener` is from `serving.listen()`, if somebody called that already. Raises a UserError if it may not be opened
+    like this, or the port is taken.
     """
 
     def __init__(self, explorer: Explorer, serving: Serving, listener: socket | None = None) -> None:
@@ -362,15 +346,8 @@ class Server(AbstractContextManager["Server"]):
     def _open_tunnel(self, host: str, port: int) -> str:
         from gradio import networking
 
-        word = secrets.token_urlsafe(32)
         try:
-            address = networking.setup_tunnel(
-                local_host=host,
-                local_port=port,
-                share_token=word,
-                share_server_address=None,
-                share_server_tls_certificate=None,
-            )
+            address = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
         except Exception as error:  # of httpx's, of the program that gradio downloads, or a bare one
             self.close()
             raise UserError(
@@ -441,16 +418,10 @@ def _replayed(app: ASGIApp, path: str, body: bytes) -> ASGIApp:
     return answer
 
 
-class _Programs(NamedTuple):
-    """gradio's API: its app, the blocks in it, the number of its one function and the arguments with their defaults."""
-
-    app: Starlette
-    blocks: gr.Blocks
-    function: int
-    arguments: dict[str, Any]
-
-
-def _gradio(ask: Callable[[str, str, Any], Awaitable[Json]], default: str, root_path: str) -> _Programs:
+def _gradio(
+    ask: Callable[[str, str, Any], Awaitable[Json]], default: str, root_path: str
+) -> tuple[Starlette, gr.Blocks, dict[str, Any]]:
+    """The app of gradio, the blocks in it, and the arguments of its one function with their defaults."""
     # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -500,4 +471,4 @@ def _gradio(ask: Callable[[str, str, Any], Awaitable[Json]], default: str, root_
     shut = {"run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False, "enable_monitoring": False}
     gr.mount_gradio_app(app, blocks, "", root_path=root_path, show_error=False, footer_links=[], **shut)
     arguments = {name: one.default for name, one in inspect.signature(route).parameters.items() if name[0] != "_"}
-    return _Programs(app, blocks, next(iter(blocks.fns)), arguments)
+    return app, blocks, arguments

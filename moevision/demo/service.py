@@ -30,11 +30,6 @@ from moevision.errors import UserError
 
 Json = dict[str, Any]
 ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
-HANDLERS = (
-    *("boot", "route", "shares", "slots", "history", "sharp", "examples", "what_if", "class_effect", "export_html"),
-    "data",
-)
-PAGES = ("experts", "classes", "compare", "cell", "similar")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE = 24  # further examples at a time
@@ -46,10 +41,7 @@ log = logging.getLogger(__name__)
 class Explorer:
     """Answers requests about some models, the first of which is shown first.
 
-    Args:
-        entries: the models.
-        galleries: what is known about their image sets; not started if None.
-        local: whether only this computer can see the page.
+    `galleries` is what is known about their image sets; `local` says whether only this computer can see the page.
     """
 
     def __init__(self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True) -> None:
@@ -58,11 +50,11 @@ class Explorer:
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
         self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
-        self.pages = AtlasPages(self.entries, self.galleries)
-        self.handlers: dict[str, Callable[[Any], Json]] = {
-            **{name: getattr(self, name) for name in HANDLERS},
-            **{name: getattr(self.pages, name) for name in PAGES},
-        }
+        self.pages = pages = AtlasPages(self.entries, self.galleries)
+        own = (self.boot, self.route, self.shares, self.slots, self.history, self.sharp, self.examples, self.data)
+        more = (self.what_if, self.class_effect, self.export_html)
+        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.similar)
+        self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
         models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
@@ -97,15 +89,16 @@ class Explorer:
 
     def warm(self) -> None:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
-        for model in self._boot["models"]:
-            for one in model["examples"][:1]:
-                for variant in model["variants"]:
-                    picture = {"kind": "example", "id": one["id"]}
-                    self.route({"model": model["id"], "variant": variant, "picture": picture})
-        end, first = time.monotonic() + LOOK_AHEAD_S, self._boot["models"][0]
-        for one in first["examples"]:
+        models = self._boot["models"]
+        asked = [
+            (model, variant, one) for model in models for one in model["examples"][:1] for variant in model["variants"]
+        ]
+        for model, variant, one in asked:
+            self.route({"model": model["id"], "variant": variant, "picture": {"kind": "example", "id": one["id"]}})
+        end = time.monotonic() + LOOK_AHEAD_S
+        for one in models[0]["examples"]:
             if time.monotonic() < end:
-                self.route({"model": first["id"], "picture": {"kind": "example", "id": one["id"]}})
+                self.route({"model": models[0]["id"], "picture": {"kind": "example", "id": one["id"]}})
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""

@@ -49,15 +49,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SlotMaps:
-    """The slots of one layer, for the patches of one image.
+    """The slots of one layer, for the patches of one image."""
 
-    Attributes:
-        dispatch: [P, E, S] what each slot reads of each patch; with the prefix tokens it would sum to 1 over P.
-        combine: [P, E, S] what each patch takes from each slot; sums to 1 over all slots.
-    """
-
-    dispatch: npt.NDArray[np.float32]
-    combine: npt.NDArray[np.float32]
+    dispatch: npt.NDArray[np.float32]  # [P, E, S] what each slot reads of each patch; 1 over P with the prefix tokens
+    combine: npt.NDArray[np.float32]  # [P, E, S] what each patch takes from each slot; sums to 1 over all slots
 
     @classmethod
     def of(cls, routing: SoftRouting) -> SlotMaps:
@@ -104,26 +99,15 @@ FILLS: Final = ("next_best", "zero")
 
 @dataclass(frozen=True)
 class Settings:
-    """How an image is routed, where it differs from how the model was trained.
+    """How an image is routed, where it differs from how the model was trained."""
 
-    Attributes:
-        top_k: experts per patch; None as trained.
-        capacity: an expert computes at most ceil(capacity · choices / E) of an image's choices; None for no limit.
-        intervention: at most one change of the routing, of one of `KINDS`.
-        noise: seed of the noise that routers draw in training; None for evaluation, without noise.
-    """
-
-    top_k: int | None = None
-    capacity: float | None = None
-    intervention: Intervention | None = None
-    noise: int | None = None
+    top_k: int | None = None  # experts per patch
+    capacity: float | None = None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
+    intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
+    noise: int | None = None  # seed of the noise that routers draw in training; None for evaluation, without noise
 
     def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
-        """Top-k and capacity as interventions on those layers of `net` where they have a meaning.
-
-        Raises:
-            UserError: if one that is set has a meaning in no layer.
-        """
+        """Top-k and capacity as interventions on those layers of `net` where they have a meaning; some must have."""
         top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
         capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
         return (*top_k, *capacity)

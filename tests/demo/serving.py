@@ -142,7 +142,7 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
         explorer.galleries.wait(START_S)
         return explorer
 
-    networking.setup_tunnel = lambda **options: TUNNEL
+    networking.setup_tunnel = lambda *_: TUNNEL
     explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
     photos = explorer_of(photos_home, GALLERY)
     doors = {name: (explorer, door) for name, door in DOORS.items()}
