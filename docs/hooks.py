@@ -61,7 +61,7 @@ def on_files(files: Files, config: Any) -> Files:
 @cache
 def _exported() -> dict[str, str]:
     """Pages of one bundled photo as the explorer exports them, by name."""
-    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.models import DataOptions, open_entries
     from moevision.demo.service import Explorer
 
     explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.history is not None])

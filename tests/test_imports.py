@@ -37,8 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _TRAIN,
     "analysis": _TRAIN,
     "demo": _DEMO,
-    # The verbs name their modules in a table, demo's among them, which is imported when it is called.
-    "commands": _DEMO,
+    "commands": _DEMO | {"demo"},
     "cli": {"__init__", "commands", "errors"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from moevision import UserError
 from moevision.cli import VERBS
 from moevision.demo.atlas import load_atlas
-from moevision.demo.bundle import read_card
+from moevision.demo.models import read_card
 from moevision.models import io as models_io
 from moevision.models import safe_files
 from moevision.models.io import create_from, load_model, open_model
