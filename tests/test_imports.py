@@ -16,7 +16,7 @@ PACKAGE = Path(moevision.__file__).parent
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
 # allocator, errors, files, limits and names are the floor that everyone stands on. Units of one brace don't import
 # each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"allocator", "errors", "files", "limits", "names"}
+_FLOOR = {"config", "allocator", "errors", "files", "limits", "names"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "names": set(),
     "limits": set(),
     "errors": {"names"},
+    "config": {"errors"},
     "files": {"errors", "names"},
     "layers": _FLOOR,
     "models": _MODELS,

@@ -26,19 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter, RandomRouter
 from moevision.layers.cpu import best, softmax_over_experts
 from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
-from moevision.layers.routing import (
-    Noise,
-    RouterOptions,
-    Routing,
-    at_least_float32,
-    check_top_k,
-    full_precision,
-    within_capacity,
-)
+from moevision.layers.routing import Routing, at_least_float32, check_top_k, full_precision, within_capacity
 
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 _MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100

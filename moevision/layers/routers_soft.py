@@ -21,17 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
-from moevision.layers.routing import (
-    Kind,
-    Noise,
-    RouterOptions,
-    Routing,
-    at_least_float32,
-    capacity_of,
-    check_top_k,
-    full_precision,
-)
+from moevision.layers.routing import Kind, Routing, at_least_float32, capacity_of, check_top_k, full_precision
 
 _EPS = 1e-6  # under the root, as in Soft MoE's released code
 

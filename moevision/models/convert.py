@@ -17,13 +17,13 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import (
     ColourRouter,
     HandmadeRouter,
     MoEMlp,
     PackedLinear,
-    RouterOptions,
     TopKRouter,
     capacity_of,
     moe_layers,

@@ -20,8 +20,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.experts import Backend
 from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
 from moevision.models.stems import STEMS

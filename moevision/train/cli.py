@@ -34,6 +34,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 
+from moevision.config import (
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    EmaConfig,
+    GuardConfig,
+    ParallelConfig,
+    RecordRoutingConfig,
+)
 from moevision.data import ImageDataModule
 from moevision.data.sources import DATASET_NAMES
 from moevision.data.tables import HF
@@ -45,21 +53,13 @@ from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
 from moevision.train.calibration import Calibrate
-from moevision.train.callbacks import (
-    EarlyStoppingConfig,
-    RouterHealth,
-    RunLogger,
-    ScheduleCheck,
-    StopEarly,
-    Stopwatch,
-    TimeLeft,
-)
+from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, StopEarly, Stopwatch, TimeLeft
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.devices import trains_on
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.guard import StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
 from moevision.train.memory import check_memory, describe_memory
-from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
+from moevision.train.optim import WeightEMA, freeze_parameters
 from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
@@ -75,11 +75,11 @@ from moevision.train.recipe import (
     run_name,
     run_of_checkpoint,
 )
-from moevision.train.record import RecordRouting, RecordRoutingConfig
+from moevision.train.record import RecordRouting
 from moevision.train.report import BALANCED, is_unbalanced
-from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
+from moevision.train.resume import EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
-from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
+from moevision.train.strategy import MoEParallelStrategy, check_fit, describe_parallel, strategy_of
 from moevision.train.task import ClassificationTask, check_trainer
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
@@ -575,7 +575,7 @@ class TrainingCLI(LightningCLI):
             self.run_dir = Path(self.session.processes.decide(new))
         trainer_config = self._get(self.config_init, "trainer")
         if verb == "fit":  # one process suffices to evaluate
-            kwargs |= self._get(self.config_init, "parallel").strategy(trainer_config.get("strategy"))
+            kwargs |= strategy_of(self._get(self.config_init, "parallel"), trainer_config.get("strategy"))
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
             self.point, self.best = self._resume_point(), self._checkpoints()

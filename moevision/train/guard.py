@@ -29,7 +29,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from math import fsum, isfinite, sqrt
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -38,6 +38,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moevision.config import GuardConfig
 from moevision.data.scores import ScoreSums
 from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
 from moevision.files import write_text_atomic
@@ -81,38 +82,11 @@ _ADVICE = {
 }
 
 
-@dataclass
-class GuardConfig:
-    """When an update is refused, and when training returns to an earlier state.
-
-    Args:
-        enabled: refuse updates from numbers that are not finite, and return to an earlier state when it must be.
-        snapshot_every: applied updates between two snapshots (weights, moments; about 3 x the weights each).
-        snapshots: how many snapshots are kept.
-        snapshots_in: where: `memory`, `disk` (the run folder's), or `auto`, on disk if they are more than a quarter of
-            the main memory.
-        max_skips: refused among the last 100 updates, above which training returns to a snapshot.
-        max_rollbacks: returns within 1,000 steps, above which training stops.
-        spike_sigmas: standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes.
-        spike_updates: suspicious losses in a row that make a lasting spike.
-        spike_warmup: losses that must be known before one can be suspicious.
-    """
-
-    enabled: bool = True
-    snapshot_every: int = 100
-    snapshots: int = 2
-    snapshots_in: Literal["auto", "memory", "disk"] = "auto"
-    max_skips: int = 10
-    max_rollbacks: int = 3
-    spike_sigmas: float = 6.0
-    spike_updates: int = 10
-    spike_warmup: int = 20
-
-    def on_disk(self, size: float) -> bool:
-        """Whether snapshots of so many bytes, of all processes of this machine, are kept on disk."""
-        memory = usable_memory_bytes()
-        large = memory is not None and size > _MOST_OF_MEMORY * memory
-        return self.snapshots_in == "disk" or (self.snapshots_in == "auto" and large)
+def on_disk(config: GuardConfig, size: float) -> bool:
+    """Whether snapshots of so many bytes, of all processes of this machine, are kept on disk."""
+    memory = usable_memory_bytes()
+    large = memory is not None and size > _MOST_OF_MEMORY * memory
+    return config.snapshots_in == "disk" or (config.snapshots_in == "auto" and large)
 
 
 class StabilityGuard(L.Callback):
@@ -184,7 +158,7 @@ class StabilityGuard(L.Callback):
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
         size = self.config.snapshots * trainer.num_devices * _snapshot_bytes(trainer, task)
         self._recovery.folder = None
-        if any(gather(self.config.on_disk(size))):  # parts may differ a little in size: all decide alike
+        if any(gather(on_disk(self.config, size))):  # parts may differ a little in size: all decide alike
             self._recovery.folder = Path(trainer.default_root_dir)
             self._recovery.folder.mkdir(parents=True, exist_ok=True)
         self._keep(trainer, task)

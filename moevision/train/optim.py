@@ -16,10 +16,9 @@ goes on with are `current_model_state`, as in Lightning's own `WeightAveraging`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import lightning as L
 import torch
@@ -31,7 +30,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moevision.errors import AT_LEAST_0, SHARE, UserError, check_ranges
+from moevision.config import EmaConfig, FreezeAllBut, OptimizerConfig, OptimizerName
+from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.muon import AdamW, Muon, matrices_of
 from moevision.train.parallel import is_sharded
@@ -39,46 +39,7 @@ from moevision.train.parallel import is_sharded
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
 
-OptimizerName = Literal["adamw", "muon"]
-FreezeAllBut = Literal["all_but_experts", "all_but_head"]
 _NET = "net."  # where the network is in the task's state
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer under a one-cycle schedule.
-
-    Args:
-        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest.
-        lr: the highest learning rate.
-        weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
-            embeddings and class tokens under layer_decay.
-        warmup_fraction: share of all steps in which the learning rate rises.
-        beta2: decay of the second moment.
-        layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
-            classifier's, such as 0.75; for pretrained starts. None: one rate for all.
-        freeze: what keeps its weights: a number n (the embedding and the first n blocks), `all_but_experts` (only
-            routers, experts and the classifier learn) or `all_but_head` (only the classifier learns). BatchNorm in a
-            frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
-    """
-
-    name: OptimizerName = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.2
-    beta2: float = 0.99
-    layer_decay: float | None = None
-    freeze: int | FreezeAllBut | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers under which nothing can be learnt."""
-        ranges = (
-            (*AT_LEAST_0, ("lr", "weight_decay")),
-            (*SHARE, ("beta2",)),
-            ("between 0 and 1, such as 0.2", lambda x: 0 <= x <= 1, ("warmup_fraction",)),
-            ("above 0 and at most 1, such as 0.75", lambda x: 0 < x <= 1, ("layer_decay",)),
-        )
-        check_ranges(self, ranges, "--model.optim.")
 
 
 def build_optimizer(
@@ -199,19 +160,6 @@ def _learning(net: nn.Module, freeze: str) -> Iterator[nn.Parameter]:
             raise UserError("freeze=all_but_experts needs a model with experts: a dense model, or a twin, has none.")
         learning += layers
     return chain.from_iterable(module.parameters() for module in learning)
-
-
-@dataclass
-class EmaConfig:
-    """Whether a moving average of the weights is evaluated and saved in their place.
-
-    Args:
-        decay: share of the old average that an update keeps, such as 0.999; null trains without an average.
-        warmup: let the decay grow at the start, so that the first weights are soon forgotten.
-    """
-
-    decay: float | None = None
-    warmup: bool = True
 
 
 class WeightEMA(L.Callback):

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moevision.config import CheckpointConfig
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -67,27 +68,6 @@ _LAYOUT = "parallel."  # how processes share the weights rounds differently too
 _LEFT = ("splits.csv", "bad_images.csv", PROBE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
 _claims: set[int] = set()  # open descriptors of the run folders that this process trains in
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best.
-
-    Attributes:
-        every_minutes: minutes between two of them.
-        every_steps: optimizer steps between two of them; null is no limit.
-        monitor: what best.ckpt has the highest of. null: val/balanced_acc (macro recall) where the largest class has
-            more than 1.5 times the training images of the smallest, else val/top1.
-    """
-
-    every_minutes: float = 10.0
-    every_steps: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc"] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what would never or always save."""
-        if not self.every_minutes > 0 or (self.every_steps is not None and self.every_steps < 1):
-            raise UserError("--checkpoint.every_minutes must be above 0, and --checkpoint.every_steps at least 1.")
 
 
 class ResumePoint(L.Callback):

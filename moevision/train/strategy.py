@@ -9,9 +9,8 @@ average and resuming work on shards as they do on whole tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from moevision.config import ParallelConfig
 from moevision.data import ImageDataModule
 from moevision.data.loader import eval_batches
 from moevision.errors import UserError
@@ -46,48 +46,24 @@ from moevision.train.task import ClassificationTask
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy.
+def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
+    """The Trainer's argument.
 
-    Attributes:
-        layout: `ddp`: every process has all weights. `fsdp`: weights, gradients and moments are sharded (FSDP2).
-        expert: processes that one set of experts is divided among; tokens travel to their experts.
-        offload: keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes.
+    Args:
+        config: its options.
+        asked: --trainer.strategy.
+
+    Raises:
+        UserError: if both say something.
     """
-
-    layout: Literal["ddp", "fsdp"] | None = None
-    expert: int = 1
-    offload: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse experts that are divided while it isn't said how the rest is."""
-        if self.expert < 1:
-            raise UserError(f"--parallel.expert is {self.expert}: it must be at least 1.")
-        if self.expert > 1 and self.layout is None:
-            raise UserError(
-                "--parallel.expert divides the experts: say --parallel fsdp or --parallel ddp for the rest."
-            )
-        if self.offload and self.layout != "fsdp":
-            raise UserError("--parallel.offload moves what --parallel fsdp has divided: use both.")
-
-    def strategy(self, asked: Any) -> dict[str, Any]:
-        """The Trainer's argument.
-
-        Args:
-            asked: --trainer.strategy.
-
-        Raises:
-            UserError: if both say something.
-        """
-        if self.layout is None:
-            return {}
-        if asked not in ("auto", self.layout):
-            raise UserError(f"--parallel {self.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
-        replicated = self.layout == "ddp"
-        if replicated and self.expert == 1:
-            return {"strategy": "ddp"}
-        return {"strategy": MoEParallelStrategy(self.expert, replicated=replicated, offload=self.offload)}
+    if config.layout is None:
+        return {}
+    if asked not in ("auto", config.layout):
+        raise UserError(f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
+    replicated = config.layout == "ddp"
+    if replicated and config.expert == 1:
+        return {"strategy": "ddp"}
+    return {"strategy": MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)}
 
 
 class MoEParallelStrategy(ModelParallelStrategy):

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moevision.train import guard
-from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
+from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot, on_disk
 from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
@@ -148,10 +148,10 @@ def test_a_full_disk_keeps_the_snapshot_before(
 
 def test_large_snapshots_go_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "usable_memory_bytes", lambda: 1000)
-    assert [GuardConfig().on_disk(size) for size in (250, 251)] == [False, True]
-    assert [GuardConfig(snapshots_in=place).on_disk(251) for place in ("memory", "disk")] == [False, True]
+    assert [on_disk(GuardConfig(), size) for size in (250, 251)] == [False, True]
+    assert [on_disk(GuardConfig(snapshots_in=place), 251) for place in ("memory", "disk")] == [False, True]
     monkeypatch.setattr(guard, "usable_memory_bytes", lambda: None)
-    assert not GuardConfig().on_disk(1e18)
+    assert not on_disk(GuardConfig(), 1e18)
 
 
 def test_where_one_process_needs_the_disk_all_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
