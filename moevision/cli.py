@@ -109,6 +109,10 @@ def _no_verb(name: str) -> str:
     return f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
 
 
+def _dashed(argument: str) -> str:
+    return argument.replace("_", "-")
+
+
 def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
     try:
         _call(name, arguments)
@@ -137,10 +141,17 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
 
 
 def _call(name: str, arguments: list[str]) -> None:
+    from moevision import config
     from moevision.commands.parsers import PARSERS
 
-    understood: Any = arguments
-    if name in PARSERS:
+    understood: Any
+    if name not in PARSERS:
+        everything = "--help-all" in map(_dashed, arguments)
+        if everything or not {"-h", "--help"}.isdisjoint(arguments):
+            print(config.help_of(name, everything=everything), end="")
+            return
+        understood = config.read(name, arguments)
+    else:
         understood = PARSERS[name]().parse_args(arguments)
         if "command" in understood:  # a record of the command line
             import shlex

@@ -617,6 +617,13 @@ def _words(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()).replace("`", "") for name, text in found}
 
 
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """These options and the defaults of the others, by dotted names; the Trainer's own defaults are left out."""
+    return {name: option.default for name, option in options().items() if name.removeprefix("trainer.") not in MORE} | {
+        **given
+    }
+
+
 def settings(given: Mapping[str, Any]) -> Settings:
     """The settings with these options, by their dotted names, and the defaults of the others.
 
@@ -665,7 +672,7 @@ def checked(content: Any, where: str) -> dict[str, Any]:
     if unknown := next((name for name in given if name not in options()), None):
         raise UserError(f"{where}: {_unknown(unknown)}")
     try:
-        return vars(_parser().parse_object(given, defaults=False).as_flat())
+        return dict(vars(_parser().parse_object(given, defaults=False).as_flat()))
     except ArgumentError as error:
         raise UserError(f"{where}: {_sentence(str(error))}") from error
 
@@ -678,12 +685,14 @@ class Given(NamedTuple):
         configs: what follows --config.
         options: the others by their dotted names.
         prints: whether the settings are to be printed and nothing else is to be done.
+        command: the command line as typed, the program first.
     """
 
     folder: str | None
     configs: list[str]
     options: dict[str, Any]
     prints: bool
+    command: list[str]
 
 
 def read(verb: str, arguments: Sequence[str]) -> Given:
@@ -697,16 +706,18 @@ def read(verb: str, arguments: Sequence[str]) -> Given:
         found = vars(parser.parse_args(spelled(parser, arguments), defaults=False).as_flat())
     except ArgumentError as error:
         raise UserError(f"{_sentence(str(error))} See moevision {verb} --help.") from error
-    return Given(
-        found.pop("folder", None), found.pop("config", None) or [], found, found.pop("print_config", None) is not None
-    )
+    folder, configs, prints = (found.pop(name, None) for name in ("folder", "config", "print_config"))
+    return Given(folder, configs or [], found, prints is not None, ["moevision", verb, *arguments])
 
 
 def spelled(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """The arguments with each option as the parser spells it: - and _ mean the same in its name."""
-    names = {name.replace("-", "_"): name for name in parser._option_string_actions if name.startswith("--")}
+    names = {name: name for name in parser._option_string_actions} | {
+        f"--{alias}": f"--{ALIASES[alias]}" for alias in ALIASES
+    }
+    known = {name.replace("-", "_"): key for name, key in names.items() if name.startswith("--")}
     parts = [argument.partition("=") for argument in arguments]
-    return [names.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts]
+    return [known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts]
 
 
 @cache
@@ -718,9 +729,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", "-c", action="append")
     parser.add_argument("--print_config", nargs="?", const="")
     for name, option in options().items():
-        also = [f"--{alias}" for alias, key in ALIASES.items() if key == name]
         as_flag: dict[str, Any] = {"nargs": "?", "const": True} if option.kind is bool else {}
-        parser.add_argument(f"--{name}", *also, dest=name, type=option.kind, **as_flag)
+        parser.add_argument(f"--{name}", dest=name, type=option.kind, **as_flag)
     for flag, (name, value, _) in FLAGS.items():
         parser.add_argument(f"--{flag}", dest=name, action="store_const", const=value)
     return parser
@@ -753,6 +763,12 @@ def _kinds(kind: Any) -> str:
 def _unknown(name: str) -> str:
     if name in REMOVED:
         return f"there is no option {name!r} any more: {REMOVED[name]}"
+    if name.startswith(tuple(f"trainer.{argument}." for argument in CLASSES)):
+        argument = name.split(".")[1]
+        return (
+            f"there is no option {name!r} any more: say it in a configuration, under trainer: {argument}: "
+            "{class_path: NAME, init_args: {...}}."
+        )
     known = [*options(), *ALIASES, *FLAGS, "config", "print_config"]
     near = difflib.get_close_matches(name, known, n=3)
     if not near:  # a mistyped group has its last part in common with the right one
@@ -775,10 +791,6 @@ FLAGS = {
 }
 REMOVED = {
     "fault": "`python -m benchmarks guard-accuracy`, in a checkout of the repository, trains with injected faults.",
-    **dict.fromkeys(
-        ("trainer.logger.save_dir", "trainer.logger.offline", "trainer.logger.project", "trainer.logger.tracking_uri"),
-        "what a logger takes stands in a configuration, under trainer: logger: {class_path: NAME, init_args: ...}.",
-    ),
 }
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
 _SHORT = (

@@ -33,7 +33,7 @@ from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
 from moevision.train.callbacks import RunLogger, Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
-from moevision.train.cli import quiet_lightning
+from moevision.train.fit import quiet_lightning
 from moevision.train.guard import StabilityGuard
 from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA
 from moevision.train.processes import AwakeClock, Interrupted, Interruption

@@ -22,10 +22,10 @@ class Verb(NamedTuple):
 VERBS = {
     "fit": Verb(
         "train a model on a folder of images, a dataset or a config; writes runs/NAME/",
-        "moevision.commands.training:fit",
+        "moevision.train.fit:fit",
     ),
-    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.commands.training:validate"),
-    "test": Verb("evaluate a checkpoint on the test images", "moevision.commands.training:test"),
+    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
+    "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
     "info": Verb(
         "parameters and FLOPs of a model; --machine: what limits this machine",

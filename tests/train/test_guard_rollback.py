@@ -14,7 +14,15 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moevision.train import guard
-from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot, on_disk
+from moevision.train.guard import (
+    GuardConfig,
+    GuardRecord,
+    LossHistory,
+    Recovery,
+    TrainingDiverged,
+    TrainingSnapshot,
+    on_disk,
+)
 from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
