@@ -30,7 +30,8 @@ from moevision.efficiency import measure_cost
 from moevision.files import file_sha256
 from moevision.layers import forward_routing
 from moevision.losses import cv_squared
-from moevision.train.fit import RunResult, finish, quiet_lightning
+from moevision.train.finish import RunResult, finish
+from moevision.train.fit import quiet_lightning
 from moevision.train.fit import train as train_model
 from moevision.train.guard import TrainingDiverged
 from moevision.train.processes import Interrupted, tell

@@ -23,7 +23,7 @@ from moevision.data.sources import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model
 from moevision.train.card import CardFacts, Start, gather_facts, model_card, without_path
-from moevision.train.fit import _calibration_error, _Prediction, _write_summary
+from moevision.train.finish import _calibration_error, _Prediction, _write_summary
 from moevision.train.report import read_summary
 
 ANALYSIS = {

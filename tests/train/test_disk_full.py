@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moevision.train import finish
 from moevision.train import fit as training
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO
@@ -69,8 +70,8 @@ def test_a_disk_that_is_full_when_the_report_is_written(
 ) -> None:
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     with monkeypatch.context() as patched:
-        real = getattr(training, before)
-        patched.setattr(training, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
+        real = getattr(finish, before)
+        patched.setattr(finish, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
         outcome = cli("fit", drawn_pets, *tiny, "--name=full")
     assert outcome.code == 2, outcome.err
     assert "Traceback" not in outcome.err
