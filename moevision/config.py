@@ -34,8 +34,11 @@ from moevision.errors import (
 )
 
 if TYPE_CHECKING:
+    import argparse
+
     from jsonargparse import ArgumentParser
 
+VERBS = ("fit", "validate", "test")
 Noise = Literal["learned", "fixed", "jitter", "none"]
 Group = Literal["image", "batch"]
 RouteBy = Literal["token", "image"]
@@ -710,7 +713,7 @@ def read(verb: str, arguments: Sequence[str]) -> Given:
     return Given(folder, configs or [], found, prints is not None, ["moevision", verb, *arguments])
 
 
-def spelled(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+def spelled(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """The arguments with each option as the parser spells it: - and _ mean the same in its name."""
     names = {name: name for name in parser._option_string_actions} | {
         f"--{alias}": f"--{ALIASES[alias]}" for alias in ALIASES

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moevision.commands import VERBS
+from moevision.cli import VERBS
 
 ROUNDS = 3
 HELP_S = 0.3

@@ -1,7 +1,7 @@
 """A training, and what a finished one leaves in its run folder.
 
-The best checkpoint is tested and the model exported; predictions, plots, provenance, card and summary are written, with the
-comparison with the dense twin.
+The best checkpoint is tested and the model exported; predictions, plots, provenance, model card and summary are
+written, with the comparison with the dense twin.
 """
 
 from __future__ import annotations
