@@ -903,6 +903,8 @@ def help_of(verb: str, *, everything: bool = False) -> str:
             value = "" if option.kind is bool else _values(option.kind)
             default = _CHOSEN.get(key, option.default) if verb == "fit" else option.default
             words = (words or option.help).rstrip(".")
+            if not everything:
+                words = words.split(". ")[0]
             if default not in (None, False):
                 words += f" ({'yes' if default is True else default})"
         head = f"  --{name} {value}".rstrip()
