@@ -17,8 +17,9 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, PackedLinear, RouterOptions, capacity_of, moe_layers, router_kind
+from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
 
 Match = Literal["active_flops", "total_params"]

@@ -22,8 +22,9 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.experts import Backend
 from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth, scale_outputs_by_depth
 from moevision.models.stems import STEMS

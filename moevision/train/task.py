@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from moevision.config import AuxLossWeights, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
 from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
-from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.losses import AuxLoss
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.config import MoEConfig, build_model
+from moevision.models.config import build_model
 from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
-from moevision.train.optim import WHOLE, OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
+from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, sums_over_processes
 
 Batch = dict[str, Tensor]
