@@ -149,4 +149,4 @@ def test_a_curve_of_a_run_that_went_to_its_end(bench, tiny_run, tmp_path, monkey
     ):
         (run / "summary.json").write_text(json.dumps(known | change))
         assert words in bench(*asked).err
-    assert "--data.path=moved" in begun.call_args.args[1]
+    assert "--data.path=moved" in begun.call_args.args[0].command

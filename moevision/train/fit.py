@@ -34,7 +34,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -206,8 +206,8 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             _say_plan(training, before_s=_prepare_weights(training))
         if not training.trial:
             _compare_with_start(training, point)
-            if trainer.is_global_zero:
-                _keep_config(training)
+            # When all processes stand: a run whose first process is lost before that has nothing to go on with.
+            cast(Any, trainer).callbacks.append(LambdaCallback(setup=partial(_keep_config, training)))
 
         _train(training, point)
     return training
@@ -501,8 +501,10 @@ def _compare_with_start(training: Training, point: ResumePoint) -> None:
         note_session(start, session.command, [*session.notes, *other])
 
 
-def _keep_config(training: Training) -> None:
+def _keep_config(training: Training, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
     """Write config.yaml; that of a run stays as it is, and changes get a file of their own."""
+    if stage != "fit" or not trainer.is_global_zero:
+        return
     run_dir, name = training.run_dir, "config.yaml"
     if not training.fresh:
         if not training.session.notes:
