@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from moevision.commands import VERBS
+from moevision.cli import VERBS
 
 pytestmark = pytest.mark.deep
 

@@ -39,8 +39,8 @@ from benchmarks.planner.formulas import (
 )
 from benchmarks.planner.machine import GPUS, Machine, measured_links, measured_machine, sheet_machine
 from moevision.analysis.trace import RoutingTrace
+from moevision.cli import MODEL, _option
 from moevision.commands import loading
-from moevision.commands.parsers import MODEL, _option
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers import moe_layers

@@ -245,8 +245,8 @@ def _tick(share: float, _position: int | None = None) -> str:
 
 
 def _whole(share: float) -> str:
-    """A bar's label."""
-    return percent(share, 0) if share >= 0.005 or share == 0 else "<1 %"
+    """A bar's label, in percent as the axis beside it says."""
+    return f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
 
 
 def hex_of(colour: npt.ArrayLike) -> str:

@@ -26,7 +26,7 @@ from moevision.data.scores import (
     shares_table,
     starved,
 )
-from moevision.data.shards import find_index, read_tars, verify, write_shards
+from moevision.data.shards import find_index, read_tars, verify_shards, write_shards
 from moevision.errors import UserError
 from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
@@ -121,7 +121,7 @@ def shard(chosen: Namespace) -> None:
             raise UserError(f"{folder} holds no shards: give the folder that `moevision data shard` wrote.")
         with bar:
             task = bar.add_task("checking shards", total=sum(shard.bytes for shard in find_index(folder).shards))
-            index = verify(folder, lambda done: bar.update(task, advance=done))
+            index = verify_shards(folder, lambda done: bar.update(task, advance=done))
         print(f"{len(index.shards)} shards have the bytes that were written: {shown(str(folder))}")
         return
     collection = _collection(chosen.what, chosen.root)

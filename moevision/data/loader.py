@@ -42,7 +42,6 @@ from moevision.data.transforms import (
 from moevision.errors import UserError
 from moevision.limits import usable_cores
 
-Batch = dict[str, Tensor]
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
 _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
@@ -412,7 +411,7 @@ class ImageLoader(DataLoader[RawBatch]):
         self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # collation makes batches
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
         """Yield batches of tensors only.
 
         Raises:

@@ -14,15 +14,15 @@ from moevision.data.folder import read_folder, split_folders, subfolders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
 from moevision.data.shards import INDEX, JOURNAL, find_index, open_shards, tars_in
-from moevision.data.tables import count_rows, read_dataset, read_manifest
+from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
-Kind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
+DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
 UNKNOWN_COUNT: Final = 10_000
 """Images that a dataset is taken to have before it is fetched."""
 
 
-def kind_of(path: str) -> Kind:
+def kind_of(path: str) -> DataKind:
     """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, our shards, others' tars.
 
     Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it. Tars beside
@@ -87,7 +87,7 @@ def open_collection(
         raise UserError(_convert(path))
     try:
         with access_advice(place):
-            return read_manifest(place, columns) if kind == "csv" else read_folder(place)
+            return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
         if os.path.exists(place) or isinstance(error.__cause__, OSError):
             raise

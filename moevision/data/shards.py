@@ -223,7 +223,7 @@ def find_index(folder: Path) -> Index:
     return index
 
 
-def verify(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
+def verify_shards(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
     """Compare every shard with the SHA-256 in its index; raises UserError if one differs or is missing.
 
     ``on_progress`` is called with the number of bytes read since the last call.

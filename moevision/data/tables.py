@@ -51,7 +51,7 @@ _SEVERAL: Final = (
 # ---- CSV manifests
 
 
-def read_manifest(file: Path, columns: Columns = (None, None)) -> FileCollection:
+def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     """Read a CSV manifest.
 
     Args:

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
-from moevision.models.convert import convert_to_moe, one_or_list
-from moevision.models.twin import make_dense
+from moevision.models.convert import convert_to_moe, make_dense, one_or_list
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 How = Literal["average", "most_used"]

@@ -22,12 +22,12 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.experts import Backend
-from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
+from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth, scale_outputs_by_depth
 from moevision.models.stems import STEMS
-from moevision.models.twin import Match, make_dense
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
 MOE_ARGUMENTS = (

@@ -1,47 +1,46 @@
-"""`moevision fit | validate | test`, from the command line to the finished run folder, with the dense twin after it.
+"""A training, and what a finished one leaves in its run folder.
 
-A finished `fit` tests the best checkpoint, exports the model, and writes predictions, plots, provenance, model card
-and summary.
+The best checkpoint is tested and the model exported; predictions, plots, provenance, model card and summary are
+written, with the comparison with the dense twin.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any, cast
 
+import lightning as L
 import numpy as np
 import torch
 from torch import nn
 
-from moevision.allocator import keep_freed_memory
+from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
+from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.names import csv_name
 from moevision.train.card import gather_facts, model_card
-from moevision.train.checkpoint import final_checkpoint, sha256_of
-from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
+from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
 from moevision.train.devices import parallel_strategy
 from moevision.train.ema import WeightEMA
-from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import StopEarly, data_wait_advice
+from moevision.train.guard import StabilityGuard
+from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import Interrupted, gather, several_processes, tell
+from moevision.train.processes import gather
 from moevision.train.provenance import collect_provenance, device_name
-from moevision.train.recipe import describe_model
+from moevision.train.recipe import (
+    describe_model,
+)
 from moevision.train.report import (
     BALANCED,
     ComparedModel,
@@ -51,134 +50,71 @@ from moevision.train.report import (
     choose,
     write_summary,
 )
-from moevision.train.resume import Session, Start, begun_by, find_start
+from moevision.train.resume import Session, Start
 from moevision.train.start import read_probe, weights_file
 from moevision.train.stats import Calibration, calibration_error, paired_difference
 from moevision.train.task import ClassificationTask
 
-# A disk without room, or one on which this user may have no more; Windows lacks the latter.
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
+@dataclass
+class Training:
+    """A training and what it is made of.
 
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Run `fit`, `validate` or `test` with command-line arguments.
-
-    Raises:
-        UserError: for anything that the user can mend.
+    Attributes:
+        settings: what was asked for and chosen; config.yaml.
+        session: this process's share of the run.
+        start: where it begins; None: afresh, in a folder of its own.
+        run_dir: the run folder.
+        task: the model and how it learns.
+        data: the images.
+        trainer: Lightning's.
+        files: what reads and writes checkpoints.
+        stopwatch: of the training, without what stands still.
+        started: when it began, in UTC.
+        expected_s: how long it should take, as it was said before.
     """
-    keep_freed_memory()
-    SentenceParser.show_all = ALL in arguments
-    _check_encoding(arguments)
-    arguments = ["--help" if argument == ALL else argument for argument in arguments]
-    session = Session(verb, arguments)
-    try:
-        with session.interruption, session.clock, quiet_lightning(), _saying_what_can_not_be_restored():
-            _train(verb, session)
-    except (Interrupted, TrainingDiverged) as stopped:
-        if not session.processes.first:
-            raise SystemExit(0) from None  # the first process says it, and its exit code counts
-        if isinstance(stopped, TrainingDiverged):
-            raise
-        command = session.resume_command
-        tell(
-            f"Stopped by {stopped.signal_name}." + (f" To go on:\n{command}" if command else " Nothing was saved yet.")
-        )
-        raise
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        command = session.resume_command
-        what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
-        raise UserError(f"{what} is full: make room, then go on with {command or 'the same command'}.") from error
-    except RuntimeError as error:
-        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
-            raise
-        if not session.processes.first:
-            session.processes.wait_for_first()
-            raise SystemExit(1) from None
-        raise UserError(session.processes.another_ended()) from error
-    finally:
-        session.close()
 
+    settings: Settings
+    session: Session
+    start: Start | None
+    run_dir: Path
+    task: ClassificationTask
+    data: ImageDataModule
+    trainer: L.Trainer
+    files: SafeCheckpointIO
+    stopwatch: Stopwatch
+    started: datetime
+    expected_s: float | None = None
 
-@contextmanager
-def _saying_what_can_not_be_restored() -> Iterator[None]:
-    """Say in one sentence that a checkpoint, sound as a file, holds something else than Lightning is to restore."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:
-        code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
-        restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]
-        if not any(each.co_name.lstrip("_").startswith(("restore", "resume")) for each in restores):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(
-            f"The checkpoint doesn't fit this training ({reason}): it is of another one, or somebody changed it. Use "
-            "another one of the run."
-        ) from error
+    @property
+    def fresh(self) -> bool:
+        """Whether training begins, and doesn't go on from a checkpoint."""
+        return self.start is None or self.start.checkpoint is None
 
+    @property
+    def trial(self) -> bool:
+        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        return bool(cast(Any, self.trainer).fast_dev_run)
 
-def _check_encoding(arguments: Sequence[str]) -> None:
-    """Files below the data may have any names, but config.yaml and safetensors can only hold UTF-8."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
-                "it that has a plain name."
-            ) from None
+    @property
+    def kept(self) -> Path:
+        """Where what the pretrained weights are of is kept for the run's checkpoints."""
+        return self.run_dir / "checkpoints" / START
 
+    @property
+    def clusters(self) -> bool:
+        """Whether the routers begin with clusters of their input."""
+        return self.settings.router_start == "cluster" and bool(moe_layers(self.task.net))
 
-def _train(verb: str, session: Session) -> None:
-    cli = TrainingCLI([verb, *session.arguments], session)
-    run_dir = cast(Path, cli.run_dir)
-    if cli.fast_dev_run:  # logs nothing and saves nothing
-        if session.processes.first and cli.start is None:  # else the folder may be an earlier run's
-            shutil.rmtree(run_dir)
-        return
-    if verb != "fit":
-        return
-    command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
-    result = finish_run(cli, command)
-    if cli._get(cli.config, "with_twin"):
-        result = _train_twin(cli, session, command, result)
-    if result is not None:
-        tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+    @property
+    def device_before(self) -> torch.device:
+        """Where the first process computes before the training begins."""
+        return torch.device("cpu") if self.divided else self.trainer.strategy.root_device
 
-
-def _train_twin(
-    cli: TrainingCLI, session: Session, command: Sequence[str], result: RunResult | None
-) -> RunResult | None:
-    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
-    seed = cli._get(cli.config, "seed_everything")  # the one that was drawn, where `true` asked for it
-    options = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
-    if (divided := parallel_strategy(cli.trainer)) is not None and divided.expert > 1:
-        options += ["--parallel.expert", "1"]  # it has no experts
-    twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
-    other = finish_run(twin, [*command, *options])
-    if result is None or other is None:
-        return None
-    match = "active FLOPs"
-    if cli.model.arch.pretrained is not None:
-        # Experts that start as copies may cost more together than the dense model that they are copies of, the twin.
-        same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
-        match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
-    return write_comparison(result, other, match)
-
-
-def _twin_start(run_dir: Path, session: Session) -> Start:
-    """Where the twin's training begins, in a folder that is made for it."""
-    folder = run_dir / "twin"
-    known = folder.is_dir()
-    session.claim(folder)
-    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
-    if (run_dir / "splits.csv").is_file():
-        shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
-    print("\nNow the dense twin, by the same recipe.", flush=True)
-    return start
+    @property
+    def divided(self) -> Any:
+        """The strategy by which processes share the model, so that it may not fit a device; None: they don't."""
+        return parallel_strategy(self.trainer)
 
 
 @dataclass(frozen=True)
@@ -210,31 +146,31 @@ class RunResult:
         return f"{scores} on {test.total:,} test images{balance}{choice}"
 
 
-def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
+def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
     Several processes test together; the first one writes, and the others get None.
 
     Args:
-        cli: after its `fit`.
+        training: after `train`.
         command: the command line that the run began with.
     """
-    task: ClassificationTask = cli.model
-    data: ImageDataModule = cli.datamodule
-    trainer, run_dir, stopwatch = cli.trainer, cast(Path, cli.run_dir), cli.stopwatch
-    asked = cli._get(cli.config, "seed_everything")
+    task, data, trainer = training.task, training.data, training.trainer
+    run_dir, stopwatch = training.run_dir, training.stopwatch
+    monitor = training.settings.checkpoint.monitor
+    asked = training.settings.seed_everything
     seed: int | None = None if asked is False else asked
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     stopped_early = [
         each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
     ]
-    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", training.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     rows = _predictions(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
-    if (divided := parallel_strategy(trainer)) is not None:
-        divided.gather()
+    if training.divided is not None:
+        training.divided.gather()
     if not trainer.is_global_zero:
         return None
     mean, std = cast(Any, data.mean), cast(Any, data.std)
@@ -253,7 +189,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         origin = weights_file(task.arch.pretrained)
         chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
     provenance = collect_provenance(
-        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=cli.started, extra=chosen
+        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
     )
     write_json_atomic(run_dir / "provenance.json", provenance)
     summary = RunSummary(
@@ -281,14 +217,16 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         data_wait=stopwatch.data_wait,
         layers=task.test_loads,
         bad_images=bad_images,
-        expected_s=cli.expected_s,
-        monitor=cli.monitor,
+        expected_s=training.expected_s,
+        monitor=monitor,
         # A divided model may not fit one device.
-        ms_per_image=None if divided else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
+        ms_per_image=None
+        if training.divided
+        else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
-            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if cli.monitor == BALANCED else []),
+            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []),
             *stopped_early,
             *watched.sentences(),
             *data_wait_advice(stopwatch.data_wait, data),

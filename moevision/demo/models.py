@@ -20,7 +20,7 @@ and a model of photos
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -32,10 +32,8 @@ import numpy.typing as npt
 from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
-from moevision.demo.examples import Examples
+from moevision.demo.examples import Examples, ScoredRun, Typical
 from moevision.demo.facts import ModelFacts, describe, title_of
-from moevision.demo.scored import ScoredRun
-from moevision.demo.typical import Typical
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
@@ -48,43 +46,24 @@ SOURCES: Final = Path("examples/SOURCES.json")
 
 @dataclass(frozen=True)
 class Card:
-    """What people should know about a model before they believe it.
+    """What people should know about a model before they believe it; empty or missing where unknown or not measured."""
 
-    Attributes:
-        id: its name in addresses.
-        title: its name in words.
-        subtitle: one line under the title.
-        data: the training data, in words.
-        recipe: the command or config that trained it.
-        seed: of that training; None if unknown.
-        accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
-        accuracy_interval: 95 % interval [low, high] of each accuracy; missing if not measured.
-        balanced_accuracy: mean of the classes' accuracies and its 95 % interval, [share, low, high], by the same names.
-        test_images: number of images that the accuracy was measured on; None if unknown.
-        recipes: the commands that trained each variant, the dense twin among them.
-        note: what the commands don't say about the training.
-        validation_top1: of the trained model after each epoch.
-        licence: of the weights.
-        data_kind: name of the dataset as `--data` takes it; empty if unknown.
-        typical: what images of the training data look like to the model; None if not measured.
-    """
-
-    id: str
-    title: str
-    subtitle: str = ""
-    data: str = ""
-    recipe: str = ""
-    seed: int | None = None
-    accuracy: dict[str, float] = field(default_factory=dict)
-    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
-    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)
-    test_images: int | None = None
-    recipes: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-    validation_top1: list[float] = field(default_factory=list)
-    licence: str = ""
-    data_kind: str = ""
-    typical: Typical | None = None
+    id: str  # its name in addresses
+    title: str  # its name in words
+    subtitle: str = ""  # one line under the title
+    data: str = ""  # the training data, in words
+    recipe: str = ""  # the command or config that trained it
+    seed: int | None = None  # of that training
+    accuracy: dict[str, float] = field(default_factory=dict)  # on test images, of `moe`, `dense` and `unbalanced`
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)  # 95 % interval [low, high] of each
+    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)  # mean of the classes', [share, low, high]
+    test_images: int | None = None  # on which these were measured
+    recipes: dict[str, str] = field(default_factory=dict)  # the commands that trained each variant, and the dense twin
+    note: str = ""  # what the commands don't say about the training
+    validation_top1: list[float] = field(default_factory=list)  # of the trained model after each epoch
+    licence: str = ""  # of the weights
+    data_kind: str = ""  # name of the dataset as `--data` takes it
+    typical: Typical | None = None  # what images of the training data look like to the model
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, without the numbers of `typical`."""
@@ -103,11 +82,7 @@ class Card:
 
 
 def read_card(file: Path) -> Card:
-    """Read a card.json.
-
-    Raises:
-        UserError: if it isn't one.
-    """
+    """Read a card.json; a UserError if it isn't one."""
     try:
         given = read_json(file)
         typical = given.pop("typical", None)
@@ -119,21 +94,27 @@ def read_card(file: Path) -> Card:
 
 def _check_types(given: dict[str, Any]) -> None:
     """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+
+    def by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+    def whole(value: Any) -> bool:
+        return value is None or type(value) is int
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "seed": whole,
+        "test_images": whole,
+        "validation_top1": numbers,
+        "accuracy": by_name(lambda value: isinstance(value, int | float)),
+        "accuracy_interval": by_name(numbers),
+        "balanced_accuracy": by_name(numbers),
+        "recipes": by_name(lambda value: isinstance(value, str)),
+    }
     for name, value in given.items():
-        if name in ("seed", "test_images"):
-            right = value is None or type(value) is int
-        elif name == "validation_top1":
-            right = isinstance(value, list) and all(isinstance(share, int | float) for share in value)
-        elif name in ("accuracy_interval", "balanced_accuracy"):
-            right = isinstance(value, dict) and all(
-                isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in value.values()
-            )
-        elif name in ("accuracy", "recipes"):
-            kind = str if name == "recipes" else int | float
-            right = isinstance(value, dict) and all(isinstance(inner, kind) for inner in value.values())
-        else:
-            right = isinstance(value, str)
-        if not right:
+        if not kinds.get(name, lambda value: isinstance(value, str))(value):
             raise TypeError(f"{name} has the wrong type")
 
 
@@ -164,47 +145,28 @@ def card_of_run(address: str) -> Card:
         raise UserError(f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away.") from error
 
 
-UNTRAINED_SEED = 0
-
-
 @dataclass(frozen=True)
 class Variant:
-    """One version of a model: `trained`, `unbalanced` or `untrained`.
-
-    Attributes:
-        saved: the network.
-        facts: what views say about it.
-        atlas: file with its atlas; None if that has to be computed.
-    """
+    """One version of a model: `trained`, `unbalanced` or `untrained`."""
 
     saved: SavedModel
     facts: ModelFacts
-    atlas: Path | None = None
+    atlas: Path | None = None  # the file; None if it has to be computed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with everything that belongs to it.
-
-    Attributes:
-        card: what people should know about it.
-        variants: by name; `trained` comes first and is always there.
-        dense: its dense twin, if there is one.
-        examples: the images that it can show.
-        foreign: whether those are other data than the model's own kind, as far as that is known.
-        dense_answers: [C] what the dense twin says about examples, by their ids, where the twin itself isn't here.
-        history: file with the routing of the examples while the model was trained; None if there is none.
-        shown: which images these are, in words, where the user named them (`--data`); else empty.
-    """
+    """A model with everything that belongs to it."""
 
     card: Card
-    variants: dict[str, Variant]
-    dense: SavedModel | None
+    variants: dict[str, Variant]  # by name; `trained` comes first and is always there
+    dense: SavedModel | None  # its dense twin
     examples: Examples
-    foreign: bool = False
+    foreign: bool = False  # whether those are other data than the model's own kind, as far as that is known
+    # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    history: Path | None = None
-    shown: str = ""
+    history: Path | None = None  # the file with the routing of the examples while the model was trained
+    shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
     @property
     def facts(self) -> ModelFacts:
@@ -227,11 +189,7 @@ def bundled_folders(home: Path | None = None) -> list[Path]:
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder of one of the models that come with the package.
-
-    Raises:
-        UserError: if there is no such model.
-    """
+    """The folder of one of the models that come with the package; a UserError if there is no such model."""
     folders = {folder.name: folder for folder in bundled_folders()}
     if name not in folders:
         raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
@@ -277,11 +235,7 @@ def _photos(folder: Path, model: SavedModel) -> PictureSet:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
-
-    Raises:
-        UserError: if there is none, or the data don't exist.
-    """
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones."""
     if model is not None:
         return [_open_own(model, options)]
     folders = bundled_folders(home)
@@ -330,11 +284,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
 
 
 def credits_of(file: Path) -> dict[str, str]:
-    """Whose an example is and under which licence, by its name, from SOURCES.json.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
+    """Whose an example is and under which licence, by its name, from SOURCES.json; a UserError if it is damaged."""
     try:
         given = read_json(file)
         return {
@@ -427,6 +377,6 @@ def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool 
     return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
 
 
-def untrained(like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:
+def untrained(like: SavedModel, seed: int = 0) -> SavedModel:
     """The same architecture with fresh weights, a random router among them."""
     return replace(like, net=fresh_copy(like.net, seed))
