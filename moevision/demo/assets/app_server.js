@@ -28,8 +28,8 @@ export const server = new Proxy({}, {
 });
 
 export class Asker {
-  /** @param {Server} server */
-  constructor(server) { this.server = server; this.answers = new Map(); }
+  /** @param {Server} asked */
+  constructor(asked) { this.server = asked; this.answers = new Map(); }
 
   /**
    * Call a server function with one object. A busy server is asked again a few times before that is an error.
