@@ -54,7 +54,7 @@ VERBS = {
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report:run"),
     "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
-    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.demo.server:run"),
+    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
