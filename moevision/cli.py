@@ -52,9 +52,9 @@ VERBS = {
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.build:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report:run"),
     "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
-    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.demo.server:run"),
+    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
