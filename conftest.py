@@ -28,6 +28,8 @@ FOLDERS = {"tests/browser": "browser", "tests/docs": "docs", "benchmarks": "stud
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """`pytest` runs the product's tests in two processes; a file, or a folder of a tier, that is named runs whole."""
     option = config.option
+    if hasattr(config, "workerinput"):  # one of those two, which would start two of its own
+        return
     named = [argument.removeprefix(f"{ROOT}/") for argument in config.args]
     if config.args_source is config.ArgsSource.ARGS and any(
         ".py" in name or name.startswith(tuple(FOLDERS)) for name in named
