@@ -28,15 +28,14 @@ FOLDERS = {"tests/browser": "browser", "tests/docs": "docs", "benchmarks": "stud
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """`pytest` runs the product's tests in two processes; a file, or a folder of a tier, that is named runs whole."""
     option = config.option
-    if hasattr(config, "workerinput"):  # one of those two, which would start two of its own
-        return
     named = [argument.removeprefix(f"{ROOT}/") for argument in config.args]
     if config.args_source is config.ArgsSource.ARGS and any(
         ".py" in name or name.startswith(tuple(FOLDERS)) for name in named
     ):
         return
     option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
-    if option.numprocesses is None and not (option.usepdb or option.collectonly):
+    is_worker = hasattr(config, "workerinput")  # one of the two, which would start two of its own
+    if option.numprocesses is None and not (is_worker or option.usepdb or option.collectonly):
         option.numprocesses = 2
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with all cores each would be in each other's way
 
