@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,23 +26,42 @@ FOLDERS = {"tests/browser": "browser", "tests/docs": "docs", "benchmarks": "stud
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest`, also of a folder, is the product's tests, in two processes; a file that is named runs whole, in one."""
+    """`pytest` runs the product's tests in two processes; a file, or a folder of a tier, that is named runs whole."""
     option = config.option
-    if any(".py" in argument for argument in config.args):
+    named = [argument.removeprefix(f"{ROOT}/") for argument in config.args]
+    if config.args_source is config.ArgsSource.ARGS and any(
+        ".py" in name or name.startswith(tuple(FOLDERS)) for name in named
+    ):
         return
     option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
-    if option.numprocesses is None and not (option.usepdb or option.collectonly):
+    is_worker = hasattr(config, "workerinput")  # one of the two, which would start two of its own
+    if option.numprocesses is None and not (is_worker or option.usepdb or option.collectonly):
         option.numprocesses = 2
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with all cores each would be in each other's way
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies in the folder of a tier."""
+    """Mark what lies in the folder of a tier; and of a test with many cases, all but two are deep.
+
+    Those two are the first one and one that the test's name chooses, so that different tests try different routers. A
+    test marked `whole` keeps all its cases.
+    """
+    cases = defaultdict(list)
     for item in items:
-        folder = item.path.relative_to(ROOT).as_posix()
-        for start, tier in FOLDERS.items():
-            if folder.startswith(f"{start}/") and not any(map(item.get_closest_marker, TIERS)):
-                item.add_marker(tier)
+        path = item.path.relative_to(ROOT).as_posix()
+        tier = next((tier for folder, tier in FOLDERS.items() if path.startswith(f"{folder}/")), None)
+        if tier:
+            item.add_marker(tier)
+        elif "server" in getattr(item, "fixturenames", ()):  # the explorer in a process of its own
+            item.add_marker("deep")
+        elif not any(map(item.get_closest_marker, (*TIERS, "whole"))):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for test, of_test in cases.items():
+        chosen = {0, zlib.crc32(test.encode()) % len(of_test)}
+        for number, item in enumerate(of_test):
+            if number not in chosen:
+                item.add_marker("deep")
 
 
 # ---- what is missing here: skipped, and summed up at the end

@@ -10,7 +10,7 @@ A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos t
     moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --dense --name dense
     python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --data DIR --run runs/moe --dense runs/dense
 
-Writes `moevision/demo/models/NAME/` (`moevision.demo.bundle` says what is in it): weights rounded to bfloat16,
+Writes `moevision/demo/models/NAME/` (`moevision.demo.models` says what is in it): weights rounded to bfloat16,
 `card.json` (accuracy and balanced accuracy with intervals, measured with the rounded weights on the whole test set),
 `atlas*.json` (galleries, class x expert maps, the three questions with the swap test), and, where the run recorded it,
 the routing of the examples at moments of the training. A model of photos carries photos to show, its twin's predictions
@@ -54,9 +54,8 @@ from moevision.analysis.readings import recording_of
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
-from moevision.demo.bundle import SOURCES
-from moevision.demo.examples import Examples
-from moevision.demo.typical import typical_of
+from moevision.demo.examples import Examples, typical_of
+from moevision.demo.models import SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of

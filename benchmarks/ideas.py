@@ -44,17 +44,14 @@ Answer = tuple[str, str]
 
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
-    studies = ("sparsity", "specialization", "small")
-    found: dict[str, Any] = {name: read_records(root / name / "runs.jsonl") for name in studies}
+    lists = {"scratch": "specialization/scratch.jsonl"}
+    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch")
+    found: dict[str, Any] = {name: read_records(root / lists.get(name, f"{name}/runs.jsonl")) for name in names}
     single = {"curve": "curve/record", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
     for name, place in single.items():
         file = root / f"{place}.json"
         found[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    lists = {"waiting": "waiting/*.json", "scratch": "specialization/scratch/*.json",
-             "accuracy": "accuracy/cifar10*-s?.json"}  # fmt: skip
-    for name, files in lists.items():
-        found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob(files))]
     found["small"] = small.counted(found["small"])
     return found
 

@@ -32,8 +32,7 @@ from moevision.data import ImageDataModule
 from moevision.layers.routing import evaluating
 from moevision.models.io import load_model
 from moevision.models.safe_files import read_yaml
-from moevision.models.vit_moe import VisionTransformerMoE, _build, _cfg
-from moevision.models.vit_moe import default_cfgs as own_cfgs
+from moevision.models.vit_moe import _MODELS, VisionTransformerMoE, _build, _cfg
 
 MICRO, HYBRID, WIDE = (f"vit_moe_{size}_patch4_32" for size in ("micro", "hybrid", "hybrid_wide"))
 PLACES = {name: name.replace("_patch4", "_places_patch4") for name in (MICRO, HYBRID, WIDE)}
@@ -73,7 +72,7 @@ def _create(variant: str, pretrained: bool, size: dict[str, Any], kwargs: dict[s
 _32 = {"img_size": 32, "patch_size": 4}
 _STAGES = {**_32, "embed_dim": 128, "num_heads": 4, "moe_layers": "all"}
 default_cfgs = generate_default_cfgs({
-    f"{own}.untrained": _cfg(32, first_conv=own_cfgs[name].default.first_conv) for name, own in PLACES.items()
+    f"{own}.untrained": _cfg(32, _MODELS[name][1]["stem"]) for name, own in PLACES.items()
 })  # fmt: skip
 
 

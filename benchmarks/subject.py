@@ -24,8 +24,8 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
+from moevision.models.convert import dense_twin
 from moevision.models.io import unknown_name
-from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.recipe import find_config, shipped_configs

@@ -15,7 +15,7 @@ from benchmarks.bundle import balanced_accuracy, photos_to_show
 from moevision.analysis.images import open_pictures
 from moevision.data.transforms import normalize
 from moevision.demo.atlas import load_atlas
-from moevision.demo.bundle import DataOptions, bundled_folders, open_entries, read_card
+from moevision.demo.models import DataOptions, bundled_folders, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.layers import forward_routing

@@ -61,7 +61,7 @@ def on_files(files: Files, config: Any) -> Files:
 @cache
 def _exported() -> dict[str, str]:
     """Pages of one bundled photo as the explorer exports them, by name."""
-    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.models import DataOptions, open_entries
     from moevision.demo.service import Explorer
 
     explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.history is not None])
@@ -123,15 +123,13 @@ def _source(found: re.Match[str]) -> str:
 
 
 def _help(found: re.Match[str]) -> str:
-    from moevision.commands.parsers import PARSERS, tasks_of
-    from moevision.commands.training import help_file
+    from moevision.cli import parser_of
+    from moevision.config import VERBS, help_of
 
-    if found[1] in PARSERS:
-        os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse looks at the terminal otherwise
-        parser = PARSERS[found[1]]()
-        return (tasks_of(parser)[found[2]] if found[2] else parser).format_help().strip()
-    # jsonargparse writes backspaces.
-    return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()
+    if found[1] not in VERBS:
+        os.environ.update(COLUMNS="120", NO_COLOR="1")  # argparse looks at the terminal otherwise
+        return parser_of(" ".join(filter(None, (found[1], found[2])))).format_help().strip()
+    return help_of(found[1]).strip()
 
 
 def _cell(found: re.Match[str]) -> str:

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moevision.commands import VERBS, loading
+from moevision.commands import loading
 from moevision.errors import USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+Add = Callable[..., Any]
+"""Declares one option: `ArgumentParser.add_argument`."""
+
+
+class Verb(NamedTuple):
+    """One verb: what it does, and `module:function` that does it to the arguments that were understood."""
+
+    summary: str
+    target: str
+
+
+VERBS = {
+    "fit": Verb(
+        "train a model on a folder of images, a dataset or a config; writes runs/NAME/",
+        "moevision.train.fit:fit",
+    ),
+    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
+    "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
+    "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
+    "info": Verb(
+        "parameters and FLOPs of a model; --machine: what limits this machine",
+        "moevision.commands.info:run",
+    ),
+    "compare": Verb(
+        "are two trainings told apart on the same test images, and at what cost", "moevision.commands.compare:run"
+    ),
+    "upcycle": Verb(
+        "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
+        "moevision.commands.upcycle:run",
+    ),
+    "surgery": Verb(
+        "prune or merge experts, or collapse a model to a dense one, with what it costs",
+        "moevision.commands.surgery:run",
+    ),
+    "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
+    "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report:run"),
+    "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
+    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
+}
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
@@ -137,19 +184,398 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
 
 
 def _call(name: str, arguments: list[str]) -> None:
-    from moevision.commands.parsers import PARSERS
+    from moevision import config
 
-    understood: Any = arguments
-    if name in PARSERS:
-        understood = PARSERS[name]().parse_args(arguments)
-        if "command" in understood:  # a record of the command line
-            import shlex
-
-            understood.command = shlex.join(["moevision", name, *arguments])
+    if name not in config.VERBS:
+        given: Any = understood(name, arguments)
+    elif {"-h", "--help", "--help-all", "--help_all"}.isdisjoint(arguments):
+        given = config.read(name, arguments)
+    else:
+        everything = not {"--help-all", "--help_all"}.isdisjoint(arguments)
+        print(config.help_of(name, everything=everything), end="")
+        return
     module, _, function = VERBS[name].target.partition(":")
     with loading():
-        run = cast(Callable[[Any], None], getattr(import_module(module), function))
-    run(understood)
+        run: Callable[[Any], None] = getattr(import_module(module), function)
+    run(given)
+
+
+# ---- what each verb takes, as plain argparse, so that help and usage errors need no torch
+
+
+def _number(kind: Callable[[str], float], fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
+    def read(text: str) -> float:
+        from argparse import ArgumentTypeError
+
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise ArgumentTypeError(f"{text!r} is no {what}")
+        return number
+
+    return read
+
+
+_positive = _number(int, lambda x: x >= 1, "number of at least 1")
+_seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
+_at_least_0 = _number(float, lambda x: 0 <= x < math.inf, "number of at least 0")
+_share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
+
+MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
+TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
+_SPLITS = ("train", "val", "test")
+_DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
+_ROOT = "folder of the datasets that are known by name (the run's own, or data)"
+_FORCE = "write into a folder that holds something"
+
+
+def _predict(add: Add) -> None:
+    add("model", help=TRAINED)
+    add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders, folders of tar shards")
+    add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
+    add("--out", metavar="FILE", help="write to FILE instead of standard output")
+    add("--batch-size", type=int, default=64, metavar="N", help="images per pass (%(default)s)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
+    )
+    add("--unsure", type=float, metavar="P", help='answer "unsure" where the likeliest class is less probable than P')
+
+
+def _info(add: Add) -> None:
+    add("model", nargs="?", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
+    add("--machine", action="store_true", help="what limits this machine")
+    add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
+
+
+def _compare(add: Add) -> None:
+    add("runs", nargs="+", metavar="RUN", help="run folders of fit, at least two")
+    add("--json", type=Path, metavar="FILE", help="write every number to FILE")
+
+
+def _upcycle(add: Add) -> None:
+    add("model", metavar="NAME_OR_PATH", help="a timm name, a saved model's folder, or a timm address")
+    add("--out", required=True, metavar="DIR", help="folder to write to")
+    add("--num-experts", type=_positive, default=8, metavar="E", help="experts per layer (%(default)s)")
+    add("--layers", type=_layers, help="last2 (of the odd blocks; default), every2, all, or numbers such as 8,10")
+    add("--top-k", type=_positive, default=1, metavar="K", help="experts per token (%(default)s)")
+    add("--router", default="vmoe_top_k", metavar="NAME", help="router of the new layers (%(default)s)")
+    add("--weights", metavar="FILE", help="a .safetensors file for the architecture NAME")
+    add("--num-classes", type=_positive, metavar="C", help="a new classifier, if it differs from the model's own")
+    add("--image-size", type=_positive, metavar="PX", help="resample positions, if it differs from the model's own")
+    add("--depth", type=_positive, metavar="L", help="take only the first L blocks; the model must then be trained on")
+    add("--expert-hidden", type=_positive, metavar="H", help="a whole part of the MLP's hidden units")
+    add("--noise", type=_at_least_0, default=0.0, help="noise on the copies, relative to the spread of their weights")
+    add("--reinit", type=_share, default=0.0, help="share of each expert's hidden units that is drawn anew")
+    add(
+        "--router-start",
+        choices=("random", "cluster"),
+        default="random",
+        help="rows of the routers: random, or centroids of their own input on --data (%(default)s)",
+    )
+    add("--data", help=f"with --router-start cluster: {_DATA}")
+    add("--root", help=_ROOT)
+    add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
+    add(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the router, such as route_by=image or noise=none; may be repeated",
+    )
+    add("--force", action="store_true", help=_FORCE)
+
+
+def _surgery(add: Add) -> None:
+    add("model", help=f"{MODEL}; it must have MoE layers")
+    add("--prune", type=_positive, metavar="N", help="remove the N least used experts of every MoE layer")
+    add("--merge", type=_positive, metavar="N", help="leave N experts in every MoE layer, averages of similar ones")
+    add("--collapse", choices=("average", "most_used"), help="make the model dense: one MLP of an expert's width")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    add("--data", help=f"{_DATA}; by default what the run was trained on")
+    add("--root", help=_ROOT)
+    add("--split", default="test", choices=_SPLITS, help="set on which accuracy is measured (%(default)s)")
+    add("--use-split", default="val", choices=_SPLITS, help="set on which the use of experts is measured (%(default)s)")
+    add("--limit", type=_positive, metavar="N", help="images of --split (all)")
+    add("--use-limit", type=_positive, metavar="N", default=1000, help="images of --use-split (%(default)s)")
+    add("--no-align", dest="align", action="store_false", help="average experts without aligning their hidden units")
+    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
+    add("--force", action="store_true", help=_FORCE)
+
+
+def _export(add: Add) -> None:
+    add("model", help=TRAINED)
+    add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
+    add("--format", choices=("onnx", "torch"), help="by default what FILE's ending says")
+    add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
+    add("--root", help=_ROOT)
+    add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
+    add("--force", action="store_true", help="replace FILE")
+
+
+def _push(add: Add) -> None:
+    add("model", help="a run folder or its model/ folder")
+    add("repo", metavar="USER/NAME", help="repository on the hub")
+    add("--public", action="store_true", help="let everyone see it (default: private)")
+    add("--dry-run", action="store_true", help="only write the files that would be uploaded")
+    add("--out", metavar="DIR", help="folder for --dry-run (hub/USER/NAME)")
+    add("--license", metavar="ID", help="license of the weights, as the hub abbreviates it: apache-2.0, ...")
+    add("--analysis", metavar="REPORT", help="folder that `moevision analyze` wrote, for the card")
+    add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, for the card")
+    add("--card", metavar="FILE", help="your own README.md instead of the generated card")
+    add("--force", action="store_true", help="add a version to a repository, or to a --dry-run folder, that exists")
+
+
+def _analyze(add: Add) -> None:
+    add("model", help=f"{MODEL}; it must have MoE layers")
+    add("--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)")
+    add("--root", help=_ROOT)
+    add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
+    add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
+    add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with")
+    add("--before", metavar="MODEL", help="the model before it was trained, to compare with (fresh weights)")
+    add("--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p: 1/(N + 1))")
+    add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
+    add("--quick", action="store_true", help="rougher: 300 images, 200 shuffles, experts ablated on fewer images")
+
+
+def _score(add: Add) -> None:
+    add("run", metavar="RUN", help="a run folder with scores.csv")
+    add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/data)")
+    add("--show", type=_positive, default=40, metavar="N", help="images in each list of the page (%(default)s)")
+    add("--quick", action="store_true", help="no pass over the images: without files, duplicates and predictions")
+
+
+def _prune(add: Add) -> None:
+    methods = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
+    add("run", metavar="RUN", help="a run folder with scores.csv")
+    add("--by", required=True, choices=methods, help="what decides, see above")
+    add("--keep", type=_share, metavar="SHARE", help="share of the images to keep, such as 0.7")
+    add("--hardest", type=_share, metavar="SHARE", help="with ccs: share with the lowest AUM that goes first (0.1)")
+    add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
+    add("--seed", type=_seed, default=0, help="seed of what is drawn, and of ties (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
+
+
+def _shard(add: Add) -> None:
+    add("what", metavar="FOLDER|CONFIG", help="images, as fit takes them, or a configuration that names some")
+    add("--out", type=Path, metavar="SHARDS", help="folder to write to")
+    add("--shard-mb", type=_positive, default=256, metavar="MB", help="MiB of images in a shard (%(default)s)")
+    add("--root", metavar="DIR", help="folder of the datasets that are known by name (the configuration's, or data)")
+    add("--check", action="store_true", help="write nothing; compare the shards in FOLDER with their hashes")
+
+
+def _demo(add: Add) -> None:
+    add("model", nargs="?", metavar="MODEL", help=f"{MODEL}; bundled if left out")
+    add("--data", metavar="DIR", help=f"images to choose from: {_DATA}")
+    add("--root", metavar="DIR", help=_ROOT)
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for the whole network (%(default)s)")
+    add("--port", type=int, help="port (the first free one from 7860)")
+    add("--root-path", default="", metavar="/PATH", help="path below which a proxy shows the page, such as /moe")
+    add(
+        "--auth",
+        metavar="USER",
+        help="ask visitors for this user and a password, which is asked for here or comes from the variable "
+        "MOEVISION_AUTH=USER:PASSWORD (USER:PASSWORD works too, but others on this computer can read it)",
+    )
+    add("--public", action="store_true", help="let anyone in, without a password, who can reach --host or --share")
+    add(
+        "--share",
+        action="store_true",
+        help="open a public address through a server of gradio's (the first time it downloads a program for that)",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name under which the page is opened, such as lab.example.org or *.example.org; repeat it "
+        "for more (addresses, localhost and this computer's own name always work)",
+    )
+    add(
+        "--allow-embed",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a website that may show the page in a frame, such as https://lab.example.org; repeat it for more",
+    )
+    add("--no-browser", dest="browser", action="store_false", help="don't open a browser")
+
+
+# Each verb, and each task of `data`: its options, what it does in one paragraph, and examples.
+_TAKES: dict[str, tuple[Callable[[Add], None], str, str]] = {
+    "predict": (_predict, """\
+Classify images with a saved model: one row per image with the path, the class in words, its probability, and the five
+most likely classes. A file that can't be read gets a row that says why. Probabilities are calibrated if fit stored a
+temperature with the model; if not, a line says so. --unsure is no failure: the exit code stays 0.""", """\
+  moevision predict runs/pets/model image.jpg
+  moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
+    "info": (_info, """\
+Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the plain
+ViT. With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
+few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.""", """\
+  moevision info runs/pets --format json
+  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
+  moevision info --machine"""),
+    "compare": (_compare, """\
+Compare finished runs of fit on the test images that all of them were tested on: accuracy, the difference with its
+interval, what would have been found with 80 % power, and cost. Two runs are compared image by image (McNemar's exact
+test, Tango's interval); more are sorted into two recipes by their config.yaml, equal but for the seed, and compared
+seed by seed (paired t). The first run's recipe is A. Not told apart is not the same as equal.""", """\
+  moevision compare runs/pets runs/pets/twin                    a Mixture of Experts and its dense twin
+  moevision compare runs/moe-* runs/dense-* --json out.json   several seeds of two recipes"""),
+    "upcycle": (_upcycle, """\
+Turn a trained dense ViT into a Mixture of Experts that computes the same: every expert starts as a copy of the MLP
+that it replaces, and learns from there (arXiv:2212.05055). Writes OUT/ with the new model, which every verb takes,
+and upcycle.json: parameters and FLOPs before and after, and how far the outputs are from the dense model's. --num-
+experts E stores E MLPs in each converted block, --top-k K computes K of them per token: K = 1 costs what the dense
+model costs.""",
+    """\
+  moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
+  moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
+  moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe"""),
+    "surgery": (_surgery, """\
+Remove experts from a trained model without further training, and measure what that costs: --prune gives the tokens of
+removed experts to the next-best one, --merge averages experts that the same tokens choose, --collapse leaves one MLP.
+The use of experts is measured on --use-split, accuracy before and after on --split, beside a control: the model with
+its MoE layers left out. A result no better than the control has lost all experts. Writes OUT/ with the new model and
+surgery.json.""", """\
+  moevision surgery runs/pets --prune 2 --out pets_6_experts         on the images that the run was trained on
+  moevision surgery runs/pets --collapse average --out pets_dense
+  moevision surgery my/model --merge 4 --data cifar10 --root datasets --out smaller"""),
+    "export": (_export, """\
+Write a model as one file that runs without moevision: ONNX (for onnxruntime and others), or a torch.export program.
+Any batch size, float32; class names and preprocessing travel in the file, which is run on seeded images and compared
+with the model: if a logit differs by more than 1e-4, no file is left. It computes ALL experts for every token, so
+that it saves no computation; what that costs is printed. ONNX needs: pip install "moevision[export]".""", """\
+  moevision export runs/pets --out pets.onnx
+  moevision export runs/pets --out pets.pt2                          the file's ending says which format
+  moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),
+    "push": (_push, """\
+Publish a saved model on the Hugging Face hub, where timm and moevision load it as hf-hub:USER/NAME; only you can see
+it, unless you say --public. Uploaded are model.safetensors, config.json and a model card with the numbers of the run
+folder. Log in once with `hf auth login`, or set HF_TOKEN. Class names and the name of the data's folder are published
+with the model; images, paths and the names of files are not.""", """\
+  moevision push runs/pets me/pets-moe --dry-run               look at the files first: no token, no network
+  moevision push runs/pets me/pets-moe --license apache-2.0 --analysis report --public
+  moevision push runs/pets me/pets-moe --seeds runs/pets-2 runs/pets-3 --force     a new version"""),
+    "analyze": (_analyze, """\
+Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
+opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch. It
+answers, each beside its controls: do classes go to different experts, did training the router add to that (with
+--seeds every training against its own), and do the experts do different things.""", """\
+  moevision analyze runs/pets                                   the images that the run held out for its test
+  moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
+  moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe"""),
+    "data score": (_score, """\
+Write what is known about the images of RUN: OUT/page.html, ranked lists with the images (labels that others speak
+against, hardest, near-duplicates, leaks between splits, blurred, dark, damaged, ...), and images.csv, a row for each
+image. On the page you decide by keyboard: keep, wrong label, drop; it saves decisions.csv, which `moevision data
+prune --by decisions` makes a list of. Lists rank, and say of no image that it is bad. Nothing leaves the page.""", """\
+  moevision data score runs/pets
+  moevision data score runs/pets --quick                only the scores of the training, in seconds"""),
+    "data prune": (_prune, """\
+Write a list of the training images of RUN to keep, with a reason per row, for fit's --data.keep (and --data.relabel
+where there are new labels). aum and loss give up first what speaks against its label, el2n and forgetting what is
+easy, ccs the lowest AUM and then equally from strata of AUM (arXiv:2210.15809), decisions what you dropped on the
+page; random is the baseline (at small shares scores have lost to it, arXiv:2302.06960). No class loses its last
+image.""", """\
+  moevision data prune runs/pets --by ccs --keep 0.7
+  moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv"""),
+    "data shard": (_shard, """\
+Write the images of a folder (or what a configuration names) into a few large tars in the WebDataset format, with
+moevision-index.json: where each image is, its name, class and order, a hash of each tar. Every command that takes a
+folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's. Stopped at any moment, the
+same command goes on. Tars that others made need no preparation: give their folder to fit.""", """\
+  moevision data shard path/to/images --out shards
+  moevision data shard imagenet.yaml --out shards --shard-mb 512
+  moevision data shard shards --check                   after a copy: compare every byte with the hashes"""),
+    "demo": (_demo, """\
+See in a browser which experts every patch of an image goes to. Without MODEL it shows the models that come with the
+package. Nothing is downloaded and nothing leaves this computer; images that you drop on the page are not kept.""", """\
+  moevision demo                                     the bundled models, on this computer only
+  moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
+  moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed"""),
+}  # fmt: skip
+_DATA_HELP = (
+    """\
+Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
+leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes. And many
+images: shard puts them into a few large files. `moevision data TASK --help` tells more.""",
+    """\
+  moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
+  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
+  moevision data shard photos --out shards              a folder as tar shards, which fit takes""",
+)
+_EITHER = {"surgery": ("prune", "merge", "collapse"), "info": ("model", "machine")}  # exactly one of them
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """What a verb, or a task such as `data prune`, takes."""
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    takes, about, examples = _TAKES.get(name) or (None, *_DATA_HELP)
+    parser = ArgumentParser(
+        prog=f"moevision {name}",
+        description=about,
+        epilog=f"examples\n{examples}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    if takes is None:
+        parser.add_argument("task", choices=TASKS)
+    else:
+        takes(parser.add_argument)
+    return parser
+
+
+TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("data "))
+
+
+def understood(name: str, arguments: list[str]) -> Namespace:
+    """The arguments of a verb that isn't one of the three of training.
+
+    Raises:
+        SystemExit: for the help, and for arguments that it doesn't take, which are said.
+    """
+    from moevision.config import spelled
+
+    command, parser, task = shlex.join(["moevision", name, *arguments]), parser_of(name), None
+    if name == "data" and arguments[:1] and arguments[0] in TASKS:
+        task, *arguments = arguments
+        parser = parser_of(f"data {task}")
+    found = parser.parse_args(spelled(parser, arguments))
+    for either in [_EITHER[name]] if name in _EITHER else []:
+        given = [each for each in either if getattr(found, each)]
+        if len(given) != 1:
+            parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
+    found.command = command  # for what records it
+    if task is not None:
+        found.task = task
+    return found
+
+
+def _layers(text: str) -> str | list[int]:
+    numbers = text.replace(" ", "").split(",")
+    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else text
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import json
+    from argparse import ArgumentTypeError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:  # a word, such as batch
+        return name, value
 
 
 if __name__ == "__main__":

@@ -60,14 +60,10 @@ def measure_cost(
     with torch.no_grad(), _eval_with(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
     router = sum(layer.router for layer in layers)
-    executed = int(counter.get_total_flops())
-    padding = (
-        0
-        if backend == "dense"
-        else sum((layer.rows() - layer.requested_rows()) * layer.per_row(backward=False) for layer in layers)
-    )
-    total, active = parameter_counts(model)
-    return ModelCost(total, active, executed - padding - router, router)
+    flops = int(counter.get_total_flops()) - router
+    if backend != "dense":  # without rows that a dispatcher adds
+        flops -= sum((layer.rows() - layer.requested_rows()) * layer.per_row(backward=False) for layer in layers)
+    return ModelCost(*parameter_counts(model), flops, router)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -176,40 +172,8 @@ def count_layers(
     Returns:
         What `forward` returned, and the layers in order of depth.
     """
-    spent: dict[nn.Module, int] = {}
+    spent: dict[nn.Module, int] = {}  # FLOPs between start and end of a layer, its router and its shared experts
     needs_gradient: dict[nn.Module, bool] = {}
-    with record_routing(model) as routings, _spent_in(model, counter, spent, needs_gradient):
-        output = forward()
-    layers = moe_layers(model)
-    assert len(layers) == len(routings), "every MoE layer runs once in a forward pass"
-    return output, [
-        LayerCount(
-            layer,
-            routing,
-            router=spent[layer.router],
-            experts=spent[layer]
-            - spent[layer.router]
-            - (0 if layer.shared is None else spent[layer.shared])
-            - _mixing_flops(layer, routing),
-            input_needs_gradient=needs_gradient[layer],
-        )
-        for layer, routing in zip(layers, routings, strict=True)
-    ]
-
-
-def _mixing_flops(layer: MoEMlp, routing: Routing) -> int:
-    """Soft MoE fills slots with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D."""
-    if not isinstance(routing, SoftRouting):
-        return 0
-    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-    return 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-
-
-@contextmanager
-def _spent_in(
-    model: nn.Module, counter: FlopCounterMode, spent: dict[nn.Module, int], needs_gradient: dict[nn.Module, bool]
-) -> Iterator[None]:
-    """Note the FLOPs between start and end of MoE layers, their routers and their shared experts."""
 
     def start(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         spent[module] = -int(counter.get_total_flops())
@@ -218,14 +182,25 @@ def _spent_in(
     def end(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
         spent[module] += int(counter.get_total_flops())
 
-    parts = [part for layer in moe_layers(model) for part in (layer, layer.router, layer.shared) if part is not None]
+    layers = moe_layers(model)
+    parts = [part for layer in layers for part in (layer, layer.router, layer.shared) if part is not None]
     handles = [part.register_forward_pre_hook(start) for part in parts]
     handles += [part.register_forward_hook(end) for part in parts]
     try:
-        yield
+        with record_routing(model) as routings:
+            output = forward()
     finally:
         for handle in handles:
             handle.remove()
+    counts = []
+    for layer, routing in zip(layers, routings, strict=True):  # every MoE layer runs once in a forward pass
+        experts = spent[layer] - spent[layer.router] - (0 if layer.shared is None else spent[layer.shared])
+        if isinstance(routing, SoftRouting):
+            # Slots are filled with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D.
+            fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+            experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
+        counts.append(LayerCount(layer, routing, spent[layer.router], experts, needs_gradient[layer]))
+    return output, counts
 
 
 # ---- torch's counter, and the formulas that it lacks
@@ -236,7 +211,7 @@ def _spent_in(
 _aten = torch.ops.aten
 
 
-def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size) -> int:
+def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
     """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
 
     Args:
@@ -251,25 +226,9 @@ def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size) -> int:
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 
 
-def _grouped_mm(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
-    return grouped_mm_flops(a_shape, b_shape)
-
-
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(
-    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-_FORMULAS = {
-    _aten._grouped_mm: _grouped_mm,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+def _formula(flops: Callable[..., int], shapes: int) -> Callable[..., int]:
+    """Of an operation whose first so many arguments are what `flops` takes."""
+    return lambda *given, **_: int(flops(*given[:shapes]))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -277,4 +236,10 @@ def flop_counter() -> FlopCounterMode:
 
     Code that Inductor compiled hides its products from any counter: count the uncompiled model.
     """
-    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    attention = _aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {
+        _aten._grouped_mm: grouped_mm_flops,
+        attention: _formula(sdpa_flop_count, 3),
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(sdpa_backward_flop_count, 4),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -15,17 +15,17 @@ Axes: B images, N tokens, E experts, K choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moevision.errors import AT_LEAST_0, UserError, check_ranges
+from moevision.config import AuxLossWeights
+from moevision.config import Rule as Rule
+from moevision.errors import UserError
 from moevision.layers import Routing, moe_layers
-
-Rule = Literal["shazeer", "vmoe"]
 
 
 def importance_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
@@ -133,29 +133,6 @@ _LOSSES = {
     "load_balancing": _Loss(_load_balancing_sums, _load_balancing_value),
     "z": _Loss(_z_sums, _z_value),
 }
-
-
-@dataclass
-class AuxLossWeights:
-    """How much each balance loss counts beside the cross-entropy; 0 leaves it out, null takes the router's own weight.
-
-    Args:
-        importance: weight of the importance loss.
-        load: weight of the load loss.
-        load_balancing: weight of the Switch / GShard loss.
-        z: weight of the router z-loss.
-        rule: `shazeer` or `vmoe`, the definition of importance and load.
-    """
-
-    importance: float | None = None
-    load: float | None = None
-    load_balancing: float | None = None
-    z: float | None = None
-    rule: Rule = "shazeer"
-
-    def __post_init__(self) -> None:
-        """Refuse a weight that would reward imbalance, or is no number."""
-        check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z"))], "--model.aux.")
 
 
 class AuxLoss:

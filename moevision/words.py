@@ -1,9 +1,15 @@
 """Numbers as people read them, on every page, figure and terminal in the same spelling."""
 
 
-def percent(share: float) -> str:
-    """0.965 -> `96.5 %`, with a true minus sign and none in front of 0."""
-    return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
+def signed(value: float, digits: int = 3) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.965 -> `96.5 %`."""
+    return f"{signed(100 * share, digits)} %"
 
 
 def points(difference: float) -> str:
@@ -21,9 +27,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"

@@ -27,7 +27,7 @@ CONTEXT = get_context("forkserver")
 
 def begin() -> None:
     """Start the process that forks, unless it is there; with one math thread, for a fork can't have another number."""
-    CONTEXT.set_forkserver_preload(["moevision.train.run", __name__])
+    CONTEXT.set_forkserver_preload(["moevision.train.fit", __name__])
     with patch.dict(os.environ, OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
 

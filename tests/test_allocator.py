@@ -10,6 +10,8 @@ import pytest
 from moevision import allocator
 from moevision.allocator import SWITCH, is_kept, keep_freed_memory
 
+pytestmark = pytest.mark.deep
+
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 TENSOR_MIB, REPEATS = 64, 5

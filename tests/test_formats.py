@@ -18,7 +18,7 @@ from PIL import Image
 
 from moevision.analysis import RoutingTrace
 from moevision.data.transforms import normalize
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.models.io import load_model
 
 FORMATS = Path(__file__).parent / "fixtures" / "formats"

@@ -28,7 +28,7 @@ from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
 from moevision.train.card import without_example

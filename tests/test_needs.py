@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[1]
 # Hides packages, for `import` and for `find_spec` alike.
 WITHOUT = """
@@ -38,6 +42,12 @@ def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_th
     chromium, onnx = "2 for want of Chromium (apt-get install chromium)", '1 for want of ONNX (pip install ".[export]")'
     assert told == [f"Skipped tests: {chromium}, {onnx}."]
     assert re.search(r"\d passed, 3 skipped", done.stdout)
+
+
+def test_nothing_is_needed_to_collect_every_tier(tmp_path):
+    done = run_tests(tmp_path, ("playwright", "axe_playwright_python"), "--collect-only", "-m", "deep or not deep")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "tests/browser/test_tabs.py::" in done.stdout
 
 
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 
 from moevision.cli import main
 
+pytestmark = pytest.mark.deep
 
-@pytest.mark.deep
+
 @pytest.mark.filterwarnings("default")
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least 95 % of 2 000 test images; in each MoE layer no dead expert and max/mean load at most 1.5."""

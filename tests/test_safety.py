@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from moevision import UserError
 from moevision.cli import VERBS
 from moevision.demo.atlas import load_atlas
-from moevision.demo.bundle import read_card
+from moevision.demo.models import read_card
 from moevision.models import io as models_io
 from moevision.models import safe_files
 from moevision.models.io import create_from, load_model, open_model
@@ -675,7 +675,7 @@ NAMED = {
     "{on_fit_start: evilmod.function}}]",
     "a system call": "callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
     "{on_fit_start: os.system}}]",
-    "an import through a friend": "callbacks: [{class_path: moevision.train.run.shutil.rmtree}]",
+    "an import through a friend": "callbacks: [{class_path: moevision.train.fit.shutil.rmtree}]",
     "jsonargparse": "callbacks: [{class_path: jsonargparse.set_parsing_settings}]",
 }
 
@@ -698,7 +698,7 @@ def test_a_configuration_imports_nothing_foreign(what: str, cli: Cli, evil_modul
 
 
 def test_nor_does_an_option_and_the_sentence_says_why(cli: Cli, evil_module: Path) -> None:
-    outcome = cli("fit", "synthetic_pets", "--trainer.callbacks+=evilmod.Evil")
+    outcome = cli("fit", "synthetic_pets", "--trainer.callbacks=[{class_path: evilmod.Evil}]")
     refused(outcome, "'evilmod.Evil' is not imported", "use your own classes from Python")
     assert "evilmod" not in sys.modules
 
@@ -729,6 +729,7 @@ def test_a_card_of_wrong_types(tmp_path: Path) -> None:
             read_card(tmp_path / "card.json")
 
 
+@pytest.mark.deep
 def test_safe_files_need_no_torch() -> None:
     """The checks come before the heavy machinery, so that they can be read and used alone."""
     code = (

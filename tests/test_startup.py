@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
-from moevision.commands import VERBS
+from moevision.cli import VERBS
+
+pytestmark = pytest.mark.deep
 
 ROUNDS = 3
 HELP_S = 0.3
@@ -111,7 +113,6 @@ print(json.dumps(marks))
 """
 
 
-@pytest.mark.deep
 def test_the_import_costs_little_more_than_timm() -> None:
     """After timm, which moevision imports, so that the second number is all that it adds."""
 
@@ -160,7 +161,6 @@ for name, program in {programs!r}.items():
 """
 
 
-@pytest.mark.deep
 def test_timm_knows_the_names() -> None:
     """After `import moevision.models`, or the first use of a public name."""
     programs = {name: f"{imports}\n{KNOWN}" for name, imports in ORDERS.items()}
@@ -184,7 +184,6 @@ print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_conf
 """
 
 
-@pytest.mark.deep
 @pytest.mark.needs("transformers")
 def test_transformers_builds_our_models() -> None:
     """Whichever is imported first."""

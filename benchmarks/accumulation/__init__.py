@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.markdown import table
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.data import SyntheticPets
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.report import table
 
 CASES = {"z": "switch", "load_balancing": "switch", "importance": "vmoe_top_k", "load": "noisy_top_k"}
 """The losses, each on a router that has it by default (z: on any)."""

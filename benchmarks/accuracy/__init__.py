@@ -1,6 +1,6 @@
 """What the shipped recipes reach: one record for each finished run of `moevision fit`.
 
-    python -m benchmarks accuracy runs/cifar10-0 runs/cifar10-1    # writes benchmarks/accuracy/NAME.json
+    python -m benchmarks accuracy runs/cifar10-0 runs/cifar10-1    # a line each in benchmarks/accuracy/runs.jsonl
 
 A record has the test result, what it cost (images, FLOPs, CPU seconds, the time that was expected), what a pretrained
 start was compared with, the load of every expert, the validation curve, and where it comes from.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import HERE, argument_parser, without_places
+from benchmarks.queue import read_records
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
+from moevision.files import write_text_atomic
 
 
 def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,10 +91,12 @@ def main() -> None:
     """Write the records."""
     parser = argument_parser("accuracy", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
-    parser.add_argument("--out", type=Path, default=HERE / "accuracy", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for run in options.runs:
         record = record_of(run)
-        write_json_atomic(options.out / f"{record['name']}.json", record)
+        others = [other for other in read_records(options.out) if other["name"] != record["name"]]
+        lines = (json.dumps(each, ensure_ascii=False) for each in sorted([*others, record], key=itemgetter("name")))
+        write_text_atomic(options.out, "".join(f"{line}\n" for line in lines))
         share = record["test"]["correct"] / record["test"]["total"]
         print(f"{record['name']}: {share:.2%} of {record['test']['total']:,} test images")

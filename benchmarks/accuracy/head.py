@@ -20,8 +20,8 @@ from benchmarks.queue import refuse_changes
 from moevision.train.start import PROBE_FILE
 
 SEEDS, EPOCHS = (0, 1, 2), 1
-STARTS = {"probe": "", "random": "cli.fit_probe = lambda *given: None; "}  # what is changed in the program
-PROGRAM = "import sys; from moevision.cli import main; from moevision.train import cli; {change}sys.exit(main())"
+STARTS = {"probe": "", "random": "fit.fit_probe = lambda *given: None; "}  # what is changed in the program
+PROGRAM = "import sys; from moevision.cli import main; from moevision.train import fit; {change}sys.exit(main())"
 KEPT = ("data", "model", "image_size", "seed", "test", "curve")
 
 

@@ -39,12 +39,13 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks.harness import argument_parser, positive
 from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
+from moevision.config import read
 from moevision.data.scores import FILE, Scores, prune
 from moevision.errors import UserError
 from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
-from moevision.train import run as training
+from moevision.train import fit as training
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell
 from moevision.train.resume import is_finished
@@ -228,7 +229,7 @@ def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch
         options["data.relabel"] = keep
     if not is_finished(folder, with_twin=False):
         with (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            training.run("fit", [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"])
+            training.fit(read("fit", [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"]))
     summary = read_json(folder / "summary.json")
     kept = {"images": int(plan.keep.sum()), "steps": summary["steps"], "duration_s": summary["duration_s"]}
     return {**vars(job), **kept, **{name: summary["test"][name] for name in ("correct", "total", "loss")}}

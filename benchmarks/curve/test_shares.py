@@ -126,7 +126,7 @@ def test_a_curve_is_gone_on_with(bench, tiny_run, tmp_path, monkeypatch, send_si
     assert [(row["by"], row["images"], row["seeds"]) for row in found] == [("all", "25", "1"), ("random", "13", "1")]
     record = Path("curve/records/random-0.5-s0.json")
     assert '"steps": 6' in record.read_text()
-    monkeypatch.setattr("moevision.train.run.run", None)
+    monkeypatch.setattr("moevision.train.fit.fit", None)
     again = bench(*asked)
     assert "2 of them done" in again.out
     assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
@@ -138,7 +138,7 @@ def test_a_curve_of_a_run_that_went_to_its_end(bench, tiny_run, tmp_path, monkey
     """Of 2 epochs of 3 steps. An update left out, as by fp16 while it looks for its scale, is no early end."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     begun = Mock(side_effect=UserError("A training began."))
-    monkeypatch.setattr("moevision.train.run.run", begun)
+    monkeypatch.setattr("moevision.train.fit.fit", begun)
     # It was gone on with where the images are now.
     (run / "config-2.yaml").write_text("data: {path: moved}")
     asked = ("curve", "of", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
@@ -149,4 +149,4 @@ def test_a_curve_of_a_run_that_went_to_its_end(bench, tiny_run, tmp_path, monkey
     ):
         (run / "summary.json").write_text(json.dumps(known | change))
         assert words in bench(*asked).err
-    assert "--data.path=moved" in begun.call_args.args[1]
+    assert "--data.path=moved" in begun.call_args.args[0].command

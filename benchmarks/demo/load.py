@@ -29,7 +29,7 @@ import torch
 from benchmarks.demo import running_demo
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.data import SyntheticPets
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
@@ -136,14 +136,8 @@ async def visit(url: str, tasks: list[Task], end: float, outcome: Outcome, seed:
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         while time.monotonic() < end:
             task = rng.choice(tasks)
-            call = {
-                "data": task.request,
-                "component_id": 1,
-                "session_hash": f"visitor{seed}",
-                "fn_name": task.name,
-            }
             start = time.perf_counter()
-            answer = await http.post("gradio_api/component_server", json=call)
+            answer = await http.post(f"api/{task.name}", json=task.request)
             outcome.latencies[task.group].append(1e3 * (time.perf_counter() - start))
             found = answer.json() if answer.status_code == 200 else {"error": answer.text, "code": "error"}
             if "error" in found:
@@ -183,9 +177,8 @@ def wait_until_ready(url: str) -> None:
 
 
 def ask(url: str, name: str, request: dict[str, Any]) -> Any:
-    """One call of a server function."""
-    call = {"data": request, "component_id": 1, "session_hash": "benchmark", "fn_name": name}
-    return httpx.post(f"{url}gradio_api/component_server", json=call, timeout=60).json()
+    """One question."""
+    return httpx.post(f"{url}api/{name}", json=request, timeout=60).json()
 
 
 def main() -> None:

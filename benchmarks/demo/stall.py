@@ -61,10 +61,10 @@ ATTACKS = {"png_49_megapixels": (png, 7000), "png_16_megapixels": (png, 4000), "
 
 
 def body(model: str, image: bytes) -> bytes:
-    """A call of `route` with an upload."""
-    picture = {"kind": "upload", "data": base64.b64encode(image).decode()}
-    call = {"data": {"model": model, "picture": picture}, "component_id": 1, "session_hash": "stall"}
-    return json.dumps({**call, "fn_name": "route"}).encode()
+    """The question `route` with an upload."""
+    return json.dumps(
+        {"model": model, "picture": {"kind": "upload", "data": base64.b64encode(image).decode()}}
+    ).encode()
 
 
 async def call(http: httpx.AsyncClient, content: bytes) -> tuple[str, float]:
@@ -72,7 +72,7 @@ async def call(http: httpx.AsyncClient, content: bytes) -> tuple[str, float]:
     start = time.perf_counter()
     try:
         headers = {"content-type": "application/json"}
-        answer = await http.post("gradio_api/component_server", content=content, headers=headers)
+        answer = await http.post("api/route", content=content, headers=headers)
         word = answer.json().get("code", "ok")
     except (httpx.HTTPError, ValueError):
         word = "unanswered"

@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures
-from moevision.demo.bundle import bundled_folders, bundled_model, read_card
+from moevision.demo.models import bundled_folders, bundled_model, read_card
 from moevision.models.io import SavedModel
 
 

@@ -51,9 +51,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     origin: dict[str, Any] = about()
-    from moevision.train import cli
+    from moevision.train import fit
 
-    vars(cli)["ExampleScores"] = Clocked
+    vars(fit)["ExampleScores"] = Clocked
     with tempfile.TemporaryDirectory() as runs:
         code = run_moevision([
             "fit", "--config", "cifar10", "--data.path", str(options.data), "--data.download", "false",

@@ -69,7 +69,7 @@ def quickstart(folder: Path) -> dict[str, str]:
 def resumed(folder: Path) -> dict[str, str]:
     """One cell of the resume matrix: all state of a training that was interrupted and resumed."""
     from benchmarks.reliability import resume as matrix
-    from moevision.train.cli import quiet_lightning
+    from moevision.train.fit import quiet_lightning
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from benchmarks.subject import NAMES, Which, find_subject, inference
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from moevision.errors import UserError
 from moevision.layers import moe_layers
+from moevision.models.convert import dense_twin
 from moevision.models.io import load_model, model_folder
-from moevision.models.twin import dense_twin
 
 QUICK = {"batch_size": [1, 2], "repetitions": 3, "warm_up": 1}
 EXAMPLES = """\

@@ -32,7 +32,7 @@ from moevision.layers import ExpertChoiceRouting, SoftRouting, moe_layers
 from moevision.layers.cpu import take_rows
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
-from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
+from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
 from moevision.train.optim import matrices_of
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import about
+from benchmarks.markdown import table
 from benchmarks.planner.footprint import shape_of
 from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan
 from benchmarks.planner.machine import Machine, measured_links, measured_machine, sheet_machine
@@ -43,7 +44,6 @@ from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.layout import Layout as Processes
 from moevision.train.parallel.layout import shard
 from moevision.train.parallel.parts import DIVIDED
-from moevision.train.report import table
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3
 RATES = ("matmul_flops", "memory_bytes_per_s", "link_bytes_per_s", "latency_s", "overlap")

@@ -15,8 +15,8 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers.routers import ROUTERS
-from moevision.models.checkpointing import checkpointed_blocks
 from moevision.models.io import SavedModel, save_model
+from moevision.models.vit_moe import checkpointed_blocks
 
 OLD = Path(__file__).parents[2] / "tests" / "fixtures" / "formats" / "0.1"
 TRACE = OLD / "report" / "trace.safetensors"

@@ -41,10 +41,10 @@ class Claim:
     """One format that a page shows once for each mapping of values.
 
     Attributes:
-        records: JSON file below the repository, or several.
+        records: JSON file below the repository, or several; `FILE.jsonl#NAME` is the line of that name.
         text: as `str.format` reads it; `{share:.1%}` and `{wait_ms[median]:.1f}` work.
         values: what fills the text, from the loaded records in their order; the one record itself unless said. A
-            `.jsonl` file gives one for each line.
+            `.jsonl` file without a name gives one for each line.
     """
 
     records: str | tuple[str, ...]
@@ -52,9 +52,14 @@ class Claim:
     values: Callable[..., Values] = lambda record: record
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """The records, each a file with a name behind it or not."""
+        return (self.records,) if isinstance(self.records, str) else self.records
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """The records' files."""
-        return (self.records,) if isinstance(self.records, str) else self.records
+        return tuple(place.partition("#")[0] for place in self.places)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -63,13 +68,15 @@ class Claim:
 
     def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
-        values = self.values(*(record for path in self.paths for record in _records(read(path), path)))
+        values = self.values(*(record for place in self.places for record in _records(place, read)))
         return [self.text.format_map(row) for row in ([values] if isinstance(values, Mapping) else values)]
 
 
-def _records(text: str, path: str) -> list[Any]:
-    """The one record of a JSON file, or all of a file with one in each line."""
-    return [json.loads(part) for part in (text.splitlines() if path.endswith(".jsonl") else [text])]
+def _records(place: str, read: Callable[[str], str]) -> list[Any]:
+    """The one record of a JSON file or of that name, or all of a file with one in each line."""
+    path, _, name = place.partition("#")
+    found = [json.loads(part) for part in (read(path).splitlines() if path.endswith(".jsonl") else [read(path)])]
+    return [next(record for record in found if record["name"] == name)] if name else found
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,21 @@ from benchmarks.records.quickstart import share
 from moevision.train.stats import Gap
 
 Json = dict[str, Any]
-CIFAR = [f"benchmarks/accuracy/cifar10-s{seed}.json" for seed in range(3)]
-NARROW, *WIDE = (f"benchmarks/accuracy/cifar10-{name}.json" for name in ("short-s0", "wide-s0", "wide-s1"))
-ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
-LONG, LONGER = (f"benchmarks/accuracy/cifar10-long-s{seed}.json" for seed in range(2))
+RUNS = "benchmarks/accuracy/runs.jsonl"
+CIFAR = [f"{RUNS}#cifar10-s{seed}" for seed in range(3)]
+LONG, LONGER = (f"{RUNS}#cifar10-long-s{seed}" for seed in range(2))
 OUTSIDE = "benchmarks/accuracy/airbench.json"
 START = "benchmarks/accuracy/head.json"
-CIFAR_PRETRAINED = "benchmarks/accuracy/cifar10-pretrained-s0.json"
-FOLDERS = [f"benchmarks/accuracy/folder-clusters{seed}.json" for seed in ("", "-s1", "-s2")]
-TWIN = "benchmarks/accuracy/cifar10-dense-s0.json"
-SHOWN, SHOWN_TWIN = (f"benchmarks/accuracy/cifar10-explorer{name}-s0.json" for name in ("", "-dense"))
-SCALED = [f"benchmarks/accuracy/cifar10-ls-s{seed}.json" for seed in range(2)]
-FOLDER, IDLE = (f"benchmarks/accuracy/folder-{name}.json" for name in ("clusters", "pretrained"))
-NONE, BOTH = (f"benchmarks/accuracy/folder-{name}.json" for name in ("none", "twin"))
-IMAGENETTE, IMAGENETTE_FOLDER = (f"benchmarks/accuracy/imagenette-{name}.json" for name in ("s0", "pretrained-s0"))
-CATS_DENSE = [f"benchmarks/accuracy/cats-dense-s{seed}.json" for seed in range(2)]
-CATS_DENSE_DATA = [f"benchmarks/accuracy/cats-dense-d{seed}.json" for seed in range(3)]
-CATS = [f"benchmarks/accuracy/cats-moe-s{seed}.json" for seed in range(3)]
+CIFAR_PRETRAINED = f"{RUNS}#cifar10-pretrained-s0"
+FOLDERS = [f"{RUNS}#folder-clusters{seed}" for seed in ("", "-s1", "-s2")]
+TWIN = f"{RUNS}#cifar10-dense-s0"
+SHOWN, SHOWN_TWIN = (f"{RUNS}#cifar10-explorer{name}-s0" for name in ("", "-dense"))
+FOLDER = FOLDERS[0]
+NONE, BOTH = (f"{RUNS}#folder-{name}" for name in ("none", "twin"))
+IMAGENETTE, IMAGENETTE_FOLDER = (f"{RUNS}#imagenette-{name}" for name in ("s0", "pretrained-s0"))
+CATS_DENSE = [f"{RUNS}#cats-dense-s{seed}" for seed in range(2)]
+CATS_DENSE_DATA = [f"{RUNS}#cats-dense-d{seed}" for seed in range(3)]
+CATS = [f"{RUNS}#cats-moe-s{seed}" for seed in range(3)]
 
 
 def of_run(record: Json) -> Json:
@@ -220,10 +218,6 @@ CLAIMS = [
     _row(CIFAR_PRETRAINED, "one epoch at 84 px, seed 0"),
     Claim(CIFAR_PRETRAINED, "{expected_s:,.0f} s were announced, {took_s:,.0f} s it took. Logistic", of_folder),
     Claim(CIFAR_PRETRAINED, "the frozen features is right on {probe} of 2,000 test images", of_folder),
-    _row(NARROW, "`vit_moe_hybrid_patch4_32`, float32 on AVX2, 9 epochs, seed 0"),
-    *(_row(path, f"9 epochs, label smoothing 0.1, flips drawn anew, seed {seed}") for seed, path in enumerate(WIDE)),
-    *(_row(path, f"9 epochs with LayerScale 0.1, seed {seed}") for seed, path in enumerate(SCALED)),
-    _row(ERASED, "the same, 10 epochs with random erasing (0.25), seed 0"),
     *(_row(path, f"MoE, seed {seed}") for seed, path in enumerate(CATS)),
     _row(CATS_DENSE[0], "dense, seed 0"),
     _row(CATS_DENSE[1], "dense, flips alternate"),
@@ -259,7 +253,6 @@ CLAIMS = [
         },
     ),
     Claim(tuple(FOLDERS), "the mean of three is {mean:.1%}", mean),
-    Claim(IDLE, "From random rows, as before, {top1}, busiest experts at {loads} times the mean load", of_folder),
     Claim(
         START,
         "| seed {seed} | {cats_vs_dogs_probe:.1%} | {cats_vs_dogs_random:.1%} | {imagenette128_probe:.1%} "
@@ -287,7 +280,6 @@ DEFINITIONS = [
     Definition("three epochs at 112 px", "what `fit` chose"),
     Definition("16 epochs at 128 px", "a recipe"),
     Definition("The goals were 80 % from scratch and 95 % from pretrained weights", "goals"),
-    Definition("LayerScale 0.1", "a setting"),
     Definition("It chose 112 px, three epochs and four experts of which one is active", "what `fit` chose"),
     Definition("it chose `vit_moe_hybrid_patch8_32`, 64 px and 69 epochs", "what `fit` chose"),
     Definition("64 tokens, Muon, 10 epochs", "a recipe"),

@@ -17,7 +17,7 @@ from benchmarks.records import (
 from benchmarks.records.studies import shown
 
 FILES = (
-    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, *waiting.RUNS),
+    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, waiting.RUNS),
     *(performance.TRAIN.format("cifar10"), accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES),
 )
 

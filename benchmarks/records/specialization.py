@@ -5,16 +5,15 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from benchmarks.records import ROOT, Claim, Definition
+from benchmarks.records import Claim, Definition
 from benchmarks.records.studies import report, shown
 from benchmarks.specialization.rule import above_before
 from benchmarks.study import Contrast
 
-FOLDER = ROOT / "benchmarks" / "specialization"
 FILES = ("benchmarks/specialization/runs.jsonl",)
-SCRATCH = FOLDER / "scratch"
-BUNDLED = tuple(str((SCRATCH / f"{name}.json").relative_to(ROOT)) for name in ("cifar10", "pets", "cats_vs_dogs"))
-SEEDS = tuple(str(path.relative_to(ROOT)) for path in sorted(SCRATCH.glob("small-s?.json")))
+SCRATCH = "benchmarks/specialization/scratch.jsonl"
+BUNDLED = tuple(f"{SCRATCH}#{name}" for name in ("cifar10", "pets", "cats_vs_dogs"))
+SEEDS = tuple(f"{SCRATCH}#small-s{seed}" for seed in range(6))
 TITLES = {"cifar10": "CIFAR-10", "pets": "drawn pets", "cats_vs_dogs": "cats and dogs"}
 COSTS = ("without", "routes", "favourite", "any_two", "more")
 
@@ -42,7 +41,7 @@ def of_bundled(*runs: Any) -> list[dict[str, Any]]:
                 f"{name}_{unit}_{end}": swap[name][unit][end]
                 for name in COSTS for unit in ("points", "log_loss") for end in ("low", "high")
             }  # fmt: skip
-            rows.append({"model": TITLES[run["run"]], "layer": layer["name"], "answer": layer["answer"],
+            rows.append({"model": TITLES[run["name"]], "layer": layer["name"], "answer": layer["answer"],
                          "images": run["images"], **_numbers(swap), **ends})  # fmt: skip
     return rows
 

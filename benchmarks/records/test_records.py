@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import without_places
-from benchmarks.records import ROOT, Claim, Definition, Page, checked_pages, module_of, pattern, unclaimed
+from benchmarks.records import ROOT, Claim, Page, checked_pages, module_of, pattern, unclaimed
 from tests.needs import PHOTO_MODEL
 
 WITHOUT_COMMIT: set[str] = {
@@ -22,37 +22,30 @@ WITHOUT_COMMIT: set[str] = {
 """Quoted records from before they named the commit that they were made from: each goes when it is measured again."""
 
 
-def _marks(*claims: Claim) -> list[pytest.MarkDecorator]:
-    """Some records lie beside the photos."""
-    beside = any(path.startswith(PHOTO_MODEL) for claim in claims for path in claim.paths)
-    return [pytest.mark.needs("photos")] if beside else []
-
-
 PAGES = checked_pages()
-MARKED_PAGES = [pytest.param(page, marks=_marks(*page.claims)) for page in PAGES]
-CLAIMS = [pytest.param(page, claim, marks=_marks(claim)) for page in PAGES for claim in page.claims]
 RECORDS = sorted({path for page in PAGES for claim in page.claims for path in claim.paths})
 EVERY = sorted(path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*"))
 """All records, and what the bundled models say of themselves."""
 
 
-def _name(value: Any) -> str:
-    if isinstance(value, Page):
-        return value.path.name
-    return value.text[:40] if isinstance(value, Claim | Definition) else str(value)
+def _param(page: Page) -> Any:
+    """A page; some records lie beside the photos."""
+    beside = any(path.startswith(PHOTO_MODEL) for claim in page.claims for path in claim.paths)
+    return pytest.param(
+        page, id=str(page.path.relative_to(ROOT)), marks=[pytest.mark.needs("photos")] if beside else []
+    )
 
 
-@pytest.mark.parametrize(("page", "claim"), CLAIMS, ids=_name)
-def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
-    for text in claim.texts:
-        assert re.search(r"[^\W\d_]{2}", text), "a claim without words would be found anywhere"
-        found = pattern(text).search(page.text)
-        assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
-
-
-@pytest.mark.parametrize("page", MARKED_PAGES, ids=_name)
-def test_no_measured_number_is_without_a_record(page: Page) -> None:
-    assert not unclaimed(page)
+@pytest.mark.parametrize("page", [_param(page) for page in PAGES])
+def test_a_page_says_what_its_records_say(page: Page) -> None:
+    """Every claim stands in it, no other measured number does, and nor do definitions of words that are gone."""
+    texts = [(text, claim.records) for claim in page.claims for text in claim.texts]
+    wordless = [text for text, _ in texts if not re.search(r"[^\W\d_]{2}", text)]
+    assert wordless == [], "they would be found anywhere"
+    assert [(text, records) for text, records in texts if not pattern(text).search(page.text)] == []
+    assert unclaimed(page) == []
+    assert [each.text for each in page.definitions if not pattern(each.text).search(page.text)] == []
+    assert all(each.why for each in page.definitions)
 
 
 VERDICT = re.compile(
@@ -76,13 +69,6 @@ def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -
     for text in sorted(known, key=len, reverse=True):
         left = pattern(text).sub("…", left)
     assert [match.group() for match in VERDICT.finditer(left)] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_definitions_stand_in_their_page(page: Page) -> None:
-    """A definition of words that are gone would let their numbers come back unseen."""
-    assert not [each.text for each in page.definitions if not pattern(each.text).search(page.text)]
-    assert all(each.why for each in page.definitions)
 
 
 def test_every_module_has_one_page() -> None:

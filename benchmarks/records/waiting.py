@@ -7,7 +7,7 @@ from benchmarks.records import Claim, Definition
 from moevision.analysis.questions import YES
 
 Json = dict[str, Any]
-RUNS = tuple(f"benchmarks/waiting/record-{number}.json" for number in (1, 2, 3))
+RUNS = "benchmarks/waiting/runs.jsonl"
 
 
 def rows(*runs: Json) -> list[Json]:

@@ -28,12 +28,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.study import quiet_trainer
+from moevision.config import EmaConfig
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
-from moevision.train.cli import quiet_lightning
-from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.ema import WeightEMA
+from moevision.train.fit import quiet_lightning
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RunLogger, Stopwatch
 from moevision.train.optim import OptimizerConfig

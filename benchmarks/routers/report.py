@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.markdown import table
 from benchmarks.study import Contrast, Row, contrasts
 from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
-from moevision.train.report import table
 from moevision.words import flops
 
 TWIN, HASH = "dense twin", "hash"

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.study import Contrast, contrasts, holm
-from moevision.train.report import table
 
 Runs = Sequence[dict[str, Any]]
 BASE_LR, TUNING_SEED = 2e-3, 100

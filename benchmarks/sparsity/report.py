@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.markdown import table
 from benchmarks.queue import fill_readme, is_dirty
 from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, TUNING_SEEDS, Record, progress, rate_of
 from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
 from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
-from moevision.train.report import table
 from moevision.words import flops
 
 DEVICES = {name: f"{name.upper()}, {epochs} epoch{'' if epochs == 1 else 's'}" for name, epochs in EPOCHS.items()}

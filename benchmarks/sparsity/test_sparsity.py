@@ -336,7 +336,7 @@ def test_a_diverged_run_is_recorded_and_not_repeated(bench, small, tmp_path, mon
     def diverge(*_):
         raise TrainingDiverged("The loss is not finite.")
 
-    monkeypatch.setattr(training, "finish_run", diverge)
+    monkeypatch.setattr(training, "finish", diverge)
     assert bench(*small("diverged")).code == 0
     (run,) = queueing.read_records(tmp_path / "diverged.jsonl")
     assert run["failed"] == "The loss is not finite."

@@ -24,16 +24,18 @@ from benchmarks.harness import HERE, about
 from benchmarks.places import SHIFTS, accuracy_of
 from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Job
 from moevision.allocator import keep_freed_memory
+from moevision.config import read, settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import file_sha256
 from moevision.layers import forward_routing
 from moevision.losses import cv_squared
-from moevision.train.cli import TrainingCLI, quiet_lightning
+from moevision.train.finish import RunResult, finish
+from moevision.train.fit import quiet_lightning
+from moevision.train.fit import train as train_model
 from moevision.train.guard import TrainingDiverged
 from moevision.train.processes import Interrupted, tell
-from moevision.train.resume import Session
-from moevision.train.run import RunResult, finish_run
+from moevision.train.resume import Session, begin
 from moevision.train.task import ClassificationTask
 
 PROTOCOL = HERE / "sparsity" / "protocol.md"
@@ -43,13 +45,17 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
 class Meter(L.Callback):
     """What a run spends, over all its sessions, and its validation accuracy after every epoch.
 
+    Args:
+        image_seed: another order and augmentation of the images, but the same split.
+
     Attributes:
         cpu_s: CPU seconds of training, loading included, validation left out.
         peak_mib: most memory of any session: of the process on a CPU, data included; of tensors on CUDA.
         curve: [step, CPU seconds until then, validation accuracy] after every epoch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, image_seed: int = 0) -> None:
+        self.image_seed = image_seed
         self.cpu_s, self.peak_mib = 0.0, 0.0
         self.curve: list[list[float]] = []
         self._mark: float | None = None
@@ -62,6 +68,12 @@ class Meter(L.Callback):
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else rss
         self.peak_mib = max(self.peak_mib, peak / 2**20)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The split is made: what is drawn from here on follows another seed."""
+        if stage == "fit":
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.seed = data.contents.datasets["train"].seed = self.image_seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start."""
@@ -102,25 +114,6 @@ def evaluate(task: Any, data: ImageDataModule) -> tuple[float, list[float]]:
         importance = [a + b for a, b in zip(importance, sums, strict=True)] if importance else sums
     task.train()
     return right / total, [math.sqrt(float(cv_squared(of_layer))) for of_layer in importance]
-
-
-class MeteredCLI(TrainingCLI):
-    """`fit` with a meter, and a seed that changes the order and the augmentation of the images but not their split."""
-
-    def __init__(self, arguments: list[str], session: Session, seed: int) -> None:
-        self.meter, self.image_seed = Meter(), seed
-        super().__init__(arguments, session)
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Behind the first callback, whose place is fixed."""
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(1, self.meter)  # type: ignore[attr-defined]
-        return trainer
-
-    def before_fit(self) -> None:
-        """After the split is made."""
-        super().before_fit()
-        self.datamodule.seed = self.datamodule.contents.datasets["train"].seed = self.image_seed
 
 
 def arguments_of(job: Job, options: Namespace) -> list[str]:
@@ -171,18 +164,22 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
         **vars(job), "failed": None, "batch": ARMS[job.arm].batch, "precision": "32-true", **origin,
         "protocol_sha256": file_sha256(PROTOCOL),
     }  # fmt: skip
-    session = Session("fit", arguments)
+    given, meter = read("fit", arguments), Meter(job.seed)
+    session = Session(given.command)
     try:
         with session.interruption, session.clock, quiet_lightning():
-            cli = MeteredCLI(["fit", *session.arguments], session, job.seed)
-            if not all(value.isfinite().all() for value in cli.model.parameters()):  # nothing guarded it
+            asked, start = begin(session, given)
+            training = train_model(settings(asked), session, start, [meter])
+            task, data = training.task, training.data
+            if not all(value.isfinite().all() for value in task.parameters()):  # nothing guarded it
                 return {**key, "failed": "the weights are not finite", "sessions": sessions_of(run_dir)}
-            val, importance = evaluate(cli.model, cli.datamodule)
-            result = finish_run(cli, session.command)
+            val, importance = evaluate(task, data)
+            result = finish(training, session.command)
             assert result is not None, "one process"
-            shifted = {f"shifted_{by}": accuracy_of(cli.model.net, cli.datamodule, by) for by in SHIFTS}
-            return {**key, **found(cli.model, cli.meter, result), **shifted, "val_top1": val, "steps":
-                    cli.trainer.global_step, "cv_importance": importance, "sessions": sessions_of(run_dir)}  # fmt: skip
+            shifted = {f"shifted_{by}": accuracy_of(task.net, data, by) for by in SHIFTS}
+            steps = training.trainer.global_step
+            return {**key, **found(task, meter, result), **shifted, "val_top1": val, "steps": steps,
+                    "cv_importance": importance, "sessions": sessions_of(run_dir)}  # fmt: skip
     except TrainingDiverged as error:
         return {**key, "failed": str(error), "sessions": sessions_of(run_dir)}
     except Interrupted as stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.specialization.arms import CLASS, DATA_SETS, Record
 from benchmarks.specialization.rule import (
@@ -20,8 +21,8 @@ from benchmarks.specialization.rule import (
     max_over_mean,
     settings_of,
 )
-from moevision.analysis.readings import listed, percent, signed
-from moevision.train.report import table
+from moevision.analysis.readings import listed
+from moevision.words import percent, signed
 
 OUTCOMES = {
     "open": "Not decided: not all runs on photos are done.",

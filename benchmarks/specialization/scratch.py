@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import HERE, about, argument_parser
+from benchmarks.queue import is_recorded, write_run
 from benchmarks.specialization.training import rounded_all
 from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
 from moevision.analysis.collect import collect_routing
@@ -31,7 +32,6 @@ from moevision.analysis.swap import Swap, swap_test
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
-from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel
 
 SEEDS, STEPS, LR, PERMUTATIONS = range(6), 500, 2e-3, 1000
@@ -84,7 +84,7 @@ def record_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         pictures = open_pictures(folder, size, limit=limit, class_names=model.class_names)
     training = {} if seed is None else {"seed": seed, "steps": STEPS, "lr": LR}
     found = asked(model, pictures)
-    return {"run": name, **training, **found, "cpu_s": round(time.process_time() - start, 1), **origin}
+    return {**training, **found, "cpu_s": round(time.process_time() - start, 1), **origin}
 
 
 def main() -> None:
@@ -94,13 +94,13 @@ def main() -> None:
     parser.add_argument("--cats", metavar="DIR", help="cats_vs_dogs as a folder")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=RUNS, metavar="RUN", help="(all)")
     parser.add_argument("--images", type=int, default=2000, help="test images at most, as many of each class")
-    parser.add_argument("--out", type=Path, default=HERE / "specialization" / "scratch", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=HERE / "specialization" / "scratch.jsonl", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.only:
-        if (options.out / f"{name}.json").exists():
+        if is_recorded(options.out, name):
             continue
         record = record_of(name, options)
-        write_json_atomic(options.out / f"{name}.json", record)
+        write_run(options.out, name, record)
         for layer in record["layers"]:
             print(f"{name}, {layer['name']}: {layer['sentence']}", flush=True)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.harness import HERE, Record, about, argument_parser, count, positive, read_record
+from benchmarks.markdown import table
 from benchmarks.queue import fill_readme, refuse_changes
 from benchmarks.study import Contrast, Row, contrasts, evaluate, make_task, open_data, train
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import measure_cost
-from moevision.train.report import table
 from moevision.words import flops
 
 FOLDER = HERE / "stem"

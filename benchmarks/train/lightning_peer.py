@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from benchmarks.study import quiet_trainer
 from benchmarks.subject import Subject, noise_batch
 from benchmarks.timing import Timings, synchronize
-from moevision.train.cli import watching
-from moevision.train.ema import EmaConfig
+from moevision.config import EmaConfig
+from moevision.train.fit import watching
 from moevision.train.guard import GuardConfig
 from moevision.train.optim import OptimizerConfig
 

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks.markdown import table
 from benchmarks.study import Row, contrasts
 from moevision.train.plots import GREEN, INK, ORANGE, SOFT, calm, save, title
-from moevision.train.report import table
 
 LABELS = {
     "dense": ("dense, n", SOFT),

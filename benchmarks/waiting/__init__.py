@@ -1,7 +1,7 @@
 """What travels between processes under expert parallelism, and how long they wait for each other where load is uneven.
 
-    OMP_NUM_THREADS=1 python -m benchmarks waiting --out benchmarks/waiting/record.json
-    python -m benchmarks waiting --draw benchmarks/waiting/record-*.json
+    OMP_NUM_THREADS=1 python -m benchmarks waiting --out benchmarks/waiting/runs.jsonl
+    python -m benchmarks waiting --draw benchmarks/waiting/runs.jsonl
 
 A network of `study.py`'s size with 8 experts, one per token, trains in W processes (gloo) that hold 8 / W experts each.
 Four arms take turns, step by step, in the same processes:
@@ -39,9 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.markdown import table
+from benchmarks.queue import read_records
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.analysis.plots import PAGE_INCHES, calm, new_figure, panel_title, save_figure
-from moevision.files import write_json_atomic
 from moevision.layers import Routing, forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
@@ -50,7 +51,6 @@ from moevision.train.parallel import all_to_all
 from moevision.train.parallel.all_to_all import AllToAllDispatcher
 from moevision.train.parallel.layout import Layout, same_everywhere, shard
 from moevision.train.parallel.parts import DIVIDED
-from moevision.train.report import table
 
 ARMS = ("even", "forced", "no loss", "loss")
 EXPERTS, CLASSES, BALANCE = 8, 8, 0.05
@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="W (%(default)s)")
     parser.add_argument("--images", type=int, default=64, help="of a process in a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="of each arm (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write the record as JSON")
-    parser.add_argument("--draw", type=Path, nargs="+", metavar="RECORD", help="draw records of 2 processes instead")
+    parser.add_argument("--out", type=Path, help="add the record to this file, as a line")
+    parser.add_argument("--draw", type=Path, metavar="RECORDS", help="draw records of 2 processes instead")
     options = parser.parse_args()
     if options.draw:
-        draw([json.loads(file.read_text(encoding="utf-8")) for file in options.draw], FIGURE)
+        draw(read_records(options.draw), FIGURE)
         print(f"{FIGURE}: drawn, nothing measured")
         return
     origin, rows = about(), []
@@ -94,7 +94,8 @@ def main() -> None:
     print(table_of(rows))
     if options.out:
         settings = {"images": options.images, "steps": options.steps, "experts": EXPERTS, "model": MODEL}
-        write_json_atomic(options.out, {"settings": settings, "rows": rows, "provenance": origin})
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": settings, "rows": rows, "provenance": origin}) + "\n")
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

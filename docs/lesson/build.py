@@ -28,9 +28,9 @@ from moevision.analysis import Intervention, effect
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import intervene, numbered_layers
 from moevision.data import SyntheticPets
-from moevision.demo.bundle import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.facts import model_input
 from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of, without_comments
+from moevision.demo.models import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.view import route_image
 from moevision.efficiency import measure_cost
 from moevision.files import write_text_atomic

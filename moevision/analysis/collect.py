@@ -213,7 +213,6 @@ class PictureReader:
     """
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
-        """Nothing is read yet."""
         self.pictures, self.model, self.batch_size = pictures, model, batch_size
         self.names: list[str] = []
         self.bad: list[tuple[str, str]] = []

@@ -142,9 +142,12 @@ def class_effect(
     rows: list[Tensor] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
     unreadable, has_control = 0, True
     for start in range(0, len(chosen), batch_size):
-        batch = chosen[start : start + batch_size]
-        readable = {number: image for number in batch if (image := _read(pictures, number)) is not None}
-        unreadable += len(batch) - len(readable)
+        readable: dict[int, Pixels] = {}
+        for number in chosen[start : start + batch_size]:
+            try:
+                readable[number] = pictures.image(number)
+            except BadImageError:  # reported in the result
+                unreadable += 1
         if not readable:
             continue
         x = _to_input(model, list(readable.values()))
@@ -213,13 +216,6 @@ def _pictures_of(pictures: PictureSet, name: str, limit: int | None, seed: int) 
     if limit is None or len(found) <= limit:
         return found
     return sorted(np.random.default_rng(seed).choice(found, limit, replace=False).tolist())
-
-
-def _read(pictures: PictureSet, number: int) -> Pixels | None:
-    try:
-        return pictures.image(number)
-    except BadImageError:  # counted, and reported in the result
-        return None
 
 
 def take_away_random(
@@ -295,7 +291,7 @@ def run_compared(
     others: Sequence[Intervention],
     keys: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Logits of one batch in which every row has its own change: rows of `others` first, then draws of the control.
+    """Logits [R, C] of one batch in which every row has its own change: rows of `others` first, then of the control.
 
     Args:
         net: the network.
@@ -304,16 +300,13 @@ def run_compared(
         taken: what the intervention takes from experts, by image of x.
         others: interventions on the same layer.
         keys: seed of each draw.
-
-    Returns:
-        [R, C], R = others + draws.
     """
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     of_others = [other.edits(net) for other in others]
     count = len(others) + len(keys)
 
     def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
-        own = [edits[layer] for edits in of_others] + [_unchanged] * len(keys)
+        own = [edits[layer] for edits in of_others] + [lambda unchanged: unchanged] * len(keys)
         numbers = taken[layer].expand(len(keys), 2).tolist()
         return take_away_random(
             each_row(own)(decision),
@@ -332,10 +325,6 @@ def run_compared(
     shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
     with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
         return _repeated(net, x, count, next(iter(taken))).double()
-
-
-def _unchanged(decision: Decision) -> Decision:
-    return decision
 
 
 def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
@@ -361,13 +350,7 @@ def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
 
 @dataclass(frozen=True)
 class Control:
-    """The same number of assignments taken away at random.
-
-    Attributes:
-        what: in words, with the fill.
-        delta_logits: change of the target's logit in each draw.
-        delta_ps: change of its probability.
-    """
+    """The same number of assignments taken away at random: what, with its fill, and the target's changes by draw."""
 
     what: str
     delta_logits: tuple[float, ...]
@@ -397,14 +380,7 @@ class Control:
 
 @dataclass(frozen=True)
 class OtherExpert:
-    """The same intervention on another expert of the layer.
-
-    Attributes:
-        expert: its index.
-        name: such as "L4·E3".
-        delta_logit: change of the target's logit.
-        delta_p: change of its probability.
-    """
+    """The same intervention on another expert of the layer, named such as "L4·E3", and the target's changes."""
 
     expert: int
     name: str
@@ -504,26 +480,32 @@ class Effect:
         """All of it in one sentence that names the kind of intervention."""
         before, after = self.before[self.target], self.after[self.target]
         change = in_words(self.intervention, self.moved, self.routing)
+        old, new = f"{before:.2f}", f"{after:.2f}"
+        moves = f"stays at {old}" if old == new else f"{'falls' if after < before else 'rises'} from {old} to {new}"
         parts = [
-            f"For this image: {change} {self.class_names[self.target]} {_change(before, after)} "
-            f"(logit {_signed(self.delta_logit)})"
+            f"For this image: {change} {self.class_names[self.target]} {moves} (logit {_signed(self.delta_logit)})"
         ]
-        moves = self.moved or self.moved_prefix
-        if moves and self.control is None:
+        any_moved = self.moved or self.moved_prefix
+        if any_moved and self.control is None:
             parts.append("no control: as many random choices are these, since an image has one expert")
-        elif moves and self.control is not None:
+        elif any_moved and self.control is not None:
             spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
             parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
         return "; ".join(parts) + "."
 
     def to_json(self) -> dict[str, Any]:
         """Every number, with the five likeliest classes before and after."""
+
+        def top5(probabilities: Sequence[float]) -> list[dict[str, Any]]:
+            best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
+            return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
+
         return {
             "schema": "moevision.effect/1",
             "intervention": self.intervention.to_json(),
             "routing": self.routing,
-            "before": self._top5(self.before),
-            "after": self._top5(self.after),
+            "before": top5(self.before),
+            "after": top5(self.after),
             "target": self.class_names[self.target],
             "delta_p": self.delta_p,
             "delta_logit": self.delta_logit,
@@ -534,17 +516,6 @@ class Effect:
             "sentence": self.sentence,
         }
 
-    def _top5(self, probabilities: Sequence[float]) -> list[dict[str, Any]]:
-        best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
-        return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
-
-
-def _change(before: float, after: float) -> str:
-    old, new = f"{before:.2f}", f"{after:.2f}"
-    if old == new:
-        return f"stays at {old}"
-    return f"{'falls' if after < before else 'rises'} from {old} to {new}"
-
 
 def _signed(value: float) -> str:
     text = f"{value:+.2f}".replace("-", "−")
@@ -552,13 +523,7 @@ def _signed(value: float) -> str:
 
 
 def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
-    """What was changed, as the start of a sentence.
-
-    Args:
-        intervention: the change.
-        moved: patch assignments that it takes from their experts.
-        routing: who chooses in the layers that it acts on.
-    """
+    """What was changed, as the start of a sentence; `moved` patch assignments were taken from their experts."""
     layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
     assignments = f"{moved} patch assignment{'' if moved == 1 else 's'}"
     match intervention.kind:

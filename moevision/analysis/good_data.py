@@ -191,12 +191,7 @@ _ROUNDS = 5
 
 @dataclass
 class Nearest:
-    """The most alike other image of each.
-
-    Attributes:
-        other: [n] its index; -1: none was found.
-        distance: [n] of them, infinite without.
-    """
+    """The most alike other image of each [n], -1: none was found, and its distance, infinite without."""
 
     other: Ints
     distance: Floats
@@ -219,16 +214,13 @@ class Nearest:
 def nearest_by_hash(
     hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints, white: Floats | None = None
 ) -> tuple[Nearest, Nearest]:
-    """By the number of bits in which hashes differ, at most `MOST_BITS`.
+    """The nearest image, and the nearest one of another split, by the bits in which hashes differ, at most `MOST_BITS`.
 
     Args:
         hashes: [n].
         usable: [n], whether an image has a hash.
         split: [n], number of its split.
         white: [n, D] of `whitened`, which must agree where more than `SURE_BITS` differ; None: they aren't asked.
-
-    Returns:
-        The nearest image, and the nearest one of another split.
     """
     rows, found = np.flatnonzero(usable), (Nearest.none(len(hashes)), Nearest.none(len(hashes)))
     bits = np.unpackbits(hashes[rows].astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
@@ -280,12 +272,8 @@ def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Near
 def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
     """The image of the same class that the experts computed most alike, by one less the Bhattacharyya coefficient.
 
-    Args:
-        shares: of each layer [m, E], the share of an image's choices that each expert had; NaN: unknown.
-        labels: [m].
-
-    Returns:
-        The nearest images; the coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for equal shares.
+    Of the shares of each layer [m, E], NaN: unknown. The coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for
+    equal shares.
     """
     roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32) / np.sqrt(np.float32(len(shares)))
     return nearest_in_class(roots, np.where(np.isfinite(roots).all(1), labels, -1))
@@ -356,17 +344,11 @@ _SOLVED = 4096
 
 
 def class_doubt(x: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
-    """-ln p(label | x) under Gaussian classes of one covariance (Fisher 1936; Hastie et al., ESL, §4.3).
+    """[n] -ln p(label | x) under Gaussian classes of one covariance (Fisher 1936; Hastie et al., ESL, §4.3).
 
     Of the experts that computed an image (their shares) it asks: are these the experts of its class? The same question
-    about the pooled features of a dense model is the control.
-
-    Args:
-        x: [n, H]; a row with NaN has no answer.
-        labels: [n].
-
-    Returns:
-        float32 [n]: 0 where x leaves no doubt; NaN without an answer, and everywhere if there is one class only.
+    about the pooled features of a dense model is the control. 0 where x [n, H] leaves no doubt; NaN where x has NaN,
+    and everywhere if there is one class only.
     """
     doubt = np.full(len(x), np.nan, np.float32)
     rows = np.flatnonzero(~np.isnan(x).any(1))
@@ -410,7 +392,7 @@ class RunImages:
     Attributes:
         collection: where they are opened.
         class_names: in words; labels index them.
-        samples: split -> its images.
+        samples: split -> its images; `all` of them [n], with `labels` [n] and the number of their split `split_of` [n].
     """
 
     collection: Collection
@@ -418,35 +400,21 @@ class RunImages:
     samples: dict[str, list[Sample]]
 
     def __post_init__(self) -> None:
-        """Where each split begins."""
         self.splits = [split for split in SPLITS if split in self.samples]
-        sizes = [len(self.samples[split]) for split in self.splits]
-        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.all = [sample for split in self.splits for sample in self.samples[split]]
+        self.split_of = np.repeat(np.arange(len(self.splits)), [len(self.samples[split]) for split in self.splits])
+        self.labels = np.array([sample.label for sample in self.all], np.int64)
 
     def __len__(self) -> int:
-        """Number of images, n."""
-        return int(self.starts[-1])
+        return len(self.all)
 
     def place(self, index: int) -> tuple[str, Sample]:
         """The split of an image, and the image."""
-        split = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.splits[split], self.samples[self.splits[split]][index - int(self.starts[split])]
+        return self.splits[self.split_of[index]], self.all[index]
 
     def each(self) -> Iterator[tuple[str, Sample]]:
         """All of them, in order."""
-        for split in self.splits:
-            for sample in self.samples[split]:
-                yield split, sample
-
-    @property
-    def split_of(self) -> Ints:
-        """[n] number of the split, as in `splits`."""
-        return np.repeat(np.arange(len(self.splits)), np.diff(self.starts))
-
-    @property
-    def labels(self) -> Ints:
-        """[n]."""
-        return np.fromiter((sample.label for _, sample in self.each()), np.int64, len(self))
+        return map(self.place, range(len(self)))
 
 
 def images_of(run_dir: Path) -> RunImages:
@@ -473,7 +441,7 @@ class Known:
     """What is known of n images.
 
     Attributes:
-        look: [n] of `quality.LOOK`.
+        look: [n] of `LOOK`.
         problems: index -> why it can't be read.
         prediction: [n] class that the model names; -1: not asked.
         certainty: [n] its probability.
@@ -578,7 +546,6 @@ def _look_at_all(
     """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if any could be read."""
     net = model.net.to(best_device())
     features, onto, labels = None, None, images.labels
-    everything = images.each()
     workers = min(16, usable_cores())
 
     def open_one(sample: Sample) -> tuple[npt.NDArray[Any], Pixels] | str:
@@ -590,7 +557,7 @@ def _look_at_all(
 
     with ThreadPoolExecutor(workers) as pool, evaluating(net):
         for start in range(0, len(images), _BATCH):
-            batch = [sample for _, (_, sample) in zip(range(_BATCH), everything, strict=False)]
+            batch = images.all[start : start + _BATCH]
             found = list(pool.map(open_one, batch))
             rows = [start + place for place, each in enumerate(found) if not isinstance(each, str)]
             known.problems |= {start + place: each for place, each in enumerate(found) if isinstance(each, str)}
@@ -713,12 +680,11 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
         "feature_cosine", "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
     ]) + "\n"  # fmt: skip
     trained, leak = len(known.visits), known.most_alike(across=True).other
-    everything = images.each()
     for start in range(0, len(images), _BLOCK):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         for index in range(start, min(start + _BLOCK, len(images))):
-            split, sample = next(everything)
+            split, sample = images.place(index)
             own: list[Any] = [""] * (len(SCORES) + 2)
             if index < trained:
                 values = [*(known.scores[name][index] for name in SCORES), known.unlike_class[index]]

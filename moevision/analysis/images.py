@@ -139,40 +139,29 @@ def _from_collection(
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
     collection = listed or open_collection(
-        str(data),
-        root=str(root),
-        download=download,
-        image_size=image_size,
-        seed=seed,
-        sizes=DRAWN_SIZES,
+        str(data), root=str(root), download=download, image_size=image_size, seed=seed, sizes=DRAWN_SIZES,
         columns=columns,
-    )
-    samples, class_names, sentences = _samples(collection, split, seed, run_dir)
+    )  # fmt: skip
+    class_names: Sequence[str] = collection.class_names
+    sentences: list[str] = []
+    if split == "all":
+        samples = [sample for part in collection.given.values() for sample in part]
+    else:
+        table = None if run_dir is None else Path(run_dir) / "splits.csv"
+        if table is not None and table.exists():
+            splits, class_names = read_splits(table, collection)
+        else:
+            splits = make_splits(collection, Cut(seed=seed))
+        if split not in splits.samples:
+            there = ", ".join(splits.samples)
+            raise UserError(f"There is no {split} set in this data: choose one of {there}, all.")
+        samples, sentences = splits.samples[split], splits.warnings
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
-    what = (
-        shown(Path(data).expanduser().resolve().name)
-        if isinstance(collection, FileCollection | ShardCollection)
-        else str(data)
-    )
+    of_files = isinstance(collection, FileCollection | ShardCollection)
+    what = shown(Path(data).expanduser().resolve().name) if of_files else str(data)
     which = "all images" if split == "all" else f"{split} set"
     return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
-
-
-def _samples(
-    collection: Collection, split: str, seed: int, run_dir: str | Path | None
-) -> tuple[list[Sample], list[str], list[str]]:
-    """The split's images, the names of their labels, and warnings."""
-    if split == "all":
-        return [sample for part in collection.given.values() for sample in part], collection.class_names, []
-    table = None if run_dir is None else Path(run_dir) / "splits.csv"
-    if table is not None and table.exists():
-        splits, class_names = read_splits(table, collection)
-    else:
-        splits, class_names = make_splits(collection, Cut(seed=seed)), collection.class_names
-    if split not in splits.samples:
-        raise UserError(f"There is no {split} set in this data: choose one of {', '.join(splits.samples)}, all.")
-    return splits.samples[split], class_names, splits.warnings
 
 
 def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
@@ -191,7 +180,7 @@ def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Seq
 
 
 class Collected:
-    """Images of a collection; see `PictureSet` for the attributes."""
+    """Images of a collection; see `PictureSet` for the attributes. Nothing is read before an image is asked for."""
 
     def __init__(
         self,
@@ -201,7 +190,6 @@ class Collected:
         class_names: tuple[str, ...],
         name: str,
     ) -> None:
-        """Describe the set; nothing is read before an image is asked for."""
         self.collection, self.samples, self.image_size = collection, samples, image_size
         self.class_names, self.name = class_names, name
         self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(collection, DrawnCollection) else ()
@@ -214,7 +202,6 @@ class Collected:
         return cls(collection, samples, pets.image_size, pets.classes, name)
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.samples)
 
     def image(self, index: int) -> Pixels:
@@ -247,11 +234,6 @@ class FromDataset:
     part_names: tuple[str, ...] = ()
 
     def __init__(self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None) -> None:
-        """Describe the set.
-
-        Raises:
-            UserError: if it has no length.
-        """
         size = getattr(dataset, "__len__", None)
         if size is None:
             raise UserError(
@@ -270,7 +252,6 @@ class FromDataset:
         self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
 
     def __len__(self) -> int:
-        """Number of images."""
         return self._size
 
     def image(self, index: int) -> Pixels:
@@ -321,7 +302,7 @@ class FromDataset:
 
 
 class View:
-    """Some images of another set, under other labels; see `PictureSet` for the attributes."""
+    """Some images of another set; label l becomes `new_label[l]` of `class_names`. None: as theirs."""
 
     def __init__(
         self,
@@ -331,14 +312,12 @@ class View:
         new_label: Sequence[int] | None = None,
         name: str | None = None,
     ) -> None:
-        """Show `pictures` at `indices`; label l becomes `new_label[l]` of `class_names`. None: as theirs."""
         self.pictures, self.indices = pictures, indices
         self.new_label = range(len(pictures.class_names)) if new_label is None else new_label
         self.class_names = pictures.class_names if class_names is None else class_names
         self.name, self.part_names = name or pictures.name, pictures.part_names
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.indices)
 
     def image(self, index: int) -> Pixels:
@@ -378,16 +357,10 @@ class Remembered(View):
 
 
 def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:
-    """Names and numbers of the data's classes among the model's.
+    """The class names to use, and for each label of the data its number among the model's classes.
 
-    Args:
-        own: names of the data's classes.
-        wanted: names of the model's classes, None if they don't matter.
-
-    Returns:
-        The class names to use, and for each label of the data its new number (-1: the model has no such class). The
-        data keeps its own names where the model knows none of them. Case and underscores count only where two classes
-        of the data, or of the model, differ in nothing else.
+    -1: the model has no such class. The data keeps its own names where the model knows none of them, or has no names
+    (None). Case and underscores count only where two classes of the data, or of the model, differ in nothing else.
     """
     exact = {shown(name): number for number, name in enumerate(wanted or ())}
     folded = {_plain(name): number for number, name in enumerate(wanted or ())}
@@ -427,13 +400,8 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
 def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.Image | None:
     """An image in RGB as it was before it became S x S; None where the set has nothing larger.
 
-    Args:
-        pictures: where it is.
-        index: which one.
-        short_side: to which it will be shrunk, in pixels; a large photo may come reduced, see `safe_open`.
-
-    Raises:
-        BadImageError: if it can't be read.
+    It will be shrunk to `short_side` pixels: a large photo may come reduced, see `safe_open`, which says what it
+    raises.
     """
     if isinstance(pictures, View):
         return original_image(pictures.pictures, pictures.indices[index], short_side)
@@ -482,16 +450,10 @@ def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
 
 
 def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 1) -> Pixels:
-    """A patch with its surroundings, always in the middle of its crop.
+    """A patch (row-major index) with `context` patches on each side, always in the middle of its crop.
 
     Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
     covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
-
-    Args:
-        image: uint8 [H, W, 3].
-        grid: (rows, columns) of the patches.
-        patch: row-major index of the patch.
-        context: number of patches shown on each side.
 
     Returns:
         uint8 [(1 + 2 · context) · patch height, (1 + 2 · context) · patch width, 3].

@@ -389,7 +389,7 @@ Edit = Callable[[Any], Any]
 
 
 def each_row(edits: Sequence[Edit]) -> Edit:
-    """An edit that treats every image of a batch by its own edit; those must leave K and the capacity alone."""
+    """An edit that treats every image of a batch by its own; those must leave K and the capacity alone."""
 
     def edit(decision: Decision) -> Decision:
         rows = [own(decision.row(image)) for image, own in enumerate(edits)]

@@ -59,12 +59,13 @@ from moevision.analysis.describe import (
     layer_gallery,
 )
 from moevision.analysis.images import PictureSet, patch_crop
-from moevision.analysis.readings import Load, percent
+from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.names import shown
+from moevision.words import percent
 
 EXPERT_COLOURS: Final = (
     "#0072B2",  # blue
@@ -244,8 +245,8 @@ def _tick(share: float, _position: int | None = None) -> str:
 
 
 def _whole(share: float) -> str:
-    """A bar's label."""
-    return percent(share, 0) if share >= 0.005 or share == 0 else "<1 %"
+    """A bar's label, in percent as the axis beside it says."""
+    return f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
 
 
 def hex_of(colour: npt.ArrayLike) -> str:
@@ -310,7 +311,7 @@ Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 _NUMBERED = 16  # experts: up to here every bar and cell carries its number
 _RANKS = 4  # choices whose weights are drawn; Soft MoE has as many as experts
-_LONGEST_NAME = 20
+_LONGEST_NAME = 28
 _NOBODY = "#D55E00"
 _CONTROL = "#9AA0A6"
 
@@ -392,9 +393,7 @@ def _draw_load(axes: Axes, load: npt.NDArray[np.float64], wanted: npt.NDArray[np
 def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
     """Gate weights by depth: per MoE layer the distribution of the weight of the 1st .. Kth choice.
 
-    Args:
-        quantiles: per layer [5, K] from `gate_weight_quantiles`; K may differ, nan for a rank that no patch has.
-        layer_names: [L] in order of depth.
+    From `gate_weight_quantiles`, per layer [5, K]; K may differ, nan for a rank that no patch has.
     """
     values = [np.asarray(layer, dtype=np.float64) for layer in quantiles]
     layers, most = len(values), max(layer.shape[1] for layer in values)
@@ -414,7 +413,7 @@ def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[
         axes.vlines(x, low, high, color=colour, linewidth=1.0)
         axes.vlines(x, lower, upper, color=colour, linewidth=4.5, alpha=0.45)
         axes.plot(x, middle, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.6,
-                  label=_ordinal(choice + 1), zorder=4)  # fmt: skip
+                  label=("1st", "2nd", "3rd", "4th")[choice], zorder=4)  # fmt: skip
         axes.plot(x, middle, "-", color=colour, linewidth=0.8, alpha=0.5)
     highest = max(float(np.nanmax(layer)) for layer in values)
     axes.set(ylim=(0, min(1.05, 1.1 * highest)), xlim=(-0.5, layers - 0.5))
@@ -432,17 +431,8 @@ def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[
     return figure
 
 
-def _ordinal(number: int) -> str:
-    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') }"
-
-
 def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
-    """How many experts compute a patch: bars, one panel per MoE layer.
-
-    Args:
-        counts: per layer [K + 1] patches that 0, 1, ... K experts compute (`LayerTrace.kept_per_patch`).
-        layer_names: [L].
-    """
+    """How many experts compute a patch: per MoE layer the patches [K + 1] of `LayerTrace.kept_per_patch`."""
     tables = [np.asarray(count, dtype=np.float64) for count in counts]
     last = max(int(np.flatnonzero(table)[-1]) for table in tables)
     columns = min(len(tables), 4)
@@ -533,21 +523,24 @@ def plot_class_experts(
 ) -> Figure:
     """Class × expert heatmap of one layer: shares in the cells, colour only where a cell stands above the null.
 
-    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal.
+    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal. A class
+    without images (NaN) is left out.
 
     Args:
-        share: [C, E] share of a class's choices that falls on each expert; rows sum to 1. A row of NaN, a class
-            without images, is left out.
+        share: [C, E] share of a class's choices (weights, where tokens don't choose) that falls on each expert.
         significant: [C, E] bool, which cells stand above the null.
         class_names: [C] in words.
         layer_name: in words.
         excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
         max_classes: of more classes, those with the largest effect are shown.
         threshold: the smallest |excess| that counts as significant, to be stated.
-        kind: who chooses in the layer: where tokens don't, shares are of the weight that patches take.
+        kind: who chooses in the layer.
+
+    Raises:
+        UserError: no class has an image.
     """
     shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
-    known = np.isfinite(shares).all(1)
+    known: Flags = np.asarray(np.isfinite(shares).all(1))
     if not known.any():
         raise UserError("No class has an image, so there is no share to draw; give images whose class is known.")
     above = shares if excess is None else np.asarray(excess, dtype=np.float64)
@@ -595,11 +588,8 @@ def plot_part_experts(
 ) -> Figure:
     """Part × expert heatmap of one layer: where the patches of each part of an image go.
 
-    Args:
-        table: [parts, E] from `part_expert_table`: patches of each part that went to each expert.
-        part_names: in words; parts that don't occur are left out.
-        layer_name: in words.
-        kind: who chooses in the layer: where tokens don't, the table counts what experts read.
+    From the table [parts, E] of `part_expert_table`: where tokens don't choose, it counts what experts read. Parts that
+    don't occur are left out.
     """
     counts = np.asarray(table, dtype=np.float64)
     area = counts.sum(1) / counts.sum()
@@ -620,13 +610,9 @@ def plot_part_experts(
 def plot_positions(
     share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: str, kind: RoutingKind = "token_choice"
 ) -> Figure:
-    """Position × expert: one small map of the grid per expert, all on one scale.
+    """Position × expert: one small map of the grid (rows, columns) per expert, all on one scale.
 
-    Args:
-        share: [E, P] from `position_share`: share of the choices at each position that falls on the expert.
-        grid: (rows, columns) of patches.
-        layer_name: in words.
-        kind: who chooses in the layer.
+    From `position_share` [E, P]: share of the choices at each position that falls on the expert.
     """
     shares = np.asarray(share, dtype=np.float64)
     experts = len(shares)
@@ -662,7 +648,7 @@ def plot_positions(
 def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]) -> Figure:
     """Rows x experts: shares written in the cells, the excess as colour where flagged, grey elsewhere."""
     rows, experts = shares.shape
-    label = 0.075 * min(max(len(name) for name in names), _LONGEST_NAME + 8) + 0.1
+    label = 0.075 * min(max(len(name) for name in names), _LONGEST_NAME) + 0.1
     cell = 0.29 if experts <= _NUMBERED else 0.1
     figure = new_figure(
         float(np.clip(label + cell * experts + 0.85, COLUMN_INCHES, 12.0)), max(1.0, 0.19 * rows + 0.55)
@@ -683,7 +669,8 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
             ink = ink_on(colour) if flags[row, column] else SOFT
             text = f"{100 * shares[row, column]:.{digits}f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
-    axes.set_yticks(range(rows), [_short(name) for name in names], parse_math=False)
+    short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    axes.set_yticks(range(rows), short, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)
     if flags.any():
@@ -693,10 +680,6 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
 
 def _percent(share: float) -> str:
     return percent(share, 0 if share >= 0.1 else 1) if share >= 0.001 else "<0.1 %"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME + 8 else name[: _LONGEST_NAME + 7] + "…"
 
 
 def _points(share: float, _position: int | None = None) -> str:
@@ -883,14 +866,7 @@ def _pale(picture: Picture, darkest: float) -> Floats:
 def plot_certainty(
     picture: Picture, trace: RoutingTrace, image: int = 0, *, layers: Sequence[int] | None = None
 ) -> Figure:
-    """How sure the router is of each patch: entropy of its probabilities and margin of the best expert, on the image.
-
-    Args:
-        picture: uint8 [S, S, 3], the image as the model saw it.
-        trace: routing of one or more images.
-        image: which of them is `picture`.
-        layers: block indices of the layers to show; all of the trace by default.
-    """
+    """How sure the router is of each patch of an image (as in `plot_overlay`): entropy and margin."""
     shown = trace.layers if layers is None else [trace.layer(block) for block in layers]
     columns = min(len(shown), _PER_ROW)
     blocks = -(-len(shown) // columns)
@@ -937,13 +913,10 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
 
 
 def plot_path(picture: Picture, trace: RoutingTrace, image: int, patch: int) -> Figure:
-    """The path of one patch through the MoE layers: all K choices and the whole router distribution.
+    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities.
 
-    Args:
-        picture: uint8 [S, S, 3], the image as the model saw it.
-        trace: routing of one or more images.
-        image: which of them is `picture`.
-        patch: index of the patch, row-major.
+    Raises:
+        UserError: if there is no such patch.
     """
     rows, columns = trace.grid
     if not 0 <= patch < rows * columns:

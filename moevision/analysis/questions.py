@@ -44,13 +44,12 @@ from moevision.analysis.readings import (
     Reading,
     Recording,
     listed,
-    percent,
     read_layer,
-    signed,
     span,
 )
 from moevision.analysis.swap import Swap, swap_test
 from moevision.errors import UserError
+from moevision.words import percent, signed
 
 Json = dict[str, Any]
 Question = Literal["experts", "training", "function"]

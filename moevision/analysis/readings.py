@@ -47,6 +47,7 @@ from moevision.analysis.intervention import edited, numbered_layers
 from moevision.errors import UserError
 from moevision.models.io import from_clusters
 from moevision.models.reading import routes_read
+from moevision.words import signed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -641,15 +642,9 @@ def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Int
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
     """The patches dealt to as many balanced groups as there are experts, by a linear probe of the layer's input.
 
-    The probe is fitted on one half of the images and applied to the other. Its patches are put in the order of the
-    class that it predicts (and of its certainty in each) and cut into groups of equal size.
-
-    Args:
-        inputs: [I, p, D].
-        target: [I, p] what the probe is fitted to; negative: not fitted.
-        num_groups: E.
-        halves: [I].
-        seed: of the patches that it is fitted on.
+    The probe is fitted to the target [I, p] (negative: not fitted) on one half of the images and applied to the other.
+    Its patches are put in the order of the class that it predicts (and of its certainty in each) and cut into groups of
+    equal size.
 
     Returns:
         [I, p, E] one-hot.
@@ -707,17 +702,6 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
         chosen = rule.apply(nearness, 1.0).expert_index
         found.append(Assignments(None, number, chosen, np.arange(images), layer.num_experts))
     return found
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """0.1234 -> `12.3 %`."""
-    return f"{signed(100 * share, digits)} %"
 
 
 def span(values: Sequence[float], form: Callable[[float], str] = signed) -> str:

@@ -304,6 +304,7 @@ class Results:
                 "layers": layers,
             },
             "questions": [each.to_json() for each in self.questions],
+            "specialization": [],  # what an earlier version measured, and its readers look for
             "maps": [found.to_json() for found in self.maps.values()],
             "stability": self.stability,
             "effects": self.effects,
@@ -320,16 +321,9 @@ def measure(
     stages: Stages,
     before: SavedModel | None = None,
 ) -> Results:
-    """Run the stages.
+    """Run the stages on the images and the routing of a model, with the names and models of other trainings.
 
-    Args:
-        model: the model that the trace is of.
-        pictures: in the order of the trace.
-        trace: their routing.
-        others: names and models of other trainings of the same recipe.
-        settings: how thoroughly.
-        stages: tells the user.
-        before: the model before it was trained; one with fresh weights if None.
+    `before` is the model before it was trained; one with fresh weights if None.
     """
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
@@ -469,7 +463,7 @@ def measure_effects(
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
     """What the model is; numbers of experts are lists where layers differ."""
-    each = {
+    each: dict[str, list[Any]] = {
         "num_experts": [layer.num_experts for layer in trace.layers],
         "top_k": [layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers],
         "experts_per_patch": [round(layer.experts_per_patch, 2) for layer in trace.layers],
@@ -587,14 +581,9 @@ class Drawn(NamedTuple):
 def draw_figures(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layers: Sequence[Json], seed: int = 0
 ) -> Iterator[Drawn]:
-    """All figures, in the order of the report.
+    """All figures of what was measured, in the order of the report.
 
-    Args:
-        trace: the routing of `pictures`.
-        pictures: in the order of the trace.
-        results: what was measured; what wasn't is not drawn.
-        layers: `layer_numbers` of each layer.
-        seed: of the images and patches that are drawn at random.
+    `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
     names = [layer.name for layer in trace.layers]
     yield from _draw_pictures(trace, pictures, seed)
@@ -763,13 +752,7 @@ def former_report(folder: Path) -> dict[str, Any] | None:
 
 
 def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]) -> None:
-    """Write everything but the trace; figures of a former report that this one doesn't have go.
-
-    Args:
-        folder: from `claim_folder`.
-        numbers: JSON primitives.
-        page: the HTML.
-        pictures: file name -> PNG.
+    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go.
 
     Raises:
         UserError: if the disk is full or the folder has become read-only.

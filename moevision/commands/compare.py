@@ -55,6 +55,7 @@ _NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "log_route
 # These may change too while a run goes on, and yet make another recipe.
 _RECIPE = ("guard", "data.path")
 _LISTED = 6  # options that differ
+_COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
 
 def run(chosen: Namespace) -> None:
@@ -432,21 +433,14 @@ def facts(found: Comparison) -> dict[str, Any]:
         return {
             "run": os.fspath(run.folder),
             "seed": made.seed,
-            "correct": made.test.correct,
-            "total": made.test.total,
-            "accuracy": made.test.accuracy,
-            "interval": made.test.interval,
-            "balanced_accuracy": made.test.balanced_accuracy,
+            **{
+                name: getattr(made.test, name)
+                for name in ("correct", "total", "accuracy", "interval", "balanced_accuracy")
+            },
             **asdict(made.cost),
-            "epochs": made.epochs,
-            "steps": made.steps,
+            **{name: getattr(made, name) for name in _COSTS},
             "train_s": made.duration_s,
-            "cpu_s": made.cpu_s,
-            "images_per_s": made.images_per_s,
-            "ms_per_image": made.ms_per_image,
             "max_over_mean": [layer.max_over_mean for layer in made.layers],
-            "device": made.device,
-            "precision": made.precision,
         }
 
     return {

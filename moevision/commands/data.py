@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moevision.analysis.images import data_settings, run_folder
-from moevision.data.collection import SPLITS, Collection
-from moevision.data.named import DATASET_NAMES, HF
+from moevision.data.collection import Collection
 from moevision.data.open import kind_of, open_collection
 from moevision.data.scores import (
     FILE,
@@ -27,7 +26,7 @@ from moevision.data.scores import (
     shares_table,
     starved,
 )
-from moevision.data.shards import find_index, read_tars, verify, write_shards
+from moevision.data.shards import find_index, read_tars, verify_shards, write_shards
 from moevision.errors import UserError
 from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
@@ -43,11 +42,7 @@ def run(chosen: Namespace) -> None:
 
 
 def run_of(address: str) -> Path:
-    """The run folder.
-
-    Raises:
-        UserError: if it is none.
-    """
+    """The run folder; raises UserError if it is none."""
     folder = run_folder(address)
     if folder is None:
         raise UserError(f"{address} is no run folder, it has no config.yaml: give the folder that fit wrote.")
@@ -77,30 +72,35 @@ def write_list(chosen: Namespace) -> None:
         UserError: if an option is missing or doesn't belong to the method, or the run has no scores.
     """
     decided = chosen.by == "decisions"
-    _check_options(chosen, decided)
+    if decided and (chosen.decisions is None or chosen.keep is not None):
+        raise UserError("--by decisions needs --decisions FILE and no --keep: the file says what goes.")
+    if not decided and (not chosen.keep or chosen.decisions is not None):
+        raise UserError(f"--by {chosen.by} needs --keep SHARE above 0, such as 0.7, and no --decisions.")
+    if chosen.hardest is not None and chosen.by != "ccs":
+        raise UserError("--hardest belongs to --by ccs.")
     run_dir = run_of(chosen.run)
     scores = Scores.read(run_dir / FILE)
     if decided:
-        plan, name = decide(scores, chosen.decisions), "keep-decisions.csv"
+        kept, name = decide(scores, chosen.decisions), "keep-decisions.csv"
     else:
         hardest = _HARDEST if chosen.hardest is None else chosen.hardest
-        plan = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
+        kept = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
         # Lists that differ lie side by side.
         others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (f"-s{chosen.seed}" if chosen.seed else "")
         name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
     refuse_foreign(out, LIST_HEAD.encode())
-    plan.write(out, scores, relabelled=relabelled)
-    classes, experts = class_shares(scores, plan), expert_shares(scores, plan.keep)
-    for shares, what in ((classes, "class"), (experts, "expert")):
+    kept.write(out, scores, relabelled=relabelled)
+    found = (class_shares(scores, kept), "class"), (expert_shares(scores, kept.keep), "expert")
+    for shares, what in found:
         if shares:
             print("\n".join([*map(shown, shares_table(shares, what)), ""]))
-    for sentence in [*starved(classes, "class"), *starved(experts, "expert")]:
+    for sentence in (each for shares, what in found for each in starved(shares, what)):
         print(f"warning: {shown(sentence)}")
-    print(f"{plan.keep.sum():,} of {len(plan.keep):,} training images are kept: {shown(str(out))}")
+    print(f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {shown(str(out))}")
     file = shlex.quote(shown(str(out)))
-    relabel = f" --data.relabel {file}" if plan.new_label or relabelled else ""
+    relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
 
 
@@ -114,23 +114,23 @@ def shard(chosen: Namespace) -> None:
         raise UserError(
             "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."
         )
-    bar = Progress(
-        *Progress.get_default_columns(), console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    )
+    folder, quiet = Path(chosen.what).expanduser(), not sys.stderr.isatty()
+    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True, disable=quiet)
     if chosen.check:
-        folder = Path(chosen.what).expanduser()
         if kind_of(chosen.what) != "shards":
             raise UserError(f"{folder} holds no shards: give the folder that `moevision data shard` wrote.")
         with bar:
             task = bar.add_task("checking shards", total=sum(shard.bytes for shard in find_index(folder).shards))
-            index = verify(folder, lambda done: bar.update(task, advance=done))
+            index = verify_shards(folder, lambda done: bar.update(task, advance=done))
         print(f"{len(index.shards)} shards have the bytes that were written: {shown(str(folder))}")
         return
     collection = _collection(chosen.what, chosen.root)
-    _check_place(chosen.what, chosen.out)
-    count = sum(map(len, collection.given.values()))
+    if folder.is_dir() and chosen.out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{chosen.out} lies in the folder of the images, which it would become part of: give --out another place."
+        )
     with bar:
-        task = bar.add_task("writing shards", total=count)
+        task = bar.add_task("writing shards", total=sum(map(len, collection.given.values())))
         written = write_shards(
             collection,
             chosen.out,
@@ -149,12 +149,11 @@ def shard(chosen: Namespace) -> None:
 
 
 def _collection(what: str, root: str | None) -> Collection:
-    """The dataset that a folder, a table, a dataset's name or a configuration names."""
-    is_data = what in DATASET_NAMES or what.startswith(HF) or Path(what).expanduser().is_dir()
+    """The dataset that a folder, a table, a dataset's name or a configuration names; also tars that others made."""
+    settings: Mapping[str, Any] = {"path": what}
     if kind_of(what) == "tars":
         return read_tars(Path(what).expanduser())
-    settings: Mapping[str, Any] = {"path": what}
-    if not is_data and not what.lower().endswith(".csv"):
+    if kind_of(what) == "folder" and not Path(what).expanduser().is_dir() and not what.lower().endswith(".csv"):
         file = find_config(what)
         try:
             settings = read_yaml(file)["data"]
@@ -167,25 +166,5 @@ def _collection(what: str, root: str | None) -> Collection:
         settings["path"],
         root=root or settings.get("root", "data"),
         download=bool(settings.get("download")),
-        image_size=64,
-        seed=0,
-        sizes=dict.fromkeys(SPLITS, 1),
         columns=(settings.get("image_column"), settings.get("label_column")),
     )
-
-
-def _check_place(what: str, out: Path) -> None:
-    source = Path(what).expanduser()
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(
-            f"{out} lies in the folder of the images, which it would become part of: give --out another place."
-        )
-
-
-def _check_options(chosen: Namespace, decided: bool) -> None:
-    if decided and (chosen.decisions is None or chosen.keep is not None):
-        raise UserError("--by decisions needs --decisions FILE and no --keep: the file says what goes.")
-    if not decided and (chosen.keep is None or not chosen.keep or chosen.decisions is not None):
-        raise UserError(f"--by {chosen.by} needs --keep SHARE above 0, such as 0.7, and no --decisions.")
-    if chosen.hardest is not None and chosen.by != "ccs":
-        raise UserError("--hardest belongs to --by ccs.")

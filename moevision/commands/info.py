@@ -26,9 +26,8 @@ from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import cpu_quota, memory_available_bytes, usable_cores
-from moevision.models.convert import one_or_list
+from moevision.models.convert import dense_twin, one_or_list
 from moevision.models.io import SavedModel, load_model
-from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
 from moevision.train.provenance import cpu_model, gpu_names

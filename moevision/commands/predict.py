@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -25,7 +23,7 @@ from moevision.data.open import kind_of, open_collection
 from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
-from moevision.files import refuse_foreign, write_text_atomic, written_beside
+from moevision.files import csv_text, refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name, json_text
 from moevision.train.processes import tell
@@ -184,16 +182,14 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
 
     Below the threshold the class is `unsure`; top5 has the likeliest ones all the same.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "class", "probability", "top5", "error"])
+    rows = []
     for row in predictions:
         pairs = [(name, f"{share:.4f}") for name, share in zip(row.classes, row.probabilities, strict=True)]
         best, probability = pairs[0] if pairs else ("", "")
         best = UNSURE if row.is_unsure(unsure) else best
         top5 = "; ".join(f"{name}={share}" for name, share in pairs)
-        writer.writerow([csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error)])
-    return text.getvalue()
+        rows.append((csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error)))
+    return csv_text(("path", "class", "probability", "top5", "error"), rows)
 
 
 def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False) -> str:

@@ -43,7 +43,8 @@ def run(chosen: Namespace) -> None:
         raise UserError(f"There is no {chosen.model}: give a run folder or its model/ folder on this computer.")
     with loading("writing the card"):
         card = _own_card(chosen) if chosen.card is not None else _card(chosen)
-        folder = _checked(chosen.model)
+        load_model(chosen.model)  # what can't be loaded here nobody could load
+        folder = cast(Path, model_folder(Path(chosen.model)))
     files: dict[str, bytes | Path] = {CARD: card.encode(), CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     if chosen.dry_run:
         _dry_run(chosen, files)
@@ -73,12 +74,6 @@ def check_repo_id(repo_id: str) -> str:
             "without '--' or '..'."
         )
     return repo_id
-
-
-def _checked(model: str) -> Path:
-    """The folder of a model that can be loaded: nobody else could load another one."""
-    load_model(model)
-    return cast(Path, model_folder(Path(model)))
 
 
 def _card(chosen: Namespace) -> str:
@@ -152,13 +147,7 @@ def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
 
 
 def upload(files: dict[str, bytes | Path], repo_id: str, *, private: bool, update: bool) -> str:
-    """Publish files as a model's repository; returns the address of its page.
-
-    Args:
-        files: content of each by its name.
-        repo_id: `user/name`.
-        private: visible to you only; False makes it public.
-        update: add a new version to a repository that exists already.
+    """Publish files as the repository `user/name`, a new one unless `update`; returns the address of its page.
 
     Raises:
         UserError: without a token or network, if the hub refuses, if the repository exists and `update` is False, or if

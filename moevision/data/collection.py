@@ -199,10 +199,15 @@ def access_advice(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
-            "another path"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """What the system doesn't let us read, in a sentence."""
+    return UserError(
+        f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
+        "another path"
+    )
 
 
 # ---- classes and splits, which are checked alike wherever they come from

@@ -42,7 +42,6 @@ from moevision.data.transforms import (
 from moevision.errors import UserError
 from moevision.limits import usable_cores
 
-Batch = dict[str, Tensor]
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
 _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
@@ -142,19 +141,10 @@ class PositionSampler(Sampler[tuple[int, int]]):
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Batches of indices that cover a split once over all processes, in order.
+    """This process's batches of indices; together they cover a split once, in order.
 
     Every process gets the same number of batches (collective operations inside an evaluation step would
     otherwise wait for ever), which is why sizes may differ by one when there are several processes.
-
-    Args:
-        num_samples: number of images in the split.
-        batch_size: largest batch.
-        rank: index of this process.
-        world_size: number of processes.
-
-    Returns:
-        This process's batches, at most ``batch_size`` indices each.
     """
     own = list(range(rank, num_samples, world_size))
     if world_size == 1:
@@ -166,14 +156,9 @@ def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: i
 
 
 def fitting_workers(asked: int, batch_bytes: int, processes: int = 1) -> int:
-    """How many data workers have room for their batches in shared memory, of those that were asked for.
+    """How many of ``asked`` data workers have room for their batches in the shared memory of so many processes.
 
     A worker that finds no room (Docker gives 64 MB) loses its batch, and the training would wait for it for ever.
-
-    Args:
-        asked: number of workers.
-        batch_bytes: size of the largest batch.
-        processes: number of processes on this machine that have as many workers each.
     """
     if not (asked and SHM.is_dir()):
         return asked
@@ -255,11 +240,7 @@ class ImageDataset(Dataset[RawBatch]):
     def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.
 
-        Args:
-            on_progress: called with the number of images done since the last call.
-
-        Returns:
-            Index and reason of the images that can't be used.
+        ``on_progress`` gets the number of images done since its last call; returns index and reason of the bad ones.
         """
         cache = PixelCache(planar=self.square)
         with ThreadPoolExecutor(min(16, usable_cores())) as pool:
@@ -338,12 +319,7 @@ class PixelCache:
     """
 
     def __init__(self, *, planar: bool) -> None:
-        """Start empty.
-
-        Args:
-            planar: whether the channels of an image lie one after the other, [3, H, W], the fast order for shifted
-                copies; otherwise together, [H, W, 3], the fast order for resizing. Only time depends on it.
-        """
+        """``planar`` stores [3, H, W], the fast order for shifted copies; otherwise [H, W, 3], fast for resizing."""
         self._planar = planar
         self._chunks: list[Tensor] = []
         self._views: list[Pixels] = []  # the same memory as arrays, which are sliced faster
@@ -372,15 +348,13 @@ class PixelCache:
             self._views = [chunk.numpy() for chunk in self._chunks]
         taken: list[Pixels | str] = []
         for index in indices:
-            if index in self.bad:
-                taken.append(self.bad[index])
-                continue
             chunk, offset, height, width = self._where[index]
             stored = self._views[chunk][offset : offset + 3 * height * width]
             if self._planar:
-                taken.append(stored.reshape(3, height, width))
+                found = stored.reshape(3, height, width)
             else:
-                taken.append(stored.reshape(height, width, 3).transpose(2, 0, 1))
+                found = stored.reshape(height, width, 3).transpose(2, 0, 1)
+            taken.append(self.bad.get(index, found))
         return taken
 
     def __getstate__(self) -> dict[str, object]:
@@ -388,22 +362,19 @@ class PixelCache:
         return {**vars(self), "_views": []}
 
 
+@dataclass
 class Collate:
-    """Turns images into a batch: normalise, mix."""
+    """Turns images into a batch: normalise (per channel, in units of [0, 1]), mix."""
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], seed: int = 0, mixer: BatchMixer | None = None
-    ) -> None:
-        """Remember the normalisation (per channel, in units of [0, 1]), the seed and the mixer."""
-        self.mean, self.std, self.seed, self.mixer = mean, std, seed, mixer
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int = 0
+    mixer: BatchMixer | None = None
 
     def __call__(self, raw: RawBatch) -> dict[str, Any]:
-        """Build the batch dict.
+        """The batch: ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], with a mixer ``target`` [B, C].
 
-        Returns:
-            ``image`` float32 [B, 3, S, S], ``label`` int64 [B], ``index`` int64 [B], with a mixer ``target``
-            float32 [B, C], and ``bad``, a list of `BadImage` that `ImageLoader` takes out. Without a single
-            good image only ``bad`` is there.
+        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a single good image it stands alone.
         """
         if not raw.index:
             return {"bad": raw.bad}
@@ -435,19 +406,12 @@ class ImageLoader(DataLoader[RawBatch]):
         in_step: bool = False,
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Pass on DataLoader's options.
-
-        Args:
-            dataset: the images.
-            on_bad: called with the bad images of a batch.
-            in_step: other processes wait for every batch, so that none may be skipped.
-            options: of DataLoader.
-        """
+        """Report to ``on_bad``; ``in_step``: other processes wait for every batch, so that none may be skipped."""
         super().__init__(dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options)
         self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # collation makes batches
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
         """Yield batches of tensors only.
 
         Raises:
@@ -480,12 +444,9 @@ class ImageLoader(DataLoader[RawBatch]):
                     "its results for ever: remove or repair these files."
                 )
 
+    # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in `ImageDataModule`'s state.
-
-        That this method and the next exist tells Lightning that a resumed epoch goes on where it stopped;
-        otherwise it warns that it doesn't.
-        """
+        """Empty: the position is in `ImageDataModule`'s state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

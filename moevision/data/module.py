@@ -9,9 +9,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import signal
 from collections import Counter
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -28,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 
+from moevision.config import Data
 from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
 from moevision.data.images import BadImageError
 from moevision.data.loader import (
@@ -42,11 +41,11 @@ from moevision.data.loader import (
 )
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
-from moevision.data.scores import Choices
+from moevision.data.scores import ImageLists
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
-from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
+from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, write_text_atomic
 from moevision.names import csv_name, name_bytes, shown
 
 ClassCounts = dict[str, dict[str, int]]
@@ -64,113 +63,24 @@ def is_main_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
-class ImageDataModule(LightningDataModule):
-    """Images of one folder, table or named dataset, split, augmented and batched."""
+@dataclass(eq=False, repr=False)
+class ImageDataModule(Data, LightningDataModule):
+    """Images of one folder, table or named dataset, split, augmented and batched; nothing is read before ``setup``.
 
-    def __init__(
-        self,
-        path: str = "synthetic_pets",
-        root: str = "data",
-        download: bool = False,
-        image_size: int = 64,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        order_seed: int | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        group_by: str | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        check_duplicates: bool = True,
-        augment: Augment = "light",
-        crop: Literal["auto", "pad", "random_resized"] = "auto",
-        min_crop_scale: float = 0.25,
-        hflip: bool = True,
-        random_erasing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        class_weights: Literal["none", "auto"] | dict[str, float] = "none",
-        balanced_sampling: bool = False,
-        cache_mb: int = 4096,
-        max_bad_fraction: float = 0.05,
-        scores: bool | None = None,
-        keep: str | None = None,
-        relabel: str | None = None,
-        train_size: int = 16_000,
-        val_size: int = 1_000,
-        test_size: int = 2_000,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
-    ) -> None:
-        """Describe the data; nothing is read before ``setup``.
+    Its arguments are the fields of `moevision.config.Data`, which says what each of them is.
 
-        Args:
-            path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
-                `moevision data shard` writes them), a CSV file with the columns path and label, a Hugging Face dataset
-                (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100,
-                imagenette, pets, pets_cat_dog, flowers102, food101, imagenet.
-            root: Folder in which named datasets live.
-            download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
-            image_size: Side of the square images the model sees, in pixels.
-            batch_size: Images per batch and process, at most those of the training set.
-            num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0
-                prepares them in the main process.
-            seed: Seed of the split and of drawn images.
-            order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
-                command line: seed).
-            val_fraction: Share of the images cut for validation, where the dataset has no validation set.
-            test_fraction: Share cut for the test, where the dataset came unsplit.
-            group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
-                column (of a CSV or a Hugging Face dataset), or a regular expression with one group that is searched
-                in the relative path. The column "group" of a CSV is used unasked.
-            image_column: The column with the image, if it can't be found out; in a CSV the path.
-            label_column: The column with the label, if it can't be found out.
-            check_duplicates: Keep byte-identical files on one side of the split.
-            augment: Random changes of training images: none, light (crop and flip), or in addition
-                randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
-            crop: How training images are cropped: pad (by image_size / 8, for small images),
-                random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
-            min_crop_scale: Smallest share of an image's area that a random_resized crop keeps.
-            hflip: Mirror every training image in every other epoch, half of them in the first.
-            random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
-            mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
-            cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
-                gets one of the two at random.
-            class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
-                images), or a weight per class name (1 for names left out).
-            balanced_sampling: Draw every class equally often in training.
-            cache_mb: Keep the decoded images in memory if they fit into this many MiB.
-            max_bad_fraction: Stop when a larger share of a split's images can't be read.
-            scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
-                CutMix.
-            keep: CSV file of the training images to keep (columns image and keep, as `moevision data prune` writes it);
-                the others are left out. Validation and test images stay as they are.
-            relabel: CSV file of training images with another class (columns image and new_label, as `moevision data
-                prune` or the page of `moevision data score` writes it).
-            train_size: Number of training images of synthetic_pets.
-            val_size: Number of validation images of synthetic_pets.
-            test_size: Number of test images of synthetic_pets.
-            mean: Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default.
-            std: Deviation per colour channel that is divided by; ImageNet's by default.
+    Raises:
+        UserError: If a value is out of range.
+    """
 
-        Raises:
-            UserError: If a value is out of range.
-        """
-        super().__init__()
-        self.path, self.root, self.download = path, root, download
-        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
-        self.seed, self.order_seed = seed, order_seed
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.group_by, self.check_duplicates = group_by, check_duplicates
-        self.columns = (image_column, label_column)
-        self.augment, self.crop, self.min_crop_scale, self.hflip = augment, crop, min_crop_scale, hflip
-        self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
-        self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
-        self.cache_mb, self.max_bad_fraction, self.scores = cache_mb, max_bad_fraction, scores
-        self.choices = Choices(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
-        self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
-        self.mean, self.std = mean, std
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__  # one's images are read already, another's not
+
+    def __post_init__(self) -> None:
+        LightningDataModule.__init__(self)
+        self.columns = (self.image_column, self.label_column)
+        kept, relabelled = (None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel))
+        self.choices = ImageLists(kept, relabelled)
         self.run_dir: Path | None = None
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
@@ -387,7 +297,6 @@ class ImageDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
-        """What all loaders have in common."""
         return {
             "num_workers": self.num_workers,
             "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
@@ -540,13 +449,7 @@ class Quarantine:
     """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
-        """Start empty.
-
-        Args:
-            samples: images per split.
-            max_fraction: largest share of a split that may be bad.
-            table: file to write them to (columns path, reason, split), None for nowhere.
-        """
+        """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
         self.samples, self.max_fraction, self.table = samples, max_fraction, table
         self._reasons: dict[tuple[str, int], str] = {}
 
@@ -563,11 +466,8 @@ class Quarantine:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(["path", "reason", "split"])
-            writer.writerows([csv_name(path), csv_name(reason), split] for path, reason, split in self.entries())
-            write_text_atomic(self.table, text.getvalue())
+            rows = ((csv_name(path), csv_name(reason), split) for path, reason, split in self.entries())
+            write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
             size = len(self.samples[split])
             if count > self.max_fraction * size:
@@ -601,12 +501,12 @@ def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling
 
 
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
-    """Weights of the loss per class, float32 [C].
+    """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
 
     Args:
         weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
             training images is 1; or a weight per class name, 1 for names left out.
-        train: training images per class, in the order of the labels.
+        train: training images per class.
 
     Raises:
         UserError: if a name is unknown or a weight isn't above 0.

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from moevision.data.collection import SPLIT_NAMES, Collection, access_advice
+from moevision.data.collection import SPLIT_NAMES, Collection, access_advice, unreadable
 from moevision.data.folder import read_folder, split_folders, subfolders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
 from moevision.data.shards import INDEX, JOURNAL, find_index, open_shards, tars_in
-from moevision.data.tables import count_rows, read_dataset, read_manifest
+from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
-Kind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
+DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
 UNKNOWN_COUNT: Final = 10_000
 """Images that a dataset is taken to have before it is fetched."""
 
 
-def kind_of(path: str) -> Kind:
+def kind_of(path: str) -> DataKind:
     """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, our shards, others' tars.
 
     Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it. Tars beside
@@ -35,7 +35,7 @@ def kind_of(path: str) -> Kind:
     place = Path(path).expanduser()
     if place.suffix.lower() == ".csv" and os.path.isfile(place):
         return "csv"
-    with access_advice(place):
+    try:
         if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
         if any((place / name).is_file() for name in (INDEX, JOURNAL)):
@@ -44,6 +44,8 @@ def kind_of(path: str) -> Kind:
             below = subfolders(place)
             if all(each.name.lower() in SPLIT_NAMES and not subfolders(each) for each in below) and tars_in(place):
                 return "tars"
+    except OSError as error:
+        raise unreadable(place, error) from error
     return "folder"
 
 
@@ -85,7 +87,7 @@ def open_collection(
         raise UserError(_convert(path))
     try:
         with access_advice(place):
-            return read_manifest(place, columns) if kind == "csv" else read_folder(place)
+            return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
         if os.path.exists(place) or isinstance(error.__cause__, OSError):
             raise

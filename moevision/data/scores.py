@@ -34,10 +34,10 @@ round(s n) are kept; methods differ in what they give up first:
 
 Ties are broken at random. No class loses its last image. An image without a visit has no score, and is kept.
 
-**Choices** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is `yes`
-or `no` (without this column a file lists what is kept; what isn't listed is left out), `new_label` the class that the
-image is trained with (empty: its own). Only training images may be named, and they are chosen after the split is drawn.
-The result stands in `splits.csv` (what is left out as `unused`), by which a run goes on.
+**What lists do** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is
+`yes` or `no` (without this column a file lists what is kept; what isn't listed is left out), `new_label` the class that
+the image is trained with (empty: its own). Only training images may be named, and they are chosen after the split is
+drawn. The result stands in `splits.csv` (what is left out as `unused`), by which a run goes on.
 
 Axes: n training images, B visits, C classes, E experts, H = sum of the experts over all MoE layers.
 """
@@ -66,7 +66,7 @@ from moevision.names import csv_name, name_bytes
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 FILE: Final = "scores.csv"
 MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")
@@ -375,7 +375,7 @@ def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: 
     found.keep[chosen] = True
     found.rank[order] = np.arange(1, len(order) + 1)
     never = scores.visits == 0
-    labels, _ = class_numbers(scores.labels)
+    _, labels = np.unique(scores.labels, return_inverse=True)
     classes, first = np.unique(labels[order], return_index=True)  # the first in `order` of each class
     empty = np.bincount(labels[found.keep | never], minlength=labels.max() + 1)[classes] == 0
     for rows, reason in (
@@ -456,21 +456,14 @@ class Share(NamedTuple):
     after: float
 
 
-def class_numbers(labels: Sequence[str]) -> tuple[Ints, list[str]]:
-    """[n] numbers of the classes, and their names in the order in which they occur."""
-    numbers: dict[str, int] = {}
-    found = np.fromiter((numbers.setdefault(label, len(numbers)) for label in labels), np.int64, len(labels))
-    return found, list(numbers)
-
-
 def class_shares(scores: Scores, kept: Kept) -> list[Share]:
     """Share of the images of each class, under the labels before and after."""
-    numbers, names = class_numbers([*scores.labels, *kept.new_label.values()])
+    names, numbers = np.unique([*scores.labels, *kept.new_label.values()], return_inverse=True)
     before = numbers[: len(scores.labels)]
     after = before.copy()
     after[list(kept.new_label)] = numbers[len(scores.labels) :]
     shares = [np.bincount(each, minlength=len(names)) / max(1, len(each)) for each in (before, after[kept.keep])]
-    return sorted(map(Share, names, *(each.tolist() for each in shares)))
+    return [Share(*each) for each in zip(names.tolist(), *(share.tolist() for share in shares), strict=True)]
 
 
 def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
@@ -508,7 +501,7 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 # ---- what lists do to a split
 
 
-def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], T], option: str) -> dict[str, T]:
+def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str) -> dict[str, _T]:
     """Read a list of images.
 
     Args:
@@ -523,7 +516,7 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], T]
     Raises:
         UserError: if it can't be read, or lists an image twice.
     """
-    found: dict[str, T] = {}
+    found: dict[str, _T] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, restval="", strict=True)
@@ -545,7 +538,7 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], T]
 
 
 @dataclass(frozen=True)
-class Choices:
+class ImageLists:
     """Files that say which training images are used, and as what.
 
     Attributes:
@@ -617,8 +610,8 @@ def _with_train(splits: Splits, train: list[Sample], note: str, class_names: Seq
 
 
 def _of_training_images(
-    path: Path, column: str, meaning: Callable[[Mapping[str, str]], T], option: str, splits: Splits
-) -> list[T | None]:
+    path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str, splits: Splits
+) -> list[_T | None]:
     """What the file says of each training image; None where it says nothing."""
     listed = read_list(path, column, meaning, option)
     names = [csv_name(sample.sample_id) for sample in splits.samples["train"]]

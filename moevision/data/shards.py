@@ -1,16 +1,15 @@
 """Images in tar shards (the WebDataset format), read at random through an index.
 
-A shard is an uncompressed tar that holds each image as ``KEY.jpg`` (or another ending) and its class beside it, as
-``KEY.cls``. Other programs read shards from front to back and shuffle in a buffer; here an index of (shard, offset,
-size) per image lets `os.pread` fetch any of them, so that the order, the augmentation and an exact resume are those of
-a folder. The index keeps the sample ids, the classes and the order of the source. Local and mounted storage only.
+A shard is an uncompressed tar that holds each image as ``KEY.jpg`` (or another ending) and its class as ``KEY.cls``.
+Other programs read shards from front to back and shuffle in a buffer; here an index of (shard, offset, size) per image
+lets `os.pread` fetch any of them, so that order, augmentation and an exact resume are those of a folder. The index
+keeps the sample ids, the classes and the order of the source. Local and mounted storage only.
 
-`write_shards` writes atomically, goes on after a kill, and makes the same bytes each time. The plan (which image goes
-where) follows from the dataset alone: images go into the shards of their split in the order of a hash of their names,
-since other programs read from front to back; an image's key is its place in the dataset's order. When a shard is on the
-disk, the journal says its SHA-256 and what it was made from; started again, the writer keeps each shard that was made
-from the same images and still has its hash. The index takes the journal's place at the end, so that a folder with an
-index is complete.
+`write_shards` makes the same bytes each time and goes on after a kill. Which image goes where follows from the dataset
+alone: images go into the shards of their split in the order of a hash of their names; an image's key is its place in
+the dataset's order. When a shard is on the disk, the journal says its SHA-256 and what it was made from; started again,
+the writer keeps each shard that was made from the same images and still has its hash. The index takes the journal's
+place at the end, so that a folder with an index is complete.
 
 `read_tars` reads tars that others made, to be written as shards: members belong together if their names agree up to the
 first dot of the last part (``a/b.jpg``, ``a/b.cls``, ``a/b.json``). The class is the number or word in ``.cls``, or
@@ -224,15 +223,10 @@ def find_index(folder: Path) -> Index:
     return index
 
 
-def verify(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
-    """Compare every shard with the SHA-256 in its index.
+def verify_shards(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
+    """Compare every shard with the SHA-256 in its index; raises UserError if one differs or is missing.
 
-    Args:
-        folder: shards that `moevision data shard` wrote.
-        on_progress: called with the number of bytes read since the last call.
-
-    Raises:
-        UserError: if one differs or is missing.
+    ``on_progress`` is called with the number of bytes read since the last call.
     """
     index = find_index(folder)
     for shard in index.shards:
@@ -344,20 +338,12 @@ def _collection(
 # ---- writing
 
 
-class Planned(NamedTuple):
-    """One image of a shard: its place in the dataset's order of its split, which is its key too, and the image."""
-
-    place: int
-    sample: Sample
-
-
-@dataclass
-class ShardPlan:
-    """One shard to be: its name, its split, its images in the order of writing, and the hash of all this."""
+class ShardPlan(NamedTuple):
+    """One shard to be: its name and split, its images with their places in the split's order, and the hash of this."""
 
     file: str
     split: str
-    images: list[Planned]
+    images: list[tuple[int, Sample]]
     made_from: str
 
 
@@ -367,7 +353,7 @@ class Written:
 
     Attributes:
         index: of the finished folder.
-        kept: shards that were there, whole and made from the same images.
+        kept: number of shards that were there, whole and made from the same images.
         changed: files that had been finished before, and no longer had their hash.
     """
 
@@ -398,7 +384,7 @@ def write_shards(
         raise UserError("synthetic_pets is drawn when it is opened: there are no files to put into shards.")
     try:
         before = _begin(out)
-        plans = plan_shards(collection, shard_bytes)
+        plans = _plan(collection, shard_bytes)
         done: dict[str, Shard] = {}
         changed: list[str] = []
         for plan in plans:
@@ -456,19 +442,19 @@ def _write_journal(out: Path, done: dict[str, Shard]) -> None:
     write_json_atomic(out / JOURNAL, {_JOURNAL_MARK: [asdict(shard) for shard in done.values()]})
 
 
-def plan_shards(collection: Collection, shard_bytes: int) -> list[ShardPlan]:
+def _plan(collection: Collection, shard_bytes: int) -> list[ShardPlan]:
     """Which image goes into which shard; see the head of this file."""
     plans: list[ShardPlan] = []
     for split, samples in collection.given.items():
-        left = [Planned(*each) for each in enumerate(samples)]
-        left.sort(key=lambda each: hashlib.sha256(name_bytes(each.sample.sample_id)).digest(), reverse=True)
+        left = list(enumerate(samples))
+        left.sort(key=lambda each: hashlib.sha256(name_bytes(each[1].sample_id)).digest(), reverse=True)
         number = 0
         while left:
-            images: list[Planned] = []
+            images: list[tuple[int, Sample]] = []
             size, made_from = 0, hashlib.sha256(split.encode())
             while left and (size < shard_bytes or not images):
-                images.append(left.pop())
-                place, sample = images[-1]
+                place, sample = left.pop()
+                images.append((place, sample))
                 size += collection.size_bytes(sample)
                 made_from.update(name_bytes(json.dumps((place, *sample, *_state(collection, sample)))))
             plans.append(ShardPlan(f"{split}-{number:05d}.tar", split, images, made_from.hexdigest()))
@@ -485,44 +471,45 @@ def _state(collection: Collection, sample: Sample) -> tuple[int, int]:
 
 
 def _write_shard(collection: Collection, plan: ShardPlan, out: Path, on_progress: Callable[[int], None]) -> Shard:
+    """The same bytes for the same images, whoever writes them and when."""
     digest, size = hashlib.sha256(), 0
 
     def parts() -> Iterator[bytes]:
         nonlocal size
-        for part in _tar_parts(collection, plan, on_progress):
+        for place, sample in plan.images:
+            part = b""
+            for name, content in _files_of(collection, place, sample):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                part += member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
             digest.update(part)
             size += len(part)
             yield part
+            on_progress(1)
+        # Two blocks of zeros are the end, and tar fills its last record.
+        end = bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
+        digest.update(end)
+        size += len(end)
+        yield end
 
     write_bytes_atomic(out / plan.file, parts())
     return Shard(plan.file, size, digest.hexdigest(), plan.made_from)
 
 
-def _tar_parts(collection: Collection, plan: ShardPlan, on_progress: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of a tar: the same for the same images, whoever writes it and when."""
-    size = 0
-    for place, sample in plan.images:
-        try:
-            data = collection.stored(sample)
-        except (OSError, BadImageError) as error:
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            raise UserError(
-                f"The image {sample.sample_id} can't be read ({reason}): mend or remove it and start again; finished "
-                "shards are kept."
-            ) from error
-        # The first bytes name the kind, as `safe_open` goes by them; of damaged ones the file's own ending does.
-        own = PurePosixPath(sample.sample_id).suffix.lower().removeprefix(".")
-        ending = next((ending for magic, ending in _ENDINGS if data.startswith(magic)), own or "jpg")
-        part = b""
-        for name, content in ((f"{place:08d}.cls", str(sample.label).encode()), (f"{place:08d}.{ending}", data)):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            part += member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
-        size += len(part)
-        yield part
-        on_progress(1)
-    # Two blocks of zeros are the end, and tar fills its last record.
-    yield bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
+def _files_of(collection: Collection, place: int, sample: Sample) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
+    """Name and bytes of an image's class and of the image."""
+    try:
+        data = collection.stored(sample)
+    except (OSError, BadImageError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UserError(
+            f"The image {sample.sample_id} can't be read ({reason}): mend or remove it and start again; finished "
+            "shards are kept."
+        ) from error
+    # The first bytes name the kind, as `safe_open` goes by them; of damaged ones the file's own ending does.
+    own = PurePosixPath(sample.sample_id).suffix.lower().removeprefix(".")
+    ending = next((ending for magic, ending in _ENDINGS if data.startswith(magic)), own or "jpg")
+    return (f"{place:08d}.cls", str(sample.label).encode()), (f"{place:08d}.{ending}", data)
 
 
 def _make_index(collection: Collection, plans: list[ShardPlan], shards: list[Shard], out: Path) -> Index:
@@ -542,7 +529,7 @@ def _make_index(collection: Collection, plans: list[ShardPlan], shards: list[Sha
                 place = int(key)
                 places.add(place)
                 rows.shards[place], rows.offsets[place], rows.sizes[place] = number, member.offset, member.size
-        if places != {image.place for image in plan.images}:
+        if places != {place for place, _ in plan.images}:
             raise UserError(f"{out / plan.file} was changed while it was written: start again.")
     return Index(collection.class_names, shards, splits, collection.group_column)
 

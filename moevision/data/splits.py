@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, read_csv, write_text_atomic
 from moevision.names import csv_name, name_bytes
 
 _UNUSED = "unused"  # known, and in no split
@@ -305,12 +304,12 @@ def _without_leaks(
 
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
     """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `csv_name` has them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["split", "class", "path"])
-    for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
-        writer.writerows([split, *map(csv_name, (class_names[sample.label], sample.sample_id))] for sample in samples)
-    write_text_atomic(path, text.getvalue())
+    rows = (
+        (split, csv_name(class_names[sample.label]), csv_name(sample.sample_id))
+        for split, samples in {**splits.samples, _UNUSED: splits.unused}.items()
+        for sample in samples
+    )
+    write_text_atomic(path, csv_text(("split", "class", "path"), rows))
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
@@ -365,12 +364,12 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 def _listed(path: Path) -> list[dict[str, str]]:
     """The rows of ``splits.csv``."""
     rows: list[dict[str, str]] = []
-    with suppress(UnicodeDecodeError, csv.Error), path.open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+    with suppress(UnicodeDecodeError, csv.Error):
+        rows = read_csv(path)
     if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
-    return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+    return [{name: csv_name(row[name]) for name in ("split", "class", "path")} for row in rows]
 
 
 def is_copy(path: Path, collection: Collection, original: Callable[[], Collection | None]) -> bool:
@@ -382,9 +381,7 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
         UserError: if the file isn't such a list.
     """
     rows, here = _listed(path), _by_written_name(collection)
-    if not all(row["path"] in here for row in rows):
-        return False
-    if _moved(rows, here, collection) is not None:
+    if not all(row["path"] in here for row in rows) or _moved(rows, here, collection) is not None:
         return False
     if (known := original()) is None:
         return True

@@ -64,7 +64,7 @@ class Slot(IntEnum):
     WHISKER = 24
 
 
-class Group(IntEnum):
+class _Group(IntEnum):
     """Shapes that move as one."""
 
     BODY = 0
@@ -81,7 +81,7 @@ class Shape:
 
     slot: Slot
     part: str
-    group: Group
+    group: _Group
     points: Points
 
 
@@ -97,7 +97,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Poin
     return np.stack([x + u * np.cos(tilt) - v * np.sin(tilt), y + u * np.sin(tilt) + v * np.cos(tilt)], axis=1)
 
 
-def smooth(points: Pairs | Points, steps: int = 4) -> Points:
+def _smooth(points: Pairs | Points, steps: int = 4) -> Points:
     """A closed Catmull-Rom curve through the points, `steps` vertices between neighbours."""
     p = np.asarray(points, dtype=np.float64)
     before, after, beyond = np.roll(p, 1, axis=0), np.roll(p, -1, axis=0), np.roll(p, -2, axis=0)
@@ -115,7 +115,7 @@ def smooth(points: Pairs | Points, steps: int = 4) -> Points:
 def symmetric(right_half: Pairs, steps: int = 4) -> Points:
     """A smooth outline from its right half, top to bottom; points with x = 0 are not doubled."""
     left = [(-x, y) for x, y in reversed(right_half) if x > 0]
-    return smooth([*right_half, *left], steps)
+    return _smooth([*right_half, *left], steps)
 
 
 def mirrored(points: Points) -> Points:
@@ -159,7 +159,7 @@ class Face:
     half_size: float
 
 
-def _rimmed(slot: Slot, part: str, group: Group, points: Points, margin: float = 0.045) -> Iterator[Shape]:
+def _rimmed(slot: Slot, part: str, group: _Group, points: Points, margin: float = 0.045) -> Iterator[Shape]:
     """A shape over its own slightly larger dark rim, which sets equal colours apart as a shadow would."""
     yield Shape(Slot.RIM, part, group, grown(points, margin))
     yield Shape(slot, part, group, points)
@@ -167,13 +167,13 @@ def _rimmed(slot: Slot, part: str, group: Group, points: Points, margin: float =
 
 def _ears(slot: Slot, outer: Points, inner: Points | None) -> Iterator[Shape]:
     """Both ears from the right one."""
-    for group, turn in ((Group.RIGHT_EAR, lambda p: p), (Group.LEFT_EAR, mirrored)):
+    for group, turn in ((_Group.RIGHT_EAR, lambda p: p), (_Group.LEFT_EAR, mirrored)):
         yield from _rimmed(slot, "ear", group, turn(outer))
         if inner is not None:
             yield Shape(Slot.INNER, "ear", group, turn(inner))
 
 
-def _both(slot: Slot, part: str, group: Group, points: Points) -> Iterator[Shape]:
+def _both(slot: Slot, part: str, group: _Group, points: Points) -> Iterator[Shape]:
     """A shape and its mirror image, in one group."""
     yield Shape(slot, part, group, points)
     yield Shape(slot, part, group, mirrored(points))
@@ -183,73 +183,73 @@ def _eyes(x: float, y: float, iris: Points, pupil: Points) -> Iterator[Shape]:
     """Both eyes from the right one's iris and pupil around (0, 0); the light falls from one side on both."""
     place = np.array([x, y])
     size = float(np.ptp(pupil, axis=0).max())
-    yield from _both(Slot.RIM, "eye", Group.EYES, grown(iris, 0.04) + place)
-    yield from _both(Slot.IRIS, "eye", Group.EYES, iris + place)
-    yield from _both(Slot.PUPIL, "eye", Group.EYES, pupil + place)
+    yield from _both(Slot.RIM, "eye", _Group.EYES, grown(iris, 0.04) + place)
+    yield from _both(Slot.IRIS, "eye", _Group.EYES, iris + place)
+    yield from _both(Slot.PUPIL, "eye", _Group.EYES, pupil + place)
     for side in (x, -x):
-        yield Shape(Slot.GLINT, "eye", Group.EYES, ellipse(side + 0.04, y - 0.2 * size, 0.055, 0.055))
+        yield Shape(Slot.GLINT, "eye", _Group.EYES, ellipse(side + 0.04, y - 0.2 * size, 0.055, 0.055))
 
 
 def _mouth(y: float, drop: float, width: float) -> Iterator[Shape]:
     """The line below the nose and its two curls."""
-    yield Shape(Slot.DARK, "mouth", Group.MUZZLE, stroke(0, y, 0, y + drop, 0.055))
-    yield from _both(Slot.DARK, "mouth", Group.MUZZLE, stroke(0, y + drop, width, y + drop - 0.09, 0.055))
+    yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y, 0, y + drop, 0.055))
+    yield from _both(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y + drop, width, y + drop - 0.09, 0.055))
 
 
 def _whiskers(x: float, y: float, length: float) -> Iterator[Shape]:
     """Three whiskers on each side."""
     for rise in (-0.16, 0.0, 0.16):
         line = stroke(x, y + rise / 2, x + length, y + 1.6 * rise, 0.035)
-        yield from _both(Slot.WHISKER, "whisker", Group.MUZZLE, line)
+        yield from _both(Slot.WHISKER, "whisker", _Group.MUZZLE, line)
 
 
 def _cat() -> Iterator[Shape]:
     """Pointed ears wide apart, slit pupils, a small nose between two puffs."""
-    ear = smooth([(0.16, -0.6), (0.5, -1.05), (0.9, -1.42), (0.99, -0.85), (0.92, -0.15)])
+    ear = _smooth([(0.16, -0.6), (0.5, -1.05), (0.9, -1.42), (0.99, -0.85), (0.92, -0.15)])
     yield from _ears(Slot.FUR, ear, np.array([(0.42, -0.68), (0.82, -1.2), (0.82, -0.45)]))
     head = [(0.0, -0.76), (0.55, -0.7), (0.95, -0.25), (1.04, 0.22), (0.72, 0.68), (0.0, 0.86)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
     yield from _eyes(0.43, -0.1, ellipse(0, 0, 0.22, 0.2), ellipse(0, 0, 0.07, 0.18))
     yield from _whiskers(0.3, 0.42, 0.95)
-    yield from _both(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0.17, 0.45, 0.23, 0.19))
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, np.array([(-0.14, 0.24), (0.14, 0.24), (0.0, 0.4)]))
+    yield from _both(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0.17, 0.45, 0.23, 0.19))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, np.array([(-0.14, 0.24), (0.14, 0.24), (0.0, 0.4)]))
     yield from _mouth(0.4, 0.12, 0.2)
 
 
 def _dog() -> Iterator[Shape]:
     """Ears that hang in front of a long head, a deep muzzle with a large nose, and the tongue out."""
     head = [(0.0, -0.86), (0.55, -0.72), (0.76, -0.15), (0.64, 0.45), (0.42, 0.88), (0.0, 1.02)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
-    ear = smooth([(0.42, -0.8), (0.85, -0.74), (1.16, -0.1), (1.2, 0.6), (0.94, 0.84), (0.74, 0.35), (0.66, -0.35)])
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
+    ear = _smooth([(0.42, -0.8), (0.85, -0.74), (1.16, -0.1), (1.2, 0.6), (0.94, 0.84), (0.74, 0.35), (0.66, -0.35)])
     yield from _ears(Slot.SHADE, ear, None)
     yield from _eyes(0.32, -0.22, ellipse(0, 0, 0.15, 0.15), ellipse(0, 0, 0.1, 0.1))
-    yield Shape(Slot.TONGUE, "mouth", Group.MUZZLE, ellipse(0, 0.9, 0.17, 0.28))
-    yield Shape(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0, 0.45, 0.45, 0.4))
+    yield Shape(Slot.TONGUE, "mouth", _Group.MUZZLE, ellipse(0, 0.9, 0.17, 0.28))
+    yield Shape(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0, 0.45, 0.45, 0.4))
     yield from _mouth(0.36, 0.24, 0.3)
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)]))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, _smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)]))
 
 
 def _rabbit() -> Iterator[Shape]:
     """Two long upright ears, eyes at the sides, two teeth."""
-    ear = smooth([(0.12, -0.5), (0.1, -1.25), (0.4, -1.98), (0.7, -1.35), (0.54, -0.45)])
-    inner = smooth([(0.26, -0.75), (0.25, -1.3), (0.41, -1.74), (0.55, -1.35), (0.42, -0.7)])
+    ear = _smooth([(0.12, -0.5), (0.1, -1.25), (0.4, -1.98), (0.7, -1.35), (0.54, -0.45)])
+    inner = _smooth([(0.26, -0.75), (0.25, -1.3), (0.41, -1.74), (0.55, -1.35), (0.42, -0.7)])
     yield from _ears(Slot.FUR, ear, inner)
     head = [(0.0, -0.72), (0.48, -0.62), (0.76, -0.1), (0.78, 0.4), (0.45, 0.78), (0.0, 0.85)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
     yield from _eyes(0.47, -0.12, ellipse(0, 0, 0.15, 0.19), ellipse(0, 0, 0.11, 0.14))
-    yield Shape(Slot.GLINT, "mouth", Group.MUZZLE, np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)]))
-    yield Shape(Slot.DARK, "mouth", Group.MUZZLE, stroke(0, 0.5, 0, 0.78, 0.035))
-    yield from _both(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0.17, 0.42, 0.21, 0.18))
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, smooth([(-0.13, 0.22), (0.13, 0.22), (0.0, 0.38)]))
+    yield Shape(Slot.GLINT, "mouth", _Group.MUZZLE, np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)]))
+    yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, 0.5, 0, 0.78, 0.035))
+    yield from _both(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0.17, 0.42, 0.21, 0.18))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, _smooth([(-0.13, 0.22), (0.13, 0.22), (0.0, 0.38)]))
 
 
 def _bear() -> Iterator[Shape]:
     """Small round ears on a broad round head, a round muzzle."""
     yield from _ears(Slot.FUR, ellipse(0.72, -0.72, 0.33, 0.33), ellipse(0.7, -0.7, 0.19, 0.19))
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, ellipse(0, 0, 1.02, 0.93))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, ellipse(0, 0, 1.02, 0.93))
     yield from _eyes(0.38, -0.18, ellipse(0, 0, 0.14, 0.14), ellipse(0, 0, 0.1, 0.1))
-    yield Shape(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0, 0.38, 0.45, 0.37))
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, ellipse(0, 0.2, 0.2, 0.13))
+    yield Shape(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0, 0.38, 0.45, 0.37))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, ellipse(0, 0.2, 0.2, 0.13))
     yield from _mouth(0.32, 0.16, 0.2)
 
 
@@ -257,36 +257,36 @@ def _mouse() -> Iterator[Shape]:
     """Huge round ears, a face that runs to a point with the nose at its tip."""
     yield from _ears(Slot.FUR, ellipse(0.86, -0.7, 0.6, 0.6), ellipse(0.86, -0.68, 0.43, 0.43))
     head = [(0.0, -0.66), (0.48, -0.56), (0.7, -0.05), (0.5, 0.45), (0.2, 0.86), (0.0, 0.98)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
     yield from _eyes(0.3, -0.06, ellipse(0, 0, 0.14, 0.15), ellipse(0, 0, 0.11, 0.12))
     yield from _whiskers(0.12, 0.68, 0.8)
     cone = [(0.0, 0.25), (0.22, 0.55), (0.16, 0.85), (0.0, 0.95)]
-    yield Shape(Slot.LIGHT, "muzzle", Group.MUZZLE, symmetric(cone))
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, ellipse(0, 0.9, 0.14, 0.12))
+    yield Shape(Slot.LIGHT, "muzzle", _Group.MUZZLE, symmetric(cone))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, ellipse(0, 0.9, 0.14, 0.12))
 
 
 def _fox() -> Iterator[Shape]:
     """Tall ears close together, slanted eyes, wide cheeks that run to a pointed chin."""
-    ear = smooth([(0.06, -0.5), (0.3, -1.15), (0.66, -1.66), (0.86, -1.0), (0.84, -0.3)])
+    ear = _smooth([(0.06, -0.5), (0.3, -1.15), (0.66, -1.66), (0.86, -1.0), (0.84, -0.3)])
     yield from _ears(Slot.FUR, ear, np.array([(0.3, -0.65), (0.61, -1.35), (0.7, -0.55)]))
     head = [(0.0, -0.66), (0.55, -0.58), (0.95, -0.02), (1.2, 0.42), (0.62, 0.62), (0.24, 0.98), (0.0, 1.1)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
-    cheek = smooth([(0.1, 0.35), (0.6, 0.2), (1.1, 0.4), (0.6, 0.56), (0.25, 0.88)])
-    yield from _both(Slot.LIGHT, "muzzle", Group.HEAD, cheek)
-    almond = smooth([(-0.21, 0.05), (-0.04, -0.14), (0.24, -0.1), (0.06, 0.13)])
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
+    cheek = _smooth([(0.1, 0.35), (0.6, 0.2), (1.1, 0.4), (0.6, 0.56), (0.25, 0.88)])
+    yield from _both(Slot.LIGHT, "muzzle", _Group.HEAD, cheek)
+    almond = _smooth([(-0.21, 0.05), (-0.04, -0.14), (0.24, -0.1), (0.06, 0.13)])
     yield from _eyes(0.42, -0.02, almond, ellipse(0, 0, 0.09, 0.12))
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, ellipse(0, 0.96, 0.15, 0.12))
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, ellipse(0, 0.96, 0.15, 0.12))
 
 
 def _pig() -> Iterator[Shape]:
     """Ears that fold outward, a snout disc with two nostrils in the middle of the face."""
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, ellipse(0, 0, 0.98, 0.9))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, ellipse(0, 0, 0.98, 0.9))
     ear = np.array([(0.26, -0.86), (0.6, -1.08), (0.95, -1.06), (1.36, -0.5), (0.98, -0.44), (0.8, -0.4)])
     yield from _ears(Slot.SHADE, ear, np.array([(0.55, -0.84), (0.88, -0.92), (1.16, -0.6), (0.86, -0.56)]))
     yield from _eyes(0.45, -0.2, ellipse(0, 0, 0.13, 0.13), ellipse(0, 0, 0.09, 0.09))
-    yield from _rimmed(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0, 0.24, 0.42, 0.31))
-    yield from _both(Slot.NOSE, "nose", Group.MUZZLE, ellipse(0.16, 0.24, 0.09, 0.14))
-    yield Shape(Slot.DARK, "mouth", Group.MUZZLE, smooth([(-0.3, 0.64), (0.3, 0.64), (0.0, 0.76)]))
+    yield from _rimmed(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0, 0.24, 0.42, 0.31))
+    yield from _both(Slot.NOSE, "nose", _Group.MUZZLE, ellipse(0.16, 0.24, 0.09, 0.14))
+    yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, _smooth([(-0.3, 0.64), (0.3, 0.64), (0.0, 0.76)]))
 
 
 def _owl() -> Iterator[Shape]:
@@ -294,11 +294,11 @@ def _owl() -> Iterator[Shape]:
     tuft = np.array([(0.3, -0.74), (1.06, -1.3), (0.98, -0.3)])
     yield from _ears(Slot.SHADE, tuft, None)
     head = [(0.0, -0.72), (0.5, -0.8), (0.94, -0.5), (1.0, 0.15), (0.68, 0.78), (0.0, 0.98)]
-    yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
-    yield from _both(Slot.LIGHT, "fur", Group.HEAD, ellipse(0.44, -0.1, 0.47, 0.5))
+    yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
+    yield from _both(Slot.LIGHT, "fur", _Group.HEAD, ellipse(0.44, -0.1, 0.47, 0.5))
     yield from _eyes(0.42, -0.12, ellipse(0, 0, 0.3, 0.3), ellipse(0, 0, 0.17, 0.17))
-    beak = smooth([(0.0, 0.06), (0.18, 0.24), (0.0, 0.58), (-0.18, 0.24)])
-    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, beak)
+    beak = _smooth([(0.0, 0.06), (0.18, 0.24), (0.0, 0.58), (-0.18, 0.24)])
+    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, beak)
 
 
 _FACES: Final[dict[str, Callable[[], Iterator[Shape]]]] = {
@@ -311,13 +311,13 @@ CLASSES: Final = tuple(_FACES)
 @cache
 def face(label: int) -> Face:
     """The face of one class, on the shoulders that all classes share."""
-    shoulders = smooth([(-1.0, 3.6), (-1.05, 1.6), (-0.55, 0.75), (0.55, 0.75), (1.05, 1.6), (1.0, 3.6)])
-    chest = smooth([(-0.45, 3.6), (-0.5, 1.6), (0.0, 0.8), (0.5, 1.6), (0.45, 3.6)])
+    shoulders = _smooth([(-1.0, 3.6), (-1.05, 1.6), (-0.55, 0.75), (0.55, 0.75), (1.05, 1.6), (1.0, 3.6)])
+    chest = _smooth([(-0.45, 3.6), (-0.5, 1.6), (0.0, 0.8), (0.5, 1.6), (0.45, 3.6)])
     head = list(_FACES[CLASSES[label]]())
     shapes = [
-        Shape(Slot.RIM, "body", Group.BODY, grown(shoulders, 0.05)),
-        Shape(Slot.BODY, "body", Group.BODY, shoulders),
-        Shape(Slot.LIGHT, "body", Group.BODY, chest),
+        Shape(Slot.RIM, "body", _Group.BODY, grown(shoulders, 0.05)),
+        Shape(Slot.BODY, "body", _Group.BODY, shoulders),
+        Shape(Slot.LIGHT, "body", _Group.BODY, chest),
         *head,
     ]
     ends = np.cumsum([len(shape.points) for shape in shapes]).tolist()
@@ -420,7 +420,7 @@ def _pose(template: Face, rng: np.random.Generator) -> Points:
 
 def _vary(template: Face, rng: np.random.Generator) -> Points:
     """Vertices [V, 2] in face coordinates after each group's own tilt, stretch and shift."""
-    count = len(Group)
+    count = len(_Group)
     tilt = rng.uniform(-1, 1, count) * (0.25, 0.0, 0.2, 0.2, 0.0, 0.0)
     stretch = 1 + rng.uniform(-1, 1, (count, 2)) * ((0.2,), (0.05,), (0.13,), (0.13,), (0.1,), (0.08,))
     pivot = np.array([(0, 0.8), (0, 0), (-0.55, -0.6), (0.55, -0.6), (0, -0.1), (0, 0.4)])
@@ -501,7 +501,7 @@ def part_mask(scene: Scene, image_size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(_PART_TABLE[regions])
 
 
-def render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
     regions = region_map(scene, image_size)
     coat = _coverage(regions, _COAT_TABLE)
@@ -606,7 +606,7 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     def image(self, index: int) -> npt.NDArray[np.uint8]:
         """The image, uint8 [S, S, 3] in RGB order."""
         scene, rng = self._scene(index)
-        return render(scene, self.image_size, rng)
+        return _render(scene, self.image_size, rng)
 
     def label(self, index: int) -> int:
         """The class, an index into `classes`."""

@@ -16,7 +16,6 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +51,7 @@ _SEVERAL: Final = (
 # ---- CSV manifests
 
 
-def read_manifest(file: Path, columns: Columns = (None, None)) -> FileCollection:
+def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     """Read a CSV manifest.
 
     Args:
@@ -154,12 +153,7 @@ def _sample_id(folder: Path, cell: str) -> str:
 
 @dataclass
 class ArrowCollection(Collection):
-    """Rows of Hugging Face datasets; sample ids are ``split/row``.
-
-    Attributes:
-        tables: split -> dataset whose images aren't decoded: {"bytes", "path"}.
-        image_column: the column with the images.
-    """
+    """Rows of Hugging Face datasets; sample ids are ``split/row``; images aren't decoded there: {"bytes", "path"}."""
 
     tables: dict[str, Any] = field(default_factory=dict)
     image_column: str = "image"
@@ -187,7 +181,13 @@ class ArrowCollection(Collection):
     @cached_property
     def _sizes(self) -> dict[str, list[int]]:
         """Bytes per row of each split; read in batches, since a row by itself takes 0.1 ms."""
-        return {split: list(_stored_sizes(table, self.image_column)) for split, table in self.tables.items()}
+        sizes: dict[str, list[int]] = {split: [] for split in self.tables}
+        for split, table in self._pixels.items():
+            for batch in table.with_format("arrow").iter(batch_size=1000):
+                for image in batch[self.image_column]:
+                    stored = image["bytes"] if image.is_valid else None
+                    sizes[split].append(len(stored.as_buffer()) if stored is not None and stored.is_valid else 0)
+        return sizes
 
     def size_bytes(self, sample: Sample) -> int:
         """Number of stored bytes; 0 of an image that is only named."""
@@ -211,19 +211,10 @@ class ArrowCollection(Collection):
         for split, table in self.tables.items():
             if name not in table.column_names or name == self.image_column:
                 return None
-            found |= {f"{split}/{row:06d}": _cell(value) for row, value in enumerate(table[name][:])}
+            for row, value in enumerate(table[name][:]):
+                unknown = value is None or value != value  # NaN alone differs from itself
+                found[f"{split}/{row:06d}"] = "" if unknown else str(value)
         return found
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None or value != value else str(value)  # NaN alone differs from itself
-
-
-def _stored_sizes(table: Any, column: str) -> Iterator[int]:
-    for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        for image in batch[column]:
-            stored = image["bytes"] if image.is_valid else None
-            yield len(stored.as_buffer()) if stored is not None and stored.is_valid else 0
 
 
 def read_dataset(path: str, columns: Columns = (None, None), *, download: bool = False) -> ArrowCollection:
@@ -269,38 +260,26 @@ def _datasets() -> Any:
 
 
 def _load(path: str, download: bool) -> Any:
-    """A dataset, or a dict of datasets by split."""
+    """A dataset, or a dict of datasets by split; kept to the cache unless it may fetch."""
     datasets = _datasets()
-    if not path.startswith(HF):
-        try:
-            return datasets.load_from_disk(str(Path(path).expanduser()))
-        except Exception as error:  # damaged files fail in every type; the cause stays attached
-            raise UserError(f"{path} can't be read as a saved dataset ({_brief(error)}): save it anew.") from error
     name, _, config = path.removeprefix(HF).partition(":")
+    offline = datasets.config.HF_HUB_OFFLINE  # what the environment forbids stays forbidden
+    datasets.config.HF_HUB_OFFLINE = offline or not download
     try:
-        with _network(datasets, download):
+        if path.startswith(HF):
             return datasets.load_dataset(name, config or None)
-    except Exception as error:  # as above: names, configurations, networks and files
+        return datasets.load_from_disk(str(Path(path).expanduser()))
+    except Exception as error:  # damaged files fail in every type, and so do names, networks and configurations
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not path.startswith(HF):
+            raise UserError(f"{path} can't be read as a saved dataset ({why}): save it anew.") from error
         hint = "check the name" if download else f"fetch it by {fetching(path)}"
         raise UserError(
-            f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({_brief(error)}): {hint}; a "
-            f"configuration goes behind the name, {HF}{name}:CONFIG."
+            f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({why}): {hint}; a configuration "
+            f"goes behind the name, {HF}{name}:CONFIG."
         ) from error
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-@contextmanager
-def _network(datasets: Any, allowed: bool) -> Iterator[None]:
-    """Keep `datasets` to its cache unless it may fetch; what the environment forbids stays forbidden."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not allowed
-    try:
-        yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -328,7 +307,8 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in _LABELS if name in features][:1]
-    labels = labels or [name for name, feature in features.items() if _holds_classes(feature)]
+    lists = [name for name, each in features.items() if isinstance(getattr(each, "feature", None), datasets.ClassLabel)]
+    labels = labels or lists  # refused below
     for what, named, found in (("image", columns[0], images), ("label", columns[1], labels)):
         if (named is not None and named not in features) or (named is None and len(found) != 1):
             raise UserError(
@@ -346,11 +326,6 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
     if "float" in feature.dtype or "double" in feature.dtype:
         raise UserError(f"The column {label!r} of {path} holds measures, and a classifier needs classes.")
     return image, label
-
-
-def _holds_classes(feature: Any) -> bool:
-    """Whether it is a list of classes."""
-    return isinstance(getattr(feature, "feature", None), _datasets().ClassLabel)
 
 
 def _classes(feature: Any, values: Mapping[str, Sequence[Any]], where: str) -> tuple[list[str], dict[Any, int]]:

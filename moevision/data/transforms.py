@@ -41,7 +41,7 @@ Uniform = npt.NDArray[np.float64]
 Boxes = npt.NDArray[np.int64]
 """[B, 4]: top, left, height, width in pixels."""
 
-Key = int | npt.NDArray[np.int64]
+_Key = int | npt.NDArray[np.int64]
 
 BASE_SCALE = 1.15
 """Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
@@ -333,7 +333,7 @@ def hash_u64(*values: int) -> int:
     return state
 
 
-def hash_u64_array(*values: Key) -> npt.NDArray[np.uint64]:
+def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
     """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64."""
     state = np.zeros((), np.uint64)
     for value in values:
@@ -349,7 +349,7 @@ def hash_u64_array(*values: Key) -> npt.NDArray[np.uint64]:
     return state
 
 
-def uniform(count: int, *key: Key) -> npt.NDArray[np.float64]:
+def uniform(count: int, *key: _Key) -> npt.NDArray[np.float64]:
     """Numbers that are uniform in [0, 1), drawn for each key: the upper 53 bits of ``hash_u64(*key, number)``.
 
     Args:

@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.demo.bundle import bundled_model, bundled_photos
+    from moevision.demo.models import bundled_model, bundled_photos
     from moevision.demo.view import RoutingView, route_image
 
 __all__ = ["RoutingView", "bundled_model", "bundled_photos", "route_image"]
 
-_HOME = {"RoutingView": "view", "bundled_model": "bundle", "bundled_photos": "bundle", "route_image": "view"}
+_HOME = {"RoutingView": "view", "bundled_model": "models", "bundled_photos": "models", "route_image": "view"}
 
 
 def __getattr__(name: str) -> object:

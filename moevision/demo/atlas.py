@@ -169,11 +169,7 @@ def save_atlas(atlas: Json, path: str | Path) -> None:
 
 
 def load_atlas(path: str | Path) -> Json:
-    """Read an atlas.
-
-    Raises:
-        UserError: if there is none, it is damaged, or another version wrote it.
-    """
+    """Read an atlas; a UserError if there is none, it is damaged, or another version wrote it."""
     try:
         atlas: Json = read_json(path)
     except FileNotFoundError as error:

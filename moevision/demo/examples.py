@@ -1,7 +1,8 @@
-"""The images that a model can show: its own data's, those in a folder, and a few photos that gradio carries.
+"""The images that a model can show: its data's, a folder's, gradio's photos, a scored run's. Is one unlike the rest?
 
-An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion"; those of a run that kept scores
-by "train/cat/7.png", too (`demo/scored.py`). Ids are looked up in tables; none of them ever becomes a path.
+An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion"; those of a run whose training
+kept scores (`scores.csv`) by "train/cat/7.png", too, as the page of `moevision data score` links to them. Ids are
+looked up in tables; none of them ever becomes a path.
 """
 
 from __future__ import annotations
@@ -9,31 +10,44 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import zip_longest
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from moevision.analysis.images import PictureSet, original_image
+from moevision.analysis.good_data import SCORE_LISTS, image_id
+from moevision.analysis.images import Collected, PictureSet, open_pictures, original_image, run_folder
+from moevision.data.collection import SPLITS
 from moevision.data.images import BadImageError, safe_open
+from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
-from moevision.demo.requests import RequestError
-from moevision.demo.scored import ScoredRun, gone
-from moevision.demo.wire import data_uri
-from moevision.errors import UserError
-from moevision.names import shown
+from moevision.demo.wire import RequestError, data_uri
+from moevision.errors import DataWarning, UserError
+from moevision.models.io import SavedModel
+from moevision.names import csv_name, shown
 
 T = TypeVar("T")
-EXAMPLES = 12
-THUMB_PX = 96
+Floats = npt.NDArray[np.float64]
+EXAMPLES: Final = 12
+THUMB_PX: Final = 96
+SHOWN: Final = 36  # images of a list
+MIN_PICTURES: Final = 200
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
+_TYPICAL_SHARE: Final = 0.99
+_SCALES: Final = 3
+_QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
+_FLOOR: Final = 2e-3  # half a grey level of 255: below it an edge is rounding
+_LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
 log = logging.getLogger(__name__)
 
 
@@ -74,14 +88,10 @@ class Found:
 
 
 class Examples:
-    """The images of one model.
+    """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores.
 
-    Args:
-        pictures: the model's data; None if there are none. Drawn ones have ids of their own kind, and no photos of
-            gradio's beside them.
-        image_size: S.
-        credits: of images that the package carries, by their names; those have no photos of gradio's beside them.
-        scored: the run that the model comes from, if it kept scores of its training images.
+    `credits` are of images that the package carries, by their names. They and drawn ones have no photos of gradio's
+    beside them.
     """
 
     def __init__(
@@ -94,8 +104,7 @@ class Examples:
         self.pictures, self.image_size, self.scored = pictures, image_size, scored
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
-        indices = range(0 if pictures is None else len(pictures))
-        self._index = {self.id_of(pictures, index): index for index in indices} if pictures is not None else {}
+        self._index = {} if pictures is None else {self.id_of(pictures, index): index for index in range(len(pictures))}
         self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
         self._recent: Recent[Found] = Recent(256)
@@ -157,19 +166,11 @@ class Examples:
         return set() if self.pictures is None else set(map(self.pictures.picture_name, range(len(self.pictures))))
 
     def find(self, id: str) -> Found:
-        """The image of that id.
-
-        Raises:
-            RequestError: if there is none.
-        """
+        """The image of that id, or RequestError if there is none."""
         return self._recent.get(id, lambda: self._open(id))
 
     def sharp(self, id: str) -> str | None:
-        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more.
-
-        Raises:
-            RequestError: if there is no such image.
-        """
+        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
         return self._sharp.get(id, lambda: self._open_sharp(id))
 
     def _open_sharp(self, id: str) -> str | None:
@@ -199,11 +200,6 @@ class Examples:
         return Found(id, id if word is None else f"{word}, {name}", word, pixels, credit)
 
     def _place(self, id: str) -> tuple[PictureSet, int]:
-        """Where an image is.
-
-        Raises:
-            RequestError: if there is none of that id.
-        """
         index = self._index.get(id)
         if self.pictures is not None and index is not None:
             return self.pictures, index
@@ -240,5 +236,191 @@ def _spread(pictures: PictureSet) -> list[int]:
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
-    longest = max(map(len, of_class.values()), default=0)
-    return [members[turn] for turn in range(longest) for members in of_class.values() if turn < len(members)]
+    return [index for turn in zip_longest(*of_class.values()) for index in turn if index is not None]
+
+
+class ScoredRun:
+    """A run folder with scores, and its images as its model sees them; nothing is opened before somebody asks."""
+
+    def __init__(self, run: Path, model: SavedModel) -> None:
+        self.run, self._class_names, self._image_size = run, model.class_names, model.image_size
+        self._lock = threading.Lock()
+        self._scores: Scores | None = None
+        self._pictures: PictureSet | None = None
+        self._index: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, address: str, model: SavedModel) -> ScoredRun | None:
+        """The run of the model at that address; None where there is no run, or it kept no scores."""
+        run = run_folder(address)
+        return cls(run, model) if run is not None and (run / FILE).is_file() else None
+
+    def scores(self) -> Scores:
+        """The table, or RequestError if it can't be read."""
+        with self._lock:
+            if self._scores is None:
+                sentence = f"The scores of this run can't be read: look at its {FILE}"
+                self._scores = _told(lambda: Scores.read(self.run / FILE), sentence)
+            return self._scores
+
+    def first(self, key: str, class_name: str | None) -> tuple[list[int], int]:
+        """Rows of the scores at the head of a list, and how many images it ranks; of one class, or of all."""
+        scores, one = self.scores(), SCORE_LISTS[key]
+        among = np.isfinite(scores.scores[one.score])
+        if class_name is not None:
+            among &= np.array([label == csv_name(class_name) for label in scores.labels], dtype=bool)
+        return one.first(scores.scores, SHOWN, among).tolist(), int(among.sum())
+
+    def holds(self, id: str) -> bool:
+        """Whether an id is of this kind; the image need not be there."""
+        return id.partition("/")[0] in SPLITS
+
+    def place(self, id: str) -> tuple[PictureSet, int]:
+        """Where an image is, or RequestError if there is none of that id, or its file is gone."""
+        pictures = self.open()
+        if id in self._index:
+            return pictures, self._index[id]
+        split, _, name = id.partition("/")
+        if split == "train" and name in self.scores().images:
+            raise gone(name)
+        raise RequestError(f"There is no image {id!r} in this run: choose one of the tab Data.")
+
+    def open(self) -> PictureSet:
+        """The images of all splits, none of them decoded, or RequestError if they are no longer where they were."""
+        with self._lock:
+            if self._pictures is None:
+                sentence = "The images of this run can't be opened: are they still where they were when it was trained?"
+                self._pictures = _told(self._open, sentence)
+            return self._pictures
+
+    def _open(self) -> PictureSet:
+        from moevision.analysis.good_data import images_of  # and with it what finds duplicates
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # at start the explorer noted what there is to note
+            images = images_of(self.run)
+        listed = [sample for _, sample in images.each()]
+        self._index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
+        pictures = Collected(images.collection, listed, self._image_size, tuple(images.class_names), "the run's images")
+        return open_pictures(pictures, self._image_size, class_names=self._class_names)
+
+
+def gone(name: str) -> RequestError:
+    """What is said of an image whose file was there once."""
+    return RequestError(f"The file of {name!r} is gone: bring it back, or choose another image.", "bad_image")
+
+
+def _told(make: Callable[[], T], sentence: str) -> T:
+    """What `make` gives; what is wrong goes to the log, since it names paths, and the sentence to the visitor."""
+    try:
+        return make()
+    except UserError as error:
+        log.warning("%s", error)
+        raise RequestError(f"{sentence} The log of the server says more.") from error
+
+
+@dataclass(frozen=True)
+class Typical:
+    """What training images look like: is another one unlike them?
+
+    An image is summed up in F = 28 numbers that no object enters: mean and spread of its colours, how strong its edges
+    are at three scales (six quantiles each), and how unevenly they lie over the image. The measure is the Mahalanobis
+    distance of these numbers from those of the training images; beyond that of 99 % of them an image is called unlike.
+    It notices noise, flat colour, logos, and drawings among photos or photos among drawings where their sharpness
+    differs; it does not notice a strange object in a familiar photo, and at 32 pixels hardly a drawing or other photo
+    beside CIFAR-10's. `benchmarks/demo/unlike.py` has the shares, beside those of the energy score (arXiv:2010.03759).
+
+    Attributes:
+        mean: [F].
+        whitening: [F, F] so that `whitening @ (statistics - mean)` has unit covariance.
+        threshold: squared distance beyond which 1 % of the images lie.
+        image_size: side of the images in pixels; the statistics depend on it.
+        n_images: how many images were measured.
+    """
+
+    mean: Floats
+    whitening: Floats
+    threshold: float
+    image_size: int
+    n_images: int
+
+    def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
+        """Squared Mahalanobis distance of an image, uint8 [S, S, 3], from the typical one."""
+        return float(np.square(self.whitening @ (picture_statistics(pixels) - self.mean)).sum())
+
+    def unlike(self, pixels: npt.NDArray[np.uint8]) -> str | None:
+        """Why the image is unlike the training data, in one sentence; None if it isn't."""
+        if self.distance(pixels) <= self.threshold:
+            return None
+        return (
+            f"Its colours and edges are further from the usual than in {100 * _TYPICAL_SHARE:.0f} % of the images that "
+            "the model was made for, so prediction and routing may mean little here."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON; numbers with six significant digits."""
+
+        def six(value: Any) -> Any:
+            return [six(one) for one in value] if np.ndim(value) else float(f"{value:.6g}")
+
+        found = {"mean": six(self.mean), "whitening": six(self.whitening), "threshold": six(self.threshold)}
+        return {**found, "image_size": self.image_size, "n_images": self.n_images}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Typical:
+        """The inverse of `to_json`; raises a ValueError if the arrays don't fit each other."""
+        mean, whitening = np.array(given["mean"], np.float64), np.array(given["whitening"], np.float64)
+        if mean.ndim != 1 or whitening.shape != (len(mean), len(mean)):
+            raise ValueError(f"whitening of shape {whitening.shape} does not fit {len(mean)} statistics")
+        return cls(mean, whitening, float(given["threshold"]), int(given["image_size"]), int(given["n_images"]))
+
+
+def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
+    """Measure what images of the training data look like, best on images that were held out.
+
+    Of at least 200 images, uint8 [S, S, 3], every other one fixes mean and covariance, the rest the threshold: on the
+    same images it would come out too low. Too few images, or another size, are a UserError.
+    """
+    rows = []
+    for pixels in pictures:
+        if pixels.shape != (image_size, image_size, 3):
+            raise UserError(f"The model's images are {image_size} px square, not of shape {pixels.shape}.")
+        rows.append(picture_statistics(pixels))
+    if len(rows) < MIN_PICTURES:
+        raise UserError(f"At least {MIN_PICTURES} images are needed to say what is typical, not {len(rows)}.")
+    fitted, held_out = np.stack(rows[::2]), np.stack(rows[1::2])
+    mean, scale = fitted.mean(0), np.maximum(fitted.std(0), 1e-6)
+    # A hundredth of the identity keeps the inverse tame where statistics nearly determine each other.
+    scaled = (fitted - mean) / scale
+    correlation = scaled.T @ scaled / len(scaled) + 1e-2 * np.eye(len(mean))
+    whitening = np.linalg.inv(np.linalg.cholesky(correlation)) / scale
+    distances = np.square((held_out - mean) @ whitening.T).sum(1)
+    return Typical(mean, whitening, float(np.quantile(distances, _TYPICAL_SHARE)), image_size, len(rows))
+
+
+def picture_statistics(pixels: npt.NDArray[np.uint8]) -> Floats:
+    """[F] statistics of an image, uint8 [S, S, 3] with S at least 16 pixels."""
+    rgb = pixels.astype(np.float64) / 255
+    colours = rgb.reshape(-1, 3)
+    saturation = (colours.max(1) - colours.min(1)).mean()
+    found: list[Any] = [*colours.mean(0), *np.log(colours.std(0) + 0.01), np.log(saturation + 0.01)]
+    grey = rgb @ np.array(_LUMA)
+    for _ in range(_SCALES):
+        down, right = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(grey, axis=1))
+        edges = np.concatenate([down.ravel(), right.ravel()])
+        found += list(np.log(np.quantile(edges, _QUANTILES) + _FLOOR))
+        found.append(_unevenness(down[:, :-1] + right[:-1]))
+        grey = _halved(grey)
+    return np.array(found)
+
+
+def _unevenness(edges: Floats) -> float:
+    """Standard deviation over a 4 x 4 grid of the logarithm of mean edge strength."""
+    cells = [cell for row in np.array_split(edges, 4) for cell in np.array_split(row, 4, axis=1)]
+    return float(np.std([np.log(cell.mean() + _FLOOR) for cell in cells]))
+
+
+def _halved(grey: Floats) -> Floats:
+    height, width = grey.shape[0] // 2, grey.shape[1] // 2
+    halved: Floats = grey[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean((1, 3))
+    return halved

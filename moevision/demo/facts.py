@@ -1,13 +1,18 @@
 """What a view says about its model, its layers and its image, and the one way an image enters a model.
 
 Layers of one model may differ in router, number of experts and k, so `LayerFacts` describes one layer.
+`noise_of_training` is what training sees of an image: the router's noise in a model that is
+otherwise as in evaluation.
 
 Axes: I images, S the model's image size, C classes, P patches, L MoE layers, E experts, K experts per patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,10 +28,9 @@ from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
-from moevision.demo.noise import noise_of
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.io import SavedModel
@@ -348,3 +352,44 @@ def softmax(logits: Tensor) -> npt.NDArray[np.float32]:
     """Probabilities [..., C] of logits [..., C]."""
     probabilities: npt.NDArray[np.float32] = logits.float().softmax(-1).cpu().numpy()
     return probabilities
+
+
+_GENERATOR: Final = threading.RLock()
+"""Held while torch's one generator has a seed of ours: models have locks of their own."""
+
+
+def noise_of(router: Any) -> str:
+    """The noise that a router adds in training: `learned`, `fixed`, `jitter` or `none`."""
+    return getattr(router, "noise", "none")
+
+
+@contextmanager
+def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
+    """Let the routers of `net` that have noise draw it inside the scope; other threads wait for their turn on it.
+
+    Everything else stays as in evaluation, the capacity too. The draw depends on the seed and on the number of tokens
+    alone; the process's own generator is left as it was.
+
+    Args:
+        net: a model in evaluation.
+        seed: of the draw; None for no noise.
+    """
+    if seed is None:
+        yield
+        return
+    with routing_lock(net), _GENERATOR:
+        routers: list[Any] = [layer.router for layer in moe_layers(net) if noise_of(layer.router) != "none"]
+        before = [(router.training, router.options) for router in routers]
+        devices = {weight.device for weight in net.parameters() if weight.is_cuda}
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            try:
+                for router in routers:
+                    # Not `replace`: without a limit in evaluation the options' check would refuse those of a limit.
+                    router.options = copy.copy(router.options)
+                    router.options.capacity_factor = router.options.eval_capacity_factor
+                    router.training = True
+                yield
+            finally:
+                for router, (training, options) in zip(routers, before, strict=True):
+                    router.training, router.options = training, options

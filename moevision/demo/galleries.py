@@ -1,4 +1,4 @@
-"""What the explorer knows about whole sets of images: galleries, atlases, and the answers of the tabs about them.
+"""What the explorer knows about whole sets of images: galleries, atlases, recorded trainings, and the tabs' answers.
 
 A gallery (some hundred images of the model's data with the routing of every patch) is collected in one background
 thread, one model variant after the other, while the page is in use already. An atlas that didn't come with the model
@@ -30,12 +30,13 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, counted_name, load_atlas
-from moevision.demo.bundle import Entry, Variant
-from moevision.demo.examples import Found, Recent, thumb
+from moevision.demo.examples import MIN_PICTURES, Found, Recent, Typical, thumb, typical_of
 from moevision.demo.facts import ModelFacts
-from moevision.demo.requests import RequestError
-from moevision.demo.typical import MIN_PICTURES, Typical, typical_of
-from moevision.demo.wire import data_uri
+from moevision.demo.models import Entry, Variant
+from moevision.demo.view import top_classes
+from moevision.demo.wire import RequestError, data_uri, halves
+from moevision.errors import UserError
+from moevision.models.history import RoutingHistory
 
 LIMIT = 400  # images of a gallery
 MOST = 2000  # of a folder that the user named: all of it, as far as memory goes
@@ -63,7 +64,7 @@ def read_into_memory(pictures: PictureSet) -> View:
 
 
 class _StoppedError(Exception):
-    """The explorer is being closed: nobody will ask for what is being collected."""
+    """The explorer is being closed."""
 
 
 class _UntilStopped(View):
@@ -90,27 +91,14 @@ class _UntilStopped(View):
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images of a model's data with the routing of every patch.
+    """Images of a model's data with the routing of every patch."""
 
-    Attributes:
-        pictures: at most `LIMIT`, the same number of each class.
-        trace: of these images, in their order.
-    """
-
-    pictures: PictureSet
-    trace: RoutingTrace
+    pictures: PictureSet  # at most `LIMIT`, the same number of each class
+    trace: RoutingTrace  # of these images, in their order
 
 
 class Galleries:
-    """The galleries of all variants of all models.
-
-    Args:
-        entries: the models; those without images have stored atlases only.
-        limit: images in a gallery.
-
-    Attributes:
-        stopping: set once the explorer is being closed.
-    """
+    """The galleries of all variants of all models; a model without images has stored atlases only."""
 
     def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
         self.entries, self.limit = list(entries), limit
@@ -140,19 +128,11 @@ class Galleries:
             self._thread.join()
 
     def atlas(self, entry: Entry, variant: str) -> Json | None:
-        """The atlas of a variant; None while it is being computed or if there will be none.
-
-        Raises:
-            RequestError: if it could not be made.
-        """
+        """The atlas of a variant; None while it is being computed or if there will be none."""
         return self._unless_failed(self._atlases.get((entry.card.id, variant)), entry, variant)
 
     def gallery(self, entry: Entry, variant: str) -> Gallery | None:
-        """The gallery of a variant; None while it is being collected or if the model has no images.
-
-        Raises:
-            RequestError: if it could not be made.
-        """
+        """The gallery of a variant; None while it is being collected or if the model has no images."""
         return self._unless_failed(self._galleries.get((entry.card.id, variant)), entry, variant)
 
     def status(self, entry: Entry) -> str:
@@ -223,26 +203,16 @@ def _stored(entry: Entry) -> list[tuple[Key, Json]]:
     if not atlases or not entry.examples.has_pictures:
         return atlases
     names = entry.examples.names
-    return [(key, atlas) for key, atlas in atlases if _names(atlas) <= names]
 
+    def has_all(atlas: Json) -> bool:
+        experts = [expert for layer in atlas["layers"] for expert in layer["experts"]]
+        return all(patch[0] in names for expert in experts for patch in (*expert["top"], *expert["random"]))
 
-def _names(atlas: Json) -> set[str]:
-    """Names of all images in the galleries of an atlas."""
-    return {
-        patch[0]
-        for layer in atlas["layers"]
-        for expert in layer["experts"]
-        for patch in [*expert["top"], *expert["random"]]
-    }
+    return [(key, atlas) for key, atlas in atlases if has_all(atlas)]
 
 
 class AtlasPages:
-    """Handlers of requests about a variant's atlas and gallery.
-
-    Args:
-        entries: the models by id.
-        galleries: where atlases and galleries come from.
-    """
+    """Handlers of requests about a variant's atlas and gallery."""
 
     def __init__(self, entries: Mapping[str, Entry], galleries: Galleries) -> None:
         self.entries, self.galleries = entries, galleries
@@ -338,10 +308,10 @@ class AtlasPages:
         if given.get("class") is not None:
             label = gallery.trace.class_names.index(read.choice(given, "class", gallery.trace.class_names))
         alike = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
-        patches = []
-        for image, patch, weight in alike:
-            found = _found(entry, gallery.pictures, image)
-            patches.append(patch_json(found, variant.facts, patch, weight))
+        patches = [
+            patch_json(_found(entry, gallery.pictures, image), variant.facts, patch, weight)
+            for image, patch, weight in alike
+        ]
         return {"patches": patches}
 
     def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
@@ -356,14 +326,19 @@ class AtlasPages:
         found = next(item for item in atlas["layers"] if item["layer"] == layer)
         loads = np.array(found["loads"], np.float64)
         shares = loads / max(loads.sum(), 1)
-        shown = entry.examples.has_pictures
+        shown, examples = entry.examples.has_pictures, entry.examples
+
+        def patches(listed: Sequence[Any]) -> list[Json]:
+            found = [(examples.find(examples.id_of_name(name)), patch, weight) for name, _, patch, weight in listed]
+            return [patch_json(image, facts, patch, weight) for image, patch, weight in found]
+
         experts = [
             {
                 "expert": item["expert"],
                 "name": f"L{layer}·E{item['expert']}",
                 "load_share": round(float(shares[item["expert"]]), 4),
                 "ideal_share": round(1 / len(shares), 4),
-                **{kind: self._patches(entry, facts, item[kind]) if shown else [] for kind in ("top", "random")},
+                **{kind: patches(item[kind]) if shown else [] for kind in ("top", "random")},
                 "classes": item["classes"],
                 "parts": item["parts"],
                 "called": counted_name(item),
@@ -377,12 +352,60 @@ class AtlasPages:
         status = "ready" if shown else "no_pictures"
         return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}
 
-    def _patches(self, entry: Entry, facts: ModelFacts, listed: Sequence[Any]) -> list[Json]:
-        examples = entry.examples
-        return [
-            patch_json(examples.find(examples.id_of_name(name)), facts, patch, weight)
-            for name, _, patch, weight in listed
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """The recorded moments of a model's training; T moments, P patches, E experts.
+
+    The last moment is the model as it is carried, which the page shows with all numbers of a view; of the others there
+    are weights and predictions only.
+    """
+
+    history: RoutingHistory  # of images that are among the model's examples
+    rows: dict[str, int]  # place of each image in it, by the example's id
+
+    @classmethod
+    def of(cls, entry: Entry) -> Times | None:
+        """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
+        if entry.history is None:
+            return None
+        history, facts, examples = RoutingHistory.load(entry.history), entry.facts, entry.examples
+        experts = {layer: weights.shape[-1] for layer, weights in history.weights.items()}
+        differs = [
+            ("no image of its own", not history.image_names),
+            ("other images", not set(history.image_names) <= examples.names),
+            ("other patches", history.grid != facts.grid),
+            ("other classes", history.class_names != facts.class_names),
+            ("other experts", experts != {router.layer: router.num_experts for router in facts.routers}),
+            ("fewer than two moments", len(history) < 2),
         ]
+        if wrong := [what for what, is_so in differs if is_so]:
+            raise UserError(
+                f"{entry.history} doesn't fit the model beside it ({wrong[0]}): put back the file that the package "
+                "came with."
+            )
+        return cls(history, {examples.id_of_name(name): row for row, name in enumerate(history.image_names)})
+
+    def about(self) -> dict[str, Any]:
+        """Which images were recorded, and after how many optimizer steps."""
+        return {"images": list(self.rows), "steps": list(self.history.steps), "total_steps": self.history.total_steps}
+
+    def of_image(self, id: str) -> dict[str, Any]:
+        """All moments of one image: the likeliest classes, and of each layer `weights` [T, P, E] as `halves` packs."""
+        if id not in self.rows:
+            raise RequestError(f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}.")
+        history, row = self.history, self.rows[id]
+        return {
+            "picture": id,
+            "steps": list(history.steps),
+            "total_steps": history.total_steps,
+            "predictions": [
+                top_classes(history.class_names, moment[row].astype("float32")) for moment in history.probabilities
+            ],
+            "layers": [
+                {"layer": layer, "weights": halves(weights[:, row])} for layer, weights in history.weights.items()
+            ],
+        }
 
 
 def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Json:

@@ -1,183 +1,161 @@
-"""Who may enter, and when: doors for requests that cost time or memory, and a brake on wrong logins.
+"""Who may come in, and when: how the page is served, whose turn it is, how long a connection may keep silent.
 
-Without a door a burst of visitors would fill the memory with waiting images. Addresses take turns at it, so that one of
-them can't shut the others out.
+Without turns a burst of visitors would fill the memory with waiting images, and one of them shut the others out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import fnmatch
 import ipaddress
-import threading
-import time
+import os
+import re
+import socket
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any, Final, ParamSpec, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
-from moevision.demo.requests import RequestError
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-P = ParamSpec("P")
+from moevision.demo.wire import RequestError
+from moevision.errors import UserError
+
 T = TypeVar("T")
-WAITING: Final = 64  # requests
-DECODERS: Final = 1  # images of visitors that are decoded at once, each in up to 0.4 GB
-FREE_LOGINS: Final = 5
-MAX_PAUSE_S: Final = 15.0
-FORGET_S: Final = 600.0
-MAX_ADDRESSES: Final = 4096
+AUTH: Final = "MOEVISION_AUTH"
+"""Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
+WAITING: Final = 64  # requests, beside those that run
+MAX_ADDRESSES: Final = 4096  # whose turns are remembered
+MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6
+EACH: Final = 4  # an address has at most a fourth of connections, requests and bodies
+HEADER_S: Final = 10.0
 
 
-class Gate:
-    """Runs functions in its own few threads; addresses take turns.
+@dataclass(frozen=True)
+class Serving:
+    """How the page is served; `moevision demo --help` has each field."""
 
-    A free thread takes the oldest function of the address that had its turn longest ago, or never: an address with one
-    request waits for one that runs, however many another address has sent. An address alone may have all places. If
-    all are taken, the address with most of them loses its newest one to an address with fewer.
+    host: str = "127.0.0.1"
+    port: int | None = None  # the first free one from 7860
+    auth: tuple[str, str] | None = None  # user, password
+    share: bool = False
+    public: bool = False  # the user said that anyone may use it
+    browser: bool = False
+    allow_host: tuple[str, ...] = ()  # `*` stands for any characters
+    allow_embed: tuple[str, ...] = ()
+    root_path: str = ""  # the proxy may take it off or leave it
 
-    Args:
-        workers: how many run at once.
-        waiting: how many more may wait for their turn.
-    """
+    @property
+    def bare_host(self) -> str:
+        """The host without the brackets that an IPv6 address has in a URL."""
+        return self.host.removeprefix("[").removesuffix("]")
 
-    def __init__(self, workers: int, waiting: int = WAITING) -> None:
-        self.workers, self.waiting = workers, waiting
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moevision-demo")
-        self._lock = threading.Lock()
-        self._queues: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}  # by address, none of them empty
-        self._turns: dict[str, int] = {}  # of an address: the number of its last turn; later turns come later
-        self._turn = self._running = 0
-        self._closed = False
+    @property
+    def local(self) -> bool:
+        """Whether only this computer can reach it."""
+        return is_loopback(self.host) and not self.share
 
-    def submit(self, address: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start `function` when it is the turn of this address.
+    @property
+    def proxied(self) -> bool:
+        """Whether `X-Forwarded-For` tells visitors apart: a proxy that sets it is known to be there."""
+        return self.share or bool(self.allow_host) or _on_space()
 
-        Returns:
-            Its result, or RequestError "busy" if its place was given to another address.
+    def check(self) -> None:
+        """Refuse to open the page to others by accident.
 
         Raises:
-            RequestError: with code "busy" if too many are waiting.
+            UserError: if others could use it without a password and the user didn't say that they may, or a name or a
+                website is not written as one.
         """
-        future: Future[T] = Future()
-        lost: Future[Any] | None = None
-        with self._lock:
-            if self._closed:
-                raise _stopped()
-            if self._running + sum(map(len, self._queues.values())) >= self.workers + self.waiting:
-                longest = max(self._queues.values(), key=len, default=deque())
-                if len(longest) <= len(self._queues.get(address, ())) + 1:
-                    raise _busy()
-                lost, _ = longest.pop()
-            self._queues.setdefault(address, deque()).append((future, partial(function, *args, **kwargs)))
-            if self._running < self.workers:
-                self._running += 1
-                self._pool.submit(self._work)
-        if lost is not None:
-            _refuse(lost, _busy())
-        return future
+        for name in self.allow_host:
+            if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
+                raise UserError(f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org.")
+        for site in self.allow_embed:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*:(//[\w.*-]+(:(\d+|\*))?)?", site, re.ASCII):
+                raise UserError(f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org.")
+        if not re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII):
+            raise UserError(f"--root-path is {self.root_path!r}: give a path without a slash at its end, as in /moe.")
+        if not self.local and self.auth is None and not self.public:
+            way = "--share" if self.share else f"--host {self.host}"
+            raise UserError(
+                f"{way} lets other people use the explorer on this computer: add --auth USER, which asks for a "
+                f"password (or set {AUTH}=USER:PASSWORD), or --public if anyone may."
+            )
 
-    async def run(self, address: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Like `submit`, awaited."""
-        return await asyncio.wrap_future(self.submit(address, function, *args, **kwargs))
+    def listen(self) -> socket.socket:
+        """A socket at the first of the host's addresses that is one of this computer, at a free port.
 
-    def close(self) -> None:
-        """Let nobody in any more and wait for those inside."""
-        with self._lock:
-            self._closed = True
-            left = [future for queue in self._queues.values() for future, _ in queue]
-            self._queues.clear()
-        for future in left:
-            _refuse(future, _stopped())
-        self._pool.shutdown(wait=True)
-
-    def _work(self) -> None:
-        """Run what waits until nothing does."""
-        while (job := self._next()) is not None:
-            future, call = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:
-                    future.set_exception(error)
-
-    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        with self._lock:
-            if not self._queues:
-                self._running -= 1
-                return None
-            address = min(self._queues, key=lambda one: self._turns.get(one, 0))
-            queue = self._queues[address]
-            job = queue.popleft()
-            if not queue:
-                del self._queues[address]
-            self._turn += 1
-            self._turns.pop(address, None)
-            self._turns[address] = self._turn
-            if len(self._turns) > MAX_ADDRESSES:
-                del self._turns[next(iter(self._turns))]
-            return job
-
-
-def _refuse(future: Future[Any], error: RequestError) -> None:
-    if future.set_running_or_notify_cancel():  # nobody may be waiting for it any more
-        future.set_exception(error)
-
-
-def _stopped() -> RequestError:
-    return RequestError("The explorer is being stopped.", "busy")
-
-
-def _busy() -> RequestError:
-    return RequestError("Many people are asking at this moment: try again in a few seconds.", "busy")
-
-
-class Brake:
-    """Slows down who guesses a password: never an account, which a whole class shares, but an address.
-
-    `FREE_LOGINS` wrong logins cost nothing, and each further one must wait twice as long as the one before it, up to
-    `MAX_PAUSE_S`. A login counts as wrong until it is released, so that many at once don't slip through.
-    """
-
-    def __init__(self) -> None:
-        self._tries: dict[str, tuple[int, float]] = {}  # of an address: how many, and when the next may be answered
-
-    def pause(self, address: str) -> float | None:
-        """Count a login from this address.
-
-        Returns:
-            How long it must wait for its answer, in seconds; None if it must not be answered, since too many wait.
+        Raises:
+            UserError: if there is no such address, or the port is taken.
         """
-        now = time.monotonic()
-        count, ready = self._tries.pop(address, (0, now))
-        if now - ready > FORGET_S:
-            count = 0
-        start = max(now, ready)
-        refused = start - now > MAX_PAUSE_S
-        if not refused:
-            count += 1
-            ready = start + (min(2.0 ** min(count - FREE_LOGINS, 9), MAX_PAUSE_S) if count >= FREE_LOGINS else 0.0)
-        self._tries[address] = (count, ready)
-        while len(self._tries) > MAX_ADDRESSES:
-            del self._tries[next(iter(self._tries))]
-        return None if refused else start - now
+        ports = range(7860, 7960) if self.port is None else (self.port,)
+        error: OSError = OSError("it has none")
+        try:
+            # A computer without IPv6 may list ::1 for its own name all the same.
+            found = socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM)
+            for family, _, _, _, (name, _, *rest) in found:
+                for port in ports:
+                    try:
+                        return socket.create_server((name, port, *rest), family=family)
+                    except OSError as refused:
+                        error = refused
+        except socket.gaierror as unknown:
+            error = unknown
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            where = f"{in_url(self.bare_host)}:{ports[0]}"
+            raise UserError(f"{where} can't be used ({error}): give another --port, or another --host.") from error
+        raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
 
-    def release(self, address: str) -> None:
-        """Forget the wrong logins of an address that had a right one."""
-        self._tries.pop(address, None)
+    def known(self, name: str) -> bool:
+        """Whether the page goes by this host name.
+
+        A website that has its own name point to this computer (DNS rebinding) is refused; an IP address in the place of
+        a name can't come from one. A Space is for everyone, and which names Hugging Face uses inside is its own affair.
+        """
+        own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
+        if _on_space() or name in {one.lower() for one in own}:
+            return True
+        try:
+            ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:
+            return any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
+        return True
+
+    def frames(self) -> str:
+        """Who may show the page in a frame: a notebook on this computer, Hugging Face for a Space, who was named."""
+        here = ("http://localhost:*", "http://127.0.0.1:*") if self.local else ()
+        space = ("https://huggingface.co", "https://*.hf.space") if _on_space() else ()
+        return " ".join((*here, *space, *self.allow_embed))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen at can be reached from this computer only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def in_url(host: str) -> str:
+    """A host as URLs have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _on_space() -> bool:
+    """Whether this is a Space of Hugging Face, which sets the variable."""
+    return "SPACE_ID" in os.environ
 
 
 def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: bool) -> str:
-    """What counts as one address.
+    """What counts as one address: an IPv4 address, the first half of an IPv6 one (its whole network), or a word.
 
-    Args:
-        client: address and port of the visitor; uvicorn has put in the last untrusted address of `X-Forwarded-For` if
-            the connection comes from this computer, or from a proxy named in `FORWARDED_ALLOW_IPS`.
-        proxied: whether there is such a proxy or tunnel.
-        forwarded: whether the request has the header. Without a proxy it is made up by the visitor: all such requests
-            count as from one address.
-
-    Returns:
-        An IPv4 address, the first half of an IPv6 address (who has one has the whole network), or a word.
+    In `client` uvicorn has put the last untrusted address of `X-Forwarded-For` if the connection comes from this
+    computer, or from a proxy named in `FORWARDED_ALLOW_IPS`. A request that has this header (`forwarded`) where no
+    proxy is (`proxied`) made it up: all of them count as from one address.
     """
     if forwarded and not proxied:
         return "forwarded"
@@ -189,3 +167,118 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
     if address.version == 4:
         return host
     return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
+class Gate:
+    """Runs functions in its own few threads; addresses take turns.
+
+    A free thread goes to the oldest request of the address that had its turn longest ago, or never: an address with one
+    request waits for one that runs, however many another address has sent. An address alone may have all places. If
+    all are taken, the address with most of them loses its newest one to an address with fewer.
+    """
+
+    def __init__(self, workers: int, waiting: int = WAITING) -> None:
+        self.workers, self.waiting = workers, waiting
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moevision-demo")
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by address, none of them empty
+        self._turns: dict[str, int] = {}  # of an address: the number of its last turn; later turns come later
+        self._turn = self._running = 0
+        self._closed = False
+
+    async def run(self, address: str, function: Callable[..., T], *args: Any) -> T:
+        """What `function` returns, when it is the turn of this address.
+
+        Raises:
+            RequestError: with code "busy" if too many are waiting, or the place was given to another address.
+        """
+        if self._running + sum(map(len, self._queues.values())) >= self.workers + self.waiting:
+            longest = max(self._queues.values(), key=len, default=deque())
+            if len(longest) <= len(self._queues.get(address, ())) + 1:
+                raise _busy()
+            lost = longest.pop()
+            if not lost.done():
+                lost.set_exception(_busy())
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._queues.setdefault(address, deque()).append(turn)
+        self._give_turns()
+        try:
+            await turn
+            if self._closed:
+                raise _busy("The explorer is being stopped.")
+            return await loop.run_in_executor(self._pool, function, *args)
+        finally:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:  # it had its turn
+                self._running -= 1
+                self._give_turns()
+
+    def close(self) -> None:
+        """Let nobody in any more and wait for those inside."""
+        self._closed = True
+        self._pool.shutdown(wait=True)
+
+    def _give_turns(self) -> None:
+        while self._queues and self._running < self.workers:
+            address = min(self._queues, key=lambda one: self._turns.get(one, 0))
+            turn = self._queues[address].popleft()
+            if not self._queues[address]:
+                del self._queues[address]
+            if turn.done():  # nobody waits for it any more
+                continue
+            self._running += 1
+            self._turn += 1
+            self._turns.pop(address, None)
+            self._turns[address] = self._turn
+            if len(self._turns) > MAX_ADDRESSES:
+                del self._turns[next(iter(self._turns))]
+            turn.set_result(None)
+
+
+def _busy(sentence: str = "Many people are asking at this moment: try again in a few seconds.") -> RequestError:
+    return RequestError(sentence, "busy")
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection with a time limit for headers, and a limit on connections.
+
+    uvicorn 0.54 waits for the rest of a header forever, and its `limit_concurrency` lets one client with unfinished
+    headers shut out everyone else.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or turn it away."""
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        each = sum((getattr(other, "client", None) or ("",))[0] == address for other in self.connections)
+        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(address)  # a proxy on this computer is everyone
+        if crowd or len(self.connections) > MAX_CONNECTIONS:
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            transport.close()
+        else:
+            self._expect_header()
+
+    def handle_events(self) -> None:
+        """Stop the clock when a request has begun."""
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_clock()
+
+    def on_response_complete(self) -> None:
+        """Expect the next request."""
+        self._expect_header()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def _expect_header(self) -> None:
+        self._stop_clock()
+        self._late = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def _stop_clock(self) -> None:
+        if self._late is not None:
+            self._late.cancel()

@@ -13,10 +13,9 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moevision.names import json_text
 
@@ -37,33 +36,36 @@ DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 
 
-@dataclass(frozen=True)
-class Document:
-    """A page of one file.
-
-    Attributes:
-        text: the HTML.
-        policy: `script-src` of its Content-Security-Policy, which lets its own script run and no other.
-    """
+class Document(NamedTuple):
+    """A page of one file, and the `script-src` of its policy, which lets its own script run and no other."""
 
     text: str
     policy: str
 
 
-def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]], component: int) -> Document:
+def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> Document:
     """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
 
-    Args:
-        boot: what the request `boot` answers; `whole` says whether all models have their examples.
-        views: of the images that the page opens with.
-        component: number of gradio's component that answers the page's requests.
+    `boot` is what the request of that name answers, `views` are those of the images that the page opens with.
     """
-    last = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS, COMPONENT);"
-    script = script_of("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
+    script = script_of("app.js", "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);", BOOT=boot, VIEWS=views)
     body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
     text = document("moevision explorer", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Document(text, f"script-src 'sha256-{digest}'")
+
+
+def login_page(query: str, wrong: bool) -> str:
+    """The form that asks for user and password; the address's query comes back with the page behind it."""
+    said = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
+    field = '<p><label>{0}<br><input name="{1}" type="{2}" autocomplete="{3}" required></label></p>'
+    body = (
+        f'<main class="mv"><h1>moevision explorer</h1>{said}<form method="post" action="login?{html.escape(query)}">'
+        + field.format("User", "username", "text", "username")
+        + field.format("Password", "password", "password", "current-password")
+        + '<p><button class="mv-button">Log in</button></p></form></main>'
+    )
+    return document("moevision explorer", read_css(CORE_STYLES), body, "", policy="")
 
 
 def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
@@ -90,7 +92,14 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
-    page = _page(view, history)
+    picture = view["picture"]
+    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    page = document(
+        html.escape(f"Routing of {picture.get('label') or picture['name']}"),
+        read_css(CORE_STYLES),
+        '<main class="mv" data-mv></main>',
+        script_of("core.js", last, VIEW=view, HISTORY=history),
+    )
     if full_page:
         return page
     # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
@@ -100,27 +109,19 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
     )
 
 
-def _page(view: Mapping[str, Any], history: Mapping[str, Any] | None) -> str:
-    picture = view["picture"]
-    title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
-    script = script_of("core.js", last, VIEW=view, HISTORY=history)
-    return document(title, read_css(CORE_STYLES), '<main class="mv" data-mv></main>', script)
-
-
 def document(title: str, style: str, body: str, script: str, *, policy: str = OFFLINE) -> str:
-    """A page in one file, which may load nothing.
+    """A page in one file, which may load nothing; `title` and `body` are HTML, and `script` runs when they are there.
 
-    Args:
-        title: as HTML.
-        style: of what is inside `body`; the page around it has its own.
-        body: as HTML.
-        script: runs when the body is there.
-        policy: its Content-Security-Policy; empty where a server sends one.
+    `policy` is its Content-Security-Policy, empty where a server sends one.
     """
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n' if policy else ""
+    # Of a server a browser would also ask for an icon.
+    own = (
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        if policy
+        else '<link rel="icon" href="data:,">'
+    )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{meta}'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{own}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
         f"<body>{body}\n<script>{script}</script></body></html>\n"
@@ -130,34 +131,20 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any) -> str:
     """The module `entry` and all that it imports in one function, which ends with the call `last`.
 
-    Args:
-        entry: its name.
-        last: JavaScript.
-        read: the text of the module of a name; None: of `assets/`.
-        **constants: what the script begins with, as JSON.
+    It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
     """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
-    joined = _joined(entry, read or read_asset)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
-    return "\n".join(
-        [
-            "(() => {",
-            '"use strict";',
-            *lines,
-            joined.replace("</script", "<\\/script"),
-            last,
-            "})();",
-        ]
-    )
+    joined = _joined(entry, read or read_asset).replace("</script", "<\\/script")
+    return "\n".join(["(() => {", '"use strict";', *lines, joined, last, "})();"])
 
 
 def _joined(entry: str, read: Callable[[str], str]) -> str:
     """The text of a module and of all that it imports, in one scope.
 
-    Raises:
-        ValueError: where one scope would mean something else than modules do: two of them declare the same name, or
-            import each other, or import and export in another form than `import { name } from "./file.js"` and
-            `export const|function|class`.
+    A ValueError where one scope would mean something else than modules do: two of them declare the same name, or import
+    each other, or import and export in another form than `import { name } from "./file.js"` and
+    `export const|function|class`.
     """
     text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read(name)))) for name in modules(entry, read))
     if odd := _ODD.findall(text):
@@ -193,7 +180,7 @@ def _inline_json(value: Any) -> str:
 
 def read_css(names: tuple[str, ...]) -> str:
     """Style sheets of `assets/`, one behind the other, without comments."""
-    return without_comments("\n".join(read_asset(name) for name in names))
+    return without_comments("\n".join(map(read_asset, names)))
 
 
 def without_comments(css: str) -> str:

@@ -7,29 +7,16 @@ whose message says what would be right; unknown fields are refused too, since a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.demo.facts import ModelFacts
 from moevision.demo.view import FILLS, KINDS, Settings
-from moevision.errors import UserError
+from moevision.demo.wire import RequestError
 
-Code = Literal["bad_request", "busy", "bad_image", "too_large"]
 MAX_NAME: Final = 200
 MAX_ID: Final = 4200  # of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind
 MIN_CAPACITY, MAX_CAPACITY = 0.05, 16.0
-
-
-class RequestError(UserError):
-    """A request that can't be answered.
-
-    Attributes:
-        code: what kind of mistake it is, for the page.
-    """
-
-    def __init__(self, message: str, code: Code = "bad_request") -> None:
-        super().__init__(message)
-        self.code: Code = code
 
 
 def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
@@ -44,9 +31,7 @@ def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
 
 def text(request: Mapping[str, Any], name: str, default: str | None = None, *, longest: int = MAX_NAME) -> str:
     """A short string."""
-    value = request.get(name, default)
-    if value is None:
-        value = default
+    value = default if request.get(name) is None else request[name]
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         raise RequestError(f"The field {name!r} must be a text of 1 to {longest} characters.")
     return value
@@ -67,11 +52,11 @@ def choice(request: Mapping[str, Any], name: str, options: Sequence[str], defaul
 
 def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None) -> int:
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
-    value = request.get(name)
-    if value is None:
-        value = default
+    value = default if request.get(name) is None else request[name]
     if type(value) is not int or value not in options:
-        raise RequestError(f"The field {name!r} must be {_range(options)}.")
+        if isinstance(options, range):
+            raise RequestError(f"The field {name!r} must be a whole number from {options[0]} to {options[-1]}.")
+        raise RequestError(f"The field {name!r} must be one of {', '.join(map(str, options))}.")
     return value
 
 
@@ -84,7 +69,12 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
         top_k = whole(request, "top_k", range(1, facts.max_top_k + 1))
     capacity = request.get("capacity")
     if capacity is not None:
-        capacity = _capacity(capacity)
+        number = type(capacity) in (int, float)
+        if not number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
+            raise RequestError(
+                f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
+            )
+        capacity = float(capacity)
     changed = request.get("intervention")
     noise = None if request.get("noise") is None else whole(request, "noise", range(2**31))
     if noise is not None and all(router.noise == "none" for router in facts.routers):
@@ -133,16 +123,3 @@ def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
             f"The field 'path' must be a list of {len(facts.routers)} experts, one for each MoE layer: {lasts}."
         )
     return tuple(value)
-
-
-def _capacity(value: Any) -> float:
-    number = type(value) in (int, float)
-    if not number or not MIN_CAPACITY <= value <= MAX_CAPACITY:  # NaN lies in no range
-        raise RequestError(f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null.")
-    return float(value)
-
-
-def _range(options: Sequence[int]) -> str:
-    if isinstance(options, range):
-        return f"a whole number from {options[0]} to {options[-1]}"
-    return f"one of {', '.join(map(str, options))}"

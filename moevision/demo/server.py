@@ -1,249 +1,370 @@
-"""A running explorer: gradio's server with our limits in front of it, safe by default.
+"""A running explorer on Starlette, safe by default; gradio stands behind it for programs and `--share`.
 
-The models, gradio and torch are imported when a server is made, so that `moevision demo --help` is quick.
+    /                          the page, or the form that asks for the password
+    /api/NAME                  the page's questions: a JSON object in, one out (`Explorer.handlers`)
+    /config, /gradio_api/...   gradio's API with its one endpoint `route`, for gradio_client and curl
+
+`Door.__call__` meets every request first: which host it names, whose it is, how much its address has inside already.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import getpass
-import ipaddress
+import asyncio
+import base64
+import inspect
+import json
 import os
-import re
-import socket
-import sys
+import secrets
+import threading
 import time
-import urllib.request
-import warnings
-from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING
+import webbrowser
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, suppress
+from socket import socket
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from moevision.errors import DataWarning, UserError
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moevision.demo.gate import EACH, MAX_CONNECTIONS, WAITING, Connection, Gate, Serving, client_address, in_url
+from moevision.demo.html import app_page, login_page
+from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS, RequestError
+from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 if TYPE_CHECKING:
-    from moevision.demo.service import Explorer
+    import gradio as gr
 
-# Doors that gradio opens when it finds these in the environment.
-_DOORS = (
-    "GRADIO_SHARE",
-    "GRADIO_SERVER_NAME",
-    "GRADIO_ALLOWED_PATHS",
-    "GRADIO_VIBE_MODE",
-    "GRADIO_MCP_SERVER",
-    "GRADIO_SSR_MODE",
-    "GRADIO_RUN_HISTORY",
+    from moevision.demo.service import Explorer, Json
+
+API: Final = "/gradio_api"
+READS: Final = (
+    "/config",
+    *(f"{API}/{path}" for path in ("info", "queue/data", "call/route/{id}", "call/v2/route/{id}")),
 )
-SESSIONS = 512
-AUTH = "MOEVISION_AUTH"
-"""Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
+CALLS: Final = tuple(
+    f"{API}/{path}" for path in ("call/route", "call/v2/route", "run/route", "api/route", "queue/join")
+)
+MAX_BODY: Final = MAX_CHARACTERS + 16_384
+MAX_LOGIN: Final = 4096
+MAX_BODIES: Final = 16 * MAX_BODY  # of all requests that are being read or answered
+MAX_UPLOADS: Final = 8 * MAX_BYTES
+MAX_WORD: Final = 100
+READ_S, DRAIN_S, UPLOAD_S, WRONG_LOGIN_S = 60.0, 5.0, 600.0, 1.0
+HEADERS: Final = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
+POLICY: Final = (
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'self' "
+)
+MultiPartParser.spool_max_size = MAX_BODY  # a visitor's image is never written to disk
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How the page is served.
+class Uploads:
+    """Files that gradio's clients send ahead of a request, in memory, each for one request and at most 10 minutes.
 
-    Attributes:
-        host: address to listen at.
-        port: None takes the first free one from 7860.
-        auth: (user, password), or None.
-        share: open a tunnel of gradio's.
-        public: the user said that anyone may use it.
-        browser: open a browser.
-        allow_host: further names that the page goes by, as a proxy's; `*` stands for any characters.
-        root_path: where a reverse proxy shows the page, as `/moe`; it may take the path off or leave it.
-        allow_embed: websites that may show the page in a frame, as `https://lab.example.org`.
+    gradio would write them to a folder and later open the path that a request names, or fetch it if it is an address.
+    Here the "path" of a file is a random word, and `text_of` puts the file itself in its place. Beyond `limit` bytes
+    the oldest one of the address with most of them makes room.
     """
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    auth: tuple[str, str] | None = None
-    share: bool = False
-    public: bool = False
-    browser: bool = False
-    allow_host: tuple[str, ...] = ()
-    allow_embed: tuple[str, ...] = ()
-    root_path: str = ""
+    def __init__(self, limit: int = MAX_UPLOADS) -> None:
+        self.limit = limit
+        self._files: dict[str, tuple[str, bytes]] = {}  # address and content
 
-    @property
-    def bare_host(self) -> str:
-        """The host without the brackets that an IPv6 address has in a URL."""
-        return self.host.removeprefix("[").removesuffix("]")
+    def keep(self, address: str, data: bytes) -> str:
+        """The name by which a request may ask for the file."""
+        name = f"upload:{secrets.token_urlsafe(16)}"
+        self._files[name] = (address, data)
+        held = Counter[str]()
+        for owner, content in self._files.values():
+            held[owner] += len(content)
+        while held.total() > self.limit:
+            ((most, _),) = held.most_common(1)
+            oldest = next(one for one, (owner, _) in self._files.items() if owner == most)
+            held[most] -= len(self._files.pop(oldest)[1])
+        asyncio.get_running_loop().call_later(UPLOAD_S, self._files.pop, name, None)
+        return name
 
-    @property
-    def local(self) -> bool:
-        """Whether only this computer can reach it."""
-        return is_loopback(self.host) and not self.share
+    def text_of(self, found: dict[str, Any]) -> Any:
+        """In the place of a file object its file as base64 text, once, or its path, which nothing opens."""
+        if not ("meta" in found and isinstance(path := found.get("path"), str)):
+            return found
+        _, data = self._files.pop(path, ("", None))
+        return path if data is None else base64.b64encode(data).decode("ascii")
 
-    def check(self) -> None:
-        """Refuse to open the page to others by accident, or at an address of another computer.
 
-        Raises:
-            UserError: if others could use it without a password and the user didn't say that they may, a name or a
-                website is not written as one, or the host is no address of this computer.
-        """
-        for name in self.allow_host:
-            if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
-                raise UserError(f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org.")
-        for site in self.allow_embed:
-            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*:(//[\w.*-]+(:(\d+|\*))?)?", site, re.ASCII):
-                raise UserError(f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org.")
-        if not re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII):
-            raise UserError(f"--root-path is {self.root_path!r}: give a path without a slash at its end, as in /moe.")
-        if not self.local and self.auth is None and not self.public:
-            way = "--share" if self.share else f"--host {self.host}"
-            raise UserError(
-                f"{way} lets other people use the explorer on this computer: add --auth USER, which asks for a "
-                f"password (or set {AUTH}=USER:PASSWORD), or --public if anyone may."
-            )
-        if (error := _why_not_own(self.bare_host)) is not None:  # gradio would try a hundred ports, for seconds each
-            raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
+class Door:
+    """The explorer as an ASGI app, for whom `serving` lets in."""
 
-    def known(self, name: str) -> bool:
-        """Whether the page goes by this host name.
+    def __init__(self, explorer: Explorer, serving: Serving) -> None:
+        self.explorer, self.serving, self.tunnel = explorer, serving, ""
+        self._page = app_page(explorer.start_boot(), explorer.start_views())
+        self._cookie, self._word = f"moevision-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
+        # Decoding a visitor's image takes up to 0.4 GB; wrong logins wait for each other.
+        self._decoding, self._answering, self._logins = Gate(1), Gate(cpu_workers()), Gate(1)
+        self._uploads = Uploads()
+        self._inside, self._held = Counter[str](), Counter[str]()  # by address: requests, and bytes of their bodies
+        self._gradio, self._blocks, self._arguments = _gradio(self.ask, next(iter(explorer.entries)), serving.root_path)
+        self._app = Starlette(
+            routes=[
+                Route("/", self._show),
+                Route("/login", self._log_in, methods=["POST"]),
+                Route("/api/{name}", self._answer, methods=["POST"]),
+                Route(f"{API}/upload", self._upload, methods=["POST"]),
+                *(Route(path, self._call, methods=["POST"]) for path in CALLS),
+                *(Route(path, self._read) for path in READS),
+            ],
+            middleware=[Middleware(GZipMiddleware, compresslevel=6)],
+            exception_handlers={HTTPException: _refuse},
+            lifespan=self._gradio.router.lifespan_context,
+        )
+        self._app.router.redirect_slashes = False
 
-        A website that has its own name point to this computer (DNS rebinding) is refused; an IP address in the place of
-        a name can't come from one. A Space is for everyone, and which names Hugging Face uses inside is its own affair.
-        """
-        own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
-        if _on_space() or name in {one.lower() for one in own}:
-            return True
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; count it for its address, and its body while that arrives."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, root, headers = scope["path"], self.serving.root_path, Headers(scope=scope)
+        if root and f"{path}/".startswith(f"{root}/"):  # a proxy that leaves it on
+            path = path.removeprefix(root) or "/"
+        address = client_address(scope["client"], self.serving.proxied, "x-forwarded-for" in headers)
+        scope = {**scope, "path": path, "raw_path": path.encode(), "client": (address, 0)}
+        most = MAX_LOGIN if path == "/login" else MAX_BODY
+        held, more, end = 0, True, asyncio.get_running_loop().time() + READ_S
+
+        async def counted() -> Message:
+            nonlocal held, more
+            try:
+                async with asyncio.timeout_at(end if more else None):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, "The request took too long to arrive.") from error
+            more, size = more and message.get("more_body", False), len(message.get("body", b""))
+            held += size
+            self._held[address] += size
+            if held > most:
+                raise _too_large(most)
+            if self._held[address] * EACH > MAX_BODIES or self._held.total() > MAX_BODIES:
+                raise HTTPException(503, "Many people are sending images: try again in a few seconds.")
+            return message
+
+        async def protected(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                for header in HEADERS.items():
+                    MutableHeaders(scope=message).setdefault(*header)
+            await send(message)
+
+        self._inside[address] += 1
         try:
-            ipaddress.ip_address(name.partition("%")[0])
-        except ValueError:
-            return any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
-        return True
+            self._check(Request(scope), address, most)
+            await self._app(scope, counted, protected)
+        except HTTPException as refused:
+            with suppress(TimeoutError):  # who still sends when the connection is closed may lose the answer
+                async with asyncio.timeout(DRAIN_S):
+                    while (await receive()).get("more_body", False):
+                        pass
+            await _refuse(None, refused)(scope, counted, protected)
+        finally:
+            self._inside -= Counter({address: 1})  # which forgets an address that has nothing left
+            self._held -= Counter({address: held})
 
-    def frames(self) -> str:
-        """Who may show the page in a frame: a notebook on this computer, Hugging Face for a Space, who was named."""
-        here = ("http://localhost:*", "http://127.0.0.1:*") if self.local else ()
-        space = ("https://huggingface.co", "https://*.hf.space") if _on_space() else ()
-        return " ".join((*here, *space, *self.allow_embed))
+    def _check(self, request: Request, address: str, most: int) -> None:
+        """Refuse a request by its header."""
+        headers, path = request.headers, request.scope["path"]
+        if not self._known(f"//{headers.get('host', '')}"):
+            raise HTTPException(421, "The explorer doesn't go by this name: start it with --allow-host NAME.")
+        if self._inside[address] * EACH > MAX_CONNECTIONS:
+            raise HTTPException(503, "Too many requests from this address: try again in a few seconds.")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            raise _too_large(most)
+        if path == "/":
+            return
+        # A script of another website, which the browser tells by one header or the other.
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") or (origin is not None and not self._known(origin)):
+            raise HTTPException(403, "Another website may not ask this explorer.")
+        if path != "/login" and not self._is_logged_in(request):
+            raise HTTPException(401, "This explorer asks for a login first: open its page.")
+
+    def _known(self, url: str) -> bool:
+        try:
+            name = (urlsplit(url).hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        return name != "" and (self.serving.known(name) or name == self.tunnel)
+
+    def _is_logged_in(self, request: Request) -> bool:
+        given = request.cookies.get(self._cookie, "")
+        return self.serving.auth is None or secrets.compare_digest(given.encode(), self._word.encode())
+
+    async def _show(self, request: Request) -> Response:
+        if not self._is_logged_in(request):
+            return self._form(request)
+        policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}".strip()
+        return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+    def _form(self, request: Request, wrong: bool = False) -> Response:
+        headers = {"content-security-policy": (POLICY + self.serving.frames()).strip(), "cache-control": "no-store"}
+        # Without a referrer a browser doesn't say that the form comes from here.
+        return HTMLResponse(
+            login_page(request.url.query, wrong), 401 if wrong else 200, {**headers, "referrer-policy": "same-origin"}
+        )
+
+    async def _log_in(self, request: Request) -> Response:
+        if self.serving.auth is None:
+            raise HTTPException(404)
+        async with request.form() as form:
+            given = str(form.get("username", "")).strip(), str(form.get("password", ""))
+        try:
+            right = await self._logins.run(request.scope["client"][0], self._is_right, *given)
+        except RequestError as busy:
+            raise HTTPException(429, str(busy)) from busy
+        if not right:
+            return self._form(request, wrong=True)
+        answer = HTMLResponse("You are logged in.", headers={"refresh": f"0; url=./?{request.url.query}"})
+        secure = request.url.scheme == "https"  # without which no browser keeps a login in another website's frame
+        answer.set_cookie(self._cookie, self._word, httponly=True, secure=secure, samesite="none" if secure else "lax")
+        return answer
+
+    def _is_right(self, *given: str) -> bool:
+        """Whether these are user and password; wrong ones take a second, one after another, so that nobody guesses."""
+        right = secrets.compare_digest("\n".join(given).encode(), "\n".join(self.serving.auth or ()).encode())
+        if not right:
+            time.sleep(WRONG_LOGIN_S)
+        return right
+
+    async def ask(self, address: str, name: str, request: Any) -> Json:
+        """The answer to a question that comes from this address; an image is decoded before its turn to be answered."""
+        from moevision.demo.service import brings_image, told
+
+        try:
+            if brings_image(request):
+                request = await self._decoding.run(address, self.explorer.opened, name, request)
+            return await self._answering.run(address, self.explorer.answer, name, request)
+        except Exception as error:  # the image is none, or a gate is full
+            return told(error, name)
+
+    async def _answer(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.explorer.handlers:
+            raise HTTPException(404)
+        answer = await self.ask(request.scope["client"][0], name, await _json(request))
+        return Response(orjson.dumps(answer), media_type="application/json")
+
+    async def _upload(self, request: Request) -> Response:
+        try:
+            async with request.form(max_files=1, max_fields=0) as form:
+                file = form.get("files")
+                data = await file.read() if isinstance(file, UploadFile) else None
+        except (LookupError, UnicodeError):
+            data = None
+        if data is None:
+            raise HTTPException(400, "A file is sent as multipart/form-data, one at a time and named 'files'.")
+        if len(data) > MAX_BYTES:
+            raise _too_large(MAX_BYTES)
+        return JSONResponse([self._uploads.keep(request.scope["client"][0], data)])
+
+    async def _read(self, request: Request) -> ASGIApp:
+        return self._gradio
+
+    async def _call(self, request: Request) -> ASGIApp:
+        """A program's call: gradio gets the arguments of `route` and the session, and nothing else of the body.
+
+        gradio 6.31 opens files that a body names, answers what doesn't fit with 422 or 500, and an empty `session_hash`
+        ends the loop that starts all calls.
+        """
+        found, arguments = await _json(request, self._uploads.text_of), self._arguments
+        data, session = found.get("data"), found.get("session_hash")
+        if "/v2/" in (path := request.scope["path"]):
+            data = [] if found.keys() - arguments else [found.get(name, one) for name, one in arguments.items()]
+        if not isinstance(data, list) or not 0 < len(data) <= len(arguments):
+            raise _misfit()
+        data += list(arguments.values())[len(data) :]
+        change = data[-1].values() if isinstance(data[-1], dict) else data[-1:]
+        if any(isinstance(one, list | dict) for one in (*data[:-1], *change)):
+            raise _misfit()
+        if session is not None and not (
+            isinstance(session, str) and session.isascii() and 0 < len(session) <= MAX_WORD
+        ):
+            raise HTTPException(400, f"session_hash must be a text of 1 to {MAX_WORD} ASCII characters.")
+        call = {"data": data, "session_hash": session, "fn_index": next(iter(self._blocks.fns))}
+        return _replayed(self._gradio, path.replace("/v2/", "/"), json.dumps(call).encode())
+
+    def close(self) -> None:
+        """Let nobody in any more and wait for those inside."""
+        self._blocks.close(verbose=False)
+        for gate in (self._decoding, self._answering, self._logins):
+            gate.close()
 
 
 class Server(AbstractContextManager["Server"]):
-    """A running explorer; leaving the scope stops it.
+    """A running explorer at `url`, and with `share` at `share_url` for others; leaving the scope stops it.
 
-    Attributes:
-        url: where it is.
-        share_url: where it is for others, with `share`.
-        explorer: what answers.
+    `listener` is from `serving.listen()`, if somebody called that already. Raises a UserError if it may not be opened
+    like this, or the port is taken.
     """
 
-    def __init__(self, explorer: Explorer, serving: Serving) -> None:
-        """Start to serve.
-
-        Raises:
-            UserError: if it may not be opened like this, or the port is taken.
-        """
+    def __init__(self, explorer: Explorer, serving: Serving, listener: socket | None = None) -> None:
         serving.check()
-        for name in _DOORS:
-            os.environ.pop(name, None)
-        from starlette.middleware import Middleware
-        from starlette.middleware.gzip import GZipMiddleware
-
-        from moevision.demo.gate import DECODERS, Gate
-        from moevision.demo.page import MAX_THREADS, Doors, build_page
-        from moevision.demo.web import Connection, Guard
-        from moevision.demo.wire import MAX_BYTES
-
-        self.explorer, self._doors = explorer, Doors(Gate(DECODERS), Gate(cpu_workers()))
-        self._page, document = build_page(explorer, self._doors)
-        proxied = serving.share or bool(serving.allow_host) or _on_space()
-        guard = Middleware(
-            Guard, known=self._known, home=document, frames=serving.frames(), proxied=proxied, root=serving.root_path
+        listener = listener or serving.listen()
+        self.explorer, self._door, self.share_url = explorer, Door(explorer, serving), ""
+        config = uvicorn.Config(
+            self._door, http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=5
         )
-        small = Middleware(GZipMiddleware, compresslevel=6)  # gradio compresses what has a file name only
-        self._serving, self._tunnel = serving, ""
-        _ask_directly(serving.bare_host)
+        self._uvicorn, port = uvicorn.Server(config), listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._uvicorn.run, args=([listener],), name="moevision-server")
+        self._thread.start()
+        while not self._uvicorn.started and self._thread.is_alive():
+            time.sleep(0.01)
+        host = serving.bare_host if serving.bare_host not in ("", "0.0.0.0") else "localhost"
+        self.url = f"http://{in_url(host)}:{port}/"
+        if serving.share:
+            self.share_url = self._open_tunnel(host, port)
+        if serving.browser:
+            webbrowser.open(self.share_url or self.url)
+
+    def _open_tunnel(self, host: str, port: int) -> str:
+        from gradio import networking
+
         try:
-            _, self.url, self.share_url = self._page.launch(
-                server_name=in_url(serving.bare_host),
-                server_port=serving.port,
-                root_path=serving.root_path,
-                auth=serving.auth,
-                share=serving.share,
-                inbrowser=serving.browser,
-                quiet=True,
-                prevent_thread_lock=True,
-                show_error=False,
-                footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                strict_cors=True,
-                max_file_size=MAX_BYTES,
-                max_threads=MAX_THREADS,
-                allowed_paths=[],
-                mcp_server=False,
-                ssr_mode=False,
-                pwa=False,
-                state_session_capacity=SESSIONS,
-                app_kwargs={"middleware": [guard, small], "docs_url": None, "redoc_url": None, "openapi_url": None},
-            )
-        except Exception as error:  # where gradio can't reach itself it raises errors of httpx's and bare ones
-            self._doors.close()
-            where = f"{in_url(serving.bare_host)}:{serving.port or 7860}"
-            raise UserError(f"{where} can't be used ({error}): give another --port, or another --host.") from error
-        self._page.server.config.http_protocol_class = Connection  # uvicorn asks for it at every connection
-        if serving.share and not self.share_url:
+            address = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+        except Exception as error:  # of httpx's, of the program that gradio downloads, or a bare one
             self.close()
-            raise UserError("The tunnel could not be opened: check the network, or use --host on your own network.")
-        if self.share_url:
-            self._tunnel = urlsplit(self.share_url).hostname or ""
-            self._page.share = False  # the shared page would load its scripts from a server of gradio's
+            raise UserError(
+                f"The tunnel could not be opened ({error}): check the network, or use --host on your own network."
+            ) from error
+        self._door.tunnel = urlsplit(address).hostname or ""
+        return urlsplit(address)._replace(scheme="https").geturl()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Stop serving."""
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _known(self, name: str) -> bool:
-        return self._serving.known(name) or name == self._tunnel
 
     def close(self) -> None:
         """Stop serving."""
-        self._page.close(verbose=False)
-        self._doors.close()
+        self._uvicorn.should_exit = True
+        self._door.close()
+        self._thread.join()
         self.explorer.close()
-
-
-def _why_not_own(host: str) -> OSError | None:
-    """Why nothing can listen at any of a host's addresses: a computer without IPv6 may list ::1 for its own name."""
-    error = None
-    try:
-        for family, kind, _, _, address in socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM):
-            try:
-                with socket.socket(family, kind) as probe:
-                    probe.bind(address)
-                    return None
-            except OSError as refused:
-                error = error or refused
-    except OSError as unknown:
-        return unknown
-    return error
-
-
-def in_url(host: str) -> str:
-    """A host as URLs have it: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _ask_directly(host: str) -> None:
-    """Keep gradio's first request, to its own page, off the proxies that the environment names."""
-    proxies = urllib.request.getproxies_environment()
-    if proxies:
-        os.environ["no_proxy"] = ",".join(filter(None, [proxies.get("no"), "localhost", host]))
-
-
-def _on_space() -> bool:
-    """Whether this is a Space of Hugging Face, which sets the variable."""
-    return "SPACE_ID" in os.environ
 
 
 def cpu_workers() -> int:
@@ -251,141 +372,103 @@ def cpu_workers() -> int:
     return min(4, usable_cores())
 
 
-def open_explorer(model: str | None, data: str | None, root: str | None, *, local: bool = True) -> Explorer:
-    """Load the models, start to look through their images, and warm everything up."""
-    import torch
-
-    from moevision.demo.bundle import DataOptions, open_entries
-    from moevision.demo.galleries import Galleries
-    from moevision.demo.service import Explorer
-
-    torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
-        entries = open_entries(model, DataOptions(data, root))
-    for warning in caught:
-        if issubclass(warning.category, DataWarning):
-            print(f"note: {warning.message}", file=sys.stderr)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    explorer = Explorer(entries, Galleries(entries), local=local)
-    explorer.warm()
-    explorer.galleries.start(explorer.pages.prepare)
-    return explorer
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen at can be reached from this computer only."""
-    if host == "localhost":
-        return True
+async def _json(request: Request, exchange: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        found = json.loads(await request.body(), object_hook=exchange)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise HTTPException(400, "The body must be a JSON object.")
+    return found
 
 
-def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
-    """Run with parsed command-line arguments until Ctrl-C, or until `wait` returns."""
-    serving = _serving(chosen)
-    serving.check()
-    print("Loading the models …", file=sys.stderr)
-    explorer = open_explorer(chosen.model, chosen.data, chosen.root, local=serving.local)
-    with Server(explorer, serving) as server:
-        print(announcement(server, serving), flush=True)
-        try:
-            (wait or _wait_for_interrupt)()
-        except KeyboardInterrupt:
-            print("\nStopped.")
-
-
-def announcement(server: Server, serving: Serving) -> str:
-    """What is printed when the page is up: address, how to stop, who can see it, and a QR code for others."""
-    lines = [f"The explorer is at {server.url}", "Stop it with Ctrl-C."]
-    if serving.local:
-        return "\n".join([*lines, "Only this computer can see it; --host and --share show it to others."])
-    address = server.share_url or _address_for_others(serving.bare_host, server.url)
-    lines.append(
-        f"Others open {address}" + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
+def _refuse(_: Request | None, refused: Exception) -> Response:
+    assert isinstance(refused, HTTPException)
+    status, code = (
+        refused.status_code,
+        {413: "too_large", 429: "busy", 503: "busy"}.get(refused.status_code, "bad_request"),
     )
-    return "\n".join([*lines, "", qr_code(address)])
+    sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(status, refused.detail)
+    # What is left of a body is not read.
+    headers = {"connection": "close"} if status in (408, 413, 503) else None
+    return JSONResponse({"error": sentence, "code": code}, status, headers)
 
 
-def qr_code(address: str) -> str:
-    """A QR code as text for a terminal."""
-    import io
-
-    import segno
-
-    text = io.StringIO()
-    segno.make(address, micro=False).terminal(text, border=2, compact=True)
-    return text.getvalue()
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"A request has at most {most:,} bytes here: send less.")
 
 
-def _address_for_others(host: str, url: str) -> str:
-    """The page's address with this computer's own one in the place of 0.0.0.0 and ::."""
-    port = url.rstrip("/").rpartition(":")[2]
-    if host in ("0.0.0.0", "::", ""):
-        host = _own_address(socket.AF_INET6 if host == "::" else socket.AF_INET)
-    return f"http://{in_url(host)}:{port}/"
+def _misfit() -> HTTPException:
+    return HTTPException(400, "The body doesn't have the form that this route takes: look at /gradio_api/info.")
 
 
-def _own_address(family: socket.AddressFamily) -> str:
-    """The address under which the local network knows this computer; no packet is sent to find it."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # RFC 5737 and 3849: they route like the world and belong to nobody.
-            probe.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
-        except OSError:
-            return socket.gethostname()
-        return str(probe.getsockname()[0])
+def _replayed(app: ASGIApp, path: str, body: bytes) -> ASGIApp:
+    """`app`, which is told that the request came to this path with this JSON."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        first = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return first.pop() if first else await receive()
+
+        headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-type", b"content-length")]
+        headers.append((b"content-type", b"application/json"))
+        await app({**scope, "path": path, "raw_path": path.encode(), "headers": headers}, again, send)
+
+    return answer
 
 
-def _wait_for_interrupt() -> None:
-    while True:
-        time.sleep(3600)
+def _gradio(
+    ask: Callable[[str, str, Any], Awaitable[Json]], default: str, root_path: str
+) -> tuple[Starlette, gr.Blocks, dict[str, Any]]:
+    """The app of gradio, the blocks in it, and the arguments of its one function with their defaults."""
+    # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
 
+    async def route(
+        picture: str = "",
+        example: str = "",
+        model: str = default,
+        variant: str = "trained",
+        top_k: int | None = None,
+        capacity: float | None = None,
+        intervention: dict[str, Any] | None = None,
+        _visitor: Any = None,
+    ) -> dict[str, Any]:
+        """Send an image through a model and get the route of every patch.
 
-def _login(argument: str | None) -> tuple[str, str] | None:
-    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get.
+        Args:
+            picture: gradio_client.handle_file("cat.jpg"), or the image itself as base64 text, with or without
+                "data:image/...;base64," in front. Paths and addresses are never opened.
+            example: instead of an image, the id of an example such as "pets/test/0".
+            model: id of a model.
+            variant: trained, unbalanced or untrained.
+            top_k: experts per patch (on average, where experts choose patches); null as trained.
+            capacity: capacity factor; null for the model's own limit, if it has one.
+            intervention: {"kind": "ablate" | "force" | "swap" | "random", "layer": int, "expert": int, "other": int,
+                "fill": "next_best" | "zero", "seed": int}, or null.
 
-    Raises:
-        UserError: if one of both is missing, or must be asked for without a terminal.
-    """
-    variable = os.environ.pop(AUTH, None)
-    given = variable if argument is None else argument
-    if given is None:
-        return None
-    user, colon, password = given.partition(":")
-    if argument is not None and colon and user and password:
-        print(
-            "note: others on this computer can read a password on the command line, and your shell keeps it: "
-            f"--auth {user} asks for it, and {AUTH}=USER:PASSWORD sets it for a service.",
-            file=sys.stderr,
-        )
-    elif argument is not None and not colon:
-        if not sys.stdin.isatty():
-            raise UserError(
-                f"--auth {user} asks for a password, and here is no terminal: set {AUTH}=USER:PASSWORD instead."
-            )
-        password = getpass.getpass(f"Password for {user}: ")
-    if not (user and password):
-        name = AUTH if argument is None else "--auth"
-        raise UserError(f"{name} needs a user and a password, neither of them empty, as in class:secret.")
-    return user, password
+        Returns:
+            A moevision.view/2 object, whose fields docs/reference/explorer.md lists; or {"error": a sentence,
+            "code": "bad_request" | "busy" | "bad_image" | "too_large"}.
+        """
+        given = {"kind": "example", "id": example} if example else {"kind": "upload", "data": picture}
+        settings = {"top_k": top_k, "capacity": capacity, "intervention": intervention}
+        request = {"model": model, "variant": variant, "picture": given, **settings}
+        return await ask(_visitor.client.host, "route", request)
 
-
-def _serving(chosen: Namespace) -> Serving:
-    if chosen.port is not None and not 0 < chosen.port < 65536:
-        raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
-    auth = _login(chosen.auth)
-    return Serving(
-        chosen.host,
-        chosen.port,
-        auth,
-        chosen.share,
-        chosen.public,
-        chosen.browser,
-        tuple(chosen.allow_host),
-        tuple(chosen.allow_embed),
-        chosen.root_path,
-    )
+    route.__annotations__["_visitor"] = gr.Request  # by which gradio knows what to give
+    with gr.Blocks(title="moevision explorer", analytics_enabled=False) as blocks:
+        # gradio's queue knows no addresses: it hands every call on at once, and the gates say whose turn it is.
+        gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=None)
+    # At "auto" the loop that starts the calls also tells who waits how long they will, and ends for good if it can't.
+    blocks.queue(max_size=32, status_update_rate=2.0)
+    blocks._queue.max_thread_count = 2 * WAITING + 32  # more than the gates take, so that none waits in its queue
+    # gradio's queue looks for calls a thousand times a second, so that an idle page keeps 4 % of a core busy.
+    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = 0.05
+    app = Starlette()
+    shut = {"run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False, "enable_monitoring": False}
+    gr.mount_gradio_app(app, blocks, "", root_path=root_path, show_error=False, footer_links=[], **shut)
+    arguments = {name: one.default for name, one in inspect.signature(route).parameters.items() if name[0] != "_"}
+    return app, blocks, arguments

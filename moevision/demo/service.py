@@ -19,15 +19,13 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
-from moevision.demo.galleries import AtlasPages, Galleries
+from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import view_html
-from moevision.demo.requests import RequestError
-from moevision.demo.times import Times
+from moevision.demo.models import Entry, Variant
 from moevision.demo.view import RoutingView, Settings, route_image
-from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
+from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
 from moevision.errors import UserError
 
 Json = dict[str, Any]
@@ -41,12 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class Explorer:
-    """Answers requests about some models.
+    """Answers requests about some models, the first of which is shown first.
 
-    Args:
-        entries: the models, the first of which is shown first.
-        galleries: what is known about their image sets; not started if None.
-        local: whether only this computer can see the page.
+    `galleries` is what is known about their image sets; `local` says whether only this computer can see the page.
     """
 
     def __init__(self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True) -> None:
@@ -55,29 +50,23 @@ class Explorer:
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
         self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
-        self.local = local
-        self.pages = AtlasPages(self.entries, self.galleries)
-        self.handlers: dict[str, Callable[[Any], Json]] = {
-            "boot": self.boot,
-            "route": self.route,
-            "shares": self.shares,
-            "slots": self.slots,
-            "history": self.history,
-            "sharp": self.sharp,
-            "examples": self.examples,
-            "what_if": self.what_if,
-            "class_effect": self.class_effect,
-            "export_html": self.export_html,
-            "experts": self.pages.experts,
-            "classes": self.pages.classes,
-            "compare": self.pages.compare,
-            "cell": self.pages.cell,
-            "similar": self.pages.similar,
-            "data": self.data,
-        }
+        self.pages = pages = AtlasPages(self.entries, self.galleries)
+        own = (self.boot, self.route, self.shares, self.slots, self.history, self.sharp, self.examples, self.data)
+        more = (self.what_if, self.class_effect, self.export_html)
+        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.similar)
+        self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
-        self._boot = self._make_boot()
+        models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
+        first = models[0]["examples"][:1]
+        limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS, "min_side": MIN_SIDE, "max_aspect": MAX_ASPECT}
+        self._boot: Json = {
+            "version": __version__,
+            "local": local,
+            "models": models,
+            "limits": limits,
+            "default": {"model": models[0]["id"], "picture": first[0]["id"] if first else None},
+        }
 
     def answer(self, name: str, request: Any) -> Json:
         """The answer to a request, or `{"error", "code"}`."""
@@ -100,15 +89,16 @@ class Explorer:
 
     def warm(self) -> None:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
-        for model in self._boot["models"]:
-            for one in model["examples"][:1]:
-                for variant in model["variants"]:
-                    picture = {"kind": "example", "id": one["id"]}
-                    self.route({"model": model["id"], "variant": variant, "picture": picture})
-        end, first = time.monotonic() + LOOK_AHEAD_S, self._boot["models"][0]
-        for one in first["examples"]:
+        models = self._boot["models"]
+        asked = [
+            (model, variant, one) for model in models for one in model["examples"][:1] for variant in model["variants"]
+        ]
+        for model, variant, one in asked:
+            self.route({"model": model["id"], "variant": variant, "picture": {"kind": "example", "id": one["id"]}})
+        end = time.monotonic() + LOOK_AHEAD_S
+        for one in models[0]["examples"]:
             if time.monotonic() < end:
-                self.route({"model": first["id"], "picture": {"kind": "example", "id": one["id"]}})
+                self.route({"model": models[0]["id"], "picture": {"kind": "example", "id": one["id"]}})
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -228,8 +218,19 @@ class Explorer:
         entry, variant = self.pages.model(given)
         settings = read.settings(given, variant.facts)
         name = read.choice(given, "class", variant.facts.class_names)
-        measured = self._class_effect(entry, variant, settings, name)
-        return {"class_effect": None if measured is None else measured.to_json()}
+        gallery, change = self.galleries.gallery(entry, variant.facts.variant), settings.intervention
+        if gallery is None or change is None or name not in gallery.pictures.class_names:
+            return {"class_effect": None}
+        pictures, label = gallery.pictures, gallery.pictures.class_names.index(name)
+        if sum(pictures.label(index) == label for index in range(len(pictures))) < MIN_CLASS_PICTURES:
+            return {"class_effect": None}
+
+        def measure() -> ClassEffect:
+            with settings.conditions_applied(variant.saved.net):
+                return class_effect(variant.saved, pictures, name, change, limit=CLASS_PICTURES)
+
+        key = (entry.card.id, variant.facts.variant, settings, name)
+        return {"class_effect": self._class_effects.get(key, measure).to_json()}
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
@@ -288,39 +289,6 @@ class Explorer:
             picture=picture,
         )
 
-    def _class_effect(self, entry: Entry, variant: Variant, settings: Settings, target: str) -> ClassEffect | None:
-        """The same change over images of the class; None if there are too few of them (yet)."""
-        gallery = self.galleries.gallery(entry, variant.facts.variant)
-        change = settings.intervention
-        if gallery is None or change is None or target not in gallery.pictures.class_names:
-            return None
-        label = gallery.pictures.class_names.index(target)
-        if sum(gallery.pictures.label(index) == label for index in range(len(gallery.pictures))) < MIN_CLASS_PICTURES:
-            return None
-
-        def measure() -> ClassEffect:
-            with settings.conditions_applied(variant.saved.net):
-                return class_effect(variant.saved, gallery.pictures, target, change, limit=CLASS_PICTURES)
-
-        return self._class_effects.get((entry.card.id, variant.facts.variant, settings, target), measure)
-
-    def _make_boot(self) -> Json:
-        entries = list(self.entries.values())
-        models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
-        first = models[0]["examples"]
-        return {
-            "version": __version__,
-            "local": self.local,
-            "models": models,
-            "limits": {
-                "max_bytes": MAX_BYTES,
-                "max_pixels": MAX_PIXELS,
-                "min_side": MIN_SIDE,
-                "max_aspect": MAX_ASPECT,
-            },
-            "default": {"model": entries[0].card.id, "picture": first[0]["id"] if first else None},
-        }
-
 
 class Upload(NamedTuple):
     """What is needed of a visitor's image: `pixels` as the model sees it, and perhaps `sharp`, a data URI of more."""
@@ -345,8 +313,6 @@ def told(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
     if isinstance(error, RequestError):
         return failure(str(error), error.code)
-    if isinstance(error, TooLargeError):
-        return failure(str(error), "too_large")
     if isinstance(error, BadImageError):
         return failure(f"This image can't be used: {error.reason}.", "bad_image")
     if isinstance(error, UserError):

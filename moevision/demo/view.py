@@ -10,6 +10,7 @@ expert. Where experts choose patches or mix them, K = E, best first, and `kept` 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
 from moevision.demo.computation import Computation, Heard, listen
@@ -30,12 +32,12 @@ from moevision.demo.facts import (
     Pixels,
     describe,
     model_input,
+    noise_of_training,
     route_batch,
     softmax,
     title_of,
 )
-from moevision.demo.lens import block_outputs, lens
-from moevision.demo.noise import noise_of_training
+from moevision.demo.html import VIEW_SCHEMA, view_html
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
@@ -45,25 +47,17 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SlotWeights:
-    """The slots of one layer, for the patches of one image.
+class SlotMaps:
+    """The slots of one layer, for the patches of one image."""
 
-    Attributes:
-        dispatch: [P, E, S] what each slot reads of each patch; with the prefix tokens it would sum to 1 over P.
-        combine: [P, E, S] what each patch takes from each slot; sums to 1 over all slots.
-    """
-
-    dispatch: npt.NDArray[np.float32]
-    combine: npt.NDArray[np.float32]
+    dispatch: npt.NDArray[np.float32]  # [P, E, S] what each slot reads of each patch; 1 over P with the prefix tokens
+    combine: npt.NDArray[np.float32]  # [P, E, S] what each patch takes from each slot; sums to 1 over all slots
 
     @classmethod
-    def of(cls, routing: SoftRouting) -> SlotWeights:
+    def of(cls, routing: SoftRouting) -> SlotMaps:
         """The slots of a batch of one image, prefix tokens left out."""
-        first = routing.num_prefix_tokens
-        dispatch, combine = (
-            weight[0, first:].float().cpu().numpy() for weight in (routing.dispatch_weight, routing.slot_weight)
-        )
-        return cls(dispatch, combine)
+        weights = (routing.dispatch_weight, routing.slot_weight)
+        return cls(*(weight[0, routing.num_prefix_tokens :].float().cpu().numpy() for weight in weights))
 
     @property
     def reads(self) -> Floats:
@@ -104,26 +98,15 @@ FILLS: Final = ("next_best", "zero")
 
 @dataclass(frozen=True)
 class Settings:
-    """How an image is routed, where it differs from how the model was trained.
+    """How an image is routed, where it differs from how the model was trained."""
 
-    Attributes:
-        top_k: experts per patch; None as trained.
-        capacity: an expert computes at most ceil(capacity · choices / E) of an image's choices; None for no limit.
-        intervention: at most one change of the routing, of one of `KINDS`.
-        noise: seed of the noise that routers draw in training; None for evaluation, without noise.
-    """
-
-    top_k: int | None = None
-    capacity: float | None = None
-    intervention: Intervention | None = None
-    noise: int | None = None
+    top_k: int | None = None  # experts per patch
+    capacity: float | None = None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
+    intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
+    noise: int | None = None  # seed of the noise that routers draw in training; None for evaluation, without noise
 
     def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
-        """Top-k and capacity as interventions on those layers of `net` where they have a meaning.
-
-        Raises:
-            UserError: if one that is set has a meaning in no layer.
-        """
+        """Top-k and capacity as interventions on those layers of `net` where they have a meaning; some must have."""
         top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
         capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
         return (*top_k, *capacity)
@@ -152,11 +135,8 @@ class Settings:
 
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
-    able = [
-        number
-        for number, layer in layers.items()
-        if refusal(kind, routing_kind(layer.router), routed_unit(layer.router)) is None
-    ]
+    routers = {number: layer.router for number, layer in layers.items()}
+    able = [number for number, one in routers.items() if refusal(kind, routing_kind(one), routed_unit(one)) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 
@@ -191,18 +171,10 @@ def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
 
 def intervention_json(change: Intervention) -> dict[str, Any]:
     """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
-    other = {"other": change.other} if change.kind == "swap" else {}
-    return {
-        "kind": change.kind,
-        "layer": change.layer,
-        "expert": change.expert,
-        **other,
-        "fill": change.fill,
-        "seed": change.seed,
-    }
+    names = ("kind", "layer", "expert", *(["other"] if change.kind == "swap" else []), "fill", "seed")
+    return {name: getattr(change, name) for name in names}
 
 
-SCHEMA: Final = "moevision.view/2"
 TOP, LENS_TOP = 5, 2
 
 
@@ -226,15 +198,14 @@ class LayerView:
     combine_weight: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
     probs: npt.NDArray[np.float32]
-    slots: SlotWeights | None = None
+    slots: SlotMaps | None = None
     computation: Computation | None = None
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
         """[P] best minus second-best router probability; with one expert its probability."""
-        ordered = np.sort(self.probs, axis=1)
-        second = ordered[:, -2] if ordered.shape[1] > 1 else np.zeros_like(ordered[:, -1])
-        margin: npt.NDArray[np.float32] = ordered[:, -1] - second
+        ordered = np.sort(np.pad(self.probs, ((0, 0), (1, 0))), axis=1)
+        margin: npt.NDArray[np.float32] = ordered[:, -1] - ordered[:, -2]
         return margin
 
     @property
@@ -302,7 +273,7 @@ class RoutingView:
         probabilities: [C] of the MoE.
         dense_probabilities: [C] of its dense twin; None without one.
         settings: what was changed about the model.
-        lens: [blocks, C] probabilities by the logit lens (`demo/lens.py`); None for a network without blocks.
+        lens: [blocks, C] probabilities by the logit lens (`demo/view.py`); None for a network without blocks.
     """
 
     model: ModelFacts
@@ -324,7 +295,7 @@ class RoutingView:
         changed = settings.intervention
         reason = settings.off_reason(self.model.routers)
         return {
-            "schema": SCHEMA,
+            "schema": VIEW_SCHEMA,
             "model": self.model.to_json(),
             "picture": self.picture.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
@@ -344,8 +315,6 @@ class RoutingView:
         }
 
     def _repr_html_(self) -> str:
-        from moevision.demo.html import view_html
-
         return view_html(self.to_json(), full_page=False)
 
 
@@ -424,9 +393,44 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
-        slots=SlotWeights.of(routing) if isinstance(routing, SoftRouting) else None,
+        slots=SlotMaps.of(routing) if isinstance(routing, SoftRouting) else None,
         computation=heard.computation(routing, noisy=noisy),
     )
+
+
+# The logit lens (nostalgebraist, "interpreting GPT", 2020): final norm, pooling and head, applied to the output of each
+# block as they are. They were trained for the last one alone, so of an earlier one they are an untrained readout.
+
+
+@contextmanager
+def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what the blocks of `net` give, each [1, N, D] for one image; in this thread, and until the scope closes.
+
+    Yields:
+        A list that fills in order of depth while the model runs; it stays empty where a network has no blocks.
+    """
+    outputs: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(_module: nn.Module, _given: tuple[Any, ...], result: Tensor) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(result)
+
+    with routing_lock(net):
+        hooks = [block.register_forward_hook(keep) for block in getattr(net, "blocks", ())]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@torch.inference_mode()
+def lens(net: Any, outputs: list[Tensor]) -> Tensor | None:
+    """Logits [L, C] of the head after each block; the last row is the model's own. None without blocks."""
+    if not outputs:
+        return None
+    return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
 
 
 def _round(values: npt.NDArray[Any]) -> Any:

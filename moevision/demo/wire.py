@@ -25,8 +25,19 @@ MAX_PIXELS_WHOLE: Final = 16_000_000  # of any other format: 0.25 GB and a secon
 MAX_CHARACTERS: Final = MAX_BYTES * 4 // 3 + 256
 
 
-class TooLargeError(UserError):
-    """An image with more bytes than the page accepts."""
+Code = Literal["bad_request", "busy", "bad_image", "too_large"]
+
+
+class RequestError(UserError):
+    """A request that can't be answered.
+
+    Attributes:
+        code: what kind of mistake it is, for the page.
+    """
+
+    def __init__(self, message: str, code: Code = "bad_request") -> None:
+        super().__init__(message)
+        self.code: Code = code
 
 
 def data_uri(
@@ -65,22 +76,20 @@ def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
 
 
 def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
-    """Decode an image that came inside a request.
+    """The upright RGB image that came inside a request as `data:image/...;base64,...`, or as the base64 alone.
 
-    Args:
-        text: `data:image/...;base64,...`, or the base64 alone.
-        short_side: what it will be shrunk to, in pixels: a JPEG may come with fewer pixels then (`safe_open`).
-
-    Returns:
-        An upright RGB image.
+    A JPEG may come with fewer pixels if it will be shrunk to `short_side` (`safe_open`).
 
     Raises:
-        TooLargeError: if it has more than `MAX_BYTES` bytes.
+        RequestError: with code "too_large" if it has more than `MAX_BYTES` bytes.
         BadImageError: if it is not base64, has more than `MAX_PIXELS` (a JPEG) or `MAX_PIXELS_WHOLE` pixels, or is not
             an image that `safe_open` accepts.
     """
+    too_large = RequestError(
+        f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.", "too_large"
+    )
     if len(text) > MAX_CHARACTERS:
-        raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+        raise too_large
     head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
     if not comma or (head and not head.endswith(";base64")):
         raise BadImageError("<upload>", "an image is sent as data:image/...;base64,... or as plain base64")
@@ -93,6 +102,6 @@ def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
             "address is never opened, send the image itself",
         ) from error
     if len(data) > MAX_BYTES:
-        raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+        raise too_large
     max_pixels = MAX_PIXELS if data.startswith(JPEG) else MAX_PIXELS_WHOLE
     return safe_open(io.BytesIO(data), short_side, max_bytes=MAX_BYTES, max_pixels=max_pixels)

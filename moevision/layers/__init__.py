@@ -1,5 +1,6 @@
 """The MoE layer in pure torch: no timm, no Lightning, no files. Begin with `reference.py`, then `moe.py`."""
 
+from moevision.config import RouterOptions
 from moevision.layers.baselines import ColourRouter, HandmadeRouter
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.experts import Backend, Experts, PackedLinear
@@ -16,7 +17,6 @@ from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRoutin
 from moevision.layers.routing import (
     Recordable,
     Router,
-    RouterOptions,
     Routing,
     capacity_of,
     forward_routing,

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers.cpu import refuse_transforms
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.routers import build_router
 from moevision.layers.routers_soft import SoftRouting
-from moevision.layers.routing import Recordable, RouterOptions, Routing, routed_unit
+from moevision.layers.routing import Recordable, Routing, routed_unit
 
 
 class MoEMlp(Recordable):

@@ -25,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter, RandomRouter
 from moevision.layers.cpu import best, softmax_over_experts
 from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
 from moevision.layers.routing import (
     JITTER,
-    Noise,
     Router,
-    RouterOptions,
     Routing,
     at_least_float32,
     check_top_k,

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
 from moevision.layers.routing import (
     Kind,
-    Noise,
     Router,
-    RouterOptions,
     Routing,
     at_least_float32,
     capacity_of,

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Final, Literal, Self, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Final, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,12 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from moevision.errors import ABOVE_0, UserError, check_ranges
+from moevision.config import RouteBy as RouteBy
+from moevision.errors import UserError
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
-Noise = Literal["learned", "fixed", "jitter", "none"]
-Group = Literal["image", "batch"]
-RouteBy = Literal["token", "image"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 STEPS: Final = ("scores", "shares", "kept", "weights")
 Words = dict[str, str]
@@ -255,65 +253,6 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
 # ---- what all routers share: options, interface, precision, capacity
 
 
-@dataclass(kw_only=True)
-class RouterOptions:
-    """Options of a router; None is the router's own choice. A router refuses those that it has no use for.
-
-    Args:
-        noise: noise of the choice in training: `learned` per token (Shazeer), `fixed` (σ = 1/E, V-MoE), `jitter`
-            (input times U(0.99, 1.01), Switch) or `none`.
-        route_by: what is routed: each `token` (by default), or the `image` as a whole: the mean of its tokens decides,
-            once per image and layer, and its experts compute all of them.
-        normalize_gates: a token's gates sum to 1. With one expert the gate is then 1 and keeps the gradient of the
-            probability (straight-through).
-        capacity_factor: in training an expert computes at most this times its fair share; None computes everything.
-        eval_capacity_factor: the same in evaluation.
-        batch_priority: over capacity, keep the tokens with the largest gates instead of the first ones.
-        capacity_group: what shares a capacity: one `image`, or the `batch` (predictions then depend on batch-mates).
-        bias_rate: γ, the step of `bias_balanced`'s bias.
-        slots_per_expert: P of `soft`; by default K · tokens / E in a model.
-
-    Raises:
-        UserError: for a value that is out of range.
-    """
-
-    noise: Noise | None = None
-    route_by: RouteBy | None = None
-    normalize_gates: bool | None = None
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    batch_priority: bool | None = None
-    capacity_group: Group | None = None
-    bias_rate: float | None = None
-    slots_per_expert: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("noise", self.noise, get_args(Noise))
-        _check_choice("route_by", self.route_by, get_args(RouteBy))
-        _check_choice("capacity_group", self.capacity_group, get_args(Group))
-        check_ranges(self, [(*ABOVE_0, ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"))])
-        if self.capacity_factor is None and self.eval_capacity_factor is None:
-            idle = [name for name in ("batch_priority", "capacity_group") if getattr(self, name) is not None]
-            if idle:
-                raise UserError(f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25.")
-        elif self.route_by == "image" and self.capacity_group != "batch":
-            raise UserError(
-                "With route_by='image' one image never fills an expert, so a capacity per image drops nothing: set "
-                "capacity_group='batch', or leave the capacity out."
-            )
-
-    def given(self) -> dict[str, Any]:
-        """The options that were set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def only(self, router: str, useful: Iterable[str]) -> RouterOptions:
-        """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
-        useless = sorted(self.given().keys() - set(useful))
-        if useless:
-            raise UserError(f"The router {router!r} has no use for {', '.join(useless)}: leave it out.")
-        return self
-
-
 class Router(nn.Module):
     """What an MoE layer, training, analysis and the explorer need of a router; calling it gives a `Routing`.
 
@@ -372,11 +311,6 @@ def routed_unit(router: object) -> RouteBy:
     """What a router decides about: each token, or an image as a whole."""
     options = getattr(router, "options", None)
     return getattr(options, "route_by", None) or "token"
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise UserError(f"There is no {name} {value!r}: choose one of {', '.join(choices)}.")
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:

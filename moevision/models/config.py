@@ -6,15 +6,16 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 from torch import nn
 
-from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
-from moevision.layers import RouterOptions, moe_layers
+from moevision.config import MoEConfig
+from moevision.errors import UserError
+from moevision.layers import moe_layers
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
 from moevision.models.io import FOLDER, architecture_of, create_from, model_folder, unknown_name
 from moevision.models.reading import pool_patches
@@ -22,86 +23,8 @@ from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
-_RANGES: Ranges = (
-    (*AT_LEAST_1, ("num_experts", "top_k", "patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
-    (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
-    (*ABOVE_0, ("mlp_ratio",)),
-    (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
-    ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
-)
 DEFAULT_NAME = "vit_moe_micro_patch4_32"
 _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
-
-
-@dataclass
-class MoEConfig(RouterOptions):
-    """Which model to train; a field left empty (null) takes the architecture's own value.
-
-    A list in `num_experts`, `top_k`, `router` or `expert_hidden` gives each MoE layer its own. The options of
-    `RouterOptions` stand beside these fields.
-
-    Args:
-        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default.
-        base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
-        pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
-            file (its metadata say its architecture, or `base` does). A dense model is upcycled: experts start as copies
-            of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only `depth` may
-            be given beside it.
-        num_experts: E, experts in each MoE layer.
-        top_k: K, experts that compute each token; by default the router's own, 2 for most.
-        router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
-            baselines `hash`, `random`, `position`, `colour`.
-        moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0.
-        expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
-            `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
-        backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        twin: train the dense twin instead, matched in `active_flops` or `total_params`.
-        stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
-            (those of the hybrids).
-        patch_size: side of a patch in pixels.
-        embed_dim: width of a token.
-        depth: number of blocks; with `pretrained` so many of the first ones, all by default.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of a dense MLP over the width of a token.
-        drop_path_rate: stochastic depth at the last block.
-        proj_drop_rate: dropout in MLPs, experts and attention projections.
-        patch_drop_rate: share of patches left out in training.
-        global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of all patches, so that
-            every patch's route counts, in the last block too); by default the architecture's own.
-        num_shared_experts: experts that every token passes besides the chosen ones.
-        expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
-        upcycle_noise: with `pretrained`: noise on the copies, relative to the spread of their weights.
-        upcycle_reinit: with `pretrained`: share of each copy's hidden units that are drawn anew.
-    """
-
-    name: str | None = None
-    base: str | None = None
-    pretrained: str | None = None
-    num_experts: int | list[int] | None = None
-    top_k: int | list[int] | None = None
-    router: str | list[str] | None = None
-    moe_layers: str | list[int] | None = None
-    expert_hidden: int | list[int] | None = None
-    backend: Literal["auto", "loop", "grouped", "dense"] | None = None
-    twin: Literal["active_flops", "total_params"] | None = None
-    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = None
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    drop_path_rate: float | None = None
-    proj_drop_rate: float | None = None
-    patch_drop_rate: float | None = None
-    global_pool: Literal["token", "avg"] | None = None
-    num_shared_experts: int | None = None
-    expert_drop: float | None = None
-    upcycle_noise: float | None = None
-    upcycle_reinit: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, _RANGES, "--model.arch.")
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""From a dense timm ViT to a Mixture of Experts.
+"""From a dense timm ViT to a Mixture of Experts, and to the dense twin that it is compared with.
 
 Axes: D width, H hidden width of one expert, E experts, K choices of a token.
 """
@@ -10,16 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
 from timm.layers import Mlp
 from torch import nn
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, PackedLinear, RouterOptions, capacity_of, moe_layers, router_kind
+from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
+
+Match = Literal["active_flops", "total_params"]
 
 
 def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
@@ -105,8 +108,16 @@ def convert_to_moe(
     experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
     for index, moe in zip(indices, experts, strict=True):
         blocks[index].mlp = moe
-    _prepare_routers(vit)
-    _spare_biases(vit)
+    state = cast(Any, vit)
+    for moe in experts:
+        moe.router.num_prefix_tokens = int(state.num_prefix_tokens)
+        if moe.router.sees_image:
+            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
+            state.patch_embed.register_forward_pre_hook(moe.router.look)
+    # The experts' biases must not decay: two dimensions are a weight to timm's optimizers. A plain function of names:
+    # one that holds the model would be a reference cycle.
+    packed = [f"{name}.bias" for name, module in vit.named_modules() if isinstance(module, PackedLinear)]
+    state.no_weight_decay = partial(set, {*getattr(vit, "no_weight_decay", set)(), *packed})
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None and not _is_twin(vit):
         written["hidden_features"] = None  # follows from the MLP
@@ -138,7 +149,12 @@ def _plan(
     """Keyword arguments of the `MoEMlp` of each MoE layer."""
     lists = {name: _per_layer(name, value, len(indices)) for name, value in of_layer.items()}
     slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), len(indices))
-    _check_options(lists["router"], options)
+    routers = lists["router"]
+    useful = {name for router in routers for name in router_kind(router).options}
+    useless = sorted(options.keys() - (useful if routers else {field.name for field in fields(RouterOptions)}))
+    if useless:
+        names = " and ".join(dict.fromkeys(map(repr, routers))) or "A model without MoE layers"
+        raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
     plans = []
     for place, index in enumerate(indices):
         plan = {name: values[place] for name, values in lists.items()} | shared
@@ -148,7 +164,9 @@ def _plan(
         plan["hidden_features"] = _expert_hidden(index, plan, dense_hidden, copy_weights)
         plan |= {name: value for name, value in options.items() if name in kind.options}
         if "slots_per_expert" in kind.options:
-            plan["slots_per_expert"] = slots[place] or _slots(vit, plan["top_k"], plan["num_experts"])
+            # So many that a token costs as much as with K experts; kept when the image's size changes.
+            tokens = int(cast(Any, vit).patch_embed.num_patches) + int(cast(Any, vit).num_prefix_tokens)
+            plan["slots_per_expert"] = slots[place] or capacity_of(1.0, tokens, plan["top_k"], plan["num_experts"])
         plans.append(plan)
     return plans
 
@@ -158,28 +176,22 @@ def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_wei
     if plan["top_k"] < 1:
         raise UserError(f"top_k is {plan['top_k']}: it must be at least 1 expert.")
     asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
-    if copy_weights and asked is not None:
-        _check_parts(index, plan, dense_hidden)
+    if copy_weights and asked is not None:  # experts of that width share the dense MLP out among them
+        parts, rest = divmod(dense_hidden, asked) if 0 < asked <= dense_hidden else (0, 1)
+        if rest:
+            raise UserError(
+                f"The MLP in block {index} has {dense_hidden} hidden units, which experts of {asked} can't share: use "
+                f"a whole part of it, such as expert_hidden {dense_hidden // 2}, or leave expert_hidden out."
+            )
+        if plan["num_experts"] % parts:
+            raise UserError(
+                f"{plan['num_experts']} experts make no groups of {parts}, each of which holds the MLP in block "
+                f"{index}: change num_experts or expert_hidden."
+            )
     hidden = int(asked or (dense_hidden if copy_weights else dense_hidden // units))
     if hidden < 1:
         raise UserError(f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden.")
     return hidden
-
-
-def _check_parts(index: int, plan: dict[str, Any], dense_hidden: int) -> None:
-    """Raise a UserError unless experts of the width that was asked can share the dense MLP out among them."""
-    asked, experts = plan["hidden_features"], plan["num_experts"]
-    parts, rest = divmod(dense_hidden, asked) if 0 < asked <= dense_hidden else (0, 1)
-    if rest:
-        raise UserError(
-            f"The MLP in block {index} has {dense_hidden} hidden units, which experts of {asked} can't share: use a "
-            f"whole part of it, such as expert_hidden {dense_hidden // 2}, or leave expert_hidden out."
-        )
-    if experts % parts:
-        raise UserError(
-            f"{experts} experts make no groups of {parts}, each of which holds the MLP in block {index}: change "
-            "num_experts or expert_hidden."
-        )
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
@@ -196,16 +208,6 @@ def one_or_list(values: list[Any], given: Any) -> Any:
     if not values:
         return given
     return values[0] if all(value == values[0] for value in values) else values
-
-
-def _check_options(routers: list[str], options: dict[str, Any]) -> None:
-    """Raise a UserError for an option that doesn't exist, or that no router has a use for."""
-    useful = {name for router in routers for name in router_kind(router).options}
-    known = {field.name for field in fields(RouterOptions)}
-    useless = sorted(options.keys() - (useful if routers else known))
-    if useless:
-        names = " and ".join(dict.fromkeys(repr(name) for name in routers)) or "A model without MoE layers"
-        raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
 
 
 def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
@@ -229,30 +231,6 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
         f"Block {index} of {type(vit).__name__} has {reason}: it can't be converted, since experts take the place of "
         "plain two-layer MLPs."
     )
-
-
-def _slots(vit: nn.Module, top_k: int, num_experts: int) -> int:
-    """Slots of one expert with which a token costs as much as with K experts; kept when the image's size changes."""
-    model = cast(Any, vit)
-    tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
-    return capacity_of(1.0, tokens, top_k, num_experts)
-
-
-def _prepare_routers(vit: nn.Module) -> None:
-    """Tell routers how many tokens aren't patches, and let those that want it see the image."""
-    for layer in moe_layers(vit):
-        layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)
-        if layer.router.sees_image:
-            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
-            cast(Any, vit).patch_embed.register_forward_pre_hook(layer.router.look)
-
-
-def _spare_biases(vit: nn.Module) -> None:
-    """Name the experts' biases among what timm's optimizers must not decay: two dimensions are a weight to them."""
-    spared: set[str] = getattr(vit, "no_weight_decay", set)()
-    packed = [name for name, module in vit.named_modules() if isinstance(module, PackedLinear)]
-    # A plain function of names: one that holds the model would be a reference cycle.
-    cast(Any, vit).no_weight_decay = partial(set, {*spared, *(f"{name}.bias" for name in packed)})
 
 
 def _is_twin(vit: nn.Module) -> bool:
@@ -374,3 +352,81 @@ def scale_outputs_by_depth(moe: MoEMlp, index: int) -> None:
     scale_by_depth(moe.experts.fc2.weight, index)
     if moe.shared is not None:
         scale_by_depth(moe.shared.fc2.weight, index)
+
+
+# ---- the dense twin
+
+
+def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
+    """A dense copy of a MoE model: every MoE layer becomes a freshly initialised `Mlp`, the rest is copied.
+
+    Args:
+        model: a converted model.
+        match: `active_flops` gives the Mlp K·H hidden units, what one token computes (is sparse better at the same
+            cost?); `total_params` gives it E·H, what is stored (what does sparsity save?). Shared experts add theirs.
+
+    Returns:
+        A new model, which saves under the same registered name with `twin=match`.
+
+    Raises:
+        UserError: if the model is not a converted one, or `match` is unknown.
+    """
+    if not moe_layers(model) or not hasattr(model, "moe_config"):
+        raise UserError(f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model.")
+    twin = copy.deepcopy(model)
+    make_dense(twin, match)
+    cast(Any, twin)._model_args = {**getattr(model, "_model_args", {}), "twin": match}
+    return twin
+
+
+def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
+    """Replace the MoE layers of `model` by dense MLPs, in place.
+
+    Args:
+        model: a converted model.
+        match: as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
+
+    Raises:
+        UserError: if `match` is unknown, or has not one width for each MoE layer.
+    """
+    layers = moe_layers(model)
+    if isinstance(match, str):
+        if match not in get_args(Match):
+            raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
+        widths = []
+        for each in layers:
+            units = each.router.top_k if match == "active_flops" else each.router.num_experts
+            widths.append((units + each.num_shared_experts) * each.experts.fc1.out_features)
+    else:
+        widths = list(match)
+    if len(widths) != len(layers):
+        raise UserError(f"twin={widths} has {len(widths)} widths for {len(layers)} MoE layers: give one for each.")
+    state = cast(Any, model)
+    for number, hook in list(state.patch_embed._forward_pre_hooks.items()):
+        if any(getattr(hook, "__self__", None) is layer.router for layer in layers):
+            del state.patch_embed._forward_pre_hooks[number]  # no router reads the image any more
+    for index, block in enumerate(state.blocks):
+        if isinstance(block.mlp, MoEMlp):
+            block.mlp = _mlp_like(block.mlp, widths.pop(0))
+            if getattr(model, "fix_init", False):
+                scale_by_depth(block.mlp.fc2.weight, index)
+    state.moe_config = {**state.moe_config, "twin": match}
+
+
+def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:
+    fc1, fc2 = moe.experts.fc1, moe.experts.fc2
+    mlp = Mlp(
+        fc1.in_features,
+        hidden_features,
+        fc2.out_features,
+        act_layer=cast(Any, lambda: copy.deepcopy(moe.experts.act)),
+        bias=(fc1.bias is not None, fc2.bias is not None),
+        drop=(moe.experts.drop.p, moe.drop.p),
+        device=fc1.weight.device,
+        dtype=fc1.weight.dtype,
+    )
+    for linear in (mlp.fc1, mlp.fc2):  # timm's ViT initialisation, which experts use too
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    return mlp.train(moe.training)

@@ -3,9 +3,8 @@
 What the operations decide on is an `ExpertUse` per layer (`measure_use`), which should come from other images than
 those on which the result is tested. All return a new model, which saves and reloads under its registered name.
 
-Averages of experts need one order of their hidden units. An MLP computes the same whatever that order is, so two
-experts that do alike things may hold them in different orders, and the plain average of their weights is then neither.
-Each expert is therefore first permuted to come as close as possible to a reference expert.
+An MLP computes the same whatever the order of its hidden units, so the plain average of two experts that do alike
+things may be neither. Each expert is first permuted to come as close as possible to a reference expert.
 
 Sources
     Li et al. 2024 (M-SMoE), arXiv:2310.01334: the most used experts stay, each other one joins the one whose router
@@ -29,8 +28,7 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
-from moevision.models.convert import convert_to_moe, one_or_list
-from moevision.models.twin import make_dense
+from moevision.models.convert import convert_to_moe, make_dense, one_or_list
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 How = Literal["average", "most_used"]
@@ -132,9 +130,7 @@ def prune_experts(
 ) -> nn.Module:
     """Remove experts and their router rows; a token that chose one goes to its next-best expert.
 
-    Pruning an expert that no token uses changes nothing where gates are a softmax over the kept choices
-    (`noisy_top_k`). Where they are a softmax over all experts (`vmoe_top_k`), the gates of the others grow by
-    1 / (1 - its probability).
+    Where gates are a softmax over all experts (`vmoe_top_k`), those of the others grow by 1 / (1 - its probability).
 
     Args:
         model: a converted model.
@@ -170,10 +166,8 @@ def merge_experts(
     """Replace groups of experts by their averages.
 
     Weights, router rows and whatever else the router has for each expert are averaged with the experts' choices as
-    weights (equally without `use`), hidden units aligned first. One row can't say what several did: to keep the gates
-    of a softmax its logit would have to be the logsumexp of the group's, which is not linear in the token. So a merged
-    expert is chosen less often than its members together, and a token that chose two of them also gets its next-best
-    expert. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
+    weights (equally without `use`), hidden units aligned first. One row can't say what several did: a merged expert is
+    chosen less often than its members together (docs/reference/conversions.md).
 
     Args:
         model: a converted model.
@@ -231,9 +225,9 @@ def collapse_to_dense(
 ) -> nn.Module:
     """Replace every MoE layer by one plain MLP of an expert's hidden width.
 
-    With `use` experts count by the gates that they had, and the output is scaled by the mean sum of a token's gates, so
-    that the layer keeps its magnitude: with V-MoE's router that sum is below 1, since its softmax is over all experts.
-    Without `use` experts count equally and nothing is scaled. Shared experts are kept exactly, as further hidden units.
+    With `use` experts count by the gates that they had, and the output is scaled by the mean sum of a token's gates,
+    which V-MoE's router keeps below 1. Without `use` experts count equally and nothing is scaled. Shared experts are
+    kept exactly, as further hidden units.
 
     Args:
         model: a converted model, of any router.

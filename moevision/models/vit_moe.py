@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import timm
@@ -19,13 +20,14 @@ from timm.layers.config import use_reentrant_ckpt
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
+from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.experts import Backend
-from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
+from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth, scale_outputs_by_depth
 from moevision.models.stems import STEMS
-from moevision.models.twin import Match, make_dense
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
 MOE_ARGUMENTS = (
@@ -151,12 +153,41 @@ def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: 
     )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformerMoE:
-    model: VisionTransformerMoE = _build(VisionTransformerMoE, variant, pretrained, {**defaults, **kwargs})
-    return model
+_HYBRID_SIZE = {
+    "embed_dim": 128,
+    "num_heads": 4,
+    "class_token": False,
+    "global_pool": "avg",
+    "moe_layers": "all",
+    # LayerScale (arXiv:2103.17239): what the convolutions found is there at once, and the blocks add to it.
+    "init_values": 0.1,
+}
+_CONV_STEM = {"class_token": False, "global_pool": "avg", "stem": "conv"}
+# Name -> size of the image, and what VisionTransformerMoE is given; parameters and FLOPs: docs/reference/models.md.
+_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    # For tests: 4 experts of which 2 are active.
+    "test_vit_moe": (
+        32, {**_CONV_STEM, "num_experts": 4, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    ),
+    "vit_moe_micro_patch4_32": (32, {**_CONV_STEM, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}),
+    # From scratch: convolutional stages, then MoE blocks of D 128 on 64 tokens; with patches of 8 px, faster, on 16.
+    "vit_moe_hybrid_patch4_32": (32, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 4, "depth": 4}),
+    "vit_moe_hybrid_patch8_32": (32, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 8, "depth": 2}),
+    "vit_moe_hybrid_patch16_128": (128, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 16, "depth": 4}),
+    # The most accurate at 32 px. Without LayerScale: after nine epochs it made no difference (benchmarks/accuracy).
+    "vit_moe_hybrid_wide_patch4_32": (
+        32, {**_HYBRID_SIZE, "stem": "wide_stages", "patch_size": 4, "depth": 2, "init_values": None}
+    ),
+    # ViT-Ti, -S and -B with experts in every other block.
+    "vit_moe_tiny_patch16_224": (224, {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}),
+    "vit_moe_small_patch16_224": (224, {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
+    "vit_moe_base_patch16_224": (224, {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}),
+}  # fmt: skip
+_FIRST_CONV = {"conv": "patch_embed.backbone.0.conv", "stages": "patch_embed.backbone.0.0.conv"}
+_FIRST_CONV["wide_stages"] = _FIRST_CONV["stages"]
 
 
-def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+def _cfg(size: int, stem: str = "patch") -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, size, size),
@@ -166,114 +197,32 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
         "fixed_input_size": True,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
+        "first_conv": _FIRST_CONV.get(stem, "patch_embed.proj"),
         "classifier": "head",
-        **kwargs,
     }
 
 
-_CONV = {"first_conv": "patch_embed.backbone.0.conv"}
-_HYBRID = {"first_conv": "patch_embed.backbone.0.0.conv"}
 default_cfgs = generate_default_cfgs(
     {
-        "test_vit_moe.untrained": _cfg(32, **_CONV),
-        "vit_moe_micro_patch4_32.untrained": _cfg(32, **_CONV),
-        "vit_moe_hybrid_patch4_32.untrained": _cfg(32, **_HYBRID),
-        "vit_moe_hybrid_patch8_32.untrained": _cfg(32, **_HYBRID),
-        "vit_moe_hybrid_patch16_128.untrained": _cfg(128, **_HYBRID),
-        "vit_moe_hybrid_wide_patch4_32.untrained": _cfg(32, **_HYBRID),
-        "vit_moe_tiny_patch16_224.untrained": _cfg(224),
-        "vit_moe_small_patch16_224.untrained": _cfg(224),
-        "vit_moe_base_patch16_224.untrained": _cfg(224),
+        **{f"{name}.untrained": _cfg(size, given.get("stem", "patch")) for name, (size, given) in _MODELS.items()},
         "vit_moe.untrained": _cfg(224),
     }
 )
 
 
-@register_model
-def test_vit_moe(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For tests: 32 px, patches of 8 px, D 32, depth 4, 4 experts of which 2 are active."""
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_experts": 4}
-    pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
-    return _create("test_vit_moe", pretrained, {**size, **pool}, kwargs)
+def _register(name: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+        size, given = _MODELS[name]
+        arguments = {**({"img_size": size} if size != 224 else {}), **given, **kwargs}
+        model: VisionTransformerMoE = _build(VisionTransformerMoE, name, pretrained, arguments)
+        return model
+
+    create.__name__, create.__qualname__, create.__module__ = name, name, __name__
+    globals()[name] = register_model(create)
 
 
-@register_model
-def vit_moe_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px images: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
-    size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
-    pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
-    return _create("vit_moe_micro_patch4_32", pretrained, {**size, **pool}, kwargs)
-
-
-_HYBRID_SIZE = {
-    "embed_dim": 128,
-    "num_heads": 4,
-    "class_token": False,
-    "global_pool": "avg",
-    "stem": "stages",
-    # LayerScale (arXiv:2103.17239): what the convolutions found is there at once, and the blocks add to it.
-    "init_values": 0.1,
-}
-
-
-@register_model
-def vit_moe_hybrid_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px images from scratch: convolutional stages, then 4 MoE blocks of D 128 on 64 tokens."""
-    size = {"img_size": 32, "patch_size": 4, "depth": 4, "moe_layers": "all"}
-    return _create("vit_moe_hybrid_patch4_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
-
-
-@register_model
-def vit_moe_hybrid_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px images from scratch, faster: more convolutions, then 2 MoE blocks of D 128 on 16 tokens."""
-    size = {"img_size": 32, "patch_size": 8, "depth": 2, "moe_layers": "all"}
-    return _create("vit_moe_hybrid_patch8_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
-
-
-@register_model
-def vit_moe_hybrid_patch16_128(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 128 px images from scratch: convolutional stages, then 4 MoE blocks of D 128 on 64 tokens."""
-    size = {"img_size": 128, "patch_size": 16, "depth": 4, "moe_layers": "all"}
-    return _create("vit_moe_hybrid_patch16_128", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
-
-
-@register_model
-def vit_moe_hybrid_wide_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px images from scratch, the most accurate: wide stages, then 2 MoE blocks of D 128 on 64 tokens.
-
-    Without LayerScale: after nine epochs it made no difference (benchmarks/accuracy).
-    """
-    size = {
-        "img_size": 32,
-        "patch_size": 4,
-        "depth": 2,
-        "moe_layers": "all",
-        "stem": "wide_stages",
-        "init_values": None,
-    }
-    return _create("vit_moe_hybrid_wide_patch4_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
-
-
-@register_model
-def vit_moe_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """ViT-Ti/16 with 8 experts of which 2 are active in every other block."""
-    size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("vit_moe_tiny_patch16_224", pretrained, size, kwargs)
-
-
-@register_model
-def vit_moe_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """ViT-S/16 with 8 experts of which 2 are active in every other block."""
-    size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("vit_moe_small_patch16_224", pretrained, size, kwargs)
-
-
-@register_model
-def vit_moe_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """ViT-B/16 with 8 experts of which 2 are active in every other block."""
-    size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vit_moe_base_patch16_224", pretrained, size, kwargs)
+for _name in _MODELS:
+    _register(_name)
 
 
 @register_model
@@ -342,3 +291,46 @@ def num_patches(model: nn.Module) -> int | None:
     """Patches of an image, before any are dropped; None for a model without a patch embedding."""
     count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return count if isinstance(count, int) else None
+
+
+# ---- gradient checkpointing of chosen blocks: what a block keeps for the backward pass is computed again there
+#
+# timm checkpoints all blocks or none (`set_grad_checkpointing`), and so does this for all of them. Chosen ones get a
+# `forward` of their own: names of modules and weights stay as they are.
+
+
+def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
+    """Compute blocks again in the backward pass, for less memory and more time (arXiv:1604.06174).
+
+    Args:
+        net: a timm ViT, MoE or dense.
+        blocks: all or none of its `blocks`, or indices of those.
+
+    Raises:
+        UserError: for a block that isn't there.
+    """
+    known: Any = cast(Any, net).blocks
+    chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
+    if missing := sorted(chosen - {*range(len(known))}):
+        raise UserError(
+            f"--model.grad_checkpointing names block {missing[0]}, and the model has blocks 0 to {len(known) - 1}."
+        )
+    cast(Any, net).set_grad_checkpointing(blocks is True)
+    for index, block in enumerate(known):
+        vars(block).pop("forward", None)
+        if index in chosen:
+            block.forward = partial(_again, block.forward)
+
+
+def checkpointed_blocks(net: nn.Module) -> tuple[int, ...]:
+    """Indices of the blocks that are computed again."""
+    blocks: Any = cast(Any, net).blocks
+    if getattr(net, "grad_checkpointing", False):
+        return tuple(range(len(blocks)))
+    return tuple(index for index, block in enumerate(blocks) if "forward" in vars(block))
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

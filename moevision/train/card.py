@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,7 +31,6 @@ from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
 from moevision.train.report import RunSummary, read_summary, template
-from moevision.words import signed
 
 UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`
 
@@ -187,7 +186,6 @@ def model_card(facts: dict[str, Any]) -> str:
         unknown_terms=UNKNOWN,
         unknown_licence=UNKNOWN_LICENCE,
         without_example=without_example,
-        strongest=_strongest,
         largest=lambda experts: max(experts, key=lambda expert: abs(expert["delta_logit"])),
     )
     return card
@@ -224,9 +222,3 @@ def _header(facts: dict[str, Any], summary: RunSummary | None, terms: DataTerms 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
     return re.sub(r" \(for example .*\)", "", shown(sentence))  # to the last bracket: names have brackets too
-
-
-def _strongest(baselines: Mapping[str, Sequence[float]]) -> str:
-    """The routing without learning that tells most, over all its seeds, such as `0.200 (kmeans input)`."""
-    bits, name = max(((max(values), name) for name, values in baselines.items() if values), default=(0, ""))
-    return f"{signed(bits)} ({name.replace('_', ' ')})" if name else "not measured"

@@ -12,7 +12,6 @@ goes on with are `current_model_state`, as in Lightning's `WeightAveraging`. Aft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -21,24 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from moevision.config import EmaConfig
 from moevision.errors import UserError
 from moevision.train.devices import parallel_strategy
 from moevision.train.task import ClassificationTask
 
 _NET = "net."  # where the network is in the task's state
-
-
-@dataclass
-class EmaConfig:
-    """Whether a moving average of the weights is evaluated and saved in their place.
-
-    Args:
-        decay: share of the old average that an update keeps, such as 0.999; null trains without an average.
-        warmup: let the decay grow at the start, so that the first weights are soon forgotten.
-    """
-
-    decay: float | None = None
-    warmup: bool = True
 
 
 class WeightEMA(L.Callback):

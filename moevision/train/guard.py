@@ -19,8 +19,6 @@ whose deviation is tiny, from false alarms.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -35,8 +33,9 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moevision.config import GuardConfig
 from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.names import csv_name
 from moevision.train.ema import WeightEMA
@@ -72,32 +71,6 @@ _ADVICE = {
     "loss": "Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.",
     "ema.weight": "Only the moving average was bad: suspect the memory or the accelerator if it happens again.",
 }
-
-
-@dataclass
-class GuardConfig:
-    """When an update is refused, and when training returns to an earlier state.
-
-    Args:
-        enabled: refuse updates from numbers that are not finite, and return to an earlier state when it must be.
-        snapshot_every: applied updates between two snapshots.
-        snapshots: how many snapshots are kept in main memory; each takes 12 bytes per parameter under AdamW (weights
-            and two moments), 4 more with a moving average.
-        max_skips: refused among the last 100 updates, above which training returns to a snapshot.
-        max_rollbacks: returns within 1,000 steps, above which training stops.
-        spike_sigmas: standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes.
-        spike_updates: suspicious losses in a row that make a lasting spike.
-        spike_warmup: losses that must be known before one can be suspicious.
-    """
-
-    enabled: bool = True
-    snapshot_every: int = 100
-    snapshots: int = 2
-    max_skips: int = 10
-    max_rollbacks: int = 3
-    spike_sigmas: float = 6.0
-    spike_updates: int = 10
-    spike_warmup: int = 20
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
@@ -506,12 +479,10 @@ class GuardRecord:
 
     def write(self, folder: Path) -> None:
         """Write guard.csv whole; a resumed run writes it again from what the checkpoint remembers."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for event in self.events:
-            writer.writerow([event.step, event.epoch, event.kind, event.source, csv_name(" ".join(event.samples))])
-        write_text_atomic(folder / GUARD_CSV, text.getvalue())
+        rows = (
+            (each.step, each.epoch, each.kind, each.source, csv_name(" ".join(each.samples))) for each in self.events
+        )
+        write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""

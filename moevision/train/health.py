@@ -15,9 +15,8 @@ import io
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import lightning as L
 import torch
@@ -27,8 +26,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
+from moevision.config import EarlyStoppingConfig
 from moevision.data import ImageDataModule
-from moevision.errors import UserError
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.processes import AwakeClock, sums_over_processes, tell
@@ -231,25 +230,6 @@ class Stopwatch(L.Callback):
         self._advised = True
         for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
             tell(sentence)
-
-
-@dataclass(frozen=True)
-class EarlyStoppingConfig:
-    """When a training that no longer improves ends.
-
-    Attributes:
-        patience: validations in a row without a better one, after which training stops; null trains to the end. The
-            learning rate then hasn't come down to its end, so the schedule's whole length often scores higher.
-        monitor: what must become better; null: what best.ckpt is chosen by.
-    """
-
-    patience: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a patience that would stop at once."""
-        if self.patience is not None and self.patience < 1:
-            raise UserError(f"--early_stopping.patience is {self.patience}: it must be at least 1 validation.")
 
 
 class StopEarly(EarlyStopping):

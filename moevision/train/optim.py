@@ -16,9 +16,8 @@ are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from timm.models import group_parameters
@@ -29,11 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moevision.errors import AT_LEAST_0, SHARE, UserError, check_ranges
+from moevision.config import FreezeAllBut, OptimizerConfig, OptimizerName
+from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
-
-OptimizerName = Literal["adamw", "muon"]
-FreezeAllBut = Literal["all_but_experts", "all_but_head"]
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
 # before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic").
@@ -44,43 +41,6 @@ _ITERATIONS = [
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 ]
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer under a one-cycle schedule.
-
-    Args:
-        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest.
-        lr: the highest learning rate.
-        weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
-            embeddings and class tokens under layer_decay.
-        warmup_fraction: share of all steps in which the learning rate rises.
-        beta2: decay of the second moment.
-        layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
-            classifier's, such as 0.75; for pretrained starts. None: one rate for all.
-        freeze: what keeps its weights: a number n (the embedding and the first n blocks), `all_but_experts` (only
-            routers, experts and the classifier learn) or `all_but_head` (only the classifier learns). BatchNorm in a
-            frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
-    """
-
-    name: OptimizerName = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.2
-    beta2: float = 0.99
-    layer_decay: float | None = None
-    freeze: int | FreezeAllBut | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers under which nothing can be learnt."""
-        ranges = (
-            (*AT_LEAST_0, ("lr", "weight_decay")),
-            (*SHARE, ("beta2",)),
-            ("between 0 and 1, such as 0.2", lambda x: 0 <= x <= 1, ("warmup_fraction",)),
-            ("above 0 and at most 1, such as 0.75", lambda x: 0 < x <= 1, ("layer_decay",)),
-        )
-        check_ranges(self, ranges, "--model.optim.")
 
 
 def build_optimizer(

@@ -12,16 +12,19 @@ import copy
 import difflib
 import math
 import os
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from moevision.config import Given, checked
 from moevision.data.named import HF
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
@@ -32,6 +35,7 @@ from moevision.limits import memory_available_bytes, usable_cores, usable_memory
 from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
+from moevision.models.safe_files import read_yaml
 from moevision.names import shown
 from moevision.train.devices import has_gpu, trains_on
 from moevision.train.processes import tell
@@ -46,11 +50,10 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
-_ASKS = ("-h", "--help", "--print_config")
-_PRETRAINED = "--model.arch.pretrained"
+_PRETRAINED = "model.arch.pretrained"
 # Who gives one of these has chosen a model.
 _MODEL = tuple(
-    f"--model.arch.{name}"
+    f"model.arch.{name}"
     for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 )
 # Images in the datasets known by name, which may have to be fetched before they can be counted.
@@ -65,11 +68,7 @@ _NAMED_IMAGES = {
     "food101": 101_000,
     "imagenet": 1_331_167,
 }
-_IN_FULL = {
-    "--dense": "--model.arch.twin=active_flops",
-    "--compile": "--model.compile=true",
-    "--force": "--check_memory=false",
-}
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _CACHE_SHARE = 0.25  # of the free memory may hold decoded images
 
 
@@ -137,24 +136,22 @@ def default_precision() -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
 
 
-def expand_arguments(
+def chosen(
     verb: str,
-    arguments: Sequence[str],
+    given: Given,
     *,
     recorded: bool = False,
     decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
     say: Callable[[str], None] = tell,
-) -> list[str]:
-    """Rewrite what people type into what LightningCLI reads.
+) -> dict[str, Any]:
+    """What a command line asks for, by dotted names, with what is chosen for the images where it says nothing.
 
-    `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
-    `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`, where `auto` and `none`
-    are decided here; `--dense`, `--compile`, `--force` and `--parallel X` are written in full. A checkpoint is
-    evaluated by the config.yaml of its run, unless another `--config` is given.
+    `FOLDER`, or a dataset's name, gets a recipe unless `--config` is given; a name of a shipped configuration is that
+    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given.
 
     Args:
-        verb: the verb.
-        arguments: what follows it.
+        verb: `fit`, `validate` or `test`.
+        given: the command line.
         recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
         decide: calls a function in the first process of a training alone, and gives its result to all of them.
         say: takes the line that says what the training starts from.
@@ -162,41 +159,63 @@ def expand_arguments(
     Raises:
         UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
-    needs = f"a timm name, a file, a folder, {AUTO} or {NONE}"
-    asked, rest = take(_in_full(arguments), "--pretrained", _PRETRAINED, needs=needs)
-    asked = NONE if asked == "null" else asked
-    path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    names_config = path is not None and path in shipped_configs() and not Path(path).exists()
-    if verb != "fit" and not names_config:
-        rest = [*_own_config(rest), *rest]
-    has_config = value_of(rest, "--config", "-c") is not None
-    says_what = has_config or path is not None or value_of(rest, "--data.path") is not None
-    if not (says_what or recorded) and not any(argument in _ASKS for argument in rest):
-        where = f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name"
-        if checkpoint := value_of(rest, "--ckpt_path"):
-            raise UserError(
-                f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path. {where}."
-            )
-        if verb != "fit":
-            raise UserError(f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on.")
-        raise UserError(f"{where}, or --config with one of {', '.join(shipped_configs())}.")
-    front: list[str] = []
-    if path is not None and names_config and not has_config:
+    path, typed = given.folder, dict(given.options)
+    if typed.get("model.arch.twin") and typed.get("with_twin"):
+        raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
+    asked = (typed.pop(_PRETRAINED) or NONE) if _PRETRAINED in typed else None
+    files = [find_config(name) for name in given.configs]
+    named = path is not None and path in shipped_configs() and not Path(path).exists()
+    if named and not files:
         if asked in (None, NONE) or path not in _NAMED_IMAGES:
-            front, path = ["--config", path], None
-        elif (
-            value_of(rest, "--data.download") is None
-        ):  # recipes from scratch don't suit pretrained weights, their data do
-            rest = ["--data.download=true", *rest]
-    chooses = verb == "fit" and path is not None and not has_config and not recorded
-    with trains_on(accelerator_of(rest)):
-        if chooses:
-            front = decide(lambda: choose_recipe(cast(str, path), asked, rest, say))
+            files, path = [find_config(cast(str, path))], None
+        else:  # recipes from scratch don't suit pretrained weights, their data do
+            typed.setdefault("data.download", True)
+    configured: dict[str, Any] = {}
+    for file in files:
+        configured |= read_config(file)
+    if verb != "fit" and not files:
+        configured = _config_of_checkpoint(typed.get("ckpt_path"))
+    if path is None and not files and not configured and "data.path" not in typed and not recorded:
+        raise UserError(_nothing_to_do(verb, typed.get("ckpt_path")))
+    recipe: dict[str, Any] = {}
+    with trains_on(typed.get("trainer.accelerator", configured.get("trainer.accelerator"))):
+        if verb == "fit" and path is not None and not files and not recorded:
+            recipe = decide(lambda: choose_recipe(path, asked, typed, say))
         elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
-            rest += decide(lambda: weights_alone(asked, rest, say))
+            typed |= decide(lambda: weights_alone(asked, typed, say))
+        if not recorded and (recipe | configured | typed).get("trainer.precision") is None:
+            typed["trainer.precision"] = default_precision()
     if path is not None:
-        front = [*front, "--data.path", path]
-    return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
+        typed["data.path"] = path
+    found = {**recipe, **configured, **typed}
+    if verb == "fit" and found.get("ckpt_path") is not None:
+        run_dir = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
+        raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
+    return found
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The options that a configuration gives, by their dotted names.
+
+    Raises:
+        UserError: if it can't be read, or one of them isn't there.
+    """
+    try:
+        found = checked(read_yaml(file), str(file))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {file}: correct the name.") from error
+    if found.pop("resume", None) is not None:
+        raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
+    return found
+
+
+def _nothing_to_do(verb: str, checkpoint: str | None) -> str:
+    where = f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name"
+    if checkpoint:
+        return f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path. {where}."
+    if verb != "fit":
+        return f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on."
+    return f"{where}, or --config with one of {', '.join(shipped_configs())}."
 
 
 def run_of_checkpoint(checkpoint: str) -> Path:
@@ -204,110 +223,42 @@ def run_of_checkpoint(checkpoint: str) -> Path:
     return Path(os.path.abspath(checkpoint)).parent.parent
 
 
-def _own_config(arguments: Sequence[str]) -> list[str]:
+def _config_of_checkpoint(checkpoint: str | None) -> dict[str, Any]:
     """The config of the run whose checkpoint is named, if nothing else says how to read images for it.
 
     One process evaluates, unless more are asked for: this may be another machine than that of the training.
     """
-    checkpoint = value_of(arguments, "--ckpt_path")
-    if not checkpoint or value_of(arguments, "--config", "-c") is not None:
-        return []
+    if not checkpoint:
+        return {}
     run_dir = run_of_checkpoint(checkpoint)
     if Path(os.path.abspath(checkpoint)).parent.name != "checkpoints" or not (run_dir / "config.yaml").is_file():
-        return []
-    return ["--config", str(newest_config(run_dir)), "--trainer.devices=1", "--trainer.num_nodes=1"]
+        return {}
+    return {**read_config(newest_config(run_dir)), "trainer.devices": 1, "trainer.num_nodes": 1}
 
 
-def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
-    """Separate `--option X` or `--option=X` from the other arguments.
-
-    Args:
-        arguments: a command line.
-        options: one option under all its names.
-        needs: what X must be, for the error; empty: anything.
-
-    Returns:
-        The last X, empty if nothing follows the option, None if it isn't there; and the other arguments.
-
-    Raises:
-        UserError: if X is needed and missing.
-    """
-    rest, found, asked = [], None, ""
-    given = iter(arguments)
-    for argument in given:
-        option, equals, value = argument.partition("=")
-        if option in options:
-            asked, found = option, value if equals else next(given, "")
-        else:
-            rest.append(argument)
-    if needs and found is not None and (not found or found.startswith("-")):
-        raise UserError(f"{asked} needs {needs}.")
-    return found, rest
-
-
-def value_of(arguments: Sequence[str], *options: str) -> str | None:
-    """The value of an option on a command line, the last one; None if it isn't there."""
-    return take(arguments, *options)[0]
-
-
-def _in_full(arguments: Sequence[str]) -> list[str]:
-    """The arguments with what is said in short written in full.
-
-    Raises:
-        UserError: beside `--with-twin`, which compares with the dense model.
-    """
-    if "--dense" in arguments and "--with-twin" in arguments:
-        raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
-    return [
-        argument.replace("--parallel", "--parallel.layout", 1)
-        if argument.split("=")[0] == "--parallel"
-        else _IN_FULL.get(argument, argument)
-        for argument in arguments
-    ]
-
-
-def _with_found_configs(arguments: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    expects_config = False
-    for argument in arguments:
-        if expects_config:
-            argument = str(find_config(argument))
-        elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
-        expects_config = argument in ("--config", "-c")
-        found.append(argument)
-    return found
-
-
-def accelerator_of(arguments: Sequence[str]) -> str | None:
-    """What `--trainer.accelerator` names on the command line."""
-    return value_of(arguments, "--trainer.accelerator")
-
-
-def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] = tell) -> list[str]:
+def weights_alone(asked: str, given: Mapping[str, Any], say: Callable[[str], None] = tell) -> dict[str, Any]:
     """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out."""
     if asked == AUTO:
         weights, line = choose_start(AUTO)
         say(line)
         asked = NONE if weights is None else weights.source
-    options = {_PRETRAINED: "null" if asked == NONE else asked}
-    if asked != NONE:
-        of_weights = {"--model.arch.name": "null", "--model.arch.base": "null"}
-        if asked.endswith(".safetensors") and Path(asked).is_file() and value_of(given, "--model.arch.base") is None:
-            of_weights["--model.arch.base"] = architecture_of(asked)
-        options |= {name: value for name, value in of_weights.items() if value_of(given, name) is None}
-    return [f"{name}={value}" for name, value in options.items()]
+    if asked == NONE:
+        return {_PRETRAINED: None}
+    of_weights: dict[str, Any] = {"model.arch.name": None, "model.arch.base": None}
+    if asked.endswith(".safetensors") and Path(asked).is_file() and given.get("model.arch.base") is None:
+        of_weights["model.arch.base"] = architecture_of(asked)
+    return {_PRETRAINED: asked, **{name: value for name, value in of_weights.items() if given.get(name) is None}}
 
 
 def choose_recipe(
-    path: str, asked: str | None = None, given: Sequence[str] = (), say: Callable[[str], None] = tell
-) -> list[str]:
-    """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
+    path: str, asked: str | None = None, given: Mapping[str, Any] = _NOTHING, say: Callable[[str], None] = tell
+) -> dict[str, Any]:
+    """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
     Args:
         path: what to train on.
         asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
-        given: the other options, which come later and so win.
+        given: the other options, which win.
         say: takes the line that says what the training starts from.
 
     Raises:
@@ -316,39 +267,40 @@ def choose_recipe(
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(path)
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
-    named_model = next((option for option in _MODEL if value_of(given, option) is not None), None)
+    named_model = next((option for option in _MODEL if given.get(option) is not None), None)
     if asked is None and few and named_model is not None:
-        say(from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for").line)
+        say(from_scratch(f"--{named_model} shapes the model, so that no pretrained weights are looked for").line)
     if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = named_model in _MODEL[:2]  # a name, a base
-    if path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
+    if path != "synthetic_pets" and asked != NONE and not given.get("data.download"):
         # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
-        root = value_of(given, "--data.root") or "data"
-        columns = value_of(given, "--data.image_column"), value_of(given, "--data.label_column")
+        columns = given.get("data.image_column"), given.get("data.label_column")
+        root = given.get("data.root") or "data"
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns)
-    weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    weights, line = choose_start(asked, images, given.get("model.arch.base"))
     if line:
         say(line)
-    depth = value_of(given, "--model.arch.depth") or ""
-    own_size = value_of(given, "--data.image_size") is not None
-    if weights is not None and depth.isdecimal():
-        first_blocks(weights.net, int(depth))  # before experts are placed
+    if weights is not None and given.get("model.arch.depth") is not None:
+        first_blocks(weights.net, given["model.arch.depth"])  # before experts are placed
     options = {
-        "--data.crop": "auto" if named else "random_resized",
-        "--data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
-        "--data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
+        "data.crop": "auto" if named else "random_resized",
+        "data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
+        "data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
         **(
             scratch_options(
-                images, own_model=own_model, own_size=own_size, optimizer=value_of(given, "--model.optim.name")
+                images,
+                own_model=own_model,
+                own_size=given.get("data.image_size") is not None,
+                optimizer=given.get("model.optim.name"),
             )
             if weights is None
             else pretrained_options(weights, images)
         ),
     }
-    if value_of(given, "--model.arch.router") is not None:  # not every router can
-        options.pop("--router_start", None)
-    return [f"{option}={value}" for option, value in options.items()]
+    if given.get("model.arch.router") is not None:  # not every router can
+        options.pop("router_start", None)
+    return options
 
 
 def scratch_options(
@@ -359,15 +311,15 @@ def scratch_options(
     Epochs aim at 200 000 images seen, at least 10 and at most 100. With a size of images that the user names, the
     model's patches stay as they are. The learning rate is that of the optimizer, also of one that the user names.
     """
-    hybrid = {"--model.arch.name": "vit_moe_hybrid_patch8_32", "--model.optim.name": "muon"}
-    named = {} if own_size else {"--model.arch.patch_size": 8}
+    hybrid = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
+    named = {} if own_size else {"model.arch.patch_size": 8}
     optimizer = optimizer or ("adamw" if own_model else "muon")
     return {
         **(named if own_model else hybrid),
-        "--model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
-        "--data.image_size": 64,  # 64 tokens, where the patches are of 8 px
-        "--data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
-        "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
+        "model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
+        "data.image_size": 64,  # 64 tokens, where the patches are of 8 px
+        "data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
+        "trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }
 
 

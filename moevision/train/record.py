@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moevision.config import RecordRoutingConfig
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
@@ -21,25 +21,6 @@ from moevision.names import shown
 from moevision.train.task import ClassificationTask
 
 MAX_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class RecordRoutingConfig:
-    """Routing of some images of yours at moments of the training, to see how it formed.
-
-    Attributes:
-        images: a folder of at most 64 images; their routing is written to routing_history.safetensors in the run
-            folder. null records nothing.
-        moments: how many, the first before the training and the last at its end, closer together at first.
-    """
-
-    images: str | None = None
-    moments: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse a number of moments without a beginning and an end."""
-        if self.moments < 2:
-            raise UserError(f"--record_routing.moments is {self.moments}: it must be at least 2, beginning and end.")
 
 
 class RecordRouting(L.Callback):

@@ -25,7 +25,7 @@ from moevision.metrics import LayerLoad
 from moevision.models.safe_files import read_json
 from moevision.names import shown
 from moevision.train.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
-from moevision.words import duration, flops, percent, points, signed
+from moevision.words import duration, flops, percent, points
 
 BALANCED = "val/balanced_acc"
 """Macro recall, what goes before accuracy where classes are unbalanced."""
@@ -328,17 +328,9 @@ def template(name: str) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": cell, "percent": percent, "points": points, "flops": flops, "duration": duration}
-    environment.filters |= {"number": "{:,.0f}".format, "signed": signed, "shown": shown, "json": json.dumps}
+    environment.filters |= {"number": "{:,.0f}".format, "shown": shown, "json": json.dumps}
     environment.globals |= {"log2": math.log2, "isfinite": math.isfinite}
     return environment.get_template(name)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
-    """A Markdown table; `align` holds l or r per column, by default text left and all figures right."""
-    sides = align or "l" + "r" * (len(heads) - 1)
-    rule = ["---" if side == "l" else "--:" for side in sides]
-    lines = [[cell(head) for head in heads], rule, *([cell(text) for text in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(text: str) -> str:

@@ -15,19 +15,18 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 from filelock import FileLock, Timeout
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser
 
+from moevision.config import CheckpointConfig, Given, complete
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -43,7 +42,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
+from moevision.train.recipe import chosen, epoch_batches, read_config, refuse_among_images, run_name
 from moevision.train.start import PROBE_FILE, Probe
 
 OPTION, AUTO = "--resume", "auto"
@@ -66,27 +65,6 @@ _LAYOUT = "parallel."  # how processes share the weights rounds differently too
 _LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
 _PATIENCE_S = 10.0  # for the lock of a training that has just ended
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best.
-
-    Attributes:
-        every_minutes: minutes between two of them.
-        every_steps: optimizer steps between two of them; null is no limit.
-        monitor: what best.ckpt has the highest of. null: val/balanced_acc (macro recall) where the largest class has
-            more than 1.5 times the training images of the smallest, else val/top1.
-    """
-
-    every_minutes: float = 10.0
-    every_steps: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc"] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what would never or always save."""
-        if not self.every_minutes > 0 or (self.every_steps is not None and self.every_steps < 1):
-            raise UserError("--checkpoint.every_minutes must be above 0, and --checkpoint.every_steps at least 1.")
 
 
 class ResumePoint(L.Callback):
@@ -379,13 +357,13 @@ def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
     return not with_twin or summary.get("twin") is not None
 
 
-def changed_options(recorded: Namespace, asked: Namespace) -> list[str]:
+def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Phrases for the options that differ from the recorded ones and may.
 
     Raises:
         UserError: for one that would make another training.
     """
-    before, now = vars(recorded.as_flat()), vars(asked.as_flat())
+    before, now = complete(recorded), complete(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -464,11 +442,12 @@ def claim(run_dir: Path) -> FileLock:
 
 
 class Session:
-    """The command line of a training verb: what LightningCLI is to read, and where training begins.
+    """This process's share of a training: what stops it, where it may write, and how to go on with it.
+
+    Args:
+        command: the command line as typed, the program first.
 
     Attributes:
-        command: the command line as typed.
-        arguments: what LightningCLI is to read.
         interruption: listens to signals.
         clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
@@ -481,29 +460,12 @@ class Session:
     probe: Probe | None = None
     run_dir: Path | None = None
 
-    def __init__(self, verb: str, arguments: Sequence[str]) -> None:
-        self.command = ["moevision", verb, *arguments]
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
         self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
         self.notes: list[str] = []
         self.lines: list[str] = []
-        # Printing a config ends before the model stands.
-        self._say = self.lines.append if value_of(arguments, "--print_config") is None else tell
         self._claims: list[FileLock] = []
-        self._target, self._typed = take(arguments, OPTION, needs=f"a run folder, such as runs/pets, or {AUTO}")
-        if self._target is None:
-            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self._say)
-            return
-        if verb != "fit":
-            raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
-        self.arguments = self._automatic(verb) if self._target == AUTO else self._as_recorded(Path(self._target))
-
-    def _automatic(self, verb: str) -> list[str]:
-        """What was typed; a run that goes on has chosen its start, and nothing is chosen again for it."""
-        path = next((argument for argument in self._typed[:1] if not argument.startswith("-")), "")
-        name = value_of(self._typed, "--name") or (run_name(path) if path else "")
-        folder = Path(value_of(self._typed, "--runs_root") or "runs") / name / "checkpoints"
-        goes_on = bool(name) and folder.is_dir() and newest_valid(folder)[0] is not None
-        return expand_arguments(verb, self._typed, recorded=goes_on, decide=self.processes.decide, say=self._say)
 
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
@@ -529,7 +491,8 @@ class Session:
         if self.run_dir is None or not any(self.run_dir.glob("checkpoints/*.ckpt")):
             return None
         # The run's config.yaml stays as it is, so that a change must be said each time.
-        return " ".join([resume_command(self.run_dir), *map(shlex.quote, self._typed if self.notes else [])])
+        again = without_resume(self.command[2:]) if self.notes else []
+        return " ".join([resume_command(self.run_dir), *map(shlex.quote, again)])
 
     def _go_on(self) -> str:
         command = self.resume_command
@@ -541,58 +504,71 @@ class Session:
         while self._claims:
             self._claims.pop().release()
 
-    def _as_recorded(self, run_dir: Path) -> list[str]:
-        """The run's own config, and after it what was typed."""
-        return ["--config", str(recorded_config(run_dir)), *expand_arguments("fit", self._typed, recorded=True)]
 
-    def begin(self, parser: LightningArgumentParser, config: Namespace) -> tuple[Namespace, Start | None]:
-        """Find out where the training begins.
+def without_resume(arguments: Sequence[str]) -> list[str]:
+    """A command line without --resume and what follows it."""
+    given, rest = iter(arguments), []
+    for argument in given:
+        if argument == OPTION:
+            next(given, None)
+        elif not argument.startswith(f"{OPTION}="):
+            rest.append(argument)
+    return rest
 
-        Args:
-            parser: the parser.
-            config: what it made of `arguments`.
 
-        Returns:
-            The config to use, and the start; None for a run with a folder of its own.
+def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]:
+    """Find out what a `fit` is asked for, and where its training begins.
 
-        Raises:
-            UserError: if there is nothing to go on from, or an option can't be changed.
-            SystemExit: if the run is finished; its exit code is 0.
-        """
-        if self._target is None:
-            return config, None
-        automatic = self._target == AUTO
-        run_dir = folder_of(config) if automatic else Path(self._target)
+    Returns:
+        The options by their dotted names, and the start; None for a run with a folder of its own.
 
-        def compare() -> tuple[Namespace, list[str]]:
-            recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
-            asked = parser.parse_args(["fit", *self._as_recorded(run_dir)]) if automatic else config
-            changed = changed_options(recorded.fit, asked.fit)
-            asked.fit.seed_everything = recorded.fit.seed_everything  # for `true` the one that was drawn
-            return asked, changed
+    Raises:
+        UserError: if there is nothing to go on from, or an option can't be changed.
+        SystemExit: if the run is finished; its exit code is 0.
+    """
+    options = dict(given.options)
+    target = options.pop("resume", None)
+    given = given._replace(options=options)
+    say, decide = tell if given.prints else session.lines.append, session.processes.decide
+    if target is None:
+        return chosen("fit", given, decide=decide, say=say), None
+    automatic = target == AUTO
+    run_dir = own_folder(given) if automatic else Path(target)
 
-        def find() -> dict[str, Any]:
-            if automatic:
-                refuse_among_images(run_dir, config.fit.data.path)
-            known = (run_dir / "config.yaml").is_file()
-            if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
-                compare()  # nothing that asks for another training passes for done
-                tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
-                raise SystemExit(0)
-            return find_start(self.claim(run_dir), fresh_if_none=automatic).plain()
+    def as_recorded() -> dict[str, Any]:
+        return {**read_config(recorded_config(run_dir)), **chosen("fit", given, recorded=True)}
 
-        start = Start.from_plain(self.processes.decide(find))
-        if start.checkpoint is None:
-            return config, start
-        config, self.notes = compare()
-        if automatic:  # nothing was chosen for what was typed: the twin follows the run's config, too
-            self.arguments = self._as_recorded(run_dir)
-        for note in self.notes:
+    # What goes on has chosen its start, and nothing is chosen again for it.
+    goes_on = not automatic or newest_valid(run_dir / "checkpoints")[0] is not None
+    asked = as_recorded() if goes_on else chosen("fit", given, decide=decide, say=say)
+
+    def compare() -> list[str]:
+        nonlocal asked
+        recorded, asked = read_config(recorded_config(run_dir)), as_recorded()
+        changed = changed_options(recorded, asked)
+        asked["seed_everything"] = recorded.get("seed_everything", 0)  # for `true` the one that was drawn
+        return changed
+
+    def find() -> dict[str, Any]:
+        if automatic:
+            refuse_among_images(run_dir, asked["data.path"])
+        known = (run_dir / "config.yaml").is_file()
+        if known and is_finished(run_dir, with_twin=bool(asked.get("with_twin"))):
+            compare()  # nothing that asks for another training passes for done
+            tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
+            raise SystemExit(0)
+        return find_start(session.claim(run_dir), fresh_if_none=automatic).plain()
+
+    start = Start.from_plain(decide(find))
+    if start.checkpoint is not None:
+        session.notes = compare()
+        for note in session.notes:
             tell(f"changed: {note}")
-        return config, start
+    return asked, start
 
 
-def folder_of(config: Namespace) -> Path:
+def own_folder(given: Given) -> Path:
     """The folder of a fit, before anything is added because an earlier run has it."""
-    settings = config.fit
-    return Path(settings.runs_root) / (settings.name or run_name(settings.data.path))
+    options = chosen("fit", given, recorded=True)
+    name = options.get("name") or run_name(options.get("data.path", "synthetic_pets"))
+    return Path(options.get("runs_root", "runs")) / name

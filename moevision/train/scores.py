@@ -104,9 +104,9 @@ class ExampleScores(L.Callback):
 
     @torch.no_grad()
     def _observe(self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]) -> None:
-        found = [measure(logits, batch["label"])]
+        found = [visit_measures(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
-            found += map(expert_shares, routings)
+            found += map(visit_shares, routings)
         self._window.append((batch["index"], torch.cat(found, 1)))
 
     def on_train_batch_end(
@@ -137,7 +137,7 @@ class ExampleScores(L.Callback):
         return {} if self.sums is None else self.sums.state_dict()
 
 
-def measure(logits: Tensor, label: Tensor) -> Tensor:
+def visit_measures(logits: Tensor, label: Tensor) -> Tensor:
     """[B, 5] float32: what one visit says of each image, in the order of `MEASURES`.
 
     Args:
@@ -153,7 +153,7 @@ def measure(logits: Tensor, label: Tensor) -> Tensor:
     return torch.cat([margin, error.norm(dim=1, keepdim=True), loss, (-loss).exp(), correct], 1)
 
 
-def expert_shares(routing: Routing) -> Tensor:
+def visit_shares(routing: Routing) -> Tensor:
     """[B, E] float32: share of each image's choices that each expert computes; with slots, of its tokens' weights."""
     # All slots are always computed; what differs between images is how much of each their tokens take.
     found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()

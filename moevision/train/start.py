@@ -73,7 +73,7 @@ _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets 
 # 112 px reached 75e9 with AVX-512, decoding included.
 _CPU_FLOPS_PER_S = 30e9
 
-# benchmarks/accuracy/folder-*.json, three seeds and one; a test compares.
+# folder-* in benchmarks/accuracy/runs.jsonl, three seeds and one; a test compares.
 LOST = "Of 832 cats and dogs, trained on 2,048, pretrained weights got 96 % right, a model from scratch 88 %."
 
 
@@ -278,25 +278,25 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     net = weights.net
     saved = describe(net)
     options: dict[str, Any] = {
-        "--model.arch.pretrained": weights.source,
-        "--data.image_size": image_side(net, saved.image_size),
-        "--data.batch_size": min(64 if has_gpu() else 32, max(8, images // 20)),
-        "--data.min_crop_scale": 0.5,
-        "--trainer.max_epochs": epochs_for(images),
-        "--model.optim.lr": 3e-4,
-        "--model.optim.layer_decay": 0.75,
+        "model.arch.pretrained": weights.source,
+        "data.image_size": image_side(net, saved.image_size),
+        "data.batch_size": min(64 if has_gpu() else 32, max(8, images // 20)),
+        "data.min_crop_scale": 0.5,
+        "trainer.max_epochs": epochs_for(images),
+        "model.optim.lr": 3e-4,
+        "model.optim.layer_decay": 0.75,
     }
     if weights.base is not None:
-        options["--model.arch.base"] = weights.base
+        options["model.arch.base"] = weights.base
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        options |= {"--data.mean": list(saved.mean), "--data.std": list(saved.std)}
+        options |= {"data.mean": list(saved.mean), "data.std": list(saved.std)}
     if not moe_layers(net):
-        options |= {"--model.arch.num_experts": 4, "--model.arch.top_k": 1, "--model.arch.router": "vmoe_top_k"}
-        options["--router_start"] = "cluster"
+        options |= {"model.arch.num_experts": 4, "model.arch.top_k": 1, "model.arch.router": "vmoe_top_k"}
+        options["router_start"] = "cluster"
         pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
-        options["--model.arch.moe_layers"] = "last2" if pools else read_layer_indices(net, "last2")
+        options["model.arch.moe_layers"] = "last2" if pools else read_layer_indices(net, "last2")
         if pools:
-            options["--model.arch.global_pool"] = "avg"
+            options["model.arch.global_pool"] = "avg"
     return options
 
 

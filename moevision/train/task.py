@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -23,19 +23,16 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from moevision.config import AuxLossWeights, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
 from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
-from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.losses import AuxLoss
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.checkpointing import checkpoint_blocks
-from moevision.models.config import MoEConfig, build_model
-from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
+from moevision.models.config import build_model
+from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
-from moevision.train.optim import WHOLE, OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
+from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, sums_over_processes
-
-if TYPE_CHECKING:
-    from moevision.train.stats import Calibration
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -134,7 +131,7 @@ class ClassificationTask(L.LightningModule):
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
-        self.calibration: Calibration | None = None
+        self.calibration: Any = None  # a `stats.Calibration`, once the temperature is fitted
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
 

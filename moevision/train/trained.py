@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moevision.config import MoEConfig
 from moevision.errors import UserError
-from moevision.models.config import MoEConfig, build_model
+from moevision.models.config import build_model
 from moevision.models.io import SavedModel, load_model, saying_what_fails
 from moevision.models.safe_files import check_arguments
 

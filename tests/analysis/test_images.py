@@ -311,6 +311,7 @@ def test_crops_that_can_not_be():
         patch_crop(image, (4, 4), 0)
 
 
+@pytest.mark.deep
 def test_pictures_and_traces_are_opened_without_heavy_libraries():
     code = """
 import json, sys

@@ -447,6 +447,7 @@ def test_copies_pickles_and_state_dicts_know_nothing_of_it() -> None:
         assert torch.equal(twin(x), expected)
 
 
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
 def test_compiled_code_obeys_without_being_compiled_again() -> None:
     compilations: list[int] = []

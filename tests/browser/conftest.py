@@ -22,9 +22,10 @@ from tests.demo.conftest import (  # noqa: F401  (fixtures)
     scored_run,
     server,
 )
+from tests.demo.serving import asked_for
 from tests.needs import chromium
 
-SERVER_CALL = re.compile(r"/component_server\b")
+SERVER_CALL = re.compile(r"/api/\w+$")
 WIDE = {"width": 1440, "height": 900}
 
 
@@ -75,8 +76,8 @@ class Visit:
         return self.page
 
     def _calls(self):
-        posts = [request.post_data_json for request in self.requests if request.method == "POST"]
-        return [(post["fn_name"], post["data"]) for post in posts if post and "fn_name" in post]
+        posts = [request for request in self.requests if request.method == "POST" and SERVER_CALL.search(request.url)]
+        return [(asked_for(post), post.post_data_json) for post in posts]
 
     @property
     def asked(self):
@@ -187,7 +188,7 @@ class Held:
         page.route(SERVER_CALL, self.handle)
 
     def handle(self, route):
-        if not self.released and route.request.post_data_json["fn_name"] == self.name:
+        if not self.released and asked_for(route.request) == self.name:
             self.routes.append(route)
         else:
             route.continue_()
@@ -228,7 +229,7 @@ def empty_stage():
 
     def go(page):
         def without_examples(route):
-            if route.request.post_data_json["fn_name"] != "boot":
+            if asked_for(route.request) != "boot":
                 return route.continue_()
             answer = route.fetch()
             models = [{**model, "examples": []} for model in answer.json()["models"]]

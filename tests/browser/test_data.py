@@ -4,10 +4,11 @@ from urllib.parse import quote
 
 import pytest
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.html import app_page
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.demo.conftest import HOSTILE
+from tests.demo.serving import asked_for
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -27,16 +28,15 @@ def visit_run(new_visit, scored):
     visits = []
 
     def answer(route):
-        asked = route.request.post_data_json
-        if asked is None:
-            document = app_page(scored.start_boot(), scored.start_views(), 1)
+        if route.request.method == "GET":
+            document = app_page(scored.start_boot(), scored.start_views())
             policy = (
                 f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; {document.policy}"
             )
             return route.fulfill(
                 content_type="text/html", body=document.text, headers={"content-security-policy": policy}
             )
-        return route.fulfill(json=scored.answer(asked["fn_name"], asked["data"]))
+        return route.fulfill(json=scored.answer(asked_for(route.request), route.request.post_data_json))
 
     def begin(query="", **options):
         visits.append(new_visit(**options))

@@ -5,6 +5,8 @@ import re
 import pytest
 from PIL import Image
 
+from tests.demo.serving import asked_for
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 FIRST = {"kind": "example", "id": "pets/test/0"}
@@ -41,7 +43,7 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
     without = {"images_per_class": 40, "delta_logit": -0.5, "control_delta_logit": -0.1}
 
     def answer(route):
-        if route.request.post_data_json["fn_name"] != "experts":
+        if asked_for(route.request) != "experts":
             return route.continue_()
         response = route.fetch()
         data = response.json()
@@ -50,7 +52,7 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
             card["without"] = {**without, "strongest_class": "<b>cat", "strongest_delta_logit": -1.25}
         return route.fulfill(response=response, json=data)
 
-    one.page.route(re.compile(r"/component_server\b"), answer)
+    one.page.route(re.compile(r"/api/\w+$"), answer)
     one.open(server.url + "?expert=L3.E1")
     one.page.wait_for_selector(".mv-alone")
     assert one.page.text_content(".mv-called") == "whisker: 45 %, its share of everything: 13 %"

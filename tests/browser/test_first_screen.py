@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from tests.demo.serving import asked_for
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 WORDS = 150
@@ -61,12 +63,11 @@ def test_the_sentence_of_another_network_waits_for_its_own_count(newcomer):
     computing = {"status": "computing", "layers": [], "class_names": [], "n_images": 0, "note": ""}
 
     def still_counts(route):
-        call = route.request.post_data_json
-        if call["fn_name"] == "classes" and call["data"]["variant"] == "untrained":
+        if asked_for(route.request) == "classes" and route.request.post_data_json["variant"] == "untrained":
             return route.fulfill(json=computing)
         return route.continue_()
 
-    page.route(re.compile(r"/component_server\b"), still_counts)
+    page.route(re.compile(r"/api/\w+$"), still_counts)
     page.click("[data-variant=untrained]")
     page.wait_for_function("location.search.includes('variant=untrained')")
     page.wait_for_selector("[data-box=main][aria-busy=false]")

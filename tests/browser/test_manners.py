@@ -7,13 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.browser.conftest import axe
-from tests.demo.serving import LOGIN
+from tests.demo.serving import LOGIN, asked_for
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
-SERVER_CALL = re.compile(r"/component_server\b")
+SERVER_CALL = re.compile(r"/api/\w+$")
 VARIANTS = ("trained", "unbalanced", "untrained")
 TABS = ("experts", "classes", "whatif", "compare", "about")
 
@@ -116,11 +116,13 @@ def test_who_may_show_the_page_in_a_frame(new_visit, server):
 def test_a_login_works_and_complains_about_nothing(new_visit, server):
     one = new_visit()
     one.page.goto(server.doors["locked"])
+    one.page.goto(server.doors["locked"] + "?layer=3")
     for password, then in (("guess", "text=Incorrect credentials"), (LOGIN[1], ".mv-cell")):
-        one.page.fill("input >> nth=0", LOGIN[0])
-        one.page.fill("input[type=password]", password)
-        one.page.click("button.primary")
+        one.page.fill("[name=username]", LOGIN[0])
+        one.page.fill("[name=password]", password)
+        one.page.click("button")
         one.page.wait_for_selector(then)
+    assert "layer=3" in one.page.url  # the link that was opened
     assert not any("Content Security Policy" in complaint for complaint in one.complaints)
     assert one.strangers(server.doors["locked"]) == []
 
@@ -189,7 +191,7 @@ def test_a_busy_server_is_asked_again(new_visit, server):
     routes = []
 
     def busy_once(route):
-        if route.request.post_data_json["fn_name"] == "route":
+        if asked_for(route.request) == "route":
             routes.append(route)
             if len(routes) == 1:
                 route.fulfill(json={"error": "Many people are asking.", "code": "busy"})
@@ -208,8 +210,7 @@ def refuse(page, **asked):
     """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
 
     def handle(route):
-        call = route.request.post_data_json
-        refused = call["fn_name"] == "route" and asked.items() <= call["data"].items()
+        refused = asked_for(route.request) == "route" and asked.items() <= route.request.post_data_json.items()
         return route.abort() if refused else route.continue_()
 
     page.route(SERVER_CALL, handle)

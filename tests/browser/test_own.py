@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.demo.serving import asked_for
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 SHARED = ".mv-shared p"
@@ -157,7 +159,7 @@ def test_more_is_offered_as_long_as_the_data_has_more(visit):
     page = visit().page
 
     def with_two_of_five(route):
-        if route.request.post_data_json["fn_name"] != "boot":
+        if asked_for(route.request) != "boot":
             return route.continue_()
         answer = route.fetch()
         pets, photos = answer.json()["models"]
@@ -165,7 +167,7 @@ def test_more_is_offered_as_long_as_the_data_has_more(visit):
         models = [pets, {**photos, "examples": few, "num_examples": 5}]
         return route.fulfill(response=answer, json={"models": models})
 
-    page.route(re.compile(r"/component_server\b"), with_two_of_five)
+    page.route(re.compile(r"/api/\w+$"), with_two_of_five)
     page.select_option("[data-change=model]", "photos")
     page.wait_for_selector("[data-action=example][data-id='photo/3']")
     assert page.locator("[data-action=more]:visible").count() == 1

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.html import app_page
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import axe
 
@@ -115,4 +115,4 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     assert time.monotonic() - start < WITHIN_S
     first = [request.url.partition("?")[0] for request in one.requests if request.resource_type != "image"]
     assert first[0] == address
-    assert {url for url in first[1:] if "gradio_api" not in url} == set()  # no script, style or font beside it
+    assert {url for url in first[1:] if "/api/" not in url} == set()  # no script, style or font beside it

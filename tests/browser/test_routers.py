@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import axe
 
@@ -169,7 +169,7 @@ def test_axe_finds_nothing_serious_in_either(visit, look, scheme):
 
 def test_slots_that_can_not_be_had_are_asked_for_again(new_visit, address):
     page = new_visit().open(address + "?model=soft")
-    broken = re.compile(r"/component_server\b")
+    broken = re.compile(r"/api/\w+$")
     page.route(broken, lambda route: route.abort())
     page.click("[data-mode=slots]")
     page.wait_for_selector("[data-action=soft-again]")

@@ -105,7 +105,7 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
 def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
     """The bundled model: with 64 patches, 8 experts and a dense twin there is most to show."""
     from moevision.demo import route_image
-    from moevision.demo.bundle import bundled_model
+    from moevision.demo.models import bundled_model
 
     image = SyntheticPets(1, 64, split="test").image(0)
     view = route_image(bundled_model("pets"), image, dense=bundled_model("pets", "dense"))

@@ -4,10 +4,12 @@ import re
 
 import pytest
 
+from tests.demo.serving import asked_for
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 FIRST = {"kind": "example", "id": "pets/test/0"}
-SERVER_CALL = re.compile(r"/component_server\b")
+SERVER_CALL = re.compile(r"/api/\w+$")
 ABLATION = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
 
 
@@ -66,7 +68,7 @@ def open_changed_classes(page, change):
     """Open the tab Classes with an answer of the service that `change` has changed."""
 
     def answer(route):
-        if route.request.post_data_json["fn_name"] != "classes":
+        if asked_for(route.request) != "classes":
             return route.continue_()
         response = route.fetch()
         data = response.json()

@@ -1,24 +1,27 @@
 """The command line as a person meets it: help, and one sentence with the remedy for every mistake."""
 
+import inspect
 import io
-import json
-import os
 import re
 import shutil
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from lightning import Trainer
 
 import moevision
+from moevision import config
 from moevision.cli import VERBS
-from moevision.commands import loading, training
+from moevision.commands import loading
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.train.cli import explain
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
-from tests.forks import Forked
+from moevision.train.task import ClassificationTask
 
 
 @pytest.fixture(autouse=True)
@@ -59,45 +62,71 @@ def test_every_help_ends_with_examples(cli, verb):
     assert all(f"moevision {verb}" in example for example in examples)
 
 
-@pytest.mark.deep
-def test_the_rendered_help_is_what_the_live_parsers_say(tmp_path):
-    """To the letter where Python and the libraries are those of the rendering; others word and wrap it otherwise.
-
-    Then the options of our own have to be there. `python -m moevision.commands.training` renders it anew.
-    """
-    ours = re.compile(r"--(?:(?:model|data|guard|checkpoint|ema)\.[\w.]+|resume|name|with-twin|runs_root|config)\b")
-    same = json.loads(training.VERSIONS.read_text()) == training.rendering_versions()
-    code = (
-        "import json; from moevision.commands.training import render; "
-        "print(json.dumps({file.name: text for file, text in render().items()}))"
-    )
-    # In a process of its own: the parsers name every callback that there is, those of other tests too.
-    process = Forked(["-c", code], tmp_path, os.environ)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    for name, live in json.loads(said.splitlines()[-1]).items():
-        file = training.HELP / name
-        rendered = file.read_text(encoding="utf-8")
-        assert set(ours.findall(rendered)) == set(ours.findall(live)), file
-        assert len(set(ours.findall(rendered))) > (20 if file.stem.endswith("all") else 5)
-        if same:
-            assert rendered == live, file
-
-
-def test_fit_help_teaches_the_options_of_the_model(cli):
-    out = " ".join(cli("fit", "--help").out.split())
-    assert "--model.arch.num_experts" in out
+def test_fit_help_is_one_screen_with_examples_first(cli):
+    out = cli("fit", "--help").out
+    assert len(out.splitlines()) <= 52
+    assert max(map(len, out.splitlines())) <= 120
+    assert out.index("moevision fit path/to/images") < out.index("--pretrained TEXT")
+    assert 12 <= len(re.findall(r"^  --", out, re.MULTILINE)) <= 18
     assert "E, experts in each MoE layer" in out
-    assert "--with-twin" in out
     assert "--model.arch.capacity_factor" not in out
-    assert "--help-all shows every option" in out
+    assert "--help-all shows the other options" in out
 
 
-def test_help_all_shows_every_option(cli):
-    out = " ".join(cli("fit", "--help-all").out.split())
-    assert "--model.arch.capacity_factor" in out
-    assert "in training an expert computes at most this times its fair share" in out
-    assert "--trainer.profiler" in out
+def test_help_all_shows_at_most_90_options(cli):
+    out = cli("fit", "--help-all").out
+    assert 60 < len(re.findall(r"^  --", out, re.MULTILINE)) <= 90
+    assert "in training an expert computes at most this times its fair share" in " ".join(out.split())
+    assert cli("fit", "--help_all").out == out
+
+
+def test_every_option_has_help():
+    """But for the Trainer's own, which Lightning documents, and what only a checkpoint says."""
+    silent = {name for name, option in config.options().items() if not option.help}
+    assert silent == {f"trainer.{name}" for name in config.MORE}
+
+
+def test_the_data_module_takes_the_options_of_the_data():
+    """With their defaults; a module without torch can't ask it."""
+    taken = dict(inspect.signature(ImageDataModule).parameters)
+    said = {name.removeprefix("data."): option for name, option in config.options().items() if name.startswith("data.")}
+    assert {name: each.default for name, each in taken.items()} == {name: each.default for name, each in said.items()}
+
+
+def test_the_task_takes_the_options_of_the_model():
+    taken = inspect.signature(ClassificationTask).parameters
+    assert list(taken) == [each.name for each in fields(config.Model)]
+    assert {name: each.default for name, each in taken.items()} == vars(config.Model())
+
+
+def test_lightnings_trainer_takes_every_argument():
+    taken = set(inspect.signature(Trainer).parameters) - {"kwargs"}
+    assert set(vars(config.Trainer())) | set(config.MORE) == taken
+
+
+def test_dash_and_underscore_are_one():
+    expected = config.read("fit", ["--with-twin", "--data.batch_size=8", "--runs_root", "a_b-c"]).options
+    assert config.read("fit", ["--with_twin", "--data.batch-size=8", "--runs-root", "a_b-c"]).options == expected
+    assert expected == {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
+
+
+def test_options_in_short():
+    given = config.read("fit", ["x", "--parallel", "fsdp", "--parallel.expert=2", "--dense", "--compile", "--force"])
+    assert given.folder == "x"
+    assert given.options == {
+        "parallel.layout": "fsdp",
+        "parallel.expert": 2,
+        "model.arch.twin": "active_flops",
+        "model.compile": True,
+        "check_memory": False,
+    }
+
+
+def test_settings_survive_their_file():
+    """What is written to config.yaml is read as the same settings."""
+    given = {"data.mean": (0.1, 0.2, 0.3), "data.class_weights": {"a.b": 2.0}, "trainer.max_epochs": 3}
+    made = config.settings({**given, "trainer.limit_val_batches": 2, "model.arch.router": ["switch", "soft"]})
+    assert config.settings(config.checked(yaml.safe_load(yaml.safe_dump(asdict(made))), "x")) == made
 
 
 def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
@@ -261,7 +290,11 @@ def test_config_that_does_not_exist(cli):
         ("data:\n  batch_sise: 8\n", ["data.batch_sise", "data.batch_size"]),
         ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
         ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
-        ("data: [\n", ["config", "line 2"]),
+        ("data:\n  batch_size: many\n", ["mine.yaml", "--data.batch_size is 'many'", "must be int"]),
+        ("fault: nan_loss@7\n", ["'fault'", "guard-accuracy"]),
+        ("resume: auto\n", ["resume belongs on the command line"]),
+        ("- data\n", ["mine.yaml is no configuration"]),
+        ("data: [\n", ["mine.yaml", "line 2"]),
     ],
 )
 def test_mistake_in_a_config(cli, drawn_pets, text, words):
@@ -275,7 +308,7 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
     Path("text.ckpt").write_text("no checkpoint")
     torch.save({"state_dict": {}, "epoch": 3}, "foreign.ckpt")
     torch.save([torch.zeros(2)], "list.ckpt")
-    config = ("--config", tiny_run / "config.yaml", "--runs_root=runs")
+    settings = ("--config", tiny_run / "config.yaml", "--runs_root=runs")
     for name, words in {
         "missing": ["There is no checkpoint", "runs/NAME/checkpoints/"],
         "truncated": ["damaged", "best.ckpt"],
@@ -283,8 +316,8 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
         "foreign": ["not written by moevision", "runs/NAME/checkpoints/"],
         "list": ["not written by moevision", "runs/NAME/checkpoints/"],
     }.items():
-        refused(cli("test", *config, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
-    refused(cli("fit", *config, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"), "fit --resume runs/pets")
+        refused(cli("test", *settings, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
+    refused(cli("fit", *settings, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"), "fit --resume runs/pets")
 
 
 def test_evaluation_without_a_checkpoint(cli, tiny_run):
@@ -338,11 +371,3 @@ def test_full_memory_where_the_batch_stays_gets_what_may_change(batch, goes_on):
 def test_other_errors_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError, match="shape"), memory_advice(64, 2):
         raise RuntimeError("shape mismatch")
-
-
-def test_parser_messages_become_sentences():
-    literal = "Expected a typing.Literal['a', 'b']"
-    message = f'Parser key "x.y":\n  Errors:\n    - {literal}\n    - Expected a NoneType\n  Given value: c'
-    assert explain(message, []) == "--x.y is 'c': it must be 'a', 'b' or null."
-    assert explain("unrecognized arguments: --a.bc 1", ["a.bd"]) == "there is no option 'a.bc', did you mean a.bd?"
-    assert explain("something\n  else", []) == "something else."

@@ -25,7 +25,7 @@ from PIL import Image
 from moevision.data.images import BadImageError, safe_open
 from tests.data.test_images import FORMATS, encoded, mutate, png_chunk, reason, rgb_png
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+pytestmark = [pytest.mark.deep, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")]
 
 FUZZED = 1_000
 SPARE_MB = 1_000  # of address space, above what the program has before the first image; the worst case takes 572 MB
@@ -155,7 +155,6 @@ def readable(file: Path) -> bool:
 
 
 @pytest.mark.alone
-@pytest.mark.deep
 def test_the_largest_pictures_take_bounded_memory(tmp_path: Path) -> None:
     """50 megapixels in a few KB are let in. Pillow holds a colour in 4 bytes and makes copies: 572 MB, 765 in a row."""
     side = 7_071  # 7071² is just below 50 million

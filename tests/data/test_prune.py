@@ -11,7 +11,7 @@ from moevision.data.collection import Sample
 from moevision.data.scores import (
     METHODS,
     SCORES,
-    Choices,
+    ImageLists,
     Scores,
     class_shares,
     decide,
@@ -122,7 +122,8 @@ def test_the_list_says_why_and_is_what_fit_takes(tmp_path):
         assert rows[2] == [label, label, "yes", label if relabelled else "", "aum 3: rank 2 of 4"]
     names = ["x", "=evil,\x1b", "z"]
     train = [Sample(image, names.index(label)) for image, label in zip(found.images, found.labels, strict=True)]
-    splits = Choices(tmp_path / "keep.csv", tmp_path / "keep.csv").apply(Splits({"train": train}, {"train": ""}), names)
+    lists = ImageLists(tmp_path / "keep.csv", tmp_path / "keep.csv")
+    splits = lists.apply(Splits({"train": train}, {"train": ""}), names)
     assert splits.samples["train"] == [train[0], train[2], train[3]]
 
 

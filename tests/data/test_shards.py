@@ -18,7 +18,7 @@ from moevision.data import ImageDataModule, shards
 from moevision.data.folder import read_folder
 from moevision.data.images import BadImageError
 from moevision.data.open import kind_of, open_collection
-from moevision.data.shards import INDEX, JOURNAL, open_shards, read_tars, verify, write_shards
+from moevision.data.shards import INDEX, JOURNAL, open_shards, read_tars, verify_shards, write_shards
 from moevision.errors import UserError
 from moevision.train.recipe import count_images
 
@@ -175,6 +175,7 @@ def test_nothing_is_said_when_python_ends(pictures, tmp_path, monkeypatch):
 # ---- interrupted, and started again
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork is killed")
 @pytest.mark.parametrize("images", [1, 6, 9, 21])
 def test_killed_and_started_again(pictures, tmp_path, images):
@@ -256,7 +257,7 @@ def test_shards_that_are_not_whole(pictures, tmp_path):
     before = first.read_bytes()
     flip(first)
     with pytest.raises(UserError, match=r"all-00000\.tar was changed: its SHA-256 isn't that of its index"):
-        verify(out)
+        verify_shards(out)
     for data, words in (
         (before[:-100], r"all-00000\.tar is cut short: it has [\d,]+ of [\d,]+ bytes; copy it again"),
         (before + b"x", r"all-00000\.tar was changed: it has [\d,]+ of [\d,]+ bytes"),
@@ -268,7 +269,7 @@ def test_shards_that_are_not_whole(pictures, tmp_path):
     with pytest.raises(UserError, match=r"all-00000\.tar is missing .*moevision-index.json names it: bring it back\."):
         open_shards(out)
     first.write_bytes(before)
-    verify(out)
+    verify_shards(out)
 
 
 def test_a_shard_that_ends_while_it_is_read(pictures, tmp_path):
@@ -362,7 +363,7 @@ def test_imagenet_as_timm_publishes_it(tmp_path):
     with pytest.raises(UserError, match=f"convert them by `moevision data shard {root} --out SHARDS`"):
         ready(root)
     write_shards(read_tars(root), tmp_path / "shards")
-    verify(tmp_path / "shards")
+    verify_shards(tmp_path / "shards")
     data = ready(tmp_path / "shards")
     assert data.class_names == ["tench", "goldfish"]
     assert data.class_counts["test"] == {"tench": 4, "goldfish": 4}  # the validation set, which is reported

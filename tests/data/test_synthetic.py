@@ -62,6 +62,7 @@ def test_access_order_set_size_and_instance_do_not_matter() -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(one)).image(3), forward[3])
 
 
+@pytest.mark.deep
 def test_another_process_draws_the_same_pictures() -> None:
     code = "from test_synthetic import fingerprint; print(fingerprint(range(5, 15)))"
     paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
@@ -193,6 +194,7 @@ def test_the_head_is_large_and_never_hidden(masks: npt.NDArray[np.uint8]) -> Non
     assert hidden.max() < 0.2  # and partial
 
 
+@pytest.mark.deep
 def test_colour_statistics_do_not_give_the_class_away(
     train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
     held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
@@ -205,6 +207,7 @@ def test_colour_statistics_do_not_give_the_class_away(
     assert model.score(colours(held_out[0]), held_out[1]) < 2 * CHANCE
 
 
+@pytest.mark.deep
 def test_raw_pixels_do_not_give_the_class_away(
     train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
     held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],

@@ -15,10 +15,10 @@ import moevision.models  # noqa: F401  (registers the names)
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.examples import typical_of
 from moevision.demo.galleries import Galleries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
-from moevision.demo.typical import typical_of
 from moevision.models.history import RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
 from tests.demo import serving

@@ -120,13 +120,13 @@ def uploads(rng: random.Random) -> list[str]:
     return found + ADDRESSES + PATHS + [uri(text.encode()) for text in ADDRESSES + PATHS]
 
 
-def body(data_json: str, name="route") -> str:
-    """A call of a server function; `data_json` goes in as it is, so that it may be what JSON can't say."""
-    return f'{{"data": {data_json}, "component_id": 1, "session_hash": "hostile", "fn_name": "{name}"}}'
+def body(data_json: str, name="route") -> tuple[str, str]:
+    """A question to the page by its name; `data_json` goes in as it is, so that it may be what JSON can't say."""
+    return name, data_json
 
 
-def calls() -> list[str]:
-    """Bodies for component_server, every one of which must be refused."""
+def calls() -> list[tuple[str, str]]:
+    """(name, body) of questions, every one of which must be refused."""
     rng = random.Random(0)
     found = [body(json.dumps({**ROUTE, "picture": {"kind": "upload", "data": text}})) for text in uploads(rng)]
     for name in NOT_A_NAME:
@@ -205,27 +205,32 @@ def misfits() -> list[tuple[str, bytes]]:
 
 def raw() -> list[tuple[str, str, bytes]]:
     """(method, path, body) of requests past the page; bodies are JSON unless they can't be."""
-    component = "gradio_api/component_server"
-    good = json.loads(body(json.dumps(ROUTE)))
-    bad = [
-        {"component_id": 999},
-        {"component_id": -1},
-        {"component_id": "one"},
-        {"component_id": None},
-        {"component_id": 2**70},
-    ]
-    bad += [
-        {"fn_name": name} for name in ("get_config", "__init__", "push_to_hub", "_repr_html_", "x" * 99_999, None, 7)
-    ]
-    bad += [{"session_hash": "x" * 1_000_000}, {"session_hash": ["x"]}, {"session_hash": None}]
-    found = [("POST", component, json.dumps({**good, **change}).encode()) for change in bad]
+    call, data = "gradio_api/call/route", ["", "pets/test/3", "pets", "trained", None, None, None]
+    sessions = ("x" * 1_000_000, ["x"], "", {}, 7)
+    found = [("POST", call, json.dumps({"data": data, "session_hash": session}).encode()) for session in sessions]
     found += [
-        ("POST", component, text) for text in (b"", b"null", b"[]", b"{", b"\xff\xfe", b'{"a":' * 99_999, b"[" * 99_999)
+        ("POST", f"api/{name}", json.dumps(ROUTE).encode())
+        for name in (
+            "get_config",
+            "__init__",
+            "answer",
+            "_repr_html_",
+            "x" * 9_999,
+            "",
+            "route/",
+            "../config",
+            "%2e%2e",
+        )
     ]
     found += [
-        ("POST", component, b"x" * 13_000_000),
+        ("POST", "api/route", text)
+        for text in (b"", b"null", b"[]", b"{", b"\xff\xfe", b'{"a":' * 99_999, b"[" * 99_999)
+    ]
+    found += [
+        ("POST", "api/route", b"x" * 13_000_000),
         ("POST", "login", b"x" * 100_000),
         ("POST", "gradio_api/upload", b"x" * 13_000_000),
+        ("POST", "gradio_api/component_server", json.dumps(ROUTE).encode()),
     ]
     found += [
         ("POST", f"gradio_api/{path}", b"{}")
@@ -273,4 +278,4 @@ def raw() -> list[tuple[str, str, bytes]]:
             "nothing",
         )
     ]
-    return [*found, ("DELETE", "", b""), ("PUT", "config", b"{}"), ("PATCH", component, b"{}"), ("TRACE", "", b"")]
+    return [*found, ("DELETE", "", b""), ("PUT", "config", b"{}"), ("PATCH", "api/route", b"{}"), ("TRACE", "", b"")]

@@ -107,6 +107,11 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
         server.stop()
 
 
+def asked_for(request: Any) -> str:
+    """The name of the server function that a browser's request calls."""
+    return str(request.url.rpartition("/")[2])
+
+
 TUNNEL = "https://abc.tunnel.example"
 LOGIN = ("class", "secret")
 # Further ways into the explorer of `serve`; a process for each would cost ten seconds more.
@@ -123,11 +128,11 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
     `TUNNEL` stands for what gradio's tunnel for `--share` would be.
     """
     from gradio import networking
-    from gradio.context import Context
 
-    from moevision.demo.bundle import DataOptions, open_entries
     from moevision.demo.galleries import Galleries
-    from moevision.demo.server import Server, Serving
+    from moevision.demo.gate import Serving
+    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.server import Server
     from moevision.demo.service import Explorer
 
     def explorer_of(home: str, gallery: int) -> Explorer:
@@ -137,13 +142,12 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
         explorer.galleries.wait(START_S)
         return explorer
 
-    networking.setup_tunnel = lambda **options: TUNNEL
+    networking.setup_tunnel = lambda *_: TUNNEL
     explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
     photos = explorer_of(photos_home, GALLERY)
     doors = {name: (explorer, door) for name, door in DOORS.items()}
     with ExitStack() as servers:
         for name, (shown, door) in {**doors, "other": (other, {}), "photos": (photos, {}), "": (explorer, {})}.items():
-            Context.id = 0  # numbers of gradio's components, as in a process of its own
             server = servers.enter_context(Server(shown, Serving(public=True, **door)))
             print(f"door {name} {server.url}" if name else f"The explorer is at {server.url}", flush=True)
         try:

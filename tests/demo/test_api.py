@@ -16,7 +16,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from moevision.demo import gate, route_image
-from moevision.demo.web import Uploads
+from moevision.demo.server import Uploads
 from tests.demo import hostile
 from tests.demo.serving import LOGIN
 
@@ -84,8 +84,7 @@ def test_curl(server, explorer, picture, path, body):
 
 
 def ask(url, name, data, **headers):
-    body = {"data": data, "component_id": 1, "session_hash": "test", "fn_name": name}
-    return httpx.post(f"{url}gradio_api/component_server", json=body, headers=headers, timeout=120)
+    return httpx.post(f"{url}api/{name}", json=data, headers=headers, timeout=120)
 
 
 def test_the_page_asks_the_same_explorer(server, explorer):
@@ -196,14 +195,13 @@ def test_uploads_make_room_and_a_request_holds_one():
 
     async def four():
         uploads = Uploads(limit=20)
-        form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n1234567\r\n--b--\r\n'
-        scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=b")]}
-        return uploads, [await uploads.keep({**scope, "client": (address, 0)}, form) for address in "abbb"]
+        return uploads, [uploads.keep(address, b"1234567") for address in "abbb"]
 
     uploads, names = asyncio.run(four())
     content = base64.b64encode(b"1234567").decode()
-    assert [uploads.text_of(name) for name in names] == [content, names[1], names[2], content]
-    assert uploads.text_of(names[0]) == names[0]
+    files = [{"path": name, "meta": {}} for name in names]
+    assert [uploads.text_of(file) for file in files] == [content, names[1], names[2], content]
+    assert uploads.text_of(files[0]) == names[0]
 
 
 def log_in(url, password, address="127.0.0.1", **headers):
@@ -216,16 +214,16 @@ def log_in(url, password, address="127.0.0.1", **headers):
 def test_with_a_password_nothing_answers_without_it(server, file, gradio_dir):
     url = server.doors["locked"]
     assert ask(url, "boot", {}).status_code == 401
-    for path in ("config", "gradio_api/info", "gradio_api/queue/status", "gradio_api/heartbeat/x"):
+    for path in ("config", "gradio_api/info", "gradio_api/queue/data", "openapi.json", "nothing"):
         assert httpx.get(url + path, timeout=120).status_code == 401
-    assert httpx.get(url + "openapi.json", timeout=120).status_code == 404
+    assert "BOOT" not in httpx.get(url, timeout=120).text
     assert upload(url, b"x").status_code == 401
     cancel = {"session_hash": "x", "fn_index": 0, "event_id": "x"}
     assert httpx.post(f"{url}gradio_api/cancel", json=cancel, timeout=120).status_code == 401
     call = httpx.post(f"{url}gradio_api/call/route", json={"data": ["", "pets/test/1"]}, timeout=120)
     assert call.status_code == 401
     wrong = httpx.post(f"{url}login", data={"username": "class", "password": "guess"}, timeout=120)
-    assert wrong.status_code == 400
+    assert wrong.status_code == 401
     right = httpx.post(f"{url}login", data={"username": "class", "password": "secret"}, timeout=120)
     cookie = "; ".join(f"{name}={value}" for name, value in right.cookies.items())
     assert ask(url, "boot", {}, cookie=cookie).json()["default"]["model"] == "pets"
@@ -234,41 +232,20 @@ def test_with_a_password_nothing_answers_without_it(server, file, gradio_dir):
     assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
     assert signed_in.predict(picture=handle_file(file), api_name="/route")["schema"] == "moevision.view/2"
     assert [path for path in gradio_dir.glob("**/*") if path.is_file()] == []  # images are not kept
-    # 60 guesses in 5.7 s; a made-up header doesn't make them come from elsewhere
-    with ThreadPoolExecutor(60) as pool:
+    # Guesses take a second each, one after another, wherever they claim to come from.
+    begin = time.monotonic()
+    with ThreadPoolExecutor(80) as pool:
         guesses = [
             pool.submit(log_in, url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"})
-            for number in range(60)
+            for number in range(80)
         ]
+        time.sleep(0.5)
         assert log_in(url, "secret", "127.0.0.2") == 200  # the others of the class notice nothing
+        assert time.monotonic() - begin < 20
         found = Counter(guess.result() for guess in guesses)
-    assert set(found) == {400, 429}
-    assert found[400] <= 10
-    assert log_in(url, "secret", "127.0.0.1") == 200  # and it is the made-up header that waits
-
-
-def test_the_brake_waits_ever_longer_and_forgets(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(gate.time, "monotonic", lambda: now)
-    brake = gate.Brake()
-    assert [brake.pause("a") for _ in range(10)] == [0, 0, 0, 0, 0, 1, 3, 7, 15, None]
-    assert brake.pause("b") == 0
-    now += 30
-    assert brake.pause("a") == 0  # one after a while
-    assert brake.pause("a") == 15
-    brake.release("a")
-    assert brake.pause("a") == 0
-    for _ in range(6):
-        brake.pause("c")
-    now += gate.FORGET_S + 60
-    assert [brake.pause("c") for _ in range(6)] == [0, 0, 0, 0, 0, 1]
-
-
-def test_the_brake_remembers_so_many_addresses():
-    brake = gate.Brake()
-    for number in range(gate.MAX_ADDRESSES + 50):
-        brake.pause(str(number))
-    assert len(brake._tries) == gate.MAX_ADDRESSES
+    assert set(found) == {401, 429}
+    assert found[401] <= 1 + time.monotonic() - begin
+    assert log_in(url, "secret", "127.0.0.1") == 200
 
 
 @pytest.mark.parametrize(
@@ -304,11 +281,8 @@ def test_behind_a_proxy_or_a_tunnel(server):
     assert "gradio.s3" not in shared.text  # its scripts come from here, not from a server of gradio's
     assert "frame-ancestors 'self'" in shared.headers["content-security-policy"].split(";")[-1]
     assert "localhost" not in shared.headers["content-security-policy"]
-    visitors = ["198.51.100.1", "203.0.113.9, 198.51.100.1", "1.2.3.4, 198.51.100.1"]  # what they claim comes first
-    for visitor in visitors * 2:
-        assert log_in(url, "guess", **{"x-forwarded-for": visitor}) == 400
     begin = time.monotonic()
+    guesses = [{"x-forwarded-for": f"{claim}198.51.100.1"} for claim in ("", "203.0.113.9, ", "1.2.3.4, ")]
+    assert [log_in(url, "guess", **guess) for guess in guesses] == [401] * 3
+    assert time.monotonic() - begin >= 3
     assert log_in(url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200
-    assert time.monotonic() - begin < 1.9
-    assert log_in(url, "secret", **{"x-forwarded-for": visitors[0]}) == 200
-    assert time.monotonic() - begin > 0.5  # the sixth wrong one waited a second, this one two more

@@ -15,8 +15,8 @@ from moevision.data import SyntheticPets
 from moevision.data.open import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
-from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
 from moevision.demo.galleries import Galleries
+from moevision.demo.models import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory

@@ -15,8 +15,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.data.transforms import normalize
 from moevision.demo import route_image
 from moevision.demo.computation import Heard
-from moevision.demo.facts import describe
-from moevision.demo.noise import noise_of_training
+from moevision.demo.facts import describe, noise_of_training
 from moevision.demo.view import Settings
 from moevision.demo.wire import packed
 from moevision.layers import ROUTERS, forward_routing, record_routing, routing_lock

@@ -10,10 +10,10 @@ import httpx
 import pytest
 import uvicorn
 
-from moevision.demo import web
-from moevision.demo.html import Document
-from moevision.demo.server import Serving
-from moevision.demo.web import HEADER_S, Connection, Guard
+from moevision.demo import gate
+from moevision.demo import server as server_module
+from moevision.demo.gate import HEADER_S, Connection, Serving
+from moevision.demo.server import Door
 from tests.demo import hostile
 
 CODES = {"bad_request", "bad_image", "too_large"}
@@ -30,14 +30,14 @@ def http(server):
 def still_right(http, explorer):
     """Afterwards the server must answer as if nothing had happened."""
     yield
-    answer = http.post("gradio_api/component_server", json=json.loads(hostile.body(json.dumps(hostile.ROUTE))))
+    answer = http.post("api/route", json=hostile.ROUTE)
     assert answer.json() == json.loads(json.dumps(explorer.answer("route", hostile.ROUTE)))
 
 
-def post(http, body):
+def post(http, name, body):
     start = time.monotonic()
     answer = http.post(
-        "gradio_api/component_server",
+        f"api/{name}",
         content=body.encode("utf-8", "surrogatepass"),
         headers={"content-type": "application/json"},
     )
@@ -50,10 +50,10 @@ def test_more_than_three_hundred_hostile_calls(http, server, still_right):
     assert len(bodies) >= 300
     assert len(set(bodies)) == len(bodies)
     before, slowest = server.rss_mb(), 0.0
-    for body in bodies:
-        answer, seconds = post(http, body)
+    for name, body in bodies:
+        answer, seconds = post(http, name, body)
         slowest = max(slowest, seconds)
-        what = body[:200]
+        what = (name, body[:200])
         if answer.status_code == 200:
             told = answer.json()
             assert set(told) == {"error", "code"}, what
@@ -177,8 +177,8 @@ def test_an_unfinished_header_is_given_up(server, http, unfinished):
 @pytest.fixture
 def tiny(monkeypatch):
     """uvicorn alone, with our connections and small limits, before an app that says "fine"."""
-    monkeypatch.setattr(web, "HEADER_S", 0.6)
-    monkeypatch.setattr(web, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(gate, "HEADER_S", 0.6)
+    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 4)
 
     async def app(scope, receive, send):
         if scope["path"] == "/long":
@@ -291,20 +291,14 @@ def test_too_large_says_how_large_it_may_be(explorer):
     assert "8 MB" in answer["error"]
 
 
-HOME = Document("", "")
+@pytest.fixture
+def ask_door(explorer, monkeypatch):
+    """What the door answers to a body that arrives in chunks, and its counts by address afterwards."""
 
-
-def ask_guard(chunks, *, path="/gradio_api/component_server", method="POST", headers=(), delay=0.0, **limits):
-    """What the middleware answers to a body that arrives in chunks, and what reached the app behind it."""
-    sent, reached = [], []
-
-    async def app(scope, receive, send):
-        reached.append((await receive())["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-content-type-options", b"x")]})
-        await send({"type": "http.response.body", "body": b"fine"})
-
-    async def talk():
-        left = list(chunks)
+    def ask(chunks, *, path="/api/route", method="POST", headers=(), delay=0.0, auth=None, **limits):
+        for name, value in limits.items():
+            monkeypatch.setattr(server_module, name, value)
+        sent, left = [], list(chunks)
 
         async def receive():
             await asyncio.sleep(delay)
@@ -313,56 +307,91 @@ def ask_guard(chunks, *, path="/gradio_api/component_server", method="POST", hea
         async def send(message):
             sent.append(message)
 
-        guard = Guard(app, Serving().known, HOME, **limits)
         given = [(b"host", b"localhost"), *headers]
-        scope = {"type": "http", "method": method, "path": path, "headers": given, "client": ("192.0.2.1", 9)}
-        await guard(scope, receive, send)
-        return guard
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "headers": given,
+            "client": ("192.0.2.1", 9),
+        }
 
-    guard = asyncio.run(talk())
-    return sent[0], reached, guard
+        async def talk():  # gradio leaves an event loop open where none runs
+            door = Door(explorer, Serving(auth=auth))
+            await door(scope, receive, send)
+            door.close()
+            return sent, door
+
+        return asyncio.run(talk())
+
+    return ask
 
 
-def test_a_body_in_pieces_arrives_whole():
-    start, reached, guard = ask_guard([b'{"da', b'ta": 1}'])
+def test_a_body_in_pieces_arrives_whole(ask_door, explorer):
+    text = json.dumps(hostile.ROUTE).encode()
+    (start, *parts), door = ask_door([text[:9], text[9:]])
     assert start["status"] == 200
-    assert reached == [b'{"data": 1}']
-    assert not guard._held
-    assert start["headers"].count((b"x-content-type-options", b"nosniff")) == 1
-    assert (b"x-content-type-options", b"x") not in start["headers"]
+    assert json.loads(b"".join(part["body"] for part in parts)) == explorer.answer("route", hostile.ROUTE)
+    assert (b"x-content-type-options", b"nosniff") in start["headers"]
+    assert (door._held, door._inside) == ({}, {})
 
 
-def test_a_body_without_a_length_is_counted():
-    start, reached, guard = ask_guard([b"x" * 60, b"x" * 60, b"x" * 60], max_body=100)
-    assert (start["status"], reached, guard._held) == (413, [], {})
+def test_a_body_without_a_length_is_counted(ask_door):
+    (start, *_), door = ask_door([b"x" * 60, b"x" * 60, b"x" * 60], MAX_BODY=100)
+    assert (start["status"], door._held) == (413, {})
 
 
 @pytest.mark.parametrize("length", [b"101", b"-1", b"1e9", b"9" * 30, b""])
-def test_an_announced_length_is_believed_before_a_byte_is_read(length):
-    start, reached, _ = ask_guard([], headers=[(b"content-length", length)], max_body=100)
-    assert (start["status"], reached) == (413, [])
+def test_an_announced_length_is_believed_before_a_byte_is_kept(ask_door, length):
+    (start, *_), door = ask_door([b"{}"], headers=[(b"content-length", length)], MAX_BODY=100)
+    assert (start["status"], door._held) == (413, {})
 
 
-def test_a_slow_body_is_given_up():
-    start, reached, guard = ask_guard([b"{"] * 500, delay=0.02, read_s=0.1)
-    assert (start["status"], reached, guard._held) == (408, [], {})
+def test_a_slow_body_is_given_up(ask_door):
+    (start, *_), door = ask_door([b"{"] * 500, delay=0.02, READ_S=0.1)
+    assert (start["status"], door._held) == (408, {})
 
 
-def test_all_bodies_together_are_bounded():
-    start, reached, guard = ask_guard([b"x" * 60, b"x" * 60], max_bodies=100)
-    assert (start["status"], reached, guard._held) == (503, [], {})
+def test_all_bodies_together_are_bounded(ask_door):
+    (start, *_), door = ask_door([b"x" * 60, b"x" * 60], MAX_BODIES=100)
+    assert (start["status"], door._held) == (503, {})
 
 
-def test_a_short_form_is_enough_for_a_login():
-    start, reached, _ = ask_guard([b"x" * 5000], path="/login")
-    assert (start["status"], reached) == (413, [])
+def test_a_fourth_of_all_bodies_is_for_one_address(ask_door):
+    (start, *_), door = ask_door([b"x" * 26], MAX_BODIES=100)
+    assert (start["status"], door._held, door._inside) == (503, {}, {})
+    (start, *_), _ = ask_door([b'{"data": "' + b"x" * 13 + b'"}'], MAX_BODIES=100)
+    assert start["status"] == 200
 
 
-def test_sockets_are_closed():
-    sent = []
+def test_a_short_form_is_enough_for_a_login(ask_door):
+    form = [(b"content-type", b"application/x-www-form-urlencoded")]
+    (start, *_), _ = ask_door([b"x" * 5000], path="/login", headers=form, auth=("class", "secret"))
+    assert start["status"] == 413
 
-    async def send(message):
-        sent.append(message)
 
-    asyncio.run(Guard(None, Serving().known, HOME)({"type": "websocket", "path": "/"}, None, send))
-    assert sent == [{"type": "websocket.close", "code": 1008}]
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+    ],
+)
+def test_another_website_may_not_ask(http, headers):
+    """With the visitor's login, if there is one; the page itself may be linked to."""
+    for method, path in (("POST", "api/boot"), ("POST", "gradio_api/call/route"), ("POST", "login"), ("GET", "config")):
+        assert http.request(method, path, headers=headers).status_code == 403
+    assert http.get("", headers=headers).status_code == 200
+
+
+def test_the_page_itself_may_ask(http):
+    for headers in ({"sec-fetch-site": "same-origin"}, {"origin": "http://localhost:7860"}, {}):
+        assert http.post("api/boot", json={}, headers=headers).status_code == 200
+
+
+def test_there_are_no_sockets(http):
+    headers = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "x"}
+    assert http.get("config", headers=headers).status_code == 200

@@ -22,8 +22,9 @@ from packaging.requirements import Requirement
 
 import moevision
 from moevision.cli import main as cli_main
-from moevision.demo import server as launch
-from moevision.demo.server import Serving, is_loopback
+from moevision.commands import demo as launch
+from moevision.demo import gate
+from moevision.demo.gate import AUTH, Serving, is_loopback
 from moevision.errors import UserError
 from moevision.models.io import save_model
 from tests.demo.serving import running
@@ -99,17 +100,17 @@ def test_mistakes_in_one_sentence(arguments, words, cli):
 
 
 def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
-    monkeypatch.delenv(launch.AUTH, raising=False)
-    assert launch._login(None) is None
+    monkeypatch.delenv(AUTH, raising=False)
+    assert launch.login(None) is None
     monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(launch.getpass, "getpass", {"Password for class: ": "a:secret"}.__getitem__)
-    assert launch._login("class") == ("class", "a:secret")
+    assert launch.login("class") == ("class", "a:secret")
     for argument, user in ((None, "other"), ("class", "class")):  # an argument comes before the variable
-        monkeypatch.setenv(launch.AUTH, "other:a:secret")
-        assert launch._login(argument) == (user, "a:secret")
-        assert launch.AUTH not in os.environ  # the program of gradio's tunnel doesn't need it
+        monkeypatch.setenv(AUTH, "other:a:secret")
+        assert launch.login(argument) == (user, "a:secret")
+        assert AUTH not in os.environ  # the program of gradio's tunnel doesn't need it
     assert capsys.readouterr().err == ""
-    assert launch._login("class:secret") == ("class", "secret")
+    assert launch.login("class:secret") == ("class", "secret")
     note = capsys.readouterr().err
     assert "--auth class asks for it" in note
     assert "secret" not in note
@@ -119,12 +120,12 @@ def test_a_password_that_is_asked_for_is_not_empty(monkeypatch):
     monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(launch.getpass, "getpass", lambda prompt: "")
     with pytest.raises(UserError, match="--auth needs a user and a password"):
-        launch._login("class")
+        launch.login("class")
 
 
 @pytest.mark.parametrize("variable", ["class", ":x", "x:", ""])
 def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
-    monkeypatch.setenv(launch.AUTH, variable)
+    monkeypatch.setenv(AUTH, variable)
     outcome = cli("demo", "--host", "0.0.0.0")
     assert outcome.code == 2
     assert "MOEVISION_AUTH needs a user and a password" in outcome.err
@@ -133,11 +134,12 @@ def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
 def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     """Without IPv6, /etc/hosts often lists ::1 for localhost all the same, before 127.0.0.1."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
-    monkeypatch.setattr(launch.socket, "getaddrinfo", lambda *_, **__: found)
-    Serving(host="localhost").check()
-    monkeypatch.setattr(launch.socket, "getaddrinfo", lambda *_, **__: found[:1])
+    monkeypatch.setattr(gate.socket, "getaddrinfo", lambda *_, **__: found)
+    with Serving(host="localhost").listen() as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    monkeypatch.setattr(gate.socket, "getaddrinfo", lambda *_, **__: found[:1])
     with pytest.raises(UserError, match="no address of this computer"):
-        Serving(host="localhost").check()
+        Serving(host="localhost").listen()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,7 @@ def test_the_help_teaches(cli):
     assert "demo" in cli("--help").out
 
 
+@pytest.mark.deep
 def test_the_help_loads_no_gradio():
     code = (
         "import sys; from moevision.cli import main; main(['demo', '--help']); main(['demo', '--share'])\n"
@@ -289,7 +292,7 @@ def test_a_space_serves_a_class_below_a_path(mine, space):
         port = server.url.rstrip("/").rpartition(":")[2]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"http://127.0.0.1:{port}/config")
-        address = launch._address_for_others("0.0.0.0", server.url)  # as the QR code says
+        address = launch.address_for_others("0.0.0.0", server.url)  # as the QR code says
         assert "moevision" in get(address)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"host": "me-moe.hf.space"}, timeout=60) as http:
             # The proxy leaves the path on, or takes it off.
@@ -300,8 +303,7 @@ def test_a_space_serves_a_class_below_a_path(mine, space):
             policy = page.headers["content-security-policy"]
             assert policy.endswith("frame-ancestors 'self' https://huggingface.co https://*.hf.space")
             assert "x-frame-options" not in page.headers
-            call = {"component_id": 1, "fn_name": "boot", "data": {}, "session_hash": "page"}
-            assert http.post("/moe/gradio_api/component_server", json=call).json()["models"][0]["title"] == "mine"
+            assert http.post("/moe/api/boot", json={}).json()["models"][0]["title"] == "mine"
             assert http.get("/moebius").status_code == 404
         server.stop()
     said = "\n".join(server.lines)
@@ -319,9 +321,10 @@ def free_port():
 SERVE = """
 import sys, urllib.request
 from pathlib import Path
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
-from moevision.demo.server import Server, Serving
+from moevision.demo.gate import Serving
+from moevision.demo.server import Server
 from moevision.demo.service import Explorer
 home, port, *hosts = sys.argv[1:]
 entries = open_entries(None, DataOptions(), home=Path(home))[:1]

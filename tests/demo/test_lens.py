@@ -6,8 +6,7 @@ import torch
 
 from moevision.analysis.collect import network_input
 from moevision.demo import route_image
-from moevision.demo.lens import block_outputs, lens
-from moevision.demo.view import LENS_TOP
+from moevision.demo.view import LENS_TOP, block_outputs, lens
 
 POOLED = {"mean": {}, "class token": {"class_token": True, "global_pool": "token"}}
 

@@ -11,11 +11,11 @@ from moevision.analysis.intervention import Intervention
 from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.facts import describe
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.requests import RequestError
 from moevision.demo.service import Explorer
-from moevision.demo.view import Settings, SlotWeights, spread
+from moevision.demo.view import Settings, SlotMaps, spread
 from moevision.errors import UserError
 from moevision.layers import ROUTERS
 
@@ -145,7 +145,7 @@ def test_over_how_many_patches_a_reading_is_spread():
     # 2 to the entropy: 1.5 bits of (1/2, 1/4, 1/4); scaling doesn't matter
     weights = np.array([[0.25, 0.25, 0.25, 0.25], [0, 0.9, 0, 0], [0.2, 0.1, 0.1, 0]])
     assert spread(weights) == pytest.approx([4, 1, 2**1.5])
-    even = SlotWeights(np.full((4, 1, 1), 0.2, np.float32), np.full((4, 1, 1), 1, np.float32)).maps(0)
+    even = SlotMaps(np.full((4, 1, 1), 0.2, np.float32), np.full((4, 1, 1), 1, np.float32)).maps(0)
     assert even["reads_patches"] == [4]
     assert even["reads_prefix"] == pytest.approx([0.2])
 

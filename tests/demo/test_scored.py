@@ -11,7 +11,7 @@ import pytest
 
 from moevision.analysis.good_data import score
 from moevision.analysis.images import open_pictures
-from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.demo.conftest import HOSTILE
 
@@ -73,7 +73,7 @@ def test_an_image_of_every_split_is_routed_by_its_id(scored, scored_run):
 
 
 def test_nothing_but_whether_there_are_scores_is_looked_at_before_somebody_asks(scored_run, monkeypatch):
-    monkeypatch.setattr("moevision.demo.scored.Scores.read", None)
+    monkeypatch.setattr("moevision.demo.examples.Scores.read", None)
     monkeypatch.setattr("moevision.analysis.good_data.images_of", None)
     opened(scored_run).warm()
 

@@ -17,10 +17,10 @@ from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
 from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
@@ -505,7 +505,7 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the run's folder
 def test_data_of_the_users_own_are_not_taken_for_training_data(tiny_run, draw, tmp_path, monkeypatch):
     own = draw(tmp_path / "own", per_class=16)  # four fifths of the names of the run's images
-    for module in ("typical", "galleries"):  # the run held out 12 images only
+    for module in ("examples", "galleries"):  # the run held out 12 images only
         monkeypatch.setattr(f"moevision.demo.{module}.MIN_PICTURES", 10)
     for data, known in ((None, True), (str(own), False)):
         entries = open_entries(str(tiny_run), DataOptions(data))

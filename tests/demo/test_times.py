@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.models.history import RoutingHistory

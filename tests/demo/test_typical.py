@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moevision.data import SyntheticPets
+from moevision.demo.examples import Typical, picture_statistics, typical_of
 from moevision.demo.facts import model_input
-from moevision.demo.typical import Typical, picture_statistics, typical_of
 from moevision.errors import UserError
 
 

@@ -23,8 +23,8 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from moevision.cli import main
-from moevision.commands.parsers import PARSERS, tasks_of
+from moevision.cli import TASKS, main
+from moevision.config import options
 from moevision.train.recipe import shipped_configs
 from tests.forks import Forked
 from tests.shared import TINY, draw_folder, run_cli
@@ -82,11 +82,10 @@ def run(path: Path, blocks: list[str], scope: dict[str, Any]) -> None:
 def flags_of(verb: str) -> frozenset[str]:
     """The long options that a verb's help names."""
     training = verb in ("fit", "validate", "test")
-    tasks = tasks_of(PARSERS[verb]()) if verb in PARSERS else {}
-    asked = [[], *([task] for task in tasks)]
+    asked = [[], *([task] for task in TASKS if verb == "data")]
     text = "".join(run_cli(verb, *task, "--help-all" if training else "--help").out for task in asked)
     known = set(re.findall(r"(?<![\w-])--[\w.-]+", text))
-    return frozenset(known | {"--pretrained", "--help-all", "--print_config"} if training else known)
+    return frozenset(known | {f"--{name}" for name in options()} if training else known)
 
 
 def check_command(command: str) -> None:
@@ -338,52 +337,11 @@ def test_every_option_is_in_the_reference() -> None:
     printed = yaml.safe_load(run_cli("fit", "synthetic_pets", "--config=quickstart", "--print_config").out)
     del printed["trainer"]
     has = {name for name in _keys(printed)}
-    assert said.keys() == has - {"ckpt_path", "config", "resume"}
+    assert said.keys() == has - {"ckpt_path", "resume"}
     for name, value in said.items():
-        default = _default(name)
+        default = options()[name].default
+        default = list(default) if isinstance(default, tuple) else default
         assert value == default or (value in ("none", "the data's") and default in (None, "none")), name
-
-
-def _default(name: str) -> Any:
-    """What the code has where nobody says anything."""
-    import inspect
-    from dataclasses import fields
-
-    from moevision.data import ImageDataModule
-    from moevision.losses import AuxLossWeights
-    from moevision.models.config import MoEConfig
-    from moevision.train.devices import ParallelConfig
-    from moevision.train.ema import EmaConfig
-    from moevision.train.guard import GuardConfig
-    from moevision.train.health import EarlyStoppingConfig
-    from moevision.train.optim import OptimizerConfig
-    from moevision.train.record import RecordRoutingConfig
-    from moevision.train.resume import CheckpointConfig
-    from moevision.train.task import ClassificationTask
-
-    group, _, key = name.rpartition(".")
-    known = {"model.arch": MoEConfig, "model.optim": OptimizerConfig, "model.aux": AuxLossWeights}
-    known |= {
-        "checkpoint": CheckpointConfig,
-        "guard": GuardConfig,
-        "ema": EmaConfig,
-        "early_stopping": EarlyStoppingConfig,
-        "record_routing": RecordRoutingConfig,
-        "parallel": ParallelConfig,
-    }
-    if group in known:
-        return {field.name: field.default for field in fields(known[group])}[key]
-    if group in ("data", "model"):
-        value = inspect.signature({"data": ImageDataModule, "model": ClassificationTask}[group]).parameters[key].default
-        return list(value) if isinstance(value, tuple) else value
-    return {
-        "runs_root": "runs",
-        "check_memory": True,
-        "seed_everything": 0,
-        "with_twin": False,
-        "router_start": "random",
-        "log_routers": "brief",
-    }.get(name)
 
 
 def test_every_router_and_public_name_is_in_the_reference() -> None:

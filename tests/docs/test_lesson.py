@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moevision.demo.bundle import bundled_model, bundled_photos
 from moevision.demo.html import modules
+from moevision.demo.models import bundled_model, bundled_photos
 from moevision.demo.view import route_image
 
 DOCS = Path(__file__).parents[2] / "docs"

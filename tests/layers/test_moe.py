@@ -186,6 +186,7 @@ def run_block(*, compiled: bool, checkpointed: bool, bf16: bool) -> tuple[list[R
     return routings, {name: parameter.grad for name, parameter in block.named_parameters() if "noise" not in name}
 
 
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("compiled", "checkpointed"), [(True, False), (False, True), (True, True)])
@@ -301,6 +302,7 @@ def test_copies_and_pickles_forget_the_recorder() -> None:
     assert pickled.recorder is None
 
 
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
 def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights() -> None:
     layer = make()

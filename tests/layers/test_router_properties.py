@@ -186,6 +186,7 @@ class Block(nn.Module):
         return out
 
 
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
 @pytest.mark.parametrize(
     ("router", "options"),

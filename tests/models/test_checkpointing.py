@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.planner.footprint import saved_bytes
 from moevision.errors import UserError
 from moevision.layers import forward_routing
-from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
+from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
 
 
 def trained(net: nn.Module) -> tuple[list[torch.Tensor], int]:

@@ -111,6 +111,7 @@ def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> 
     assert torch.equal(model.net(pictures(5)), expected)
 
 
+@pytest.mark.deep
 def test_a_wrong_expert_would_be_noticed() -> None:
     """What the tests above rest on: sending one token of an image elsewhere changes a logit by more than they allow."""
     model = tiny(router="vmoe_top_k")
@@ -126,6 +127,7 @@ def test_a_wrong_expert_would_be_noticed() -> None:
         assert (model.net(pictures(5)) - right).abs().amax(-1).min() > 1e-3
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("form", FORMS)
 def test_a_converted_timm_model_can_be_exported_after_saving(form: str, tmp_path: Path) -> None:
     base = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -137,6 +139,7 @@ def test_a_converted_timm_model_can_be_exported_after_saving(form: str, tmp_path
     torch.testing.assert_close(RUN[form](tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: Path) -> None:
     model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path / "model"
@@ -167,6 +170,7 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: 
     assert here not in path.read_bytes()  # exporters write stack traces, with the paths of whoever exported
 
 
+@pytest.mark.deep
 def test_the_preparation_is_that_of_predict() -> None:
     """timm's configuration of these weights says to cut out 95 %; training and predict take the whole square."""
     base = {"base": "vit_tiny_patch16_224", "img_size": 32, "depth": 1, "moe_layers": [0], "num_experts": 2}
@@ -179,6 +183,7 @@ def test_the_preparation_is_that_of_predict() -> None:
         assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
 
 
+@pytest.mark.deep
 def test_a_torch_program_needs_neither_timm_nor_moevision(tmp_path: Path) -> None:
     model, path = tiny(router="soft"), tmp_path / "model.pt2"
     export_torch(model, path)
@@ -192,6 +197,7 @@ def test_a_torch_program_needs_neither_timm_nor_moevision(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), model.net(images), rtol=0, atol=1e-4)
 
 
+@pytest.mark.deep
 def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k")
     with moevision.record_routing(model.net) as routings:
@@ -201,11 +207,13 @@ def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) 
     assert len(routings) == 2
 
 
+@pytest.mark.deep
 def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
     report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2", pictures=pictures(40))
     assert (report.pictures, report.top1_agreement) == (44, 1)
 
 
+@pytest.mark.deep
 def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path, monkeypatch) -> None:
     """Off on the first draw of noise only, as where two scores tie but for a digit; a wrong file is off on all."""
     load, calls = export_module.load_exported, []
@@ -220,6 +228,7 @@ def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path
     assert report.max_logit_delta <= 1e-4
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("form", FORMS)
 def test_what_can_not_be_exported_says_why(form: str, tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k", eval_capacity_factor=1.0, capacity_group="batch")
@@ -228,11 +237,13 @@ def test_what_can_not_be_exported_says_why(form: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.deep
 def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k", capacity_factor=1.0, capacity_group="batch")
     assert export_torch(model, tmp_path / "model.pt2").max_logit_delta <= 1e-4
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("error", [2e-4, math.nan])
 def test_a_file_that_answers_differently_is_not_kept(error: float, tmp_path: Path, monkeypatch) -> None:
     model, load = tiny(router="vmoe_top_k"), export_module.load_exported
@@ -248,6 +259,7 @@ def test_a_file_that_answers_differently_is_not_kept(error: float, tmp_path: Pat
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
 
 
+@pytest.mark.deep
 def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -261,6 +273,7 @@ def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -271,6 +284,7 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.deep
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("opset", [17, 24])
 def test_an_opset_that_can_not_be_written_is_refused(opset: int, tmp_path: Path) -> None:

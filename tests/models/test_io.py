@@ -229,6 +229,7 @@ def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
     assert [name for name in os.listdir(tmp_path) if os.stat(tmp_path / name)[1:3] not in flushed] == []
 
 
+@pytest.mark.deep
 def test_timm_alone_opens_it_in_a_new_interpreter(tmp_path: Path) -> None:
     net = trained(timm.create_model("vit_moe", num_classes=5, **DEIT, **PER_LAYER))
     save_model(as_saved(net), tmp_path / "model")

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.layers.routing import RouterOptions
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
 

@@ -414,7 +414,7 @@ def test_fit_takes_a_file_with_its_architecture(weight_file: Path, small_name: s
     config = MoEConfig(pretrained=str(weight_file), base=small_name)
     moe = build_model(config, num_classes=5, image_size=32)
     assert step0_gap(vit, moe, images()).max_logit < 1e-5
-    found = build_model(MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32)  # by its shapes
+    found = build_model(MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32)  # by its metadata
     assert step0_gap(vit, found, images()).max_logit < 1e-5
     weight_file.unlink()
     assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5

@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
-from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
+from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.checkpoint import SafeCheckpointIO, sha256_of
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
 from moevision.train.parallel.folder import divide, like_these

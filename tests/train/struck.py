@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from benchmarks.guard.faults import FaultInjector
 from moevision.cli import main
-from moevision.train import cli as training
+from moevision.train import fit as training
 
 
 def strike(faults: str, setattr: Callable[..., None] = setattr) -> None:

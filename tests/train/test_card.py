@@ -23,8 +23,8 @@ from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.card import WeightsOrigin, gather_facts, model_card, without_path
+from moevision.train.finish import _calibration_error, _Prediction, _write_summary
 from moevision.train.report import read_summary
-from moevision.train.run import _calibration_error, _Prediction, _write_summary
 
 Facts = dict[str, Any]
 
@@ -34,14 +34,6 @@ ANALYSIS = {
         "layers": [{"layer": 1, "sentences": ["L1: Classes go: yes."], "numbers": ["Max/mean load 1.20."]}],
     },
     "data": {"n_images": 40},
-    "specialization": [
-        {
-            **{"about": "class", "name": "L1", "value_bits": 0.123, "low": -0.002, "high": 0.25, "p_value": 0.03},
-            "baselines": {"untrained": [0.1, 0.11], "kmeans_input": [0.2], "hash": []},
-            "seeds": [0.119, 0.4],
-        },
-        {"about": "position", "name": "L1"},
-    ],
     "effects": {
         "why": None,
         "pictures_per_class": 7,
@@ -167,19 +159,15 @@ def test_a_model_by_image_says_so(facts: Facts) -> None:
     assert "| route by | image |" in card
 
 
-def test_specialization_stands_beside_its_comparisons(facts: Facts) -> None:
-    """The strongest baseline is the largest of all their seeds: 0.2, from k-means; the position entry has no row."""
+def test_what_the_experts_do_is_that_of_the_report(facts: Facts) -> None:
     card = model_card(facts | {"analysis": ANALYSIS})
     assert "**Classes go to different experts: yes (the expert alone guesses 46.0 % right).**" in card
     assert "- L1: Classes go: yes.\n- Max/mean load 1.20." in card
-    assert "| L1 | 0.123 | −0.002 to 0.250 | 0.03 | 0.200 (kmeans input) | 0.119, 0.400 |" in card
     assert "L1·E2 matters most, and changes the logit of the true class by −0.50 on average" in card
     assert "another expert taken away at random: −0.25" in card
     assert "specialize in: not measured" not in card
-    lonely = {**ANALYSIS["specialization"][0], "baselines": {}, "seeds": []}
-    less = {**ANALYSIS, "specialization": [lonely], "effects": {"why": "too slow", "experts": []}}
+    less = {**ANALYSIS, "effects": {"why": "too slow", "experts": []}}
     card = model_card(facts | {"analysis": less})
-    assert "| 0.03 | not measured | not measured |" in card
     assert "Taking experts away: not measured (too slow)." in card
     old = {**ANALYSIS, "verdict": {"headline": "No learned specialization found", "layers": []}}
     card = model_card(facts | {"analysis": old})

@@ -273,6 +273,7 @@ def test_removing(files, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["files"][0]["step"] == 1
 
 
+@pytest.mark.deep
 def test_leftovers_of_ended_processes_go_and_unfinished_files_stay(tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
 

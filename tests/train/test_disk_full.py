@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from moevision.train import run
+from moevision.train import finish
+from moevision.train import fit as training
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.health import Stopwatch
+
+pytestmark = pytest.mark.deep
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
 Cli = Callable[..., Any]
@@ -69,8 +72,8 @@ def test_a_disk_that_is_full_when_the_report_is_written(
 ) -> None:
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     with monkeypatch.context() as patched:
-        real = getattr(run, before)
-        patched.setattr(run, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
+        real = getattr(finish, before)
+        patched.setattr(finish, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
         outcome = cli("fit", drawn_pets, *tiny, "--name=full")
     assert outcome.code == 2, outcome.err
     assert "Traceback" not in outcome.err
@@ -101,7 +104,7 @@ def test_a_quota_is_a_disk_too(
         raise OSError(number, "")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "TrainingCLI", fail)
+    monkeypatch.setattr(training, "train", fail)
     outcome = cli("fit", drawn_pets, "--pretrained=none")
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1] == f"moevision: {what} is full: make room, then go on with the same command."

@@ -33,6 +33,8 @@ from moevision.train.checkpoint import BEST, LAST, PREVIOUS, SafeCheckpointIO, n
 from moevision.train.health import MetricsFile
 from moevision.train.resume import find_start
 
+pytestmark = pytest.mark.deep
+
 RECORD = Path(__file__).parents[2] / "benchmarks" / "reliability" / "file_operations.json"
 BEFORE, NOW = 2, 3  # optimizer steps: of the checkpoint that is there, and of the one that is saved
 DIED = 9

@@ -16,13 +16,14 @@ import yaml
 from PIL import Image
 
 import moevision
+from moevision.config import read
 from moevision.data.open import holds
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.train import recipe
-from moevision.train.recipe import choose_recipe, expand_arguments
+from moevision.train.recipe import choose_recipe, chosen, default_precision, find_config, read_config
 
 
 @pytest.fixture(autouse=True)
@@ -216,34 +217,26 @@ def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeyp
 
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
     """What is typed comes after the run's own and so wins; another --config takes its place."""
-    own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
-    alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]
+    checkpoint = str(tiny_run / "checkpoints" / "best.ckpt")
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
-    assert expand_arguments("test", given) == ["--config", own, *alone, *given]
-    assert expand_arguments("test", [str(drawn_pets), *given]) == [
-        "--config",
-        own,
-        *alone,
-        *given,
-        "--data.path",
-        str(drawn_pets),
-    ]
-    assert expand_arguments("validate", ["--config=quickstart", *given])[1:] == given
-    assert expand_arguments("test", ["quickstart", *given])[2:] == given
+    own = read_config(tiny_run / "config.yaml") | {"trainer.devices": 1, "trainer.num_nodes": 1}
+    typed = {"ckpt_path": checkpoint, "data.batch_size": 4}
+    assert asked("test", *given) == own | typed
+    assert asked("test", drawn_pets, *given) == own | typed | {"data.path": str(drawn_pets)}
+    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
+    assert asked("validate", "--config=quickstart", *given) == quickstart | typed
+    assert asked("test", "quickstart", *given) == quickstart | typed
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
-    named = expand_arguments("test", ["quickstart", *given])
-    assert named == ["--config", own, *alone, *given, "--data.path", "quickstart"]
-    assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
-        "--data.path",
-        "pics",
-    ]
+    assert asked("test", "quickstart", *given) == own | typed | {"data.path": "quickstart"}
+    beside = asked("test", "pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt")
+    assert beside.keys() == {"ckpt_path", "data.path", "trainer.precision"}
     monkeypatch.chdir(tiny_run / "checkpoints")
-    assert expand_arguments("test", ["--ckpt_path=best.ckpt"])[:2] == ["--config", own]
+    assert asked("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
     with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
-        expand_arguments("test", [])
+        asked("test")
     with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
-        expand_arguments("test", ["--ckpt_path", "typo/checkpoints/best.ckpt"])
+        asked("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
 
 
 def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
@@ -330,9 +323,9 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     assert not Path("runs/moe").exists()
 
 
-def option(options, name):
-    (value,) = [text.split("=", 1)[1] for text in options if text.startswith(f"--{name}=")]
-    return value
+def asked(verb, *arguments):
+    """What a command line asks for and gets chosen."""
+    return chosen(verb, read(verb, list(map(str, arguments))))
 
 
 @pytest.mark.parametrize("where", ["beside", "afresh"])
@@ -392,12 +385,12 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scratch = choose_recipe(str(drawn_pets), "none")
-    assert option(scratch, "data.batch_size") == "8"  # 40 pictures: five steps an epoch
-    assert option(scratch, "trainer.max_epochs") == "100"
-    assert option(scratch, "data.image_size") == "64"
-    assert option(scratch, "data.cache_mb") == "2048"  # a quarter of the free memory
-    assert option(scratch, "model.arch.name") == "vit_moe_hybrid_patch8_32"
-    assert option(scratch, "model.optim.name") == "muon"
+    assert scratch["data.batch_size"] == 8  # 40 pictures: five steps an epoch
+    assert scratch["trainer.max_epochs"] == 100
+    assert scratch["data.image_size"] == 64
+    assert scratch["data.cache_mb"] == 2048  # a quarter of the free memory
+    assert scratch["model.arch.name"] == "vit_moe_hybrid_patch8_32"
+    assert scratch["model.optim.name"] == "muon"
 
 
 @pytest.mark.parametrize(
@@ -411,7 +404,7 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 )
 def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typed, rate):
     """6e-3 is the recipes' for Muon (`configs/cifar10.yaml`), 1e-3 AdamW's default here."""
-    assert float(option(choose_recipe(str(drawn_pets), "none", typed), "model.optim.lr")) == rate
+    assert choose_recipe(str(drawn_pets), "none", read("fit", typed).options)["model.optim.lr"] == rate
 
 
 @pytest.mark.parametrize(
@@ -421,32 +414,31 @@ def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typ
 def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
     monkeypatch.setattr(recipe, "count_images", lambda _: images)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen = choose_recipe("pictures", "none")
-    assert option(chosen, "trainer.max_epochs") == str(epochs)
-    assert option(chosen, "data.batch_size") == str(batch)
+    picked = choose_recipe("pictures", "none")
+    assert picked["trainer.max_epochs"] == epochs
+    assert picked["data.batch_size"] == batch
 
 
 def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     """Beside a GPU of 80 GB, which must not be asked for anything."""
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
+    monkeypatch.setattr(recipe, "_free_memory_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    alone = expand_arguments("fit", ["pictures", "--pretrained=none"])
+    alone = asked("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    beside = expand_arguments("fit", ["pictures", "--pretrained=none", "--trainer.accelerator=cpu"])
-    changes = "--data.cache_mb"  # with the free memory
-    cpu, named = ({each for each in found if not each.startswith(changes)} for found in (alone, beside))
-    assert named - cpu == {"--trainer.accelerator=cpu"}
-    assert cpu <= named
-    on_gpu = expand_arguments("fit", ["pictures", "--pretrained=none"])
-    assert option(on_gpu, "data.batch_size") == "256"
+    monkeypatch.setattr(recipe, "default_precision", lambda: alone["trainer.precision"])
+    assert asked("fit", "pictures", "--pretrained=none", "--trainer.accelerator=cpu") == alone | {
+        "trainer.accelerator": "cpu"
+    }
+    assert asked("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
 
 
 def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen = choose_recipe("synthetic_pets")
-    assert option(chosen, "trainer.max_epochs") == "12"  # 200 000 / 16 000
-    assert option(chosen, "data.batch_size") == "64"
-    assert option(chosen, "data.crop") == "auto"
+    picked = choose_recipe("synthetic_pets")
+    assert picked["trainer.max_epochs"] == 12  # 200 000 / 16 000
+    assert picked["data.batch_size"] == 64
+    assert picked["data.crop"] == "auto"
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
@@ -482,11 +474,11 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):
-    expanded = expand_arguments("fit", [str(drawn_pets), "--config=quickstart", "--pretrained=x"])
-    assert expanded[0].endswith("configs/quickstart.yaml")
+    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
     # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
-    left_out = ["--model.arch.name=null", "--model.arch.base=null"]
-    assert expanded[1:] == ["--model.arch.pretrained=x", *left_out, "--data.path", str(drawn_pets)]
-    typed = expand_arguments("fit", ["--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe"])
-    assert typed[1:] == ["--model.arch.name=vit_moe", "--model.arch.pretrained=x", "--model.arch.base=null"]
-    assert expand_arguments("fit", ["quickstart"])[1].endswith("quickstart.yaml")
+    weights = {"model.arch.pretrained": "x", "model.arch.name": None, "model.arch.base": None}
+    found = asked("fit", drawn_pets, "--config=quickstart", "--pretrained=x")
+    assert found == quickstart | weights | {"data.path": str(drawn_pets)}
+    typed = asked("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
+    assert typed == quickstart | weights | {"model.arch.name": "vit_moe"}
+    assert asked("fit", "quickstart") == quickstart

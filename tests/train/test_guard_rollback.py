@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.config import EmaConfig
+from moevision.train.ema import WeightEMA
 from moevision.train.guard import (
     GuardConfig,
     GuardRecord,

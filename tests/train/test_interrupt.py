@@ -105,6 +105,7 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, earlier)
 
 
+@pytest.mark.deep
 def test_a_forked_worker_leaves_the_decision_to_the_main_process():
     with Interruption() as interruption:
         worker = os.fork()
@@ -149,6 +150,7 @@ def test_sleep_is_noticed_and_does_not_count(monkeypatch):
         assert clock.tick() == 0
 
 
+@pytest.mark.deep
 def test_a_really_stopped_process():
     """SIGSTOP from a child for 3 s; ticks of 10 ms before, or of ten times that on a busy machine."""
     with AwakeClock() as clock:

@@ -86,6 +86,7 @@ def test_a_process_that_dies_in_the_twins_training_is_noticed(monkeypatch: pytes
     assert said == [f"moevision: Process 1 of this training was killed{module._BY_WHOM}. Go on."]
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.name != "posix", reason="a process can't be looked for elsewhere")
 def test_a_process_whose_first_one_is_gone_says_so_and_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

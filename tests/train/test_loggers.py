@@ -44,7 +44,7 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_p
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    logger = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs")
+    logger = ("--trainer.logger={class_path: TensorBoardLogger, init_args: {save_dir: logs}}",)
     outcome = cli("fit", drawn_pets, *tiny, *logger)
     assert outcome.code == 0, outcome.err
     run = Path("runs/pets")

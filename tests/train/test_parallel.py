@@ -24,6 +24,8 @@ from tests.forks import Forked
 from tests.train import layouts
 from tests.train.layouts import CASES, CLASSES, COUNTED, DDP, EP2, EP4, FSDP, IMAGES, REPLICATED, build
 
+pytestmark = pytest.mark.deep
+
 COMPARED = [(name, size, layout) for name, case in CASES.items() for size, layout in case.layouts]
 
 
@@ -38,7 +40,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize(("name", "size", "layout"), COMPARED)
 def test_layouts_train_like_one_process(name: str, size: int, layout: int, compared: Path) -> None:
     """16 images a step, float64, clipped: logits, balance loss, every gradient, their norm and the weights.
@@ -62,7 +63,6 @@ def test_layouts_train_like_one_process(name: str, size: int, layout: int, compa
     assert found["weights"] < 1e-8
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize(("size", "layout"), CASES[COUNTED].layouts)
 def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) -> None:
     """Counted in the collectives of one process: bytes, to the last one, collectives and messages.
@@ -87,7 +87,6 @@ def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) ->
     assert sent == planned
 
 
-@pytest.mark.deep
 def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
     """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4; folders, a file, a folder.
 
@@ -105,7 +104,6 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
     assert newest_valid(four.parent)[1] == []
 
 
-@pytest.mark.deep
 def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
     """All hear why, nothing of it is left, and the one before is whole (the test above reads it afterwards)."""
     path = compared / "checkpoints" / "two.ckpt"
@@ -116,7 +114,6 @@ def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
     ]
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize("file", [".metadata", "__1_0.distcp", "rest.pt"])
 def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
@@ -130,7 +127,6 @@ def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_pat
         SafeCheckpointIO().load_checkpoint(folder / "four.ckpt")
 
 
-@pytest.mark.deep
 def test_a_description_that_calls_something_is_refused(compared: Path, tmp_path: Path) -> None:
     """DCP's .metadata is a pickle: one that makes a folder must not."""
     shutil.copytree(compared / "checkpoints" / "two.ckpt", tmp_path / "two.ckpt")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moevision import cli as program
-from moevision.commands.parsers import PARSERS
+from moevision.cli import parser_of
 from moevision.data import ImageDataModule
 from moevision.data.module import class_weight_tensor
 from moevision.errors import UserError
@@ -117,7 +117,7 @@ def test_fit_says_so(cli, tiny, drawn_pets, tmp_path, monkeypatch, option, words
 )
 def test_a_verb_says_so(capsys, verb, arguments, words):
     with pytest.raises(SystemExit):
-        PARSERS[verb]().parse_args(arguments)
+        parser_of(verb).parse_args(arguments)
     assert words in capsys.readouterr().err
 
 

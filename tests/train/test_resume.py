@@ -21,24 +21,33 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from jsonargparse import Namespace
 
 import moevision
 from benchmarks.reliability import resume as matrix
 from moevision.analysis.images import find_images
+from moevision.config import read
 from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import checkpoint, resume
-from moevision.train import cli as training_cli
+from moevision.train import fit as training
 from moevision.train.checkpoint import newest_valid, plain
-from moevision.train.cli import quiet_lightning
+from moevision.train.fit import quiet_lightning
 from moevision.train.health import Stopwatch
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
-from moevision.train.recipe import take
-from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, is_free, recorded_config, release
+from moevision.train.resume import (
+    CheckpointConfig,
+    Session,
+    begin,
+    changed_options,
+    claim,
+    is_free,
+    recorded_config,
+    release,
+    without_resume,
+)
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
@@ -180,7 +189,7 @@ def test_a_training_that_begins_draws_its_own_split(cli, tiny, drawn_pets, inter
 
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
-        "moevision.train.cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
+        "moevision.train.fit.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
     )
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143
@@ -225,7 +234,7 @@ def test_where_memory_is_too_small_what_may_change_is_named(cli, interrupted, mo
 def test_the_next_command_says_the_changes_again(whole):
     """The run's config.yaml doesn't: it stays what the run began with."""
     for notes, more in (([], ""), (["--data.path was pets, now my pets"], " --data.path 'my pets'")):
-        session = Session("fit", ["--data.path", "my pets", "--resume", str(whole)])
+        session = Session(["moevision", "fit", "--data.path", "my pets", "--resume", str(whole)])
         session.run_dir, session.notes = whole, notes
         assert session.resume_command == f"moevision fit --resume {whole}{more}"
 
@@ -433,13 +442,13 @@ def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_co
 
 
 def test_a_seed_that_was_drawn_stays():
-    before = Namespace(seed_everything=3)
-    assert changed_options(before, Namespace(seed_everything=True)) == []
+    before = {"seed_everything": 3}
+    assert changed_options(before, {"seed_everything": True}) == []
     for other in (4, False):
         with pytest.raises(UserError, match="--seed_everything is 3 in this run"):
-            changed_options(before, Namespace(seed_everything=other))
+            changed_options(before, {"seed_everything": other})
     with pytest.raises(UserError, match="--seed_everything is False in this run"):
-        changed_options(Namespace(seed_everything=False), Namespace(seed_everything=True))
+        changed_options({"seed_everything": False}, {"seed_everything": True})
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -457,6 +466,7 @@ def start_real(*arguments, code):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.deep
 def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
     """A training with workers is killed; they find out seconds later, and hold nothing until then."""
     claimed, tell = os.pipe()
@@ -510,6 +520,7 @@ def files_of(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.deep
 def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     """A watchdog repeats its command while the training that it started still lives: that one doesn't notice."""
     command = ("fit", drawn_pets, *tiny, "--checkpoint.every_steps=1")
@@ -554,7 +565,7 @@ def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
 
 def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_pets, monkeypatch):
     """Between the making of a folder and the claim on it `--resume auto` may begin there."""
-    real, held = training_cli.new_run_folder, []
+    real, held = training.new_run_folder, []
 
     def taken(name, root):
         folder = real(name, root)
@@ -562,7 +573,7 @@ def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_p
         (folder / "metrics.csv").write_text("of another process")
         return folder
 
-    monkeypatch.setattr(training_cli, "new_run_folder", taken)
+    monkeypatch.setattr(training, "new_run_folder", taken)
     outcome = cli("fit", drawn_pets, *tiny)
     release(held[0])
     assert outcome.code == 2
@@ -609,23 +620,27 @@ def _own() -> None:
 
 
 def test_the_argument():
-    assert take(["a", "--resume", "runs/x", "-b"], "--resume") == ("runs/x", ["a", "-b"])
-    assert take(["--resume=runs/x", "--resume=auto"], "--resume") == ("auto", [])
-    assert take(["a"], "--resume") == (None, ["a"])
-    for wrong in (["--resume"], ["--resume="], ["--resume", "--data.path"]):
-        with pytest.raises(UserError, match="--resume needs a run folder"):
-            Session("fit", wrong)
+    assert without_resume(["a", "--resume", "runs/x", "-b"]) == ["a", "-b"]
+    assert without_resume(["--resume=runs/x", "--resume=auto"]) == []
+    for wrong in (["--resume"], ["--resume", "--data.path"]):
+        with pytest.raises(UserError, match="--resume needs a value"):
+            read("fit", wrong)
 
 
-@pytest.mark.parametrize(("typed", "goes_on"), [(["quickstart"], True), (["--config", "quickstart"], False)])
-def test_auto_takes_what_stands_first_for_the_run_and_no_value_of_an_option(monkeypatch, typed, goes_on):
-    """The folder of a run named quickstart is there: it is that of `fit quickstart`, not that of a configuration."""
-    Path("runs/quickstart/checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(resume, "newest_valid", lambda folder: ("a checkpoint", []))
-    asked = []
-    monkeypatch.setattr(resume, "expand_arguments", lambda verb, given, *, recorded, **_: asked.append(recorded))
-    Session("fit", [*typed, "--resume=auto"]).close()
-    assert asked == [goes_on]
+@pytest.mark.parametrize("typed", [["quickstart"], ["--config", "quickstart"], ["pets", "--name=quickstart"]])
+def test_auto_finds_the_folder_of_the_command(monkeypatch, typed):
+    """By its --name, that of its configuration, or its images."""
+    looked = []
+
+    def none(folder):
+        looked.append(folder)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(resume, "newest_valid", none)
+    given = read("fit", [*typed, "--resume=auto"])
+    with pytest.raises(UserError, match="far enough"):
+        begin(Session(given.command), given)
+    assert looked == [Path("runs/quickstart/checkpoints")]
 
 
 def test_random_generators_come_back():
@@ -674,11 +689,13 @@ def test_checkpoints_of_a_model_made_in_a_notebook_load(tmp_path):
 def test_the_config_is_on_the_disk_before_the_first_step(cli, tiny, drawn_pets, monkeypatch):
     """After a power cut a checkpoint is worth nothing without it."""
     happened = []
-    sync, step = training_cli.sync_file, Stopwatch.on_train_batch_end
-    monkeypatch.setattr(training_cli, "sync_file", lambda path: (happened.append(path.name), sync(path)))
+    write, step = training.write_text_atomic, Stopwatch.on_train_batch_end
+    monkeypatch.setattr(
+        training, "write_text_atomic", lambda path, text: (happened.append(Path(path).name), write(path, text))
+    )
     monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given)))
     assert cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1").code == 0
-    assert happened == ["config.yaml", "step"]
+    assert happened[:2] == ["config.yaml", "step"]
 
 
 def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
@@ -687,6 +704,7 @@ def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
     assert (found["world_size"], found["precision"], found["threads"]) == (1, "32-true", torch.get_num_threads())
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.name == "nt", reason="no forks")
 def test_a_claim_that_was_given_up_is_forgotten(tmp_path):
     """A forked worker gives up the claims that it inherited, not another file that has their number by now."""
@@ -711,7 +729,7 @@ def test_how_often_a_point_may_be_saved():
 
 
 def test_an_option_that_had_no_value_is_called_null():
-    before, now = Namespace(checkpoint=Namespace(every_steps=None)), Namespace(checkpoint=Namespace(every_steps=3))
+    before, now = {"checkpoint.every_steps": None}, {"checkpoint.every_steps": 3}
     assert changed_options(before, now) == ["--checkpoint.every_steps was null, now 3"]
 
 

@@ -13,7 +13,7 @@ import torch
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.cli import TrainingCLI
+from moevision.train.fit import keep_the_step
 from moevision.train.processes import (
     AwakeClock,
     Interrupted,
@@ -233,11 +233,9 @@ def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
 @pytest.mark.parametrize(("images", "limit"), [(96, 12), (104, 12), (8, 2)])
 def test_half_of_the_processes_take_as_many_steps(images, limit, capsys):
     """Two processes took ⌊images / 16⌋ steps of 16 an epoch; one sums two batches of 8, and none at the end alone."""
-    cli = SimpleNamespace(
-        start=SimpleNamespace(fingerprint={"images_per_step": 16}),
-        datamodule=SimpleNamespace(batch_size=8, class_counts={"train": {"cat": images}}),
-        trainer=SimpleNamespace(world_size=1, accumulate_grad_batches=1, limit_train_batches=1.0),
-    )
-    TrainingCLI._keep_the_step(cli)
-    assert (cli.trainer.accumulate_grad_batches, cli.trainer.limit_train_batches) == (2, limit)
+    start = SimpleNamespace(fingerprint={"images_per_step": 16})
+    data = SimpleNamespace(batch_size=8, class_counts={"train": {"cat": images}})
+    trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, limit_train_batches=1.0)
+    keep_the_step(start, data, trainer)
+    assert (trainer.accumulate_grad_batches, trainer.limit_train_batches) == (2, limit)
     assert "2 batches of a process: it has 16 images, as before" in capsys.readouterr().err

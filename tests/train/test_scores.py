@@ -27,7 +27,7 @@ from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import OptimizerConfig
-from moevision.train.scores import ExampleScores, measure
+from moevision.train.scores import ExampleScores, visit_measures
 from moevision.train.task import ClassificationTask
 
 IMAGES, BATCH = 24, 8
@@ -172,14 +172,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Fit:
 def test_a_visit_by_hand() -> None:
     """Logits ln 4, ln 2, ln 1, ln 1: p = 1/2, 1/4, 1/8, 1/8."""
     logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]] * 2).log()
-    first, second = measure(logits, torch.tensor([0, 1])).tolist()
+    first, second = visit_measures(logits, torch.tensor([0, 1])).tolist()
     assert first == pytest.approx(
         [math.log(4) - math.log(2), math.sqrt(1 / 4 + 1 / 16 + 2 / 64), math.log(2), 0.5, 1], rel=1e-6
     )
     assert second == pytest.approx(
         [math.log(2) - math.log(4), math.sqrt(9 / 16 + 1 / 4 + 2 / 64), math.log(4), 0.25, 0], rel=1e-6
     )
-    half = measure(logits.bfloat16(), torch.tensor([0, 1]))  # computed in fp32 all the same
+    half = visit_measures(logits.bfloat16(), torch.tensor([0, 1]))  # computed in fp32 all the same
     assert half.dtype is torch.float32
     assert half[1, 3].item() == pytest.approx(0.25, rel=0.01)
 

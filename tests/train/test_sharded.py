@@ -25,6 +25,8 @@ from moevision.train.trained import load_trained
 from tests.forks import Forked
 from tests.train.test_command_two_processes import SHARDED, fit
 
+pytestmark = pytest.mark.deep
+
 A, B = (json.dumps(["state_dict", name]) for name in "ab")
 TENSORS = {A: torch.arange(12.0).view(3, 4), B: torch.arange(5)}
 
@@ -231,7 +233,6 @@ def test_a_manifest_that_is_a_pipe_or_never_ends(tmp_path: Path) -> None:
         assert read_manifest(tmp_path) == []
 
 
-@pytest.mark.deep
 def test_mutated_folders_of_two_processes(tmp_path: Path) -> None:
     """Ten of each kind of `python -m benchmarks folders`; a record has 500."""
     fit(tmp_path, "synthetic_pets", *SHARDED, "--name=run", "--trainer.max_epochs=1")

@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
 from moevision import UserError
+from moevision.config import read
 from moevision.layers import moe_layers
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.models.reading import routes_read
 from moevision.train import health, start
 from moevision.train.processes import AwakeClock
-from moevision.train.recipe import choose_recipe, expand_arguments
+from moevision.train.recipe import choose_recipe, chosen
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 
@@ -162,10 +163,9 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
 def test_what_is_lost_is_what_the_records_say() -> None:
     """Said where nothing could be had, not to who wants to start from scratch."""
     seeds = {"pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"), "scratch": ("folder-none",)}
-    tests = {
-        start: [json.loads((ROOT / f"benchmarks/accuracy/{name}.json").read_text())["test"] for name in names]
-        for start, names in seeds.items()
-    }
+    lines = (ROOT / "benchmarks" / "accuracy" / "runs.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    tests = {start: [record["test"] for record in records if record["name"] in names] for start, names in seeds.items()}
     pretrained, scratch = (
         f"{100 * sum(test['correct'] for test in of) / sum(test['total'] for test in of):.0f} %"
         for of in tests.values()
@@ -211,21 +211,25 @@ def weight_file(tmp_path: Path) -> Path:
     return tmp_path / "weights.safetensors"
 
 
-def as_dict(options: list[str]) -> dict[str, str]:
-    return dict(option.split("=", 1) for option in options)
+def recipe(folder: Path, pretrained: str | None, *typed: str) -> dict[str, Any]:
+    return choose_recipe(str(folder), pretrained, read("fit", typed).options)
+
+
+def asked(*arguments: object, recorded: bool = False) -> dict[str, Any]:
+    return chosen("fit", read("fit", list(map(str, arguments))), recorded=recorded)
 
 
 def test_a_file_of_weights(weight_file: Path, drawn_pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = as_dict(choose_recipe(str(drawn_pets), str(weight_file)))
-    assert chosen["--model.arch.pretrained"] == str(weight_file)
-    assert chosen["--model.arch.base"] == "test_vit"
-    assert (chosen["--model.arch.moe_layers"], chosen["--model.arch.top_k"]) == ("last2", "1")
-    assert chosen["--model.arch.global_pool"] == "avg"
-    assert float(chosen["--model.optim.lr"]) == 3e-4
-    assert "--model.arch.name" not in chosen
-    assert chosen["--router_start"] == "cluster"
-    other = as_dict(choose_recipe(str(drawn_pets), str(weight_file), ["--model.arch.router", "expert_choice"]))
-    assert "--router_start" not in other, "which has no row for each expert"
+    found = recipe(drawn_pets, str(weight_file))
+    assert found["model.arch.pretrained"] == str(weight_file)
+    assert found["model.arch.base"] == "test_vit"
+    assert (found["model.arch.moe_layers"], found["model.arch.top_k"]) == ("last2", 1)
+    assert found["model.arch.global_pool"] == "avg"
+    assert found["model.optim.lr"] == 3e-4
+    assert "model.arch.name" not in found
+    assert found["router_start"] == "cluster"
+    other = recipe(drawn_pets, str(weight_file), "--model.arch.router", "expert_choice")
+    assert "router_start" not in other, "which has no row for each expert"
     said = capsys.readouterr().err
     assert "weights.safetensors as test_vit" in said
     assert "licence mit, from drawn at random" in said
@@ -245,12 +249,12 @@ def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_colours_and_heads_of_the_weights() -> None:
     """AugReg's colours, not ImageNet's; a distilled DeiT can't pool, and keeps its last block dense."""
     augreg = start.StartWeights("x", None, timm.create_model("vit_tiny_patch16_224", num_classes=0))
-    assert pretrained_options(augreg, IMAGES)["--data.mean"] == [0.5, 0.5, 0.5]
+    assert pretrained_options(augreg, IMAGES)["data.mean"] == [0.5, 0.5, 0.5]
     distilled = start.StartWeights("x", None, timm.create_model("deit_tiny_distilled_patch16_224"))
     options = pretrained_options(distilled, IMAGES)
-    assert options["--model.arch.moe_layers"] == [7, 9]
-    assert "--model.arch.global_pool" not in options
-    assert "--data.mean" not in options
+    assert options["model.arch.moe_layers"] == [7, 9]
+    assert "model.arch.global_pool" not in options
+    assert "data.mean" not in options
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(100, 20), (800, 10), (2_880, 3), (20_000, 3)])
@@ -269,39 +273,40 @@ def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch)  # an answer would be an IndexError
-    deeper = as_dict(choose_recipe(str(drawn_pets), None, ["--model.arch.depth", "4"]))
-    assert deeper["--model.arch.name"].startswith("vit_moe_hybrid")
-    assert deeper["--model.optim.name"] == "muon"
-    named = as_dict(choose_recipe(str(drawn_pets), None, ["--model.arch.name=test_vit_moe"]))
-    assert not {"--model.arch.name", "--model.optim.name", "--model.arch.pretrained"} & named.keys()
-    assert (named["--data.image_size"], named["--model.arch.patch_size"]) == ("64", "8")  # one choice: 64 tokens
+    monkeypatch.setattr("moevision.train.recipe._free_memory_bytes", lambda: 2**30)
+    deeper = recipe(drawn_pets, None, "--model.arch.depth", "4")
+    assert deeper["model.arch.name"].startswith("vit_moe_hybrid")
+    assert deeper["model.optim.name"] == "muon"
+    named = recipe(drawn_pets, None, "--model.arch.name=test_vit_moe")
+    assert not {"model.arch.name", "model.optim.name", "model.arch.pretrained"} & named.keys()
+    assert (named["data.image_size"], named["model.arch.patch_size"]) == (64, 8)  # one choice: 64 tokens
     sized = ["--model.arch.name=vit_moe_base_patch16_224", "--data.image_size", "224"]
-    assert "--model.arch.patch_size" not in as_dict(choose_recipe(str(drawn_pets), None, sized))
+    assert "model.arch.patch_size" not in recipe(drawn_pets, None, *sized)
     assert choose_recipe("synthetic_pets") == choose_recipe("synthetic_pets", NONE)
     assert choose_recipe("cifar10") == choose_recipe("cifar10", NONE)
     assert hub.asked == []
 
 
 def test_the_command_line(drawn_pets: Path) -> None:
-    folder = str(drawn_pets)
-    said = expand_arguments("fit", [folder, "--pretrained=none", "--dense", "--compile", "--force"])
-    assert {"--model.arch.twin=active_flops", "--model.compile=true", "--check_memory=false"} <= {*said}
+    said = asked(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
+    full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
+    assert full.items() <= said.items()
     with pytest.raises(UserError, match="--dense trains the dense model itself"):
-        expand_arguments("fit", [folder, "--dense", "--with-twin"])
-    with pytest.raises(UserError, match="--pretrained needs a timm name, a file, a folder, auto or none"):
-        expand_arguments("fit", [folder, "--pretrained", "--name", "x"])
-    assert expand_arguments("fit", ["--pretrained=auto"], recorded=True) == []  # a run that goes on has chosen
-    assert expand_arguments("fit", ["--config=quickstart", "--pretrained=none"])[1:] == ["--model.arch.pretrained=null"]
+        asked(drawn_pets, "--dense", "--with-twin")
+    with pytest.raises(UserError, match="pretrained needs a value"):
+        asked(drawn_pets, "--pretrained", "--name", "x")
+    assert asked("--pretrained=auto", recorded=True) == {}  # a run that goes on has chosen
+    assert asked("--config=quickstart", "--pretrained=none") == asked("quickstart") | {"model.arch.pretrained": None}
 
 
 def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(weight_file: Path) -> None:
     """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
-    assert expand_arguments("fit", ["imagenette"])[1].endswith("imagenette.yaml")
-    assert expand_arguments("fit", ["imagenette", "--pretrained=none"])[1].endswith("imagenette.yaml")
-    chosen = expand_arguments("fit", ["imagenette", f"--pretrained={weight_file}"])
-    assert not any("imagenette.yaml" in option for option in chosen)
-    assert {"--model.optim.layer_decay=0.75", "--data.download=true"} <= set(chosen)
-    assert chosen[chosen.index("--data.path") + 1] == "imagenette"
+    for from_scratch in (asked("imagenette"), asked("imagenette", "--pretrained=none")):
+        assert from_scratch["model.arch.name"] == "vit_moe_hybrid_patch16_128"
+    found = asked("imagenette", f"--pretrained={weight_file}")
+    assert "model.arch.name" not in found
+    assert (found["model.optim.layer_decay"], found["data.download"]) == (0.75, True)
+    assert found["data.path"] == "imagenette"
 
 
 def test_clusters_of_untrained_layers_are_refused(

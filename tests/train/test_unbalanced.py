@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from moevision.train import cli as training
+from moevision.train import fit as training
 from moevision.train.report import read_summary
 from moevision.train.task import MacroRecall
 

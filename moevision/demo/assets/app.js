@@ -7,7 +7,7 @@ import { followAddress, goTo } from "./app_history.js";
 import { levelMemory, levelOf } from "./app_level.js";
 import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
-import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
+import { asAskError, Asker, errorBox, server, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
@@ -409,11 +409,11 @@ export class App {
 
 /**
  * Entry of the page. A page that can't even start says so in place of the empty screen.
- * @param {HTMLElement} root @param {Boot} boot @param {View[]} views @param {number} component of gradio that answers
+ * @param {HTMLElement} root @param {Boot} boot @param {View[]} views
  */
-export async function startApp(root, boot, views, component) {
+export async function startApp(root, boot, views) {
   try {
-    await new App(root, new Asker(serverAt(component)), boot).start(views);
+    await new App(root, new Asker(server), boot).start(views);
   } catch (error) {
     root.innerHTML = String(errorBox(asAskError(error)));
   }

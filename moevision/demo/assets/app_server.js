@@ -15,22 +15,21 @@ const BUSY_TRIES = 4;
 const READY_TRIES = 80;
 
 /**
- * The functions of one of gradio's components, called as gradio's client calls them. Nothing is kept per visitor, so all
- * share a session.
- * @param {number} component @returns {Server}
+ * What the server answers: `server.route(question)`.
+ * @type {Server}
  */
-export const serverAt = (component) => new Proxy({}, {
-  get: (_, name) => async (question) => {
+export const server = new Proxy({}, {
+  get: (_, name) => async (question = {}) => {
     const home = location.pathname.replace(/\/?$/, "/"); // below a proxy's path, too
-    const body = JSON.stringify({ component_id: component, fn_name: name, data: question, session_hash: "page" });
-    const answer = await fetch(`${home}gradio_api/component_server`, { method: "POST", headers: { "content-type": "application/json" }, body });
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch(`${home}api/${String(name)}`, { method: "POST", headers, body: JSON.stringify(question) });
     return answer.json();
   },
 });
 
 export class Asker {
-  /** @param {Server} server */
-  constructor(server) { this.server = server; this.answers = new Map(); }
+  /** @param {Server} asked */
+  constructor(asked) { this.server = asked; this.answers = new Map(); }
 
   /**
    * Call a server function with one object. A busy server is asked again a few times before that is an error.

@@ -126,8 +126,8 @@ export class ClassesTab {
     const { layer } = this;
     return html`<h2>Three questions about ${layer.name}</h2>
       ${layer.answers.map((answer) => html`<p class="mv-answer ${answer.answer === "yes" ? "mv-right" : ""}">${answer.sentence}</p>`)}
-      ${layer.information.length > 0 && html`<p class="mv-note">Below: what knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels, beside what tells as much
-        without a trained router.</p>`}
+      ${layer.information.length > 0 && html`<p class="mv-note">Below: what knowing the expert tells, in ${term("bits", "bits")} beyond
+        shuffled labels, beside what tells as much without a trained router.</p>`}
       ${layer.information.map((entry) => this.measure(entry))}`;
   }
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils._pytree import SequenceKey, tree_map_with_path
 
 from moevision.files import check_room, file_sha256, make_folder, sync_file, sync_folder
 from moevision.train.archive import REST, digest_of, load_archive, saying_what_is_damaged, sizes_of
@@ -65,7 +66,17 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
         OSError: on all processes, if one of them can't write.
     """
     sharded: dict[Place, Tensor] = {}
-    rest = _without_sharded(checkpoint, (), sharded)
+    weights: list[Tensor] = []
+
+    def keep_whole(place: Place, tensor: Tensor) -> Tensor | None:
+        if place[0] in _WEIGHTS:
+            weights.append(own_part(tensor))
+        if mesh_of(tensor) is None:
+            return tensor
+        sharded[place] = tensor
+        return None
+
+    rest = _with_tensors(checkpoint, keep_whole)
     first = dist.get_rank() == 0
     parts = sum(own_part(x).nbytes / copies(x) for x in sharded.values())  # each is written once
 
@@ -91,9 +102,8 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
             sync_folder(folder)
         own = {f"__{dist.get_rank()}_"} | ({REST, _METADATA} if first else set())
         files = [path for path in folder.iterdir() if any(path.name.startswith(name) for name in own)]
-        weights = {_WEIGHTS[0]: {str(place): x for place, x in sharded.items() if place[0] in _WEIGHTS}}
         known = {path.name: (file_sha256(path), path.stat().st_size) for path in files}
-        return known, _is_finite(rest) and _is_finite(weights)
+        return known, all(bool(x.isfinite().all()) for x in weights)
 
     found = _on_all(written)
     known = {name: value for part, _ in found for name, value in part.items()}
@@ -132,14 +142,11 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
 def divide(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
     """A checkpoint whose tensors are whole, the same on all processes, with those divided that shall be."""
 
-    def each(value: Any, place: Place) -> Any:
-        if isinstance(value, Tensor):
-            model = like(place)
-            return value if model is None else shard_like(value, model)
-        return _mapped(value, place, each)
+    def divided(place: Place, whole: Tensor) -> Tensor:
+        model = like(place)
+        return whole if model is None else shard_like(whole, model)
 
-    result: dict[str, Any] = each(checkpoint, ())
-    return result
+    return _with_tensors(checkpoint, divided)
 
 
 def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Like:
@@ -191,25 +198,15 @@ def _why(error: BaseException) -> str:
     return str(error)
 
 
-def _without_sharded(value: Any, place: Place, found: dict[Place, Tensor]) -> Any:
-    if isinstance(value, Tensor) and mesh_of(value) is not None:
-        found[place] = value
-        return None
-    return _mapped(value, place, lambda each, inner: _without_sharded(each, inner, found))
+def _with_tensors(checkpoint: dict[str, Any], function: Callable[[Place, Tensor], Any]) -> dict[str, Any]:
+    """A copy of a checkpoint that has, in the place of each tensor, what a function gives for it."""
 
+    def each(path: tuple[Any, ...], value: Any) -> Any:
+        place = tuple(step.idx if isinstance(step, SequenceKey) else step.key for step in path)
+        return function(place, value) if isinstance(value, Tensor) else value
 
-def _mapped(value: Any, place: Place, function: Callable[[Any, Place], Any]) -> Any:
-    """A nest of dictionaries and lists with a function applied to what they hold."""
-    if isinstance(value, dict):
-        return {key: function(each, (*place, key)) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(function(each, (*place, index)) for index, each in enumerate(value))
-    return value
-
-
-def _is_finite(checkpoint: Mapping[str, Any]) -> bool:
-    tensors: Sequence[Any] = [x for name in _WEIGHTS for x in checkpoint.get(name, {}).values()]
-    return all(bool(own_part(x).isfinite().all()) for x in tensors if isinstance(x, Tensor) and x.is_floating_point())
+    result: dict[str, Any] = tree_map_with_path(each, checkpoint)
+    return result
 
 
 class _Part(NamedTuple):

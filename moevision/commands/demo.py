@@ -1,0 +1,152 @@
+"""`moevision demo`: loads the models, serves the explorer until Ctrl-C, and says who can see it.
+
+The models, gradio and torch are imported when all arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import getpass
+import io
+import os
+import socket
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moevision.demo.gate import AUTH, Serving, in_url
+from moevision.errors import DataWarning, UserError
+from moevision.limits import usable_cores
+
+if TYPE_CHECKING:
+    from moevision.demo.server import Server
+    from moevision.demo.service import Explorer
+
+
+def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
+    """Run with parsed command-line arguments until Ctrl-C, or until `wait` returns."""
+    if chosen.port is not None and not 0 < chosen.port < 65536:
+        raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
+    serving = Serving(
+        host=chosen.host,
+        port=chosen.port,
+        auth=login(chosen.auth),
+        share=chosen.share,
+        public=chosen.public,
+        browser=chosen.browser,
+        allow_host=tuple(chosen.allow_host),
+        allow_embed=tuple(chosen.allow_embed),
+        root_path=chosen.root_path,
+    )
+    serving.check()
+    with serving.listen() as listener:  # before the models are loaded, which takes seconds: who is early waits
+        print("Loading the models …", file=sys.stderr)
+        explorer = open_explorer(chosen.model, chosen.data, chosen.root, local=serving.local)
+        from moevision.demo.server import Server
+
+        with Server(explorer, serving, listener) as server:
+            print(announcement(server, serving), flush=True)
+            try:
+                (wait or _wait_for_interrupt)()
+            except KeyboardInterrupt:
+                print("\nStopped.")
+
+
+def login(argument: str | None) -> tuple[str, str] | None:
+    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get.
+
+    Raises:
+        UserError: if one of both is missing, or must be asked for without a terminal.
+    """
+    variable = os.environ.pop(AUTH, None)
+    given = variable if argument is None else argument
+    if given is None:
+        return None
+    user, colon, password = given.partition(":")
+    if argument is not None and colon and user and password:
+        print(
+            "note: others on this computer can read a password on the command line, and your shell keeps it: "
+            f"--auth {user} asks for it, and {AUTH}=USER:PASSWORD sets it for a service.",
+            file=sys.stderr,
+        )
+    elif argument is not None and not colon:
+        if not sys.stdin.isatty():
+            raise UserError(
+                f"--auth {user} asks for a password, and here is no terminal: set {AUTH}=USER:PASSWORD instead."
+            )
+        password = getpass.getpass(f"Password for {user}: ")
+    if not (user and password):
+        name = AUTH if argument is None else "--auth"
+        raise UserError(f"{name} needs a user and a password, neither of them empty, as in class:secret.")
+    return user, password
+
+
+def open_explorer(model: str | None, data: str | None, root: str | None, *, local: bool = True) -> Explorer:
+    """Load the models, start to look through their images, and warm everything up."""
+    import torch
+
+    from moevision.demo.galleries import Galleries
+    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.server import cpu_workers
+    from moevision.demo.service import Explorer
+
+    torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        entries = open_entries(model, DataOptions(data, root))
+    for warning in caught:
+        if issubclass(warning.category, DataWarning):
+            print(f"note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    explorer = Explorer(entries, Galleries(entries), local=local)
+    explorer.warm()
+    explorer.galleries.start(explorer.pages.prepare)
+    return explorer
+
+
+def announcement(server: Server, serving: Serving) -> str:
+    """What is printed when the page is up: address, how to stop, who can see it, and a QR code for others."""
+    lines = [f"The explorer is at {server.url}", "Stop it with Ctrl-C."]
+    if serving.local:
+        return "\n".join([*lines, "Only this computer can see it; --host and --share show it to others."])
+    address = server.share_url or address_for_others(serving.bare_host, server.url)
+    lines.append(
+        f"Others open {address}" + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
+    )
+    return "\n".join([*lines, "", qr_code(address)])
+
+
+def qr_code(address: str) -> str:
+    """A QR code as text for a terminal."""
+    import segno
+
+    text = io.StringIO()
+    segno.make(address, micro=False).terminal(text, border=2, compact=True)
+    return text.getvalue()
+
+
+def address_for_others(host: str, url: str) -> str:
+    """The page's address with this computer's own one in the place of 0.0.0.0 and ::."""
+    port = url.rstrip("/").rpartition(":")[2]
+    if host in ("0.0.0.0", "::", ""):
+        host = _own_address(socket.AF_INET6 if host == "::" else socket.AF_INET)
+    return f"http://{in_url(host)}:{port}/"
+
+
+def _own_address(family: socket.AddressFamily) -> str:
+    """The address under which the local network knows this computer; no packet is sent to find it."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # RFC 5737 and 3849: they route like the world and belong to nobody.
+            probe.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
+
+
+def _wait_for_interrupt() -> None:
+    while True:
+        time.sleep(3600)

@@ -1,0 +1,382 @@
+"""The models that the explorer offers: those that come with the package, or the one that the user names.
+
+A bundled model is a folder with `card.json` (what it is, what it was trained on, how good it is, under which licence),
+`trained/` and, where there are, `unbalanced/` (trained without the balance loss) and `dense/` (the dense twin), each
+written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.json` sum up what they do with their
+test images. Weights are stored in bfloat16 and computed with in float32. The variant "untrained" is the same
+architecture with fresh weights. The card of a user's own model comes from its run folder.
+
+It may also have
+
+- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
+
+and a model of photos
+
+- `examples/CLASS/*.jpg` and `examples/SOURCES.json`: photos to show; per name `author`, `licence`, `source`, `changes`;
+- `dense.json`: `class_names` and `probabilities` by name of the example, what the dense twin says, without its weights;
+- `NOTICE`: where weights and photos come from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from moevision.analysis.baselines import fresh_copy
+from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
+from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.demo.examples import Examples, ScoredRun, Typical
+from moevision.demo.facts import ModelFacts, describe, title_of
+from moevision.errors import DataWarning, UserError
+from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.safe_files import read_json
+from moevision.names import shown
+from moevision.words import percent
+
+Floats = npt.NDArray[np.float32]
+SOURCES: Final = Path("examples/SOURCES.json")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What people should know about a model before they believe it; empty or missing where unknown or not measured."""
+
+    id: str  # its name in addresses
+    title: str  # its name in words
+    subtitle: str = ""  # one line under the title
+    data: str = ""  # the training data, in words
+    recipe: str = ""  # the command or config that trained it
+    seed: int | None = None  # of that training
+    accuracy: dict[str, float] = field(default_factory=dict)  # on test images, of `moe`, `dense` and `unbalanced`
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)  # 95 % interval [low, high] of each
+    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)  # mean of the classes', [share, low, high]
+    test_images: int | None = None  # on which these were measured
+    recipes: dict[str, str] = field(default_factory=dict)  # the commands that trained each variant, and the dense twin
+    note: str = ""  # what the commands don't say about the training
+    validation_top1: list[float] = field(default_factory=list)  # of the trained model after each epoch
+    licence: str = ""  # of the weights
+    data_kind: str = ""  # name of the dataset as `--data` takes it
+    typical: Typical | None = None  # what images of the training data look like to the model
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, without the numbers of `typical`."""
+        return {name: value for name, value in self.__dict__.items() if name != "typical"}
+
+    def accuracy_text(self, variant: str) -> str:
+        """As in "97.5 % of test images right (dense twin: 97.1 %)"."""
+        if variant == "untrained":
+            return "not trained: its weights are random, so its predictions mean nothing"
+        known = self.accuracy.get("moe" if variant == "trained" else variant)
+        right = "accuracy not known" if known is None else f"{percent(known)} of test images right"
+        if variant == "unbalanced":
+            return f"{right}, trained without the balance loss"
+        twin = f" (dense twin: {percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        return right + twin
+
+
+def read_card(file: Path) -> Card:
+    """Read a card.json; a UserError if it isn't one."""
+    try:
+        given = read_json(file)
+        typical = given.pop("typical", None)
+        _check_types(given)
+        return Card(**given, typical=None if typical is None else Typical.from_json(typical))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
+
+
+def _check_types(given: dict[str, Any]) -> None:
+    """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+
+    def by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+    def whole(value: Any) -> bool:
+        return value is None or type(value) is int
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "seed": whole,
+        "test_images": whole,
+        "validation_top1": numbers,
+        "accuracy": by_name(lambda value: isinstance(value, int | float)),
+        "accuracy_interval": by_name(numbers),
+        "balanced_accuracy": by_name(numbers),
+        "recipes": by_name(lambda value: isinstance(value, str)),
+    }
+    for name, value in given.items():
+        if not kinds.get(name, lambda value: isinstance(value, str))(value):
+            raise TypeError(f"{name} has the wrong type")
+
+
+def card_of_run(address: str) -> Card:
+    """What a model's run folder tells about it; any other address is its own title."""
+    run = run_folder(address)
+    if run is None or not (run / "summary.json").is_file():
+        return Card(id="own", title=title_of(address) or shown(address), subtitle="your model")
+    file = run / "summary.json"
+    try:
+        summary = read_json(file)
+        test, twin = summary["test"], summary["twin"]
+        accuracy = {"moe": test["correct"] / test["total"]}
+        if twin is not None:
+            accuracy["dense"] = twin["correct"] / test["total"]
+        seed = summary["seed"]
+        return Card(
+            id="own",
+            title=shown(str(summary["name"])),
+            subtitle=str(summary["model"]),
+            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
+            recipe=f"moevision fit --config {shown(run.name)}/config.yaml",
+            seed=seed if type(seed) is int else None,
+            accuracy=accuracy,
+            data_kind=str(summary["data"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away.") from error
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One version of a model: `trained`, `unbalanced` or `untrained`."""
+
+    saved: SavedModel
+    facts: ModelFacts
+    atlas: Path | None = None  # the file; None if it has to be computed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with everything that belongs to it."""
+
+    card: Card
+    variants: dict[str, Variant]  # by name; `trained` comes first and is always there
+    dense: SavedModel | None  # its dense twin
+    examples: Examples
+    foreign: bool = False  # whether those are other data than the model's own kind, as far as that is known
+    # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
+    dense_answers: Mapping[str, Floats] = field(default_factory=dict)
+    history: Path | None = None  # the file with the routing of the examples while the model was trained
+    shown: str = ""  # which images these are, in words, where the user named them (`--data`)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What views say about the trained model."""
+        return self.variants["trained"].facts
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the user said about images: `--data` and `--root`; None for the model's own, or `data`."""
+
+    data: str | None = None
+    root: str | None = None
+
+
+def bundled_folders(home: Path | None = None) -> list[Path]:
+    """Folders of the models that the package carries, or of those in `home`."""
+    root = Path(str(files("moevision"))) / "demo" / "models" if home is None else home
+    return sorted(file.parent for file in root.glob("*/card.json"))
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of one of the models that come with the package; a UserError if there is no such model."""
+    folders = {folder.name: folder for folder in bundled_folders()}
+    if name not in folders:
+        raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
+    return folders[name]
+
+
+def bundled_model(name: str, variant: str = "trained") -> SavedModel:
+    """One of the models that come with the package.
+
+    Args:
+        name: such as `pets`.
+        variant: `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
+
+    Raises:
+        UserError: if there is no such model or variant.
+    """
+    folder = bundled_folder(name)
+    variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
+    if variant not in variants:
+        raise UserError(f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}.")
+    if variant == "untrained":
+        return untrained(load_model(str(folder / "trained")))
+    return load_model(str(folder / variant))
+
+
+def bundled_photos(name: str) -> PictureSet:
+    """The photos that come with a bundled model, as it sees them, labelled with its classes.
+
+    Args:
+        name: such as `cats_vs_dogs`; its NOTICE says where the photos come from.
+
+    Raises:
+        UserError: if there is no such model, or it comes without photos.
+    """
+    folder = bundled_folder(name)
+    if not (folder / SOURCES).is_file():
+        raise UserError(f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn.")
+    return _photos(folder, bundled_model(name))
+
+
+def _photos(folder: Path, model: SavedModel) -> PictureSet:
+    return open_pictures(folder / SOURCES.parent, model.image_size, split="all", class_names=model.class_names)
+
+
+def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones."""
+    if model is not None:
+        return [_open_own(model, options)]
+    folders = bundled_folders(home)
+    if not folders:
+        raise UserError("This installation carries no model: give one, as in moevision demo runs/NAME/model.")
+    cards = [read_card(folder / "card.json") for folder in folders]
+    entries = [
+        _open_bundled(folder, card, replace(options, data=_data_for(card, options.data, cards)))
+        for folder, card in zip(folders, cards, strict=True)
+    ]
+    drawn_first = options.data == SYNTHETIC
+    return sorted(
+        entries,
+        key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first),
+    )
+
+
+def _data_for(card: Card, data: str | None, cards: Sequence[Card]) -> str | None:
+    """The images of a bundled model: the drawn ones for its own kind, the user's for the one that knows photos."""
+    if card.data_kind == SYNTHETIC:
+        return SYNTHETIC
+    kinds = {other.data_kind for other in cards}
+    return data if data is not None and (data not in kinds or data == card.data_kind) else None
+
+
+def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
+    trained = load_model(str(folder / "trained"))
+    nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "atlas.json")}
+    if (folder / "unbalanced").is_dir():
+        nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
+    nets["untrained"] = (untrained(trained), "atlas_untrained.json")
+    dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
+    pictures, credits = _pictures(options, trained), None
+    if pictures is None and (folder / SOURCES).is_file():
+        pictures = _photos(folder, trained)
+        credits = credits_of(folder / SOURCES)
+    entry = _entry(card, nets, dense, pictures, folder, credits)
+    history = folder / "history.safetensors"
+    own = credits is not None or card.data_kind == SYNTHETIC  # else the images are others than those of the history
+    return replace(
+        entry,
+        shown=_named(options, entry.examples.pictures),
+        dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
+        history=history if own and history.is_file() else None,
+    )
+
+
+def credits_of(file: Path) -> dict[str, str]:
+    """Whose an example is and under which licence, by its name, from SOURCES.json; a UserError if it is damaged."""
+    try:
+        given = read_json(file)
+        return {
+            name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
+            for name, row in given.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
+
+
+def _dense_answers(folder: Path, examples: Examples) -> dict[str, Floats]:
+    """What the dense twin says about the examples, by their ids."""
+    file = folder / "dense.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)["probabilities"]
+        return {examples.id_of_name(name): np.array(row, dtype=np.float32) for name, row in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
+
+
+def _open_own(address: str, options: DataOptions) -> Entry:
+    trained = load_model(address)
+    card = card_of_run(address)
+    nets = {"trained": (trained, ""), "untrained": (untrained(trained), "")}
+    run = run_folder(address)
+    twin = None if run is None else run / "twin"
+    dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
+    images, pictures = None, None
+    try:
+        images = find_images(address, options.data)
+        if images is not None:  # of a folder from which the model learned nothing, all
+            split = "test" if images.run is not None or options.data in DATASET_NAMES else "all"
+            pictures = images.open(trained, split=split, root=options.root)
+    except UserError as error:  # routing one's own images works all the same
+        if options.data is not None:
+            raise
+        warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
+    own = images is None or images.run is not None
+    # Whoever names other images keeps those of the run to themselves (SECURITY.md).
+    entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
+    return replace(entry, foreign=not own, shown=_named(options, pictures, held_out=own))
+
+
+def _entry(
+    card: Card,
+    nets: dict[str, tuple[SavedModel, str]],
+    dense: SavedModel | None,
+    pictures: PictureSet | None,
+    folder: Path | None,
+    credits: Mapping[str, str] | None = None,
+    scored: ScoredRun | None = None,
+) -> Entry:
+    variants = {}
+    for name, (saved, file) in nets.items():
+        saved.net.to(best_device())
+        texts = {"accuracy_text": card.accuracy_text(name), "data_text": card.data}
+        facts = describe(saved, id=card.id, title=card.title, variant=name, **texts)
+        atlas = None if folder is None or not (folder / file).is_file() else folder / file
+        variants[name] = Variant(saved, facts, atlas)
+    if dense is not None:
+        dense.net.to(best_device())
+    examples = Examples(pictures, nets["trained"][0].image_size, credits, scored)
+    return Entry(card, variants, dense, examples)
+
+
+def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
+    """What `--data` names: the test set of a known dataset; all of a folder, from which the model learned nothing."""
+    if options.data is None:
+        return None
+    return open_pictures(
+        options.data,
+        saved.image_size,
+        split="test" if options.data in DATASET_NAMES else "all",
+        class_names=saved.class_names,
+        root=options.root or "data",
+    )
+
+
+def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool = False) -> str:
+    """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
+    if options.data is None or options.data == SYNTHETIC or pictures is None:
+        return ""
+    name = shown(Path(options.data).expanduser().resolve().name)
+    if options.data in DATASET_NAMES:
+        return f"The {len(pictures):,} test images of {name}"
+    if held_out:
+        return f"The {len(pictures):,} images of {name} that the run held out"
+    return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
+
+
+def untrained(like: SavedModel, seed: int = 0) -> SavedModel:
+    """The same architecture with fresh weights, a random router among them."""
+    return replace(like, net=fresh_copy(like.net, seed))

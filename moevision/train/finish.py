@@ -1,0 +1,385 @@
+"""A training, and what a finished one leaves in its run folder.
+
+The best checkpoint is tested and the model exported; predictions, plots, provenance, model card and summary are
+written, with the comparison with the dense twin.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+
+from moevision.config import Settings
+from moevision.data import ImageDataModule
+from moevision.efficiency import measure_cost
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.layers import moe_layers
+from moevision.models.io import SavedModel, save_model
+from moevision.names import csv_name
+from moevision.train.card import gather_facts, model_card
+from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
+from moevision.train.devices import parallel_strategy
+from moevision.train.ema import WeightEMA
+from moevision.train.guard import StabilityGuard
+from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
+from moevision.train.plots import plot_confusion, plot_curves
+from moevision.train.processes import gather
+from moevision.train.provenance import collect_provenance, device_name
+from moevision.train.recipe import (
+    describe_model,
+)
+from moevision.train.report import (
+    BALANCED,
+    ComparedModel,
+    RunSummary,
+    TestScores,
+    TwinComparison,
+    choose,
+    write_summary,
+)
+from moevision.train.resume import Session, Start
+from moevision.train.start import read_probe, weights_file
+from moevision.train.stats import Calibration, calibration_error, paired_difference
+from moevision.train.task import ClassificationTask
+
+
+@dataclass
+class Training:
+    """A training and what it is made of.
+
+    Attributes:
+        settings: what was asked for and chosen; config.yaml.
+        session: this process's share of the run.
+        start: where it begins; None: afresh, in a folder of its own.
+        run_dir: the run folder.
+        task: the model and how it learns.
+        data: the images.
+        trainer: Lightning's.
+        files: what reads and writes checkpoints.
+        stopwatch: of the training, without what stands still.
+        started: when it began, in UTC.
+        expected_s: how long it should take, as it was said before.
+    """
+
+    settings: Settings
+    session: Session
+    start: Start | None
+    run_dir: Path
+    task: ClassificationTask
+    data: ImageDataModule
+    trainer: L.Trainer
+    files: SafeCheckpointIO
+    stopwatch: Stopwatch
+    started: datetime
+    expected_s: float | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether training begins, and doesn't go on from a checkpoint."""
+        return self.start is None or self.start.checkpoint is None
+
+    @property
+    def trial(self) -> bool:
+        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        return bool(cast(Any, self.trainer).fast_dev_run)
+
+    @property
+    def kept(self) -> Path:
+        """Where what the pretrained weights are of is kept for the run's checkpoints."""
+        return self.run_dir / "checkpoints" / START
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the routers begin with clusters of their input."""
+        return self.settings.router_start == "cluster" and bool(moe_layers(self.task.net))
+
+    @property
+    def device_before(self) -> torch.device:
+        """Where the first process computes before the training begins."""
+        return torch.device("cpu") if self.divided else self.trainer.strategy.root_device
+
+    @property
+    def divided(self) -> Any:
+        """The strategy by which processes share the model, so that it may not fit a device; None: they don't."""
+        return parallel_strategy(self.trainer)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its summary, and what a comparison with another run needs.
+
+    Attributes:
+        summary: what summary.md says.
+        run_dir: the run folder.
+        correct: for each test image, by its stable id, whether it was classified correctly.
+        labels: the class of each.
+    """
+
+    summary: RunSummary
+    run_dir: Path
+    correct: dict[str, bool]
+    labels: dict[str, int]
+
+    @property
+    def headline(self) -> str:
+        """The result in one line."""
+        test = self.summary.test
+        loads = [layer.max_over_mean for layer in self.summary.layers]
+        balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
+        choice = "" if self.summary.choice is None else f"\n{self.summary.choice.sentence}"
+        scores = f"test/top1 {test.correct / test.total:.4f}"
+        if self.summary.unbalanced:
+            scores = f"test/balanced_acc {test.balanced_accuracy:.4f}, {scores}"
+        return f"{scores} on {test.total:,} test images{balance}{choice}"
+
+
+def finish(training: Training, command: Sequence[str]) -> RunResult | None:
+    """Test the best checkpoint, export the model, and write every file of the run folder.
+
+    Several processes test together; the first one writes, and the others get None.
+
+    Args:
+        training: after `train`.
+        command: the command line that the run began with.
+    """
+    task, data, trainer = training.task, training.data, training.trainer
+    run_dir, stopwatch = training.run_dir, training.stopwatch
+    monitor = training.settings.checkpoint.monitor
+    asked = training.settings.seed_everything
+    seed: int | None = None if asked is False else asked
+    watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
+    epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
+    stopped_early = [
+        each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
+    ]
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", training.files)
+    trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    rows = _predictions(task, data)
+    bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
+    if training.divided is not None:
+        training.divided.gather()
+    if not trainer.is_global_zero:
+        return None
+    mean, std = cast(Any, data.mean), cast(Any, data.std)
+    temperature = None if task.calibration is None else task.calibration.temperature
+    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std, temperature), run_dir / "model")
+    _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
+    plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
+    chosen: dict[str, Any] = {
+        "backend": task.arch.backend or "auto",
+        "compile": task.compile_blocks,
+        "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
+    }
+    if task.arch.pretrained is not None:
+        origin = weights_file(task.arch.pretrained)
+        chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
+    provenance = collect_provenance(
+        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
+    )
+    write_json_atomic(run_dir / "provenance.json", provenance)
+    summary = RunSummary(
+        name=run_dir.name,
+        model=describe_model(task),
+        data=data.path,
+        image_size=data.image_size,
+        split_note=data.split_note,
+        class_counts=data.class_counts,
+        test=replace(
+            _scores(rows, data, trainer.callback_metrics, task.calibration),
+            weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
+        ),
+        cost=measure_cost(task.net, data.image_size),
+        epochs=epochs,
+        steps=steps,
+        refused=watched.not_applied,
+        batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        duration_s=duration_s,
+        cpu_s=cpu_s,
+        images_per_s=stopwatch.images / stopwatch.train_s if stopwatch.train_s else 0.0,
+        device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        precision=str(trainer.precision),
+        seed=seed,
+        data_wait=stopwatch.data_wait,
+        layers=task.test_loads,
+        bad_images=bad_images,
+        expected_s=training.expected_s,
+        monitor=monitor,
+        # A divided model may not fit one device.
+        ms_per_image=None
+        if training.divided
+        else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
+        mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
+        notes=[
+            *data.warnings,
+            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []),
+            *stopped_early,
+            *watched.sentences(),
+            *data_wait_advice(stopwatch.data_wait, data),
+        ],
+    )
+    correct = {row.sample: row.prediction == row.label for row in rows}
+    result = RunResult(summary, run_dir, correct, {row.sample: row.label for row in rows})
+    result = _with_choice(result)
+    _write_summary(result.summary, run_dir)
+    return result
+
+
+def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
+    """The run beside the linear probe of the weights that it started from, and beside its dense twin."""
+    probe = read_probe(result.run_dir)
+    known = [each for each in (result, twin) if each is not None]
+    common = [sample for sample in result.correct if all(sample in each.correct for each in known)]
+    if probe is not None:
+        common = [sample for sample in common if sample in probe.test_correct]
+    if (probe is None and twin is None) or not common:
+        return result
+
+    def entry(name: str, run: RunResult) -> ComparedModel:
+        made = run.summary
+        correct = np.array([run.correct[sample] for sample in common])
+        return ComparedModel(name, correct, made.ms_per_image, made.mbytes or 0.0, made.duration_s)
+
+    dense = "dense fine-tune" if probe is not None else "dense twin"
+    rows = [] if twin is None else [entry(dense, twin)]
+    rows.append(entry("Mixture of Experts" if result.summary.layers else dense, result))
+    if probe is not None:
+        correct = np.array([probe.test_correct[sample] for sample in common])
+        # The model that training began with, which is the one of the first row; else its time isn't known.
+        speed = rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
+        rows.insert(0, ComparedModel("linear probe", correct, speed, probe.mbytes, probe.seconds))
+    labels = np.array([result.labels[sample] for sample in common])
+    given = probe is not None and probe.of_experts
+    choice = choose(rows, labels, unbalanced=result.summary.unbalanced, experts_given=given)
+    return replace(result, summary=replace(result.summary, choice=choice))
+
+
+@torch.no_grad()
+def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> float:
+    """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
+    net = net.to(device).eval()
+    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(device, next(net.parameters()).dtype)  # of a training in bf16-true or 64-true, its own
+    times: list[float] = []
+    while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
+        began = time.perf_counter()
+        net(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return float(1000 * np.median(times[1:]))
+
+
+def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
+    """Write the paired comparison with the dense twin into the run's summary.
+
+    Args:
+        result: the run.
+        twin: the run of its twin, on the same test images.
+        match: what the two have in common, e.g. "active FLOPs".
+
+    Returns:
+        The result with the comparison in it.
+    """
+    common = [sample for sample in result.correct if sample in twin.correct]
+    difference = paired_difference(
+        np.array([result.correct[sample] for sample in common]),
+        np.array([twin.correct[sample] for sample in common]),
+    )
+    other = twin.summary
+    comparison = TwinComparison(
+        difference=difference,
+        match=match,
+        correct=other.test.correct,
+        cost=other.cost,
+        duration_s=other.duration_s,
+        images_per_s=other.images_per_s,
+    )
+    result = _with_choice(replace(result, summary=replace(result.summary, twin=comparison)), twin)
+    _write_summary(result.summary, result.run_dir)
+    return result
+
+
+def _write_summary(summary: RunSummary, run_dir: Path) -> None:
+    write_summary(summary, run_dir / "summary.md")
+    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary=summary)))
+    # Last: a run that has it is finished (`resume.is_finished`).
+    text = json.dumps(asdict(summary), default=list)
+    # JSON has neither NaN nor infinity: null.
+    write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    sample: str
+    label: int
+    prediction: int
+    probability: float
+
+
+def _predictions(task: ClassificationTask, data: ImageDataModule) -> list[_Prediction]:
+    """Of all processes, in the order of the test images."""
+    names = ("index", "label", "prediction", "probability")
+    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    return [
+        _Prediction(data.sample_id("test", index), label, prediction, probability)
+        for index, label, prediction, probability in sorted(chain.from_iterable(gather(own)))
+    ]
+
+
+def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], out: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", "probability", "correct"])
+    for row in rows:
+        words = class_names[row.label], class_names[row.prediction]
+        names = map(csv_name, (row.sample, *words))
+        writer.writerow([*names, f"{row.probability:.4f}", int(row.label == row.prediction)])
+    write_text_atomic(out, text.getvalue())
+
+
+def _scores(
+    rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any], calibration: Calibration | None
+) -> TestScores:
+    train = data.class_counts["train"]
+    majority = max(train, key=lambda name: train[name])
+    per_class = []
+    for label, name in enumerate(data.class_names):
+        own = [row for row in rows if row.label == label]
+        per_class.append((name, sum(row.prediction == label for row in own), len(own)))
+    return TestScores(
+        correct=sum(row.prediction == row.label for row in rows),
+        total=len(rows),
+        majority_class=majority,
+        majority_correct=per_class[data.class_names.index(majority)][2],
+        loss=float(metrics["test/loss"]),
+        balanced_accuracy=float(metrics["test/balanced_acc"]),
+        ece=float(metrics["test/ece"]),
+        temperature=None if calibration is None else calibration.temperature,
+        calibrated_on=0 if calibration is None else calibration.images,
+        calibrated_ece=None if calibration is None else _calibration_error(rows),
+        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
+        per_class=per_class,
+    )
+
+
+def _calibration_error(rows: Sequence[_Prediction]) -> float | None:
+    """None where a probability isn't finite."""
+    confidence = np.array([row.probability for row in rows])
+    if not np.isfinite(confidence).all():
+        return None
+    return calibration_error(confidence, np.array([row.prediction == row.label for row in rows]))

@@ -1,0 +1,728 @@
+"""`moevision fit`, `validate` and `test`, in the order of reading.
+
+`fit` is the verb: `train` has Trainer, data, model, start, plan and the training itself, `finish.finish` tests and
+exports, and the dense twin comes after that by the same steps. `evaluate` is `validate` and `test`.
+
+A configuration is data, not a program. Of the classes that `trainer` may name only Lightning's own parts and those of
+`moevision.train` are imported; anything else is refused before its import. Own classes work from Python:
+`Trainer(callbacks=[Mine()])`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import secrets
+import shlex
+import shutil
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from inspect import signature
+from math import ceil
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any, cast
+
+import lightning as L
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from moevision.allocator import keep_freed_memory
+from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, Settings, checked, settings
+from moevision.data import ImageDataModule
+from moevision.data.named import DATASET_NAMES, HF
+from moevision.errors import SEED, DataWarning, UserError, check_ranges
+from moevision.files import newest_config, write_text_atomic
+from moevision.layers import moe_layers
+from moevision.models.config import build_model, dense_start, keep_start
+from moevision.models.safe_files import read_yaml
+from moevision.models.upcycle import START_IMAGES, start_routers
+from moevision.names import shown
+from moevision.train.archive import load_rest
+from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
+from moevision.train.devices import parallel_strategy, strategy_of
+from moevision.train.ema import WeightEMA
+from moevision.train.finish import RunResult, Training, finish, write_comparison
+from moevision.train.guard import StabilityGuard, TrainingDiverged
+from moevision.train.health import RouterHealth, RunLogger, StopEarly, Stopwatch
+from moevision.train.loggers import log_routers
+from moevision.train.memory import check_memory, describe_memory
+from moevision.train.optim import freeze_parameters
+from moevision.train.processes import Interrupted, several_processes, tell
+from moevision.train.provenance import differences, fingerprint
+from moevision.train.recipe import (
+    chosen,
+    describe_plan,
+    epoch_batches,
+    expected_seconds,
+    memory_advice,
+    new_run_folder,
+    refuse_among_images,
+    run_name,
+    run_of_checkpoint,
+)
+from moevision.train.record import RecordRouting
+from moevision.train.report import (
+    is_unbalanced,
+)
+from moevision.train.resume import EpochEnd, ResumePoint, Session, Start, begin, begun_by, find_start, note_session
+from moevision.train.scores import ExampleScores
+from moevision.train.start import fit_probe, start_with
+from moevision.train.stats import Calibrate
+from moevision.train.task import ClassificationTask, check_trainer
+
+# A disk without room, or one on which this user may have no more; Windows lacks the latter.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
+ALLOWED = (
+    "moevision.train",
+    *(f"lightning.pytorch.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")),
+    *("lightning.pytorch.strategies", "lightning.fabric.plugins", "lightning.fabric.loggers"),
+)
+# Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
+_CHATTER = (
+    "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
+    "The '.*dataloader' does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".ModelCheckpoint\(monitor='val/\w+'\). could not find the monitored key",  # a training of less than an epoch
+    "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
+    r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
+    r".isinstance\(treespec, LeafSpec\). is deprecated",
+)
+
+
+def fit(given: Given) -> None:
+    """`moevision fit`.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    session = Session(given.command)
+    with _in_sentences(session):
+        options, start = begin(session, given)
+        if given.prints:
+            print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
+            return
+        training = train(settings(options), session, start)
+        run_dir = training.run_dir
+        if training.trial:  # logged nothing and saved nothing
+            if session.processes.first and start is None:  # else the folder may be an earlier run's
+                shutil.rmtree(run_dir)
+            return
+        command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
+        result = finish(training, command)
+        if training.settings.with_twin:
+            result = _train_twin(training, options, command, result)
+        if result is not None:
+            tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+
+
+def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:
+    """Prepare a training, say what it will do, and train.
+
+    Args:
+        settings: what was asked for and chosen.
+        session: this process's share of the run.
+        start: where it begins; None: afresh, in a folder of its own.
+        callbacks: others, behind the one that saves.
+
+    Raises:
+        UserError: if it can't begin; a new run folder is removed then.
+    """
+    started, stopwatch, files = datetime.now(UTC), Stopwatch(session.clock), SafeCheckpointIO()
+    _seed(settings, session)
+    task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
+    run_dir = _new_folder(settings, session) if start is None else start.run_dir
+    with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None) as forget:
+        # Trainer
+        point = ResumePoint(run_dir / "checkpoints", files, settings.checkpoint, session.interruption, session.clock)
+        best = ModelCheckpoint(
+            dirpath=run_dir / "checkpoints",
+            filename="best",
+            monitor="val/top1",  # `_choose_monitor` knows the classes
+            mode="max",
+            enable_version_counter=False,
+        )
+        ours = [
+            point,
+            *callbacks,
+            *_as_list(named.pop("callbacks", None)),
+            stopwatch,
+            LearningRateMonitor("step"),
+            best,
+            *StopEarly.of(settings.early_stopping),
+            Calibrate(),
+            ExampleScores(),
+            *watching(ema=settings.ema, guard=settings.guard),
+            *RecordRouting.of(settings.record_routing, run_dir),
+            EpochEnd(point),
+        ]
+        strategy = strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
+        trainer = _trainer(settings, run_dir, files, {**named, **strategy}, ours)
+        session.processes.watch(trainer, forget)
+        if session.run_dir is None:  # the twin's turn comes when the run itself goes on
+            session.run_dir = run_dir
+        training = Training(settings, session, start, run_dir, task, data, trainer, files, stopwatch, started)
+
+        # Data
+        if training.fresh and settings.router_start == "cluster" and task.arch.pretrained is None:
+            raise UserError(
+                "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
+                "or leave it out."
+            )
+        check_trainer(trainer)
+        if training.fresh and data.order_seed is None:  # config.yaml keeps it for a run that goes on
+            seed = settings.seed_everything
+            settings.data.order_seed = data.order_seed = None if seed is False else seed
+        data.run_dir = run_dir
+        _read_data(data, trainer, session, "fit", moved=not training.fresh)
+        keep_the_step(start, data, trainer)
+        _check_limits(data, trainer, "train", "val", "test")
+
+        # Model
+        _build(training)
+        for line in session.lines if training.fresh else ():
+            tell(line)
+        session.lines.clear()  # the twin says nothing of its start, which is the run's
+        if trainer.is_global_zero:
+            print(data.describe(), flush=True)
+        _choose_monitor(training, best)
+
+        # Start and plan
+        if trainer.is_global_zero:
+            _say_plan(training, before_s=_prepare_weights(training))
+        if not training.trial:
+            _compare_with_start(training, point)
+            # When all processes stand: a run whose first process is lost before that has nothing to go on with.
+            cast(Any, trainer).callbacks.append(LambdaCallback(setup=partial(_keep_config, training)))
+
+        _train(training, point)
+    return training
+
+
+@contextmanager
+def _no_trace_of_a_failure(
+    run_dir: Path, session: Session, stopwatch: Stopwatch, *, new: bool
+) -> Iterator[Callable[[], None]]:
+    """Remove a new run folder if everything ends before one batch was trained on; yields what does so."""
+
+    def forget() -> None:
+        if new and stopwatch.images == 0 and session.processes.first:
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+    try:
+        yield forget
+    except BaseException:
+        forget()
+        raise
+
+
+def _seed(settings: Settings, session: Session) -> None:
+    """Seed every generator; `true` draws a seed and keeps it."""
+    if settings.seed_everything is True:
+        settings.seed_everything = session.processes.decide(lambda: secrets.randbelow(2**31))
+    check_ranges(settings, [(*SEED, ("seed_everything",))], "--")
+    if settings.seed_everything is not False:
+        L.seed_everything(settings.seed_everything, workers=True)
+
+
+def _task(settings: Settings) -> ClassificationTask:
+    model = settings.model
+    return ClassificationTask(
+        model.arch, model.optim, model.aux, model.label_smoothing, model.compile, model.grad_checkpointing
+    )
+
+
+def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:
+    """A run folder that no earlier run has, made and claimed by the first process."""
+    root, images = Path(settings.runs_root), settings.data.path
+    name = (settings.name or run_name(images)) + suffix
+
+    def new() -> str:
+        refuse_among_images(root / name, images)
+        return str(session.claim(new_run_folder(name, root)))
+
+    return Path(session.processes.decide(new))
+
+
+def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
+    """Moving average, guard, router health, in this order: each sees what those before it did."""
+    average = [WeightEMA(ema)] if ema.decay is not None else []
+    guards = [StabilityGuard(guard)] if guard.enabled else []
+    return [*average, *guards, RouterHealth()]
+
+
+def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class.
+
+    Raises:
+        UserError: if it isn't one of `ALLOWED`, or doesn't take its arguments.
+    """
+    asked = {name: trainer[name] for name in CLASSES if trainer.get(name) is not None}
+    if not asked:
+        return {}
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(L.Trainer, skip=set(signature(L.Trainer).parameters) - set(CLASSES), instantiate=False)
+    try:
+        made = vars(parser.instantiate(parser.parse_object(asked)))
+    except (ArgumentError, ValueError, TypeError) as error:
+        if foreign := re.search(r"Importing '([^']+)' is not allowed", str(error)):
+            raise UserError(
+                f"{foreign[1]!r} is not imported: configurations name only parts of Lightning and of moevision.train; "
+                "use your own classes from Python."
+            ) from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = [line[2:] for line in lines if line.startswith("- ")] or lines
+        raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)[:300]}") from error
+    return {name: made[name] for name in asked}
+
+
+def _trainer(
+    settings: Settings, run_dir: Path, files: SafeCheckpointIO, named: Mapping[str, Any], callbacks: list[L.Callback]
+) -> L.Trainer:
+    """A Trainer that logs to and saves in the run folder."""
+    asked = {**settings.trainer, **named}
+    if asked["accelerator"] == "auto" and torch.backends.mps.is_available():
+        asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
+    per_layer = settings.log_routers == "layers"
+    others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
+    asked |= {
+        "default_root_dir": str(run_dir),
+        # The first one: Lightning takes the run folder from it.
+        "logger": [RunLogger(run_dir), *(log_routers(each, per_layer=per_layer) for each in others)],
+        "plugins": [*_as_list(asked.get("plugins")), files],
+        "callbacks": callbacks,
+    }
+    try:
+        trainer = L.Trainer(**asked)
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
+        raise UserError(f"The Trainer does not take these options: {error}") from error
+    if (divided := parallel_strategy(trainer)) is not None:
+        divided.check(trainer)
+    # On CUDA TF32 where all is float32. What autocast leaves in float32, such as routers, needs its digits.
+    torch.set_float32_matmul_precision("high" if trainer.precision == "32-true" else "highest")
+    device = trainer.strategy.root_device
+    if device.type == "mps":
+        raise UserError(
+            "Apple's GPU can't be used: it has no float64, which the statistics of routing need. "
+            "Use --trainer.accelerator cpu."
+        )
+    try:  # one that a strategy's arguments name, which Lightning doesn't look at
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
+        raise UserError(
+            f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
+            "--trainer.strategy, --trainer.accelerator or --trainer.devices."
+        ) from error
+    return trainer
+
+
+def _read_data(data: ImageDataModule, trainer: L.Trainer, session: Session, verb: str, *, moved: bool) -> None:
+    """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
+    data.processes = trainer.num_devices
+    try:
+        with session.processes.first_one_first():
+            data.setup(verb)
+    except UserError as error:
+        there = data.path in DATASET_NAMES or data.path.startswith(HF) or Path(data.path).expanduser().exists()
+        if there or not moved:
+            raise
+        raise UserError(f"{str(error).rstrip('.')}; --data.path says where the run's images are now.") from error
+
+
+def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer) -> None:
+    """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
+    known = {} if start is None else start.fingerprint
+    images, at_once = known.get("images_per_step", 0), data.batch_size * trainer.world_size
+    parts = images // at_once
+    if parts and not images % at_once and parts != trainer.accumulate_grad_batches:
+        if trainer.accumulate_grad_batches == 1 and trainer.limit_train_batches == 1.0:
+            # An epoch had whole steps only: it doesn't get a part of one at its end.
+            batches = sum(data.class_counts["train"].values()) // at_once
+            trainer.limit_train_batches = max(parts, batches // parts * parts)
+        trainer.accumulate_grad_batches = parts
+        tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
+
+
+def _check_limits(data: ImageDataModule, trainer: L.Trainer, *splits: str) -> None:
+    """Refuse what Lightning would refuse later, after the training even: shares of these splits without a batch."""
+    for split in splits:
+        images = sum(data.class_counts.get(split, {}).values())
+        held_out = ceil(images / (data.batch_size * trainer.world_size))
+        batches = data.train_batches(trainer.world_size) if split == "train" else held_out
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if isinstance(limit, float) and 0 < limit * batches < 1:
+            raise UserError(f"--trainer.limit_{split}_batches {limit} leaves none of {batches} batches: raise it.")
+    batches, interval = epoch_batches(data, trainer), trainer.val_check_interval
+    per_epoch = "train" in splits and trainer.check_val_every_n_epoch is not None
+    if per_epoch and isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or "
+            "count over epochs, with --trainer.check_val_every_n_epoch null."
+        )
+
+
+def _build(training: Training) -> None:
+    """Make the model, and refuse what would fail in the training, or after it with the twin."""
+    settings, task, fresh, kept = training.settings, training.task, training.fresh, training.kept
+    sizes = training.data.num_classes, training.data.image_size
+    with torch.device("meta"):
+        task.build(*sizes, load_pretrained=False, kept=kept)
+    if settings.check_memory:  # before memory is taken for it
+        check_memory(task, training.trainer, goes_on=not fresh)
+    task.build(*sizes, load_pretrained=fresh, kept=kept)  # what goes on from a checkpoint needs no pretrained weights
+    if fresh and training.trainer.is_global_zero:
+        keep_start(task.arch, kept)
+    if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
+        cast(Any, task.net).router_start = "cluster"
+    if settings.with_twin:
+        with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
+            twin = replace(task.arch, twin="active_flops")
+            net = build_model(twin, *sizes, load_pretrained=False, kept=kept)
+            freeze_parameters(net, task.optim.freeze)
+    if training.divided is not None:
+        records = settings.record_routing.images is not None
+        training.divided.check_fit(training.trainer, task, training.data, records=records)
+
+
+def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
+    """What best.ckpt, early stopping and the headline go by; config.yaml keeps it for a run that goes on."""
+    settings, early = training.settings, training.settings.early_stopping
+    counts = training.data.class_counts["train"].values()
+    monitor = settings.checkpoint.monitor
+    if monitor is None:
+        # A run of an earlier version goes on as it began.
+        unbalanced = training.fresh and is_unbalanced(counts)
+        monitor = "val/balanced_acc" if unbalanced else "val/top1"
+        if unbalanced and training.trainer.is_global_zero:
+            print(
+                f"Classes have {min(counts):,} to {max(counts):,} training images: best.ckpt is chosen by "
+                "val/balanced_acc, the mean recall of the classes (--checkpoint.monitor val/top1: by accuracy)."
+            )
+        settings.checkpoint = replace(settings.checkpoint, monitor=monitor)
+    for callback in cast(Any, training.trainer).callbacks:
+        if callback is best or (isinstance(callback, StopEarly) and early.monitor is None):
+            callback.monitor = monitor
+
+
+def _prepare_weights(training: Training) -> float:
+    """Fit head and routers to a pretrained start; seconds that it took."""
+    began_s = training.stopwatch.run_s
+    if training.fresh and training.task.arch.pretrained is not None and not training.trial:
+        _start_with_probe(training)
+        if training.clusters:
+            _start_from_clusters(training)
+    return training.stopwatch.run_s - began_s
+
+
+def _start_with_probe(training: Training) -> None:
+    """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
+
+    In the first process alone: the others get its weights when the training begins.
+    """
+    session, autocast = training.session, training.trainer.strategy.precision_plugin.forward_context
+    known = session.probe
+    if known is None:
+        known = fit_probe(_pretrained_net(training), training.data, training.device_before, autocast, session.clock.now)
+    else:  # the run's, which has its time: without it the twin would look the sooner trained
+        training.stopwatch.add(known.seconds, known.cpu_s)
+    if known is None:
+        return
+    session.probe = known
+    if known.beats_the_head:
+        start_with(training.task.net, known)
+    known.write(training.run_dir)
+    print(known.sentence(), flush=True)
+
+
+def _pretrained_net(training: Training) -> nn.Module:
+    """The weights as they came: noise on copies, capacities and some routers make other features of them."""
+    if moe_layers(training.task.net):
+        with torch.random.fork_rng(devices=[]):  # its new classifier is drawn, too
+            dense = dense_start(training.task.arch, training.data.num_classes, training.data.image_size)
+        if dense is not None:
+            return dense
+    return training.task.net
+
+
+def _start_from_clusters(training: Training) -> None:
+    """Set the routers from what training images give them; like the probe in the first process alone."""
+    data, device = training.data, training.device_before
+    order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
+    some = order[:START_IMAGES].tolist()
+    net = training.task.net.to(device)
+    with training.trainer.strategy.precision_plugin.forward_context():
+        images = (batch["image"].to(device) for batch in data.plain_loader("train", some))
+        shares = start_routers(net, images, seed=data.seed)
+    largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
+    print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)
+
+
+def _say_plan(training: Training, before_s: float) -> None:
+    task, data, trainer = training.task, training.data, training.trainer
+    with _memory_advice(training):
+        steps_s = None if training.divided else expected_seconds(task, data, trainer)
+        training.expected_s = None if steps_s is None else before_s + steps_s
+        print(describe_plan(task, data, trainer, steps_s, describe_memory(task, trainer), before_s))
+        if training.divided is not None:
+            print(training.divided.plan(trainer.world_size, task.net))
+    print(f"run folder: {shown(str(training.run_dir))}\n", flush=True)
+
+
+def _memory_advice(training: Training) -> AbstractContextManager[None]:
+    accumulated = training.trainer.accumulate_grad_batches
+    return memory_advice(training.data.batch_size, accumulated, goes_on=not training.fresh)
+
+
+def _compare_with_start(training: Training, point: ResumePoint) -> None:
+    """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
+    start, data, session = training.start or Start(training.run_dir), training.data, training.session
+    point.fingerprint = fingerprint(
+        training.trainer, training.task, data.batch_size, data.file_list_sha256(), data.file_sizes_sha256()
+    )
+    other = differences(start.fingerprint, point.fingerprint)
+    if other:
+        tell(f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}.")
+    if training.trainer.is_global_zero:
+        note_session(start, session.command, [*session.notes, *other])
+
+
+def _keep_config(training: Training, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    """Write config.yaml; that of a run stays as it is, and changes get a file of their own."""
+    if stage != "fit" or not trainer.is_global_zero:
+        return
+    run_dir, name = training.run_dir, "config.yaml"
+    if not training.fresh:
+        if not training.session.notes:
+            return
+        name = f"config-{len(list(run_dir.glob('config*.yaml'))) + 1}.yaml"
+    write_text_atomic(run_dir / name, yaml.safe_dump(asdict(training.settings), sort_keys=False))
+
+
+def _train(training: Training, point: ResumePoint) -> None:
+    """Train; a checkpoint is never unpickled."""
+    trainer, session = training.trainer, training.session
+    checkpoint = None if training.start is None else training.start.checkpoint
+    try:
+        with _memory_advice(training):
+            trainer.fit(training.task, training.data, ckpt_path=checkpoint, weights_only=True)
+    except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
+        if point.began or isinstance(error, (UserError, OSError)):
+            raise
+        if isinstance(error, MisconfigurationException):  # it checks some options only now
+            raise UserError(f"The Trainer does not take these options: {error}") from error
+        if isinstance(training.settings.trainer.get("strategy", "auto"), str):
+            raise
+        name, reason = type(trainer.strategy).__name__, " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
+            "use --trainer.strategy auto or ddp."
+        ) from error
+    fault = training.files.refused.get(point.path.resolve())
+    if fault is not None and not training.trial:  # what would be tested now are the weights of an earlier step
+        if not session.processes.first:
+            raise SystemExit(0)
+        command = session.resume_command
+        raise UserError(
+            f"The last steps can't be saved ({fault}): make room, or give write access, then "
+            + (f"go on with {command}." if command else "start anew.")
+        )
+
+
+def _train_twin(
+    training: Training, options: Mapping[str, Any], command: Sequence[str], result: RunResult | None
+) -> RunResult | None:
+    """Train the dense twin of a finished training by the same recipe, and compare both."""
+    session, run_dir = training.session, training.run_dir
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(run_dir, session).plain()))
+    seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
+    changes: dict[str, Any] = {"model.arch.twin": "active_flops", "with_twin": False, "seed_everything": seed}
+    if training.divided is not None and training.divided.expert > 1:
+        changes["parallel.expert"] = 1  # it has no experts
+    twin = train(settings({**options, **changes}), session, start)
+    again = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
+    other = finish(twin, [*command, *again, *(["--parallel.expert=1"] if "parallel.expert" in changes else [])])
+    if result is None or other is None:
+        return None
+    match = "active FLOPs"
+    if training.task.arch.pretrained is not None:
+        # Experts that start as copies may cost more together than the dense model that they are copies of, the twin.
+        same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
+        match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
+    return write_comparison(result, other, match)
+
+
+def _twin_start(run_dir: Path, session: Session) -> Start:
+    """Where the twin's training begins, in a folder that is made for it."""
+    folder = run_dir / "twin"
+    known = folder.is_dir()
+    session.claim(folder)
+    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+    if (run_dir / "splits.csv").is_file():
+        shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
+    print("\nNow the dense twin, by the same recipe.", flush=True)
+    return start
+
+
+def evaluate(verb: str, given: Given) -> None:
+    """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    session = Session(given.command)
+    with _in_sentences(session):
+        if given.options.get("resume") is not None:
+            raise UserError(f"--resume resumes a training: use it with fit; {verb} takes --ckpt_path.")
+        options = chosen(verb, given, decide=session.processes.decide)
+        if given.prints:
+            print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
+            return
+        checkpoint = options.get("ckpt_path")
+        if not checkpoint:
+            raise UserError(f"Say which weights to {verb}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
+        check_checkpoint(checkpoint)
+        model = checked({"model": load_rest(Path(checkpoint))["hyper_parameters"]}, checkpoint)
+        known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
+        asked = settings({**options, **model, **given.options})
+        stopwatch, files = Stopwatch(session.clock), SafeCheckpointIO()
+        _seed(asked, session)
+        task, data, named = _task(asked), ImageDataModule(**vars(asked.data)), instantiated(asked.trainer)
+        run_dir = _new_folder(asked, session, f"-{verb}")
+        with _no_trace_of_a_failure(run_dir, session, stopwatch, new=True) as forget:
+            trainer = _trainer(asked, run_dir, files, named, _as_list(named.pop("callbacks", None)))
+            session.processes.watch(trainer, forget)
+            origin = run_of_checkpoint(checkpoint)
+            if (origin / "splits.csv").is_file():
+                _refuse_other_images(verb, data, origin / "splits.csv")
+                shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
+            data.run_dir = run_dir
+            _read_data(data, trainer, session, verb, moved=True)
+            _check_limits(data, trainer, "val" if verb == "validate" else "test")
+            classes, side = (
+                known or own for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
+            )
+            task.build(classes, side, load_pretrained=False, kept=origin / "checkpoints" / START)
+            if trainer.is_global_zero:
+                print(data.describe(), flush=True)
+                write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False))
+            getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True)
+
+
+validate, test = partial(evaluate, "validate"), partial(evaluate, "test")
+
+
+def _refuse_other_images(verb: str, data: ImageDataModule, table: Path) -> None:
+    """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
+    config = newest_config(table.parent)
+    path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
+    if path and not data.is_of_run(table, path):
+        model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
+        raise UserError(
+            f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
+            f"neither: leave it out, or see what the model says about it by moevision predict {model} {folder}."
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@contextmanager
+def _in_sentences(session: Session) -> Iterator[None]:
+    """Let a verb end by one sentence that says how to go on, whatever stops it."""
+    keep_freed_memory()
+    _check_encoding(session.command)
+    try:
+        with session.interruption, session.clock, quiet_lightning(), _saying_what_can_not_be_restored():
+            yield
+    except (Interrupted, TrainingDiverged) as stopped:
+        if not session.processes.first:
+            raise SystemExit(0) from None  # the first process says it, and its exit code counts
+        if isinstance(stopped, TrainingDiverged):
+            raise
+        command = session.resume_command
+        tell(
+            f"Stopped by {stopped.signal_name}." + (f" To go on:\n{command}" if command else " Nothing was saved yet.")
+        )
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        command = session.resume_command
+        what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
+        raise UserError(f"{what} is full: make room, then go on with {command or 'the same command'}.") from error
+    except RuntimeError as error:
+        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
+            raise
+        if not session.processes.first:
+            session.processes.wait_for_first()
+            raise SystemExit(1) from None
+        raise UserError(session.processes.another_ended()) from error
+    finally:
+        session.close()
+
+
+@contextmanager
+def _saying_what_can_not_be_restored() -> Iterator[None]:
+    """Say in one sentence that a checkpoint, sound as a file, holds something else than Lightning is to restore."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]
+        if not any(each.co_name.lstrip("_").startswith(("restore", "resume")) for each in restores):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(
+            f"The checkpoint doesn't fit this training ({reason}): it is of another one, or somebody changed it. Use "
+            "another one of the run."
+        ) from error
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Files below the data may have any names, but config.yaml and safetensors can only hold UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
+                "it that has a plain name."
+            ) from None
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide Lightning's advertising and its remarks on deliberate choices; other warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _CHATTER:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.simplefilter("ignore", DataWarning)  # the description of the data says it too
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
