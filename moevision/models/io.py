@@ -513,8 +513,8 @@ def ask_hub(weights: Published) -> HubFacts:
 
     try:
         info = HfApi().model_info(
-            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S
-        )
+            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S / 2
+        )  # its client asks twice
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
             f"The hub has no {weights.repository}, or hides it from you: choose other weights, or log in there with "
