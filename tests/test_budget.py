@@ -28,7 +28,7 @@ SIZE = {
     "moevision/demo": (14, 4_150, 29_400),
     "moevision/layers": (11, 2_725, 15_950),
     "moevision/models": (12, 3_525, 21_525),
-    "moevision/train": (31, 8_600, 56_200),
+    "moevision/train": (31, 8_600, 56_300),
 }
 LARGEST_FOLDER = 25  # modules
 CIRCLES = 0

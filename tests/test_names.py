@@ -36,6 +36,8 @@ from moevision.train.health import Stopwatch
 from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
 
+pytestmark = pytest.mark.deep
+
 # C0 and C1 controls, DEL, bidirectional controls, line separators, invisible signs, lone surrogates.
 STEERING = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"

@@ -200,6 +200,7 @@ def test_patches_without_expert_are_on_no_path() -> None:
     assert min(min(path["path"]) for path in paths) == 0
 
 
+@pytest.mark.deep
 def test_effects_without_a_control_are_measured_and_drawn() -> None:
     """Images routed as a whole to one expert each: as many random choices are the ablation itself."""
     model, pictures = saved("vmoe_top_k", route_by="image", top_k=1), open_pictures(PETS, 32)
@@ -218,6 +219,7 @@ RAGGED = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", RAGGED)
 def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     routers, options = RAGGED[name]
@@ -267,6 +269,7 @@ def test_captions_add_what_differs(kinds) -> None:
     assert ("equal by construction" in words) == ("expert_choice" in kinds)
 
 
+@pytest.mark.deep
 def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     """Its numbers and its page; the figures are drawn above."""
     monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda *measured: iter(()))

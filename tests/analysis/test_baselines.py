@@ -130,6 +130,7 @@ def with_labels(trace, labels):
     return replace(trace, labels=np.asarray(labels))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("labelled", [2, 4])
 def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) -> None:
     """Of 40 images a few have a class; the clusters are measured on one half only."""

@@ -291,6 +291,7 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     assert f"{100 * np.mean(layer.expert_index == 0):.1f} %" in words(axes)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("experts", "top_k", "layers", "grid"),
     [(2, 1, 1, (2, 2)), (8, 2, 3, (8, 8)), (9, 3, 6, (7, 7)), (64, 4, 12, (14, 14))],

@@ -302,6 +302,7 @@ def test_mistake_in_a_config(cli, drawn_pets, text, words):
     refused(cli("fit", drawn_pets, "--config", "mine.yaml"), *words)
 
 
+@pytest.mark.deep
 def test_checkpoints_that_can_not_be_used(cli, tiny_run):
     whole = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])

@@ -62,6 +62,7 @@ def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_
     assert Path("there.onnx").read_text() == "mine"
 
 
+@pytest.mark.deep
 def test_a_place_that_can_not_be_written_is_named(cli, tiny_run, tmp_path):
     (tmp_path / "file").touch()
     outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.pt2")

@@ -25,6 +25,8 @@ from moevision.train.guard import (
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
+pytestmark = pytest.mark.deep
+
 EVERY_4 = GuardConfig(snapshot_every=4)
 ONE_SNAPSHOT = GuardConfig(snapshot_every=4, snapshots=1)
 SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)

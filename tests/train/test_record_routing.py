@@ -79,6 +79,7 @@ def test_a_dense_twin_has_nothing_to_record(run):
     assert not (run / "twin" / FILE).exists()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -125,6 +125,7 @@ def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path
     assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
 
 
+@pytest.mark.deep
 def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
     config = (interrupted / "config.yaml").read_bytes()
     outcome = cli(*shlex.split("fit --resume runs/pets"))
@@ -161,6 +162,7 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     assert "nothing to do" in outcome.err
 
 
+@pytest.mark.deep
 def test_what_an_attempt_without_a_checkpoint_logged_goes(cli, tiny, drawn_pets, interrupted, whole):
     for file in (interrupted / "checkpoints").iterdir():
         file.unlink()
@@ -172,6 +174,7 @@ def test_what_an_attempt_without_a_checkpoint_logged_goes(cli, tiny, drawn_pets,
     assert (interrupted / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
+@pytest.mark.deep
 def test_a_training_that_begins_draws_its_own_split(cli, tiny, drawn_pets, interrupted):
     """Options of another split, and no probe, are what counts: the earlier attempt saved no step."""
     for file in (interrupted / "checkpoints").iterdir():
