@@ -8,6 +8,8 @@ Router health (axes: E experts, K choices): `max_violation` is max load / mean l
 the loss does.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 import csv
@@ -88,7 +90,6 @@ class MetricsFile(ExperimentWriter):
             self.rows = rows
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        """Take one row."""
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
         self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
 
@@ -187,12 +188,10 @@ class Stopwatch(L.Callback):
         self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts that a resumed run continues."""
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the counts."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
         # Earlier versions counted neither of these.
@@ -200,7 +199,6 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start."""
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
@@ -209,7 +207,6 @@ class Stopwatch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images of this batch, over all ranks."""
         self.images += len(batch["label"]) * trainer.world_size
         began, waited = self._started, self._waited
         self._start(trainer)
@@ -224,7 +221,6 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Warn once, early, that training waits for its data."""
         if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
             return
         self._advised = True
@@ -251,7 +247,6 @@ class StopEarly(EarlyStopping):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it."""
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
                 tell(sentence)
@@ -304,14 +299,12 @@ class RouterHealth(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keep the weights of a step that will be logged."""
         if is_logged(trainer, trainer.global_step + 1):
             self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and judge the loads of the last updates."""
         task = cast(ClassificationTask, pl_module)
         before, self._before = self._before, []
         if not task.update_applied:

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.signal import lfilter
 
-from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.words import percent
 
@@ -44,9 +43,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         metrics_csv: Lightning's CSVLogger file; its rows are sparse. A metric that was never logged leaves
             its panel out, so a model without MoE layers has no load panel.
         out: the PNG to write (whole or not at all); none where nothing was logged, as in a training of few steps.
-
-    Raises:
-        UserError: the file is missing or isn't a metrics file.
     """
     curves = read_metrics(metrics_csv)
     panels: list[Callable[[Axes], None]] = []
@@ -76,21 +72,12 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
-    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step.
-
-    Raises:
-        UserError: the file doesn't exist or has no `step` column.
-    """
-    if not Path(metrics_csv).is_file():
-        raise UserError(f"{metrics_csv} doesn't exist; `moevision fit` writes it into the run folder")
-    with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (names := list(reader.fieldnames or ())):
-            raise UserError(f"{metrics_csv} has no column 'step', so it isn't the metrics file of a run")
-        rows = [row for row in reader if row["step"]]
+    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step."""
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     curves: dict[str, Curve] = {}
-    for name in names:
-        points = sorted((float(row["step"]), float(row[name])) for row in rows if row[name])
+    for name in rows[0] if rows else ():
+        points = sorted((float(row["step"]), float(row[name])) for row in rows if row["step"] and row[name])
         if points and name not in ("step", "epoch"):
             steps, values = np.array(points, dtype=np.float64).T
             curves[name] = (steps, values)

@@ -57,13 +57,7 @@ def collect_provenance(
         data_sha256: hash over the list of files with their splits; None where the data has no files.
         started: when the run began, with a time zone; None = now.
         extra: further JSON primitives, kept under `run` (e.g. the backend that a timing chose).
-
-    Raises:
-        ValueError: `started` has no time zone, so its UTC time can't be known.
     """
-    moment = datetime.now(UTC) if started is None else started
-    if moment.tzinfo is None:
-        raise ValueError("started needs a time zone, e.g. datetime.now(UTC)")
     memory = total_memory_bytes()
     return {
         "moevision": __version__,
@@ -71,7 +65,7 @@ def collect_provenance(
         "code": git_state(_PACKAGE_FOLDER, _PACKAGE_FOLDER.parent / "configs"),
         "command": list(command),
         "command_line": shlex.join(command),
-        "started_utc": moment.astimezone(UTC).isoformat(timespec="seconds"),
+        "started_utc": (started or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "data": {"file_list_sha256": data_sha256},
         "hardware": {

@@ -7,6 +7,8 @@ to one image: no scores are kept (`ImageDataModule.keeps_scores`).
 Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +54,6 @@ class ExampleScores(L.Callback):
         return None if found is None else found.sums
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget an earlier training."""
         if stage == "fit":
             self.sums = self._saved = None
 
@@ -62,11 +63,6 @@ class ExampleScores(L.Callback):
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make a row for each training image, or take those of the checkpoint.
-
-        Raises:
-            UserError: for other data or another module.
-        """
         data, saved = cast(Any, trainer).datamodule, self._saved
         if not isinstance(data, ImageDataModule) or not isinstance(pl_module, ClassificationTask):
             raise UserError("ExampleScores needs a ClassificationTask and an ImageDataModule: leave it out for others.")
@@ -86,7 +82,6 @@ class ExampleScores(L.Callback):
         pl_module.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop listening."""
         if stage == "fit" and isinstance(pl_module, ClassificationTask):
             pl_module.observer = None
 
@@ -98,7 +93,6 @@ class ExampleScores(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget a window whose update was refused."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
 
@@ -112,7 +106,6 @@ class ExampleScores(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images of the window, of all processes, if its update was applied."""
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
         for visits in self._window:

@@ -20,12 +20,14 @@ Sources
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
@@ -37,7 +39,6 @@ from scipy.special import logsumexp
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
 
-from moevision.errors import UserError
 from moevision.train.processes import gather
 
 LEVEL, POWER = 0.05, 0.8
@@ -49,13 +50,7 @@ _EDGE = 1 - 1e-12  # of differences: at -1 and 1 the score is infinite
 
 
 def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tuple[float, float]:
-    """Wilson score interval (low, high) for an accuracy of correct / total.
-
-    Raises:
-        UserError: there is no image, or `correct` isn't between 0 and `total`.
-    """
-    if total < 1 or not 0 <= correct <= total:
-        raise UserError(f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}")
+    """Wilson score interval (low, high) for an accuracy of correct / total."""
     found = binomtest(correct, total).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
@@ -88,17 +83,9 @@ def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[n
     Args:
         correct_a: [n] whether model a classified image i correctly.
         correct_b: [n] the same for model b, in the same order of images.
-
-    Raises:
-        UserError: the two aren't non-empty boolean vectors of one length.
     """
-    a, b = np.asarray(correct_a), np.asarray(correct_b)
-    if a.dtype != np.bool_ or b.dtype != np.bool_ or a.ndim != 1 or a.shape != b.shape or a.size == 0:
-        raise UserError(
-            "a paired comparison needs two boolean vectors over the same test images, "
-            f"got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
-        )
-    n, only_a, only_b = a.size, int(np.sum(a & ~b)), int(np.sum(~a & b))
+    n = correct_a.size
+    only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
     low, high = (_difference_scored(z, only_a, only_b, n) for z in (_Z, -_Z))
     return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b))
 
@@ -117,9 +104,6 @@ def paired_macro_difference(
         correct_a: [n] whether model a classified image i correctly.
         correct_b: [n] the same for model b.
         labels: [n] the class of image i.
-
-    Raises:
-        UserError: the two can't be compared, see `paired_difference`.
     """
     plain = paired_difference(correct_a, correct_b)
     means, centres, variances = [], [], []
@@ -131,10 +115,8 @@ def paired_macro_difference(
         centres.append(gaps.sum() / images)
         variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
     centre, half = float(np.mean(centres)), _Z * math.sqrt(sum(variances)) / len(means)
-    return PairedDifference(
-        float(np.mean(means)), max(-1.0, centre - half), min(1.0, centre + half), plain.n, plain.only_a, plain.only_b,
-        plain.p_value,
-    )  # fmt: skip
+    low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    return replace(plain, difference=float(np.mean(means)), low=low, high=high)
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
@@ -309,7 +291,6 @@ class Calibrate(L.Callback):
     """Fits the temperature on the validation images when a trained model is tested."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Here the weights to be tested are loaded, on their device, in evaluation mode and without gradients."""
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
         limit = trainer.limit_val_batches
         batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))

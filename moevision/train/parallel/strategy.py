@@ -6,6 +6,8 @@ folders (`folder.py`). State dictionaries and optimizers are torch's own with DT
 average and resuming work on parts as they do on whole tensors.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -127,7 +129,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         return cast(ClassificationTask, self.lightning_module)
 
     def setup_environment(self) -> None:
-        """Let the processes meet; Lightning's mesh is data parallel only."""
         if not isinstance(self.checkpoint_io, SafeCheckpointIO):
             self.checkpoint_io = SafeCheckpointIO()
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -136,7 +137,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Shard the network, then make optimizers of its shards."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._shard()
@@ -176,7 +176,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self._task.net = filled(cast(nn.Module, self._outline), state).eval()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Gradients are summed over processes: those of the mean are wanted."""
         return super().backward(closure_loss / self.world_size, optimizer, *args, **kwargs)
 
     # State dictionaries: the task's and the optimizer's own, with parts; `load_checkpoint` has divided what is loaded.
@@ -199,11 +198,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Every process writes its part."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any layout, file or folder, and divide it as the network is."""
         self._shard()
         task = self._task
         learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]
