@@ -469,7 +469,7 @@ with the model; images, paths and the names of files are not.""", """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for
 `RoutingTrace.load`. It answers three questions, each beside its controls: do classes go to different experts, did
-training the router add to that (with --seeds every training against its own), and do the experts do different things.""", """\
+training the router add to that (with --seeds each against its own), and do the experts do different things.""", """\
   moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe"""),

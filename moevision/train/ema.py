@@ -33,15 +33,8 @@ _NET = "net."  # where the network is in the task's state
 class WeightEMA(L.Callback):
     """Keeps the moving average; put it in front of the `StabilityGuard` in the list of callbacks.
 
-    Args:
-        config: its decay, which must be given here.
-
-    Attributes:
-        updates: how many applied updates are in the average.
-        swapped: whether the network holds the average now, and `network` the weights.
-
-    Raises:
-        UserError: if the decay isn't between 0 and 1.
+    `updates` are in the average; while `swapped`, the network holds the average and `network` the weights. A UserError
+    if the decay isn't between 0 and 1.
     """
 
     def __init__(self, config: EmaConfig) -> None:

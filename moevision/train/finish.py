@@ -56,18 +56,7 @@ from moevision.train.task import ClassificationTask
 class Training:
     """A training and what it is made of.
 
-    Attributes:
-        settings: what was asked for and chosen; config.yaml.
-        session: this process's share of the run.
-        start: where it begins; None: afresh, in a folder of its own.
-        run_dir: the run folder.
-        task: the model and how it learns.
-        data: the images.
-        trainer: Lightning's.
-        files: what reads and writes checkpoints.
-        stopwatch: of the training, without what stands still.
-        started: when it began, in UTC.
-        expected_s: how long it should take, as it was said before.
+    `start` is None afresh, in a folder of its own; `started` is in UTC; `expected_s` is what was said before.
     """
 
     settings: Settings
@@ -115,14 +104,7 @@ class Training:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its summary, and what a comparison with another run needs.
-
-    Attributes:
-        summary: what summary.md says.
-        run_dir: the run folder.
-        correct: for each test image, by its stable id, whether it was classified correctly.
-        labels: the class of each.
-    """
+    """A finished run, and of each test image, by its stable id, whether it was classified correctly and its class."""
 
     summary: RunSummary
     run_dir: Path
@@ -145,11 +127,8 @@ class RunResult:
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
-    Several processes test together; the first one writes, and the others get None.
-
-    Args:
-        training: after `train`.
-        command: the command line that the run began with.
+    Several processes test together; the first one writes, and the others get None. `command` is what the run began
+    with.
     """
     task, data, trainer = training.task, training.data, training.trainer
     run_dir, stopwatch = training.run_dir, training.stopwatch
@@ -310,15 +289,9 @@ def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> floa
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
-    """Write the paired comparison with the dense twin into the run's summary.
+    """Write the paired comparison with the dense twin into the run's summary; the result with it.
 
-    Args:
-        result: the run.
-        twin: the run of its twin, on the same test images.
-        match: what the two have in common, e.g. "active FLOPs".
-
-    Returns:
-        The result with the comparison in it.
+    `match` is what the two have in common, e.g. "active FLOPs".
     """
     common = [sample for sample in result.correct if sample in twin.correct]
     both = (np.array([run.correct[sample] for sample in common]) for run in (result, twin))

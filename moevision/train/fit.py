@@ -128,16 +128,9 @@ def fit(given: Given) -> None:
 
 
 def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:
-    """Prepare a training, say what it will do, and train.
+    """Prepare a training, say what it will do, and train; a new run folder is removed if it can't begin.
 
-    Args:
-        settings: what was asked for and chosen.
-        session: this process's share of the run.
-        start: where it begins; None: afresh, in a folder of its own.
-        callbacks: others, behind the one that saves.
-
-    Raises:
-        UserError: if it can't begin; a new run folder is removed then.
+    `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
     started, stopwatch, files = datetime.now(UTC), Stopwatch(session.clock), SafeCheckpointIO()
     _seed(settings, session)
@@ -502,18 +495,10 @@ def _train(training: Training, point: ResumePoint) -> None:
     try:
         with _memory_advice(training):
             trainer.fit(training.task, training.data, ckpt_path=checkpoint, weights_only=True)
-    except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
-        if point.began or isinstance(error, (UserError, OSError)):
+    except MisconfigurationException as error:  # Lightning checks some options only now
+        if point.began:
             raise
-        if isinstance(error, MisconfigurationException):  # it checks some options only now
-            raise UserError(f"The Trainer does not take these options: {error}") from error
-        if isinstance(training.settings.trainer.get("strategy", "auto"), str):
-            raise
-        name, reason = type(trainer.strategy).__name__, " ".join(str(error).split())[:200]
-        raise UserError(
-            f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
-            "use --trainer.strategy auto or ddp."
-        ) from error
+        raise UserError(f"The Trainer does not take these options: {error}") from error
     fault = training.files.refused.get(point.path.resolve())
     if fault is not None and not training.trial:  # what would be tested now are the weights of an earlier step
         if not session.processes.first:

@@ -80,15 +80,8 @@ class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
 class StabilityGuard(L.Callback):
     """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
 
-    Args:
-        config: its thresholds.
-
-    Attributes:
-        record: what it found and did.
-        snapshots: states to return to, the newest last.
-
-    Raises:
-        UserError: if a number of the config can't be used.
+    `record` is what it found and did, `snapshots` are states to return to, the newest last. A UserError says which
+    number of the config can't be used.
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
@@ -290,13 +283,7 @@ class StabilityGuard(L.Callback):
 
 
 class LossHistory:
-    """Judges one loss after the other.
-
-    Args:
-        sigmas: how many standard deviations above the mean are suspicious; 0 finds nothing suspicious.
-        patience: how many suspicious losses in a row are a lasting spike.
-        warmup: how many good losses must be known before one can be suspicious.
-    """
+    """Judges one loss after the other, by the numbers of `GuardConfig`; 0 `sigmas` find nothing suspicious."""
 
     def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
         self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
@@ -331,17 +318,9 @@ class LossHistory:
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
-    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images.
-    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
-    given (torch 2.13), so everything is copied on the way in and on the way out.
-
-    Args:
-        trainer: a trainer that fits.
-        task: its task.
-        extra: what the owner wants back with it, such as running statistics; kept as it is.
-
-    Attributes:
-        restored: how often training has come back to it.
+    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images;
+    and `extra`, kept as it is. `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the
+    optimizer use the ones it is given (torch 2.13), so everything is copied on the way in and on the way out.
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:

@@ -51,19 +51,11 @@ def build_optimizer(
     bfloat16: bool = False,
     kinds: Mapping[OptimizerName, type[AdamW]] | None = None,
 ) -> tuple[AdamW, OneCycleLR]:
-    """The optimizer of the parameters that learn, and its schedule.
+    """The optimizer of the parameters that learn, and its schedule; a UserError if nothing is left to learn.
 
-    Args:
-        net: a timm model; what is frozen is left out.
-        config: rates, decay and warm-up.
-        total_steps: optimizer steps of the whole training, at least 1; a single one is the first of two, since the
-            last step's rate is next to nothing.
-        fused: use the fused kernel of the device.
-        bfloat16: whether the training multiplies in bfloat16; Muon then does, too.
-        kinds: other classes in the place of `WHOLE.optimizers`.
-
-    Raises:
-        UserError: if nothing is left to learn.
+    `total_steps` are those of the whole training; a single one is the first of two, since the last step's rate is next
+    to nothing. `bfloat16`: whether the training multiplies in it; Muon then does, too. `kinds`: other classes in the
+    place of `WHOLE.optimizers`.
     """
     warmup, total_steps = config.warmup_fraction, max(2, total_steps)
     if warmup * total_steps in (1, total_steps):
@@ -82,10 +74,7 @@ def build_optimizer(
 def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
-    Under Muon, groups with `matrices: True` hold what it moves.
-
-    Raises:
-        UserError: if nothing is left to learn, or there is no such optimizer.
+    Under Muon, groups with `matrices: True` hold what it moves. A UserError if nothing is left to learn.
     """
     if config.name not in get_args(OptimizerName):
         raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
@@ -125,7 +114,8 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
         return net
     model, named = cast(Any, net), list(net.named_parameters())
     if isinstance(freeze, int):
-        if not 0 <= freeze <= (depth := len(model.blocks)):
+        depth = len(model.blocks)
+        if not 0 <= freeze <= depth:
             raise UserError(f"freeze={freeze} does not fit {depth} blocks: give 0 (the embedding only) to {depth}.")
         # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
         layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
@@ -258,9 +248,6 @@ def matrices_of(net: nn.Module) -> set[str]:
 
     Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
     everything that is no linear map: embeddings, norms and biases.
-
-    Args:
-        net: a timm model.
     """
     first = [module for module in net.modules() if isinstance(module, nn.Conv2d)][:1]
     spared = [*_heads(net), *first, *(layer.router for layer in moe_layers(net))]

@@ -49,14 +49,9 @@ def collect_provenance(
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Collect what a reader needs to repeat this run, as JSON primitives.
+    """What a reader needs to repeat this run, as JSON primitives; a seed or hash of None: there is none.
 
-    Args:
-        command: the program and its arguments as given, e.g. `sys.argv`.
-        seed: the seed of the run; None if it wasn't seeded.
-        data_sha256: hash over the list of files with their splits; None where the data has no files.
-        started: when the run began, with a time zone; None = now.
-        extra: further JSON primitives, kept under `run` (e.g. the backend that a timing chose).
+    `extra` are further ones, kept under `run` (e.g. the backend that a timing chose).
     """
     memory = total_memory_bytes()
     return {
@@ -149,12 +144,8 @@ def fingerprint(
 ) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
-    Args:
-        trainer: the trainer.
-        task: the ClassificationTask; its backend and compilation count.
-        batch_size: images of a process's batch.
-        data_sha256: hash over the list of images with their splits and labels.
-        sizes_sha256: hash over their sizes in bytes: another image of the same size isn't noticed.
+    Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
+    isn't noticed.
     """
     device = trainer.strategy.root_device
     return {

@@ -244,14 +244,8 @@ def choose_recipe(
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    Args:
-        path: what to train on.
-        asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
-        given: the other options, which win.
-        say: takes the line that says what the training starts from.
-
-    Raises:
-        UserError: if pretrained weights were asked for by name and can't be had.
+    `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); the options
+    `given` win. A UserError if weights that were asked for by name can't be had.
     """
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(path)
@@ -335,15 +329,9 @@ def describe_plan(
     memory: str | None = None,
     before_s: float = 0.0,
 ) -> str:
-    """The lines that `fit` prints after the data's own description.
+    """The lines that `fit` prints after the data's own description; None: not known.
 
-    Args:
-        task: after `build`.
-        data: after `setup`.
-        trainer: the trainer.
-        expected_s: how long the training is expected to take; None: not known.
-        memory: what `moevision.train.memory.describe_memory` says.
-        before_s: what the linear probe and the routers' start took, which the run's time counts.
+    `before_s` is what the linear probe and the routers' start took, which the run's time counts.
     """
     total, active = parameter_counts(task.net)
     lines = [

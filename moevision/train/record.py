@@ -30,10 +30,6 @@ class RecordRouting(L.Callback):
 
     A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
     uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record.
-
-    Args:
-        config: which images, how often.
-        run_dir: the run folder.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:

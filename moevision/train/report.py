@@ -83,10 +83,7 @@ class TestScores:
 class TwinComparison:
     """The dense twin trained by the same recipe, tested on the same images.
 
-    Attributes:
-        difference: accuracy of the MoE model (a) minus that of the twin (b).
-        match: what the twin has in common, e.g. "active FLOPs".
-        correct: test images that the twin classified correctly.
+    `difference` is the accuracy of the MoE model (a) minus the twin's (b), `match` what both have in common.
     """
 
     difference: PairedDifference
@@ -125,13 +122,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which model to use: the simplest of those that aren't shown to be worse than the best.
+    """Which model to use: the simplest of those that aren't shown to be worse than the best; the simplest first.
 
-    Attributes:
-        contenders: the simplest first.
-        unbalanced: whether classes differ so much in size that balanced accuracy decides.
-        experts_given: whether training began with experts: the linear probe is of them, and no dense model can be
-            trained.
+    `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
     """
 
     contenders: Sequence[Contender]

@@ -35,10 +35,7 @@ class ExampleScores(L.Callback):
     """Keeps scores of the images of an `ImageDataModule` and writes `scores.csv` when training ends.
 
     In the list of callbacks it comes before the `StabilityGuard`, whose snapshots hold the rows. Every process has all
-    rows, so that the checkpoint of the first one is complete.
-
-    Attributes:
-        sums: the rows; None where no scores are kept (`ImageDataModule.keeps_scores`).
+    rows, so that the checkpoint of the first one is complete. `sums` are None where no scores are kept.
     """
 
     def __init__(self) -> None:

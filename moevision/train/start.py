@@ -92,13 +92,7 @@ TINY = Candidate("deit_tiny_patch16_224.fb_in1k", 0.54e9)
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights to start from, which are on this computer.
-
-    Attributes:
-        source: what `--model.arch.pretrained` is: a timm name, a file, a folder or an address.
-        base: the architecture of a file of weights.
-        net: the model that they belong to, without memory.
-    """
+    """Weights to start from, on this computer: what `--pretrained` is, a file's architecture, the model (on `meta`)."""
 
     source: str
     base: str | None
@@ -118,15 +112,10 @@ class ChosenStart(NamedTuple):
 
 
 def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
-    """The weights to start from, fetched if need be.
+    """The weights to start from, fetched if need be; a UserError if weights that were named can't be had.
 
-    Args:
-        asked: `--pretrained`; None if it wasn't given.
-        images: in the dataset; 0 if they weren't counted.
-        base: the architecture of a file, if the user names it.
-
-    Raises:
-        UserError: if weights that were named can't be had.
+    `asked` is `--pretrained`, None if it wasn't given; 0 `images` weren't counted; `base` is the architecture of a
+    file.
     """
     if asked == NONE:
         return ChosenStart(None)
@@ -139,8 +128,8 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
         where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
         return ChosenStart(
             StartWeights(weights.name, None, net),
-            f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: {few}it suits {where}. Others: "
-            f"--pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
+            f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: {few}it suits {where}. "
+            f"Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
         )
 
     candidates = [published(candidate.name) for candidate in fitting(images)]
@@ -389,14 +378,8 @@ def fit_probe(
     """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
 
     Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
-    every class the same share.
-
-    Args:
-        net: a timm model with the classes of the data; left as it was, but for the device.
-        data: after `setup("fit")`.
-        device: where features are computed.
-        context: around each forward pass, such as autocast.
-        now: a clock, in seconds.
+    every class the same share. The model has the classes of the data and is left as it was, but for the device;
+    `context` is around each forward pass, such as autocast; `now` is a clock, in seconds.
     """
     head = linear_head(net)
     if head is None:

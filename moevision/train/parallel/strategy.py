@@ -45,12 +45,9 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 class MoEParallelStrategy(ModelParallelStrategy):
-    """Shards a `ClassificationTask` over all processes by FSDP2, and divides its experts.
+    """Shards a `ClassificationTask` over all processes by FSDP2, and divides its experts among `expert` of them.
 
-    Args:
-        expert: processes that one set of experts is divided among.
-        replicated: whether all processes have all of the rest.
-        offload: whether parts lie in main memory.
+    `replicated`: all processes have all of the rest; `offload`: parts lie in main memory.
     """
 
     def __init__(self, expert: int = 1, *, replicated: bool = False, offload: bool = False) -> None:
@@ -64,11 +61,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         return f"ddp --parallel.expert {self.expert}" if self.replicated else "fsdp"
 
     def check(self, trainer: L.Trainer) -> None:
-        """Refuse what a sharded training can't do.
-
-        Raises:
-            UserError: for one process, a number of them that `expert` doesn't divide, or a precision without tests.
-        """
+        """Raise a UserError for one process, a number of them that `expert` doesn't divide, or another precision."""
         processes = trainer.num_nodes * trainer.num_devices
         if processes == 1:
             raise UserError(
@@ -83,16 +76,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             )
 
     def check_fit(self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
-        """Refuse, before anything is trained, what a sharded fit can't do; let `data` refuse what only shows later.
+        """Raise a UserError, before anything is trained, for what a sharded fit can't do; `data` are set up.
 
-        Args:
-            trainer: the trainer.
-            task: its task, with a network that isn't sharded yet.
-            data: its data, after `setup`.
-            records: whether --record_routing is on.
-
-        Raises:
-            UserError: if so.
+        What only shows later `data` refuses. `records`: whether --record_routing is on.
         """
         check_network(task.net, self.expert)
         data.in_step = True
