@@ -588,7 +588,7 @@ class Option(NamedTuple):
 @cache
 def options() -> dict[str, Option]:
     """Every key by its dotted name, in the order of a config.yaml."""
-    found = {}
+    found: dict[str, Option] = {}
     for name, option in _keys(Settings, ""):
         if name == "trainer":
             found |= dict(_keys(Trainer, "trainer."))

@@ -118,7 +118,7 @@ def describe(draw: random.Random, folder: Path) -> None:
             part = torch.zeros(1).expand(draw.choice((2**31, 2**40)))
             shape, begin = list(part.shape), [0]
         case 3:
-            part = torch.sparse_coo_tensor(size=(2**40,))
+            part = torch.sparse_coo_tensor(size=(2**40,), check_invariants=True)
             shape, begin = [2**40], [0]
         case 4:
             part = draw.choice((part.double(), part.to(torch.int8), part.flatten(), part[:0], huge, [part]))

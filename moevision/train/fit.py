@@ -579,10 +579,10 @@ def evaluate(verb: str, given: Given) -> None:
                 table, config = origin / "splits.csv", newest_config(origin)
                 path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
                 if path and not data.is_of_run(table, path):
-                    model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
+                    saved, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
                     raise UserError(
                         f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
-                        f"neither: leave it out, or see what the model says about it by moevision predict {model} "
+                        f"neither: leave it out, or see what the model says about it by moevision predict {saved} "
                         f"{folder}."
                     )
                 shutil.copy(table, run_dir / "splits.csv")

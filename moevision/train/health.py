@@ -332,27 +332,23 @@ class RouterHealth(L.Callback):
         task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
-        advice = _advice(layer)
+        """Warn of experts without work; not where balance is by construction or by hand."""
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
-        if advice is None or not starved or layer.layer_index in self._warned:
+        losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
+        biased = getattr(layer.router, "bias_rate", None) is not None
+        if not starved or block in self._warned or not (biased or losses):
             return
-        self._warned.add(layer.layer_index)
+        self._warned.add(block)
+        advice = "Give the bias a larger --model.arch.bias_rate."
+        if not biased:
+            names = " or ".join(f"--model.aux.{name}" for name in losses)
+            advice = f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
         if task.trainer.is_global_zero:
             tell(
-                f"warning: experts collapse in block {layer.layer_index}: {len(starved)} of {len(load)} experts "
+                f"warning: experts collapse in block {block}: {len(starved)} of {len(load)} experts "
                 f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
                 f"updates, so they hardly learn. {advice}"
             )
-
-
-def _advice(layer: MoEMlp) -> str | None:
-    """What balances this kind of router; None where balance is by construction or by hand."""
-    if getattr(layer.router, "bias_rate", None) is not None:
-        return "Give the bias a larger --model.arch.bias_rate."
-    if not layer.router.losses - {"z"}:
-        return None
-    names = " or ".join(f"--model.aux.{name}" for name in sorted(layer.router.losses - {"z"}))
-    return f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
 
 
 def _learning(module: L.LightningModule) -> list[Tensor]:

@@ -45,15 +45,17 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         out: the PNG to write (whole or not at all); none where nothing was logged, as in a training of few steps.
     """
     curves = read_metrics(metrics_csv)
+    loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
+    rate = next((curve for name, curve in curves.items() if name.startswith("lr")), None)
     panels: list[Callable[[Axes], None]] = []
-    if (train := curves.get("train/loss", curves.get("train/loss_step"))) is not None:
-        panels.append(lambda axes: _draw_loss(axes, train, curves.get("val/loss")))
-    if (top1 := curves.get("val/top1")) is not None:
-        panels.append(lambda axes: _draw_accuracy(axes, top1, curves.get("test/top1")))
-    if loads := {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}:
+    if "train/loss" in curves:
+        panels.append(lambda axes: _draw_loss(axes, curves["train/loss"], curves.get("val/loss")))
+    if "val/top1" in curves:
+        panels.append(lambda axes: _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1")))
+    if loads:
         panels.append(lambda axes: _draw_loads(axes, loads))
-    if rates := [curve for name, curve in curves.items() if name == "lr" or name.startswith("lr-")]:
-        panels.append(lambda axes: _draw_rate(axes, rates[0]))
+    if rate is not None:
+        panels.append(lambda axes: _draw_rate(axes, rate))
     if not panels:
         return
     columns = len(panels) if len(panels) < 4 else 2

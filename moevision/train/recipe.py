@@ -200,8 +200,8 @@ def chosen(
         typed["data.path"] = path
     found = {**recipe, **configured, **typed}
     if verb == "fit" and found.get("ckpt_path") is not None:
-        run_dir = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
-        raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
+        folder = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
+        raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
     return found
 
 
