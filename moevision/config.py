@@ -847,12 +847,8 @@ def shown(verb: str, *, everything: bool) -> list[str]:
     if not everything:
         return list(_SHORT)
     aliased = {key: alias for alias, key in ALIASES.items()}
-    keys = [aliased.get(name, name) for name in options() if not _is_rare(name) or name in aliased]
-    return ["config", "print_config", *keys, *FLAGS]
-
-
-def _is_rare(name: str) -> bool:
-    return name.removeprefix("trainer.") in MORE or _RARE.match(name) is not None
+    rare = {name for name in options() if name.removeprefix("trainer.") in MORE or _RARE.match(name)} - aliased.keys()
+    return ["config", "print_config", *(aliased.get(name, name) for name in options() if name not in rare), *FLAGS]
 
 
 def help_of(verb: str, *, everything: bool = False) -> str:

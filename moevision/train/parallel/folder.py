@@ -57,7 +57,11 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
             return tensor
         if own.numel() and is_first_copy(tensor):
             begin = list(first_index(tensor))
-            parts[json.dumps(place)] = list(tensor.shape), begin, own.to("cpu").clone()  # without what it is a view of
+            parts[json.dumps(place)] = (
+                list(tensor.shape),
+                begin,
+                own.to("cpu", copy=True),
+            )  # without what it is a view of
         return None
 
     rest, first = _with_tensors(checkpoint, keep_whole), dist.get_rank() == 0
