@@ -22,7 +22,6 @@ from moevision.train.plots import (
     plot_curves,
     read_metrics,
     row_normalised_confusion,
-    worst_mixups,
 )
 from moevision.train.report import (
     ComparedModel,
@@ -142,7 +141,6 @@ def test_confusion_equals_sklearn_and_marks_empty_classes() -> None:
     np.testing.assert_allclose(share[[0, 1, 3]], expected[[0, 1, 3]])
     assert np.isnan(share[2]).all()
     np.testing.assert_array_equal(images, [3, 1, 0, 1])
-    assert worst_mixups(share, 5) == [(3, 0, 1.0), (0, 1, pytest.approx(2 / 3))]
 
 
 @pytest.mark.parametrize("classes", [2, 20, 37, 102])
