@@ -568,7 +568,3 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:  # a word, such as batch
         return name, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
