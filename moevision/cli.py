@@ -119,9 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(versions() if "--verbose" in rest else versions().splitlines()[0])
         return 0
     name = rest.pop(0)
-    moved = _moved(name, rest)
+    # In the place of a verb, a task (the word after it) or an option that is gone.
+    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
+    keys = (name, *(f"{name} {word}" for word in words))
+    moved = next((MOVED[key] for key in keys if key in MOVED), None)
     if moved or name not in VERBS:
-        print(f"moevision: {moved or _no_verb(name)}", file=sys.stderr)
+        from difflib import get_close_matches
+
+        meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
+        moved = moved or f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
+        print(f"moevision: {moved}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -140,20 +147,6 @@ def versions() -> str:
         f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")
     ]
     return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
-
-
-def _moved(name: str, rest: Sequence[str]) -> str | None:
-    """What to do in the place of a verb, a task (the word after it) or an option that is gone; None for all others."""
-    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
-    return next((MOVED[key] for key in (name, *(f"{name} {word}" for word in words)) if key in MOVED), None)
-
-
-def _no_verb(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, VERBS, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
 
 
 def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
@@ -469,7 +462,7 @@ with the model; images, paths and the names of files are not.""", """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for
 `RoutingTrace.load`. It answers three questions, each beside its controls: do classes go to different experts, did
-training the router add to that (with --seeds every training against its own), and do the experts do different things.""", """\
+training the router add to that (with --seeds each against its own), and do the experts do different things.""", """\
   moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe"""),
@@ -550,10 +543,9 @@ def understood(name: str, arguments: list[str]) -> Namespace:
         task, *arguments = arguments
         parser = parser_of(f"data {task}")
     found = parser.parse_args(spelled(parser, arguments))
-    for either in [_EITHER[name]] if name in _EITHER else []:
-        given = [each for each in either if getattr(found, each)]
-        if len(given) != 1:
-            parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
+    either = _EITHER.get(name, ())
+    if either and sum(bool(getattr(found, each)) for each in either) != 1:
+        parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
     found.command = command  # for what records it
     if task is not None:
         found.task = task
@@ -576,7 +568,3 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:  # a word, such as batch
         return name, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

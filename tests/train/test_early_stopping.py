@@ -76,5 +76,5 @@ def test_a_training_that_is_measured_in_steps_says_it_too(done, said):
 
 
 def test_patience_that_can_not_be():
-    with pytest.raises(UserError, match="at least 1 validation"):
+    with pytest.raises(UserError, match="patience is 0: it must be at least 1"):
         EarlyStoppingConfig(patience=0)

@@ -187,14 +187,6 @@ def test_large_numbers_are_finite() -> None:
     StabilityGuard().on_train_start(standing_trainer(task), task)
 
 
-def test_a_bad_validation_is_only_noted(tmp_path: Path) -> None:
-    """The weights are finite, and they end as those of a run whose validation was good."""
-    struck = Run(tmp_path, batches(4), faults="nan_val@1", val=batches(2), after=4)
-    clean = Run(tmp_path, batches(4), val=batches(2), after=4)
-    assert (struck.record.skipped, struck.record.rollbacks, struck.record.validations) == (0, 0, 1)
-    assert_same(struck.states.state, clean.states.state)
-
-
 @pytest.mark.parametrize("fault", ["nan_buffer@3", "nan_ema@3", "nan_weight@4:expert3"])
 def test_no_checkpoint_ever_holds_nan(fault: str, tmp_path: Path) -> None:
     """A checkpoint after every step: the fault is found at the latest when it would be saved."""
