@@ -19,11 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moevision.commands import loading
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes
-from moevision.names import shown
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)

@@ -25,7 +25,7 @@ from moevision.analysis.images import PictureSet, pictures_for
 from moevision.commands import loading
 from moevision.commands.upcycle import check_folder, write_model
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.surgery import (
     ExpertUse,
@@ -37,7 +37,6 @@ from moevision.models.surgery import (
     prune_experts,
     similar_groups,
 )
-from moevision.names import shown
 from moevision.train.provenance import collect_provenance
 from moevision.train.stats import accuracy_interval, paired_difference
 

@@ -35,8 +35,7 @@ from moevision.data.collection import (
 )
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
-from moevision.errors import UserError
-from moevision.names import shown
+from moevision.errors import UserError, shown
 
 Columns = tuple[str | None, str | None]
 """Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""

@@ -25,10 +25,10 @@ from torch import nn
 from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
+from moevision.errors import csv_name
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
-from moevision.names import csv_name
 from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
 from moevision.train.devices import parallel_strategy
