@@ -49,11 +49,7 @@ def run_of(address: str) -> Path:
 
 
 def write_page(chosen: Namespace) -> None:
-    """`moevision data score RUN`: write the page and the table.
-
-    Raises:
-        UserError: if the run has no scores, or its images or model are gone.
-    """
+    """`moevision data score RUN`: write the page and the table."""
     from moevision.analysis.good_data import PAGE, TABLE, score
 
     run_dir = run_of(chosen.run)
@@ -65,11 +61,7 @@ def write_page(chosen: Namespace) -> None:
 
 
 def write_list(chosen: Namespace) -> None:
-    """`moevision data prune RUN`: write the list, and print the shares.
-
-    Raises:
-        UserError: if an option is missing or doesn't belong to the method, or the run has no scores.
-    """
+    """`moevision data prune RUN`: write the list, and print the shares."""
     decided = chosen.by == "decisions"
     if decided and (chosen.decisions is None or chosen.keep is not None):
         raise UserError("--by decisions needs --decisions FILE and no --keep: the file says what goes.")
@@ -104,11 +96,7 @@ def write_list(chosen: Namespace) -> None:
 
 
 def shard(chosen: Namespace) -> None:
-    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some.
-
-    Raises:
-        UserError: if there are no such images, or the shards can't be written or aren't whole.
-    """
+    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some."""
     if chosen.check == (chosen.out is not None):
         raise UserError(
             "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."

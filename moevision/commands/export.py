@@ -48,11 +48,7 @@ _ROUNDS = 10  # per batch size
 
 
 def run(chosen: Namespace) -> None:
-    """Write a saved model to one file, check it, measure it, and print all that.
-
-    Raises:
-        UserError: if there is no such model, the file exists or has another ending, or the model can't be exported.
-    """
+    """Write a saved model to one file, check it, measure it, and print all that."""
     out = Path(chosen.out)
     form: Format | None = chosen.format or {suffix: name for name, suffix in SUFFIX.items()}.get(out.suffix)
     if form is None:

@@ -34,11 +34,7 @@ from moevision.train.recipe import default_precision
 
 
 def run(chosen: Namespace) -> None:
-    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT; or what limits the machine.
-
-    Raises:
-        UserError: if there is no such model.
-    """
+    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT; or what limits the machine."""
     if chosen.machine:
         _show_machine(as_json=chosen.format == "json")
         return

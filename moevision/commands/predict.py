@@ -57,10 +57,6 @@ def run(chosen: Namespace) -> None:
     """Classify, and print or write one row per image.
 
     A file that can't be read gets a row that says why; the others are classified all the same.
-
-    Raises:
-        UserError: If there is no such model or path, no image in the folders, no place to write to, or `out` holds
-            something else than answers.
     """
     if chosen.batch_size < 1:
         raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")

@@ -35,11 +35,7 @@ SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
 
 
 def run(chosen: Namespace) -> None:
-    """Convert, measure, and write the new model with `upcycle.json`.
-
-    Raises:
-        UserError: if there is no such model, it can't be converted, or OUT holds something.
-    """
+    """Convert, measure, and write the new model with `upcycle.json`."""
     out = Path(chosen.out)
     check_folder(out, force=chosen.force)
     if (chosen.router_start == "cluster") != (chosen.data is not None):

@@ -361,7 +361,6 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
 
 def _listed(path: Path) -> list[dict[str, str]]:
-    """The rows of ``splits.csv``."""
     rows: list[dict[str, str]] = []
     with suppress(UnicodeDecodeError, csv.Error):
         rows = read_csv(path)

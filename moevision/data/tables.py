@@ -163,7 +163,6 @@ class ArrowCollection(Collection):
         return {split: table.select_columns([self.image_column]) for split, table in self.tables.items()}
 
     def _stored(self, sample: Sample) -> bytes | str:
-        """The bytes of an image, or the path where they would be."""
         split, row = sample.sample_id.rsplit("/", 1)
         stored = self._pixels[split][int(row)][self.image_column] or {}
         return stored.get("bytes") or str(stored.get("path") or "")

@@ -231,7 +231,6 @@ def photo_files() -> dict[str, Path]:
 
 
 def _spread(pictures: PictureSet) -> list[int]:
-    """Indices of all images: the first of each class, then the second, and so on."""
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
@@ -361,10 +360,8 @@ class Typical:
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> Typical:
-        """The inverse of `to_json`; raises a ValueError if the arrays don't fit each other."""
+        """The inverse of `to_json`."""
         mean, whitening = np.array(given["mean"], np.float64), np.array(given["whitening"], np.float64)
-        if mean.ndim != 1 or whitening.shape != (len(mean), len(mean)):
-            raise ValueError(f"whitening of shape {whitening.shape} does not fit {len(mean)} statistics")
         return cls(mean, whitening, float(given["threshold"]), int(given["image_size"]), int(given["n_images"]))
 
 

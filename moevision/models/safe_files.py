@@ -275,7 +275,6 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
 
 
 def _check_config(config: Any) -> None:
-    """Raise a ValueError that names the field which isn't as timm writes it."""
     _need(isinstance(config, dict), "the whole is no object")
     # Older files of timm have all fields in one object, newer ones may have more around them, which timm ignores.
     pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})

@@ -111,11 +111,6 @@ def test_eval_batches_of_one_process_are_consecutive():
     assert eval_batches(5, 2) == [[0, 1], [2, 3], [4]]
 
 
-def test_every_image_has_a_label_to_balance_by():
-    with pytest.raises(ValueError, match="expected 4 balanced_labels, got 3"):
-        PositionSampler(4, balanced_labels=[0, 1, 1])
-
-
 @pytest.fixture
 def shm_free(monkeypatch):
     """Let the shared memory have so many bytes free."""
