@@ -283,7 +283,7 @@ def _check_config(config: Any) -> None:
         _need(isinstance(part, dict), f"{name} is no object")
     _need(_is_text(config.get("architecture"), _NAME), "architecture is no name")
     for place in (config, pretrained):
-        _need("state_dict" not in place, "weights stand in it")
+        _need("state_dict" not in place, "weights stand in it (state_dict)")
         classes = place.get("num_classes", 0)
         _need(type(classes) is int and 0 <= classes <= MAX_CLASSES, f"num_classes is no number to {MAX_CLASSES:,}")
         for name in _LABELS & place.keys():

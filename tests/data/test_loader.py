@@ -93,12 +93,6 @@ def test_an_image_that_comes_again_has_a_key_of_its_own():
     assert [key for step in zip(*ranks, strict=True) for key in step] == keys
 
 
-@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 1)])
-def test_rank_must_exist(rank, world):
-    with pytest.raises(ValueError, match="rank"):
-        PositionSampler(4, rank=rank, world_size=world)
-
-
 @given(n=st.integers(1, 60), batch=st.integers(1, 9), world=st.integers(1, 4))
 def test_eval_batches_cover_all_once_in_equally_many_batches(n, batch, world):
     ranks = [eval_batches(n, batch, rank, world) for rank in range(world)]
