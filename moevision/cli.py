@@ -484,8 +484,8 @@ image.""", """\
     "data shard": (_shard, """\
 Write the images of a folder (or what a configuration names) into a few large tars in the WebDataset format, with
 moevision-index.json: where each image is, its name, class and order, a hash of each tar. Every command that takes a
-folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's. Stopped at any moment, the
-same command goes on. Tars that others made need no preparation: give their folder to fit.""", """\
+folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's.
+Tars that others made are converted the same way.""", """\
   moevision data shard path/to/images --out shards
   moevision data shard imagenet.yaml --out shards --shard-mb 512
   moevision data shard shards --check                   after a copy: compare every byte with the hashes"""),

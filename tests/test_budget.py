@@ -21,14 +21,14 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
-    "moevision": (13, 2_850, 14_450),  # config.py: every option of fit
+    "moevision": (11, 2_850, 14_450),  # config.py: every option of fit
     "moevision/analysis": (16, 8_900, 65_000),
-    "moevision/commands": (10, 1_950, 13_150),
-    "moevision/data": (14, 5_400, 39_450),
-    "moevision/demo": (14, 4_150, 29_400),
+    "moevision/commands": (10, 1_875, 12_950),
+    "moevision/data": (14, 5_200, 38_200),
+    "moevision/demo": (14, 4_050, 28_850),
     "moevision/layers": (11, 2_725, 15_950),
-    "moevision/models": (12, 3_525, 21_525),
-    "moevision/train": (31, 8_600, 56_300),
+    "moevision/models": (11, 3_475, 21_225),
+    "moevision/train": (31, 8_600, 56_200),
 }
 LARGEST_FOLDER = 25  # modules
 CIRCLES = 0

@@ -49,12 +49,11 @@ from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Floats, Ints, Scores, keys_of, rows_of
 from moevision.data.transforms import Pixels, square_pixels
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name, json_text, shown
 from moevision.files import refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
-from moevision.names import csv_name, json_text, shown
 
 Json = dict[str, Any]
 Bools = npt.NDArray[np.bool_]

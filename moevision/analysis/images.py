@@ -29,11 +29,10 @@ from moevision.data.shards import ShardCollection
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
-from moevision.errors import DataWarning, UserError
+from moevision.errors import DataWarning, UserError, name_bytes, shown
 from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
-from moevision.names import name_bytes, shown
 
 if TYPE_CHECKING:
     from moevision.analysis.trace import RoutingTrace

@@ -61,10 +61,9 @@ from moevision.analysis.describe import (
 from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.names import shown
 from moevision.words import percent
 
 EXPERT_COLOURS: Final = (

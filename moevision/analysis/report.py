@@ -61,7 +61,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
 from moevision.analysis.readings import recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError, refuse_equal_seeds
+from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
@@ -69,7 +69,6 @@ from moevision.metrics import LayerLoad
 from moevision.models.io import SavedModel, load_model
 from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
 
 Json = dict[str, Any]
 SCHEMA = "moevision.report/1"

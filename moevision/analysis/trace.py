@@ -35,12 +35,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import make_folder, write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
-from moevision.names import shown
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 _CHUNK = 64  # images that are counted or copied at once

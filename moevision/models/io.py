@@ -25,7 +25,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.safe_files import (
@@ -37,7 +37,6 @@ from moevision.models.safe_files import (
     read_header,
     read_metadata,
 )
-from moevision.names import shown
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")

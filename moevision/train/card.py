@@ -24,11 +24,10 @@ from torch import nn
 from moevision import __version__, package_version
 from moevision.data.named import UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError, refuse_equal_seeds
+from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.layers import moe_layers
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
 from moevision.train.report import RunSummary, read_summary, template
 

@@ -26,7 +26,6 @@ from moevision.efficiency import measure_cost
 from moevision.files import csv_text, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
-from moevision.names import csv_name
 from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
 from moevision.train.devices import parallel_strategy

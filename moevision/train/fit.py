@@ -37,17 +37,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from moevision.allocator import keep_freed_memory
 from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
-from moevision.errors import SEED, DataWarning, UserError, check_ranges
+from moevision.errors import SEED, DataWarning, UserError, check_ranges, shown
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
+from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.names import shown
 from moevision.train.archive import load_rest
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.devices import parallel_strategy, strategy_of

@@ -37,10 +37,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
-from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
+from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
-from moevision.names import csv_name
 from moevision.train.ema import WeightEMA
 from moevision.train.health import is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell

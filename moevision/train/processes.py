@@ -38,9 +38,8 @@ from torch import Tensor
 
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
-from moevision.errors import USER_ERROR, UserError
+from moevision.errors import USER_ERROR, UserError, shown_lines
 from moevision.files import other_lives
-from moevision.names import shown_lines
 
 HANDED_ON = "MOEVISION_DECISIONS"
 _PATIENCE_S = 20.0  # for processes that are about to end by themselves

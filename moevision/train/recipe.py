@@ -27,7 +27,7 @@ from moevision.config import Given, checked
 from moevision.data.named import HF
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
@@ -35,7 +35,6 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
-from moevision.names import shown
 from moevision.train.devices import has_gpu, trains_on
 from moevision.train.processes import tell
 from moevision.train.provenance import device_name

@@ -15,11 +15,10 @@ from torch import Tensor
 from moevision.config import RecordRoutingConfig
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
-from moevision.names import shown
 from moevision.train.task import ClassificationTask
 
 MAX_IMAGES = 64

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from moevision.efficiency import ModelCost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
 from moevision.metrics import LayerLoad
 from moevision.models.safe_files import read_json
-from moevision.names import shown
 from moevision.train.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.words import duration, flops, percent, points
 

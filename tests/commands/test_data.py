@@ -117,7 +117,7 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
     outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
     assert (outcome.code, outcome.err) == (0, "")
     assert re.match(r"41 all images in 1 shards, [\d.]+ MiB: shards\ntrain on them: moevision fit shards$", outcome.out)
-    assert "1 of them kept from before: shards" in cli("data", "shard", folder, "--out", "shards").out
+    assert "shards is there already" in cli("data", "shard", folder, "--out", "shards").err
     assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
     send_signal(1)
     options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
