@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moevision.analysis.baselines import Assignments, Rule, fit_clusters
-from moevision.analysis.collect import layer_inputs, network_input
+from moevision.analysis.baselines import Assignments, Rule, fit_clusters, router_inputs
+from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import (
     LEVEL,
@@ -180,7 +180,10 @@ def recording_of(
     patches = trace.grid[0] * trace.grid[1]
     kept = min(patches, max(1, _INPUT_TOKENS // max(1, len(trace))))
     positions = np.sort(np.random.default_rng(seed).permutation(patches)[:kept])
-    inputs, some = _inputs(model, pictures, trace, positions), None if kept == patches else positions
+    inputs: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
+    for batch in router_inputs(model, pictures, trace, range(len(trace)), _BATCH):
+        for layer in trace.layers:
+            inputs[layer.layer].append(batch[layer.layer][:, [0] if layer.route_by == "image" else positions])
     found = baselines or {}
     layers = []
     for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
@@ -193,12 +196,12 @@ def recording_of(
             ago = before.layers[place]
             index = np.asarray(ago.expert_index)
             takes = np.asarray(ago.takes)
-            old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, None, takes)]
+            old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, takes)]
         layers.append(
             replace(
                 choices_of(layer),
-                inputs=inputs[layer.layer],
-                positions=None if layer.route_by == "image" else some,
+                inputs=np.concatenate(inputs[layer.layer]),
+                positions=None if layer.route_by == "image" or kept == patches else positions,
                 before=old,
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
@@ -226,18 +229,6 @@ def choices_of(layer: LayerTrace) -> RecordedLayer:
         tokens_choose=layer.kind == "token_choice",
         by_image=layer.route_by == "image",
     )
-
-
-def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
-    """Block -> [I, p, D] what each layer receives of those patches; [I, 1, D] their mean where images are routed."""
-    found: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
-    whole = {layer.layer for layer in trace.layers if layer.route_by == "image"}
-    for start in range(0, len(trace), _BATCH):
-        rows = range(start, min(start + _BATCH, len(trace)))
-        for block, tokens in layer_inputs(model.net, network_input(model, read_images(pictures, rows))).items():
-            taken = tokens.mean(1, keepdim=True) if block in whole else tokens[:, torch.from_numpy(positions)]
-            found[block].append(taken.float().cpu().numpy())
-    return {block: np.concatenate(each) for block, each in found.items()}
 
 
 @torch.inference_mode()

@@ -77,7 +77,6 @@ SCHEMA = "moevision.report/1"
 
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
-CONTROLS = ("untrained", "kmeans_input")  # what the three questions compare with
 _SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
 _PICTURES_SHOWN = 3
 _LEAST, _MOST = 3, 40  # images of a class
@@ -327,14 +326,14 @@ def measure(
     """
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
-        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5, names=CONTROLS)
+        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
     with stages.stage("looking at other trainings"):
         seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
     shown_parts = None if parts is None else majority_part(parts)
     with stages.stage("asking three questions"):
         again = []
         for (_, other), routed in zip(others, seeds, strict=True):  # each beside controls of its own
-            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3, names=CONTROLS)
+            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3)
             again.append(recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed))
         ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
         recording = recording_of(
