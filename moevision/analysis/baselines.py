@@ -30,14 +30,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
 from moevision.analysis.collect import collect_routing, layer_inputs, network_input
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, read_images
-from moevision.analysis.information import Floats, Ints, halves_by_class
+from moevision.analysis.information import Array, Floats, Ints, halves_by_class
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -117,11 +116,6 @@ def _clusters(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seed
             taken = rng.permuted(places, axis=1)[:, :per_image]
             sample[block].append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
 
-    def nearness(means: KMeans, tokens: Floats) -> Floats:
-        distance = means.transform(tokens.reshape(-1, tokens.shape[-1]))
-        scores: Floats = -np.square(distance).reshape(*tokens.shape[:2], -1)  # [B, P, E]
-        return scores
-
     clusterings = []
     for layer in trace.layers:
         tokens, rule = np.concatenate(sample[layer.layer]), Rule.of(layer)
@@ -141,6 +135,13 @@ def _clusters(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seed
             takes = np.concatenate([cast(Floats, each.takes) for each in chosen])
         found.append(Assignments(block, s, index, measured, rule.num_experts, takes))
     return found
+
+
+def nearness(means: KMeans, tokens: Floats) -> Floats:
+    """[B, P, E] how near patches [B, P, D] are to each cluster."""
+    distance = means.transform(tokens.reshape(-1, tokens.shape[-1]))
+    scores: Floats = -np.square(distance).reshape(*tokens.shape[:2], -1)
+    return scores
 
 
 def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
@@ -167,25 +168,18 @@ def router_inputs(
 class Chosen(NamedTuple):
     """Experts [I, P, K] int16, and how much the patch takes from each [I, P, K]; None for 1."""
 
-    expert_index: npt.NDArray[np.int16]
-    takes: npt.NDArray[Any] | None = None
+    expert_index: Ints
+    takes: Array | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a layer chooses.
+    """How a layer chooses."""
 
-    Attributes:
-        kind: who chooses.
-        num_experts: E.
-        top_k: K of token choice, C of expert choice, 0 for Soft MoE.
-        entropy_bits: mean entropy of the layer's router; 0 for token choice, which needs none.
-    """
-
-    kind: RoutingKind
-    num_experts: int
-    top_k: int
-    entropy_bits: float = 0.0
+    kind: RoutingKind  # who chooses
+    num_experts: int  # E
+    top_k: int  # K of token choice, C of expert choice, 0 for Soft MoE
+    entropy_bits: float = 0.0  # mean entropy of the layer's router; 0 for token choice, which needs none
 
     @classmethod
     def of(cls, layer: LayerTrace) -> Rule:
@@ -210,7 +204,7 @@ class Rule:
             low, high = (low, middle) if entropy < self.entropy_bits else (middle, high)
         return low / max(float(flat.std(-1).mean()), 1e-12)
 
-    def apply(self, scores: npt.NDArray[Any], scale: float) -> Chosen:
+    def apply(self, scores: Array, scale: float) -> Chosen:
         """What scores [I, P, E] choose.
 
         Args:
@@ -231,20 +225,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Assignments:
-    """The experts that one baseline gives to patches.
+    """The experts that one baseline gives to patches."""
 
-    Attributes:
-        layer: block index of the layer it is compared with; None where it is the same for every layer.
-        seed: of what is random in it.
-        expert_index: [I', P, K] int16, best first.
-        images: [I'] rows of the trace that it was measured on.
-        num_experts: E.
-        takes: [I', P, K] how much the patch takes from each; 1 if None.
-    """
-
-    layer: int | None
-    seed: int
-    expert_index: npt.NDArray[np.int16]
-    images: npt.NDArray[np.int64]
-    num_experts: int
-    takes: npt.NDArray[Any] | None = None
+    layer: int | None  # block index of the layer it is compared with; None where it is the same for every layer
+    seed: int  # of what is random in it
+    expert_index: Ints  # [I', P, K] int16, best first
+    images: Ints  # [I'] rows of the trace that it was measured on
+    num_experts: int  # E
+    takes: Array | None = None  # [I', P, K] how much the patch takes from each; 1 if None

@@ -41,17 +41,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 from moevision.errors import UserError
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
+Flags = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+Json = dict[str, Any]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
@@ -156,14 +159,14 @@ def part_information(
     )
 
 
-def _checked(patch_counts: npt.NDArray[Any]) -> Floats:
+def _checked(patch_counts: Array) -> Floats:
     """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
         raise UserError("Statistics over images need at least two images with a known class: give more images.")
     return np.ascontiguousarray(patch_counts, dtype=np.float32)
 
 
-def halves_by_class(labels: Ints, seed: int) -> npt.NDArray[np.bool_]:
+def halves_by_class(labels: Ints, seed: int) -> Flags:
     """[I] a random half of the images of every class, and of those without one (negative labels)."""
     half, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
     start = 0
@@ -180,7 +183,7 @@ def chunks(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def choice_counts(expert_index: Ints, num_experts: int, amount: npt.NDArray[Any] | None = None) -> Floats:
+def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
     """[I, P, E] float32: how many choices of each patch fall on each expert.
 
     Args:
@@ -259,8 +262,33 @@ def pointwise_bits(tables: Floats) -> Floats:
     return result
 
 
+def as_json(value: Any) -> Any:
+    """Dataclasses by their fields, NumPy scalars and arrays as JSON primitives; NaN and infinity become null."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Numbers:
+    """A dataclass that can be written as JSON."""
+
+    def to_json(self) -> Json:
+        """The fields as JSON primitives."""
+        return {field.name: as_json(getattr(self, field.name)) for field in fields(cast(Any, self))}
+
+
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Numbers):
     """Excess mutual information of one layer, over images.
 
     Attributes:
@@ -282,10 +310,6 @@ class Estimate:
     p_value: float
     share_of_entropy: float
     n_images: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """The fields as JSON primitives."""
-        return asdict(self)
 
 
 def excess_estimate(
@@ -330,6 +354,8 @@ def excess_estimate(
 
 def students_quantile(freedom: int) -> float:
     """Student's quantile of a two-sided interval; where no degree of freedom is left, that of one."""
+    from scipy.special import stdtrit  # traces and images, which import this module, are opened without SciPy
+
     return float(stdtrit(max(1, freedom), (1 + LEVEL) / 2))
 
 
