@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).parents[1]
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
     "moevision": (13, 2_850, 14_450),  # config.py: every option of fit
-    "moevision/analysis": (16, 8_900, 65_000),
+    "moevision/analysis": (16, 8_150, 60_300),
     "moevision/commands": (10, 1_950, 13_150),
     "moevision/data": (14, 5_400, 39_450),
     "moevision/demo": (14, 4_150, 29_400),

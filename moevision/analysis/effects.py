@@ -77,7 +77,7 @@ def effect(
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
-    net, x = model.net, network_input(model, image[None])
+    net, x = model.net, network_input(model, np.stack([image]))
     with routing_lock(net):
         before = net(x)[0].double()
         after, taken, has_control = run_under(net, x, intervention)
