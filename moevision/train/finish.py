@@ -23,6 +23,7 @@ from torch import nn
 from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
+from moevision.errors import csv_name
 from moevision.files import csv_text, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
