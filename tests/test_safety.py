@@ -704,13 +704,13 @@ def test_configuration_bombs(text: str, cli: Cli, tmp_path: Path, monkeypatch: p
     refused(cli("fit", "--config", "evil.yaml"))
 
 
-def test_a_card_of_wrong_types(tmp_path: Path) -> None:
-    good = {"id": "x", "title": "X"}
-    (tmp_path / "card.json").write_text(json.dumps(good))
+def test_a_card_of_another_form(tmp_path: Path) -> None:
+    good = json.dumps({"id": "x", "title": "X"})
+    (tmp_path / "card.json").write_text(good)
     assert read_card(tmp_path / "card.json").title == "X"
-    for name, value in {"title": 1, "accuracy": {"moe": "x"}, "seed": 1.5, "validation_top1": "x", "x": "y"}.items():
-        (tmp_path / "card.json").write_text(json.dumps({**good, name: value}))
-        with pytest.raises(UserError, match=r"card\.json is no model card"):
+    for text in ('{"id": "x"}', good[:-1] + ', "x": "y"}', "[]", "{"):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(UserError, match=r"card\.json"):
             read_card(tmp_path / "card.json")
 
 

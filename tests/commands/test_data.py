@@ -175,7 +175,7 @@ def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
         (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
         (["photos", "--check"], "photos holds no shards: give the folder"),
         (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
-        (["photos", "--out", "other"], "other holds something else: give --out a new folder"),
+        (["photos", "--out", "other"], "other is there already: give --out a new folder"),
         (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
         (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
         (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),

@@ -725,7 +725,7 @@ def test_a_claim_that_was_given_up_is_forgotten(tmp_path):
 def test_how_often_a_point_may_be_saved():
     assert CheckpointConfig(every_minutes=0.1, every_steps=1).every_steps == 1
     for wrong in ({"every_steps": 0}, {"every_minutes": 0}):
-        with pytest.raises(UserError, match=r"must be above 0, and --checkpoint\.every_steps at least 1"):
+        with pytest.raises(UserError, match=next(iter(wrong))):
             CheckpointConfig(**wrong)
 
 
