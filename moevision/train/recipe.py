@@ -347,7 +347,7 @@ def describe_plan(
         images = batches * data.batch_size * trainer.world_size
         time_it_takes = (
             f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
-            "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+            "steps on noise, plus a tenth for loading and validation)"
             + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
         )
     lines.append(f"plan: {words}, {time_it_takes}")
