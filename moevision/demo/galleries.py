@@ -23,7 +23,8 @@ from moevision.analysis.describe import (
     image_shares,
     patches_on_path,
 )
-from moevision.analysis.images import PictureSet, Pixels, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.information import Pixels
 from moevision.analysis.questions import three_questions
 from moevision.analysis.readings import Recording, choices_of
 from moevision.analysis.trace import RoutingTrace

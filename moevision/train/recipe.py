@@ -342,7 +342,7 @@ def describe_plan(
     if memory is not None:
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
-    time_it_takes = "how long they take is said after the first steps"
+    time_it_takes = "how long they take isn't known before"
     if expected_s is not None:
         images = batches * data.batch_size * trainer.world_size
         time_it_takes = (
