@@ -35,7 +35,7 @@ CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
 DOCS_WORDS = 32_600  # README.md and docs/**/*.md
 
-FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 17, 80, 47, 4
+FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 17, 80, 45, 4
 
 
 @pytest.fixture(scope="module")
