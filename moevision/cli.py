@@ -67,8 +67,6 @@ MOVED = {
     "has and the installed package has not: clone it, and give the same options there.",
     "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
     "its own, as docs/guides/batch.md shows.",
-    "fit --fault": "`fit` has no option --fault any more: `python -m benchmarks guard-accuracy`, in a checkout of the "
-    "repository, trains with injected faults.",
     "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
     "doctor": "`moevision doctor` is now `moevision info --machine`.",
     "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",

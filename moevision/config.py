@@ -657,14 +657,17 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def checked(content: Any, where: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
-    A key that isn't known and has no value is ignored: earlier versions wrote some.
+    A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
 
     Raises:
         UserError: for an unknown key, or a value of another type than its key's.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{where} is no configuration: it must have keys, such as data: {{path: ...}}.")
-    given = {name: value for name, value in flat(content).items() if value is not None or name in options()}
+    found = flat(content)
+    given = {
+        name: found[name] for name in found if name in options() or (found[name] is not None and name not in WRITTEN)
+    }
     if unknown := next((name for name in given if name not in options()), None):
         raise UserError(f"{where}: {_unknown(unknown)}")
     try:
@@ -757,8 +760,8 @@ def _kinds(kind: Any) -> str:
 
 
 def _unknown(name: str) -> str:
-    if name in REMOVED:
-        return f"there is no option {name!r} any more: {REMOVED[name]}"
+    if name in LEFT:
+        return f"there is no option {name!r} any more: {LEFT[name]}"
     if name.startswith(tuple(f"trainer.{argument}." for argument in CLASSES)):
         argument = name.split(".")[1]
         return (
@@ -785,9 +788,11 @@ FLAGS = {
     "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
     "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
 }
-REMOVED = {
+LEFT = {
     "fault": "`python -m benchmarks guard-accuracy`, in a checkout of the repository, trains with injected faults.",
+    "guard.snapshots_in": "the guard's snapshots lie in main memory.",
 }
+WRITTEN = ("guard.snapshots_in",)  # into every config.yaml before it left
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
 _SHORT = (
     *("config", "pretrained", "dense", "with-twin", "seed_everything", "name", "resume", "data.image_size"),
