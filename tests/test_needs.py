@@ -54,7 +54,7 @@ def test_a_folder_is_tested_in_two_processes_which_start_none_themselves(tmp_pat
     done = run_tests(tmp_path, "nothing", "tests/layers", "-k", "test_machine", "-vv")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "2 workers" in done.stdout
-    assert {"[gw0]"} <= set(re.findall(r"\[gw\d+\]", done.stdout)) <= {"[gw0]", "[gw1]"}
+    assert set(re.findall(r"\[gw\d+\]", done.stdout)) <= {"[gw0]", "[gw1]"}  # whoever asks first may run both
 
 
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):
