@@ -33,7 +33,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -333,7 +333,8 @@ def _write_history(run: Path, model: SavedModel, pictures: PictureSet, out: Path
     best = [entry.step for entry in read_manifest(run / "checkpoints") if entry.name == BEST]
     last = best[-1] if best else history.steps[-1]
     images = network_input(model, read_images(pictures, [rows[name] for name in names.values()]))
-    history.of_images(names).until(last - 1).plus(last, moment_of(model.net, images)).save(out)
+    shown = replace(history, image_names=tuple(names[name] for name in history.image_names))
+    shown.until(last - 1).plus(last, moment_of(model.net, images)).save(out)
 
 
 # ---- measuring

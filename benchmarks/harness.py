@@ -26,12 +26,11 @@ from rich.table import Table
 import moevision
 from benchmarks.peak import matmul_peak
 from benchmarks.timing import rounded
-from moevision import allocator, package_version
-from moevision.errors import UserError
+from moevision import limits, package_version
+from moevision.errors import UserError, shown_lines
 from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit
 from moevision.limits import total_memory_bytes, usable_cores
-from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names
 from moevision.train.recipe import default_precision
 
@@ -126,7 +125,7 @@ def set_up(options: Namespace) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
-    allocator.keep_freed_memory()
+    limits.keep_freed_memory()
     name = options.device
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -174,7 +173,7 @@ def about() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "gpus": gpu_names(),
-            "freed_memory_is_kept": allocator.is_kept(),
+            "freed_memory_is_kept": limits.is_kept(),
             "matrix_unit": has_matrix_unit(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

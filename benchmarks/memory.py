@@ -28,7 +28,7 @@ from benchmarks.harness import in_a_process
 from benchmarks.planner.footprint import saved_bytes
 from benchmarks.subject import Subject, TrainingStep, Which, noise_batch
 from benchmarks.timing import reason, rounded
-from moevision import allocator
+from moevision import limits
 from moevision.errors import UserError
 
 STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
@@ -56,7 +56,7 @@ def memory_of(
 def measure(subject: Subject, which: Which, precision: str, device: str, threads: int) -> dict[str, float]:
     """What the process of its own does; see `memory_of`."""
     torch.set_num_threads(threads)
-    allocator.keep_freed_memory()  # as in `moevision fit`
+    limits.keep_freed_memory()  # as in `moevision fit`
     tiny = Subject("tiny", {"name": "test_vit_moe"}, image_size=32, batch_size=4)
     TrainingStep(tiny, "moe", precision, device)(*noise_batch(tiny, device))
     kept: list[TrainingStep] = []

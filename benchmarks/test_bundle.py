@@ -216,8 +216,8 @@ def test_a_damaged_file_is_said(made, folder, file, tmp_path):
     import shutil
 
     home = shutil.copytree(made / "models", tmp_path / "models")
-    (home / "cats_vs_dogs" / file).write_text(json.dumps(["no object"]))
-    with pytest.raises(UserError, match="put back the file"):
+    (home / "cats_vs_dogs" / file).write_text("{cut off")
+    with pytest.raises(UserError, match=Path(file).name):
         open_entries(None, DataOptions(), home=home)
 
 

@@ -67,8 +67,6 @@ MOVED = {
     "has and the installed package has not: clone it, and give the same options there.",
     "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
     "its own, as docs/guides/batch.md shows.",
-    "fit --fault": "`fit` has no option --fault any more: `python -m benchmarks guard-accuracy`, in a checkout of the "
-    "repository, trains with injected faults.",
     "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
     "doctor": "`moevision doctor` is now `moevision info --machine`.",
     "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
@@ -119,9 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(versions() if "--verbose" in rest else versions().splitlines()[0])
         return 0
     name = rest.pop(0)
-    moved = _moved(name, rest)
+    # In the place of a verb, a task (the word after it) or an option that is gone.
+    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
+    keys = (name, *(f"{name} {word}" for word in words))
+    moved = next((MOVED[key] for key in keys if key in MOVED), None)
     if moved or name not in VERBS:
-        print(f"moevision: {moved or _no_verb(name)}", file=sys.stderr)
+        from difflib import get_close_matches
+
+        meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
+        moved = moved or f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
+        print(f"moevision: {moved}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -140,20 +145,6 @@ def versions() -> str:
         f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")
     ]
     return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
-
-
-def _moved(name: str, rest: Sequence[str]) -> str | None:
-    """What to do in the place of a verb, a task (the word after it) or an option that is gone; None for all others."""
-    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
-    return next((MOVED[key] for key in (name, *(f"{name} {word}" for word in words)) if key in MOVED), None)
-
-
-def _no_verb(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, VERBS, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
 
 
 def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
@@ -469,7 +460,7 @@ with the model; images, paths and the names of files are not.""", """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for
 `RoutingTrace.load`. It answers three questions, each beside its controls: do classes go to different experts, did
-training the router add to that (with --seeds every training against its own), and do the experts do different things.""", """\
+training the router add to that (with --seeds each against its own), and do the experts do different things.""", """\
   moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe"""),
@@ -491,8 +482,8 @@ image.""", """\
     "data shard": (_shard, """\
 Write the images of a folder (or what a configuration names) into a few large tars in the WebDataset format, with
 moevision-index.json: where each image is, its name, class and order, a hash of each tar. Every command that takes a
-folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's. Stopped at any moment, the
-same command goes on. Tars that others made need no preparation: give their folder to fit.""", """\
+folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's.
+Tars that others made are converted the same way.""", """\
   moevision data shard path/to/images --out shards
   moevision data shard imagenet.yaml --out shards --shard-mb 512
   moevision data shard shards --check                   after a copy: compare every byte with the hashes"""),
@@ -550,10 +541,9 @@ def understood(name: str, arguments: list[str]) -> Namespace:
         task, *arguments = arguments
         parser = parser_of(f"data {task}")
     found = parser.parse_args(spelled(parser, arguments))
-    for either in [_EITHER[name]] if name in _EITHER else []:
-        given = [each for each in either if getattr(found, each)]
-        if len(given) != 1:
-            parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
+    either = _EITHER.get(name, ())
+    if either and sum(bool(getattr(found, each)) for each in either) != 1:
+        parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
     found.command = command  # for what records it
     if task is not None:
         found.task = task
@@ -576,7 +566,3 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:  # a word, such as batch
         return name, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

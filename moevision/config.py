@@ -1,5 +1,7 @@
 """Every option of `fit`, `validate` and `test`: dataclasses without torch, which jsonargparse reads live.
 
+What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help.
+
 An option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
 `--data.image_size`. `read` takes a command line, `checked` the content of a YAML file; both give the options that were
 given, by their dotted names. `settings` completes them. What a file gives comes before what `fit` chooses for the
@@ -23,15 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, cast, get_arg
 
 import yaml  # type: ignore[import-untyped]
 
-from moevision.errors import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    SHARE,
-    Ranges,
-    UserError,
-    check_ranges,
-)
+from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
 
 if TYPE_CHECKING:
     import argparse
@@ -53,16 +47,17 @@ class Data:
 
     Args:
         path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
-            `moevision data shard` writes them), a CSV file with the columns path and label, a
-            Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
-            save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100, imagenette, pets,
-            pets_cat_dog, flowers102, food101, imagenet.
+            `moevision data shard` writes them), a CSV file with the columns path and label, a Hugging Face dataset
+            (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100,
+            imagenette, pets, pets_cat_dog, flowers102, food101, imagenet [FOLDER].
         root: Folder in which named datasets live.
         download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
-        image_size: Side of the square images the model sees, in pixels.
-        batch_size: Images per batch and process, at most those of the training set.
-        num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0
-            prepares them in the main process.
+        image_size: Side of the square images the model sees, in pixels [64; from pretrained weights about 112, on a GPU
+            224].
+        batch_size: Images per batch and process, at most those of the training set [64, on a GPU 256; from pretrained
+            weights 32, on a GPU 64; at most a twentieth of the images].
+        num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0 prepares them
+            in the main process [0; on a GPU up to 8].
         seed: Seed of the split and of drawn images.
         order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
             command line: seed).
@@ -76,9 +71,10 @@ class Data:
         check_duplicates: Keep byte-identical files on one side of the split.
         augment: Random changes of training images: none, light (crop and flip), or in addition
             randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
-        crop: How training images are cropped: pad (by image_size / 8, for small images),
-            random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
-        min_crop_scale: Smallest share of an image's area that a random_resized crop keeps.
+        crop: How training images are cropped: pad (by image_size / 8, for small images), random_resized (for photos),
+            or auto (pad for drawn ones and short sides up to 96 pixels) [random_resized for a folder, else auto].
+        min_crop_scale: Smallest share of an image's area that a random_resized crop keeps [0.25; from pretrained
+            weights 0.5].
         hflip: Mirror every training image in every other epoch, half of them in the first.
         random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
         mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
@@ -87,7 +83,7 @@ class Data:
         class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
             images), or a weight per class name (1 for names left out).
         balanced_sampling: Draw every class equally often in training.
-        cache_mb: Keep the decoded images in memory if they fit into this many MiB.
+        cache_mb: Keep the decoded images in memory if they fit into this many MiB [a quarter of the free memory].
         max_bad_fraction: Stop when a larger share of a split's images can't be read.
         scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
             CutMix.
@@ -204,24 +200,28 @@ class MoEConfig(RouterOptions):
     `RouterOptions` stand beside these fields.
 
     Args:
-        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default.
+        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default
+            [vit_moe_hybrid_patch8_32].
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
-        pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
-            file (its architecture is found out, or given as `base`). A dense model is upcycled: experts start as copies
-            of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only `depth` may
-            be given beside it.
-        num_experts: E, experts in each MoE layer.
-        top_k: K, experts that compute each token; by default the router's own, 2 for most.
+        pretrained: weights to start from: `auto`, `none`, a timm name, hf-hub:USER/NAME, a .safetensors file (its
+            architecture is found out, or given as `base`), or a folder that timm or moevision saved. Without it fit
+            asks on a terminal, and elsewhere takes only what is there already. A dense model is upcycled: experts start
+            as copies of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only
+            `depth` may be given beside it [auto below 20,000 images].
+        num_experts: E, experts in each MoE layer [the model's own; from pretrained weights 4].
+        top_k: K, experts that compute each token; by default the router's own, 2 for most [the router's own; from
+            pretrained weights 1].
         router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
-            baselines `hash`, `random`, `position`, `colour`.
-        moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0.
+            baselines `hash`, `random`, `position`, `colour` [the model's own; from pretrained weights vmoe_top_k].
+        moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0 [the model's own; from
+            pretrained weights last2].
         expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
             `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
         stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
             (those of the hybrids).
-        patch_size: side of a patch in pixels.
+        patch_size: side of a patch in pixels [8].
         embed_dim: width of a token.
         depth: number of blocks; with `pretrained` so many of the first ones, all by default.
         num_heads: attention heads.
@@ -280,14 +280,15 @@ class OptimizerConfig:
     """The optimizer under a one-cycle schedule.
 
     Args:
-        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest.
-        lr: the highest learning rate.
+        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest [muon; from
+            pretrained weights, or for a model that you name, adamw].
+        lr: the highest learning rate [0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003].
         weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
             embeddings and class tokens under layer_decay.
         warmup_fraction: share of all steps in which the learning rate rises.
         beta2: decay of the second moment.
         layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
-            classifier's, such as 0.75; for pretrained starts. None: one rate for all.
+            classifier's, such as 0.75; for pretrained starts. None: one rate for all [1; from pretrained weights 0.75].
         freeze: what keeps its weights: a number n (the embedding and the first n blocks), `all_but_experts` (only
             routers, experts and the classifier learn) or `all_but_head` (only the classifier learns). BatchNorm in a
             frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
@@ -302,7 +303,6 @@ class OptimizerConfig:
     freeze: int | FreezeAllBut | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers under which nothing can be learnt."""
         ranges = (
             (*AT_LEAST_0, ("lr", "weight_decay")),
             (*SHARE, ("beta2",)),
@@ -331,7 +331,6 @@ class AuxLossWeights:
     rule: Rule = "shazeer"
 
     def __post_init__(self) -> None:
-        """Refuse a weight that would reward imbalance, or is no number."""
         check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z"))], "--model.aux.")
 
 
@@ -340,7 +339,8 @@ class ParallelConfig:
     """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy.
 
     Attributes:
-        layout: `ddp`: every process has all weights. `fsdp`: weights, gradients and moments are sharded (FSDP2).
+        layout: how several processes share a training: `ddp` (each has all weights) or `fsdp` (weights, gradients and
+            moments are sharded).
         expert: processes that one set of experts is divided among; tokens travel to their experts.
         offload: keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes.
     """
@@ -350,9 +350,7 @@ class ParallelConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse experts that are divided while it isn't said how the rest is."""
-        if self.expert < 1:
-            raise UserError(f"--parallel.expert is {self.expert}: it must be at least 1.")
+        check_ranges(self, [(*AT_LEAST_1, ("expert",))], "--parallel.")
         if self.expert > 1 and self.layout is None:
             raise UserError(
                 "--parallel.expert divides the experts: say --parallel fsdp or --parallel ddp for the rest."
@@ -377,9 +375,7 @@ class CheckpointConfig:
     monitor: Literal["val/top1", "val/balanced_acc"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what would never or always save."""
-        if not self.every_minutes > 0 or (self.every_steps is not None and self.every_steps < 1):
-            raise UserError("--checkpoint.every_minutes must be above 0, and --checkpoint.every_steps at least 1.")
+        check_ranges(self, [(*ABOVE_0, ("every_minutes",)), (*AT_LEAST_1, ("every_steps",))], "--checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -396,9 +392,7 @@ class EarlyStoppingConfig:
     monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a patience that would stop at once."""
-        if self.patience is not None and self.patience < 1:
-            raise UserError(f"--early_stopping.patience is {self.patience}: it must be at least 1 validation.")
+        check_ranges(self, [(*AT_LEAST_1, ("patience",))], "--early_stopping.")
 
 
 @dataclass(frozen=True)
@@ -415,9 +409,8 @@ class RecordRoutingConfig:
     moments: int = 8
 
     def __post_init__(self) -> None:
-        """Refuse a number of moments without a beginning and an end."""
-        if self.moments < 2:
-            raise UserError(f"--record_routing.moments is {self.moments}: it must be at least 2, beginning and end.")
+        ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
+        check_ranges(self, ranges, "--record_routing.")
 
 
 @dataclass
@@ -467,7 +460,7 @@ class Model:
         label_smoothing: share of the target spread evenly over all classes.
         compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
         grad_checkpointing: compute blocks again in the backward pass, for less memory and more time: true for all, or
-            a list of some, such as [1,3].
+            a list of some ([1,3]).
         num_classes: C; taken from the data if None.
         image_size: side of the input in pixels; taken from the data if None.
     """
@@ -490,8 +483,9 @@ class Trainer:
         accelerator: `cpu`, `gpu` or `auto`.
         devices: how many processes train together on this machine, or a list of GPUs.
         num_nodes: machines; torchrun or srun starts their processes.
-        precision: `32-true`, `bf16-mixed`, `16-mixed` and others of Lightning's; null: what suits the device.
-        max_epochs: epochs of the training.
+        precision: `32-true`, `bf16-mixed`, `16-mixed` and others of Lightning's; null: what suits the device
+            [bf16-mixed where the device has it, else 32-true].
+        max_epochs: epochs of the training [by the number of images: 10 to 100; from pretrained weights 3 to 20].
         max_steps: optimizer steps of the training; -1: by the epochs.
         accumulate_grad_batches: batches whose gradients a step sums.
         gradient_clip_val: largest norm of a step's gradients; null: any.
@@ -546,11 +540,12 @@ class Settings:
 
     Args:
         seed_everything: seed of weights, router noise, order, crops and flips; true draws one, false sets none.
-        name: name of the run folder, runs/NAME.
+        name: name of the run folder, runs/NAME [that of the data].
         runs_root: the folder in which run folders are made.
         with_twin: train the dense twin by the same recipe too, and compare both on the same test images.
         router_start: with --pretrained: routers start at random, or from clusters of what some training images give
-            them, so that every expert is used from the first step on.
+            them, so that every expert is used from the first step on [cluster for dense pretrained weights, else
+            random].
         check_memory: refuse a model whose weights, gradients and moments alone are larger than the memory; --force
             doesn't.
         log_routers: what a logger of `trainer.logger` gets about the routers: brief (worst load, mean entropy, dead
@@ -582,40 +577,40 @@ class Settings:
 
 
 class Option(NamedTuple):
-    """A key of the configuration: the type of its values, its default and what it is."""
+    """A key of the configuration: the type of its values, its default, what it is, and what fit takes for a folder."""
 
     kind: Any
     default: Any
-    help: str
+    help: str = ""
+    chosen: str = ""
 
 
 @cache
 def options() -> dict[str, Option]:
     """Every key by its dotted name, in the order of a config.yaml."""
-    found = {}
-    for name, kind, default, words in _keys(Settings, ""):
-        if name != "trainer":
-            found[name] = Option(kind, default, words)
-            continue
-        found |= {key: Option(*rest) for key, *rest in _keys(Trainer, "trainer.")}
-        found |= {f"trainer.{key}": Option(kind, None, "") for key, kind in MORE.items()}
+    found: dict[str, Option] = {}
+    for name, option in _keys(Settings, ""):
+        if name == "trainer":
+            found |= dict(_keys(Trainer, "trainer."))
+            found |= {f"trainer.{key}": Option(kind, None) for key, kind in MORE.items()}
+        else:
+            found[name] = option
     return found
 
 
-def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
-    kinds, words = get_type_hints(cls), _words(cls)
+def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
+    """The keys of a dataclass, with what its docstring and those of its bases say about them."""
+    said = "".join(base.__doc__ or "" for base in cls.__mro__ if is_dataclass(base))
+    words = {}
+    for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE):
+        words[name] = re.fullmatch(r"(.*?)(?: \[([^\]]+)\])?\.?", " ".join(text.split()).replace("`", ""))
+    kinds = get_type_hints(cls)
     for each in fields(cls):
         if is_dataclass(kind := kinds[each.name]):
             yield from _keys(cast(type, kind), f"{prefix}{each.name}.")
         else:
-            yield f"{prefix}{each.name}", kind, each.default, words.get(each.name, "")
-
-
-def _words(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and of its bases say about its fields."""
-    said = "".join(base.__doc__ or "" for base in cls.__mro__ if is_dataclass(base))
-    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE)
-    return {name: " ".join(text.split()).replace("`", "") for name, text in found}
+            found = words.get(each.name)
+            yield f"{prefix}{each.name}", Option(kind, each.default, *(found.groups("") if found else ()))
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -662,14 +657,17 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def checked(content: Any, where: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
-    A key that isn't known and has no value is ignored: earlier versions wrote some.
+    A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
 
     Raises:
         UserError: for an unknown key, or a value of another type than its key's.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{where} is no configuration: it must have keys, such as data: {{path: ...}}.")
-    given = {name: value for name, value in flat(content).items() if value is not None or name in options()}
+    found = flat(content)
+    given = {
+        name: found[name] for name in found if name in options() or (found[name] is not None and name not in WRITTEN)
+    }
     if unknown := next((name for name in given if name not in options()), None):
         raise UserError(f"{where}: {_unknown(unknown)}")
     try:
@@ -762,8 +760,8 @@ def _kinds(kind: Any) -> str:
 
 
 def _unknown(name: str) -> str:
-    if name in REMOVED:
-        return f"there is no option {name!r} any more: {REMOVED[name]}"
+    if name in LEFT:
+        return f"there is no option {name!r} any more: {LEFT[name]}"
     if name.startswith(tuple(f"trainer.{argument}." for argument in CLASSES)):
         argument = name.split(".")[1]
         return (
@@ -790,9 +788,11 @@ FLAGS = {
     "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
     "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
 }
-REMOVED = {
+LEFT = {
     "fault": "`python -m benchmarks guard-accuracy`, in a checkout of the repository, trains with injected faults.",
+    "guard.snapshots_in": "the guard's snapshots lie in main memory.",
 }
+WRITTEN = ("guard.snapshots_in",)  # into every config.yaml before it left
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
 _SHORT = (
     *("config", "pretrained", "dense", "with-twin", "seed_everything", "name", "resume", "data.image_size"),
@@ -809,38 +809,10 @@ _EVALUATION = (
     *("config", "ckpt_path", "name", "runs_root", "data.path", "data.batch_size", "data.num_workers"),
     *("trainer.accelerator", "trainer.devices", "trainer.precision", "compile", "print_config"),
 )
-# What `fit FOLDER` takes where a default depends on the images or on the machine.
-_CHOSEN = {
-    "name": "that of the data",
-    "data.image_size": "64; from pretrained weights about 112, on a GPU 224",
-    "data.batch_size": "64, on a GPU 256; from pretrained weights 32, on a GPU 64; at most a twentieth of the images",
-    "data.num_workers": "0; on a GPU up to 8",
-    "data.cache_mb": "a quarter of the free memory",
-    "data.crop": "random_resized for a folder, else auto",
-    "data.min_crop_scale": "0.25; from pretrained weights 0.5",
-    "data.path": "FOLDER",
-    "model.arch.name": "vit_moe_hybrid_patch8_32",
-    "model.arch.patch_size": "8",
-    "model.arch.num_experts": "the model's own; from pretrained weights 4",
-    "model.arch.top_k": "the router's own; from pretrained weights 1",
-    "model.arch.router": "the model's own; from pretrained weights vmoe_top_k",
-    "model.arch.moe_layers": "the model's own; from pretrained weights last2",
-    "model.arch.pretrained": "auto below 20,000 images",
-    "model.optim.name": "muon; from pretrained weights, or for a model that you name, adamw",
-    "model.optim.lr": "0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003",
-    "model.optim.layer_decay": "1; from pretrained weights 0.75",
-    "trainer.max_epochs": "by the number of images: 10 to 100; from pretrained weights 3 to 20",
-    "trainer.precision": "bf16-mixed where the device has it, else 32-true",
-    "router_start": "cluster for dense pretrained weights, else random",
-}
 _OWN_WORDS = {
     "config": "a YAML file, or a recipe that is shipped: quickstart, cifar10, imagenette, cats_vs_dogs, "
     "finetune_upcycled, moe_vie",
     "print_config": "print all settings as YAML, to edit, and end",
-    "pretrained": "weights to start from: auto, none, a timm name, hf-hub:USER/NAME, a .safetensors file, or a folder "
-    "that timm or moevision saved. Without it fit asks on a terminal, and elsewhere takes only what is there already",
-    "parallel": "how several processes share a training: ddp (each has all weights) or fsdp (weights, gradients and "
-    "moments are sharded)",
 }
 _HELP = """\
 usage: moevision {verb} [FOLDER] [options]
@@ -880,12 +852,8 @@ def shown(verb: str, *, everything: bool) -> list[str]:
     if not everything:
         return list(_SHORT)
     aliased = {key: alias for alias, key in ALIASES.items()}
-    keys = [aliased.get(name, name) for name in options() if not _is_rare(name) or name in aliased]
-    return ["config", "print_config", *keys, *FLAGS]
-
-
-def _is_rare(name: str) -> bool:
-    return name.removeprefix("trainer.") in MORE or _RARE.match(name) is not None
+    rare = {name for name in options() if name.removeprefix("trainer.") in MORE or _RARE.match(name)} - aliased.keys()
+    return ["config", "print_config", *(aliased.get(name, name) for name in options() if name not in rare), *FLAGS]
 
 
 def help_of(verb: str, *, everything: bool = False) -> str:
@@ -899,8 +867,8 @@ def help_of(verb: str, *, everything: bool = False) -> str:
         elif key in options():
             option = options()[key]
             value = "" if option.kind is bool else _values(option.kind)
-            default = _CHOSEN.get(key, option.default) if verb == "fit" else option.default
-            words = (words or option.help).rstrip(".")
+            default = option.chosen if verb == "fit" and option.chosen else option.default
+            words = option.help
             if not everything:
                 words = words.split(". ")[0]
             if default not in (None, False):

@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moevision.errors import UserError
-from moevision.names import json_text
+from moevision.errors import UserError, json_text
 
 # What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)

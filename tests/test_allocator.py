@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from moevision import allocator
-from moevision.allocator import SWITCH, is_kept, keep_freed_memory
+from moevision import limits
+from moevision.limits import SWITCH, is_kept, keep_freed_memory
 
 pytestmark = pytest.mark.deep
 
@@ -18,7 +18,7 @@ TENSOR_MIB, REPEATS = 64, 5
 FAULTS = f"""
 import resource
 import torch
-from moevision.allocator import is_kept, keep_freed_memory
+from moevision.limits import is_kept, keep_freed_memory
 kept = keep_freed_memory()
 assert is_kept() == kept
 def use():
@@ -33,7 +33,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 # Memory that is never written costs nothing. `sbrk(0)` is where the heap ends.
 TRIMMED = """
 import ctypes
-from moevision.allocator import keep_freed_memory
+from moevision.limits import keep_freed_memory
 assert keep_freed_memory()
 c = ctypes.CDLL(None)
 c.malloc.restype = c.sbrk.restype = ctypes.c_void_p
@@ -89,9 +89,9 @@ def test_it_says_when_it_could_not(refused: str, monkeypatch: pytest.MonkeyPatch
             assert refused == "call"
             return 0
 
-    monkeypatch.setattr(allocator, "_kept", False)
-    monkeypatch.setattr(allocator.ctypes, "CDLL", Library)
-    monkeypatch.setattr(allocator.sys, "platform", "win32" if refused == "platform" else "linux")
+    monkeypatch.setattr(limits, "_kept", False)
+    monkeypatch.setattr(limits.ctypes, "CDLL", Library)
+    monkeypatch.setattr(limits.sys, "platform", "win32" if refused == "platform" else "linux")
     monkeypatch.setenv(SWITCH, "0" if refused == "switch" else "1")
     assert keep_freed_memory() is False
     assert is_kept() is False

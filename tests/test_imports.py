@@ -14,21 +14,19 @@ from benchmarks.house.counts import imports, modules
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# allocator, config, errors, files, limits, names and words are the floor that everyone stands on. Units of one brace
+# config, errors, files, limits and words are the floor that everyone stands on. Units of one brace
 # don't import each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one.
-_FLOOR = {"config", "allocator", "errors", "files", "limits", "names", "words"}
+_FLOOR = {"config", "errors", "files", "limits", "words"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
 _DEMO = _TRAIN | {"train", "analysis"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "allocator": set(),
-    "names": set(),
     "words": set(),
     "limits": set(),
-    "errors": {"names"},
+    "errors": set(),
     "config": {"errors"},
-    "files": {"errors", "names"},
+    "files": {"errors"},
     "layers": _FLOOR,
     "models": _MODELS,
     "losses": _MODELS,

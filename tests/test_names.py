@@ -29,12 +29,13 @@ from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.models import DataOptions, open_entries
-from moevision.errors import DataWarning, UserError
-from moevision.names import csv_name, json_text, name_bytes, shown
+from moevision.errors import DataWarning, UserError, csv_name, json_text, name_bytes, shown
 from moevision.train.card import without_example
 from moevision.train.health import Stopwatch
 from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
+
+pytestmark = pytest.mark.deep
 
 # C0 and C1 controls, DEL, bidirectional controls, line separators, invisible signs, lone surrogates.
 STEERING = re.compile(

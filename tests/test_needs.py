@@ -36,7 +36,7 @@ def run_tests(folder, hidden, *arguments, **environment):
 
 def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_the_others_run(tmp_path):
     files = ("tests/browser/test_tabs.py", "tests/models/test_export.py")
-    done = run_tests(tmp_path, "onnx", *files, "-k", "heatmap or opset and 17 or margin")
+    done = run_tests(tmp_path, "onnx", *files, "-k", "heatmap or opset and 17 or preparation")
     assert done.returncode == 0, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
     chromium, onnx = "2 for want of Chromium (apt-get install chromium)", '1 for want of ONNX (pip install ".[export]")'
@@ -48,6 +48,13 @@ def test_nothing_is_needed_to_collect_every_tier(tmp_path):
     done = run_tests(tmp_path, ("playwright", "axe_playwright_python"), "--collect-only", "-m", "deep or not deep")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "tests/browser/test_tabs.py::" in done.stdout
+
+
+def test_a_folder_is_tested_in_two_processes_which_start_none_themselves(tmp_path):
+    done = run_tests(tmp_path, "nothing", "tests/layers", "-k", "test_machine", "-vv")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "2 workers" in done.stdout
+    assert set(re.findall(r"\[gw\d+\]", done.stdout)) <= {"[gw0]", "[gw1]"}  # whoever asks first may run both
 
 
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):

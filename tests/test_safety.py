@@ -25,14 +25,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-)
 
 from moevision import UserError
 from moevision.cli import VERBS
@@ -162,20 +154,13 @@ def test_going_on_with_a_run_never_runs_a_pickle(
 
 
 def evil_folder(path: Path, rest: Path) -> Path:
-    """A checkpoint of sharded weights whose description says that one of its weights is bytes, which DCP unpickles.
-
-    BytesStorageMetadata has no fields. A pickle may give it those of a tensor all the same.
-    """
-    key, evil, place = json.dumps(["state_dict", "evil"]), evil_checkpoint(path.with_suffix(".evil")), "__0_0.distcp"
+    """A checkpoint of sharded weights, one of whose parts is a planted program."""
+    evil = evil_checkpoint(path.with_suffix(".evil"))
     content = torch.load(rest, map_location="cpu", weights_only=True)
     content["state_dict"]["evil"] = None
     path.mkdir()
     torch.save(content, path / "rest.pt")
-    evil.rename(path / place)
-    weight = BytesStorageMetadata()
-    vars(weight).update(properties=TensorProperties(torch.float32), size=torch.Size([1]))
-    stored = {MetadataIndex(key): _StorageInfo(place, 0, (path / place).stat().st_size)}
-    (path / ".metadata").write_bytes(pickle.dumps(Metadata({key: weight}, {}, stored, StorageMeta())))
+    evil.rename(path / "part-0.pt")
     write_manifest(path.parent, [Entry(path.name, sha256_of(path), 5, 0, 1, True, "2026-01-01T00:00:00+00:00")])
     return path
 
@@ -184,7 +169,7 @@ def evil_folder(path: Path, rest: Path) -> Path:
 def test_a_checkpoint_folder_is_data_only(
     verb: str, cli: Cli, tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the run's own manifest vouches for it, and DCP takes a planted program for a weight."""
+    """Also where the run's own manifest vouches for it."""
     monkeypatch.chdir(tmp_path)
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     (run / "summary.json").unlink()  # else it is finished, and fit has nothing to do
@@ -719,13 +704,13 @@ def test_configuration_bombs(text: str, cli: Cli, tmp_path: Path, monkeypatch: p
     refused(cli("fit", "--config", "evil.yaml"))
 
 
-def test_a_card_of_wrong_types(tmp_path: Path) -> None:
-    good = {"id": "x", "title": "X"}
-    (tmp_path / "card.json").write_text(json.dumps(good))
+def test_a_card_of_another_form(tmp_path: Path) -> None:
+    good = json.dumps({"id": "x", "title": "X"})
+    (tmp_path / "card.json").write_text(good)
     assert read_card(tmp_path / "card.json").title == "X"
-    for name, value in {"title": 1, "accuracy": {"moe": "x"}, "seed": 1.5, "validation_top1": "x", "x": "y"}.items():
-        (tmp_path / "card.json").write_text(json.dumps({**good, name: value}))
-        with pytest.raises(UserError, match=r"card\.json is no model card"):
+    for text in ('{"id": "x"}', good[:-1] + ', "x": "y"}', "[]", "{"):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(UserError, match=r"card\.json"):
             read_card(tmp_path / "card.json")
 
 

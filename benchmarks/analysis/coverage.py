@@ -7,8 +7,10 @@
 `normal` (excess ± 1.96 standard errors of the delta method). Every simulation draws a new truth of the given bits.
 
 - class: images have their own expert shares, Dirichlet around their class's with `concentration`; 128 choices each.
-- class_given_position, position, part: 4 x 4 patches; the choices of an image hang together through a common factor
-  (Gaussian copula, correlation 0.5), and so do its parts, while every patch keeps exactly its marginal distribution.
+- part: 4 x 4 patches; the choices of an image hang together through a common factor (Gaussian copula, correlation 0.5),
+  and so do its parts, while every patch keeps exactly its marginal distribution.
+
+The record's rows `class_given_position` and `position` are of two estimates that the package no longer has.
 """
 
 from __future__ import annotations
@@ -24,15 +26,10 @@ from rich.progress import track
 from scipy.stats import norm
 
 from benchmarks.harness import about, argument_parser
-from moevision.analysis.information import (
-    class_information,
-    mutual_information_bits,
-    part_information,
-    position_information,
-)
+from moevision.analysis.information import class_information, mutual_information_bits, part_information
 from moevision.files import write_json_atomic
 
-EXPERTS, PATCHES, GRID, PARTS = 8, 16, (4, 4), 5
+EXPERTS, PATCHES, PARTS = 8, 16, 5
 Array = np.ndarray
 
 
@@ -52,7 +49,7 @@ def settings(about: tuple[str, ...], images: tuple[int, ...]) -> Iterator[Settin
     for what in about:
         for count in images:
             for bits in (0.0, 0.05, 0.25):
-                for classes in (2, 8) if what in ("class", "class_given_position") else (0,):
+                for classes in (2, 8) if what == "class" else (0,):
                     for concentration in (3.0, 30.0) if what == "class" else (0.0,):
                         yield Setting(what, count, classes, concentration, bits)
 
@@ -111,20 +108,11 @@ def draw_parts(rng: np.random.Generator, setting: Setting) -> tuple[Array, Array
 
 
 def draw(rng: np.random.Generator, setting: Setting) -> tuple[Array, Array]:
-    """Routing maps [I, P, E] and labels [I] of one simulated data set (labels 0 for position)."""
-    images, labels = setting.images, np.arange(setting.images) % max(1, setting.classes)
-    if setting.about == "class":
-        shape = setting.concentration * profiles(rng, setting.classes, setting.bits)[labels] + 1e-6
-        gamma = rng.standard_gamma(shape) + 1e-12
-        return rng.multinomial(128, gamma / gamma.sum(1, keepdims=True))[:, None, :].astype(np.float32), labels
-    if setting.about == "position":
-        share = profiles(rng, PATCHES, setting.bits)
-        shares = np.broadcast_to(share, (images, *share.shape))
-    else:
-        base = profiles(rng, setting.classes, setting.bits)
-        turned = np.stack([base[:, rng.permutation(EXPERTS)] for _ in range(PATCHES)], axis=1)
-        shares = turned[labels]
-    return one_hot(correlated_choices(rng, shares), EXPERTS), labels
+    """Routing maps [I, 1, E] and labels [I] of one simulated data set."""
+    labels = np.arange(setting.images) % setting.classes
+    shape = setting.concentration * profiles(rng, setting.classes, setting.bits)[labels] + 1e-6
+    gamma = rng.standard_gamma(shape) + 1e-12
+    return rng.multinomial(128, gamma / gamma.sum(1, keepdims=True))[:, None, :].astype(np.float32), labels
 
 
 def bootstrap(rng: np.random.Generator, counts: Array, labels: Array, replicates: int) -> Array:
@@ -147,19 +135,16 @@ def simulate(
         estimate = part_information(maps, parts, seed=seed)
         return truth, {"score": (estimate.low, estimate.high)}, estimate.p_value
     maps, labels = draw(rng, setting)
-    if setting.about == "position":
-        estimate = position_information(maps, GRID, seed=seed)
-    else:
-        estimate = class_information(maps, labels, given_position=setting.about != "class", seed=seed)
-    intervals = {"score": (estimate.low, estimate.high)}
-    if setting.about == "class":
-        plug_in = estimate.value_bits + estimate.null_mean
-        replicates = bootstrap(rng, maps[:, 0], labels, 400)
-        low, high = np.quantile(replicates, (0.025, 0.975))
-        half = 1.96 * delta_se(maps[:, 0], labels, plug_in)
-        intervals["percentile"] = (low - estimate.null_mean, high - estimate.null_mean)
-        intervals["basic"] = (2 * plug_in - high, 2 * plug_in - low)
-        intervals["normal"] = (estimate.value_bits - half, estimate.value_bits + half)
+    estimate = class_information(maps, labels, seed=seed)
+    plug_in = estimate.value_bits + estimate.null_mean
+    low, high = np.quantile(bootstrap(rng, maps[:, 0], labels, 400), (0.025, 0.975))
+    half = 1.96 * delta_se(maps[:, 0], labels, plug_in)
+    intervals = {
+        "score": (estimate.low, estimate.high),
+        "percentile": (low - estimate.null_mean, high - estimate.null_mean),
+        "basic": (2 * plug_in - high, 2 * plug_in - low),
+        "normal": (estimate.value_bits - half, estimate.value_bits + half),
+    }
     return setting.bits, intervals, estimate.p_value
 
 
@@ -206,7 +191,7 @@ def main() -> None:
     """Run the study, print and write it."""
     parser = argument_parser("coverage", __doc__)
     parser.add_argument("--simulations", type=int, default=1000)
-    parser.add_argument("--about", nargs="+", default=["class", "class_given_position", "position", "part"])
+    parser.add_argument("--about", nargs="+", default=["class", "part"])
     parser.add_argument("--images", nargs="+", type=int, default=[200, 1000])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

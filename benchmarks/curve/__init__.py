@@ -24,10 +24,9 @@ from benchmarks.queue import add_study, fill_readme, refuse_changes
 from benchmarks.study import drawn
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json
-from moevision.names import csv_name
 
 FOLDER = HERE / "curve"
 IMAGES, EPOCHS, SEEDS, MARGIN = 8_000, 4, 3, 1.0

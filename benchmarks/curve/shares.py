@@ -41,10 +41,9 @@ from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
 from moevision.config import read
 from moevision.data.scores import FILE, Scores, prune
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
 from moevision.train import fit as training
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell

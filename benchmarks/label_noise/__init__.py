@@ -39,12 +39,11 @@ from moevision.data import ImageDataModule
 from moevision.data.scores import FILE, KEEP, YES, Scores, prune
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name
 from moevision.files import write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import csv_name
 from moevision.train.stats import Gap
 
 FOLDER = HERE / "label_noise"

@@ -26,9 +26,9 @@ from benchmarks.queue import refuse_changes
 from benchmarks.timing import rounded
 from moevision.analysis.good_data import examine, images_of
 from moevision.data.scores import FILE, Scores
+from moevision.errors import csv_name
 from moevision.files import write_json_atomic
 from moevision.models.io import load_model
-from moevision.names import csv_name
 
 ARMS = ("moe", "dense")
 DIRECTIONS = 14  # two layers of 8 shares that sum to 1

@@ -42,13 +42,12 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.cli import MODEL, _option
 from moevision.commands import loading
 from moevision.data import ImageDataModule
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, is_timm_name, model_folder, unknown_name
 from moevision.models.safe_files import parse_yaml
 from moevision.models.vit_moe import checkpoint_blocks
-from moevision.names import shown
 from moevision.train.optim import freeze_parameters
 from moevision.train.recipe import default_precision, find_config, shipped_configs
 

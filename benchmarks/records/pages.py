@@ -156,8 +156,8 @@ DEFINITIONS = {
         Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
     ],
     "docs/guides/keep-alive.md": [
+        Definition("32 with a moving average (2.1 GB for 86 M parameters", "24 bytes × 86 M"),
         Definition("every ten minutes", "a default of `CheckpointConfig`"),
-        Definition("each about three times the size of the weights", "weights and AdamW's two moments"),
     ],
     "docs/guides/laptop.md": [
         Definition("has 8 × 8 pixels", "a size"),
@@ -187,7 +187,6 @@ DEFINITIONS = {
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),
         Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),
-        Definition("about 3 × the weights each", "weights and AdamW's two moments"),
         Definition("such as 0.999", "an example"),
     ],
     "docs/reference/models.md": [

@@ -39,6 +39,5 @@ DEFINITIONS = [
     Definition("Up to 64 requests wait", "a limit in the code"),
     Definition("more than 20 times as long as wide", "a limit in the code"),
     Definition("is dropped after 10 minutes", "a limit in the code"),
-    Definition("(1 s up to 15 s", "limits in the code"),
     Definition("a lesson of 45 minutes", "a plan"),
 ]

@@ -37,8 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorProperties
 
 from benchmarks.harness import about, argument_parser, positive, write_result
 from moevision.errors import UserError
@@ -52,8 +50,8 @@ FIT = (
     *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.devices=2"),
     *("--parallel=fsdp", "--parallel.expert=2"),
 )
-NAME, DESCRIPTION, REST, SHARDS = "last.ckpt", ".metadata", "rest.pt", ("__0_0.distcp", "__1_0.distcp")
-FILES = (DESCRIPTION, REST, *SHARDS)
+NAME, REST, PARTS = "last.ckpt", "rest.pt", ("part-0.pt", "part-1.pt")
+FILES = (REST, *PARTS)
 SLACK_MB, PATIENCE_S = 256, 30
 SENTENCE, SAME, OTHER = "one sentence", "read as before", "read otherwise"
 Change = Callable[[random.Random, Path], None]
@@ -105,86 +103,63 @@ def replace(file: Path, data: bytes) -> None:
 
 
 def describe(draw: random.Random, folder: Path) -> None:
-    """Wrong sizes, places, keys and types in a description that is sound as a pickle."""
-    metadata = pickle.loads((folder / DESCRIPTION).read_bytes())
-    tensors, places = metadata.state_dict_metadata, metadata.storage_data
-    key = draw.choice(sorted(tensors))
-    tensor, index = tensors[key], draw.choice([index for index in places if index.fqn == key])
-    place, chunk = places[index], draw.choice(tensor.chunks)
+    """Wrong shapes, places, keys and tensors in a part that is sound as an archive."""
+    file = folder / draw.choice(PARTS)
+    parts = torch.load(file, weights_only=True)
+    key = draw.choice(sorted(parts))
+    shape, begin, part = parts[key]
     huge = draw.choice((3 * 2**30, 2**40, 2**62, -1, 0, 1.0, None, "1", 10**30))
-    match draw.randrange(14):
+    match draw.randrange(10):
         case 0:
-            tensor.size = (huge,) if draw.random() < 0.5 else torch.Size([2**31, 2**8])
+            shape = draw.choice(([huge], [2**31, 2**8], [huge, *shape[1:]], [1] * 100, None))
         case 1:
-            chunk.sizes = draw.choice(((huge,), torch.Size([2**40]), torch.Size([1] * 100), tensor.size))
-        case 2:
-            chunk.offsets = draw.choice(((huge,), torch.Size([2**40]), torch.Size([])))
+            begin = draw.choice(([huge], [2**40], [], [huge, *begin[1:]], None))
+        case 2:  # one number for a large tensor
+            part = torch.zeros(1).expand(draw.choice((2**31, 2**40)))
+            shape, begin = list(part.shape), [0]
         case 3:
-            place.offset = draw.choice((huge, place.offset + 1, 2**50))
+            part = torch.sparse_coo_tensor(size=(2**40,), check_invariants=True)
+            shape, begin = [2**40], [0]
         case 4:
-            place.length = draw.choice((huge, place.length - 1, place.length + 2**33, 10))
+            part = draw.choice((part.double(), part.to(torch.int8), part.flatten(), part[:0], huge, [part]))
         case 5:
-            place.relative_path = draw.choice(
-                ("../outside.pt", str(folder.parent / "outside.pt"), "/dev/zero", "/etc/passwd", "", ".", REST, 7, None)
-            )
-        case 6:
-            place.transform_descriptors = draw.choice((["zstd"], "x", [Planted(folder.parent / "planted")]))
-        case 7:
             other = draw.choice(
-                ('"x"', "{", "[]", '["nope", "a"]', '["epoch"]', '["state_dict", "new"]', "[" * 5000, '["a", 1e999]')
+                ('"x"', "{", "[]", '["nope", "a"]', '["epoch"]', '["state_dict", "new"]', "[" * 5000, '["a", 1e999]', 7)
             )
-            tensors[other] = tensors.pop(key)
-            for index in [index for index in places if index.fqn == key]:
-                places[MetadataIndex(other, index.offset)] = places.pop(index)
+            parts[other] = parts.pop(key)
+            key = other
+        case 6:
+            del parts[key]
+        case 7:  # one part for all: a small file would become a large model
+            parts = {each: (list(part.shape), [0] * part.dim(), part) for each in parts}
         case 8:
-            del tensors[key]
-        case 9:
-            del places[index]
-        case 10:
-            tensor.chunks = draw.choice(([], tensor.chunks * 1000, tensor.chunks[:1], None))
-        case 11:
-            tensor.properties.dtype = draw.choice((torch.float64, torch.int8, torch.complex128, None, "float32"))
-        case 12:
-            for each in places.values():  # one part for all: a small file would become a large model
-                each.relative_path, each.offset, each.length = place.relative_path, place.offset, place.length
+            parts = draw.choice(([], {key: None}, {key: (shape, begin)}, 5))
         case _:
-            metadata.state_dict_metadata = draw.choice((None, [], {key: None}, {key: BytesStorageMetadata()}))
-    replace(folder / DESCRIPTION, pickle.dumps(metadata))
+            parts = {**parts, key: draw.choice(((shape,), (shape, begin, part, part), [shape, begin, part], "x"))}
+    if isinstance(parts, dict) and type(parts.get(key)) is tuple and len(parts[key]) == 3:
+        parts[key] = shape, begin, part
+    replace(file, saved(parts))
 
 
 def other_pickle(draw: random.Random, folder: Path) -> None:
-    """Pickles of other classes, and those that run something or announce memory, as description, part or rest."""
+    """Pickles of other classes, and those that run something or announce memory, as a part or as the rest."""
     planted = Planted(folder.parent / "planted")
-    match draw.randrange(6):
-        case 0:  # what DCP itself unpickles
-            metadata = pickle.loads((folder / DESCRIPTION).read_bytes())
-            key, data = draw.choice(sorted(metadata.state_dict_metadata)), saved(planted)
-            forged = BytesStorageMetadata()
-            vars(forged).update(properties=TensorProperties(torch.float32), size=torch.Size([1]), chunks=[])
-            metadata.state_dict_metadata[key] = forged
-            replace(folder / "__9_0.distcp", data)
-            metadata.storage_data[MetadataIndex(key)] = _StorageInfo("__9_0.distcp", 0, len(data))
-            replace(folder / DESCRIPTION, pickle.dumps(metadata))
-        case 1:
+    file = folder / draw.choice(FILES)
+    match draw.randrange(4):
+        case 0:
             value = draw.choice((planted, os.system, {"a": 1}, [], io.BytesIO(b"x"), random.Random(0), bytearray(9)))
-            replace(folder / DESCRIPTION, pickle.dumps(value, protocol=draw.randrange(2, 6)))
-        case 2:  # a bytearray of a terabyte; a memo, a text and a frame of that many
+            replace(file, pickle.dumps(value, protocol=draw.randrange(2, 6)))
+        case 1:  # a bytearray of a terabyte; a memo, a text and a frame of that many
             code = draw.choice((b"\x96", b"r\xff\xff\xff\x7f", b"\x8d", b"\x95", b"\x8e"))
-            replace(folder / DESCRIPTION, b"\x80\x05]" + code + (2**40).to_bytes(8, "little") + b".")
-        case 3:
+            replace(file, b"\x80\x05]" + code + (2**40).to_bytes(8, "little") + b".")
+        case 2:
             value = draw.choice((planted, Announced(), {"state_dict": planted}, [1], 5, {"state_dict": 5}))
-            replace(folder / REST, saved(value) if type(value) is not Announced else pickle.dumps(value))
-        case 4:
-            value = draw.choice((planted, [1], torch.zeros(3), {"a": torch.zeros(3)}))
-            spot(draw, folder, saved(value))
+            replace(file, saved(value) if type(value) is not Announced else pickle.dumps(value))
         case _:  # 64 MB of zeros in 64 KB
             memory = io.BytesIO()
             with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr("archive/data.pkl", bytes(2**26))
-            if draw.random() < 0.5:
-                spot(draw, folder, memory.getvalue())
-            else:
-                replace(folder / REST, memory.getvalue())
+            replace(file, memory.getvalue())
 
 
 def saved(value: Any) -> bytes:
@@ -194,18 +169,9 @@ def saved(value: Any) -> bytes:
     return memory.getvalue()
 
 
-def spot(draw: random.Random, folder: Path, data: bytes) -> None:
-    """Put these bytes in the place of a part, in a file of their own that the description names."""
-    metadata = pickle.loads((folder / DESCRIPTION).read_bytes())
-    place = draw.choice(list(metadata.storage_data.values()))
-    place.relative_path, place.offset, place.length = "__8_0.distcp", 0, len(data)
-    replace(folder / "__8_0.distcp", data)
-    replace(folder / DESCRIPTION, pickle.dumps(metadata))
-
-
 def link(draw: random.Random, folder: Path) -> None:
     """A link in the place of a file, or beside the files."""
-    file = folder / draw.choice((*FILES, "more.distcp"))
+    file = folder / draw.choice((*FILES, "more.pt"))
     file.unlink(missing_ok=True)
     targets = ("/dev/zero", "/etc/passwd", "nowhere", draw.choice(FILES), file.name, "..", "../outside.pt")
     file.symlink_to(draw.choice(targets))
@@ -213,7 +179,7 @@ def link(draw: random.Random, folder: Path) -> None:
 
 def pipe(draw: random.Random, folder: Path) -> None:
     """A pipe or a folder in the place of a file, beside the files, or in the place of the whole."""
-    file = draw.choice((*(folder / name for name in FILES), folder / "more.distcp", folder))
+    file = draw.choice((*(folder / name for name in FILES), folder / "more.pt", folder))
     if file == folder:
         shutil.rmtree(folder)
     file.unlink(missing_ok=True)
@@ -261,10 +227,9 @@ def manifest(draw: random.Random, folder: Path) -> None:
 
 
 CHANGES: dict[str, Change] = {
-    "bytes of .metadata": lambda draw, folder: edit(draw, folder / DESCRIPTION),
-    "bytes of a shard": lambda draw, folder: edit(draw, folder / draw.choice(SHARDS)),
+    "bytes of a part": lambda draw, folder: edit(draw, folder / draw.choice(PARTS)),
     "bytes of rest.pt": lambda draw, folder: edit(draw, folder / REST),
-    "sizes, places, keys": describe,
+    "shapes, places, keys": describe,
     "other pickles": other_pickle,
     "values of rest.pt": values,
     "links": link,
@@ -289,7 +254,7 @@ def try_one(kind: str, seed: int, whole: Path, place: Path, expected: Any) -> di
     """
     folder = place / "checkpoints" / NAME
     shutil.copytree(whole, folder, copy_function=os.link)
-    shutil.copy(whole / SHARDS[0], place / "checkpoints" / "outside.pt")
+    shutil.copy(whole / PARTS[0], place / "checkpoints" / "outside.pt")
     vouch(folder)
     if kind in CHANGES:
         CHANGES[kind](random.Random(seed), folder)

@@ -45,10 +45,10 @@ from benchmarks.sparsity.training import PROTOCOL, train
 from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
-from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.limits import keep_freed_memory
 
 FOLDER = HERE / "sparsity"
 NOTHING_LEFT = 4  # exit code

@@ -23,12 +23,12 @@ import torch
 from benchmarks.harness import HERE, about
 from benchmarks.places import SHIFTS, accuracy_of
 from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Job
-from moevision.allocator import keep_freed_memory
 from moevision.config import read, settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import file_sha256
 from moevision.layers import forward_routing
+from moevision.limits import keep_freed_memory
 from moevision.losses import cv_squared
 from moevision.train.finish import RunResult, finish
 from moevision.train.fit import quiet_lightning

@@ -26,8 +26,8 @@ from benchmarks.specialization.arms import DATA_SETS, SEEDS, Job, Record, queue
 from benchmarks.specialization.report import parts_of
 from benchmarks.specialization.rule import CHOOSING, chosen
 from benchmarks.specialization.trunk import trunk_of
-from moevision.allocator import keep_freed_memory
 from moevision.errors import UserError
+from moevision.limits import keep_freed_memory
 
 FOLDER = HERE / "specialization"
 

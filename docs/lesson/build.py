@@ -33,12 +33,12 @@ from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, scr
 from moevision.demo.models import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.view import route_image
 from moevision.efficiency import measure_cost
+from moevision.errors import json_text
 from moevision.files import write_text_atomic
 from moevision.layers import forward_routing
 from moevision.models.history import RoutingHistory
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_json
-from moevision.names import json_text
 
 HERE: Final = Path(__file__).parent
 NUMBERS: Final = "lesson_numbers.json"

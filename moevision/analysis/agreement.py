@@ -21,52 +21,39 @@ R resamples.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import PictureSet, read_images
-from moevision.analysis.information import ENDS, Floats
+from moevision.analysis.information import ENDS, Array, Floats, Ints, Json, Numbers, Pixels
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.layers.moe import moe_layers
 from moevision.models.io import SavedModel
 
-Pixels = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
 _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Consistency:
-    """Agreement of one layer's first choices between images and their changed copies.
+class Consistency(Numbers):
+    """Agreement of one layer's first choices between images and their changed copies."""
 
-    Attributes:
-        layer: block index.
-        change: `flip`, or `shift` by whole patches.
-        agreement: share of the compared patches that go to the same expert.
-        kappa: the same beyond chance.
-        low: lower end of the 95 % interval of kappa, over images.
-        high: upper end.
-        n_images: images.
-    """
+    layer: int  # block index
+    change: str  # `flip`, or `shift` by whole patches
+    agreement: float  # share of the compared patches that go to the same expert
+    kappa: float  # the same beyond chance
+    low: float  # lower end of the 95 % interval of kappa, over images
+    high: float  # upper end
+    n_images: int  # images
 
-    layer: int
-    change: str
-    agreement: float
-    kappa: float
-    low: float
-    high: float
-    n_images: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON primitives."""
-        return {"name": f"L{self.layer}", **asdict(self)}
+    def to_json(self) -> Json:
+        """The fields, and the layer as it is shown."""
+        return {"name": f"L{self.layer}", **super().to_json()}
 
 
 def consistency(
@@ -89,7 +76,7 @@ def consistency(
         seed: of the draw and of the resamples.
 
     Raises:
-        UserError: there are fewer than two images, the model has no grid of patches, or the shift leaves no patch.
+        UserError: there are fewer than two images, or the shift leaves no patch.
     """
     indices = np.random.default_rng(seed).permutation(len(pictures))[:limit]
     if len(indices) < 2:
@@ -125,26 +112,17 @@ def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], t
     """First choice of every patch, block index -> [B, rows, columns]; the grid; block index -> E.
 
     Where experts choose it is the largest weight of those that took the patch, and E (no expert) where none did.
-
-    Raises:
-        UserError: the model has no MoE layer or no grid of patches.
     """
     _, routings = forward_routing(model.net, network_input(model, images))
     choices: dict[int, Ints] = {}
     grid, num_experts = (0, 0), {}
     for place, routing in enumerate(routings):
-        if routing.grid is None:
-            raise UserError(
-                "This model's tokens are no single grid of patches: give a plain ViT, without patch dropping."
-            )
-        grid, block = routing.grid, place if routing.layer is None else routing.layer
+        grid, block = cast(tuple[int, int], routing.grid), place if routing.layer is None else routing.layer
         num_experts[block] = routing.num_experts
         first = routing.expert_index[..., 0]  # [B, N]
         if routing.kind == "expert_choice":
             first = first.masked_fill(~routing.kept[..., 0], routing.num_experts)
         choices[block] = first[:, routing.num_prefix_tokens :].cpu().numpy().reshape(len(images), *grid)
-    if not choices:
-        raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
     return choices, grid, num_experts
 
 
@@ -169,19 +147,12 @@ def overlap(before: Ints, after: Ints, shift: tuple[int, int]) -> tuple[Ints, In
 
 @dataclass(frozen=True)
 class ExpertMatch:
-    """How the experts of router b answer to those of router a.
+    """How the experts of router b answer to those of router a."""
 
-    Attributes:
-        order: [E] for each expert of a its partner in b, from the first half of the images.
-        agreement: share of the other half's patches whose first choices are partners.
-        kappa: the same beyond chance (Cohen's): 0 as for independent routers of these loads, 1 in full agreement.
-        n_images: images of the half that was measured.
-    """
-
-    order: tuple[int, ...]
-    agreement: float
-    kappa: float
-    n_images: int
+    order: tuple[int, ...]  # [E] for each expert of a its partner in b, from the first half of the images
+    agreement: float  # share of the other half's patches whose first choices are partners
+    kappa: float  # the same beyond chance (Cohen's): 0 as for independent routers of these loads, 1 in full agreement
+    n_images: int  # images of the half that was measured
 
 
 def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch:
@@ -204,7 +175,7 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
     return pair_experts(first, second, a.num_experts, seed=seed)
 
 
-def pair_experts(first: npt.NDArray[Any], second: npt.NDArray[Any], num_experts: int, *, seed: int = 0) -> ExpertMatch:
+def pair_experts(first: Array, second: Array, num_experts: int, *, seed: int = 0) -> ExpertMatch:
     """`match_experts` by the first choices [I, ...] of two routers of E experts on the same images; -1: none."""
     from scipy.optimize import linear_sum_assignment
 
@@ -221,13 +192,13 @@ def pair_experts(first: npt.NDArray[Any], second: npt.NDArray[Any], num_experts:
     )
 
 
-def pair_counts(a: npt.NDArray[Any], b: npt.NDArray[Any], num_experts: int) -> npt.NDArray[np.int64]:
+def pair_counts(a: Array, b: Array, num_experts: int) -> Ints:
     """[E, E]: how many patches chose expert i in `a` and expert j in `b`; give E + 1 where E stands for no expert."""
     pairs = a.astype(np.int64).ravel() * num_experts + b.ravel()  # cell of the table, row-major
     return np.bincount(pairs, minlength=num_experts**2).reshape(num_experts, num_experts)
 
 
-def cohen_kappa(tables: npt.NDArray[Any]) -> Any:
+def cohen_kappa(tables: Array) -> Any:
     """Cohen's kappa of square tables [..., E, E]: agreement beyond what the margins give; 0 where it is undefined.
 
     Undefined means that both raters always give the same single answer: nothing could disagree.

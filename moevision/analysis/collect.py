@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import timm
 import torch
 from rich.console import Console
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 
 from moevision import __version__
 from moevision.analysis.images import Data, PictureSet, open_pictures
-from moevision.analysis.trace import Array, RoutingTrace, StreamedRows, metadata_of
+from moevision.analysis.information import Array, Pixels
+from moevision.analysis.trace import RoutingTrace, StreamedRows, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
@@ -296,7 +296,7 @@ def weights_sha256(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def network_input(model: SavedModel, images: npt.NDArray[np.uint8]) -> Tensor:
+def network_input(model: SavedModel, images: Pixels) -> Tensor:
     """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
     pixels = normalize(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std)
     weight = next(model.net.parameters())

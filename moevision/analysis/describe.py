@@ -28,29 +28,35 @@ C classes, S pixels of a side, R resamples or permutations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from moevision.analysis.information import ENDS, Ints, choice_counts, chunks
+from moevision.analysis.information import (
+    ENDS,
+    Array,
+    Flags,
+    Floats,
+    Ints,
+    Json,
+    Numbers,
+    Pixels,
+    choice_counts,
+    chunks,
+)
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
 if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
 
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
-Amounts = npt.NDArray[Any]
-_ROWS = 1 << 16  # patches that are multiplied at once
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of the gate weights: median, the middle half and the middle nine tenths."""
 
 
-def co_activation(expert_index: Ints, num_experts: int, kept: Flags | None = None) -> npt.NDArray[np.int64]:
+def co_activation(expert_index: Ints, num_experts: int, kept: Flags | None = None) -> Ints:
     """How many patches chose both of two experts, for *every* pair among the K that were chosen.
 
     Pairs of neighbours in rank alone (which some published scripts count) miss a pair such as first and third.
@@ -64,13 +70,8 @@ def co_activation(expert_index: Ints, num_experts: int, kept: Flags | None = Non
         [E, E] symmetric counts N_ij; the diagonal is N_i, the patches that chose expert i at all. The share of
         expert i's patches that also chose j is `counts[i, j] / counts[i, i]` (OLMoE, arXiv:2409.02060).
     """
-    chosen = _checked(expert_index, num_experts)
-    one_hot = choice_counts(chosen, num_experts, kept).reshape(-1, num_experts)
-    counts = np.zeros((num_experts, num_experts))
-    for start in range(0, len(one_hot), _ROWS):
-        part = one_hot[start : start + _ROWS]
-        counts += part.T @ part
-    return counts.round().astype(np.int64)
+    one_hot = choice_counts(expert_index, num_experts, kept).reshape(-1, num_experts).astype(np.float64)
+    return (one_hot.T @ one_hot).astype(np.int64)
 
 
 def expected_co_activation(counts: Ints, steps: int = 500) -> Floats:
@@ -100,14 +101,13 @@ def expected_co_activation(counts: Ints, steps: int = 500) -> Floats:
     return expected
 
 
-def position_share(expert_index: Ints, num_experts: int, amount: Amounts | None = None) -> Floats:
+def position_share(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
     """[E, P]: which share of the choices [I, P, K] made at a grid position falls on each expert; columns sum to 1.
 
     A choice counts its amount [I, P, K], or 1. Where nothing is counted at a position, its column is 0.
     """
-    chosen = _checked(expert_index, num_experts)
-    patches = chosen.shape[1]
-    cell = chosen.astype(np.int64) * patches + np.arange(patches)[None, :, None]
+    patches = np.shape(expert_index)[1]
+    cell = np.asarray(expert_index, np.int64) * patches + np.arange(patches)[None, :, None]
     weights = None if amount is None else np.asarray(amount, np.float64).ravel()
     counts = np.bincount(cell.ravel(), weights, minlength=num_experts * patches).reshape(num_experts, patches)
     total = counts.sum(0)
@@ -116,7 +116,7 @@ def position_share(expert_index: Ints, num_experts: int, amount: Amounts | None 
 
 
 def gate_weight_quantiles(
-    combine_weight: npt.NDArray[np.floating], quantiles: Sequence[float] = QUANTILES, kept: Flags | None = None
+    combine_weight: Floats, quantiles: Sequence[float] = QUANTILES, kept: Flags | None = None
 ) -> Floats:
     """[Q, K]: quantiles over all patches of the weight [I, P, K] of the 1st .. Kth choice (linear interpolation).
 
@@ -132,7 +132,7 @@ def gate_weight_quantiles(
     return np.stack([np.quantile(values, quantiles) if len(values) else nothing for values in columns], axis=-1)
 
 
-def part_fractions(part_masks: npt.NDArray[np.uint8], grid: tuple[int, int], num_parts: int) -> npt.NDArray[np.float32]:
+def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) -> Floats:
     """[I, P, parts]: which share of each patch's pixels belongs to each part; sums to 1 over the parts.
 
     Args:
@@ -147,15 +147,13 @@ def part_fractions(part_masks: npt.NDArray[np.uint8], grid: tuple[int, int], num
     return np.stack([(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1)
 
 
-def majority_part(fractions: npt.NDArray[np.floating]) -> npt.NDArray[np.int16]:
+def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    majority: npt.NDArray[np.int16] = np.asarray(fractions).argmax(-1).astype(np.int16)
+    majority: Ints = np.asarray(fractions).argmax(-1).astype(np.int16)
     return majority
 
 
-def part_expert_table(
-    expert_index: Ints, fractions: npt.NDArray[np.floating], num_experts: int, amount: Amounts | None = None
-) -> Floats:
+def part_expert_table(expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None) -> Floats:
     """[parts, E]: patches of each part that went to each expert; a patch counts for its parts by their area.
 
     Each of a patch's K choices carries 1/K of it, so the table sums to I · P and the row sums are each part's area
@@ -169,24 +167,21 @@ def part_expert_table(
         amount: [I, P, K] what each choice carries; 1/K if None.
     """
     area = np.asarray(fractions, np.float64)
-    if area.shape[:2] != np.shape(expert_index)[:2]:
-        raise UserError("These parts and this routing are of other images or patches: make both of one trace.")
     table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
     return table
 
 
-def _carried(expert_index: Ints, num_experts: int, amount: Amounts | None) -> Floats:
+def _carried(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
     """[I · P, E] float64: how much of each patch went to each expert; a choice carries its amount, or 1/K."""
-    chosen = _checked(expert_index, num_experts)
-    counts = choice_counts(chosen, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
-    return counts / chosen.shape[2] if amount is None else counts
+    counts = choice_counts(expert_index, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
+    return counts / np.shape(expert_index)[2] if amount is None else counts
 
 
 def part_stands_out(
     expert_index: Ints,
-    fractions: npt.NDArray[np.floating],
+    fractions: Floats,
     num_experts: int,
-    amount: Amounts | None = None,
+    amount: Array | None = None,
     *,
     num_permutations: int = 400,
     seed: int = 0,
@@ -217,16 +212,6 @@ def part_stands_out(
     return stands_out
 
 
-def _checked(expert_index: Ints, num_experts: int) -> Ints:
-    """`expert_index` as an array [I, P, K] whose experts exist."""
-    chosen = np.asarray(expert_index)
-    if chosen.ndim != 3 or chosen.size == 0:
-        raise UserError(f"Chosen experts need the axes [images, patches, choices], all filled; got {chosen.shape}.")
-    if chosen.min() < 0 or chosen.max() >= num_experts:
-        raise UserError(f"Chosen experts must lie in 0..{num_experts - 1}, got {chosen.min()}..{chosen.max()}.")
-    return chosen
-
-
 class GalleryPatch(NamedTuple):
     """A patch of an image of the trace, and the gate weight of the expert in it (Soft MoE: how much of it it reads)."""
 
@@ -236,17 +221,11 @@ class GalleryPatch(NamedTuple):
 
 
 class ExpertGallery(NamedTuple):
-    """The patches of one expert.
+    """The patches of one expert."""
 
-    Attributes:
-        expert: index of the expert in its layer.
-        top: heaviest first, at most one of each image.
-        random: drawn from all patches that the expert computed, in order of image and patch.
-    """
-
-    expert: int
-    top: list[GalleryPatch]
-    random: list[GalleryPatch]
+    expert: int  # index of the expert in its layer
+    top: list[GalleryPatch]  # heaviest first, at most one of each image
+    random: list[GalleryPatch]  # drawn from all patches that the expert computed, in order of image and patch
 
 
 def layer_gallery(layer: LayerTrace, count: int = 8, seed: int = 0) -> list[ExpertGallery]:
@@ -283,7 +262,7 @@ def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0
     return _as_patches(images[drawn], patches[drawn], weights[drawn])
 
 
-def first_choice_paths(trace: RoutingTrace) -> npt.NDArray[np.int16]:
+def first_choice_paths(trace: RoutingTrace) -> Ints:
     """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
     return np.stack([np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1)
 
@@ -310,7 +289,7 @@ def patches_on_path(
     return _as_patches(images[chosen], patches[chosen], weights)
 
 
-def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+def spread_over_pictures(images: Ints, count: int, rng: np.random.Generator) -> Ints:
     """Positions in `images` [N] of random entries, sorted; an image's second entry only fills up what others can't."""
     order = rng.permutation(len(images))
     _, first = np.unique(images[order], return_index=True)
@@ -319,9 +298,7 @@ def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.rando
     return np.sort(np.concatenate([order[once], order[~once]])[:count])
 
 
-def _routed(
-    layer: LayerTrace, expert: int
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
     """Image, patch and weight of everything that an expert computed, in order of image and patch."""
     if not 0 <= expert < layer.num_experts:
         raise UserError(f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}.")
@@ -330,13 +307,11 @@ def _routed(
     return images, patches, np.asarray(weights)[images, patches, choices]
 
 
-def _as_patches(
-    images: npt.NDArray[np.intp], patches: npt.NDArray[np.intp], weights: npt.NDArray[np.floating]
-) -> list[GalleryPatch]:
+def _as_patches(images: Ints, patches: Ints, weights: Floats) -> list[GalleryPatch]:
     return [GalleryPatch(int(i), int(p), round(float(w), 4)) for i, p, w in zip(images, patches, weights, strict=True)]
 
 
-def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | None:
     """[I, P, parts]: share of each patch's pixels that belong to each part; None where images have no parts."""
     if not pictures.part_names:
         return None
@@ -359,7 +334,7 @@ _CHUNK_CELLS = 1 << 22
 
 
 @dataclass(frozen=True)
-class ClassExpertMap:
+class ClassExpertMap(Numbers):
     """Shares of one layer's experts in the choices of each class.
 
     Attributes:
@@ -378,30 +353,18 @@ class ClassExpertMap:
 
     layer: int
     class_names: tuple[str, ...]
-    n_images: npt.NDArray[np.int64]
+    n_images: Ints
     share: Floats
     mean_share: Floats
     excess: Floats
     threshold: float
-    significant: npt.NDArray[np.bool_]
+    significant: Flags
     p_value: Floats
     level: float = _LEVEL
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The fields as JSON primitives; null stands for a class without images."""
-        return {
-            "layer": self.layer,
-            "name": f"L{self.layer}",
-            "class_names": list(self.class_names),
-            "n_images": self.n_images.tolist(),
-            "share": _jsonable(self.share),
-            "mean_share": self.mean_share.tolist(),
-            "excess": _jsonable(self.excess),
-            "threshold": self.threshold,
-            "significant": self.significant.tolist(),
-            "p_value": _jsonable(self.p_value),
-            "level": self.level,
-        }
+        return {"name": f"L{self.layer}", **super().to_json()}
 
 
 def class_expert_map(
@@ -439,23 +402,21 @@ def class_expert_map(
     )
 
 
-def image_shares(takes: npt.NDArray[Any]) -> Floats:
+def image_shares(takes: Array) -> Floats:
     """[I, E] each expert's share of what an image takes (`LayerTrace.image_takes`); equal shares where that is 0."""
     total = takes.sum(1, keepdims=True)
     shares: Floats = np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
     return shares
 
 
-def _class_sums(shares: Floats, labels: npt.NDArray[np.int64], num_classes: int) -> Floats:
+def _class_sums(shares: Floats, labels: Ints, num_classes: int) -> Floats:
     """Sums [R, C, E] of shares [I, E] over the images of each class, for labellings [R, I]."""
     one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float64)  # [R, C, I]
     sums: Floats = np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(len(labels), num_classes, -1)
     return sums
 
 
-def _largest_of_permuted(
-    centred: Floats, labels: npt.NDArray[np.int64], n_images: npt.NDArray[np.int64], num_permutations: int, seed: int
-) -> Floats:
+def _largest_of_permuted(centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int) -> Floats:
     """[R] the largest absolute excess in each permuted table."""
     rng, present = np.random.default_rng(seed), n_images > 0
     chunk = max(1, _CHUNK_CELLS // (len(n_images) * len(labels)))
@@ -467,48 +428,30 @@ def _largest_of_permuted(
     return np.concatenate(largest)
 
 
-def _jsonable(values: Floats) -> list[list[float | None]]:
-    return [[None if np.isnan(value) else float(value) for value in row] for row in values]
-
-
 @dataclass(frozen=True)
 class ExpertDifference:
-    """One expert's mean share (of choices, or of weights where tokens don't choose) in class a minus that in class b.
+    """One expert's mean share (of choices; of weights where tokens don't choose) in class a minus that in class b."""
 
-    Attributes:
-        expert: index of the expert.
-        difference: between -1 and 1.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p_value: of "both classes use it alike", two-sided.
-        q: the p-value corrected for all layers and experts (false discovery rate).
-        significant: whether q is at most 0.05.
-    """
-
-    expert: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    q: float
-    significant: bool
+    expert: int  # index of the expert
+    difference: float  # between -1 and 1
+    low: float  # lower end of the 95 % interval
+    high: float  # upper end
+    p_value: float  # of "both classes use it alike", two-sided
+    q: float  # the p-value corrected for all layers and experts (false discovery rate)
+    significant: bool  # whether q is at most 0.05
 
 
 @dataclass(frozen=True)
-class LayerDifference:
-    """The differences of one layer's experts."""
+class LayerDifference(Numbers):
+    """The differences of one layer's experts; `name` is the layer as it is shown, such as "L4"."""
 
+    name: str
     layer: int
     experts: tuple[ExpertDifference, ...]
 
-    @property
-    def name(self) -> str:
-        """The layer as it is shown, such as "L4"."""
-        return f"L{self.layer}"
-
 
 @dataclass(frozen=True)
-class ClassComparison:
+class ClassComparison(Numbers):
     """Two classes side by side, their images [n_a, n_b], the layers in order of depth, and the result in words."""
 
     class_a: str
@@ -517,12 +460,6 @@ class ClassComparison:
     n_b: int
     layers: tuple[LayerDifference, ...]
     sentence: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON primitives."""
-        found = asdict(self)
-        found["layers"] = [{"name": f"L{layer['layer']}", **layer} for layer in found["layers"]]
-        return found
 
 
 def compare_classes(
@@ -559,7 +496,8 @@ def compare_classes(
     x, y = shares[side_a], shares[side_b]  # [images of a or b, sum of E]
     rng = np.random.default_rng(seed)
     difference = x.mean(0) - y.mean(0)
-    resampled = _bootstrap_means(x, num_resamples, rng) - _bootstrap_means(y, num_resamples, rng)
+    drawn = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=num_resamples) for side in (x, y)]
+    resampled = drawn[0] @ x / len(x) - drawn[1] @ y / len(y)  # [R, sum of E]
     low, high = np.quantile(resampled, ENDS, axis=0)
     p_value = _permutation_p(x, y, num_resamples, rng)
     from scipy.stats import false_discovery_control
@@ -573,7 +511,7 @@ def compare_classes(
             for expert, (change, least, most, p, corrected) in enumerate(numbers[first : first + layer.num_experts])
         )
         first += layer.num_experts
-        layers.append(LayerDifference(layer.layer, experts))
+        layers.append(LayerDifference(layer.name, layer.layer, experts))
     sentence = _sentence(name_a, name_b, layers, len(x), len(y))
     return ClassComparison(name_a, name_b, len(x), len(y), tuple(layers), sentence)
 
@@ -585,14 +523,6 @@ def _class(trace: RoutingTrace, which: str | int) -> tuple[str, int]:
     if not isinstance(which, str) and 0 <= which < len(names):
         return names[which], int(which)
     raise UserError(f"There is no class {which!r}: choose two of {', '.join(names)}.")
-
-
-def _bootstrap_means(shares: Floats, num_resamples: int, rng: np.random.Generator) -> Floats:
-    """[R, cells] means of images drawn with replacement."""
-    n = len(shares)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)  # [R, I] how often each image is drawn
-    means: Floats = drawn @ shares / n
-    return means
 
 
 def _permutation_p(x: Floats, y: Floats, num_permutations: int, rng: np.random.Generator) -> Floats:

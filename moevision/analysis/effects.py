@@ -20,16 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import Any
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.special import softmax
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet
+from moevision.analysis.information import Json, Pixels
 from moevision.analysis.intervention import (
     Capacity,
     Decision,
@@ -49,7 +49,6 @@ from moevision.layers import MoEMlp, moe_layers, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
-Pixels = npt.NDArray[np.uint8]
 Taken = dict[MoEMlp, Tensor]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
 
 
@@ -74,22 +73,27 @@ def effect(
         seed: of the control.
 
     Raises:
-        UserError: if the model has no such layer, expert or class, or the image is no uint8 [S, S, 3].
+        UserError: if the model has no such layer, expert or class.
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
-    net, x = model.net, _to_input(model, [image])
+    net, x = model.net, network_input(model, np.stack([image]))
     with routing_lock(net):
         before = net(x)[0].double()
         after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-        others = _on_other_experts(net, intervention)
+        others: list[Intervention] = []
+        if intervention.kind in ("ablate", "force"):
+            experts = numbered_layers(net)[cast(int, intervention.layer)].router.num_experts
+            others = [replace(intervention, expert=e) for e in range(experts) if e != intervention.expert]
+        kinds = {routing_kind(layer.router) for layer in intervention.edits(net)}
         keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
         logits = run_compared(net, x, intervention, taken, others, keys) if others or keys else before.new_empty(0, 1)
     delta_logits = (logits - before)[:, index].tolist()
     delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
-    count, routing = len(others), _kind_of(net, intervention)
+    # Where layers differ in who chooses, words for tokens are right in a wider sense.
+    count, routing = len(others), kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
     if has_control:
         what = control_in_words(intervention, moved, routing)
@@ -138,7 +142,12 @@ def class_effect(
     """
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net
-    chosen = _pictures_of(pictures, name, limit, seed)
+    if name not in pictures.class_names:
+        raise UserError(f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}.")
+    label = pictures.class_names.index(name)
+    chosen = [number for number in range(len(pictures)) if pictures.label(number) == label]
+    if limit is not None and len(chosen) > limit:
+        chosen = sorted(np.random.default_rng(seed).choice(chosen, limit, replace=False).tolist())
     rows: list[Tensor] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
     unreadable, has_control = 0, True
     for start in range(0, len(chosen), batch_size):
@@ -150,7 +159,7 @@ def class_effect(
                 unreadable += 1
         if not readable:
             continue
-        x = _to_input(model, list(readable.values()))
+        x = network_input(model, np.stack(list(readable.values())))
         with routing_lock(net):
             before = net(x).double()
             after, taken, has_control = run_under(net, x, intervention)
@@ -175,47 +184,12 @@ def class_effect(
     )
 
 
-def _on_other_experts(net: nn.Module, intervention: Intervention) -> list[Intervention]:
-    if intervention.kind not in ("ablate", "force") or intervention.layer is None:
-        return []
-    num_experts = numbered_layers(net)[intervention.layer].router.num_experts
-    return [replace(intervention, expert=expert) for expert in range(num_experts) if expert != intervention.expert]
-
-
-def _kind_of(net: nn.Module, intervention: Intervention) -> RoutingKind:
-    """Who chooses in the layers that it acts on; where they differ, words for tokens are right in a wider sense."""
-    kinds = {routing_kind(layer.router) for layer in intervention.edits(net)}
-    return kinds.pop() if len(kinds) == 1 else "token_choice"
-
-
-def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:
-    """uint8 images [S, S, 3] -> [B, 3, S, S] on the device and in the dtype of the model."""
-    for image in images:
-        if image.dtype != np.uint8 or image.shape != (model.image_size, model.image_size, 3):
-            raise UserError(
-                f"The image is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
-                f"{model.image_size}, 3], as moevision.data.transforms.square_pixels makes it."
-            )
-    return network_input(model, np.stack(images))
-
-
 def _class_index(class_names: Sequence[str], target: int | str) -> int:
     if isinstance(target, str) and target in class_names:
         return list(class_names).index(target)
     if isinstance(target, int) and 0 <= target < len(class_names):
         return target
     raise UserError(f"The model has no class {target!r}: choose one of {', '.join(class_names[:20])}.")
-
-
-def _pictures_of(pictures: PictureSet, name: str, limit: int | None, seed: int) -> list[int]:
-    """Indices of the images of a class, or of `limit` of them."""
-    if name not in pictures.class_names:
-        raise UserError(f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}.")
-    label = pictures.class_names.index(name)
-    found = [number for number in range(len(pictures)) if pictures.label(number) == label]
-    if limit is None or len(found) <= limit:
-        return found
-    return sorted(np.random.default_rng(seed).choice(found, limit, replace=False).tolist())
 
 
 def take_away_random(
@@ -366,16 +340,10 @@ class Control:
         """Standard deviation of the change of the logit over the draws."""
         return stdev(self.delta_logits)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Every number."""
-        return {
-            "what": self.what,
-            "n": len(self.delta_logits),
-            "deltas": list(self.delta_logits),
-            "delta_ps": list(self.delta_ps),
-            "mean": self.mean,
-            "sd": self.sd,
-        }
+        deltas = {"n": len(self.delta_logits), "deltas": list(self.delta_logits), "delta_ps": list(self.delta_ps)}
+        return {"what": self.what, **deltas, "mean": self.mean, "sd": self.sd}
 
 
 @dataclass(frozen=True)
@@ -410,7 +378,7 @@ class ClassEffect:
     moved: float
     unreadable: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Means over images and their standard deviations (null for one image, and without a control)."""
         several, controls = len(self.delta_logits) > 1, self.control_delta_logits
         return {
@@ -493,10 +461,10 @@ class Effect:
             parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
         return "; ".join(parts) + "."
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Every number, with the five likeliest classes before and after."""
 
-        def top5(probabilities: Sequence[float]) -> list[dict[str, Any]]:
+        def top5(probabilities: Sequence[float]) -> list[Json]:
             best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
             return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
 
@@ -525,10 +493,19 @@ def _signed(value: float) -> str:
 def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
     """What was changed, as the start of a sentence; `moved` patch assignments were taken from their experts."""
     layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
-    assignments = f"{moved} patch assignment{'' if moved == 1 else 's'}"
+    assignments, one = f"{moved} patch assignment{'' if moved == 1 else 's'}", moved == 1
     match intervention.kind:
         case "ablate":
-            return f"without {layer}·E{intervention.expert} ({_without(intervention, moved, routing)})"
+            patches = f"{moved} patch{'' if one else 'es'}"
+            if intervention.fill == "zero":
+                gone = f"its output set to zero for {patches}"
+            elif routing == "soft":
+                gone = f"its weight in {patches} shared out among the other experts"
+            elif routing == "expert_choice":
+                gone = f"{patches} {'loses' if one else 'lose'} it, and no expert takes its place"
+            else:
+                gone = f"{patches} {'goes to its' if one else 'go to their'} next-best expert"
+            return f"without {layer}·E{intervention.expert} ({gone})"
         case "force":
             return f"with every token of {layer} sent first to E{intervention.expert} ({assignments} moved)"
         case "swap":
@@ -538,26 +515,13 @@ def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "tok
             return f"with {pair} of {layer} swapped ({assignments} moved)"
         case "random" if routing == "soft":
             return f"with the slots of {layer} dealt out to its experts at random (seed {intervention.seed})"
-        case "random" if routing == "expert_choice":
-            return f"with random patches for the experts of {layer} (seed {intervention.seed}, {assignments} moved)"
         case "random":
-            return f"with random routing in {layer} (seed {intervention.seed}, {assignments} moved)"
+            what = "patches for the experts of" if routing == "expert_choice" else "routing in"
+            return f"with random {what} {layer} (seed {intervention.seed}, {assignments} moved)"
         case "top_k":
             return f"with k = {intervention.top_k} in {layer} ({assignments} dropped)"
         case "capacity":
             return f"with capacity factor {intervention.factor:g} in {layer} ({assignments} dropped)"
-
-
-def _without(intervention: Intervention, moved: int, routing: RoutingKind) -> str:
-    """What an ablated expert's patches get."""
-    patches = f"{moved} patch{'' if moved == 1 else 'es'}"
-    if intervention.fill == "zero":
-        return f"its output set to zero for {patches}"
-    if routing == "soft":
-        return f"its weight in {patches} shared out among the other experts"
-    if routing == "expert_choice":
-        return f"{patches} {'loses' if moved == 1 else 'lose'} it, and no expert takes its place"
-    return f"{patches} {'goes to its' if moved == 1 else 'go to their'} next-best expert"
 
 
 def control_in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
@@ -566,11 +530,11 @@ def control_in_words(intervention: Intervention, moved: int, routing: RoutingKin
     assignments = f"{moved} random patch assignment{'' if moved == 1 else 's'} of {layer}"
     if control_fill(intervention) == "zero":
         return f"setting {assignments} to zero"
-    if routing == "soft":
-        return f"taking {assignments} away and sharing out their weight among the other experts"
-    if routing == "expert_choice":
-        return f"taking {assignments} away"
-    return f"moving {assignments} to the next-best expert"
+    return {
+        "soft": f"taking {assignments} away and sharing out their weight among the other experts",
+        "expert_choice": f"taking {assignments} away",
+        "token_choice": f"moving {assignments} to the next-best expert",
+    }[routing]
 
 
 def control_fill(intervention: Intervention) -> Fill:

@@ -22,47 +22,44 @@ import hashlib
 import io
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from importlib.resources import files
 from inspect import signature
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import urlencode
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from scipy.special import log_softmax
 
 from moevision import __version__
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import data_settings
+from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
-from moevision.data.scores import FILE, SCORES, Floats, Ints, Scores, keys_of, rows_of
-from moevision.data.transforms import Pixels, square_pixels
-from moevision.errors import UserError
+from moevision.data.scores import FILE, SCORES, Scores, keys_of, rows_of
+from moevision.data.transforms import square_pixels
+from moevision.errors import UserError, csv_name, json_text, shown
 from moevision.files import refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
-from moevision.names import csv_name, json_text, shown
 
-Json = dict[str, Any]
-Bools = npt.NDArray[np.bool_]
 TABLE, PAGE = "images.csv", "page.html"
 EXPLORER: Final = "http://127.0.0.1:7860"
 """Where `moevision demo` is, unless the port is taken."""
 THUMB: Final = 112  # px, the longer side of an image on the page
-_BLOCK = 10_000
 _CELLS = (24, 16)  # of the map: mean p, spread
 _MOST_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
 _MOST_ROWS = 1000  # of a table of the page
@@ -124,7 +121,7 @@ _FLAT: Final = 2.0  # grey levels: standard deviation of the 32 x 32 luma below 
 _COSINES: Final = np.cos(np.pi * np.outer(np.arange(_KEPT), 2 * np.arange(_GRID) + 1) / (2 * _GRID))
 
 
-def look_at(image: Image.Image) -> npt.NDArray[Any]:
+def look_at(image: Image.Image) -> Array:
     """Measure an RGB image, perhaps decoded at a reduced size by `safe_open`; a 0-d array of `LOOK`.
 
     All but the size is measured at a short side of at most `SIDE`, so that photos of different cameras compare;
@@ -148,7 +145,7 @@ def look_at(image: Image.Image) -> npt.NDArray[Any]:
     return found
 
 
-def laplacian_variance(luma: npt.NDArray[np.float32]) -> float:
+def laplacian_variance(luma: Floats) -> float:
     """Variance of the four-neighbour Laplacian of [H, W] inside the edge; 0 of less than 3 x 3 pixels."""
     if min(luma.shape) < 3:
         return 0.0
@@ -211,9 +208,7 @@ class Nearest:
         self.distance[image[better]] = distance[better]
 
 
-def nearest_by_hash(
-    hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints, white: Floats | None = None
-) -> tuple[Nearest, Nearest]:
+def nearest_by_hash(hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None) -> tuple[Nearest, Nearest]:
     """The nearest image, and the nearest one of another split, by the bits in which hashes differ, at most `MOST_BITS`.
 
     Args:
@@ -236,18 +231,15 @@ def nearest_by_hash(
             if white is not None:
                 cosine = np.einsum("pd,pd->p", white[left[near]], white[right[near]])
                 near = near[(differ[near] <= SURE_BITS) | (cosine >= AGREE)]
-            _offer_both(found, left[near], right[near], differ[near].astype(np.float32), split)
+            left, right = np.concatenate([left[near], right[near]]), np.concatenate([right[near], left[near]])
+            distance = np.tile(differ[near].astype(np.float32), 2)
+            found[0].offer(left, right, distance)
+            across = split[left] != split[right]
+            found[1].offer(left[across], right[across], distance[across])
     return found
 
 
-def _offer_both(found: tuple[Nearest, Nearest], left: Ints, right: Ints, distance: Floats, split: Ints) -> None:
-    pairs = np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([distance, distance])
-    found[0].offer(*pairs)
-    across = split[pairs[0]] != split[pairs[1]]
-    found[1].offer(*(each[across] for each in pairs))
-
-
-def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> tuple[Nearest, Nearest]:
     """By one less the cosine of vectors of unit length [n, D], as of `whitened`; `nearest_by_hash` says the rest."""
     found = (Nearest.none(len(white)), Nearest.none(len(white)))
     rows = np.flatnonzero(usable)
@@ -290,7 +282,7 @@ def nearest_in_class(vectors: Floats, labels: Ints) -> Nearest:
     return found
 
 
-def whitened(features: npt.NDArray[np.floating[Any]], usable: Bools) -> Floats:
+def whitened(features: Floats, usable: Flags) -> Floats:
     """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out.
 
     Images that aren't `usable` [n] take no part, and are 0.
@@ -306,28 +298,18 @@ def whitened(features: npt.NDArray[np.floating[Any]], usable: Bools) -> Floats:
 
 
 def _cells(white: Floats) -> list[Ints]:
-    """Indices of at most `CELL` images each, by their nearest centroid (Lloyd's algorithm on a sample)."""
+    """Indices of at most `CELL` images each, by their nearest centroid (k-means of a sample)."""
     n = len(white)
     if n <= CELL:
         return [np.arange(n)]
-    generator = np.random.default_rng(0)
-    sample = white[np.sort(generator.choice(n, min(n, 2 * CELL), replace=False))]
-    centroids = sample[generator.choice(len(sample), 2 * -(-n // CELL), replace=False)]
-    for _ in range(_ROUNDS):
-        mine = _nearest_centroid(sample, centroids)
-        filled = np.bincount(mine, minlength=len(centroids)) > 0
-        sums = np.zeros_like(centroids)
-        np.add.at(sums, mine, sample)
-        centroids[filled] = sums[filled] / np.maximum(np.linalg.norm(sums[filled], axis=1, keepdims=True), 1e-12)
-    mine = _nearest_centroid(white, centroids)
+    from sklearn.cluster import KMeans  # slow to import, and not needed for fewer images
+
+    sample = white[np.sort(np.random.default_rng(0).choice(n, min(n, 2 * CELL), replace=False))]
+    means = KMeans(2 * -(-n // CELL), init="random", n_init=1, max_iter=_ROUNDS, random_state=0).fit(sample)
+    mine = means.predict(white)
     order = np.argsort(mine, kind="stable")
     cells = np.split(order, np.flatnonzero(np.diff(mine[order])) + 1)
     return [cell[start : start + CELL] for cell in cells for start in range(0, len(cell), CELL)]
-
-
-def _nearest_centroid(white: Floats, centroids: Floats) -> Ints:
-    parts = [(white[start : start + CELL] @ centroids.T).argmax(1) for start in range(0, len(white), CELL)]
-    return np.concatenate(parts)
 
 
 def projection(width: int, seed: int = 0) -> Floats:
@@ -343,7 +325,7 @@ def projection(width: int, seed: int = 0) -> Floats:
 _SOLVED = 4096
 
 
-def class_doubt(x: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
+def class_doubt(x: Floats, labels: Ints) -> Floats:
     """[n] -ln p(label | x) under Gaussian classes of one covariance (Fisher 1936; Hastie et al., ESL, §4.3).
 
     Of the experts that computed an image (their shares) it asks: are these the experts of its class? The same question
@@ -357,10 +339,10 @@ def class_doubt(x: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
         return doubt
     counts, width = np.bincount(number), x.shape[1]
     means, scatter = np.zeros((len(classes), width)), np.zeros((width, width))
-    for part in _blocks(len(rows)):
-        np.add.at(means, number[part], x[rows[part]])
+    np.add.at(means, number, x[rows])
     means /= counts[:, None]
-    for part in _blocks(len(rows)):
+    blocks = [slice(start, start + _SOLVED) for start in range(0, len(rows), _SOLVED)]
+    for part in blocks:
         within = x[rows[part]] - means[number[part]]
         scatter += within.T @ within
     scatter /= len(rows)
@@ -368,16 +350,10 @@ def class_doubt(x: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
     scatter += np.eye(width) * (1e-3 * np.trace(scatter) / width + 1e-12)
     weight = np.linalg.solve(scatter, means.T)  # [H, C]
     bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)
-    for part in _blocks(len(rows)):
-        logits = x[rows[part]] @ weight + bias  # [rows, C]
-        top = logits.max(1, keepdims=True)
-        total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
-        doubt[rows[part]] = total - logits[np.arange(len(logits)), number[part]]
+    for part in blocks:
+        log_p = log_softmax(x[rows[part]] @ weight + bias, axis=1)  # [rows, C]
+        doubt[rows[part]] = -log_p[np.arange(len(log_p)), number[part]]
     return doubt
-
-
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, start + _SOLVED) for start in range(0, n, _SOLVED)]
 
 
 # ---- everything about the images of a run
@@ -387,16 +363,11 @@ _BATCH = 64
 
 @dataclass
 class RunImages:
-    """The images of a run in the order of its splits, train first.
+    """The images of a run in the order of its splits, train first."""
 
-    Attributes:
-        collection: where they are opened.
-        class_names: in words; labels index them.
-        samples: split -> its images; `all` of them [n], with `labels` [n] and the number of their split `split_of` [n].
-    """
-
-    collection: Collection
-    class_names: list[str]
+    collection: Collection  # where they are opened
+    class_names: list[str]  # in words; labels index them
+    # split -> its images; `all` of them [n], with `labels` [n] and the number of their split `split_of` [n]
     samples: dict[str, list[Sample]]
 
     def __post_init__(self) -> None:
@@ -438,38 +409,23 @@ def images_of(run_dir: Path) -> RunImages:
 
 @dataclass
 class Known:
-    """What is known of n images.
+    """What is known of n images."""
 
-    Attributes:
-        look: [n] of `LOOK`.
-        problems: index -> why it can't be read.
-        prediction: [n] class that the model names; -1: not asked.
-        certainty: [n] its probability.
-        margin: [n] its probability of the label less the largest other one; NaN: not asked.
-        by_hash, by_features: the most alike image, and the most alike one of another split.
-        scores: name -> [m]; NaN where there are none, or the image has no visit.
-        experts: block -> [m, E].
-        visits: [m].
-        unlike_class: [m] how little the experts that computed the image are those of its class (`class_doubt`).
-        by_experts: [m] the image of the same class that the experts computed most alike.
-        features: float16 [n, at most 64] what is in front of the classifier, projected; None: not asked.
-        white: [n, D] the features, whitened; None: not asked.
-    """
-
-    look: npt.NDArray[Any]
-    prediction: Ints
-    certainty: Floats
-    margin: Floats
-    by_hash: tuple[Nearest, Nearest]
-    by_features: tuple[Nearest, Nearest]
-    scores: dict[str, Floats]
-    experts: dict[int, Floats]
-    visits: Ints
-    unlike_class: Floats
-    by_experts: Nearest
-    features: npt.NDArray[np.float16] | None = None
-    white: Floats | None = None
-    problems: dict[int, str] = field(default_factory=dict)
+    look: Array  # [n] of `LOOK`
+    prediction: Ints  # [n] class that the model names; -1: not asked
+    certainty: Floats  # [n] its probability
+    margin: Floats  # [n] its probability of the label less the largest other one; NaN: not asked
+    by_hash: tuple[Nearest, Nearest]  # the most alike image, and the most alike one of another split
+    by_features: tuple[Nearest, Nearest]  # the same
+    scores: dict[str, Floats]  # name -> [m]; NaN where there are none, or the image has no visit
+    experts: dict[int, Floats]  # block -> [m, E]
+    visits: Ints  # [m]
+    unlike_class: Floats  # [m] how little the experts that computed the image are those of its class (`class_doubt`)
+    by_experts: Nearest  # [m] the image of the same class that the experts computed most alike
+    # float16 [n, at most 64] what is in front of the classifier, projected; None: not asked
+    features: Floats | None = None
+    white: Floats | None = None  # [n, D] the features, whitened; None: not asked
+    problems: dict[int, str] = field(default_factory=dict)  # index -> why it can't be read
 
     def most_alike(self, *, across: bool) -> Nearest:
         """The most alike image of each, or the one of another split: by hash if one is near, else by features.
@@ -482,27 +438,6 @@ class Known:
             np.where(near, by_hash.other, by_features.other),
             np.where(near, by_hash.distance, 100 + by_features.distance),
         )
-
-
-def scores_in_order(scores: Scores, images: RunImages) -> tuple[Ints, dict[str, Floats], dict[int, Floats]]:
-    """Visits [m], scores [m] each and experts [m, E] in the order of the training images.
-
-    Raises:
-        UserError: if the scores are of other images.
-    """
-    train = images.samples["train"]
-    keys, known = keys_of(map(csv_name, scores.images)), keys_of(csv_name(sample.sample_id) for sample in train)
-    row = rows_of(keys, known)
-    there = row >= 0
-    if not there.any():
-        raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
-    visits = np.where(there, scores.visits[row], 0)
-    values = {name: np.where(there, scores.scores[name][row], np.nan).astype(np.float32) for name in SCORES}
-    experts = {
-        block: np.where(there[:, None], shares[row], np.nan).astype(np.float32)
-        for block, shares in scores.experts.items()
-    }
-    return visits, values, experts
 
 
 def examine(
@@ -519,61 +454,60 @@ def examine(
     Raises:
         UserError: if the scores are of other images, or the model has other classes.
     """
-    n = len(images)
-    visits, values, experts = scores_in_order(scores, images)
-    labels = images.labels[: len(visits)]
-    unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels) if experts else np.full(len(visits), np.nan)
+    n, own = len(images), keys_of(csv_name(sample.sample_id) for sample in images.samples["train"])
+    row = rows_of(keys_of(map(csv_name, scores.images)), own)
+    there = row >= 0
+    if not there.any():
+        raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
+    labels, unlike, alike = images.labels[: len(row)], np.full(len(row), np.nan, np.float32), Nearest.none(len(row))
+    experts = {
+        block: np.where(there[:, None], shares[row], np.nan).astype(np.float32)
+        for block, shares in scores.experts.items()
+    }
+    if experts:
+        unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels)
+        alike = nearest_by_experts(list(experts.values()), labels)
     known = Known(
         np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32),
-        (Nearest.none(n), Nearest.none(n)), (Nearest.none(n), Nearest.none(n)), values, experts, visits,
-        unlike.astype(np.float32),
-        nearest_by_experts(list(experts.values()), labels) if experts else Nearest.none(len(visits)),
+        (Nearest.none(n), Nearest.none(n)), (Nearest.none(n), Nearest.none(n)),
+        {name: np.where(there, scores.scores[name][row], np.nan).astype(np.float32) for name in SCORES},
+        experts, np.where(there, scores.visits[row], 0), unlike, alike,
     )  # fmt: skip
     if model is None:
         return known
-    known.features = _look_at_all(images, model, known, advance)
-    split, read = images.split_of, known.look["read"]
-    known.white = None if known.features is None else whitened(known.features, read)
-    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split, known.white)
-    if known.white is not None:
-        known.by_features = nearest_by_features(known.white, read, split)
-    return known
+    side, net, onto = model.image_size, cast(Any, model.net.to(best_device())), None
 
-
-def _look_at_all(
-    images: RunImages, model: SavedModel, known: Known, advance: Callable[[int], None]
-) -> npt.NDArray[np.float16] | None:
-    """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if any could be read."""
-    net = model.net.to(best_device())
-    features, onto, labels = None, None, images.labels
-    workers = min(16, usable_cores())
-
-    def open_one(sample: Sample) -> tuple[npt.NDArray[Any], Pixels] | str:
+    def open_one(sample: Sample) -> tuple[Array, Pixels] | str:
         try:
-            image = images.collection.open(sample, max(SIDE, model.image_size))
+            image = images.collection.open(sample, max(SIDE, side))
         except BadImageError as error:
             return error.reason
-        return look_at(image), square_pixels(image, model.image_size)
+        return look_at(image), square_pixels(image, side)
 
-    with ThreadPoolExecutor(workers) as pool, evaluating(net):
-        for start in range(0, len(images), _BATCH):
-            batch = images.all[start : start + _BATCH]
-            found = list(pool.map(open_one, batch))
-            rows = [start + place for place, each in enumerate(found) if not isinstance(each, str)]
-            known.problems |= {start + place: each for place, each in enumerate(found) if isinstance(each, str)}
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool, evaluating(net), torch.inference_mode():
+        for start in range(0, n, _BATCH):
+            found = dict(enumerate(pool.map(open_one, images.all[start : start + _BATCH]), start))
+            known.problems |= {index: each for index, each in found.items() if isinstance(each, str)}
+            rows = [index for index in found if index not in known.problems]
             if rows:
-                looks, pixels = zip(*(each for each in found if not isinstance(each, str)), strict=True)
+                looks, pixels = zip(*(found[index] for index in rows), strict=True)
                 known.look[rows] = np.stack(looks)
-                seen, probabilities = _answers(net, network_input(model, np.stack(pixels)))
-                known.prediction[rows] = probabilities.argmax(1)
-                known.certainty[rows] = probabilities.max(1)
-                known.margin[rows] = _margins(probabilities, labels[rows])
-                if onto is None:
+                tokens = net.forward_features(network_input(model, np.stack(pixels)))
+                p = net.forward_head(tokens).float().softmax(-1).cpu().numpy()
+                known.prediction[rows], known.certainty[rows] = p.argmax(1), p.max(1)
+                known.margin[rows] = _margins(p, images.labels[rows])
+                seen = net.forward_head(tokens, pre_logits=True).float().cpu().numpy()  # before the classifier
+                if onto is None or known.features is None:
                     onto = projection(seen.shape[1])
-                    features = np.zeros((len(images), onto.shape[1]), np.float16)
-                cast(Any, features)[rows] = np.clip(seen @ onto, -6e4, 6e4)
-            advance(len(batch))
-    return features
+                    known.features = np.zeros((n, onto.shape[1]), np.float16)
+                known.features[rows] = np.clip(seen @ onto, -6e4, 6e4)
+            advance(len(found))
+    read = known.look["read"]
+    known.white = None if known.features is None else whitened(known.features, read)
+    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], images.split_of, known.white)
+    if known.white is not None:
+        known.by_features = nearest_by_features(known.white, read, images.split_of)
+    return known
 
 
 def _margins(probabilities: Floats, labels: Ints) -> Floats:
@@ -584,42 +518,22 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
     return own - others.max(1) if others.shape[1] > 1 else own
 
 
-@torch.inference_mode()
-def _answers(net: nn.Module, pixels: torch.Tensor) -> tuple[Floats, Floats]:
-    """What is in front of the classifier [B, D] and the probabilities [B, C]."""
-    state = cast(Any, net)
-    tokens = state.forward_features(pixels)
-    logits = state.forward_head(tokens)
-    seen = state.forward_head(tokens, pre_logits=True)
-    return seen.float().cpu().numpy(), logits.float().softmax(-1).cpu().numpy()
-
-
 # ---- ranked lists
 
 
 @dataclass(frozen=True)
 class ScoreList:
-    """One of these lists.
+    """One of these lists."""
 
-    Attributes:
-        key: its name in addresses.
-        name: in two words.
-        title: what it is called.
-        about: what it is ranked by, and what it does not show.
-        score: the score, one of `data.scores.SCORES`.
-        highest: whether the highest comes first; else the lowest.
-        words: the format of a score, in words.
-    """
+    key: str  # its name in addresses
+    name: str  # in two words
+    title: str  # what it is called
+    about: str  # what it is ranked by, and what it does not show
+    score: str  # the score, one of `data.scores.SCORES`
+    highest: bool  # whether the highest comes first; else the lowest
+    words: str  # the format of a score, in words
 
-    key: str
-    name: str
-    title: str
-    about: str
-    score: str
-    highest: bool
-    words: str
-
-    def first(self, scores: Mapping[str, Floats], count: int, among: npt.NDArray[np.bool_] | None = None) -> Ints:
+    def first(self, scores: Mapping[str, Floats], count: int, among: Flags | None = None) -> Ints:
         """At most `count` rows of `scores`, score -> [m], in order; images without the score are in no list."""
         values = scores[self.score]
         return lowest(-values if self.highest else values, count, among)
@@ -657,7 +571,7 @@ SCORE_LISTS: Final = {
 }  # fmt: skip
 
 
-def lowest(values: npt.NDArray[Any], count: int, among: npt.NDArray[np.bool_] | None = None) -> Ints:
+def lowest(values: Array, count: int, among: Flags | None = None) -> Ints:
     """Rows of the lowest finite values [m], lowest first; of equal ones the first."""
     rows = np.flatnonzero(np.isfinite(values) if among is None else among & np.isfinite(values))
     near = rows[np.argpartition(values[rows], count - 1)[:count]] if len(rows) > count else rows
@@ -673,59 +587,48 @@ def image_id(split: str, name: str) -> str:
 
 
 def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[str]:
-    """images.csv, part by part."""
-    yield ",".join([
-        "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "margin", "width",
-        "height", "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin",
-        "feature_cosine", "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
-    ]) + "\n"  # fmt: skip
-    trained, leak = len(known.visits), known.most_alike(across=True).other
-    for start in range(0, len(images), _BLOCK):
+    """images.csv, line by line."""
+    look, read, (hash_twin, hash_leak) = known.look, known.look["read"], known.by_hash
+    feature_twin, feature_leak = known.by_features
+
+    def numbers(values: Array, form: str = ".5g") -> Iterator[str]:
+        return (format(value, form) if math.isfinite(value) else "" for value in values)
+
+    def measured(name: str, form: str = ".5g") -> Iterator[str]:
+        return numbers(np.where(read, look[name], np.nan), form)
+
+    def twins(other: Ints) -> Iterator[str]:
+        return (csv_name(images.all[index].sample_id) if index >= 0 else "" for index in other)
+
+    columns: dict[str, Iterable[Any]] = {
+        "split": (split for split, _ in images.each()),
+        "image": (csv_name(sample.sample_id) for sample in images.all),
+        "label": (csv_name(images.class_names[sample.label]) for sample in images.all),
+        "visits": known.visits,
+        **{name: numbers(known.scores[name]) for name in SCORES},
+        "unlike_class": numbers(known.unlike_class),
+        "prediction": (csv_name(names[index]) if index >= 0 else "" for index in known.prediction),
+        "certainty": numbers(known.certainty),
+        "margin": numbers(known.margin),
+        "width": measured("width", ".0f"),
+        "height": measured("height", ".0f"),
+        **{name: measured(name) for name in ("sharpness", "brightness", "colour")},
+        "problem": (csv_name(known.problems.get(index, "")) for index in range(len(images))),
+        "hash_twin": twins(hash_twin.other),
+        "hash_bits": numbers(hash_twin.distance, ".0f"),
+        "feature_twin": twins(feature_twin.other),
+        "feature_cosine": numbers(1 - feature_twin.distance),
+        "leak": twins(known.most_alike(across=True).other),
+        "leak_bits": numbers(hash_leak.distance, ".0f"),
+        "leak_cosine": numbers(1 - feature_leak.distance),
+        "expert_twin": twins(known.by_experts.other),
+        "expert_coefficient": numbers(1 - known.by_experts.distance),
+    }
+    yield ",".join(columns) + "\n"
+    for row in zip_longest(*columns.values(), fillvalue=""):  # images outside of the training have no scores
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        for index in range(start, min(start + _BLOCK, len(images))):
-            split, sample = images.place(index)
-            own: list[Any] = [""] * (len(SCORES) + 2)
-            if index < trained:
-                values = [*(known.scores[name][index] for name in SCORES), known.unlike_class[index]]
-                own = [known.visits[index], *map(_cell, values)]
-            look = known.look[index]
-            seen = ["", "", "", "", ""]
-            if look["read"]:
-                seen = [look["width"], look["height"], *(_cell(look[name]) for name in _MEASURED)]
-            twin = known.by_hash[0].other[index], known.by_features[0].other[index]
-            writer.writerow([
-                split, csv_name(sample.sample_id), csv_name(images.class_names[sample.label]), *own,
-                csv_name(names[known.prediction[index]]) if known.prediction[index] >= 0 else "",
-                _cell(known.certainty[index]), _cell(known.margin[index]), *seen,
-                csv_name(known.problems.get(index, "")),
-                _name(images, twin[0]), _bits(known.by_hash[0], index),
-                _name(images, twin[1]), _cosine(known.by_features[0], index),
-                _name(images, leak[index]), _bits(known.by_hash[1], index),
-                _cosine(known.by_features[1], index),
-                *((_name(images, known.by_experts.other[index]), _cosine(known.by_experts, index))
-                  if index < trained else ("", "")),
-            ])  # fmt: skip
+        csv.writer(text, lineterminator="\n").writerow(row)
         yield text.getvalue()
-
-
-_MEASURED: Final = ("sharpness", "brightness", "colour")
-
-
-def _cell(value: Any) -> str:
-    return "" if not math.isfinite(value) else f"{value:.5g}"
-
-
-def _name(images: RunImages, index: int) -> str:
-    return csv_name(images.place(int(index))[1].sample_id) if index >= 0 else ""
-
-
-def _bits(nearest: Nearest, index: int) -> str:
-    return f"{nearest.distance[index]:.0f}" if nearest.other[index] >= 0 else ""
-
-
-def _cosine(nearest: Nearest, index: int) -> str:
-    return _cell(1 - nearest.distance[index]) if nearest.other[index] >= 0 else ""
 
 
 # ---- what the page says
@@ -733,38 +636,55 @@ def _cosine(nearest: Nearest, index: int) -> str:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One ranked list.
+    """One ranked list; the page's template has the words of those that the explorer doesn't show."""
 
-    Attributes:
-        key: its anchor.
-        title: what it is called.
-        about: what it is ranked by, and what it does not show.
-        rows: the first images, best first.
-        value: what is said of each.
-        twin: the image that is shown beside each, if it is about pairs.
-    """
-
-    key: str
-    title: str
-    about: str
-    rows: Ints
-    value: Callable[[int], str]
-    twin: Callable[[int], int] | None = None
+    key: str  # its anchor
+    rows: Ints  # the first images, best first
+    value: Callable[[int], str]  # what is said of each
+    twin: Ints | None = None  # the image that is shown beside each, if it is about pairs
+    title: str = ""  # what it is called
+    about: str = ""  # what it is ranked by
 
 
 def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int) -> Json:
     """Everything on the page but the thumbnails: plain numbers and words."""
-    lists = [each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]
+
+    def entry(index: int) -> Json:
+        split, sample = images.place(index)
+        said = shown(names[known.prediction[index]]) if known.prediction[index] >= 0 else ""
+        label = images.class_names[sample.label]
+        return {
+            "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+            "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
+            "label": shown(label), "label_id": csv_name(label), "prediction": said, "prediction_id": csv_name(said),
+            "certainty": float(known.certainty[index]) if said else None,
+        }  # fmt: skip
+
+    def told(lists: Sequence[Ranked]) -> list[Json]:
+        return [
+            {
+                "key": each.key, "title": each.title, "about": each.about,
+                "entries": [
+                    entry(row) | {
+                        "value": each.value(row).replace("-", "\N{MINUS SIGN}"),
+                        "twin": None if each.twin is None else entry(int(each.twin[row])),
+                    }
+                    for row in each.rows.tolist()
+                ],
+            }
+            for each in lists
+        ]  # fmt: skip
+
     return {
         "counts": {split: len(images.samples[split]) for split in images.splits},
         "unreadable": len(known.problems),
-        "lists": [_list_facts(each, images, known, names) for each in lists],
+        "lists": told([each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]),
         "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
         "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
         "classes": class_rows(images, known, names),
         "experts": expert_rows(images, known),
-        "of_classes": [_list_facts(each, images, known, names) for each in of_classes(images, known)],
-        "of_experts": [_list_facts(each, images, known, names) for each in of_experts(known)],
+        "of_classes": told(of_classes(images, known)),
+        "of_experts": told(of_experts(known)),
         "class_names": list(map(shown, images.class_names)),
         "class_ids": list(map(csv_name, images.class_names)),
     }
@@ -772,80 +692,55 @@ def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int)
 
 def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     """The lists in the order of the page; those of what wasn't measured are empty."""
-    scores, look, read = known.scores, known.look, known.look["read"]
+    look, read, alike = known.look, known.look["read"], known.by_experts
+    grey = read & (look["colour"] < _GREY)
+    odd = _oddness(look["width"], look["height"], read)
 
     def scored(key: str) -> Ranked:
         one = SCORE_LISTS[key]
-        return Ranked(one.key, one.title, one.about, one.first(scores, show), lambda i: one.value(scores, i))
+        rows = one.first(known.scores, show)
+        return Ranked(key, rows, lambda i: one.value(known.scores, i), None, one.title, one.about)
 
-    grey = read & (look["colour"] < _GREY)
-    few_grey = grey & (grey.sum() <= _FEW * read.sum())
-    odd = _oddness(look["width"], look["height"], read)
-    broken = np.fromiter(sorted(known.problems), np.int64, len(known.problems))
-    pair, leak = known.most_alike(across=False), known.most_alike(across=True)
+    def measured(key: str, name: str, words: str, among: Flags) -> Ranked:
+        return Ranked(key, lowest(look[name], show, among), lambda i: words.format(look[name][i]))
+
+    def pairs(key: str, near: Nearest, value: Callable[[int], str], among: Flags | None = None) -> Ranked:
+        rows = lowest(near.distance, 2 * show, among)
+        pair = np.sort(np.stack([rows, near.other[rows]], 1), 1)
+        _, first = np.unique(pair, axis=0, return_index=True)  # the second image of a pair would say it again
+        return Ranked(key, rows[np.sort(first)][:show], value, near.other)
+
+    def copied(across: bool) -> Callable[[int], str]:
+        bits, features = known.by_hash[across], known.by_features[across]
+        return lambda i: (
+            f"{bits.distance[i]:.0f} of 64 bits differ"
+            if bits.other[i] >= 0
+            else f"cosine {1 - features.distance[i]:.3f}"
+        )
+
+    def computed_alike(i: int) -> str:
+        features = "" if known.white is None else f", features {known.white[i] @ known.white[alike.other[i]]:.2f}"
+        return f"coefficient {1 - alike.distance[i]:.4f}{features}"
+
     return [
         scored("doubtful"),
-        Ranked(
-            "contradicted", "The finished model names another class",
-            "Lowest probability of the label less the largest other one, by the finished model on the image as it is "
-            "(the normalized margin of cleanlab).",
-            lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}",
-        ),
+        Ranked("contradicted", lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}"),
         scored("hardest"),
         scored("unsteady"),
-        Ranked(
-            "experts", "Computed by experts of other classes",
-            "How little the experts that computed an image are those of its class (linear discriminant analysis of "
-            "their shares; the classifier is not asked).",
-            lowest(-known.unlike_class, show), lambda i: f"−ln p {known.unlike_class[i]:.2f}",
-        ),
+        Ranked("experts", lowest(-known.unlike_class, show), lambda i: f"−ln p {known.unlike_class[i]:.2f}"),
         scored("easiest"),
-        Ranked(
-            "leaks", "In two splits",
-            "The most alike pairs with one image outside of training, by perceptual hash, then by the model's "
-            "features. A copy of a training image in a test set rewards memory.",
-            _once(lowest(leak.distance, 2 * show, split > 0), leak.other, show),
-            lambda i: _alike(known, 1, i), lambda i: int(leak.other[i]),
-        ),
-        Ranked(
-            "doubles", "Near-duplicates",
-            "The most alike pairs, by perceptual hash (bits of 64 that differ), then by the cosine of the model's "
-            "features, whitened. Mirrored copies are found by features only.",
-            _once(lowest(pair.distance, 2 * show), pair.other, show),
-            lambda i: _alike(known, 0, i), lambda i: int(pair.other[i]),
-        ),
-        Ranked(
-            "redundant", "Computed alike",
-            "Pairs of one class whose patches the experts shared out most alike in the last third of the training "
-            "(Bhattacharyya coefficient, 1: equal shares): what one teaches the experts, the other may too. Beside it "
-            "the cosine of their features, which a dense model has as well.",
-            _once(lowest(known.by_experts.distance, 2 * show), known.by_experts.other, show),
-            lambda i: _computed_alike(known, i), lambda i: int(known.by_experts.other[i]),
-        ),
-        Ranked(
-            "blurred", "Least detail",
-            "Lowest variance of the Laplacian, at a short side of at most 224 px: blurred, or plain.",
-            lowest(look["sharpness"], show, read), lambda i: f"variance {look['sharpness'][i]:.3g}",
-        ),
-        Ranked(
-            "dark", "Darkest", "Lowest mean luma.", lowest(look["brightness"], show, read),
-            lambda i: f"brightness {look['brightness'][i]:.2f}",
-        ),
-        Ranked(
-            "odd", "Odd sizes",
-            "Number of pixels or shape farthest from the median of all images; none where all are alike.",
-            lowest(-odd, show, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px",
-        ),
-        Ranked(
-            "grey", "Grey among colour", "No difference between the channels, where most images have one.",
-            lowest(look["colour"], show, few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
-        ),
-        Ranked("unreadable", "Can't be read", "Truncated, damaged or missing files.", broken[:show],
-               lambda i: ""),  # the frame says why
-    ]  # fmt: skip
+        pairs("leaks", known.most_alike(across=True), copied(True), split > 0),
+        pairs("doubles", known.most_alike(across=False), copied(False)),
+        pairs("redundant", alike, computed_alike),
+        measured("blurred", "sharpness", "variance {:.3g}", read),
+        measured("dark", "brightness", "brightness {:.2f}", read),
+        Ranked("odd", lowest(-odd, show, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px"),
+        measured("grey", "colour", "colour {:.3f}", grey & (grey.sum() <= _FEW * read.sum())),
+        Ranked("unreadable", np.array(sorted(known.problems)[:show], np.int64), lambda i: ""),  # the frame says why
+    ]
 
 
-def _oddness(width: Ints, height: Ints, read: npt.NDArray[np.bool_]) -> Floats:
+def _oddness(width: Ints, height: Ints, read: Flags) -> Floats:
     """[n] largest of |ln pixels − median| and |ln (width / height) − median|; 0 for what couldn't be read."""
     found = np.zeros(len(read), np.float32)
     if read.any():
@@ -854,103 +749,48 @@ def _oddness(width: Ints, height: Ints, read: npt.NDArray[np.bool_]) -> Floats:
     return np.where(found > 0.01, found, 0)  # a pixel more or less is not odd
 
 
-def _once(rows: Ints, twin: Ints, show: int) -> Ints:
-    """The rows without the second image of a pair whose first one is there already."""
-    seen: set[tuple[int, int]] = set()
-    kept = []
-    for row in rows.tolist():
-        pair = (min(row, int(twin[row])), max(row, int(twin[row])))
-        if pair not in seen:
-            seen.add(pair)
-            kept.append(row)
-    return np.array(kept[:show], np.int64)
-
-
-def _alike(known: Known, which: int, index: int) -> str:
-    bits = known.by_hash[which]
-    if bits.other[index] >= 0:
-        return f"{bits.distance[index]:.0f} of 64 bits differ"
-    return f"cosine {1 - known.by_features[which].distance[index]:.3f}"
-
-
-def _computed_alike(known: Known, index: int) -> str:
-    alike = f"coefficient {1 - known.by_experts.distance[index]:.4f}"
-    if known.white is None:
-        return alike
-    return f"{alike}, features {known.white[index] @ known.white[known.by_experts.other[index]]:.2f}"
-
-
-def _list_facts(ranked: Ranked, images: RunImages, known: Known, names: Sequence[str]) -> Json:
-    return {
-        "key": ranked.key, "title": ranked.title, "about": ranked.about,
-        "entries": [
-            _entry(int(row), images, known, names) | {
-                "value": ranked.value(int(row)).replace("-", "\N{MINUS SIGN}"),
-                "twin": _entry(ranked.twin(int(row)), images, known, names) if ranked.twin else None,
-            }
-            for row in ranked.rows
-        ],
-    }  # fmt: skip
-
-
-def _entry(index: int, images: RunImages, known: Known, names: Sequence[str]) -> Json:
-    """What the page says of one image."""
-    split, sample = images.place(index)
-    prediction = int(known.prediction[index])
-    said = shown(names[prediction]) if prediction >= 0 else ""
-    return {
-        "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
-        "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
-        "label": shown(images.class_names[sample.label]), "label_id": csv_name(images.class_names[sample.label]),
-        "prediction": said, "prediction_id": csv_name(said),
-        "certainty": float(known.certainty[index]) if said else None,
-    }  # fmt: skip
-
-
 def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
     """[class, column, row, images] of every cell of the map that has some; columns by mean p, rows by its spread."""
     there = np.flatnonzero(np.isfinite(p_mean) & np.isfinite(p_std))
     columns, rows = _CELLS
     x = np.minimum(p_mean[there] * columns, columns - 1).astype(np.int64)
     y = np.minimum(p_std[there] / _MOST_SPREAD * rows, rows - 1).astype(np.int64)
-    code, counts = np.unique((labels[there] * columns + x) * rows + y, return_counts=True)
-    found: list[list[int]] = np.stack(
-        [code // (columns * rows), code // rows % columns, code % rows, counts], 1
-    ).tolist()
-    return found
+    cells, counts = np.unique(np.stack([labels[there], x, y], 1), axis=0, return_counts=True)
+    return [[*cell, count] for cell, count in zip(cells.tolist(), counts.tolist(), strict=True)]
 
 
-def _mean_by(labels: Ints, values: npt.NDArray[Any], classes: int) -> npt.NDArray[np.float64]:
+def _mean_by(labels: Ints, values: Array, classes: int) -> Floats:
     """[classes] means of the finite values; NaN where a class has none."""
     there = np.isfinite(values)
     counts = np.bincount(labels[there], minlength=classes)
     sums = np.bincount(labels[there], values[there].astype(np.float64), minlength=classes)
-    means: npt.NDArray[np.float64] = np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
+    means: Floats = np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
     return means
 
 
 def class_rows(images: RunImages, known: Known, names: Sequence[str]) -> list[Json]:
     """A row for each class, the least certain first."""
-    labels, classes, m = images.labels, len(images.class_names), len(known.visits)
-    measured = ("p_mean", "aum", "correct", "forgetting")
-    means = {name: _mean_by(labels[:m], known.scores[name], classes) for name in measured}
-    train = np.bincount(labels[:m], minlength=classes)
-    asked = np.flatnonzero(known.prediction[:m] >= 0)
+    m, classes = len(known.visits), len(images.class_names)
+    labels, predicted = images.labels[:m], known.prediction[:m]
+    means = {
+        name: _mean_by(labels, known.scores[name], classes).tolist()
+        for name in ("p_mean", "aum", "correct", "forgetting")
+    }
     number_of = {name: number for number, name in enumerate(images.class_names)}
-    own = np.array([number_of.get(name, -1) for name in names], np.int64)
-    wrong = asked[own[known.prediction[asked]] != labels[asked]]
-    pairs, often = np.unique(np.stack([labels[wrong], known.prediction[wrong]], 1), axis=0, return_counts=True)
+    own = np.array([*(number_of.get(name, -1) for name in names), -1], np.int64)  # the last one: not asked
+    wrong = (predicted >= 0) & (own[predicted] != labels)
     taken: dict[int, tuple[int, int]] = {}
-    for (label, prediction), count in zip(pairs.tolist(), often.tolist(), strict=True):
-        taken[label] = max(taken.get(label, (0, 0)), (count, prediction))
-    rows: list[Json] = [
+    for (label, guess), times in Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True)).items():
+        taken[label] = max(taken.get(label, (0, 0)), (times, guess))
+    rows = [
         {
-            "name": shown(name), "images": int(train[label]),
-            **{key: None if math.isnan(value[label]) else float(value[label]) for key, value in means.items()},
-            "taken_for": shown(names[taken[label][1]]) if label in taken else "",
-            "times": taken[label][0] if label in taken else 0,
+            "name": shown(name), "images": count,
+            **{key: None if math.isnan(values[label]) else values[label] for key, values in means.items()},
+            "taken_for": shown(names[taken[label][1]]) if label in taken else "", "times": taken.get(label, (0, 0))[0],
         }
-        for label, name in enumerate(images.class_names)
+        for label, (name, count) in enumerate(
+            zip(images.class_names, np.bincount(labels, minlength=classes).tolist(), strict=True)
+        )
     ]  # fmt: skip
     return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[:_MOST_ROWS]
 
@@ -986,12 +826,17 @@ def of_classes(images: RunImages, known: Known) -> list[Ranked]:
     margin, found = SCORE_LISTS["doubtful"], []
     for label in lowest(mean, _MOST_GROUPS).tolist():
         rows = margin.first(known.scores, _OF_EACH, labels[:m] == label)
-        found.append(Ranked("", shown(images.class_names[label]), "", rows, lambda i: margin.value(known.scores, i)))
+        title = shown(images.class_names[label])
+        found.append(Ranked("", rows, lambda i: margin.value(known.scores, i), title=title))
     return [each for each in found if len(each.rows)]
 
 
 def of_experts(known: Known) -> list[Ranked]:
     """For each expert, those with the least work first, the images of which it computed the largest part."""
+
+    def part_of(shares: Floats) -> Callable[[int], str]:
+        return lambda i: f"{shares[i]:.0%} of the image"
+
     found: list[tuple[float, Ranked]] = []
     for block, shares in known.experts.items():
         there = np.isfinite(shares[:, 0])
@@ -1002,13 +847,9 @@ def of_experts(known: Known) -> list[Ranked]:
             little = ", little work" if times < _LITTLE else ""
             title = f"L{block}.E{expert}: {times:.2f} of an even share{little}"
             rows = lowest(-shares[:, expert], _OF_EACH, shares[:, expert] > 0)
-            found.append((times, Ranked("", title, "", rows, partial(_part, shares[:, expert]))))
+            found.append((times, Ranked("", rows, part_of(shares[:, expert]), title=title)))
     found.sort(key=lambda each: each[0])
     return [each for _, each in found[:_MOST_GROUPS]]
-
-
-def _part(shares: Floats, index: int) -> str:
-    return f"{shares[index]:.0%} of the image"
 
 
 # ---- the page
@@ -1022,27 +863,22 @@ class Thumbnails:
         self._known: dict[int, Json] = {}
 
     def __call__(self, index: int) -> Json:
-        """`src`, `width` and `height`, or `problem` if it can't be read."""
-        if index not in self._known:
-            self._known[index] = self._make(index)
-        return self._known[index]
-
-    def _make(self, index: int) -> Json:
-        _, sample = self.images.place(index)
+        """`src`, or `problem` if it can't be read."""
+        if index in self._known:
+            return self._known[index]
         try:
-            image = self.images.collection.open(sample, THUMB)
+            image = self.images.collection.open(self.images.all[index], THUMB)
         except BadImageError as error:
-            return {"src": None, "problem": error.reason}
-        file = io.BytesIO()
+            return self._known.setdefault(index, {"src": None, "problem": error.reason})
+        file, kind = io.BytesIO(), "png"
         if max(image.size) <= THUMB:  # a small one as it is
             image.save(file, "PNG")
-            kind = "png"
         else:
-            scale = THUMB / max(image.size)
+            scale, kind = THUMB / max(image.size), "jpeg"
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
             image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
-            kind = "jpeg"
-        return {"src": Markup(f"data:image/{kind};base64,") + base64.b64encode(file.getvalue()).decode("ascii")}
+        src = Markup(f"data:image/{kind};base64,") + base64.b64encode(file.getvalue()).decode("ascii")
+        return self._known.setdefault(index, {"src": src})
 
 
 def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
+from moevision.analysis.information import Pixels
 from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileCollection, Sample
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
@@ -29,19 +29,13 @@ from moevision.data.shards import ShardCollection
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
-from moevision.errors import DataWarning, UserError
+from moevision.errors import DataWarning, UserError, name_bytes, shown
 from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
-from moevision.names import name_bytes, shown
 
 if TYPE_CHECKING:
     from moevision.analysis.trace import RoutingTrace
-
-Pixels = npt.NDArray[np.uint8]
-
-DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
-"""Images of synthetic_pets per split, as `ImageDataModule` has them by default."""
 
 
 @runtime_checkable
@@ -139,9 +133,8 @@ def _from_collection(
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
     collection = listed or open_collection(
-        str(data), root=str(root), download=download, image_size=image_size, seed=seed, sizes=DRAWN_SIZES,
-        columns=columns,
-    )  # fmt: skip
+        str(data), root=str(root), download=download, image_size=image_size, seed=seed, columns=columns
+    )
     class_names: Sequence[str] = collection.class_names
     sentences: list[str] = []
     if split == "all":
@@ -435,20 +428,6 @@ def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) 
     return np.stack([pictures.image(int(index)) for index in indices])
 
 
-def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
-    """The patches of an image uint8 [S, S, 3], [P, S / rows, S / columns, 3].
-
-    Raises:
-        UserError: the grid doesn't tile the image.
-    """
-    rows, columns = grid
-    height, width = image.shape[:2]
-    if height % rows or width % columns:
-        raise UserError(f"A grid of {rows} x {columns} patches does not tile an image of {height} x {width} px.")
-    tiles = image.reshape(rows, height // rows, columns, width // columns, 3).swapaxes(1, 2)
-    return tiles.reshape(rows * columns, *tiles.shape[2:])
-
-
 def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 1) -> Pixels:
     """A patch (row-major index) with `context` patches on each side, always in the middle of its crop.
 
@@ -463,12 +442,10 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     """
     rows, columns = grid
     height, width = image.shape[0] // rows, image.shape[1] // columns
-    if (height * rows, width * columns) != image.shape[:2] or not height or not width:
-        raise UserError(f"A grid of {rows} x {columns} patches does not tile {image.shape[0]} x {image.shape[1]} px.")
-    if not 0 <= patch < rows * columns or context < 0:
+    if (height * rows, width * columns) != image.shape[:2] or not 0 <= patch < rows * columns or context < 0:
         raise UserError(
-            f"There is no patch {patch} with {context} around it: a grid of {rows} x {columns} has the patches 0 to "
-            f"{rows * columns - 1}, and the context is at least 0."
+            f"There is no patch {patch} in a grid of {rows} x {columns} on {image.shape[0]} x {image.shape[1]} px: the "
+            f"grid does not tile the image, or its patches are 0 to {rows * columns - 1}."
         )
     top, left = patch // columns * height, patch % columns * width
     margin = ((context * height, context * height), (context * width, context * width), (0, 0))
@@ -499,19 +476,12 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """Which images there are for a model; none is read yet.
+    """Which images there are for a model; none is read yet."""
 
-    Attributes:
-        path: where they are, or a dataset's name.
-        run: the run that was trained on them and whose split holds; None: these are other images.
-        settings: what the config of the model's run says about its data; empty without a run.
-        collection: all of them, where they were listed to know that.
-    """
-
-    path: str
-    run: Path | None
-    settings: Mapping[str, Any]
-    collection: Collection | None = None
+    path: str  # where they are, or a dataset's name
+    run: Path | None  # the run that was trained on them and whose split holds; None: these are other images
+    settings: Mapping[str, Any]  # what the config of the model's run says about its data; empty without a run
+    collection: Collection | None = None  # all of them, where they were listed to know that
 
     def open(
         self, model: SavedModel, *, split: str = "test", limit: int | None = None, root: str | None = None
@@ -549,8 +519,7 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
         return FoundImages(data, None, settings)
 
     def listed(place: str) -> Collection:
-        columns = _columns(settings)
-        return open_collection(place, root="data", download=False, image_size=1, seed=0, sizes={}, columns=columns)
+        return open_collection(place, image_size=1, sizes={}, columns=_columns(settings))
 
     try:
         collection, original = listed(data), Path(str(path)).expanduser()

@@ -5,13 +5,6 @@ mutual information) therefore calls routing that merely differs from image to im
 everything is permuted over whole images:
 
 - class: labels are permuted over images; each image keeps its routing map. Exact, since images are exchangeable.
-- class given position: the same permutation; positions stay where they are, so what position alone explains is in the
-  null as well as in the observation.
-- position: all images share their positions, so there is nothing to permute. Each image's deviation from the mean map
-  gets a random sign (the wild or multiplier bootstrap: Wu, Annals of Statistics 14, 1986, 1261-1295; Mammen 1993) and
-  the sum is added to the table in which position tells nothing. Whatever hangs together inside an image, clumps
-  included, does so in the null. Shuffling single patches would destroy that and call clumps a preference; shifting each
-  map on the torus would destroy clumps that lie at the same places in all images (it rejected 12 % of true nulls).
 - part: an image's routing map is paired with the part map of another image. What position explains (background lies
   at the rim) is then in the null; the excess is what *this* image's parts explain beyond it.
 
@@ -40,25 +33,28 @@ far, so one end of the interval is taken with it and the other without. It matte
 Sources: Wilson, JASA 22 (1927) 209-212; van der Vaart, Asymptotic Statistics (1998), chapters 3 and 20 (delta method,
 influence functions).
 
-Axes: I images, P patches (row-major), K choices, E experts, G strata (positions that are conditioned on, or 1),
-V values of what the experts are asked about, R permutations of the same images.
+Axes: I images, P patches (row-major), K choices, E experts, V values of what the experts are asked about,
+R permutations of the same images.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 from moevision.errors import UserError
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
+Flags = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+Json = dict[str, Any]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
@@ -70,16 +66,14 @@ def class_information(
     patch_counts: Floats | Ints,
     labels: Ints,
     *,
-    given_position: bool = False,
     num_permutations: int = 200,
     seed: int = 0,
 ) -> Estimate:
-    """I(expert; class), or I(expert; class | position), against labels permuted over images.
+    """I(expert; class) against labels permuted over images.
 
     Args:
         patch_counts: [I, P, E] kept choices (or weights) of each patch.
         labels: [I] classes; images with a negative label are left out.
-        given_position: condition on the position of the patch.
         num_permutations: R.
         seed: of the permutations.
 
@@ -87,18 +81,14 @@ def class_information(
         UserError: there are fewer than two labelled images.
     """
     labelled = np.asarray(labels) >= 0
-    values = _ranks(np.asarray(labels)[labelled])
-    maps = _checked(np.asarray(patch_counts)[labelled])
-    if not given_position:
-        maps = maps.sum(1, keepdims=True)
-    images, strata, experts = maps.shape
-    flat, num_classes = maps.reshape(images, -1), int(values.max()) + 1  # flat: [I, G * E]
+    _, values = np.unique(np.asarray(labels)[labelled], return_inverse=True)  # classes without an image cost nothing
+    flat = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
+    images, num_classes = len(flat), int(values.max()) + 1
     rng = np.random.default_rng(seed)
 
-    def sums(classes: Ints, of: Floats) -> Floats:  # [R', I] -> [R', G, V, E]
+    def sums(classes: Ints, of: Floats) -> Floats:  # [R', I] -> [R', V, E]
         one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)  # [R', V, I]
-        by_class = (one_hot.reshape(-1, images) @ of).reshape(-1, num_classes, strata, experts)
-        result: Floats = by_class.swapaxes(1, 2)
+        result: Floats = (one_hot.reshape(-1, images) @ of).reshape(-1, num_classes, of.shape[1])
         return result
 
     def bias(classes: Ints) -> Floats:
@@ -108,60 +98,17 @@ def class_information(
     null_bias = np.empty(0)
     for size in chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
         classes = rng.permuted(np.tile(values, (size, 1)), axis=1)  # [size, I]
-        null.append(conditional_information_bits(sums(classes, flat)))
+        null.append(mutual_information_bits(sums(classes, flat)))
         null_bias = np.append(null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))]))
-    table = sums(values[None], flat)[0]  # [G, V, E]
-    plug_in = float(conditional_information_bits(table))
-    pointwise = pointwise_bits(table)[:, values].swapaxes(0, 1)  # [I, G, E]
-    return excess_estimate(
-        plug_in,
-        np.concatenate(null),
-        (maps * (pointwise - plug_in)).sum((1, 2)) / maps.sum(),
-        bias_surplus=float(null_bias.mean() - bias(values[None])[0]),
-        entropy=entropy_bits(np.bincount(values)),
-        num_means=num_classes,
-    )
-
-
-def position_information(
-    patch_counts: Floats | Ints,
-    grid: tuple[int, int],
-    *,
-    num_permutations: int = 200,
-    seed: int = 0,
-) -> Estimate:
-    """I(expert; position), against random signs of each image's deviation from the mean map.
-
-    Args:
-        patch_counts: [I, P, E] kept choices (or weights) of each patch, row-major over the grid.
-        grid: (rows, columns), P = rows x columns.
-        num_permutations: R, draws of the signs.
-        seed: of the signs.
-
-    Raises:
-        UserError: there are fewer than two images, or the grid doesn't have P patches.
-    """
-    maps = _checked(np.asarray(patch_counts))
-    images, patches, _ = maps.shape
-    rows, columns = grid
-    if rows * columns != patches:
-        raise UserError(f"A grid of {rows} x {columns} doesn't have the {patches} patches of the routing maps.")
-    flat = maps.reshape(images, -1)  # [I, P * E]
-    table = maps.sum(0)  # [P, E]
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()  # [P, E] if position told nothing
-    deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))  # [I, P * E]
-    rng = np.random.default_rng(seed)
-    null = []
-    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // max(images, flat.shape[1]))):
-        signs = rng.integers(2, size=(size, images)).astype(np.float32) * 2 - 1
-        # A nearly empty cell may fall below 0, where a count can't.
-        null.append(mutual_information_bits(np.maximum(expected + (signs @ deviations).reshape(size, *table.shape), 0)))
+    table = sums(values[None], flat)[0]  # [V, E]
     plug_in = float(mutual_information_bits(table))
     return excess_estimate(
         plug_in,
         np.concatenate(null),
-        (maps * (pointwise_bits(table) - plug_in)).sum((1, 2)) / maps.sum(),
-        entropy=entropy_bits(table.sum(1)),
+        (flat * (pointwise_bits(table)[values] - plug_in)).sum(1) / flat.sum(),
+        bias_surplus=float(null_bias.mean() - bias(values[None])[0]),
+        entropy=entropy_bits(np.bincount(values)),
+        num_means=num_classes,
     )
 
 
@@ -212,20 +159,14 @@ def part_information(
     )
 
 
-def _checked(patch_counts: npt.NDArray[Any]) -> Floats:
+def _checked(patch_counts: Array) -> Floats:
     """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
         raise UserError("Statistics over images need at least two images with a known class: give more images.")
     return np.ascontiguousarray(patch_counts, dtype=np.float32)
 
 
-def _ranks(values: Ints) -> Ints:
-    """Values renumbered 0 .. V - 1, so that classes without an image cost nothing."""
-    ranks: Ints = np.unique(values, return_inverse=True)[1]
-    return ranks
-
-
-def halves_by_class(labels: Ints, seed: int) -> npt.NDArray[np.bool_]:
+def halves_by_class(labels: Ints, seed: int) -> Flags:
     """[I] a random half of the images of every class, and of those without one (negative labels)."""
     half, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
     start = 0
@@ -242,7 +183,7 @@ def chunks(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def choice_counts(expert_index: Ints, num_experts: int, amount: npt.NDArray[Any] | None = None) -> Floats:
+def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
     """[I, P, E] float32: how many choices of each patch fall on each expert.
 
     Args:
@@ -271,15 +212,6 @@ def mutual_information_bits(table: Floats | Ints) -> Floats:
     return result
 
 
-def conditional_information_bits(tables: Floats | Ints) -> Floats:
-    """Plug-in I(experts; value | stratum) of tables [..., G, V, E], in bits; [...]."""
-    tables = np.asarray(tables, dtype=np.float64)
-    weight = tables.sum((-2, -1))
-    total = weight.sum(-1)
-    result: Floats = (mutual_information_bits(tables) * weight).sum(-1) / np.where(total > 0, total, 1.0)
-    return result
-
-
 def entropy_bits(counts: Floats | Ints) -> float:
     """Entropy of a distribution given by counts [V], in bits."""
     counts = np.asarray(counts, dtype=np.float64)
@@ -294,16 +226,16 @@ def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
     tables it is itself biased, so only differences between labellings of the same images are used.
 
     Args:
-        sums: [R, G, V, E] choices, and of `squares` those of each image squared.
-        squares: [R, G, V, E].
+        sums: [R, V, E] choices, and of `squares` those of each image squared.
+        squares: [R, V, E].
         images: [V] images of each class.
     """
     if not len(sums):
         return np.empty(0)
     sums, count = np.asarray(sums, np.float64), images[:, None]
     variance = np.maximum(squares - np.square(sums) / count, 0) * (count / np.maximum(1, count - 1))
-    per_cell = _ratio(variance, sums).sum((1, 2, 3))
-    per_expert = _ratio(variance.sum(2), sums.sum(2)).sum((1, 2))
+    per_cell = _ratio(variance, sums).sum((1, 2))
+    per_expert = _ratio(variance.sum(1), sums.sum(1)).sum(1)
     result: Floats = (per_cell - per_expert) / (2 * math.log(2) * sums[0].sum())
     return result
 
@@ -330,8 +262,33 @@ def pointwise_bits(tables: Floats) -> Floats:
     return result
 
 
+def as_json(value: Any) -> Any:
+    """Dataclasses by their fields, NumPy scalars and arrays as JSON primitives; NaN and infinity become null."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Numbers:
+    """A dataclass that can be written as JSON."""
+
+    def to_json(self) -> Json:
+        """The fields as JSON primitives."""
+        return {field.name: as_json(getattr(self, field.name)) for field in fields(cast(Any, self))}
+
+
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Numbers):
     """Excess mutual information of one layer, over images.
 
     Attributes:
@@ -353,10 +310,6 @@ class Estimate:
     p_value: float
     share_of_entropy: float
     n_images: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """The fields as JSON primitives."""
-        return asdict(self)
 
 
 def excess_estimate(
@@ -401,6 +354,8 @@ def excess_estimate(
 
 def students_quantile(freedom: int) -> float:
     """Student's quantile of a two-sided interval; where no degree of freedom is left, that of one."""
+    from scipy.special import stdtrit  # traces and images, which import this module, are opened without SciPy
+
     return float(stdtrit(max(1, freedom), (1 + LEVEL) / 2))
 
 

@@ -325,22 +325,15 @@ def limit_capacity(model: nn.Module, factor: float, layer: int | None = None) ->
 
 @dataclass(frozen=True)
 class Decision(ABC):
-    """What an MoE layer is about to decide.
-
-    Attributes:
-        router: whose rule gives the weights.
-        routing: what the router itself decided; its scores and probabilities stay as they are.
-        removed: [B, N, E] bool, experts that are away for a token; what takes their place depends on the kind.
-        silenced: [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay.
-    """
+    """What an MoE layer is about to decide."""
 
     per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced")
     """Fields whose first axis is B."""
 
-    router: Any
-    routing: Routing
-    removed: Tensor
-    silenced: Tensor
+    router: Any  # whose rule gives the weights
+    routing: Routing  # what the router itself decided; its scores and probabilities stay as they are
+    removed: Tensor  # [B, N, E] bool, experts that are away for a token; what takes their place depends on the kind
+    silenced: Tensor  # [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay
 
     @classmethod
     @abstractmethod
@@ -418,17 +411,11 @@ def routing_kind(router: Any) -> RoutingKind:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many choices an expert computes at most, see `moevision.layers.within_capacity`.
+    """How many choices an expert computes at most, see `moevision.layers.within_capacity`."""
 
-    Attributes:
-        factor: over the load of perfect balance.
-        priority: V-MoE's batch priority routing: tokens with larger first gates come first.
-        whole_batch: the limit is one of the whole batch instead of one image.
-    """
-
-    factor: float
-    priority: bool = True
-    whole_batch: bool = False
+    factor: float  # over the load of perfect balance
+    priority: bool = True  # V-MoE's batch priority routing: tokens with larger first gates come first
+    whole_batch: bool = False  # the limit is one of the whole batch instead of one image
 
     @classmethod
     def own(cls, router: Any) -> Capacity | None:
@@ -445,22 +432,17 @@ class Ranking(Decision):
     """What a layer in which tokens choose their experts is about to decide.
 
     An expert that is `removed` for a token is replaced by its next-best one.
-
-    Attributes:
-        order: [B, N, E] int64, all experts of a token, best first, no expert twice.
-        scores: [B, N, E] what stands at each rank and makes its gate (`router.gate_logits`, which needn't be what the
-            router chooses by). It is the expert's own, unless an edit put another expert at that rank: weights then
-            stay with the rank.
-        top_k: K.
-        capacity: applied last, to whatever the edits have left; None for no limit.
     """
 
     per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "order", "scores")
 
-    order: Tensor
+    order: Tensor  # [B, N, E] int64, all experts of a token, best first, no expert twice
+    # [B, N, E] what stands at each rank and makes its gate (`router.gate_logits`, which needn't be what the router
+    # chooses by). It is the expert's own, unless an edit put another expert at that rank: weights then stay with the
+    # rank
     scores: Tensor
-    top_k: int
-    capacity: Capacity | None = None
+    top_k: int  # K
+    capacity: Capacity | None = None  # applied last, to whatever the edits have left; None for no limit
 
     @classmethod
     def of(cls, router: Any, routing: Routing) -> Self:
@@ -564,21 +546,14 @@ class Ranking(Decision):
 
 @dataclass(frozen=True)
 class TokenLists(Decision):
-    """What a layer in which experts choose their tokens is about to decide.
-
-    Attributes:
-        order: [B, E, N] int64, all tokens of the image for each expert, best first.
-        scores: [B, E, N] the affinity that stands at each rank and becomes the weight.
-        top_k: K, experts per token on average.
-        factor: C is ceil(factor · N · K / E).
-    """
+    """What a layer in which experts choose their tokens is about to decide."""
 
     per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "order", "scores")
 
-    order: Tensor
-    scores: Tensor
-    top_k: int
-    factor: float = 1.0
+    order: Tensor  # [B, E, N] int64, all tokens of the image for each expert, best first
+    scores: Tensor  # [B, E, N] the affinity that stands at each rank and becomes the weight
+    top_k: int  # K, experts per token on average
+    factor: float = 1.0  # C is ceil(factor · N · K / E)
 
     @classmethod
     def of(cls, router: Any, routing: ExpertChoiceRouting) -> Self:
@@ -626,17 +601,12 @@ class TokenLists(Decision):
 
 @dataclass(frozen=True)
 class SlotWeights(Decision):
-    """What a Soft MoE layer is about to decide.
-
-    Attributes:
-        reads: [B, N, E, P] what each slot reads.
-        takes: [B, N, E, P] what each token takes of each slot.
-    """
+    """What a Soft MoE layer is about to decide."""
 
     per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "reads", "takes")
 
-    reads: Tensor
-    takes: Tensor
+    reads: Tensor  # [B, N, E, P] what each slot reads
+    takes: Tensor  # [B, N, E, P] what each token takes of each slot
 
     @classmethod
     def of(cls, router: Any, routing: SoftRouting) -> Self:

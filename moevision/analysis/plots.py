@@ -35,14 +35,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -59,12 +59,12 @@ from moevision.analysis.describe import (
     layer_gallery,
 )
 from moevision.analysis.images import PictureSet, patch_crop
+from moevision.analysis.information import Flags, Floats, Ints, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.names import shown
 from moevision.words import percent
 
 EXPERT_COLOURS: Final = (
@@ -81,9 +81,6 @@ EXPERT_COLOURS: Final = (
 
 NEUTRAL: Final = "#C9CDD2"
 """Every expert of a layer with more than eight, but for the highlighted one."""
-
-FADED: Final = "#E6E8EB"
-"""The experts that aren't highlighted while one is."""
 
 HIGHLIGHT: Final = "#0072B2"
 """The highlighted expert of a layer with more than eight."""
@@ -207,14 +204,54 @@ def bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
+def name_axis(axes: Axes, words: str, which: Literal["x", "y"], pad: float | None = None) -> None:
+    """What an axis counts, in grey."""
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(words, fontsize=SMALL, color=SOFT, labelpad=pad)
+
+
+def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any) -> None:
+    """A word or number whose middle is at (x, y)."""
+    axes.text(x, y, text, ha="center", **{"va": "center", "fontsize": size, "color": ink, **style})
+
+
+def chip(colour: str, pad: float = 0.25) -> dict[str, str]:
+    """The box of an expert's number, in its colour."""
+    return {"boxstyle": f"round,pad={pad}", "facecolor": colour, "edgecolor": "none"}
+
+
+_TAG: Final = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}  # so that lines don't cross it
+
+
+def panels(count: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels of bars below and beside each other, in one column or on a page."""
+    rows = -(-count // columns)
+    figure = new_figure(width or (COLUMN_INCHES if columns == 1 else PAGE_INCHES), 0.25 + 1.5 * rows)
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+
+
+def share_axis(axes: Axes, highest: float, bars: int) -> None:
+    """Bars 0, 1, ... by share, from 0 to `highest`."""
+    axes.set(ylim=(0, highest), xlim=(-0.6, bars - 0.4))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xticks(range(0, bars, 1 if bars <= _NUMBERED else 4))
+
+
+def over_bar(axes: Axes, x: float, y: float, share: float, ink: str, up: float) -> None:
+    """A bar's number in percent, as the axis beside it says, `up` points above (x, y)."""
+    text = f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
+    axes.annotate(text, (x, y), (0, up), textcoords="offset points", ha="center", fontsize=SMALL - 0.5, color=ink)
+
+
 def colour_bar(
-    axes: Axes | Sequence[Axes], mappable: ScalarMappable, label: str, formatter: Formatter | str
+    axes: Axes | Sequence[Axes], colours: Colormap, norm: Normalize, label: str, form: Formatter | str
 ) -> Colorbar:
     """A thin bar beside `axes` (one, or all that share it), named with its unit."""
     parent = axes if isinstance(axes, Axes) else list(axes)
     figure = axes.figure if isinstance(axes, Axes) else next(iter(axes)).figure
     aspect = float(np.clip(9 * figure.get_figure(root=True).get_size_inches()[1], 20, 60))  # about 0.08 in wide
-    bar = figure.colorbar(mappable, ax=parent, shrink=0.75, aspect=aspect, pad=0.02, format=formatter)
+    scale = ScalarMappable(norm, colours)
+    bar = figure.colorbar(scale, ax=parent, shrink=0.75, aspect=aspect, pad=0.02, format=form)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
     bar.set_label(label, fontsize=SMALL, color=SOFT)
@@ -226,16 +263,15 @@ def expert_chips(axes: Axes, num_experts: int, side: Literal["top", "left"] = "t
 
     Of many experts every fourth is named, without a chip.
     """
-    top = side == "top"
+    top, crowded = side == "top", num_experts > _CHIPS
     (axes.set_xticks if top else axes.set_yticks)([])
-    crowded = num_experts > _CHIPS
     for expert in range(0, num_experts, 4 if crowded else 1):
         colour = expert_colour(expert, num_experts)
         axes.annotate(
             str(expert), (expert, 1.0) if top else (0.0, expert), (0, 7) if top else (-8, 0),
             xycoords=("data", "axes fraction") if top else ("axes fraction", "data"), textcoords="offset points",
             ha="center", va="center", fontsize=SMALL, color=INK if crowded else ink_on(colour), annotation_clip=False,
-            bbox=None if crowded else {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"},
+            bbox=None if crowded else chip(colour),
         )  # fmt: skip
 
 
@@ -244,35 +280,21 @@ def _tick(share: float, _position: int | None = None) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _whole(share: float) -> str:
-    """A bar's label, in percent as the axis beside it says."""
-    return f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
-
-
 def hex_of(colour: npt.ArrayLike) -> str:
     """`#RRGGBB` of a colour with channels in [0, 1]; an alpha channel is ignored."""
     return "#" + "".join(f"{round(float(channel) * 255):02X}" for channel in np.asarray(colour)[:3])
 
 
-def rgb_of(colour: str) -> npt.NDArray[np.float64]:
+def rgb_of(colour: str) -> Floats:
     """[3] channels in [0, 1] of a colour's name."""
     return np.array(to_rgb(colour), dtype=np.float64)
 
 
-def expert_colour(expert: int, num_experts: int, highlight: int | None = None) -> str:
-    """`#RRGGBB` of one expert of E; `highlight` is the one expert to show while all others fade.
-
-    Raises:
-        UserError: an expert that the layer doesn't have.
-    """
-    for index in (expert,) if highlight is None else (expert, highlight):
-        if not 0 <= index < num_experts:
-            raise UserError(f"There is no expert {index}: the layer has experts 0 to {num_experts - 1}.")
-    if highlight is not None and expert != highlight:
-        return FADED
+def expert_colour(expert: int, num_experts: int, *, highlight: bool = False) -> str:
+    """`#RRGGBB` of one expert of E; of many, the one that is highlighted has a colour."""
     if num_experts <= len(EXPERT_COLOURS):
         return EXPERT_COLOURS[expert]
-    return HIGHLIGHT if expert == highlight else NEUTRAL
+    return HIGHLIGHT if highlight else NEUTRAL
 
 
 def expert_colours(num_experts: int) -> list[str]:
@@ -306,12 +328,10 @@ def luminance(colour: str) -> float:
 
 # ---- figures of numbers
 
-Ints = npt.NDArray[np.integer]
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
 _NUMBERED = 16  # experts: up to here every bar and cell carries its number
 _RANKS = 4  # choices whose weights are drawn; Soft MoE has as many as experts
 _LONGEST_NAME = 28
+_MOST_CLASSES = 25  # of more, those with the largest effect are shown
 _NOBODY = "#D55E00"
 _CONTROL = "#9AA0A6"
 
@@ -339,55 +359,45 @@ def plot_load(
     kinds = kinds or ["token_choice"] * len(loads)
     if any(load.sum() <= 0 for load in (*loads, *wanted)):
         raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
-    layers, experts = len(loads), max(len(load) for load in loads)
+    experts, layers = max(len(load) for load in loads), len(loads)
     columns = min(layers, 2 if experts > 8 else 4)
-    rows = -(-layers // columns)
-    figure = new_figure(COLUMN_INCHES if columns == 1 and experts <= 8 else PAGE_INCHES, 0.25 + 1.5 * rows)
+    figure, axes_of = panels(layers, columns, PAGE_INCHES if experts > 8 else None)
     highest = max(float((each / each.sum()).max()) for each in wanted)
-    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for place, (axes, name, load, kind) in enumerate(zip(axes_of, layer_names, loads, kinds, strict=True)):
         _draw_load(axes, load, wanted[place], highest)
         ratio = "largest ÷ mean" if kind == "soft" else "slowest ÷ mean"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
-            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
+            name_axis(axes, "share of weight" if kind == "soft" else "share of choices", "y")
         if place >= layers - columns:
-            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
-    heading(figure, "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert",
-            _load_note([len(load) for load in loads], set(kinds), requested is not None))  # fmt: skip
+            name_axis(axes, "expert", "x")
+    sizes = {len(load) for load in loads}
+    equal = f", 1 ÷ {experts} = {percent(1 / experts)}" if len(sizes) == 1 else ""
+    note = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
+    if requested is not None:
+        note.append("Hollow: dropped by capacity.")
+    if "expert_choice" in kinds:
+        note.append("Where experts choose, all take as many tokens of every image.")
+    if "soft" in kinds:
+        note.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
+    title = "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert"
+    heading(figure, title, " ".join(note))
     return figure
 
 
-def _load_note(experts: Sequence[int], kinds: set[RoutingKind], dropped: bool) -> str:
-    """How to read the bars."""
-    equal = f", 1 ÷ {experts[0]} = {percent(1 / experts[0])}" if len(set(experts)) == 1 else ""
-    words = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
-    if dropped:
-        words.append("Hollow: dropped by capacity.")
-    if "expert_choice" in kinds:
-        words.append("Where experts choose, all take as many tokens of every image.")
-    if "soft" in kinds:
-        words.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
-    return " ".join(words)
-
-
-def _draw_load(axes: Axes, load: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], highest: float) -> None:
+def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None:
     experts, total = len(load), wanted.sum()
     calm(axes)
     colours = expert_colours(experts)
     axes.bar(range(experts), wanted / total, 0.78, color="none", edgecolor=SOFT, linewidth=0.5 * (wanted > load))
     axes.bar(range(experts), load / total, 0.78, color=colours)
     axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
-    axes.set(ylim=(0, max(1.18 * highest, 1.4 / experts)), xlim=(-0.6, experts - 0.4))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xticks(range(0, experts, 1 if experts <= _NUMBERED else 4))
+    share_axis(axes, max(1.18 * highest, 1.4 / experts), experts)
     if experts > _NUMBERED:
         return
     for expert, share in enumerate(load / total):
         inside = share > 0.3 / experts  # else the bar is too low for a number, which then stands above it
-        axes.annotate(_whole(share), (expert, 0 if inside else share), (0, 3), textcoords="offset points", ha="center",
-                      fontsize=SMALL - 0.5, color=ink_on(colours[expert]) if inside else INK)  # fmt: skip
+        over_bar(axes, expert, 0 if inside else share, share, ink_on(colours[expert]) if inside else INK, up=3)
 
 
 def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
@@ -418,8 +428,8 @@ def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[
     highest = max(float(np.nanmax(layer)) for layer in values)
     axes.set(ylim=(0, min(1.05, 1.1 * highest)), xlim=(-0.5, layers - 0.5))
     axes.set_xticks(range(layers), layer_names)
-    axes.set_ylabel("gate weight", fontsize=SMALL, color=SOFT)
-    axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
+    name_axis(axes, "gate weight", "y")
+    name_axis(axes, "MoE layer, from shallow to deep", "x")
     if choices > 1:
         legend = axes.legend(title="choice", fontsize=SMALL, title_fontsize=SMALL, frameon=False, labelcolor=INK,
                              loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)  # fmt: skip
@@ -436,26 +446,20 @@ def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequenc
     tables = [np.asarray(count, dtype=np.float64) for count in counts]
     last = max(int(np.flatnonzero(table)[-1]) for table in tables)
     columns = min(len(tables), 4)
-    rows = -(-len(tables) // columns)
-    figure = new_figure(COLUMN_INCHES if columns == 1 else PAGE_INCHES, 0.25 + 1.5 * rows)
-    for place, (table, name) in enumerate(zip(tables, layer_names, strict=True)):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    figure, axes_of = panels(len(tables), columns)
+    highest = 1.18 * max(float((table / table.sum()).max()) for table in tables)
+    for place, (axes, table, name) in enumerate(zip(axes_of, tables, layer_names, strict=True)):
         calm(axes)
         share = np.pad(table, (0, max(0, last + 1 - len(table))))[: last + 1] / table.sum()
         axes.bar(range(last + 1), share, 0.78, color=[_NOBODY, *[EXPERT_COLOURS[0]] * last])
         for number, height in enumerate(share):
-            axes.annotate(_whole(height), (number, height), (0, 2), textcoords="offset points", ha="center",
-                          fontsize=SMALL - 0.5, color=INK)  # fmt: skip
-        axes.set(ylim=(0, 1.18 * max(float((t / t.sum()).max()) for t in tables)), xlim=(-0.6, last + 0.6))
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xticks(range(0, last + 1, 1 if last < _NUMBERED else 4))
-        mean = float((np.arange(len(table)) * table).sum() / table.sum())
-        panel_title(axes, name, f"mean {mean:.2f}")
+            over_bar(axes, number, height, height, INK, up=2)
+        share_axis(axes, highest, last + 1)
+        panel_title(axes, name, f"mean {float((np.arange(len(table)) * table).sum() / table.sum()):.2f}")
         if place % columns == 0:
-            axes.set_ylabel("share of patches", fontsize=SMALL, color=SOFT)
+            name_axis(axes, "share of patches", "y")
         if place >= len(tables) - columns:
-            axes.set_xlabel("experts that compute a patch", fontsize=SMALL, color=SOFT)
+            name_axis(axes, "experts that compute a patch", "x")
     note = "Orange: patches that no expert computes; they pass the layer by the residual path alone."
     heading(figure, "How many experts a patch has", note)
     return figure
@@ -482,7 +486,7 @@ def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> F
     figure = new_figure(max(COLUMN_INCHES, side + 1.1), side + 0.45)
     axes = figure.add_subplot()
     norm = TwoSlopeNorm(0, -reach, reach)
-    picture = axes.imshow(np.ma.masked_invalid(np.clip(times, -reach, reach)), cmap=BELOW_ABOVE, norm=norm)
+    axes.imshow(np.ma.masked_invalid(np.clip(times, -reach, reach)), cmap=BELOW_ABOVE, norm=norm)
     bare(axes)
     expert_chips(axes, experts)
     expert_chips(axes, experts, "left")
@@ -490,15 +494,12 @@ def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> F
         for i, j in zip(*np.nonzero(np.isfinite(times) | (table == 0)), strict=True):
             if i != j and np.isfinite(share[i, j]):
                 colour = hex_of(BELOW_ABOVE(norm(np.clip(times[i, j], -reach, reach))))
-                axes.text(
-                    j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=SMALL, color=ink_on(colour)
-                )
+                put(axes, j, i, f"{100 * share[i, j]:.0f}", ink_on(colour))
     chose = "chose" if top_k else "have"
-    axes.set_ylabel(f"of the patches that {chose} ...", fontsize=SMALL, color=SOFT, labelpad=14)
-    axes.set_xlabel(f"... the share that also {chose} ... (%)", fontsize=SMALL, color=SOFT)
-    bar = colour_bar(
-        axes, picture, "share ÷ share that the loads alone give", FuncFormatter(lambda power, _: f"{2.0**power:g}×")
-    )
+    name_axis(axes, f"of the patches that {chose} ...", "y", 14)
+    name_axis(axes, f"... the share that also {chose} ... (%)", "x")
+    times_label = FuncFormatter(lambda power, _: f"{2.0**power:g}×")
+    bar = colour_bar(axes, BELOW_ABOVE, norm, "share ÷ share that the loads alone give", times_label)
     bar.set_ticks(list(range(-int(reach), int(reach) + 1)))
     note = "All pairs of experts that took the same patch; colour allows for how often each is in a pair."
     if top_k:
@@ -517,7 +518,6 @@ def plot_class_experts(
     *,
     layer_name: str,
     excess: npt.ArrayLike | None = None,
-    max_classes: int = 25,
     threshold: float | None = None,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
@@ -532,7 +532,6 @@ def plot_class_experts(
         class_names: [C] in words.
         layer_name: in words.
         excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
-        max_classes: of more classes, those with the largest effect are shown.
         threshold: the smallest |excess| that counts as significant, to be stated.
         kind: who chooses in the layer.
 
@@ -550,32 +549,28 @@ def plot_class_experts(
     names = [name for name, there in zip(class_names, known, strict=True) if there]
     # Classes with a significant cell come first, larger effects before smaller ones.
     effect = np.abs(above).max(1) + np.where(flags, np.abs(above), 0).max(1)
-    kept = np.sort(np.argsort(-effect, kind="stable")[:max_classes])
+    kept = np.sort(np.argsort(-effect, kind="stable")[:_MOST_CLASSES])
     best = above[kept].argmax(1)
     order = kept[np.lexsort((-above[kept].max(1), best))]
     figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
     shown = (
-        "" if len(shares) <= max_classes else f" {len(order)} of {len(shares)} classes, those with the largest effect."
+        ""
+        if len(shares) <= _MOST_CLASSES
+        else f" {len(order)} of {len(shares)} classes, those with the largest effect."
     )
     limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
     what = "choices" if kind == "token_choice" else "weights"
     cells = (
         f"Cells: share of the class's {what} (%)." if shares.shape[1] <= _NUMBERED else f"Share of a class's {what}."
     )
+    found = "No cell stands above chance over images, so none is coloured: no class was found to use an expert more"
     if flags.any():
-        note = (
-            f"{cells} Coloured: differs from the mean{limit}, more than chance "
-            f"over images gives in any cell ({int(flags.sum())} of {flags.size} cells).{shown}"
-        )
-    else:
-        note = (
-            f"{cells} No cell stands above chance over images, "
-            f"so none is coloured: no class was found to use an expert more than others do.{shown}"
-        )
+        found = f"Coloured: differs from the mean{limit}, more than chance over images gives in any cell"
+    found += f" ({int(flags.sum())} of {flags.size} cells)." if flags.any() else " than others do."
     # Without the load two busy experts and two classes look like specialization.
     overall = (shares - above).mean(0)  # [E]
     load = Load(overall / overall.sum(), shares).words
-    heading(figure, f"{layer_name}: which classes use which expert", f"{note} Load: {load}.")
+    heading(figure, f"{layer_name}: which classes use which expert", f"{cells} {found}{shown} Load: {load}.")
     return figure
 
 
@@ -621,9 +616,9 @@ def plot_positions(
     width = COLUMN_INCHES if columns <= 4 else PAGE_INCHES
     side = (width - 0.7) / columns
     figure = new_figure(width, rows * (side * grid[0] / grid[1] + 0.22))
-    panels = figure.subplots(rows, columns, squeeze=False)
+    maps = figure.subplots(rows, columns, squeeze=False)
     norm = Normalize(0, max(float(shares.max()), 2 / experts))
-    for expert, axes in enumerate(panels.flat):
+    for expert, axes in enumerate(maps.flat):
         bare(axes)
         if expert >= experts:
             axes.set_visible(False)
@@ -631,11 +626,9 @@ def plot_positions(
         axes.imshow(shares[expert].reshape(grid), cmap=AMOUNT, norm=norm, interpolation="nearest")
         colour = expert_colour(expert, experts)
         axes.set_title(str(expert), fontsize=SMALL, color=ink_on(colour), pad=4,
-                       bbox={"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
-    scale = ScalarMappable(norm, AMOUNT)
-    scale.set_array([])
+                       bbox=chip(colour, 0.2))  # fmt: skip
     what = {"soft": "reading done there", "expert_choice": "patches taken there"}.get(kind, "choices made there")
-    bar = colour_bar(list(panels.flat), scale, f"share of the {what}", FuncFormatter(_tick))
+    bar = colour_bar(list(maps.flat), AMOUNT, norm, f"share of the {what}", FuncFormatter(_tick))
     bar.ax.axhline(1 / experts, color=INK, linewidth=1.2)
     note = (
         f"One map of the image per expert, one scale for all: {percent(shares.min())} to "
@@ -657,7 +650,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     axes.set_facecolor(BLANK)
     reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
     norm = TwoSlopeNorm(0, -reach, reach)
-    picture = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
@@ -667,14 +660,13 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
         for row, column in np.ndindex(rows, experts):
             colour = hex_of(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
             ink = ink_on(colour) if flags[row, column] else SOFT
-            text = f"{100 * shares[row, column]:.{digits}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
+            put(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
     short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
     axes.set_yticks(range(rows), short, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)
     if flags.any():
-        colour_bar(axes, picture, "difference (points)", FuncFormatter(_points))
+        colour_bar(axes, BELOW_ABOVE, norm, "difference (points)", FuncFormatter(_points))
     return figure
 
 
@@ -709,16 +701,16 @@ def plot_effects(
     columns = min(2 if effects[0].shape[0] > 8 else 3, len(effects))
     rows = -(-len(effects) // columns)
     figure = new_figure(PAGE_INCHES, 0.55 + 1.75 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in panels.flat[len(effects) :]:
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(effects) :]:
         axes.set_visible(False)
-    for place, (axes, effect, control) in enumerate(zip(panels.flat, effects, chance, strict=False)):
-        _draw_effects(axes, effect, control)
-        _name_largest(axes, effect, class_names, 0.2 * max(float(np.ptp(array)) for array in effects))
+    least = 0.2 * max(float(np.ptp(array)) for array in effects)
+    for place, (axes, effect, control) in enumerate(zip(grid.flat, effects, chance, strict=False)):
+        _draw_effects(axes, effect, control, class_names, least)
         panel_title(axes, layer_names[place])
-        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
+        name_axis(axes, "expert taken away", "x")
         if place % columns == 0:
-            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
+            name_axis(axes, "change of logit", "y")
     style = {"linestyle": "none", "marker": "o"}
     marks = [
         Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]
@@ -730,61 +722,40 @@ def plot_effects(
     return figure
 
 
-def _draw_effects(axes: Axes, effect: npt.NDArray[np.float64], control: npt.NDArray[np.float64]) -> None:
+def _draw_effects(axes: Axes, effect: Floats, control: Floats, class_names: Sequence[str], least: float) -> None:
+    """One layer; the class that changes most without an expert is named where it is `least` away from zero."""
     calm(axes)
     axes.axhline(0, color=RULE, linewidth=1.0)
     experts, classes = effect.shape
-    spread = _spread(classes)
-    for expert in range(experts):
+    spread = np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)  # classes stand side by side
+    for expert, (row, chance) in enumerate(zip(effect, control, strict=True)):
         colour = expert_colour(expert, experts) if experts <= len(EXPERT_COLOURS) else INK
-        axes.plot(expert + 0.28, control[expert].mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
-        axes.vlines(expert + 0.28, control[expert].min(), control[expert].max(), color=_CONTROL, linewidth=1)
-        axes.plot(expert - 0.12 + spread, effect[expert], "o", color=colour, markersize=2.2, alpha=0.55)
-        axes.plot(expert - 0.12, effect[expert].mean(), "o", color=colour, markersize=5, markeredgecolor="white")
+        axes.plot(expert + 0.28, chance.mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
+        axes.vlines(expert + 0.28, chance.min(), chance.max(), color=_CONTROL, linewidth=1)
+        axes.plot(expert - 0.12 + spread, row, "o", color=colour, markersize=2.2, alpha=0.55)
+        axes.plot(expert - 0.12, row.mean(), "o", color=colour, markersize=5, markeredgecolor="white")
+    for expert, row in enumerate(effect):
+        label = int(np.abs(row).argmax())
+        if abs(row[label]) >= max(least, 1e-6):
+            axes.annotate(class_names[label], (expert - 0.12 + spread[label], row[label]), (4, 0), parse_math=False,
+                          textcoords="offset points", va="center", fontsize=SMALL - 0.5, color=SOFT)  # fmt: skip
     axes.set_xticks(range(experts))
     axes.set_xlim(-0.6, experts - 0.1)
 
 
-def _name_largest(axes: Axes, effect: npt.NDArray[np.float64], class_names: Sequence[str], least: float) -> None:
-    """The class that changes most without an expert, beside its mark, if that is at least `least` away from zero."""
-    spread = _spread(effect.shape[1])
-    for expert, row in enumerate(effect):
-        label = int(np.abs(row).argmax())
-        if abs(row[label]) >= max(least, 1e-6):
-            place = (expert - 0.12 + spread[label], row[label])
-            style = {"textcoords": "offset points", "va": "center", "fontsize": SMALL - 0.5, "color": SOFT}
-            axes.annotate(class_names[label], place, (4, 0), parse_math=False, **style)  # type: ignore[arg-type]
-
-
-def _spread(classes: int) -> npt.NDArray[np.float64]:
-    """How far each class stands to the side of its expert."""
-    return np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)
-
-
 # ---- figures of images
 
-Picture = npt.NDArray[np.uint8]
 _PER_ROW = 4  # panels side by side
 _MOST_EXPERTS = 16
 _GAP, _NAME = 0.5, 1.5  # widths between top and random patches and of the expert's name, in patches
 
 
-def plot_overlay(
-    picture: Picture,
-    trace: RoutingTrace,
-    image: int = 0,
-    *,
-    layers: Sequence[int] | None = None,
-) -> Figure:
-    """The image, and per MoE layer the expert of every patch: colour and number, opacity = gate weight.
+def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure:
+    """An image [S, S, 3] as the model saw it, and per MoE layer the expert of every patch.
 
-    Args:
-        picture: uint8 [S, S, 3], the image as the model saw it.
-        trace: routing of one or more images.
-        image: which of them is `picture`.
-        layers: block indices of the layers to show; all of the trace by default.
+    Colour and number are the expert, opacity is its gate weight; `image` is the picture's number in the trace.
     """
-    shown = trace.layers if layers is None else [trace.layer(block) for block in layers]
+    shown = trace.layers
     columns = min(1 + len(shown), _PER_ROW)
     rows = -(-(1 + len(shown)) // columns)
     side = max(PAGE_INCHES / max(columns, 3), 0.13 * max(trace.grid) + 0.2)
@@ -825,7 +796,7 @@ def _overlay_note(kinds: set[RoutingKind]) -> str:
     return f"{said} Equal colours in two layers are unrelated experts."
 
 
-def _draw_experts(axes: Axes, picture: Picture, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
+def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
     rows, columns = grid
     first = np.asarray(layer.expert_index[image, :, 0], dtype=np.int64)
     kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
@@ -843,7 +814,7 @@ def _draw_experts(axes: Axes, picture: Picture, layer: LayerTrace, image: int, g
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
-        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink_on(hex_of(shade[patch])))
+        put(axes, column, row, text, ink_on(hex_of(shade[patch])), size)
 
 
 def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int], **style: object) -> None:
@@ -857,17 +828,15 @@ def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
 
 
-def _pale(picture: Picture, darkest: float) -> Floats:
+def _pale(picture: Pixels, darkest: float) -> Floats:
     """[S, S] in [darkest, 1]: the image without its colours, so that those on top mean one thing."""
     grey = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
     return darkest + (1 - darkest) * grey
 
 
-def plot_certainty(
-    picture: Picture, trace: RoutingTrace, image: int = 0, *, layers: Sequence[int] | None = None
-) -> Figure:
+def plot_certainty(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure:
     """How sure the router is of each patch of an image (as in `plot_overlay`): entropy and margin."""
-    shown = trace.layers if layers is None else [trace.layer(block) for block in layers]
+    shown = trace.layers
     columns = min(len(shown), _PER_ROW)
     blocks = -(-len(shown) // columns)
     side = PAGE_INCHES / max(columns + 1.6, 3.6)
@@ -878,12 +847,8 @@ def plot_certainty(
     bare(axes)
     panel_title(axes, "image")
     most = float(np.log2(max(layer.num_experts for layer in shown)))
-    for row, (name, limit, label, form) in enumerate(
-        (
-            ("entropy", most, f"bits (0 decided, {most:.3g} undecided)", "%.1f"),
-            ("margin", 1.0, "best − second-best", "%.1f"),
-        )
-    ):
+    asked = (("entropy", most, f"bits (0 decided, {most:.3g} undecided)"), ("margin", 1.0, "best − second-best"))
+    for row, (name, limit, label) in enumerate(asked):
         norm, drawn = Normalize(0, limit), []
         for place, layer in enumerate(shown):
             values = np.asarray((layer.entropy_bits if row == 0 else layer.margin)[image], dtype=np.float64)
@@ -891,9 +856,7 @@ def plot_certainty(
             _over(axes, _pale(picture, 0.6), values.reshape(trace.grid), trace.grid, cmap=AMOUNT, norm=norm, alpha=0.78)
             panel_title(axes, layer.name, f"mean {name} {values.mean():.2f}")
             drawn.append(axes)
-        bar = ScalarMappable(norm, AMOUNT)
-        bar.set_array([])
-        colour_bar(drawn, bar, label, form)
+        colour_bar(drawn, AMOUNT, norm, label, "%.1f")
     note = (
         "Entropy of the router's probabilities over all experts, and how far the best is ahead of the second. "
         "Low entropy alone isn't specialization: a collapsed router is sure as well."
@@ -912,7 +875,7 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
     return ", ".join(words) or shown(trace.picture_names[image])
 
 
-def plot_path(picture: Picture, trace: RoutingTrace, image: int, patch: int) -> Figure:
+def plot_path(picture: Pixels, trace: RoutingTrace, image: int, patch: int) -> Figure:
     """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities.
 
     Raises:
@@ -961,29 +924,29 @@ def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts:
             axes.plot(x, line, color=INK if choice == 0 else "#9AA0A6", linewidth=1.8 if choice == 0 else 0.8, zorder=3)
         for place, expert in at.items():
             layer = trace.layers[place]
-            lit = expert if choice == 0 and layer.num_experts > len(EXPERT_COLOURS) else None
             weight = float(layer.combine_weight[image, patch, choice])
-            colour, kept = expert_colour(expert, layer.num_experts, lit), bool(layer.kept[image, patch, choice])
+            colour, kept = (
+                expert_colour(expert, layer.num_experts, highlight=choice == 0),
+                bool(layer.kept[image, patch, choice]),
+            )
             size = (5.0 if dense else 8.0) + (3.0 if dense else 6.0) * weight
             axes.plot(place, expert, "o", markersize=size, color=colour if kept else "white", zorder=4,
                       markeredgecolor="white" if kept else INK, markeredgewidth=0.8)  # fmt: skip
-            axes.text(place, expert, str(expert), ha="center", va="center_baseline", zorder=5,
-                      fontsize=SMALL - (2.5 if dense else 0), color=ink_on(colour) if kept else INK)  # fmt: skip
+            put(axes, place, expert, str(expert), ink_on(colour) if kept else INK, SMALL - (2.5 if dense else 0),
+                va="center_baseline", zorder=5)  # fmt: skip
             label = f"{weight:.2f}" if kept else "dropped"
             axes.annotate(label, (place, expert), (size / 2 + 1.5, 0), textcoords="offset points", va="center",
                           fontsize=SMALL - 0.5, color=INK if choice == 0 else SOFT, zorder=4,
-                          bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
+                          bbox=_TAG)  # fmt: skip
     for place, layer in enumerate(trace.layers):
         if layer.kind == "expert_choice" and not layer.kept[image, patch].any():
-            axes.text(place, (layer.num_experts - 1) / 2, "no expert", rotation=90, ha="center", va="center",
-                      fontsize=SMALL, color=SOFT, zorder=4,
-                      bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
+            put(axes, place, (layer.num_experts - 1) / 2, "no expert", SOFT, rotation=90, zorder=4, bbox=_TAG)
     axes.set(xlim=(-0.35, len(x) - 0.45), ylim=(experts - 0.4, -0.6))
     axes.set_xticks(x, [layer.name for layer in trace.layers])
     axes.set_yticks(range(0, experts, 1 if experts <= 16 else 4))
     axes.grid(color=GRID, linewidth=0.6)
-    axes.set_ylabel("expert", fontsize=SMALL, color=SOFT)
-    axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
+    name_axis(axes, "expert", "y")
+    name_axis(axes, "MoE layer, from shallow to deep", "x")
 
 
 def _is_drawn(layer: LayerTrace, image: int, patch: int, choice: int) -> bool:
@@ -998,7 +961,6 @@ def plot_gallery(
     *,
     experts: Sequence[int] | None = None,
     count: int = 8,
-    context: int = 1,
     seed: int = 0,
 ) -> Figure:
     """One row per expert: its heaviest patches, and as many random ones, in context and outlined.
@@ -1009,7 +971,6 @@ def plot_gallery(
         layer: block index of the MoE layer.
         experts: which to show; all by default, or the 16 busiest of more.
         count: patches of each kind.
-        context: patches shown around each.
         seed: of the random patches.
     """
     routing = trace.layer(layer)
@@ -1034,7 +995,7 @@ def plot_gallery(
         _draw_row(axes, galleries[expert], row, share, routing.num_experts)
         for start, patches in ((_NAME, galleries[expert].top), (_NAME + count + _GAP, galleries[expert].random)):
             for place, patch in enumerate(patches):
-                _draw_patch(axes, pictures, patch, trace.grid, context, start + place, 1.06 * row)
+                _draw_patch(axes, pictures, patch, trace.grid, start + place, 1.06 * row)
     fewer = "" if len(shown) == routing.num_experts else f" {len(shown)} of {routing.num_experts} experts."
     drawn = "drawn as much as the expert reads of them" if soft else "drawn evenly from all that the expert computes"
     share_of = "the weight that patches take" if soft else "choices"
@@ -1046,9 +1007,8 @@ def plot_gallery(
 def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_experts: int) -> None:
     """The expert's chip, and a word where nothing is routed to it."""
     y, colour = 1.06 * row, expert_colour(gallery.expert, num_experts)
-    axes.text(0.65, y + 0.34, str(gallery.expert), ha="center", va="center", fontsize=SMALL + 1, color=ink_on(colour),
-              bbox={"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
-    axes.text(0.65, y + 0.83, percent(share), ha="center", va="center", fontsize=SMALL - 0.5, color=SOFT)
+    put(axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=chip(colour, 0.3))
+    put(axes, 0.65, y + 0.83, percent(share), SOFT, SMALL - 0.5)
     if not gallery.top:
         width = axes.get_xlim()[1] - _NAME
         axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))
@@ -1056,12 +1016,12 @@ def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_ex
 
 
 def _draw_patch(
-    axes: Axes, pictures: PictureSet, patch: GalleryPatch, grid: tuple[int, int], context: int, x: float, y: float
+    axes: Axes, pictures: PictureSet, patch: GalleryPatch, grid: tuple[int, int], x: float, y: float
 ) -> None:
     """A crop of one unit, with its patch, which is in the middle, outlined in white on black."""
-    crop = patch_crop(pictures.image(patch.image), grid, patch.patch, context)
+    crop = patch_crop(pictures.image(patch.image), grid, patch.patch)
     axes.imshow(crop, extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02), interpolation="nearest", zorder=2)
-    side = 0.96 / (1 + 2 * context)
+    side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
     for width, colour in ((1.5, "black"), (0.7, "white")):
         axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=3))

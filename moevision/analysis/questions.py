@@ -33,9 +33,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, cast
 
-from moevision.analysis.information import Estimate
+from moevision.analysis.information import Estimate, Json, Numbers
 from moevision.analysis.readings import (
     Controls,
     Interval,
@@ -51,7 +51,6 @@ from moevision.analysis.swap import Swap, swap_test
 from moevision.errors import UserError
 from moevision.words import percent, signed
 
-Json = dict[str, Any]
 Question = Literal["experts", "training", "function"]
 
 YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED = "yes", "a little", "not shown", "not measured"
@@ -77,7 +76,7 @@ _P_VALUE = 0.05
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Numbers):
     """One answer: a plain sentence, and the numbers behind it.
 
     Attributes:
@@ -100,18 +99,12 @@ class Answer:
         return f"{LEADS[self.question]}: {self.answer} ({self.detail})."
 
     def to_json(self) -> Json:
-        """As JSON primitives."""
-        return {
-            "question": self.question,
-            "answer": self.answer,
-            "sentence": self.sentence,
-            "detail": self.detail,
-            "numbers": list(self.numbers),
-        }
+        """The fields, and all of it in a sentence."""
+        return {**super().to_json(), "sentence": self.sentence}
 
 
 @dataclass(frozen=True)
-class LayerAnswers:
+class LayerAnswers(Numbers):
     """The three answers about one layer, and every number behind them.
 
     Attributes:
@@ -136,20 +129,6 @@ class LayerAnswers:
     same: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
     trainings: Sequence[float | None] = ()
     swap: Swap | None = None
-
-    def to_json(self) -> Json:
-        """As JSON primitives."""
-        return {
-            "name": self.name,
-            "answers": [answer.to_json() for answer in self.answers],
-            "load": self.load.to_json(),
-            "readings": [reading.to_json() for reading in self.readings],
-            "probe": None if self.probe is None else self.probe.to_json(),
-            "controls": {name: [reading.to_json() for reading in each] for name, each in self.controls.items()},
-            "same": {name: [reading.to_json() for reading in each] for name, each in self.same.items()},
-            "trainings": list(self.trainings),
-            "swap": None if self.swap is None else self.swap.to_json(),
-        }
 
 
 def three_questions(

@@ -25,17 +25,20 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from moevision.analysis.baselines import Assignments, Rule, fit_clusters
-from moevision.analysis.collect import layer_inputs, network_input
+from moevision.analysis.baselines import Assignments, Rule, fit_clusters, nearness, router_inputs
+from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import (
     LEVEL,
+    Array,
     Estimate,
+    Flags,
     Floats,
     Ints,
+    Json,
+    Numbers,
     choice_counts,
     class_information,
     entropy_bits,
@@ -57,8 +60,7 @@ if TYPE_CHECKING:
     from moevision.layers import MoEMlp
     from moevision.models.io import SavedModel
 
-Flags = npt.NDArray[np.bool_]
-Run = Callable[[int, Ints, Ints], npt.NDArray[Any]]
+Run = Callable[[int, Ints, Ints], Array]
 """(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank.
 
 A choice ~e, which is negative, is one of expert e that adds nothing to the layer's output; an image all of whose
@@ -92,7 +94,7 @@ class RecordedLayer:
     name: str
     choices: Ints
     num_experts: int
-    amounts: npt.NDArray[Any] | None = None
+    amounts: Array | None = None
     tokens_choose: bool = True
     by_image: bool = False
     inputs: Floats | None = None
@@ -180,7 +182,10 @@ def recording_of(
     patches = trace.grid[0] * trace.grid[1]
     kept = min(patches, max(1, _INPUT_TOKENS // max(1, len(trace))))
     positions = np.sort(np.random.default_rng(seed).permutation(patches)[:kept])
-    inputs, some = _inputs(model, pictures, trace, positions), None if kept == patches else positions
+    inputs: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
+    for batch in router_inputs(model, pictures, trace, range(len(trace)), _BATCH):
+        for layer in trace.layers:
+            inputs[layer.layer].append(batch[layer.layer][:, [0] if layer.route_by == "image" else positions])
     found = baselines or {}
     layers = []
     for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
@@ -193,12 +198,12 @@ def recording_of(
             ago = before.layers[place]
             index = np.asarray(ago.expert_index)
             takes = np.asarray(ago.takes)
-            old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, None, takes)]
+            old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, takes)]
         layers.append(
             replace(
                 choices_of(layer),
-                inputs=inputs[layer.layer],
-                positions=None if layer.route_by == "image" else some,
+                inputs=np.concatenate(inputs[layer.layer]),
+                positions=None if layer.route_by == "image" or kept == patches else positions,
                 before=old,
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
@@ -228,22 +233,10 @@ def choices_of(layer: LayerTrace) -> RecordedLayer:
     )
 
 
-def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
-    """Block -> [I, p, D] what each layer receives of those patches; [I, 1, D] their mean where images are routed."""
-    found: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
-    whole = {layer.layer for layer in trace.layers if layer.route_by == "image"}
-    for start in range(0, len(trace), _BATCH):
-        rows = range(start, min(start + _BATCH, len(trace)))
-        for block, tokens in layer_inputs(model.net, network_input(model, read_images(pictures, rows))).items():
-            taken = tokens.mean(1, keepdim=True) if block in whole else tokens[:, torch.from_numpy(positions)]
-            found[block].append(taken.float().cpu().numpy())
-    return {block: np.concatenate(each) for block, each in found.items()}
-
-
 @torch.inference_mode()
 def run_forced(
     model: SavedModel, pictures: PictureSet, blocks: Sequence[int], place: int, images: Ints, experts: Ints
-) -> npt.NDArray[np.float32]:
+) -> Floats:
     """Logits [R, C] of images [R] whose patches go to these experts [R, P, K] in one layer; see `Run`.
 
     The blocks before the layer compute an image once for all its neighbours in the list that are the same image.
@@ -266,9 +259,7 @@ def run_forced(
 
 
 @torch.inference_mode()
-def forced_logits(
-    net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0
-) -> npt.NDArray[np.float32]:
+def forced_logits(net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0) -> Floats:
     """Logits [R, C] of what `net` takes [R, ...] while the patches go to these experts [R, P, K] in one of its layers.
 
     Args:
@@ -280,13 +271,12 @@ def forced_logits(
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
     with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
-        logits: npt.NDArray[np.float32] = net(inputs).float().cpu().numpy()
+        logits: Floats = net(inputs).float().cpu().numpy()
     return logits
 
 
 # ---- what is read off it
 
-Json = dict[str, Any]
 Choices = Literal["first", "all"]
 
 _CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
@@ -305,45 +295,26 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What experts tell, read in one way.
+class Reading(Numbers):
+    """What experts tell, read in one way."""
 
-    Attributes:
-        of: `class` or `part`.
-        unit: `patch`: the choice of one; `image`: the histogram of all its patches, by a probe on held-out images.
-        choices: `first` or `all`.
-        where: `everywhere`, `object` or `background`.
-        guess: share guessed right from the expert, the guess of each expert coming from the other half of the images.
-        chance: share of the most frequent class (part).
-        bits: above shuffled images; of the image: above the class frequencies, on held-out images.
-        p_value: of the shuffling; None where held-out images were used instead.
-    """
-
-    of: str
-    unit: str
-    choices: Choices
-    where: str
+    of: str  # `class` or `part`
+    unit: str  # `patch`: the choice of one; `image`: the histogram of all its patches, by a probe on held-out images
+    choices: Choices  # `first` or `all`
+    where: str  # `everywhere`, `object` or `background`
+    # share guessed right from the expert, the guess of each expert coming from the other half of the images
     guess: Interval
-    chance: float
-    bits: Interval
-    p_value: float | None = None
-
-    def to_json(self) -> Json:
-        """As JSON primitives."""
-        return {**self.__dict__, "guess": self.guess._asdict(), "bits": self.bits._asdict()}
+    chance: float  # share of the most frequent class (part)
+    bits: Interval  # above shuffled images; of the image: above the class frequencies, on held-out images
+    p_value: float | None = None  # of the shuffling; None where held-out images were used instead
 
 
 @dataclass(frozen=True)
-class Load:
-    """How evenly a layer uses its experts; a class x expert table never stands without it.
+class Load(Numbers):
+    """How evenly a layer uses its experts; a class x expert table never stands without it."""
 
-    Attributes:
-        share: [E] of all choices.
-        class_share: [C, E] share of each class's choices; NaN for a class without images.
-    """
-
-    share: Floats
-    class_share: Floats
+    share: Floats  # [E] of all choices
+    class_share: Floats  # [C, E] share of each class's choices; NaN for a class without images
 
     @property
     def max_over_mean(self) -> float:
@@ -361,56 +332,34 @@ class Load:
         return f"max/mean load {self.max_over_mean:.2f}, in effect {self.effective:.1f} of {len(self.share)} experts"
 
     def to_json(self) -> Json:
-        """As JSON primitives."""
-        table = [[None if np.isnan(x) else float(x) for x in row] for row in self.class_share]
-        return {
-            "share": self.share.tolist(),
-            "max_over_mean": self.max_over_mean,
-            "effective_experts": self.effective,
-            "class_share": table,
-        }
+        """The shares, and what follows from them."""
+        return {**super().to_json(), "max_over_mean": self.max_over_mean, "effective_experts": self.effective}
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What the controls of a layer tell, beside the router on the same images.
+    """What the controls of a layer tell, beside the router on the same images."""
 
-    Attributes:
-        readings: name of a control -> what each of its seeds tells, of a patch and of the image.
-        same: name of a control -> the same of the router, on the images of that control.
-        gain: bits by which the router exceeds the best of them; None where there is none.
-        exceeded: whether it exceeds each of them (interval of the difference above 0).
-    """
-
+    # name of a control -> what each of its seeds tells, of a patch and of the image
     readings: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    # name of a control -> the same of the router, on the images of that control
     same: Mapping[str, tuple[Reading, Reading]] = field(default_factory=dict)
-    gain: float | None = None
-    exceeded: bool = True
+    gain: float | None = None  # bits by which the router exceeds the best of them; None where there is none
+    exceeded: bool = True  # whether it exceeds each of them (interval of the difference above 0)
 
 
 @dataclass(frozen=True)
 class LayerReadings:
-    """Everything that was read off one layer of one training.
+    """Everything that was read off one layer of one training."""
 
-    Attributes:
-        layer: the layer.
-        load: how evenly its experts are used.
-        why: why nothing else was read; None where it was.
-        readings: that of the answers first.
-        estimate: the bits of the first of them.
-        probe: the same of the linear probe's balanced groups; None without inputs.
-        controls: those of the layer.
-        most_bits: what a probe tells, or without one what so many experts could tell at most.
-    """
-
-    layer: RecordedLayer
-    load: Load
-    why: str | None = None
-    readings: Sequence[Reading] = ()
-    estimate: Estimate | None = None
-    probe: Reading | None = None
-    controls: Controls = Controls()
-    most_bits: float = math.nan
+    layer: RecordedLayer  # the layer
+    load: Load  # how evenly its experts are used
+    why: str | None = None  # why nothing else was read; None where it was
+    readings: Sequence[Reading] = ()  # that of the answers first
+    estimate: Estimate | None = None  # the bits of the first of them
+    probe: Reading | None = None  # the same of the linear probe's balanced groups; None without inputs
+    controls: Controls = Controls()  # those of the layer
+    most_bits: float = math.nan  # what a probe tells, or without one what so many experts could tell at most
 
 
 def read_layer(recording: Recording, place: int, *, permutations: int, cluster_seeds: int, seed: int) -> LayerReadings:
@@ -444,19 +393,12 @@ def _primary(layer: RecordedLayer) -> Choices:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads counts of choices [I', P, E], of all images or of some.
+    """Reads counts of choices [I', P, E], of all images or of some."""
 
-    Attributes:
-        recording: with the parts.
-        labels: [I].
-        halves: [I] which half an image is in.
-        seed: of what is shuffled.
-    """
-
-    recording: Recording
-    labels: Ints
-    halves: Flags
-    seed: int
+    recording: Recording  # with the parts
+    labels: Ints  # [I]
+    halves: Flags  # [I] which half an image is in
+    seed: int  # of what is shuffled
 
     def patch(
         self, counts: Floats, permutations: int, *, of: str = "class", choices: Choices = "first",
@@ -553,7 +495,7 @@ def exceeds(a: Estimate, b: Estimate) -> bool:
     return a.value_bits - b.value_bits > math.hypot(a.value_bits - a.low, b.high - b.value_bits)
 
 
-def counts_of(choices: Ints, amounts: npt.NDArray[Any] | None, num_experts: int, which: Choices) -> Floats:
+def counts_of(choices: Ints, amounts: Array | None, num_experts: int, which: Choices) -> Floats:
     """[I, P, E] of all choices, or of the first alone (which counts 1 where it counts at all)."""
     index = np.asarray(choices)
     amount = np.ones(index.shape, np.float32) if amounts is None else np.asarray(amounts, np.float32)
@@ -689,18 +631,17 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
     """
     if layer.inputs is None or layer.positions is not None or not layer.tokens_choose:
         return []
-    images, patches, width = layer.inputs.shape
-    if images * patches < layer.num_experts:
+    inputs = layer.inputs.astype(np.float32)
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    if len(tokens) < layer.num_experts:
         return []
-    tokens = layer.inputs.reshape(-1, width).astype(np.float32)
     sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_TOKENS]
-    rule = Rule("token_choice", layer.num_experts, layer.choices.shape[2])
+    rule, images = Rule("token_choice", layer.num_experts, layer.choices.shape[2]), np.arange(len(inputs))
     found = []
     for number in range(seeds):
         means = fit_clusters(tokens[sample], layer.num_experts, seed + number)
-        nearness = -np.square(means.transform(tokens)).reshape(images, patches, -1)
-        chosen = rule.apply(nearness, 1.0).expert_index
-        found.append(Assignments(None, number, chosen, np.arange(images), layer.num_experts))
+        chosen = rule.apply(nearness(means, inputs), 1.0).expert_index
+        found.append(Assignments(None, number, chosen, images, layer.num_experts))
     return found
 
 

@@ -24,15 +24,14 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -57,11 +56,12 @@ from moevision.analysis.describe import (
 )
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
+from moevision.analysis.information import Array, Floats, Json, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
 from moevision.analysis.readings import recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError, refuse_equal_seeds
+from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
@@ -69,15 +69,12 @@ from moevision.metrics import LayerLoad
 from moevision.models.io import SavedModel, load_model
 from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
 
-Json = dict[str, Any]
 SCHEMA = "moevision.report/1"
 """Version of report.json; a change that an older reader would misread raises the number."""
 
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
-CONTROLS = ("untrained", "kmeans_input")  # what the three questions compare with
 _SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
 _PICTURES_SHOWN = 3
 _LEAST, _MOST = 3, 40  # images of a class
@@ -121,32 +118,21 @@ class ReportSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: if a number is out of its range.
-        """
+        """Raises UserError if a number is out of its range."""
         for name, least in (("limit", 20), ("permutations", 20), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"--{name} is {value}: it must be at least {least}.")
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least {least}.")
+
+
+_OPTIONS: Final = {field.name for field in fields(ReportSettings)}
 
 
 def run(chosen: Namespace) -> None:
     """`moevision analyze MODEL`: write the report, and print the three answers and what it says of each layer."""
-    settings = ReportSettings(
-        model=chosen.model,
-        data=chosen.data,
-        root=chosen.root,
-        out=Path(chosen.out),
-        limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
-        seeds=tuple(chosen.seeds),
-        before=chosen.before,
-        permutations=chosen.permutations if chosen.permutations is not None else 200 if chosen.quick else 1000,
-        seed=chosen.seed,
-        quick=chosen.quick,
-        command=chosen.command,
-    )
+    given = {name: value for name, value in vars(chosen).items() if name in _OPTIONS and value is not None}
+    if chosen.quick:
+        given = {"limit": 300, "permutations": 200} | given
+    settings = ReportSettings(**given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)})
     numbers = analyze(settings)
     for answer in numbers["verdict"]["answers"]:
         print(shown(answer["sentence"]))
@@ -267,21 +253,13 @@ class Stages:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        questions: the three answers about each layer.
-        maps: block index -> class x expert map; empty with fewer than two labelled classes.
-        parts: [I, P, parts] share of each patch that belongs to each part; None where images have none.
-        stability: per layer agreement under changes and with other trainings, and similarity of its experts.
-        effects: from `measure_effects`.
-    """
-
-    questions: Sequence[LayerAnswers]
-    maps: dict[int, ClassExpertMap]
-    parts: npt.NDArray[np.float32] | None
-    stability: list[Json]
-    effects: Json
+    questions: Sequence[LayerAnswers]  # the three answers about each layer
+    maps: dict[int, ClassExpertMap]  # block index -> class x expert map; empty with fewer than two labelled classes
+    parts: Floats | None  # [I, P, parts] share of each patch that belongs to each part; None where images have none
+    stability: list[Json]  # per layer agreement under changes and with other trainings, and similarity of its experts
+    effects: Json  # from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
         """Every number, and the answers that follow from them; `headline` is all three in one."""
@@ -300,12 +278,12 @@ class Results:
             "verdict": {
                 "plain": plainly(answers),
                 "headline": " ".join(answer.sentence for answer in answers).removesuffix("."),
-                "answers": [answer.to_json() for answer in answers],
+                "answers": answers,
                 "layers": layers,
             },
-            "questions": [each.to_json() for each in self.questions],
+            "questions": self.questions,
             "specialization": [],  # what an earlier version measured, and its readers look for
-            "maps": [found.to_json() for found in self.maps.values()],
+            "maps": list(self.maps.values()),
             "stability": self.stability,
             "effects": self.effects,
             "skipped": [{"what": "Taking experts away was left out", "why": why}] if why else [],
@@ -327,14 +305,14 @@ def measure(
     """
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
-        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5, names=CONTROLS)
+        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
     with stages.stage("looking at other trainings"):
         seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
     shown_parts = None if parts is None else majority_part(parts)
     with stages.stage("asking three questions"):
         again = []
         for (_, other), routed in zip(others, seeds, strict=True):  # each beside controls of its own
-            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3, names=CONTROLS)
+            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3)
             again.append(recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed))
         ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
         recording = recording_of(
@@ -354,35 +332,26 @@ def measure(
             for layer in (trace.layers if known else ())
         }
     with stages.stage("mirroring and cropping"):
-        stability = _stability(model, pictures, trace, seeds, settings.seed)
+        changes, stability = consistency(model, pictures, seed=settings.seed), []
+        for layer in trace.layers:
+            similarity = expert_similarity(model, pictures, layer.layer, seed=settings.seed)
+            matches = [(other.model, match_experts(layer, other.layer(layer.layer))) for other in seeds]
+            stability.append(
+                {
+                    "layer": layer.layer,
+                    "name": layer.name,
+                    "similarity": similarity,
+                    **of_pairs(similarity),
+                    "matches": [{"run": name, **vars(match)} for name, match in matches],
+                    "consistency": [change for change in changes if change.layer == layer.layer],
+                }
+            )
     with stages.stage("taking experts away"):
         effects = measure_effects(model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed)
     return Results(questions, maps, parts, stability, effects)
 
 
-def _stability(
-    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: Sequence[RoutingTrace], seed: int
-) -> list[Json]:
-    found = []
-    changes = consistency(model, pictures, seed=seed)
-    for layer in trace.layers:
-        similarity = expert_similarity(model, pictures, layer.layer, seed=seed)
-        found.append(
-            {
-                "layer": layer.layer,
-                "name": layer.name,
-                "similarity": similarity.tolist(),
-                **of_pairs(similarity),
-                "matches": [
-                    {"run": other.model, **asdict(match_experts(layer, other.layer(layer.layer)))} for other in seeds
-                ],
-                "consistency": [change.to_json() for change in changes if change.layer == layer.layer],
-            }
-        )
-    return found
-
-
-def of_pairs(similarity: npt.NDArray[Any]) -> Json:
+def of_pairs(similarity: Array) -> Json:
     """Mean and largest similarity of two experts, and which two: from [E, E]; all None for one expert."""
     pairs = np.argwhere(np.triu(np.ones_like(similarity, dtype=bool), 1))
     if not len(pairs):
@@ -553,19 +522,6 @@ def layer_numbers(layer: LayerTrace) -> Json:
     }
 
 
-def as_json(value: Any) -> Any:
-    """NumPy scalars and arrays as JSON primitives; NaN and infinity, which JSON can't say, as null."""
-    if isinstance(value, dict):
-        return {str(name): as_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return as_json(value.tolist())
-    if isinstance(value, np.generic):
-        return as_json(value.item())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ---- figures
 
 
@@ -585,22 +541,30 @@ def draw_figures(
 
     `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
+    images, (rows, columns) = shown_pictures(trace, seed), trace.grid
+    for place, image in enumerate(images, start=1):
+        overlay = plots.plot_overlay(pictures.image(image), trace, image)
+        yield Drawn("overlay", f"overlay_{place}.png", f"Which expert each patch goes to, image {place}", overlay)
+    first = pictures.image(images[0])
+    path = plots.plot_path(first, trace, images[0], rows // 2 * columns + columns // 2)  # of the patch in the middle
+    yield Drawn("path", "path.png", "The path of one patch, image 1", path)
+    certainty = plots.plot_certainty(first, trace, images[0])
+    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
     names = [layer.name for layer in trace.layers]
-    yield from _draw_pictures(trace, pictures, seed)
     counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
     kinds = [layer.kind for layer in trace.layers]
     load = plots.plot_load(counts, names, requested=None if wanted == counts else wanted, kinds=kinds)
     yield Drawn("load", "load.png", "Load of each expert", load)
     uneven = [each for each in layers if any(each["kept_per_patch"][:-1])]
     if uneven:
-        figure = plots.plot_experts_per_patch(
-            [each["kept_per_patch"] for each in uneven], [each["name"] for each in uneven]
-        )
-        yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", figure)
+        kept, which = ([each[what] for each in uneven] for what in ("kept_per_patch", "name"))
+        number = plots.plot_experts_per_patch(kept, which)
+        yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", number)
     quantiles = [each["gate_weight_quantiles"]["values"] for each in layers]
     yield Drawn("gate_weights", "gate_weights.png", "Gate weights by depth", plots.plot_gate_weights(quantiles, names))
     for layer, found in zip(trace.layers, layers, strict=True):
-        yield from _draw_layer(trace, pictures, results, layer, found, seed)
+        for kind, title, figure in _draw_layer(trace, pictures, results, layer, found, seed):
+            yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
     if results.effects["rows"]:
         yield Drawn("effects", "effects.png", "Without one expert", _effects_figure(trace, results.effects))
 
@@ -613,47 +577,34 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN)
     return [int(index) for index in order[np.concatenate([np.sort(first), others])][:count]]
 
 
-def _draw_pictures(trace: RoutingTrace, pictures: PictureSet, seed: int) -> Iterator[Drawn]:
-    shown = shown_pictures(trace, seed)
-    for place, image in enumerate(shown, start=1):
-        title = f"Which expert each patch goes to, image {place}"
-        yield Drawn("overlay", f"overlay_{place}.png", title, plots.plot_overlay(pictures.image(image), trace, image))
-    first, (rows, columns) = shown[0], trace.grid
-    middle = rows // 2 * columns + columns // 2
-    path = plots.plot_path(pictures.image(first), trace, first, middle)
-    yield Drawn("path", "path.png", "The path of one patch, image 1", path)
-    certainty = plots.plot_certainty(pictures.image(first), trace, first)
-    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
-
-
 def _draw_layer(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
-) -> Iterator[Drawn]:
-    name, index = layer.name, np.asarray(layer.expert_index)
+) -> Iterator[tuple[str, str, Figure]]:
+    """Kind, title and figure of one layer."""
+    name, index, kind = layer.name, np.asarray(layer.expert_index), layer.kind
     if numbers["co_activation"] is not None:
         figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
-        yield Drawn("co_activation", f"co_activation_{name}.png", f"{name}: experts chosen together", figure)
+        yield "co_activation", "experts chosen together", figure
     if layer.layer in results.maps:
         found = results.maps[layer.layer]
         figure = plots.plot_class_experts(
             found.share, found.significant, trace.class_names,
-            layer_name=name, excess=found.excess, threshold=found.threshold, kind=layer.kind,
+            layer_name=name, excess=found.excess, threshold=found.threshold, kind=kind,
         )  # fmt: skip
-        yield Drawn("class_experts", f"class_experts_{name}.png", f"{name}: which classes use which expert", figure)
+        yield "class_experts", "which classes use which expert", figure
     share = position_share(index, layer.num_experts, layer.wanted)
-    figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=layer.kind)
-    yield Drawn("positions", f"positions_{name}.png", f"{name}: where in the image each expert works", figure)
+    figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=kind)
+    yield "positions", "where in the image each expert works", figure
     if results.parts is not None:
         table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
-        figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=layer.kind)
-        yield Drawn("parts", f"parts_{name}.png", f"{name}: which parts go to which expert", figure)
-    figure = plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
-    yield Drawn("gallery", f"gallery_{name}.png", f"{name}: what each expert gets", figure)
+        figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)
+        yield "parts", "which parts go to which expert", figure
+    yield "gallery", "what each expert gets", plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
 
 
 def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
-    deltas: list[npt.NDArray[np.float64]] = []
-    controls: list[npt.NDArray[np.float64]] = []
+    deltas: list[Floats] = []
+    controls: list[Floats] = []
     for layer in trace.layers:
         rows = [row for row in effects["rows"] if row["layer"] == layer.layer]
         for name, tables in (("delta_logit", deltas), ("control_delta_logit", controls)):
@@ -720,23 +671,20 @@ def claim_folder(out: str | Path) -> Path:
     """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
 
     Raises:
-        UserError: if something else lies there, or it can't be made or written to.
+        UserError: if something else lies there, or it can't be made.
     """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry))
-        probe = folder / ".moevision-probe"
-        probe.touch()
-        probe.unlink()
     except FileExistsError as error:
         raise UserError(f"{folder} is a file: give --out a folder for the report.") from error
     except OSError as error:
         raise UserError(f"{folder} can't be written to ({error.strerror}): give --out another place.") from error
+    ours = (HTML, NUMBERS, TRACE, FIGURES)  # of an earlier, perhaps interrupted run
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours and entry.suffix != ".tmp")
     if foreign and former_report(folder) is None:
         raise UserError(
-            f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no former "
-            "report: give --out a new folder."
+            f"{folder} holds other files ({foreign[0]}, ...) and no former report: give --out a new folder."
         )
     return folder
 
@@ -771,11 +719,3 @@ def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: 
         raise UserError(
             f"The report can't be written to {folder} ({error.strerror}): make room or give --out another place."
         ) from error
-
-
-def _is_ours(entry: Path) -> bool:
-    """Whether an earlier, perhaps interrupted, run can have left it."""
-    if entry.name == FIGURES:
-        return entry.is_dir() and all(inner.suffix in (".png", ".tmp") for inner in entry.iterdir())
-    unfinished = entry.name.startswith(".") and entry.suffix == ".tmp"
-    return unfinished or entry.name in (HTML, NUMBERS, TRACE)

@@ -24,14 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from scipy.special import log_softmax
 
-from moevision.analysis.information import Floats, Ints, halves_by_class
+from moevision.analysis.information import Flags, Floats, Ints, Json, Numbers, halves_by_class
 from moevision.analysis.readings import (
-    Flags,
     Interval,
     Recording,
     Run,
@@ -41,99 +40,53 @@ from moevision.analysis.readings import (
     ratio_interval,
 )
 
-Json = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Cost:
-    """What a change of routes costs.
+class Cost(Numbers):
+    """What a change of routes costs."""
 
-    Attributes:
-        points: accuracy lost, in percentage points; mean over images with its 95 % interval.
-        log_loss: log-loss gained, in nats.
-        moved: share of the choices that changed.
-    """
-
-    points: Interval
-    log_loss: Interval
-    moved: float
+    points: Interval  # accuracy lost, in percentage points; mean over images with its 95 % interval
+    log_loss: Interval  # log-loss gained, in nats
+    moved: float  # share of the choices that changed
 
     @property
     def shown(self) -> bool:
         """Whether the interval of the log-loss lies above 0."""
         return self.log_loss.low > 0
 
-    def to_json(self) -> Json:
-        """As JSON primitives."""
-        return {"points": self.points._asdict(), "log_loss": self.log_loss._asdict(), "moved": self.moved}
-
 
 @dataclass(frozen=True)
-class KnockOut:
-    """What taking each expert away costs the images of each class, per choice that is taken away.
+class KnockOut(Numbers):
+    """What taking each expert away costs the images of each class, per choice that is taken away."""
 
-    Attributes:
-        log_loss: [C, E] nats; NaN where the class never chose the expert.
-        points: [C, E] percentage points.
-        removed: [C, E] choices that were taken away.
-        own: nats per choice that a class loses without its favourite: mean over pairs of classes with two favourites.
-        others: nats per choice that the other class of the pair loses without it; both are NaN without such a pair.
-        p_value: of `own` above `others`, by permuting the images of a half between its classes.
-    """
-
-    log_loss: Floats
-    points: Floats
-    removed: Ints
+    log_loss: Floats  # [C, E] nats; NaN where the class never chose the expert
+    points: Floats  # [C, E] percentage points
+    removed: Ints  # [C, E] choices that were taken away
+    # nats per choice that a class loses without its favourite: mean over pairs of classes with two favourites
     own: float
-    others: float
-    p_value: float
-
-    def to_json(self) -> Json:
-        """As JSON primitives; null for NaN."""
-        table = {
-            name: [[None if np.isnan(x) else float(x) for x in row] for row in getattr(self, name)]
-            for name in ("log_loss", "points")
-        }
-        means = {name: None if np.isnan(x := getattr(self, name)) else x for name in ("own", "others", "p_value")}
-        return {**table, "removed": self.removed.tolist(), **means}
+    others: float  # nats per choice that the other class of the pair loses without it; both are NaN without such a pair
+    p_value: float  # of `own` above `others`, by permuting the images of a half between its classes
 
 
 @dataclass(frozen=True)
-class Swap:
-    """What changes of the routes of one layer cost; see the head of this module.
+class Swap(Numbers):
+    """What changes of the routes of one layer cost; see the head of this module."""
 
-    Attributes:
-        without: the layer left out.
-        routes: those of other images.
-        whole: a class's favourite changes places with another expert, all their tokens.
-        favourite: the same with as many tokens as in `any_two`; None where there are no two other experts to exchange.
-        any_two: two other experts change places.
-        more: `favourite` minus `any_two`, image by image.
-        knock_out: one expert away.
-        n_images: images that were run.
-        favourites: class, its favourite expert in either half of the images.
-    """
-
-    without: Cost
-    routes: Cost
-    whole: Cost
+    without: Cost  # the layer left out
+    routes: Cost  # those of other images
+    whole: Cost  # a class's favourite changes places with another expert, all their tokens
+    # the same with as many tokens as in `any_two`; None where there are no two other experts to exchange
     favourite: Cost | None
-    any_two: Cost | None
-    more: Cost | None
-    knock_out: KnockOut
-    n_images: int
-    favourites: Sequence[tuple[str, int, int]]
+    any_two: Cost | None  # two other experts change places
+    more: Cost | None  # `favourite` minus `any_two`, image by image
+    knock_out: KnockOut  # one expert away
+    n_images: int  # images that were run
+    favourites: Sequence[tuple[str, int, int]]  # class, its favourite expert in either half of the images
 
     def to_json(self) -> Json:
         """As JSON primitives; `points`, `log_loss` and `moved` are those of `whole`."""
-        costs = {name: getattr(self, name) for name in ("without", "routes", "favourite", "any_two", "more")}
-        return {
-            **self.whole.to_json(),
-            **{name: cost and cost.to_json() for name, cost in costs.items()},
-            "knock_out": self.knock_out.to_json(),
-            "n_images": self.n_images,
-            "favourites": [list(row) for row in self.favourites],
-        }
+        found = super().to_json()
+        return {**found.pop("whole"), **found}
 
 
 def swap_test(

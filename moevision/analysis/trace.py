@@ -32,20 +32,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from moevision.errors import UserError
+from moevision.analysis.information import Array, Flags, Floats, Ints
+from moevision.errors import UserError, shown
 from moevision.files import make_folder, write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
-from moevision.names import shown
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 _CHUNK = 64  # images that are counted or copied at once
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,14 @@ class LayerTrace:
     """
 
     layer: int
-    expert_index: npt.NDArray[np.int16]
-    kept: npt.NDArray[np.bool_]
-    combine_weight: npt.NDArray[np.float32]
-    probs: npt.NDArray[np.float16]
-    margin: npt.NDArray[np.float32]
-    entropy_bits: npt.NDArray[np.float32]
+    expert_index: Ints
+    kept: Flags
+    combine_weight: Floats
+    probs: Floats
+    margin: Floats
+    entropy_bits: Floats
     kind: RoutingKind = "token_choice"
-    read_weight: npt.NDArray[np.float32] | None = None
+    read_weight: Floats | None = None
     route_by: RouteBy = "token"
 
     @property
@@ -119,7 +116,7 @@ class LayerTrace:
         found = {name: getattr(self, name) for name in LAYER_ARRAYS}
         return found if self.read_weight is None else {**found, "read_weight": self.read_weight}
 
-    def first_choice(self) -> npt.NDArray[np.int16]:
+    def first_choice(self) -> Ints:
         """[I, P]: the expert that each patch wants most, kept or not.
 
         Expert choice: of those that took the patch the one with the largest weight; -1 where none did.
@@ -127,10 +124,10 @@ class LayerTrace:
         first = self.expert_index[:, :, 0]
         if self.kind != "expert_choice":
             return first
-        taken: npt.NDArray[np.int16] = np.where(self.kept[:, :, 0], first, np.int16(-1))
+        taken: Ints = np.where(self.kept[:, :, 0], first, np.int16(-1))
         return taken
 
-    def select(self, images: slice | npt.NDArray[np.int64]) -> LayerTrace:
+    def select(self, images: slice | Ints) -> LayerTrace:
         """The same of some images."""
         chosen: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}
         return replace(self, **chosen)
@@ -146,9 +143,9 @@ class LayerTrace:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
         return self._sums(self._takes)
 
-    def kept_per_patch(self) -> npt.NDArray[np.int64]:
+    def kept_per_patch(self) -> Ints:
         """[K + 1]: how many patches are computed by 0, 1, ... K experts."""
-        counts: npt.NDArray[np.int64] = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
+        counts: Ints = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
         return counts
 
     def _reads(self, part: slice) -> Array:
@@ -199,9 +196,9 @@ class RoutingTrace:
     """
 
     layers: tuple[LayerTrace, ...]
-    labels: npt.NDArray[np.int64]
-    predictions: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
+    labels: Ints
+    predictions: Ints
+    probabilities: Floats
     picture_names: tuple[str, ...]
     class_names: tuple[str, ...]
     grid: tuple[int, int]
@@ -249,7 +246,7 @@ class RoutingTrace:
         names = ", ".join(str(layer.layer) for layer in self.layers)
         raise UserError(f"Block {block_index} has no MoE layer: choose one of {names}.")
 
-    def select(self, images: Sequence[int] | npt.NDArray[Any] | slice) -> RoutingTrace:
+    def select(self, images: Sequence[int] | Array | slice) -> RoutingTrace:
         """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
         # An empty list would become an array of floats.
         wanted = images if isinstance(images, slice) or len(images) else np.zeros(0, np.int64)

@@ -31,10 +31,9 @@ from scipy.stats import norm
 
 from moevision.commands.data import run_of
 from moevision.data.named import SYNTHETIC
-from moevision.errors import UserError, refuse_equal_seeds
+from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import refuse_foreign, write_json_atomic
-from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
+from moevision.models.safe_files import read_yaml
 from moevision.train.report import RunSummary, read_summary
 from moevision.train.resume import is_finished, is_free, resume_command
 from moevision.train.stats import (
@@ -85,7 +84,6 @@ class FinishedRun:
         folder: as it was given.
         summary: its summary.json.
         options: its config.yaml, flat: `model.arch.router` -> value.
-        code: version and commit that trained it; empty where that isn't known.
         images: [n] names of the test images, sorted.
         labels: [n] class of each in words.
         correct: [n] whether it was classified correctly.
@@ -94,7 +92,6 @@ class FinishedRun:
     folder: Path
     summary: RunSummary
     options: Mapping[str, Any]
-    code: tuple[str, str]
     images: tuple[str, ...]
     labels: tuple[str, ...]
     correct: npt.NDArray[np.bool_]
@@ -145,13 +142,8 @@ def read_run(address: str) -> FinishedRun:
             f"{file} has {correct.sum():,} of {len(images):,} images right and summary.json says "
             f"{summary.test.correct:,} of {summary.test.total:,}: they are not of one training, restore them."
         )
-    try:
-        known = read_json(folder / "provenance.json")
-        code = str(known["moevision"]), str(known["code"]["git_commit"] or "")
-    except (OSError, ValueError, TypeError, KeyError):  # it says only whether two are the same
-        code = "", ""
     options = dict(_flat(read_yaml(folder / "config.yaml")))
-    return FinishedRun(folder, summary, options, code, images, tuple(answers[image][0] for image in images), correct)
+    return FinishedRun(folder, summary, options, images, tuple(answers[image][0] for image in images), correct)
 
 
 def _flat(tree: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -348,8 +340,6 @@ def notes_on(found: Comparison) -> list[str]:
     machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in runs})
     if len(machines) > 1:
         notes.append(f"Times are not comparable, they are of {'; '.join(machines)}.")
-    if len({run.code for run in runs}) > 1:
-        notes.append("The runs were trained by different versions of moevision, see provenance.json.")
     return notes
 
 

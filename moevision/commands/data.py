@@ -27,10 +27,9 @@ from moevision.data.scores import (
     starved,
 )
 from moevision.data.shards import find_index, read_tars, verify_shards, write_shards
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
-from moevision.names import shown
 from moevision.train.recipe import find_config
 
 _HARDEST = 0.1  # of --hardest where it isn't given
@@ -50,11 +49,7 @@ def run_of(address: str) -> Path:
 
 
 def write_page(chosen: Namespace) -> None:
-    """`moevision data score RUN`: write the page and the table.
-
-    Raises:
-        UserError: if the run has no scores, or its images or model are gone.
-    """
+    """`moevision data score RUN`: write the page and the table."""
     from moevision.analysis.good_data import PAGE, TABLE, score
 
     run_dir = run_of(chosen.run)
@@ -66,11 +61,7 @@ def write_page(chosen: Namespace) -> None:
 
 
 def write_list(chosen: Namespace) -> None:
-    """`moevision data prune RUN`: write the list, and print the shares.
-
-    Raises:
-        UserError: if an option is missing or doesn't belong to the method, or the run has no scores.
-    """
+    """`moevision data prune RUN`: write the list, and print the shares."""
     decided = chosen.by == "decisions"
     if decided and (chosen.decisions is None or chosen.keep is not None):
         raise UserError("--by decisions needs --decisions FILE and no --keep: the file says what goes.")
@@ -105,11 +96,7 @@ def write_list(chosen: Namespace) -> None:
 
 
 def shard(chosen: Namespace) -> None:
-    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some.
-
-    Raises:
-        UserError: if there are no such images, or the shards can't be written or aren't whole.
-    """
+    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some."""
     if chosen.check == (chosen.out is not None):
         raise UserError(
             "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."
@@ -131,7 +118,7 @@ def shard(chosen: Namespace) -> None:
         )
     with bar:
         task = bar.add_task("writing shards", total=sum(map(len, collection.given.values())))
-        written = write_shards(
+        index = write_shards(
             collection,
             chosen.out,
             shard_bytes=chosen.shard_mb * 2**20,
@@ -139,12 +126,9 @@ def shard(chosen: Namespace) -> None:
         )
     for sentence in collection.notes:
         print(f"warning: {shown(sentence)}")
-    for name in written.changed:
-        print(f"warning: {name} had changed since it was written, and was written anew")
-    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in written.index.splits.items())
-    total_mb = sum(each.bytes for each in written.index.shards) / 2**20
-    kept = f", {written.kept} of them kept from before" if written.kept else ""
-    print(f"{sizes} images in {len(written.index.shards)} shards, {total_mb:,.1f} MiB{kept}: {shown(str(chosen.out))}")
+    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in index.splits.items())
+    total_mb = sum(each.bytes for each in index.shards) / 2**20
+    print(f"{sizes} images in {len(index.shards)} shards, {total_mb:,.1f} MiB: {shown(str(chosen.out))}")
     print(f"train on them: moevision fit {shlex.quote(shown(str(chosen.out)))}")
 
 

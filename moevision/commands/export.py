@@ -14,11 +14,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.export import OPSET, SUFFIX, Format, Runner, export_onnx, export_torch, load_exported
 from moevision.models.io import SavedModel
-from moevision.names import shown
 from moevision.train.trained import load_trained
 
 _PREPARE = """
@@ -45,15 +44,11 @@ print(about["class_names"][logits[0].argmax()])""",
 }
 
 BATCHES = (1, 8)
-_ROUNDS, _MIN_ROUNDS, _SECONDS = 20, 5, 10.0  # per batch size: 20 rounds, fewer if they take long
+_ROUNDS = 10  # per batch size
 
 
 def run(chosen: Namespace) -> None:
-    """Write a saved model to one file, check it, measure it, and print all that.
-
-    Raises:
-        UserError: if there is no such model, the file exists or has another ending, or the model can't be exported.
-    """
+    """Write a saved model to one file, check it, measure it, and print all that."""
     out = Path(chosen.out)
     form: Format | None = chosen.format or {suffix: name for name, suffix in SUFFIX.items()}.get(out.suffix)
     if form is None:
@@ -95,7 +90,7 @@ def run(chosen: Namespace) -> None:
         table.add_row(name, f"{flops / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
     Console().print(table)
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
-    print(f"median of {_MIN_ROUNDS} to {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
+    print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
     print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file)}")
 
 
@@ -133,10 +128,7 @@ def measure_latency(
         for run in runners.values():
             run(images)  # the first call allocates and picks kernels
         times_ms: dict[str, list[float]] = {name: [] for name in runners}
-        begin = time.perf_counter()
-        for done in range(_ROUNDS):
-            if done >= _MIN_ROUNDS and time.perf_counter() - begin > _SECONDS:
-                break
+        for _ in range(_ROUNDS):
             for name, run in runners.items():
                 start = time.perf_counter()
                 run(images)

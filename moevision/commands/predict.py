@@ -22,10 +22,9 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.open import kind_of, open_collection
 from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name, json_text
 from moevision.files import csv_text, refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
-from moevision.names import csv_name, json_text
 from moevision.train.processes import tell
 from moevision.train.trained import load_trained
 
@@ -58,10 +57,6 @@ def run(chosen: Namespace) -> None:
     """Classify, and print or write one row per image.
 
     A file that can't be read gets a row that says why; the others are classified all the same.
-
-    Raises:
-        UserError: If there is no such model or path, no image in the folders, no place to write to, or `out` holds
-            something else than answers.
     """
     if chosen.batch_size < 1:
         raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")

@@ -19,11 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moevision.commands import loading
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes
-from moevision.names import shown
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
@@ -31,11 +30,7 @@ FILES = (CARD, CONFIG, WEIGHTS)
 
 
 def run(chosen: Namespace) -> None:
-    """Write the card, then upload, or show what would be uploaded.
-
-    Raises:
-        UserError: if the model, the repository's name or a file for the card can't be used.
-    """
+    """Write the card, then upload, or show what would be uploaded."""
     check_repo_id(chosen.repo)
     if chosen.out is not None and not chosen.dry_run:
         raise UserError("--out is the folder of --dry-run: add --dry-run, or leave --out out to upload.")
@@ -77,11 +72,6 @@ def check_repo_id(repo_id: str) -> str:
 
 
 def _card(chosen: Namespace) -> str:
-    """The text of README.md.
-
-    Raises:
-        UserError: if a file that it is made from is missing, or of another model.
-    """
     from moevision.train.card import UNKNOWN_LICENCE, gather_facts, model_card
 
     licence = chosen.license or UNKNOWN_LICENCE
@@ -110,7 +100,6 @@ def _own_card(chosen: Namespace) -> str:
 
 
 def _analysis(folder: Path, model: str) -> dict[str, Any]:
-    """The numbers of a report of this very model."""
     from moevision.analysis.collect import weights_sha256
     from moevision.analysis.report import former_report
 
@@ -126,7 +115,6 @@ def _analysis(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
-    """Write the folder, and say what is in it."""
     folder = Path(chosen.out or Path("hub") / chosen.repo)
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     foreign = not found <= set(FILES) or (folder.exists() and not folder.is_dir())

@@ -25,7 +25,7 @@ from moevision.analysis.images import PictureSet, pictures_for
 from moevision.commands import loading
 from moevision.commands.upcycle import check_folder, write_model
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.surgery import (
     ExpertUse,
@@ -37,17 +37,12 @@ from moevision.models.surgery import (
     prune_experts,
     similar_groups,
 )
-from moevision.names import shown
 from moevision.train.provenance import collect_provenance
 from moevision.train.stats import accuracy_interval, paired_difference
 
 
 def run(chosen: Namespace) -> None:
-    """Operate, measure, and write the new model with `surgery.json`.
-
-    Raises:
-        UserError: if the model, its data or the operation isn't possible, or OUT holds something.
-    """
+    """Operate, measure, and write the new model with `surgery.json`."""
     if chosen.split == chosen.use_split:
         raise UserError(f"--split and --use-split are both {chosen.split!r}: never choose on the set that is reported.")
     if not chosen.align and (chosen.prune is not None or chosen.collapse == "most_used"):
@@ -107,7 +102,6 @@ def _batches(saved: SavedModel, pictures: PictureSet, batch_size: int) -> Iterat
 def _operate(
     net: nn.Module, chosen: Namespace, use: dict[int, ExpertUse]
 ) -> tuple[nn.Module, dict[int, dict[str, Any]]]:
-    """The new network, and per layer what was seen and done."""
     seen: dict[int, dict[str, Any]] = {
         block: {"counts": layer.counts.tolist(), "gates_per_token": layer.gate_total} for block, layer in use.items()
     }

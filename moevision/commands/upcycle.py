@@ -23,24 +23,19 @@ from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.reading import unread_layers
 from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
-from moevision.names import shown
 
 GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
 
 
 def run(chosen: Namespace) -> None:
-    """Convert, measure, and write the new model with `upcycle.json`.
-
-    Raises:
-        UserError: if there is no such model, it can't be converted, or OUT holds something.
-    """
+    """Convert, measure, and write the new model with `upcycle.json`."""
     out = Path(chosen.out)
     check_folder(out, force=chosen.force)
     if (chosen.router_start == "cluster") != (chosen.data is not None):

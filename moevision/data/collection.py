@@ -26,8 +26,7 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError
-from moevision.names import csv_name, name_bytes, shown
+from moevision.errors import UserError, csv_name, name_bytes, shown
 
 SPLITS: Final = ("train", "val", "test")
 SPLIT_NAMES: Final = {

@@ -155,7 +155,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _leads_up(entry: Path) -> bool:
-    """Whether it is a link to a folder that holds it."""
     return entry.is_symlink() and entry.is_dir() and entry.parent.resolve().is_relative_to(entry.resolve())
 
 

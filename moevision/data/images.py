@@ -44,6 +44,9 @@ IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".w
 MAX_BYTES: Final = 256 * 1024 * 1024
 """Largest file that is read, in bytes."""
 
+MAX_SIDE: Final = 16_384
+"""Longest side, in pixels, that is decoded."""
+
 JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
     (JPEG, JpegImageFile),
@@ -110,9 +113,7 @@ def safe_open(
     short_side: int | None = None,
     *,
     max_pixels: int = 50_000_000,
-    max_side: int = 16_384,
     max_bytes: int = MAX_BYTES,
-    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
     """Opens an image file as an upright, fully loaded 8-bit RGB image.
 
@@ -122,9 +123,7 @@ def safe_open(
             reduced, with a short side of at least twice that (see `full_size`); shrunk with an antialiased
             bicubic filter it differs from the exact result by less than a grey level on average. None never reduces.
         max_pixels: Largest width x height that will be decoded.
-        max_side: Longest side, in pixels, that will be decoded.
         max_bytes: Largest file, in bytes, that will be read.
-        background: RGB colour, 0-255, shown where the image is transparent.
 
     Returns:
         An image in mode `"RGB"`: the first frame, orientation applied, free of the source file and of its
@@ -152,16 +151,16 @@ def safe_open(
         raise BadImageError(name, f"its header is damaged ({error}); replace or remove it") from error
     if image is None:
         raise BadImageError(name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it")
-    _check_size(image.size, name, max_pixels, max_side)
+    _check_size(image.size, name, max_pixels)
     full, reduction = image.size, 1
     try:
         if short_side is not None and isinstance(image, JpegImageFile):
             reduction = _reduce_jpeg(image, short_side, turned=_turn(image) is not None)
         image.load()
         # The decoder may revise the size that the header announced (TIFF, GIF).
-        _check_size(image.size, name, max_pixels, max_side)
+        _check_size(image.size, name, max_pixels)
         full = full[::-1] if _turn(image) in _SIDEWAYS else full
-        rgb = upright_rgb(image, name, background)
+        rgb = upright_rgb(image, name)
     except BadImageError:
         raise
     except Exception as error:
@@ -172,15 +171,12 @@ def safe_open(
     return rgb
 
 
-def upright_rgb(
-    image: Image.Image, name: str = "given", background: tuple[int, int, int] = (255, 255, 255)
-) -> Image.Image:
-    """An image that is open already, as `safe_open` gives it: upright 8-bit RGB, without hidden colours.
+def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
+    """An image that is open already, as `safe_open` gives it: upright 8-bit RGB, on white where it is transparent.
 
     Args:
         image: Any Pillow image.
         name: What an error calls it.
-        background: RGB colour, 0-255, shown where the image is transparent.
 
     Raises:
         BadImageError: If its pixel format has no agreed range.
@@ -197,7 +193,7 @@ def upright_rgb(
     if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         canvas.alpha_composite(image.convert("RGBA"))
         return canvas.convert("RGB")
     return image.convert("RGB")
@@ -250,14 +246,13 @@ def _open_header(data: bytes) -> ImageFile.ImageFile | None:
     return None
 
 
-def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int) -> None:
-    """Raises `BadImageError` unless 1 <= side <= max_side and width x height <= max_pixels."""
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     announced = f"its size of {width} x {height} pixels"
     if min(size) < 1:
         raise BadImageError(name, f"{announced} is empty; replace or remove it")
-    if max(size) > max_side:
-        raise BadImageError(name, f"{announced} exceeds the longest side of {max_side:,}; shrink it")
+    if max(size) > MAX_SIDE:
+        raise BadImageError(name, f"{announced} exceeds the longest side of {MAX_SIDE:,}; shrink it")
     if width * height > max_pixels:
         raise BadImageError(name, f"{announced} exceeds the limit of {max_pixels:,}; shrink it")
 

@@ -70,10 +70,6 @@ class PositionSampler(Sampler[tuple[int, int]]):
         balanced_labels: Sequence[int] | None = None,
     ) -> None:
         """Remember what the order depends on; with the labels of the n images every class is drawn equally often."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
-        if balanced_labels is not None and len(balanced_labels) != num_samples:
-            raise ValueError(f"expected {num_samples} balanced_labels, got {len(balanced_labels)}")
         self.num_samples, self.seed, self.rank, self.world_size = num_samples, seed, rank, world_size
         self.epoch = self.start = 0
         self.running_epoch: int | None = None
@@ -254,7 +250,6 @@ class ImageDataset(Dataset[RawBatch]):
         return cache.bad
 
     def _attempt(self, indices: Sequence[int]) -> list[Pixels | str]:
-        """Images, or the reasons why they can't be used."""
         results: list[Pixels | str] = []
         for index in indices:
             try:

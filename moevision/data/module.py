@@ -44,9 +44,18 @@ from moevision.data.open import open_collection
 from moevision.data.scores import ImageLists
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
-from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
+from moevision.errors import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEED,
+    DataWarning,
+    UserError,
+    check_ranges,
+    csv_name,
+    name_bytes,
+    shown,
+)
 from moevision.files import csv_text, write_text_atomic
-from moevision.names import csv_name, name_bytes, shown
 
 ClassCounts = dict[str, dict[str, int]]
 _MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they take memory

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from torchvision import datasets
@@ -28,8 +28,7 @@ from moevision.data.collection import (
 )
 from moevision.data.folder import read_folder
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError
-from moevision.names import shown
+from moevision.errors import UserError, shown
 
 SYNTHETIC: Final = "synthetic_pets"
 HF: Final = "hf:"
@@ -178,8 +177,7 @@ class DataTerms:
     kind: str = "imagefolder"
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """A dataset known by name: what a model's card says of it, its images, how it is read, torchvision's folder."""
 
     title: str

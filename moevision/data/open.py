@@ -13,7 +13,7 @@ from moevision.data.collection import SPLIT_NAMES, Collection, access_advice, un
 from moevision.data.folder import read_folder, split_folders, subfolders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
-from moevision.data.shards import INDEX, JOURNAL, find_index, open_shards, tars_in
+from moevision.data.shards import INDEX, find_index, open_shards, tars_in
 from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
@@ -38,7 +38,7 @@ def kind_of(path: str) -> DataKind:
     try:
         if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
-        if any((place / name).is_file() for name in (INDEX, JOURNAL)):
+        if (place / INDEX).is_file():
             return "shards"
         if place.is_dir():
             below = subfolders(place)

@@ -45,7 +45,6 @@ Axes: n training images, B visits, C classes, E experts, H = sum of the experts 
 from __future__ import annotations
 
 import csv
-import io
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,9 +59,8 @@ import torch
 
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
-from moevision.errors import UserError
-from moevision.files import write_text_atomic
-from moevision.names import csv_name, name_bytes
+from moevision.errors import UserError, csv_name, name_bytes
+from moevision.files import csv_text, write_text_atomic
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -80,7 +78,6 @@ LIST_HEAD: Final = f"image,label,{KEEP},{NEW_LABEL},reason"
 _SCORES_HEAD: Final = ("image", "label", "visits", *SCORES)
 _STRATA: Final = 50
 _STARVED: Final = 0.5  # of its former share: below that a class or an expert is warned about
-_BLOCK = 10_000  # rows that are turned into text at once
 _MAX_ROWS = 20
 
 
@@ -224,22 +221,14 @@ class Scores:
     experts: dict[int, Floats]
 
     def write(self, path: Path) -> None:
-        """Write the CSV whole or not at all, without holding its text in memory."""
+        """Write the CSV whole or not at all."""
         experts = [f"L{block}.E{expert}" for block, shares in self.experts.items() for expert in range(shares.shape[1])]
-
-        def rows(part: slice) -> Iterator[list[Any]]:
-            values = [
-                *(self.scores[name][part, None] for name in SCORES),
-                *(each[part] for each in self.experts.values()),
-            ]
-            cells = np.concatenate(values, axis=1).tolist()
-            for image, label, visits, row in zip(
-                self.images[part], self.labels[part], self.visits[part].tolist(), cells, strict=True
-            ):
-                numbers = ["" if value != value else f"{value:.5g}" for value in row]
-                yield [csv_name(image), csv_name(label), visits, *numbers]
-
-        write_text_atomic(path, _csv_text(",".join([*_SCORES_HEAD, *experts]), len(self.images), rows))
+        cells = np.concatenate([*(self.scores[name][:, None] for name in SCORES), *self.experts.values()], axis=1)
+        rows = (
+            [csv_name(image), csv_name(label), visits, *("" if x != x else f"{x:.5g}" for x in numbers.tolist())]
+            for image, label, visits, numbers in zip(self.images, self.labels, self.visits.tolist(), cells, strict=True)
+        )
+        write_text_atomic(path, csv_text([*_SCORES_HEAD, *experts], rows))
 
     @classmethod
     def read(cls, path: Path) -> Scores:
@@ -274,15 +263,6 @@ class Scores:
             {name: values[:, 1 + column] for column, name in enumerate(SCORES)},
             {block: shares[:, np.array(blocks) == block] for block in dict.fromkeys(blocks)},
         )
-
-
-def _csv_text(head: str, n: int, rows: Callable[[slice], Iterable[list[Any]]]) -> Iterator[str]:
-    """The text of a CSV in parts."""
-    yield head + "\n"
-    for start in range(0, n, _BLOCK):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows(slice(start, min(start + _BLOCK, n))))
-        yield text.getvalue()
 
 
 # ---- which images to keep
@@ -321,18 +301,17 @@ class Kept:
             UserError: if it can't be written.
         """
 
-        def rows(part: slice) -> Iterator[list[Any]]:
-            for row in range(part.start, part.stop):
-                label = scores.labels[row]
+        def rows() -> Iterator[tuple[str, ...]]:
+            for row, label in enumerate(scores.labels):
                 new = self.new_label.get(row, label if relabelled else "")
                 value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
                 rank = self.rank[row] if len(self.rank) else 0
                 reason = self.reasons[self.reason[row]].format(value=value, rank=rank)
                 keep = YES if self.keep[row] else NO
-                yield [csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason]
+                yield csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason
 
         try:
-            write_text_atomic(path, _csv_text(LIST_HEAD, len(self.keep), rows))
+            write_text_atomic(path, csv_text(LIST_HEAD.split(","), rows()))
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}): give --out another file.") from error
 

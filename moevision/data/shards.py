@@ -5,11 +5,8 @@ Other programs read shards from front to back and shuffle in a buffer; here an i
 lets `os.pread` fetch any of them, so that order, augmentation and an exact resume are those of a folder. The index
 keeps the sample ids, the classes and the order of the source. Local and mounted storage only.
 
-`write_shards` makes the same bytes each time and goes on after a kill. Which image goes where follows from the dataset
-alone: images go into the shards of their split in the order of a hash of their names; an image's key is its place in
-the dataset's order. When a shard is on the disk, the journal says its SHA-256 and what it was made from; started again,
-the writer keeps each shard that was made from the same images and still has its hash. The index takes the journal's
-place at the end, so that a folder with an index is complete.
+`write_shards` makes the same bytes each time: images go into the shards of their split in the order of a hash of their
+names, and an image's key is its place in the dataset's order. The folder gets its name when all of it is written.
 
 `read_tars` reads tars that others made, to be written as shards: members belong together if their names agree up to the
 first dot of the last part (``a/b.jpg``, ``a/b.cls``, ``a/b.json``). The class is the number or word in ``.cls``, or
@@ -26,11 +23,12 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
@@ -44,7 +42,6 @@ from moevision.data.collection import (
     SPLITS,
     Collection,
     DrawnCollection,
-    FileCollection,
     Sample,
     check_distinct,
     check_splits,
@@ -53,25 +50,20 @@ from moevision.data.collection import (
 )
 from moevision.data.folder import subfolders
 from moevision.data.images import IMAGE_SUFFIXES, MAX_BYTES, BadImageError, safe_open
-from moevision.errors import UserError
+from moevision.errors import UserError, json_text, name_bytes, shown
 from moevision.files import (
     file_sha256,
     make_folder,
     remove_leftovers,
     sync_folder,
+    temporary_for,
     write_bytes_atomic,
-    write_json_atomic,
     write_text_atomic,
 )
-from moevision.names import json_text, name_bytes, shown
 
 INDEX: Final = "moevision-index.json"
-JOURNAL: Final = "moevision-unfinished.json"
-"""What `moevision data shard` has written so far; the index takes its place at the end."""
 _FORMAT: Final = 1
-_JOURNAL_MARK: Final = "moevision_unfinished_shards"
 _OPEN_FILES: Final = 128  # ImageNet has 1,088 shards, and a process may often open no more than 1,024 files
-_OWN_NAME: Final = re.compile(r"(all|train|val|test)-\d{5,}\.tar")  # nothing else is ever deleted
 _ENDINGS: Final = (
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"),
     (b"II*\x00", "tif"), (b"MM\x00*", "tif"),
@@ -86,14 +78,14 @@ class Shard:
         file: path relative to the folder of the shards, with forward slashes.
         bytes: its size.
         sha256: of the whole tar, in hexadecimal.
-        plan: SHA-256 over names, labels, sizes and times of change of the images that it was made from.
-        modified_ns: always 0; version 0.1 kept the time of change of tars that others made.
+        plan: empty; version 0.1 kept a hash of what a tar was made from.
+        modified_ns: 0; version 0.1 kept the time of change of tars that others made.
     """
 
     file: str
     bytes: int
     sha256: str
-    plan: str
+    plan: str = ""
     modified_ns: int = 0
 
 
@@ -140,21 +132,14 @@ class Index:
     group_column: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
-        held = vars(self) | {
-            "shards": list(map(vars, self.shards)),
-            "splits": {split: vars(rows) for split, rows in self.splits.items()},
-        }
-        write_text_atomic(path, json_text({"moevision_shards": _FORMAT, **held}) + "\n")
 
-
-def read_index(path: Path) -> Index:
-    """Read an index.
+def find_index(folder: Path) -> Index:
+    """The index of a folder of shards, of which every one is there and as large as it was.
 
     Raises:
-        UserError: if it is damaged, or made by a later version.
+        UserError: if the index is damaged or of a later version, or shards are missing or changed.
     """
+    path = folder / INDEX
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if held.pop("moevision_shards") != _FORMAT:
@@ -170,6 +155,13 @@ def read_index(path: Path) -> Index:
             f"{path} can't be read as an index of shards ({type(error).__name__}): delete it, and run `moevision data "
             "shard` again."
         ) from error
+    for shard in index.shards:
+        file = folder / shard.file
+        size = file.stat().st_size if file.is_file() else 0
+        if size != shard.bytes:
+            raise UserError(
+                f"The shard {file} is missing or was changed: it has {size:,} of {shard.bytes:,} bytes; copy it again."
+            )
     return index
 
 
@@ -197,32 +189,6 @@ def _check_index(index: Index) -> None:
         raise ValueError("an id that stands twice")
 
 
-def find_index(folder: Path) -> Index:
-    """The index of a folder of shards that is complete: every shard is there, as large as it was.
-
-    Raises:
-        UserError: if shards are missing, damaged or changed; the sentence says what to do.
-    """
-    if (folder / JOURNAL).is_file():
-        raise UserError(f"{folder} isn't finished: run `moevision data shard` again as before, and it goes on.")
-    index = read_index(folder / INDEX)
-    for shard in index.shards:
-        file = folder / shard.file
-        try:
-            size = os.stat(file).st_size
-        except OSError as error:
-            raise UserError(
-                f"The shard {file} is missing ({error.strerror}), and {folder / INDEX} names it: bring it back."
-            ) from error
-        if size != shard.bytes:
-            what = "is cut short" if size < shard.bytes else "was changed"
-            raise UserError(
-                f"The shard {file} {what}: it has {size:,} of {shard.bytes:,} bytes; copy it again, or write it anew "
-                "with `moevision data shard`."
-            )
-    return index
-
-
 def verify_shards(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
     """Compare every shard with the SHA-256 in its index; raises UserError if one differs or is missing.
 
@@ -232,8 +198,7 @@ def verify_shards(folder: Path, on_progress: Callable[[int], None] = lambda done
     for shard in index.shards:
         if file_sha256(folder / shard.file, on_progress) != shard.sha256:
             raise UserError(
-                f"The shard {folder / shard.file} was changed: its SHA-256 isn't that of its index; copy it again, or "
-                "run `moevision data shard` again as before, which writes it anew."
+                f"The shard {folder / shard.file} was changed: its SHA-256 isn't that of its index; copy it again."
             )
     return index
 
@@ -245,7 +210,7 @@ class _Descriptor:
     """An open file that is closed when nobody uses it any longer: another thread may still read from it."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os is gone when Python ends
         if hasattr(self, "number"):
@@ -338,200 +303,102 @@ def _collection(
 # ---- writing
 
 
-class ShardPlan(NamedTuple):
-    """One shard to be: its name and split, its images with their places in the split's order, and the hash of this."""
-
-    file: str
-    split: str
-    images: list[tuple[int, Sample]]
-    made_from: str
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `write_shards` did.
-
-    Attributes:
-        index: of the finished folder.
-        kept: number of shards that were there, whole and made from the same images.
-        changed: files that had been finished before, and no longer had their hash.
-    """
-
-    index: Index
-    kept: int
-    changed: list[str]
-
-
 def write_shards(
     collection: Collection,
     out: Path,
     *,
     shard_bytes: int = 256 * 2**20,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> Written:
-    """Write a dataset as shards, or go on with that.
+) -> Index:
+    """Write a dataset as shards.
 
     Args:
         collection: the dataset.
-        out: a new folder, or one that this function has written to.
+        out: a folder that isn't there yet, or is empty.
         shard_bytes: a shard is closed when its images have so many bytes.
         on_progress: called with the number of images that are done since the last call.
 
     Raises:
-        UserError: if the folder holds something else or can't be written to, or an image can't be read.
+        UserError: if the folder holds something or can't be written to, or an image can't be read.
     """
     if isinstance(collection, DrawnCollection):
         raise UserError("synthetic_pets is drawn when it is opened: there are no files to put into shards.")
+    part = temporary_for(out)
     try:
-        before = _begin(out)
-        plans = _plan(collection, shard_bytes)
-        done: dict[str, Shard] = {}
-        changed: list[str] = []
-        for plan in plans:
-            shard, file = before.get(plan.file), out / plan.file
-            if shard is None or shard.plan != plan.made_from:
-                continue
-            if file.is_file() and file.stat().st_size == shard.bytes and file_sha256(file) == shard.sha256:
-                done[plan.file] = shard
-                on_progress(len(plan.images))
-            else:
-                changed.append(plan.file)
-        kept = len(done)
-        if (out / INDEX).exists() and kept < len(plans):  # no longer true from here on
-            _write_journal(out, before)
-            (out / INDEX).unlink()
-        for plan in plans:
-            if plan.file not in done:
-                done[plan.file] = _write_shard(collection, plan, out, on_progress)
-                _write_journal(out, {**before, **done})
-        for name in before.keys() - done.keys():
-            (out / name).unlink(missing_ok=True)
-        index = _make_index(collection, plans, [done[plan.file] for plan in plans], out)
-        index.write(out / INDEX)
-        (out / JOURNAL).unlink(missing_ok=True)
-        sync_folder(out)
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already: give --out a new folder, or remove it.")
+        make_folder(part)
+        remove_leftovers(out.parent)
+        index = Index(collection.class_names, [], {}, collection.group_column)
+        columns = {name: collection.column(name) or {} for name in collection.column_names()}
+        for split, samples in collection.given.items():
+            ids, n = [sample.sample_id for sample in samples], len(samples)
+            rows = Rows(ids, [sample.label for sample in samples], [0] * n, [0] * n, [0] * n)
+            rows.columns = {name: [values.get(each, "") for each in ids] for name, values in columns.items()}
+            index.splits[split] = rows
+            left = sorted(
+                enumerate(samples),
+                key=lambda each: hashlib.sha256(name_bytes(each[1].sample_id)).digest(),
+                reverse=True,
+            )
+            number = 0
+            while left:
+                images: list[tuple[int, Sample]] = []
+                size = 0
+                while left and (size < shard_bytes or not images):
+                    images.append(left.pop())
+                    size += collection.size_bytes(images[-1][1])
+                file = part / f"{split}-{number:05d}.tar"
+                write_bytes_atomic(file, _tar(collection, images, rows, len(index.shards), on_progress))
+                index.shards.append(Shard(file.name, file.stat().st_size, file_sha256(file)))
+                number += 1
+        held = {
+            "shards": list(map(vars, index.shards)),
+            "splits": {split: vars(rows) for split, rows in index.splits.items()},
+        }
+        write_text_atomic(part / INDEX, json_text({"moevision_shards": _FORMAT, **vars(index), **held}) + "\n")
+        os.replace(part, out)
+        sync_folder(out.parent)
     except OSError as error:
         raise UserError(
-            f"{error.filename or out} can't be read or written ({error.strerror or error}): mend that and start again; "
-            "finished shards are kept."
+            f"{error.filename or out} can't be read or written ({error.strerror or error}): mend that and start again."
         ) from error
-    return Written(index, kept, changed)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return index
 
 
-def _begin(out: Path) -> dict[str, Shard]:
-    """What was finished before, by name; makes the folder; raises UserError if it holds something else."""
-    make_folder(out)
-    remove_leftovers(out)
-    finished: list[Shard] = []
-    if (out / JOURNAL).is_file():
+def _tar(
+    collection: Collection,
+    images: Sequence[tuple[int, Sample]],
+    rows: Rows,
+    shard: int,
+    on_progress: Callable[[int], None],
+) -> Iterator[bytes]:
+    """The bytes of a tar, the same for the same images; where each image begins goes into `rows`."""
+    size = 0
+    for place, sample in images:
         try:
-            held = json.loads((out / JOURNAL).read_text(encoding="utf-8"))[_JOURNAL_MARK]
-            finished = [Shard(**shard) for shard in held]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{out / JOURNAL} is damaged: delete it to write every shard anew.") from error
-    elif (out / INDEX).is_file():
-        finished = read_index(out / INDEX).shards
-    elif any(out.iterdir()):
-        raise UserError(f"{out} holds something else: give --out a new folder.")
-    else:
-        _write_journal(out, {})  # from now on the folder is known as ours, whatever a kill leaves in it
-    return {shard.file: shard for shard in finished if _OWN_NAME.fullmatch(shard.file)}
-
-
-def _write_journal(out: Path, done: dict[str, Shard]) -> None:
-    write_json_atomic(out / JOURNAL, {_JOURNAL_MARK: [asdict(shard) for shard in done.values()]})
-
-
-def _plan(collection: Collection, shard_bytes: int) -> list[ShardPlan]:
-    """Which image goes into which shard; see the head of this file."""
-    plans: list[ShardPlan] = []
-    for split, samples in collection.given.items():
-        left = list(enumerate(samples))
-        left.sort(key=lambda each: hashlib.sha256(name_bytes(each[1].sample_id)).digest(), reverse=True)
-        number = 0
-        while left:
-            images: list[tuple[int, Sample]] = []
-            size, made_from = 0, hashlib.sha256(split.encode())
-            while left and (size < shard_bytes or not images):
-                place, sample = left.pop()
-                images.append((place, sample))
-                size += collection.size_bytes(sample)
-                made_from.update(name_bytes(json.dumps((place, *sample, *_state(collection, sample)))))
-            plans.append(ShardPlan(f"{split}-{number:05d}.tar", split, images, made_from.hexdigest()))
-            number += 1
-    return plans
-
-
-def _state(collection: Collection, sample: Sample) -> tuple[int, int]:
-    """Size and time of change of an image; 0 as the time where there are no files."""
-    if isinstance(collection, FileCollection):
-        found = os.stat(collection.root / sample.sample_id)
-        return found.st_size, found.st_mtime_ns
-    return collection.size_bytes(sample), 0
-
-
-def _write_shard(collection: Collection, plan: ShardPlan, out: Path, on_progress: Callable[[int], None]) -> Shard:
-    """The same bytes for the same images, whoever writes them and when."""
-    digest, size = hashlib.sha256(), 0
-
-    def parts() -> Iterator[bytes]:
-        nonlocal size
-        for place, sample in plan.images:
-            part = b""
-            for name, content in _files_of(collection, place, sample):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                part += member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
-            digest.update(part)
-            size += len(part)
-            yield part
-            on_progress(1)
-        # Two blocks of zeros are the end, and tar fills its last record.
-        end = bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
-        digest.update(end)
-        size += len(end)
-        yield end
-
-    write_bytes_atomic(out / plan.file, parts())
-    return Shard(plan.file, size, digest.hexdigest(), plan.made_from)
-
-
-def _files_of(collection: Collection, place: int, sample: Sample) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
-    """Name and bytes of an image's class and of the image."""
-    try:
-        data = collection.stored(sample)
-    except (OSError, BadImageError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(
-            f"The image {sample.sample_id} can't be read ({reason}): mend or remove it and start again; finished "
-            "shards are kept."
-        ) from error
-    # The first bytes name the kind, as `safe_open` goes by them; of damaged ones the file's own ending does.
-    own = PurePosixPath(sample.sample_id).suffix.lower().removeprefix(".")
-    ending = next((ending for magic, ending in _ENDINGS if data.startswith(magic)), own or "jpg")
-    return (f"{place:08d}.cls", str(sample.label).encode()), (f"{place:08d}.{ending}", data)
-
-
-def _make_index(collection: Collection, plans: list[ShardPlan], shards: list[Shard], out: Path) -> Index:
-    """The index, with the places of the images as the tars' headers say them."""
-    columns = {name: collection.column(name) or {} for name in collection.column_names()}
-    splits: dict[str, Rows] = {}
-    for split, samples in collection.given.items():
-        ids, n = [sample.sample_id for sample in samples], len(samples)
-        rows = Rows(ids, [sample.label for sample in samples], [0] * n, [0] * n, [0] * n)
-        rows.columns = {name: [values.get(each, "") for each in ids] for name, values in columns.items()}
-        splits[split] = rows
-    for number, plan in enumerate(plans):
-        rows, places = splits[plan.split], set()
-        for member in members(out / plan.file):
-            key, _, ending = member.name.partition(".")
-            if ending != "cls":
-                place = int(key)
-                places.add(place)
-                rows.shards[place], rows.offsets[place], rows.sizes[place] = number, member.offset, member.size
-        if places != {place for place, _ in plan.images}:
-            raise UserError(f"{out / plan.file} was changed while it was written: start again.")
-    return Index(collection.class_names, shards, splits, collection.group_column)
+            data = collection.stored(sample)
+        except (OSError, BadImageError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            raise UserError(
+                f"The image {sample.sample_id} can't be read ({reason}): mend or remove it and start again."
+            ) from error
+        # The first bytes name the kind, as `safe_open` goes by them; of damaged ones the file's own ending does.
+        own = PurePosixPath(sample.sample_id).suffix.lower().removeprefix(".")
+        ending = next((ending for magic, ending in _ENDINGS if data.startswith(magic)), own or "jpg")
+        for name, content in (("cls", str(sample.label).encode()), (ending, data)):
+            member = tarfile.TarInfo(f"{place:08d}.{name}")
+            member.size = len(content)
+            rows.offsets[place], rows.sizes[place] = size + tarfile.BLOCKSIZE, len(content)  # the image comes last
+            written = member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+            size += len(written)
+            yield written
+        rows.shards[place] = shard
+        on_progress(1)
+    # Two blocks of zeros are the end, and tar fills its last record.
+    yield bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
 
 
 # ---- tars that others made
@@ -552,28 +419,17 @@ def members(tar: Path) -> Iterator[Member]:
     size = tar.stat().st_size
     try:
         with tarfile.open(tar, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # which tarfile would keep
-                if member.issparse():
-                    raise UserError(f"{tar} holds a sparse file ({member.name}): make it anew without --sparse.")
+            for member in archive:
                 if member.isreg() and member.offset_data + member.size <= size:
                     yield Member(member.name.removeprefix("./"), member.offset_data, member.size)
             end = archive.offset
         with tar.open("rb") as file:  # tarfile takes whatever isn't a header for the end
             file.seek(end)
-            block = file.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        if "end of data" not in str(error):
-            raise UserError(
-                f"{tar} is no uncompressed tar, or is damaged ({error}): unpack or copy it again."
-            ) from error
-        block = b""
-    except OSError as error:
-        raise UserError(f"{tar} can't be read ({error.strerror or error}): check its permissions.") from error
-    if len(block) < tarfile.BLOCKSIZE:
-        raise UserError(f"{tar} is cut short: it ends after {size:,} bytes without a tar's end; copy it again.")
-    if any(block):
-        raise UserError(f"{tar} is damaged at byte {end:,}, where a header should be: copy it again.")
+            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as error:
+        raise UserError(f"{tar} is no uncompressed tar, or is cut short ({error}): copy it again, unpacked.") from error
+    if not whole:
+        raise UserError(f"{tar} is cut short or damaged at byte {end:,} of {size:,}: copy it again.")
 
 
 def tars_in(folder: Path) -> list[Path]:
@@ -606,17 +462,19 @@ def read_tars(folder: Path) -> ShardCollection:
             f"({met or 'no files with endings'}): each image KEY.jpg (or .png, .webp) needs its class beside it, "
             'KEY.cls with a number or KEY.json with "label".'
         )
-    used = {label for part in found.values() for *_, label in part}
-    numbered = all(isinstance(label, int) for label in used)  # words in order, if there are both
-    order = sorted(used, key=int) if numbered else sorted(used, key=str)
-    words = list(dict.fromkeys(map(str, order)))
-    index = {word: place for place, word in enumerate(words)}
-    keys: dict[Label, set[str]] = defaultdict(set)
+    keys: dict[Label, set[str]] = defaultdict(set)  # WordNet ids in the keys of a class; "" of a key without one
     for part in found.values():
         for _, key, _, label in part:
             match = re.fullmatch(r"(?:.*[/_])?(n\d{8})(?:[/_].*)?", key)
             keys[label].add(match[1] if match else "")
-    names = _class_names(folder, [int(label) for label in order], keys) if numbered else words_of(words)
+    numbers = [label for label in keys if isinstance(label, int)]
+    if len(numbers) == len(keys):
+        order: list[Label] = [*sorted(numbers)]
+        names = _class_names(folder, sorted(numbers), keys)
+    else:  # words in order, if there are both
+        order = sorted(keys, key=str)
+        names = words_of(list(dict.fromkeys(map(str, order))))
+    index = {word: place for place, word in enumerate(dict.fromkeys(map(str, order)))}
     splits: dict[str, Rows] = {}
     for split in (split for split in ("all", *SPLITS) if split in found):
         rows = splits[split] = Rows()
@@ -649,7 +507,7 @@ def _splits_of(folder: Path, tars: Sequence[Path]) -> list[str]:
 
 
 def _images(tar: Path, endings: Counter[str]) -> Iterator[tuple[str, Member, Label | None]]:
-    """Key, image and label of each sample of a tar that has an image; ``endings`` counts what was met."""
+    """Key, image and label (None: none, or hidden as -1) of each sample with an image; ``endings`` counts all files."""
     samples: dict[str, dict[str, Member]] = defaultdict(dict)
     for member in members(tar):
         match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
@@ -663,32 +521,26 @@ def _images(tar: Path, endings: Counter[str]) -> Iterator[tuple[str, Member, Lab
     with tar.open("rb", buffering=0) as file:
         for key, parts in samples.items():
             image = next((member for ending, member in parts.items() if f".{ending}" in IMAGE_SUFFIXES), None)
+            kind = next((ending for ending in ("cls", "json") if ending in parts), None)
+            label: Any = None
+            if image is not None and kind is not None:
+                file.seek(parts[kind].offset)
+                text = (file.read(min(parts[kind].size, 2**20)) or b"").decode("utf-8", errors="replace").strip()
+                label = int(text) if kind == "cls" and re.fullmatch(r"-?\d{1,9}", text) else text
+                try:
+                    label = json.loads(text)["label"] if kind == "json" else label
+                except KeyError:
+                    label = None
+                except (ValueError, TypeError) as error:
+                    raise UserError(
+                        f'{tar} holds {parts[kind].name!r}, which is no JSON object with a "label": mend or remove it.'
+                    ) from error
+                if isinstance(label, bool) or not isinstance(label, int | str | None):
+                    raise UserError(
+                        f"{tar}: the label of {image.name!r} is {label!r}; one image has one label, a number or word."
+                    )
             if image is not None:
-                yield key, image, _label(parts, file, tar)
-
-
-def _label(parts: Mapping[str, Member], file: io.RawIOBase, tar: Path) -> Label | None:
-    """The label of a sample; None without one, and for -1, which stands for a hidden label."""
-    kind = next((ending for ending in ("cls", "json") if ending in parts), None)
-    if kind is None:
-        return None
-    file.seek(parts[kind].offset)
-    text = (file.read(min(parts[kind].size, 2**20)) or b"").decode("utf-8", errors="replace").strip()
-    label: Any = int(text) if kind == "cls" and re.fullmatch(r"-?\d{1,9}", text) else text
-    if kind == "json":
-        try:
-            label = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{tar} holds {parts[kind].name!r}, which is no JSON: mend or remove it.") from error
-        label = label.get("label") if isinstance(label, dict) else None
-    if label is None or label in (-1, ""):
-        return None
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise UserError(
-            f"{tar}: the label of {next(iter(parts.values())).name!r} is {label!r}; it must be one number or word: one "
-            "image has one label."
-        )
-    return label
+                yield key, image, None if label in (-1, "") else label
 
 
 def _class_names(folder: Path, labels: Sequence[int], keys: Mapping[Label, set[str]]) -> list[str]:

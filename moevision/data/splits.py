@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moevision.data.collection import SPLITS, Collection, Sample
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
-from moevision.names import csv_name, name_bytes
 
 _UNUSED = "unused"  # known, and in no split
 
@@ -362,7 +361,6 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
 
 def _listed(path: Path) -> list[dict[str, str]]:
-    """The rows of ``splits.csv``."""
     rows: list[dict[str, str]] = []
     with suppress(UnicodeDecodeError, csv.Error):
         rows = read_csv(path)

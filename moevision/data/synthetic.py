@@ -90,11 +90,10 @@ def region_id(slot: int, part: str) -> int:
     return slot * len(PARTS) + PARTS.index(part)
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Points:
-    """A 24-gon of an ellipse around (x, y), turned by `tilt` radians."""
+def ellipse(x: float, y: float, rx: float, ry: float) -> Points:
+    """A 24-gon of an ellipse around (x, y)."""
     angle = np.linspace(0.0, 2.0 * np.pi, 24, endpoint=False)
-    u, v = rx * np.cos(angle), ry * np.sin(angle)
-    return np.stack([x + u * np.cos(tilt) - v * np.sin(tilt), y + u * np.sin(tilt) + v * np.cos(tilt)], axis=1)
+    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
 
 
 def _smooth(points: Pairs | Points, steps: int = 4) -> Points:
@@ -166,7 +165,6 @@ def _rimmed(slot: Slot, part: str, group: _Group, points: Points, margin: float 
 
 
 def _ears(slot: Slot, outer: Points, inner: Points | None) -> Iterator[Shape]:
-    """Both ears from the right one."""
     for group, turn in ((_Group.RIGHT_EAR, lambda p: p), (_Group.LEFT_EAR, mirrored)):
         yield from _rimmed(slot, "ear", group, turn(outer))
         if inner is not None:
@@ -174,13 +172,11 @@ def _ears(slot: Slot, outer: Points, inner: Points | None) -> Iterator[Shape]:
 
 
 def _both(slot: Slot, part: str, group: _Group, points: Points) -> Iterator[Shape]:
-    """A shape and its mirror image, in one group."""
     yield Shape(slot, part, group, points)
     yield Shape(slot, part, group, mirrored(points))
 
 
 def _eyes(x: float, y: float, iris: Points, pupil: Points) -> Iterator[Shape]:
-    """Both eyes from the right one's iris and pupil around (0, 0); the light falls from one side on both."""
     place = np.array([x, y])
     size = float(np.ptp(pupil, axis=0).max())
     yield from _both(Slot.RIM, "eye", _Group.EYES, grown(iris, 0.04) + place)
@@ -191,13 +187,11 @@ def _eyes(x: float, y: float, iris: Points, pupil: Points) -> Iterator[Shape]:
 
 
 def _mouth(y: float, drop: float, width: float) -> Iterator[Shape]:
-    """The line below the nose and its two curls."""
     yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y, 0, y + drop, 0.055))
     yield from _both(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y + drop, width, y + drop - 0.09, 0.055))
 
 
 def _whiskers(x: float, y: float, length: float) -> Iterator[Shape]:
-    """Three whiskers on each side."""
     for rise in (-0.16, 0.0, 0.16):
         line = stroke(x, y + rise / 2, x + length, y + 1.6 * rise, 0.035)
         yield from _both(Slot.WHISKER, "whisker", _Group.MUZZLE, line)

@@ -35,8 +35,7 @@ from moevision.data.collection import (
 )
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
-from moevision.errors import UserError
-from moevision.names import shown
+from moevision.errors import UserError, shown
 
 Columns = tuple[str | None, str | None]
 """Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""
@@ -164,7 +163,6 @@ class ArrowCollection(Collection):
         return {split: table.select_columns([self.image_column]) for split, table in self.tables.items()}
 
     def _stored(self, sample: Sample) -> bytes | str:
-        """The bytes of an image, or the path where they would be."""
         split, row = sample.sample_id.rsplit("/", 1)
         stored = self._pixels[split][int(row)][self.image_column] or {}
         return stored.get("bytes") or str(stored.get("path") or "")

@@ -41,10 +41,9 @@ from moevision.analysis.describe import (
     part_stands_out,
     spread_over_pictures,
 )
-from moevision.errors import UserError
+from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
-from moevision.names import json_text
 
 if TYPE_CHECKING:
     from moevision.analysis.describe import ClassExpertMap

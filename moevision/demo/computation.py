@@ -163,7 +163,6 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Euclidean norms [...] of vectors [..., D], in float32."""
     length: Tensor = torch.linalg.vector_norm(vectors.float(), dim=-1)
     return length
 

@@ -31,9 +31,8 @@ from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
 from moevision.demo.wire import RequestError, data_uri
-from moevision.errors import DataWarning, UserError
+from moevision.errors import DataWarning, UserError, csv_name, shown
 from moevision.models.io import SavedModel
-from moevision.names import csv_name, shown
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
@@ -232,7 +231,6 @@ def photo_files() -> dict[str, Path]:
 
 
 def _spread(pictures: PictureSet) -> list[int]:
-    """Indices of all images: the first of each class, then the second, and so on."""
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
@@ -244,10 +242,6 @@ class ScoredRun:
 
     def __init__(self, run: Path, model: SavedModel) -> None:
         self.run, self._class_names, self._image_size = run, model.class_names, model.image_size
-        self._lock = threading.Lock()
-        self._scores: Scores | None = None
-        self._pictures: PictureSet | None = None
-        self._index: dict[str, int] = {}
 
     @classmethod
     def of(cls, address: str, model: SavedModel) -> ScoredRun | None:
@@ -255,17 +249,14 @@ class ScoredRun:
         run = run_folder(address)
         return cls(run, model) if run is not None and (run / FILE).is_file() else None
 
+    @cached_property
     def scores(self) -> Scores:
         """The table, or RequestError if it can't be read."""
-        with self._lock:
-            if self._scores is None:
-                sentence = f"The scores of this run can't be read: look at its {FILE}"
-                self._scores = _told(lambda: Scores.read(self.run / FILE), sentence)
-            return self._scores
+        return _told(lambda: Scores.read(self.run / FILE), f"The scores of this run can't be read: look at its {FILE}")
 
     def first(self, key: str, class_name: str | None) -> tuple[list[int], int]:
         """Rows of the scores at the head of a list, and how many images it ranks; of one class, or of all."""
-        scores, one = self.scores(), SCORE_LISTS[key]
+        scores, one = self.scores, SCORE_LISTS[key]
         among = np.isfinite(scores.scores[one.score])
         if class_name is not None:
             among &= np.array([label == csv_name(class_name) for label in scores.labels], dtype=bool)
@@ -277,32 +268,33 @@ class ScoredRun:
 
     def place(self, id: str) -> tuple[PictureSet, int]:
         """Where an image is, or RequestError if there is none of that id, or its file is gone."""
-        pictures = self.open()
-        if id in self._index:
-            return pictures, self._index[id]
+        pictures, index = self._opened
+        if id in index:
+            return pictures, index[id]
         split, _, name = id.partition("/")
-        if split == "train" and name in self.scores().images:
+        if split == "train" and name in self.scores.images:
             raise gone(name)
         raise RequestError(f"There is no image {id!r} in this run: choose one of the tab Data.")
 
     def open(self) -> PictureSet:
         """The images of all splits, none of them decoded, or RequestError if they are no longer where they were."""
-        with self._lock:
-            if self._pictures is None:
-                sentence = "The images of this run can't be opened: are they still where they were when it was trained?"
-                self._pictures = _told(self._open, sentence)
-            return self._pictures
+        return self._opened[0]
 
-    def _open(self) -> PictureSet:
+    @cached_property
+    def _opened(self) -> tuple[PictureSet, dict[str, int]]:
+        sentence = "The images of this run can't be opened: are they still where they were when it was trained?"
+        return _told(self._open, sentence)
+
+    def _open(self) -> tuple[PictureSet, dict[str, int]]:
         from moevision.analysis.good_data import images_of  # and with it what finds duplicates
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)  # at start the explorer noted what there is to note
             images = images_of(self.run)
         listed = [sample for _, sample in images.each()]
-        self._index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
+        index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
         pictures = Collected(images.collection, listed, self._image_size, tuple(images.class_names), "the run's images")
-        return open_pictures(pictures, self._image_size, class_names=self._class_names)
+        return open_pictures(pictures, self._image_size, class_names=self._class_names), index
 
 
 def gone(name: str) -> RequestError:
@@ -368,10 +360,8 @@ class Typical:
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> Typical:
-        """The inverse of `to_json`; raises a ValueError if the arrays don't fit each other."""
+        """The inverse of `to_json`."""
         mean, whitening = np.array(given["mean"], np.float64), np.array(given["whitening"], np.float64)
-        if mean.ndim != 1 or whitening.shape != (len(mean), len(mean)):
-            raise ValueError(f"whitening of shape {whitening.shape} does not fit {len(mean)} statistics")
         return cls(mean, whitening, float(given["threshold"]), int(given["image_size"]), int(given["n_images"]))
 
 

@@ -29,13 +29,12 @@ from moevision.analysis.intervention import refusal
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
 from moevision.demo.wire import data_uri
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.layers import MoEMlp, Routing, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.io import SavedModel
 from moevision.models.reading import routes_read
-from moevision.names import shown
 
 # How a gate that nobody learned decides.
 RULES: Final = {

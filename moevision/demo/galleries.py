@@ -23,7 +23,8 @@ from moevision.analysis.describe import (
     image_shares,
     patches_on_path,
 )
-from moevision.analysis.images import PictureSet, Pixels, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.information import Pixels
 from moevision.analysis.questions import three_questions
 from moevision.analysis.readings import Recording, choices_of
 from moevision.analysis.trace import RoutingTrace
@@ -369,21 +370,9 @@ class Times:
         """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
         if entry.history is None:
             return None
-        history, facts, examples = RoutingHistory.load(entry.history), entry.facts, entry.examples
-        experts = {layer: weights.shape[-1] for layer, weights in history.weights.items()}
-        differs = [
-            ("no image of its own", not history.image_names),
-            ("other images", not set(history.image_names) <= examples.names),
-            ("other patches", history.grid != facts.grid),
-            ("other classes", history.class_names != facts.class_names),
-            ("other experts", experts != {router.layer: router.num_experts for router in facts.routers}),
-            ("fewer than two moments", len(history) < 2),
-        ]
-        if wrong := [what for what, is_so in differs if is_so]:
-            raise UserError(
-                f"{entry.history} doesn't fit the model beside it ({wrong[0]}): put back the file that the package "
-                "came with."
-            )
+        history, examples = RoutingHistory.load(entry.history), entry.examples
+        if not set(history.image_names) <= examples.names or history.grid != entry.facts.grid:
+            raise UserError(f"{entry.history} doesn't fit the model beside it: put back the package's own file.")
         return cls(history, {examples.id_of_name(name): row for row, name in enumerate(history.image_names)})
 
     def about(self) -> dict[str, Any]:

@@ -146,7 +146,6 @@ def in_url(host: str) -> str:
 
 
 def _on_space() -> bool:
-    """Whether this is a Space of Hugging Face, which sets the variable."""
     return "SPACE_ID" in os.environ
 
 

@@ -1,8 +1,8 @@
 """The page's own files, put together: the explorer's document, exported pages, a notebook's frame.
 
 There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is
-one file whose policy lets no other script run: so `_joined` puts the modules one after another, each behind those that
-it imports, and leaves `import`, `export` and JSDoc out.
+one file whose policy lets no other script run: so `script_of` puts the modules one after another, each behind those
+that it imports, and leaves `import`, `export` and JSDoc out (tests/demo/test_html.py: no two of them declare one name).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import base64
 import hashlib
 import html
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final, NamedTuple
 
-from moevision.names import json_text
+from moevision.errors import json_text
 
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
 APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
@@ -29,8 +28,6 @@ OFFLINE: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; 
 
 _IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
 _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
-_ODD: Final = re.compile(r"^(?:import|export)\b.*|\bimport\(.*", re.M)
-_DECLARED: Final = re.compile(r"^(?:async )?(?:function|class|const|let|var) (\w+)", re.M)
 DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 """JSDoc above a declaration: for readers and tsc; the page goes without."""
 _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
@@ -134,39 +131,24 @@ def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None
     It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
     """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
+    texts = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
+    joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)) for text in texts)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
-    joined = _joined(entry, read or read_asset).replace("</script", "<\\/script")
+    joined = _MARGIN.sub("", joined).replace("</script", "<\\/script")
     return "\n".join(["(() => {", '"use strict";', *lines, joined, last, "})();"])
-
-
-def _joined(entry: str, read: Callable[[str], str]) -> str:
-    """The text of a module and of all that it imports, in one scope.
-
-    A ValueError where one scope would mean something else than modules do: two of them declare the same name, or import
-    each other, or import and export in another form than `import { name } from "./file.js"` and
-    `export const|function|class`.
-    """
-    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read(name)))) for name in modules(entry, read))
-    if odd := _ODD.findall(text):
-        raise ValueError(f"the page can't join a module with {odd[0]!r}")
-    if twice := [name for name, times in Counter(_DECLARED.findall(text)).items() if times > 1]:
-        raise ValueError(f"two modules of the page declare {', '.join(twice)}")
-    return _MARGIN.sub("", text)
 
 
 def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, ...]:
     """The files that a module of the page consists of: each behind those that it imports, `entry` last."""
     order: list[str] = []
 
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        if name in above:
-            raise ValueError(f"modules of the page import each other: {' -> '.join((*above, name))}")
+    def visit(name: str) -> None:
         if name not in order:
             for imported in _IMPORT.findall((read or read_asset)(name)):
-                visit(imported, (*above, name))
+                visit(imported)
             order.append(name)
 
-    visit(entry, ())
+    visit(entry)
     return tuple(order)
 
 

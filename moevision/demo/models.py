@@ -20,7 +20,7 @@ and a model of photos
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -34,10 +34,9 @@ from moevision.analysis.images import PictureSet, find_images, open_pictures, ru
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun, Typical
 from moevision.demo.facts import ModelFacts, describe, title_of
-from moevision.errors import DataWarning, UserError
+from moevision.errors import DataWarning, UserError, shown
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
-from moevision.names import shown
 from moevision.words import percent
 
 Floats = npt.NDArray[np.float32]
@@ -86,36 +85,9 @@ def read_card(file: Path) -> Card:
     try:
         given = read_json(file)
         typical = given.pop("typical", None)
-        _check_types(given)
         return Card(**given, typical=None if typical is None else Typical.from_json(typical))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
-
-
-def _check_types(given: dict[str, Any]) -> None:
-    """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
-
-    def numbers(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
-
-    def by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-        return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
-
-    def whole(value: Any) -> bool:
-        return value is None or type(value) is int
-
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "seed": whole,
-        "test_images": whole,
-        "validation_top1": numbers,
-        "accuracy": by_name(lambda value: isinstance(value, int | float)),
-        "accuracy_interval": by_name(numbers),
-        "balanced_accuracy": by_name(numbers),
-        "recipes": by_name(lambda value: isinstance(value, str)),
-    }
-    for name, value in given.items():
-        if not kinds.get(name, lambda value: isinstance(value, str))(value):
-            raise TypeError(f"{name} has the wrong type")
 
 
 def card_of_run(address: str) -> Card:
@@ -284,15 +256,11 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
 
 
 def credits_of(file: Path) -> dict[str, str]:
-    """Whose an example is and under which licence, by its name, from SOURCES.json; a UserError if it is damaged."""
-    try:
-        given = read_json(file)
-        return {
-            name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
-            for name, row in given.items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
+    """Whose an example is and under which licence, by its name, from SOURCES.json."""
+    return {
+        name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
+        for name, row in read_json(file).items()
+    }
 
 
 def _dense_answers(folder: Path, examples: Examples) -> dict[str, Floats]:
@@ -300,11 +268,8 @@ def _dense_answers(folder: Path, examples: Examples) -> dict[str, Floats]:
     file = folder / "dense.json"
     if not file.is_file():
         return {}
-    try:
-        found = read_json(file)["probabilities"]
-        return {examples.id_of_name(name): np.array(row, dtype=np.float32) for name, row in found.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
+    found = read_json(file)["probabilities"]
+    return {examples.id_of_name(name): np.array(row, dtype=np.float32) for name, row in found.items()}
 
 
 def _open_own(address: str, options: DataOptions) -> Entry:

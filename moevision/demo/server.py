@@ -188,7 +188,6 @@ class Door:
             self._held -= Counter({address: held})
 
     def _check(self, request: Request, address: str, most: int) -> None:
-        """Refuse a request by its header."""
         headers, path = request.headers, request.scope["path"]
         if not self._known(f"//{headers.get('host', '')}"):
             raise HTTPException(421, "The explorer doesn't go by this name: start it with --allow-host NAME.")

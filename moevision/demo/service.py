@@ -185,7 +185,7 @@ class Explorer:
         wanted = None if given.get("class") is None else read.choice(given, "class", entry.facts.class_names)
         rows, images = run.first(one.key, wanted)
         run.open()  # if that fails, once for all of them
-        scores = run.scores()
+        scores = run.scores
         entries = [
             {
                 "id": image_id("train", scores.images[row]),

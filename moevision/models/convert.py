@@ -146,7 +146,6 @@ def _plan(
     options: dict[str, Any],
     copy_weights: bool,
 ) -> list[dict[str, Any]]:
-    """Keyword arguments of the `MoEMlp` of each MoE layer."""
     lists = {name: _per_layer(name, value, len(indices)) for name, value in of_layer.items()}
     slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), len(indices))
     routers = lists["router"]
@@ -195,7 +194,6 @@ def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_wei
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each MoE layer."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:

@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from moevision.errors import UserError
+from moevision.errors import UserError, json_text, shown
 from moevision.files import write_bytes_atomic
 from moevision.layers import forward_routing
 from moevision.layers.routing import evaluating
 from moevision.models.safe_files import parse_json, read_header, read_metadata
-from moevision.names import json_text, shown
 
 SCHEMA: Final = "moevision.history/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -130,23 +129,6 @@ class RoutingHistory:
             steps=self.steps[:kept],
             probabilities=self.probabilities[:kept],
             weights={layer: own[:kept] for layer, own in self.weights.items()},
-        )
-
-    def of_images(self, names: Mapping[str, str]) -> RoutingHistory:
-        """Only the images in `names`, under the names that it maps theirs to.
-
-        Raises:
-            UserError: if one of them was not recorded.
-        """
-        missing = sorted(names.keys() - set(self.image_names))
-        if missing:
-            raise UserError(f"The routing of {shown(missing[0])} was not recorded: train with it among the images.")
-        rows = [row for row, name in enumerate(self.image_names) if name in names]
-        return replace(
-            self,
-            image_names=tuple(names[self.image_names[row]] for row in rows),
-            probabilities=self.probabilities[:, rows],
-            weights={layer: own[:, rows] for layer, own in self.weights.items()},
         )
 
     def save(self, path: str | Path) -> None:

@@ -25,7 +25,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.safe_files import (
@@ -37,7 +37,6 @@ from moevision.models.safe_files import (
     read_header,
     read_metadata,
 )
-from moevision.names import shown
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
@@ -513,8 +512,8 @@ def ask_hub(weights: Published) -> HubFacts:
 
     try:
         info = HfApi().model_info(
-            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S
-        )
+            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S / 2
+        )  # its client asks twice
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
             f"The hub has no {weights.repository}, or hides it from you: choose other weights, or log in there with "

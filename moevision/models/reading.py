@@ -118,7 +118,6 @@ def block_to_pool(model: nn.Module) -> int | None:
 
 
 def _noise(model: nn.Module) -> Tensor:
-    """One image of noise, [1, 3, H, W], of the model's own size, dtype and device."""
     parameter = next(model.parameters())
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))

@@ -423,7 +423,6 @@ def matching_units(expert: State, reference: State) -> Tensor:
 
 
 def _units(expert: State) -> Tensor:
-    """[H, features] in float64."""
     parts = [expert["fc1.weight"], expert["fc2.weight"].T]
     if "fc1.bias" in expert:
         parts.append(expert["fc1.bias"].unsqueeze(1))

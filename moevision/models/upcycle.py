@@ -196,7 +196,6 @@ def _dense_copy(
 
 @torch.no_grad()
 def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
-    """Make equal experts differ, in place."""
     fc1, fc2 = layer.experts.fc1, layer.experts.fc2
     spread = [(weight, weight[0].std()) for weight in (fc1.weight, fc2.weight)]
     units = round(reinit * fc1.out_features)

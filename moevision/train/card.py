@@ -22,13 +22,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from moevision import __version__, package_version
-from moevision.data.named import UNKNOWN, DataTerms, terms_of
+from moevision.data.named import UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError, refuse_equal_seeds
+from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.layers import moe_layers
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
 from moevision.train.report import RunSummary, read_summary, template
 
@@ -142,22 +141,14 @@ def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, 
     routers = chosen.get("router", "unknown")
     routers = [routers] * len(layers) if isinstance(routers, str) else routers
     blocks = [
-        {
-            "block": layer.layer_index,
-            "router": router,
-            "experts": layer.router.num_experts,
-            "per_token": layer.router.top_k,
-        }
-        for layer, router in zip(layers, routers, strict=True)
+        {"block": each.layer_index, "router": kind, "experts": each.router.num_experts, "per_token": each.router.top_k}
+        for each, kind in zip(layers, routers, strict=True)
     ]
-    told = ("moe_layers", "num_experts", "top_k", "router", "backend")
-    options = {
-        option: ", ".join(
-            "–" if each is None else str(each) for each in (value if isinstance(value, list) else [value])
-        )
-        for option, value in chosen.items()
-        if value is not None and option not in told
-    }
+    options = {}
+    for option, value in chosen.items():
+        if value is not None and option not in ("moe_layers", "num_experts", "top_k", "router", "backend"):
+            values = value if isinstance(value, list) else [value]
+            options[option] = ", ".join("–" if each is None else str(each) for each in values)
     return name, blocks, options
 
 
@@ -179,19 +170,6 @@ def model_card(facts: dict[str, Any]) -> str:
     """The card as Markdown, from `gather_facts`; the same facts always give the same text."""
     summary: RunSummary | None = facts["summary"]
     terms = None if summary is None else terms_of(summary.data)
-    card: str = template("card.md.jinja").render(
-        facts=facts,
-        terms=terms,
-        header=_header(facts, summary, terms).to_yaml(),
-        unknown_terms=UNKNOWN,
-        unknown_licence=UNKNOWN_LICENCE,
-        without_example=without_example,
-        largest=lambda experts: max(experts, key=lambda expert: abs(expert["delta_logit"])),
-    )
-    return card
-
-
-def _header(facts: dict[str, Any], summary: RunSummary | None, terms: DataTerms | None) -> ModelCardData:
     experts = ["mixture-of-experts"] if facts["blocks"] else []
     header = ModelCardData(
         license=facts["licence"],
@@ -202,21 +180,28 @@ def _header(facts: dict[str, Any], summary: RunSummary | None, terms: DataTerms 
     )
     if summary is not None and terms is not None:
         header.datasets = [terms.hub_id] if terms.hub_id else None
-        header.metrics = ["accuracy"]
-        header.model_name = facts["name"]
-        header.eval_results = [
-            EvalResult(
-                task_type="image-classification",
-                task_name="Image Classification",
-                dataset_type=terms.hub_id or terms.kind,
-                dataset_name=terms.title,
-                dataset_split="test",
-                metric_type="accuracy",
-                metric_name="top-1 accuracy",
-                metric_value=round(summary.test.accuracy, 4),
-            )
-        ]
-    return header
+        header.metrics, header.model_name = ["accuracy"], facts["name"]
+        result = EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=terms.hub_id or terms.kind,
+            dataset_name=terms.title,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name="top-1 accuracy",
+            metric_value=round(summary.test.accuracy, 4),
+        )
+        header.eval_results = [result]
+    card: str = template("card.md.jinja").render(
+        facts=facts,
+        terms=terms,
+        header=header.to_yaml(),
+        unknown_terms=UNKNOWN,
+        unknown_licence=UNKNOWN_LICENCE,
+        without_example=without_example,
+        largest=lambda experts: max(experts, key=lambda expert: abs(expert["delta_logit"])),
+    )
+    return card
 
 
 def without_example(sentence: str) -> str:

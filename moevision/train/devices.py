@@ -32,15 +32,7 @@ def has_gpu() -> bool:
 
 
 def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
-    """The Trainer's argument.
-
-    Args:
-        config: its options.
-        asked: --trainer.strategy.
-
-    Raises:
-        UserError: if both say something.
-    """
+    """The Trainer's argument; a UserError if --trainer.strategy, `asked`, says something else."""
     if config.layout is None:
         return {}
     if asked not in ("auto", config.layout):

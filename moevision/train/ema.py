@@ -10,6 +10,8 @@ Where the average is: validation sees it in place of the weights, which come bac
 goes on with are `current_model_state`, as in Lightning's `WeightAveraging`. After `fit` the model *is* the average.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from typing import Any, cast
@@ -31,15 +33,8 @@ _NET = "net."  # where the network is in the task's state
 class WeightEMA(L.Callback):
     """Keeps the moving average; put it in front of the `StabilityGuard` in the list of callbacks.
 
-    Args:
-        config: its decay, which must be given here.
-
-    Attributes:
-        updates: how many applied updates are in the average.
-        swapped: whether the network holds the average now, and `network` the weights.
-
-    Raises:
-        UserError: if the decay isn't between 0 and 1.
+    `updates` are in the average; while `swapped`, the network holds the average and `network` the weights. A UserError
+    if the decay isn't between 0 and 1.
     """
 
     def __init__(self, config: EmaConfig) -> None:
@@ -79,19 +74,16 @@ class WeightEMA(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the weights into the average, if this batch ended an update that was applied."""
         task = cast(ClassificationTask, pl_module)
         if task.update_applied:
             self.updates += 1
             cast(ModelEmaV3, self._average).update(task.net, self.updates)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the average."""
         if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
             self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the weights back."""
         if self.swapped:
             self._swap(pl_module)
 
@@ -101,7 +93,6 @@ class WeightEMA(L.Callback):
             self._swap(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the model; the last checkpoint is written by now."""
         cast(ClassificationTask, pl_module).net.load_state_dict(cast(nn.Module, self.network).state_dict())
         self._average = None  # another fit begins with what the model then holds
 
@@ -117,15 +108,12 @@ class WeightEMA(L.Callback):
         self.swapped = not self.swapped
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the averaged weights."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
         self.updates = int(state_dict["updates"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the average as the model, and the weights beside it."""
         if self._average is None:
             return
         other = {_NET + name: value for name, value in cast(nn.Module, self.network).state_dict().items()}

@@ -6,8 +6,6 @@ written, with the comparison with the dense twin.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -25,10 +23,10 @@ from torch import nn
 from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
-from moevision.files import write_json_atomic, write_text_atomic
+from moevision.errors import csv_name
+from moevision.files import csv_text, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
-from moevision.names import csv_name
 from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
 from moevision.train.devices import parallel_strategy
@@ -38,9 +36,7 @@ from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import gather
 from moevision.train.provenance import collect_provenance, device_name
-from moevision.train.recipe import (
-    describe_model,
-)
+from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
     ComparedModel,
@@ -52,7 +48,7 @@ from moevision.train.report import (
 )
 from moevision.train.resume import Session, Start
 from moevision.train.start import read_probe, weights_file
-from moevision.train.stats import Calibration, calibration_error, paired_difference
+from moevision.train.stats import calibration_error, paired_difference
 from moevision.train.task import ClassificationTask
 
 
@@ -60,18 +56,7 @@ from moevision.train.task import ClassificationTask
 class Training:
     """A training and what it is made of.
 
-    Attributes:
-        settings: what was asked for and chosen; config.yaml.
-        session: this process's share of the run.
-        start: where it begins; None: afresh, in a folder of its own.
-        run_dir: the run folder.
-        task: the model and how it learns.
-        data: the images.
-        trainer: Lightning's.
-        files: what reads and writes checkpoints.
-        stopwatch: of the training, without what stands still.
-        started: when it began, in UTC.
-        expected_s: how long it should take, as it was said before.
+    `start` is None afresh, in a folder of its own; `started` is in UTC; `expected_s` is what was said before.
     """
 
     settings: Settings
@@ -93,7 +78,7 @@ class Training:
 
     @property
     def trial(self) -> bool:
-        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        """Whether this only tests that everything runs."""
         return bool(cast(Any, self.trainer).fast_dev_run)
 
     @property
@@ -119,14 +104,7 @@ class Training:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its summary, and what a comparison with another run needs.
-
-    Attributes:
-        summary: what summary.md says.
-        run_dir: the run folder.
-        correct: for each test image, by its stable id, whether it was classified correctly.
-        labels: the class of each.
-    """
+    """A finished run, and of each test image, by its stable id, whether it was classified correctly and its class."""
 
     summary: RunSummary
     run_dir: Path
@@ -149,11 +127,8 @@ class RunResult:
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
-    Several processes test together; the first one writes, and the others get None.
-
-    Args:
-        training: after `train`.
-        command: the command line that the run began with.
+    Several processes test together; the first one writes, and the others get None. `command` is what the run began
+    with.
     """
     task, data, trainer = training.task, training.data, training.trainer
     run_dir, stopwatch = training.run_dir, training.stopwatch
@@ -167,24 +142,31 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     ]
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", training.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    rows = _predictions(task, data)
+    names = ("index", "label", "prediction", "probability")
+    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    found = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the test images
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
     if training.divided is not None:
         training.divided.gather()
     if not trainer.is_global_zero:
         return None
-    mean, std = cast(Any, data.mean), cast(Any, data.std)
+    indices, labels, predictions, confidence = map(np.array, zip(*found, strict=True))
+    samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
-    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std, temperature), run_dir / "model")
-    _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
+    mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
+    save_model(SavedModel(task.net, classes, data.image_size, mean, std, temperature), run_dir / "model")
+    rows = (
+        (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
+        for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
+    )
+    columns = ("image", "label", "prediction", "probability", "correct")
+    write_text_atomic(run_dir / "predictions_test.csv", csv_text(columns, rows))
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
-    labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
-    plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
+    plot_confusion(labels, predictions, classes, run_dir / "confusion.png")
+    weights_sha256 = sha256_of(run_dir / "model" / "model.safetensors")
     chosen: dict[str, Any] = {
-        "backend": task.arch.backend or "auto",
-        "compile": task.compile_blocks,
-        "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
-    }
+        "backend": task.arch.backend or "auto", "compile": task.compile_blocks, "model_sha256": weights_sha256,
+    }  # fmt: skip
     if task.arch.pretrained is not None:
         origin = weights_file(task.arch.pretrained)
         chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
@@ -192,6 +174,27 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
     )
     write_json_atomic(run_dir / "provenance.json", provenance)
+    train, metrics = data.class_counts["train"], trainer.callback_metrics
+    majority = max(train, key=lambda name: train[name])
+    of_class = [labels == label for label in range(len(classes))]
+    calibrated = temperature is not None and bool(np.isfinite(confidence).all())
+    test = TestScores(
+        correct=int(correct.sum()),
+        total=len(found),
+        majority_class=majority,
+        majority_correct=int(of_class[classes.index(majority)].sum()),
+        loss=float(metrics["test/loss"]),
+        balanced_accuracy=float(metrics["test/balanced_acc"]),
+        ece=float(metrics["test/ece"]),
+        temperature=temperature,
+        calibrated_on=0 if task.calibration is None else task.calibration.images,
+        calibrated_ece=calibration_error(confidence, correct) if calibrated else None,
+        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
+        per_class=[
+            (name, int((correct & own).sum()), int(own.sum())) for name, own in zip(classes, of_class, strict=True)
+        ],
+        weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
+    )
     summary = RunSummary(
         name=run_dir.name,
         model=describe_model(task),
@@ -199,10 +202,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         image_size=data.image_size,
         split_note=data.split_note,
         class_counts=data.class_counts,
-        test=replace(
-            _scores(rows, data, trainer.callback_metrics, task.calibration),
-            weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
-        ),
+        test=test,
         cost=measure_cost(task.net, data.image_size),
         epochs=epochs,
         steps=steps,
@@ -232,8 +232,12 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
             *data_wait_advice(stopwatch.data_wait, data),
         ],
     )
-    correct = {row.sample: row.prediction == row.label for row in rows}
-    result = RunResult(summary, run_dir, correct, {row.sample: row.label for row in rows})
+    result = RunResult(
+        summary,
+        run_dir,
+        dict(zip(samples, correct.tolist(), strict=True)),
+        dict(zip(samples, labels.tolist(), strict=True)),
+    )
     result = _with_choice(result)
     _write_summary(result.summary, run_dir)
     return result
@@ -285,29 +289,15 @@ def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> floa
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
-    """Write the paired comparison with the dense twin into the run's summary.
+    """Write the paired comparison with the dense twin into the run's summary; the result with it.
 
-    Args:
-        result: the run.
-        twin: the run of its twin, on the same test images.
-        match: what the two have in common, e.g. "active FLOPs".
-
-    Returns:
-        The result with the comparison in it.
+    `match` is what the two have in common, e.g. "active FLOPs".
     """
     common = [sample for sample in result.correct if sample in twin.correct]
-    difference = paired_difference(
-        np.array([result.correct[sample] for sample in common]),
-        np.array([twin.correct[sample] for sample in common]),
-    )
+    both = (np.array([run.correct[sample] for sample in common]) for run in (result, twin))
     other = twin.summary
     comparison = TwinComparison(
-        difference=difference,
-        match=match,
-        correct=other.test.correct,
-        cost=other.cost,
-        duration_s=other.duration_s,
-        images_per_s=other.images_per_s,
+        paired_difference(*both), match, other.test.correct, other.cost, other.duration_s, other.images_per_s
     )
     result = _with_choice(replace(result, summary=replace(result.summary, twin=comparison)), twin)
     _write_summary(result.summary, result.run_dir)
@@ -321,65 +311,3 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     text = json.dumps(asdict(summary), default=list)
     # JSON has neither NaN nor infinity: null.
     write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    sample: str
-    label: int
-    prediction: int
-    probability: float
-
-
-def _predictions(task: ClassificationTask, data: ImageDataModule) -> list[_Prediction]:
-    """Of all processes, in the order of the test images."""
-    names = ("index", "label", "prediction", "probability")
-    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
-    return [
-        _Prediction(data.sample_id("test", index), label, prediction, probability)
-        for index, label, prediction, probability in sorted(chain.from_iterable(gather(own)))
-    ]
-
-
-def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], out: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", "probability", "correct"])
-    for row in rows:
-        words = class_names[row.label], class_names[row.prediction]
-        names = map(csv_name, (row.sample, *words))
-        writer.writerow([*names, f"{row.probability:.4f}", int(row.label == row.prediction)])
-    write_text_atomic(out, text.getvalue())
-
-
-def _scores(
-    rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any], calibration: Calibration | None
-) -> TestScores:
-    train = data.class_counts["train"]
-    majority = max(train, key=lambda name: train[name])
-    per_class = []
-    for label, name in enumerate(data.class_names):
-        own = [row for row in rows if row.label == label]
-        per_class.append((name, sum(row.prediction == label for row in own), len(own)))
-    return TestScores(
-        correct=sum(row.prediction == row.label for row in rows),
-        total=len(rows),
-        majority_class=majority,
-        majority_correct=per_class[data.class_names.index(majority)][2],
-        loss=float(metrics["test/loss"]),
-        balanced_accuracy=float(metrics["test/balanced_acc"]),
-        ece=float(metrics["test/ece"]),
-        temperature=None if calibration is None else calibration.temperature,
-        calibrated_on=0 if calibration is None else calibration.images,
-        calibrated_ece=None if calibration is None else _calibration_error(rows),
-        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
-        per_class=per_class,
-    )
-
-
-def _calibration_error(rows: Sequence[_Prediction]) -> float | None:
-    """None where a probability isn't finite."""
-    confidence = np.array([row.probability for row in rows])
-    if not np.isfinite(confidence).all():
-        return None
-    return calibration_error(confidence, np.array([row.prediction == row.label for row in rows]))

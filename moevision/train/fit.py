@@ -36,19 +36,17 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from torch import nn
 
-from moevision.allocator import keep_freed_memory
 from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
-from moevision.errors import SEED, DataWarning, UserError, check_ranges
+from moevision.errors import SEED, DataWarning, UserError, check_ranges, shown
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
+from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.names import shown
 from moevision.train.archive import load_rest
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.devices import parallel_strategy, strategy_of
@@ -73,9 +71,7 @@ from moevision.train.recipe import (
     run_of_checkpoint,
 )
 from moevision.train.record import RecordRouting
-from moevision.train.report import (
-    is_unbalanced,
-)
+from moevision.train.report import is_unbalanced
 from moevision.train.resume import EpochEnd, ResumePoint, Session, Start, begin, begun_by, find_start, note_session
 from moevision.train.scores import ExampleScores
 from moevision.train.start import fit_probe, start_with
@@ -131,16 +127,9 @@ def fit(given: Given) -> None:
 
 
 def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:
-    """Prepare a training, say what it will do, and train.
+    """Prepare a training, say what it will do, and train; a new run folder is removed if it can't begin.
 
-    Args:
-        settings: what was asked for and chosen.
-        session: this process's share of the run.
-        start: where it begins; None: afresh, in a folder of its own.
-        callbacks: others, behind the one that saves.
-
-    Raises:
-        UserError: if it can't begin; a new run folder is removed then.
+    `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
     started, stopwatch, files = datetime.now(UTC), Stopwatch(session.clock), SafeCheckpointIO()
     _seed(settings, session)
@@ -203,7 +192,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
         # Start and plan
         if trainer.is_global_zero:
-            _say_plan(training, before_s=_prepare_weights(training))
+            _start_and_plan(training)
         if not training.trial:
             _compare_with_start(training, point)
             # When all processes stand: a run whose first process is lost before that has nothing to go on with.
@@ -321,13 +310,6 @@ def _trainer(
             "Apple's GPU can't be used: it has no float64, which the statistics of routing need. "
             "Use --trainer.accelerator cpu."
         )
-    try:  # one that a strategy's arguments name, which Lightning doesn't look at
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
-        raise UserError(
-            f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
-            "--trainer.strategy, --trainer.accelerator or --trainer.devices."
-        ) from error
     return trainer
 
 
@@ -419,61 +401,18 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
             callback.monitor = monitor
 
 
-def _prepare_weights(training: Training) -> float:
-    """Fit head and routers to a pretrained start; seconds that it took."""
-    began_s = training.stopwatch.run_s
-    if training.fresh and training.task.arch.pretrained is not None and not training.trial:
+def _start_and_plan(training: Training) -> None:
+    """In the first process: fit head and routers to a pretrained start, and say what the training will do.
+
+    The other processes get these weights when the training begins.
+    """
+    task, data, trainer, stopwatch = training.task, training.data, training.trainer, training.stopwatch
+    began_s = stopwatch.run_s
+    if training.fresh and task.arch.pretrained is not None and not training.trial:
         _start_with_probe(training)
         if training.clusters:
             _start_from_clusters(training)
-    return training.stopwatch.run_s - began_s
-
-
-def _start_with_probe(training: Training) -> None:
-    """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
-
-    In the first process alone: the others get its weights when the training begins.
-    """
-    session, autocast = training.session, training.trainer.strategy.precision_plugin.forward_context
-    known = session.probe
-    if known is None:
-        known = fit_probe(_pretrained_net(training), training.data, training.device_before, autocast, session.clock.now)
-    else:  # the run's, which has its time: without it the twin would look the sooner trained
-        training.stopwatch.add(known.seconds, known.cpu_s)
-    if known is None:
-        return
-    session.probe = known
-    if known.beats_the_head:
-        start_with(training.task.net, known)
-    known.write(training.run_dir)
-    print(known.sentence(), flush=True)
-
-
-def _pretrained_net(training: Training) -> nn.Module:
-    """The weights as they came: noise on copies, capacities and some routers make other features of them."""
-    if moe_layers(training.task.net):
-        with torch.random.fork_rng(devices=[]):  # its new classifier is drawn, too
-            dense = dense_start(training.task.arch, training.data.num_classes, training.data.image_size)
-        if dense is not None:
-            return dense
-    return training.task.net
-
-
-def _start_from_clusters(training: Training) -> None:
-    """Set the routers from what training images give them; like the probe in the first process alone."""
-    data, device = training.data, training.device_before
-    order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
-    some = order[:START_IMAGES].tolist()
-    net = training.task.net.to(device)
-    with training.trainer.strategy.precision_plugin.forward_context():
-        images = (batch["image"].to(device) for batch in data.plain_loader("train", some))
-        shares = start_routers(net, images, seed=data.seed)
-    largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
-    print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)
-
-
-def _say_plan(training: Training, before_s: float) -> None:
-    task, data, trainer = training.task, training.data, training.trainer
+    before_s = stopwatch.run_s - began_s
     with _memory_advice(training):
         steps_s = None if training.divided else expected_seconds(task, data, trainer)
         training.expected_s = None if steps_s is None else before_s + steps_s
@@ -481,6 +420,41 @@ def _say_plan(training: Training, before_s: float) -> None:
         if training.divided is not None:
             print(training.divided.plan(trainer.world_size, task.net))
     print(f"run folder: {shown(str(training.run_dir))}\n", flush=True)
+
+
+def _start_with_probe(training: Training) -> None:
+    """Head first: the classifier begins as a linear probe of the frozen features, which is reported too."""
+    session, task, data = training.session, training.task, training.data
+    known = session.probe
+    if known is None:
+        net = task.net
+        if moe_layers(net):
+            # Its weights as they came: noise on copies, capacities and some routers make other features of them.
+            with torch.random.fork_rng(devices=[]):  # a new classifier is drawn, too
+                net = dense_start(task.arch, data.num_classes, data.image_size) or net
+        autocast = training.trainer.strategy.precision_plugin.forward_context
+        known = fit_probe(net, data, training.device_before, autocast, session.clock.now)
+    else:  # the run's, which has its time: without it the twin would look the sooner trained
+        training.stopwatch.add(known.seconds, known.cpu_s)
+    if known is None:
+        return
+    session.probe = known
+    if known.beats_the_head:
+        start_with(task.net, known)
+    known.write(training.run_dir)
+    print(known.sentence(), flush=True)
+
+
+def _start_from_clusters(training: Training) -> None:
+    """Set the routers from what training images give them."""
+    data, device = training.data, training.device_before
+    order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
+    net = training.task.net.to(device)
+    with training.trainer.strategy.precision_plugin.forward_context():
+        loader = data.plain_loader("train", order[:START_IMAGES].tolist())
+        shares = start_routers(net, (batch["image"].to(device) for batch in loader), seed=data.seed)
+    largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
+    print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)
 
 
 def _memory_advice(training: Training) -> AbstractContextManager[None]:
@@ -520,18 +494,10 @@ def _train(training: Training, point: ResumePoint) -> None:
     try:
         with _memory_advice(training):
             trainer.fit(training.task, training.data, ckpt_path=checkpoint, weights_only=True)
-    except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
-        if point.began or isinstance(error, (UserError, OSError)):
+    except MisconfigurationException as error:  # Lightning checks some options only now
+        if point.began:
             raise
-        if isinstance(error, MisconfigurationException):  # it checks some options only now
-            raise UserError(f"The Trainer does not take these options: {error}") from error
-        if isinstance(training.settings.trainer.get("strategy", "auto"), str):
-            raise
-        name, reason = type(trainer.strategy).__name__, " ".join(str(error).split())[:200]
-        raise UserError(
-            f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
-            "use --trainer.strategy auto or ddp."
-        ) from error
+        raise UserError(f"The Trainer does not take these options: {error}") from error
     fault = training.files.refused.get(point.path.resolve())
     if fault is not None and not training.trial:  # what would be tested now are the weights of an earlier step
         if not session.processes.first:
@@ -548,14 +514,27 @@ def _train_twin(
 ) -> RunResult | None:
     """Train the dense twin of a finished training by the same recipe, and compare both."""
     session, run_dir = training.session, training.run_dir
-    start = Start.from_plain(session.processes.decide(lambda: _twin_start(run_dir, session).plain()))
+
+    def new() -> Any:
+        """Where the twin's training begins, in a folder that is made for it."""
+        folder = run_dir / "twin"
+        known = folder.is_dir()
+        session.claim(folder)
+        start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+        if (run_dir / "splits.csv").is_file():
+            shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
+        print("\nNow the dense twin, by the same recipe.", flush=True)
+        return start.plain()
+
+    start = Start.from_plain(session.processes.decide(new))
     seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
     changes: dict[str, Any] = {"model.arch.twin": "active_flops", "with_twin": False, "seed_everything": seed}
-    if training.divided is not None and training.divided.expert > 1:
-        changes["parallel.expert"] = 1  # it has no experts
-    twin = train(settings({**options, **changes}), session, start)
     again = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
-    other = finish(twin, [*command, *again, *(["--parallel.expert=1"] if "parallel.expert" in changes else [])])
+    if training.divided is not None and training.divided.expert > 1:  # the twin has no experts
+        changes["parallel.expert"] = 1
+        again.append("--parallel.expert=1")
+    twin = train(settings({**options, **changes}), session, start)
+    other = finish(twin, [*command, *again])
     if result is None or other is None:
         return None
     match = "active FLOPs"
@@ -564,18 +543,6 @@ def _train_twin(
         same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
         match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
     return write_comparison(result, other, match)
-
-
-def _twin_start(run_dir: Path, session: Session) -> Start:
-    """Where the twin's training begins, in a folder that is made for it."""
-    folder = run_dir / "twin"
-    known = folder.is_dir()
-    session.claim(folder)
-    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
-    if (run_dir / "splits.csv").is_file():
-        shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
-    print("\nNow the dense twin, by the same recipe.", flush=True)
-    return start
 
 
 def evaluate(verb: str, given: Given) -> None:
@@ -608,8 +575,16 @@ def evaluate(verb: str, given: Given) -> None:
             session.processes.watch(trainer, forget)
             origin = run_of_checkpoint(checkpoint)
             if (origin / "splits.csv").is_file():
-                _refuse_other_images(verb, data, origin / "splits.csv")
-                shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
+                table, config = origin / "splits.csv", newest_config(origin)
+                path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
+                if path and not data.is_of_run(table, path):
+                    saved, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
+                    raise UserError(
+                        f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
+                        f"neither: leave it out, or see what the model says about it by moevision predict {saved} "
+                        f"{folder}."
+                    )
+                shutil.copy(table, run_dir / "splits.csv")
             data.run_dir = run_dir
             _read_data(data, trainer, session, verb, moved=True)
             _check_limits(data, trainer, "val" if verb == "validate" else "test")
@@ -626,67 +601,45 @@ def evaluate(verb: str, given: Given) -> None:
 validate, test = partial(evaluate, "validate"), partial(evaluate, "test")
 
 
-def _refuse_other_images(verb: str, data: ImageDataModule, table: Path) -> None:
-    """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
-    config = newest_config(table.parent)
-    path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
-    if path and not data.is_of_run(table, path):
-        model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
-        raise UserError(
-            f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
-            f"neither: leave it out, or see what the model says about it by moevision predict {model} {folder}."
-        )
-
-
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 @contextmanager
 def _in_sentences(session: Session) -> Iterator[None]:
     """Let a verb end by one sentence that says how to go on, whatever stops it."""
     keep_freed_memory()
-    _check_encoding(session.command)
+    if odd := next((each for each in session.command if each != each.encode(errors="ignore").decode()), None):
+        raise UserError(
+            f"{odd} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to it that "
+            "has a plain name."
+        )
     try:
-        with session.interruption, session.clock, quiet_lightning(), _saying_what_can_not_be_restored():
+        with session.interruption, session.clock, quiet_lightning():
             yield
     except (Interrupted, TrainingDiverged) as stopped:
         if not session.processes.first:
             raise SystemExit(0) from None  # the first process says it, and its exit code counts
-        if isinstance(stopped, TrainingDiverged):
-            raise
-        command = session.resume_command
-        tell(
-            f"Stopped by {stopped.signal_name}." + (f" To go on:\n{command}" if command else " Nothing was saved yet.")
-        )
+        if isinstance(stopped, Interrupted):
+            command = session.resume_command
+            how = f" To go on:\n{command}" if command else " Nothing was saved yet."
+            tell(f"Stopped by {stopped.signal_name}.{how}")
+        raise
+    except UserError:
         raise
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        command = session.resume_command
         what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
-        raise UserError(f"{what} is full: make room, then go on with {command or 'the same command'}.") from error
-    except RuntimeError as error:
-        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
-            raise
-        if not session.processes.first:
-            session.processes.wait_for_first()
-            raise SystemExit(1) from None
-        raise UserError(session.processes.another_ended()) from error
-    finally:
-        session.close()
-
-
-@contextmanager
-def _saying_what_can_not_be_restored() -> Iterator[None]:
-    """Say in one sentence that a checkpoint, sound as a file, holds something else than Lightning is to restore."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
+        command = session.resume_command or "the same command"
+        raise UserError(f"{what} is full: make room, then go on with {command}.") from error
     except Exception as error:
+        if several_processes() and "by peer" in str(error):  # gloo's words for a connection that has gone
+            if not session.processes.first:
+                session.processes.wait_for_first()
+                raise SystemExit(1) from None
+            raise UserError(session.processes.another_ended()) from error
+        # A checkpoint, sound as a file, that holds something else than Lightning is to restore.
         code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
         restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]
         if not any(each.co_name.lstrip("_").startswith(("restore", "resume")) for each in restores):
@@ -696,18 +649,8 @@ def _saying_what_can_not_be_restored() -> Iterator[None]:
             f"The checkpoint doesn't fit this training ({reason}): it is of another one, or somebody changed it. Use "
             "another one of the run."
         ) from error
-
-
-def _check_encoding(arguments: Sequence[str]) -> None:
-    """Files below the data may have any names, but config.yaml and safetensors can only hold UTF-8."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
-                "it that has a plain name."
-            ) from None
+    finally:
+        session.close()
 
 
 @contextmanager

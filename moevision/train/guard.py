@@ -17,67 +17,61 @@ would be NaN) nor a suspicious one (the spike would soon look normal) enters it.
 whose deviation is tiny, from false alarms.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from math import fsum, isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
-from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
+from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
-from moevision.names import csv_name
 from moevision.train.ema import WeightEMA
 from moevision.train.health import is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
-DIAGNOSIS = "divergence.md"
-GUARD_CSV = "guard.csv"
+DIAGNOSIS, GUARD_CSV = "divergence.md", "guard.csv"
 _RECENT = 100  # updates over which refused ones are counted
 _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
-_MIN_RISE = 0.1  # nats
-_MIN_RELATIVE_RISE = 0.25
+_MIN_RISE, _MIN_RELATIVE_RISE = 0.1, 0.25  # nats, share
 _COLUMNS = ("step", "epoch", "kind", "source", "samples")
-_MAX_EVENTS = 1000  # kept one by one; all are counted
-_MAX_SAMPLES = 256
-_MAX_NAMED = 3
-_MAX_SAID = 10  # on the terminal
+_MAX_EVENTS, _MAX_SAMPLES, _MAX_NAMED, _MAX_SAID = 1000, 256, 3, 10  # kept, of an event, in sentences, on the terminal
 _SAID = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
-    "validation": "warning: step {step}: the {source} is not finite; the weights are, so training goes on",
 }
-# What to look at, by the first word of a source.
-_ADVICE = {
-    "cross-entropy": "Look at the images that guard.csv names; lower --model.optim.lr or lengthen the warm-up.",
-    "router": "Give --model.aux.z a small weight (0.001): it keeps router logits small.",
-    "gradient": "Lower --model.optim.lr, or clip more (--trainer.gradient_clip_val 0.5).",
-    "weight": "Weights turned bad without a bad update: suspect the memory or the accelerator if it happens again.",
-    "buffer": "A saved statistic turned bad by itself: suspect the memory or the accelerator if it happens again.",
-    "loss": "Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.",
-    "ema.weight": "Only the moving average was bad: suspect the memory or the accelerator if it happens again.",
-}
+_ADVICE = """
+## What to try
+
+- Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.
+- For a router: give --model.aux.z a small weight (0.001): it keeps router logits small.
+- For a cross-entropy: look at the images that guard.csv names. For a gradient: --trainer.gradient_clip_val 0.5.
+- For a weight, a buffer or the average, which turned bad without a bad update: suspect the memory or the accelerator if
+  it happens again.
+
+## The last cases
+"""
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training diverged again and again, and the budget of returns to a snapshot is used up.
-
-    It has its own exit code, so that a job script doesn't start the same training again and again.
-    """
+    """The training diverged again and again; an exit code of its own keeps a job script from starting it again."""
 
     exit_code = DIVERGED
 
@@ -85,15 +79,8 @@ class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
 class StabilityGuard(L.Callback):
     """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
 
-    Args:
-        config: its thresholds.
-
-    Attributes:
-        record: what it found and did.
-        snapshots: states to return to, the newest last.
-
-    Raises:
-        UserError: if a number of the config can't be used.
+    `record` is what it found and did, `snapshots` are states to return to, the newest last. A UserError says which
+    number of the config can't be used.
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
@@ -124,11 +111,6 @@ class StabilityGuard(L.Callback):
     # -- Lightning's hooks, in the order in which they come
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let this guard decide about the task's updates.
-
-        Raises:
-            UserError: for another module than a `ClassificationTask`.
-        """
         if stage != "fit":
             return
         if not isinstance(pl_module, ClassificationTask):
@@ -137,11 +119,6 @@ class StabilityGuard(L.Callback):
         self.snapshots.clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the first snapshot, before anything is trained.
-
-        Raises:
-            UserError: if the weights to begin with are not finite.
-        """
         task = cast(ClassificationTask, pl_module)
         if (source := find_nonfinite(trainer, task)) is not None:
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
@@ -150,7 +127,6 @@ class StabilityGuard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember what a forward pass moves: random generators and buffers."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             net = cast(ClassificationTask, pl_module).net
             self._before = (random_state(), [buffer.clone() for buffer in net.buffers()])
@@ -169,8 +145,11 @@ class StabilityGuard(L.Callback):
         if not bad:
             self._loss = total / trainer.world_size
             return False
-        gradients = ((name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None)
-        source = source_of(task.evidence, gradients)
+        # Where it was first seen, in the order of computation; None if only the norm was too large for its format.
+        seen = (name for part in task.evidence for name, value in part.items() if not bool(value.isfinite().all()))
+        if (source := next(seen, None)) is None:
+            grads = _nonfinite((name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None)
+            source = _in_words("gradient", grads) if grads else None
         randomness, buffers = cast(tuple[dict[str, Any], list[Tensor]], self._before)
         restore_random_state(randomness)
         with torch.no_grad():
@@ -190,11 +169,6 @@ class StabilityGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an update: look for a spike, take a snapshot when it is time; return to one if it must be.
-
-        Raises:
-            TrainingDiverged: when the budget of returns is used up.
-        """
         task = cast(ClassificationTask, pl_module)
         loss, self._loss = self._loss, None
         cause, self._bad_state = self._bad_state, None
@@ -202,7 +176,8 @@ class StabilityGuard(L.Callback):
             self._applied += 1
             threshold = self._losses.threshold
             if self._losses.add(loss):
-                cause = f"loss spike: {loss:.3g} against a mean of {self._losses.mean:.3g} (limit {threshold:.3g})"
+                mean = np.mean(self._losses.good)
+                cause = f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {threshold:.3g})"
             elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
                 cause = find_nonfinite(trainer, task)
                 if cause is None:
@@ -217,34 +192,24 @@ class StabilityGuard(L.Callback):
             task.log_dict({name: float(count) for name, count in counts.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Return to a snapshot rather than evaluate a state that isn't finite."""
         self._check(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record a validation loss that isn't finite; the weights are finite, so training does not return."""
-        loss = trainer.callback_metrics.get("val/loss")
-        if trainer.state.fn is TrainerFn.FITTING and loss is not None and not isfinite(float(loss)):
-            note(self.record, trainer, "validation", "validation loss")
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Return to a snapshot rather than end with a state that isn't finite."""
         self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Return to a snapshot rather than save a state that isn't finite; `state_dict` holds the live tensors."""
-        if self._check(trainer, pl_module):
+        if self._check(trainer, pl_module):  # `state_dict` holds the live tensors
             checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop deciding, and free the snapshots."""
         if stage == "fit":
             cast(ClassificationTask, pl_module).update_gate = None
             self.snapshots.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and statistics, as primitives. Snapshots aren't saved: a resumed run takes a new one first."""
+        # Primitives. Snapshots aren't saved: a resumed run takes a new one first.
         return {
             "record": self.record.state_dict(),
             "losses": self._losses.state_dict(),
@@ -254,7 +219,6 @@ class StabilityGuard(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the counts from a checkpoint."""
         self.record = GuardRecord.from_state(state_dict["record"])
         self._losses.load_state_dict(state_dict["losses"])
         self._applied = int(state_dict["applied"])
@@ -301,7 +265,16 @@ class StabilityGuard(L.Callback):
         checkpoint = folder / "checkpoints" / "diverged.ckpt"
         trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
-            write_text_atomic(folder / DIAGNOSIS, self.record.diagnosis(trainer.global_step, str(checkpoint)))
+            record = self.record
+            lines = [
+                f"# This training diverged\n\nIt was given up at step {trainer.global_step:,}, after "
+                f"{record.rollbacks:,} returns to an earlier state. The last good state is {checkpoint}; its weights "
+                "are finite.\n",
+                *(f"- {sentence}" for sentence in record.sentences()),
+                _ADVICE,
+                *(f"- {event.kind} at step {event.step}: {event.source}" for event in record.events[-20:]),
+            ]
+            write_text_atomic(folder / DIAGNOSIS, "\n".join(lines) + "\n")
         raise TrainingDiverged(
             f"The training diverged ({cause}) and returning to an earlier state did not help: read "
             f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
@@ -309,35 +282,20 @@ class StabilityGuard(L.Callback):
 
 
 class LossHistory:
-    """Judges one loss after the other.
-
-    Args:
-        sigmas: how many standard deviations above the mean are suspicious; 0 finds nothing suspicious.
-        patience: how many suspicious losses in a row are a lasting spike.
-        warmup: how many good losses must be known before one can be suspicious.
-
-    Attributes:
-        suspicious: suspicious losses in a row up to now.
-    """
+    """Judges one loss after the other, by the numbers of `GuardConfig`; 0 `sigmas` find nothing suspicious."""
 
     def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
         self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
-        self.suspicious = 0
-        self._good: deque[float] = deque(maxlen=_WINDOW)
+        self.suspicious = 0  # in a row up to now
+        self.good: deque[float] = deque(maxlen=_WINDOW)
 
     @property
     def threshold(self) -> float:
         """Losses above it are suspicious; infinite during the warm-up."""
-        if not self.sigmas or len(self._good) < self.warmup:
+        if not self.sigmas or len(self.good) < self.warmup:
             return float("inf")
-        mean = self.mean
-        deviation = sqrt(fsum((loss - mean) ** 2 for loss in self._good) / len(self._good))
-        return mean + max(self.sigmas * deviation, _MIN_RELATIVE_RISE * mean, _MIN_RISE)
-
-    @property
-    def mean(self) -> float:
-        """Mean of the good losses that are remembered."""
-        return fsum(self._good) / len(self._good)
+        mean = float(np.mean(self.good))
+        return mean + max(self.sigmas * float(np.std(self.good)), _MIN_RELATIVE_RISE * mean, _MIN_RISE)
 
     def add(self, loss: float) -> bool:
         """Take the finite loss of an applied update; whether it makes a lasting spike."""
@@ -345,34 +303,23 @@ class LossHistory:
             self.suspicious += 1
         else:
             self.suspicious = 0
-            self._good.append(loss)
+            self.good.append(loss)
         return self.suspicious >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint or a snapshot."""
-        return {"good": list(self._good), "suspicious": self.suspicious}
+        return {"good": list(self.good), "suspicious": self.suspicious}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to it."""
-        self._good = deque(state["good"], maxlen=_WINDOW)
+        self.good = deque(state["good"], maxlen=_WINDOW)
         self.suspicious = int(state["suspicious"])
 
 
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
-    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images.
-    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
-    given (both measured with torch 2.13). So everything is copied on the way in and on the way out; otherwise the
-    second return to the same snapshot would restore what training has made of it since.
-
-    Args:
-        trainer: a trainer that fits.
-        task: its task.
-        extra: what the owner wants back with it, such as running statistics; kept as it is.
-
-    Attributes:
-        restored: how often training has come back to it.
+    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images;
+    and `extra`, kept as it is. `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the
+    optimizer use the ones it is given (torch 2.13), so everything is copied on the way in and on the way out.
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
@@ -428,7 +375,7 @@ def _copied(state: Any) -> Any:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that the guard did at a step, counted from 1: `kind` is skip, rollback, or validation (only noted)."""
+    """One thing that the guard did at a step, counted from 1: `kind` is skip or rollback."""
 
     step: int
     epoch: int
@@ -439,23 +386,24 @@ class Event:
 
 @dataclass
 class GuardRecord:
-    """Counters and events of one training; they survive a resume and are never turned back by a rollback."""
+    """Counters and events of one training; they survive a resume and are never turned back by a rollback.
+
+    Attributes:
+        not_applied: optimizer steps without an update, for whichever reason.
+        lost: updates that rollbacks took back.
+    """
 
     skipped: int = 0
     rollbacks: int = 0
-    validations: int = 0
-    """Validations whose loss was not finite: noted, nothing is done about them."""
     not_applied: int = 0
-    """Optimizer steps without an update, for whichever reason."""
     lost: int = 0
-    """Updates that rollbacks took back."""
     events: list[Event] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: Event) -> None:
         """Count it and keep it."""
-        name = {"skip": "skipped", "rollback": "rollbacks", "validation": "validations"}[event.kind]
-        setattr(self, name, getattr(self, name) + 1)
+        self.skipped += event.kind == "skip"
+        self.rollbacks += event.kind == "rollback"
         self.sources[event.source] += 1
         if len(self.events) < _MAX_EVENTS:
             self.events.append(event)
@@ -466,23 +414,12 @@ class GuardRecord:
         if self.skipped:
             found.append(f"{_times(self.skipped, 'update')} left out because a number was not finite.")
         if self.rollbacks:
-            found.append(
-                f"{_times(self.rollbacks, 'return')} to an earlier state of this training, which took back "
-                f"{self.lost:,} updates."
-            )
-        if self.validations:
-            found.append(f"{_times(self.validations, 'validation')} had a loss that is not finite.")
+            returns = _times(self.rollbacks, "return")
+            found.append(f"{returns} to an earlier state of this training, which took back {self.lost:,} updates.")
         if found:
             often = ", ".join(f"{source} ({count})" for source, count in self.sources.most_common(_MAX_NAMED))
             found.append(f"Where it came from: {often}. {GUARD_CSV} has every case with its images.")
         return found
-
-    def write(self, folder: Path) -> None:
-        """Write guard.csv whole; a resumed run writes it again from what the checkpoint remembers."""
-        rows = (
-            (each.step, each.epoch, each.kind, each.source, csv_name(" ".join(each.samples))) for each in self.events
-        )
-        write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""
@@ -491,36 +428,20 @@ class GuardRecord:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
-        """What `state_dict` gave; an earlier version counted overflows of fp16 too."""
+        """What `state_dict` gave; an earlier version counted more."""
         known = {each.name: state[each.name] for each in fields(cls)}
         events = [Event(step, epoch, kind, source, tuple(ids)) for step, epoch, kind, source, ids in state["events"]]
         return cls(**{**known, "events": events, "sources": Counter(state["sources"])})
 
-    def diagnosis(self, step: int, checkpoint: str) -> str:
-        """The page that is written when a training is given up."""
-        words = {source.split()[0] for source, _ in self.sources.most_common(_MAX_NAMED)}
-        lines = [
-            "# This training diverged\n",
-            f"It was given up at step {step:,}, after {self.rollbacks:,} returns to an earlier state. The last "
-            f"good state is {checkpoint}; its weights are finite.\n",
-            *(f"- {sentence}" for sentence in self.sentences()),
-            "\n## What to try\n",
-            *(f"- {advice}" for word, advice in _ADVICE.items() if word in words),
-            "\n## The last cases\n",
-            *(f"- {event.kind} at step {event.step}: {event.source}" for event in self.events[-20:]),
-        ]
-        return "\n".join(lines) + "\n"
+
+def _times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int] = ()) -> None:
-    """Count an event on every process, with the images of all of them; write guard.csv and tell the user.
+    """Count an event on every process, with the training images of all their windows; write guard.csv, tell the user.
 
-    Args:
-        record: what is counted in.
-        trainer: the trainer, at the step of the event.
-        kind: of the `Event`.
-        source: where it came from, as far as this process knows.
-        images: indices of this process's training images in the window.
+    `source` is where it came from, as far as this process knows.
     """
     data = cast(Any, trainer).datamodule
     own = [data.sample_id("train", index) if hasattr(data, "sample_id") else str(index) for index in images]
@@ -532,7 +453,9 @@ def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None,
     names = tuple(name for _, names in found for name in names)
     record.add(Event(step, trainer.current_epoch, kind, source, names[:_MAX_SAMPLES]))
     if trainer.is_global_zero:
-        record.write(Path(trainer.default_root_dir))
+        rows = ((e.step, e.epoch, e.kind, e.source, csv_name(" ".join(e.samples))) for e in record.events)
+        # Whole: a resumed run writes it again from what the checkpoint remembers.
+        write_text_atomic(Path(trainer.default_root_dir) / GUARD_CSV, csv_text(_COLUMNS, rows))
         if sum(record.sources.values()) <= _MAX_SAID:
             tell(_SAID[kind].format(step=step, source=source))
 
@@ -540,32 +463,18 @@ def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None,
 # -- where a number isn't finite
 
 
-def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Where a number that is not finite first appeared: router, balance loss, cross-entropy, loss, or a gradient.
-
-    None if not on this process, or if only the norm of all gradients was too large for its number format.
-    """
-    for micro_batch in evidence:  # each in the order of computation
-        for name, values in micro_batch.items():
-            if not bool(values.isfinite().all()):
-                return name
-    bad = _nonfinite(gradients)
-    return _in_words("gradient", bad) if bad else None
-
-
 def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
     """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
     buffers = {name for name, _ in task.net.named_buffers()}
     bad: list[tuple[str, Tensor]] = []
-    kind = None
+    kind = ""
     for prefix, net in _networks(trainer, task).items():
         bad += _nonfinite(net.state_dict().items())
-        if bad and kind is None:
+        if bad and not kind:
             kind = prefix + ("buffer" if bad[0][0] in buffers else "weight")
-    (anywhere,) = sum_numbers([bool(bad)], task.device)
-    if not anywhere:
+    if sum_numbers([bool(bad)], task.device) == [0]:
         return None
-    return next(filter(None, gather(_in_words(kind, bad) if kind else None)), None)
+    return next(filter(None, gather(_in_words(kind, bad) if bad else None)), None)
 
 
 def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -576,17 +485,12 @@ def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 def _in_words(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
     """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`."""
     name, tensor = bad[0]
-    experts = ""
+    said = f"{kind} of {name}"
     if ".experts." in name:
-        rows = (~local(tensor.detach()).isfinite()).flatten(1).any(1).nonzero().flatten()
+        first = int((~local(tensor.detach()).isfinite()).flatten(1).any(1).nonzero()[0])
         if hasattr(tensor, "device_mesh"):
             from moevision.train.parallel.parts import first_index
 
-            rows = rows + first_index(tensor)[0]
-        experts = f" (expert{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows.tolist()))})"
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"{kind} of {name}{experts}{more}"
-
-
-def _times(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+            first += first_index(tensor)[0]
+        said += f" (expert {first})"
+    return said + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")

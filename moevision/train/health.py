@@ -8,6 +8,8 @@ Router health (axes: E experts, K choices): `max_violation` is max load / mean l
 the loss does.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 import csv
@@ -88,7 +90,6 @@ class MetricsFile(ExperimentWriter):
             self.rows = rows
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        """Take one row."""
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
         self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
 
@@ -187,12 +188,10 @@ class Stopwatch(L.Callback):
         self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts that a resumed run continues."""
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the counts."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
         # Earlier versions counted neither of these.
@@ -200,7 +199,6 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start."""
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
@@ -209,7 +207,6 @@ class Stopwatch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images of this batch, over all ranks."""
         self.images += len(batch["label"]) * trainer.world_size
         began, waited = self._started, self._waited
         self._start(trainer)
@@ -224,7 +221,6 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Warn once, early, that training waits for its data."""
         if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
             return
         self._advised = True
@@ -251,7 +247,6 @@ class StopEarly(EarlyStopping):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it."""
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
                 tell(sentence)
@@ -304,14 +299,12 @@ class RouterHealth(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keep the weights of a step that will be logged."""
         if is_logged(trainer, trainer.global_step + 1):
             self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and judge the loads of the last updates."""
         task = cast(ClassificationTask, pl_module)
         before, self._before = self._before, []
         if not task.update_applied:
@@ -339,27 +332,23 @@ class RouterHealth(L.Callback):
         task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
-        advice = _advice(layer)
+        """Warn of experts without work; not where balance is by construction or by hand."""
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
-        if advice is None or not starved or layer.layer_index in self._warned:
+        losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
+        biased = getattr(layer.router, "bias_rate", None) is not None
+        if not starved or block in self._warned or not (biased or losses):
             return
-        self._warned.add(layer.layer_index)
+        self._warned.add(block)
+        advice = "Give the bias a larger --model.arch.bias_rate."
+        if not biased:
+            names = " or ".join(f"--model.aux.{name}" for name in losses)
+            advice = f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
         if task.trainer.is_global_zero:
             tell(
-                f"warning: experts collapse in block {layer.layer_index}: {len(starved)} of {len(load)} experts "
+                f"warning: experts collapse in block {block}: {len(starved)} of {len(load)} experts "
                 f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
                 f"updates, so they hardly learn. {advice}"
             )
-
-
-def _advice(layer: MoEMlp) -> str | None:
-    """What balances this kind of router; None where balance is by construction or by hand."""
-    if getattr(layer.router, "bias_rate", None) is not None:
-        return "Give the bias a larger --model.arch.bias_rate."
-    if not layer.router.losses - {"z"}:
-        return None
-    names = " or ".join(f"--model.aux.{name}" for name in sorted(layer.router.losses - {"z"}))
-    return f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
 
 
 def _learning(module: L.LightningModule) -> list[Tensor]:

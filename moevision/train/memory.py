@@ -32,33 +32,22 @@ def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
 
 
 def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
-    """Refuse a training whose weights, gradients and moments alone are larger than the memory.
+    """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory.
 
     One that goes on keeps its model.
-
-    Raises:
-        UserError: if so, with the nearest that fits.
     """
     (capacity, where), whole = _memory(trainer), state_bytes(task, trainer)
     dense, experts = _kept(whole, trainer)
     if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:
         return
-    ways, layers = [], moe_layers(task.net)
-    counts = {layer.router.num_experts for layer in layers}
-    most = counts.pop() if len(counts) == 1 and not goes_on else 0  # a list of numbers isn't halved
-    fewer, least = most // 2, max((layer.router.top_k for layer in layers), default=1)
-    while fewer >= least and dense + experts * fewer / most > capacity:
-        fewer //= 2
-    if fewer >= least:
-        ways.append(f"--model.arch.num_experts {fewer} ({(dense + experts * fewer / most) / 1e9:.1f} GB)")
+    ways = ["a device with more memory" if goes_on else "fewer experts (--model.arch.num_experts) or a smaller model"]
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
         ways.append(f"--parallel fsdp on {ceil(sum(whole) / capacity)} GPUs or more")
         if dense < whole[0]:  # it is divided already
             ways.append("--parallel.offload true")
-    other = "a device with more memory" if goes_on else "a smaller model"
     raise UserError(
         f"Weights, gradients and moments of this model take {(dense + experts) / 1e9:.1f} GB, and {where} has "
-        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or other}; --force tries it all the same."
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways)}; --force tries it all the same."
     )
 
 

@@ -15,8 +15,7 @@ are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -52,19 +51,11 @@ def build_optimizer(
     bfloat16: bool = False,
     kinds: Mapping[OptimizerName, type[AdamW]] | None = None,
 ) -> tuple[AdamW, OneCycleLR]:
-    """The optimizer of the parameters that learn, and its schedule.
+    """The optimizer of the parameters that learn, and its schedule; a UserError if nothing is left to learn.
 
-    Args:
-        net: a timm model; what is frozen is left out.
-        config: rates, decay and warm-up.
-        total_steps: optimizer steps of the whole training, at least 1; a single one is the first of two, since the
-            last step's rate is next to nothing.
-        fused: use the fused kernel of the device.
-        bfloat16: whether the training multiplies in bfloat16; Muon then does, too.
-        kinds: other classes in the place of `WHOLE.optimizers`.
-
-    Raises:
-        UserError: if nothing is left to learn.
+    `total_steps` are those of the whole training; a single one is the first of two, since the last step's rate is next
+    to nothing. `bfloat16`: whether the training multiplies in it; Muon then does, too. `kinds`: other classes in the
+    place of `WHOLE.optimizers`.
     """
     warmup, total_steps = config.warmup_fraction, max(2, total_steps)
     if warmup * total_steps in (1, total_steps):
@@ -83,10 +74,7 @@ def build_optimizer(
 def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
-    Under Muon, groups with `matrices: True` hold what it moves.
-
-    Raises:
-        UserError: if nothing is left to learn, or there is no such optimizer.
+    Under Muon, groups with `matrices: True` hold what it moves. A UserError if nothing is left to learn.
     """
     if config.name not in get_args(OptimizerName):
         raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
@@ -103,11 +91,9 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
     if not groups:
         raise UserError("Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze).")
-    return _set_matrices_apart(net, groups) if config.name == "muon" else groups
-
-
-def _set_matrices_apart(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups, each cut in two: what AdamW moves, and the matrices that Muon moves."""
+    if config.name != "muon":
+        return groups
+    # Each group cut in two: what AdamW moves, and the matrices that Muon moves.
     names = matrices_of(net)
     matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
     apart = [
@@ -126,15 +112,37 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
     """
     if freeze is None:
         return net
+    model, named = cast(Any, net), list(net.named_parameters())
     if isinstance(freeze, int):
-        frozen = list(_first_blocks(net, freeze))
+        depth = len(model.blocks)
+        if not 0 <= freeze <= depth:
+            raise UserError(f"freeze={freeze} does not fit {depth} blocks: give 0 (the embedding only) to {depth}.")
+        # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
+        layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
+        learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
+    elif freeze in get_args(FreezeAllBut):
+        modules: list[nn.Module] = _heads(net)
+        if freeze == "all_but_experts":
+            if not (layers := moe_layers(net)):
+                raise UserError(
+                    "freeze=all_but_experts needs a model with experts, which a dense one or a twin has not."
+                )
+            modules += layers
+        learning = {id(parameter) for module in modules for parameter in module.parameters()}
     else:
-        learning = {id(parameter) for parameter in _learning(net, freeze)}
-        frozen = [parameter for parameter in net.parameters() if id(parameter) not in learning]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+        raise UserError(
+            f"There is no freeze={freeze!r}: give a number of blocks, {' or '.join(get_args(FreezeAllBut))}."
+        )
+    for _, parameter in named:
+        if id(parameter) not in learning:
+            parameter.requires_grad_(False)
     hold_frozen_statistics(net)
     return net
+
+
+def _heads(net: nn.Module) -> list[nn.Module]:
+    classifier = cast(Any, net).get_classifier()
+    return list(classifier) if isinstance(classifier, tuple) else [classifier]  # two in a distilled DeiT
 
 
 def hold_frozen_statistics(net: nn.Module) -> None:
@@ -143,32 +151,6 @@ def hold_frozen_statistics(net: nn.Module) -> None:
         learns = [parameter.requires_grad for parameter in module.parameters()]
         if isinstance(module, _BatchNorm) and learns and not any(learns):
             module.eval()
-
-
-def _first_blocks(net: nn.Module, count: int) -> Iterator[nn.Parameter]:
-    """Parameters of the embedding and of the first `count` blocks, by timm's own order of layers."""
-    depth = len(cast(Any, net).blocks)
-    if not 0 <= count <= depth:
-        raise UserError(f"freeze={count} does not fit {depth} blocks: give 0 (the embedding only) to {depth}.")
-    # 0 is the embedding, 1 to depth are the blocks; the norm behind the last block counts as part of it.
-    layer_of = group_parameters(net, cast(Any, net).group_matcher(coarse=False), reverse=True)
-    return (parameter for name, parameter in net.named_parameters() if layer_of[name] <= count)
-
-
-def _learning(net: nn.Module, freeze: str) -> Iterator[nn.Parameter]:
-    if freeze not in get_args(FreezeAllBut):
-        raise UserError(
-            f"There is no freeze={freeze!r}: give a number of blocks, {' or '.join(get_args(FreezeAllBut))}."
-        )
-    classifier = cast(Any, net).get_classifier()  # two heads in a distilled DeiT
-    heads = classifier if isinstance(classifier, tuple) else (classifier,)
-    learning: list[nn.Module] = list(heads)
-    if freeze == "all_but_experts":
-        layers = moe_layers(net)
-        if not layers:
-            raise UserError("freeze=all_but_experts needs a model with experts: a dense model, or a twin, has none.")
-        learning += layers
-    return chain.from_iterable(module.parameters() for module in learning)
 
 
 class Muon(AdamW):
@@ -266,18 +248,9 @@ def matrices_of(net: nn.Module) -> set[str]:
 
     Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
     everything that is no linear map: embeddings, norms and biases.
-
-    Args:
-        net: a timm model.
     """
-    model = cast(Any, net)
-    classifier = model.get_classifier()
     first = [module for module in net.modules() if isinstance(module, nn.Conv2d)][:1]
-    spared = [
-        *(classifier if isinstance(classifier, tuple) else (classifier,)),
-        *first,
-        *(layer.router for layer in moe_layers(net)),
-    ]
+    spared = [*_heads(net), *first, *(layer.router for layer in moe_layers(net))]
     apart = {id(module) for parent in spared for module in parent.modules()}
     return {
         f"{name}.weight"

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.signal import lfilter
 
-from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.words import percent
 
@@ -34,7 +33,6 @@ OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _LOAD = re.compile(r"moe/(.+)/load_max")
 _MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes: cells carry numbers up to the first, axes names up to the second
-_MIXUPS = 15  # that are listed where classes have no names at the axes
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -44,20 +42,19 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         metrics_csv: Lightning's CSVLogger file; its rows are sparse. A metric that was never logged leaves
             its panel out, so a model without MoE layers has no load panel.
         out: the PNG to write (whole or not at all); none where nothing was logged, as in a training of few steps.
-
-    Raises:
-        UserError: the file is missing or isn't a metrics file.
     """
     curves = read_metrics(metrics_csv)
+    loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
+    rate = next((curve for name, curve in curves.items() if name.startswith("lr")), None)
     panels: list[Callable[[Axes], None]] = []
-    if (train := curves.get("train/loss", curves.get("train/loss_step"))) is not None:
-        panels.append(lambda axes: _draw_loss(axes, train, curves.get("val/loss")))
-    if (top1 := curves.get("val/top1")) is not None:
-        panels.append(lambda axes: _draw_accuracy(axes, top1, curves.get("test/top1")))
-    if loads := {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}:
+    if "train/loss" in curves:
+        panels.append(lambda axes: _draw_loss(axes, curves["train/loss"], curves.get("val/loss")))
+    if "val/top1" in curves:
+        panels.append(lambda axes: _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1")))
+    if loads:
         panels.append(lambda axes: _draw_loads(axes, loads))
-    if rates := [curve for name, curve in curves.items() if name == "lr" or name.startswith("lr-")]:
-        panels.append(lambda axes: _draw_rate(axes, rates[0]))
+    if rate is not None:
+        panels.append(lambda axes: _draw_rate(axes, rate))
     if not panels:
         return
     columns = len(panels) if len(panels) < 4 else 2
@@ -76,21 +73,12 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
-    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step.
-
-    Raises:
-        UserError: the file doesn't exist or has no `step` column.
-    """
-    if not Path(metrics_csv).is_file():
-        raise UserError(f"{metrics_csv} doesn't exist; `moevision fit` writes it into the run folder")
-    with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (names := list(reader.fieldnames or ())):
-            raise UserError(f"{metrics_csv} has no column 'step', so it isn't the metrics file of a run")
-        rows = [row for row in reader if row["step"]]
+    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step."""
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     curves: dict[str, Curve] = {}
-    for name in names:
-        points = sorted((float(row["step"]), float(row[name])) for row in rows if row[name])
+    for name in rows[0] if rows else ():
+        points = sorted((float(row["step"]), float(row[name])) for row in rows if row["step"] and row[name])
         if points and name not in ("step", "epoch"):
             steps, values = np.array(points, dtype=np.float64).T
             curves[name] = (steps, values)
@@ -197,8 +185,7 @@ def plot_confusion(
 ) -> None:
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
-    Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes
-    count classes, and the most frequent mix-ups are written beside the image.
+    Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes count classes.
 
     Args:
         labels: [n] true class of each image, at least one.
@@ -210,9 +197,8 @@ def plot_confusion(
     classes = len(class_names)
     named, numbered = classes <= _MAX_NAMED, classes <= _MAX_NUMBERED
     side = float(np.clip(2.8 + 0.42 * classes, 4.2, 10.5))
-    figure = Figure(figsize=(side + (0.6 if named else 3.4), side), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(1, 1) if named else figure.add_gridspec(1, 2, width_ratios=(side, 2.6))
-    axes = figure.add_subplot(grid[0, 0])
+    figure = Figure(figsize=(side + 0.6, side), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
     axes.set_facecolor("#d9d9d9")  # shows through where a class has no images
     # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
     norm = Normalize(0, 1) if numbered else PowerNorm(0.5, 0, 1)
@@ -231,14 +217,6 @@ def plot_confusion(
     else:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(10, integer=True))
-        beside = figure.add_subplot(grid[0, 1])
-        beside.axis("off")
-        title(beside, "most frequent mix-ups")
-        for place, (true, got, part) in enumerate(worst_mixups(share, _MIXUPS)):
-            top = 0.97 - place / (_MIXUPS + 1)
-            beside.text(0, top, f"{short[true]} → {short[got]}", fontsize=8, color=INK)
-            note = f"{percent(part)} of {images[true]:,} (class {true} → {got})"
-            beside.text(0, top - 0.02, note, fontsize=7, color=SOFT)
     if numbered:
         for (row, column), value in np.ndenumerate(share):
             if value > 0:  # False for NaN as well; empty cells stay empty, so that what is mixed up stands out
@@ -266,12 +244,3 @@ def row_normalised_confusion(
     images = counts.sum(axis=1)
     with np.errstate(invalid="ignore"):
         return counts / images[:, None].astype(np.float64), images
-
-
-def worst_mixups(share: npt.NDArray[np.float64], limit: int) -> list[tuple[int, int, float]]:
-    """The most frequent confusions as (true class, predicted class, share of the true class), worst first."""
-    wrong = np.nan_to_num(share, copy=True)
-    np.fill_diagonal(wrong, 0.0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
-    pairs = [(int(i) // len(share), int(i) % len(share)) for i in order]
-    return [(true, got, float(wrong[true, got])) for true, got in pairs if wrong[true, got] > 0]

@@ -31,8 +31,7 @@ from torch import Tensor
 
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
-from moevision.errors import USER_ERROR, UserError
-from moevision.names import shown_lines
+from moevision.errors import USER_ERROR, UserError, shown_lines
 
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
 _HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows

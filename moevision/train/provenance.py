@@ -49,21 +49,10 @@ def collect_provenance(
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Collect what a reader needs to repeat this run, as JSON primitives.
+    """What a reader needs to repeat this run, as JSON primitives; a seed or hash of None: there is none.
 
-    Args:
-        command: the program and its arguments as given, e.g. `sys.argv`.
-        seed: the seed of the run; None if it wasn't seeded.
-        data_sha256: hash over the list of files with their splits; None where the data has no files.
-        started: when the run began, with a time zone; None = now.
-        extra: further JSON primitives, kept under `run` (e.g. the backend that a timing chose).
-
-    Raises:
-        ValueError: `started` has no time zone, so its UTC time can't be known.
+    `extra` are further ones, kept under `run` (e.g. the backend that a timing chose).
     """
-    moment = datetime.now(UTC) if started is None else started
-    if moment.tzinfo is None:
-        raise ValueError("started needs a time zone, e.g. datetime.now(UTC)")
     memory = total_memory_bytes()
     return {
         "moevision": __version__,
@@ -71,7 +60,7 @@ def collect_provenance(
         "code": git_state(_PACKAGE_FOLDER, _PACKAGE_FOLDER.parent / "configs"),
         "command": list(command),
         "command_line": shlex.join(command),
-        "started_utc": moment.astimezone(UTC).isoformat(timespec="seconds"),
+        "started_utc": (started or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "data": {"file_list_sha256": data_sha256},
         "hardware": {
@@ -155,12 +144,8 @@ def fingerprint(
 ) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
-    Args:
-        trainer: the trainer.
-        task: the ClassificationTask; its backend and compilation count.
-        batch_size: images of a process's batch.
-        data_sha256: hash over the list of images with their splits and labels.
-        sizes_sha256: hash over their sizes in bytes: another image of the same size isn't noticed.
+    Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
+    isn't noticed.
     """
     device = trainer.strategy.root_device
     return {

@@ -13,7 +13,6 @@ import difflib
 import math
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from moevision.config import Given, checked
 from moevision.data.named import HF
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
@@ -36,7 +35,6 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
-from moevision.names import shown
 from moevision.train.devices import has_gpu, trains_on
 from moevision.train.processes import tell
 from moevision.train.provenance import device_name
@@ -173,10 +171,22 @@ def chosen(
     configured: dict[str, Any] = {}
     for file in files:
         configured |= read_config(file)
-    if verb != "fit" and not files:
-        configured = _config_of_checkpoint(typed.get("ckpt_path"))
+    checkpoint = None if verb == "fit" else typed.get("ckpt_path")
+    if checkpoint and not files and Path(os.path.abspath(checkpoint)).parent.name == "checkpoints":
+        run_dir = run_of_checkpoint(checkpoint)
+        if (run_dir / "config.yaml").is_file():
+            # One process evaluates, unless more are asked for: this may be another machine than that of the training.
+            configured = {**read_config(newest_config(run_dir)), "trainer.devices": 1, "trainer.num_nodes": 1}
     if path is None and not files and not configured and "data.path" not in typed and not recorded:
-        raise UserError(_nothing_to_do(verb, typed.get("ckpt_path")))
+        if checkpoint:
+            raise UserError(f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path.")
+        other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
+        if verb == "fit":
+            other = f"--config with one of {', '.join(shipped_configs())}"
+        raise UserError(
+            f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
+            f"{other}."
+        )
     recipe: dict[str, Any] = {}
     with trains_on(typed.get("trainer.accelerator", configured.get("trainer.accelerator"))):
         if verb == "fit" and path is not None and not files and not recorded:
@@ -189,8 +199,8 @@ def chosen(
         typed["data.path"] = path
     found = {**recipe, **configured, **typed}
     if verb == "fit" and found.get("ckpt_path") is not None:
-        run_dir = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
-        raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
+        folder = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
+        raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
     return found
 
 
@@ -209,31 +219,9 @@ def read_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def _nothing_to_do(verb: str, checkpoint: str | None) -> str:
-    where = f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name"
-    if checkpoint:
-        return f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path. {where}."
-    if verb != "fit":
-        return f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on."
-    return f"{where}, or --config with one of {', '.join(shipped_configs())}."
-
-
 def run_of_checkpoint(checkpoint: str) -> Path:
     """The run folder of `runs/NAME/checkpoints/FILE`, from wherever that is named."""
     return Path(os.path.abspath(checkpoint)).parent.parent
-
-
-def _config_of_checkpoint(checkpoint: str | None) -> dict[str, Any]:
-    """The config of the run whose checkpoint is named, if nothing else says how to read images for it.
-
-    One process evaluates, unless more are asked for: this may be another machine than that of the training.
-    """
-    if not checkpoint:
-        return {}
-    run_dir = run_of_checkpoint(checkpoint)
-    if Path(os.path.abspath(checkpoint)).parent.name != "checkpoints" or not (run_dir / "config.yaml").is_file():
-        return {}
-    return {**read_config(newest_config(run_dir)), "trainer.devices": 1, "trainer.num_nodes": 1}
 
 
 def weights_alone(asked: str, given: Mapping[str, Any], say: Callable[[str], None] = tell) -> dict[str, Any]:
@@ -255,14 +243,8 @@ def choose_recipe(
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    Args:
-        path: what to train on.
-        asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
-        given: the other options, which win.
-        say: takes the line that says what the training starts from.
-
-    Raises:
-        UserError: if pretrained weights were asked for by name and can't be had.
+    `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); the options
+    `given` win. A UserError if weights that were asked for by name can't be had.
     """
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(path)
@@ -272,7 +254,6 @@ def choose_recipe(
         say(from_scratch(f"--{named_model} shapes the model, so that no pretrained weights are looked for").line)
     if asked is None and (not few or named_model is not None):
         asked = NONE
-    own_model = named_model in _MODEL[:2]  # a name, a base
     if path != "synthetic_pets" and asked != NONE and not given.get("data.download"):
         # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
         columns = given.get("data.image_column"), given.get("data.label_column")
@@ -283,43 +264,28 @@ def choose_recipe(
         say(line)
     if weights is not None and given.get("model.arch.depth") is not None:
         first_blocks(weights.net, given["model.arch.depth"])  # before experts are placed
-    options = {
+    options: dict[str, Any] = {
         "data.crop": "auto" if named else "random_resized",
         "data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
         "data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
-        **(
-            scratch_options(
-                images,
-                own_model=own_model,
-                own_size=given.get("data.image_size") is not None,
-                optimizer=given.get("model.optim.name"),
-            )
-            if weights is None
-            else pretrained_options(weights, images)
-        ),
     }
-    if given.get("model.arch.router") is not None:  # not every router can
-        options.pop("router_start", None)
-    return options
-
-
-def scratch_options(
-    images: int, *, own_model: bool = False, own_size: bool = False, optimizer: str | None = None
-) -> dict[str, Any]:
-    """From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW.
-
-    Epochs aim at 200 000 images seen, at least 10 and at most 100. With a size of images that the user names, the
-    model's patches stay as they are. The learning rate is that of the optimizer, also of one that the user names.
-    """
-    hybrid = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
-    named = {} if own_size else {"model.arch.patch_size": 8}
-    optimizer = optimizer or ("adamw" if own_model else "muon")
-    return {
-        **(named if own_model else hybrid),
+    if weights is not None:
+        options |= pretrained_options(weights, images)
+        if given.get("model.arch.router") is not None:  # not every router can
+            options.pop("router_start", None)
+        return options
+    # From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW. With a size of
+    # images that the user names, the model's patches stay as they are.
+    if named_model not in _MODEL[:2]:  # a name, a base
+        options |= {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
+    elif given.get("data.image_size") is None:
+        options["model.arch.patch_size"] = 8
+    optimizer = given.get("model.optim.name") or options.get("model.optim.name", "adamw")
+    return options | {
         "model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
         "data.image_size": 64,  # 64 tokens, where the patches are of 8 px
         "data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
-        "trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
+        "trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),  # 200 000 images seen, in limits
     }
 
 
@@ -362,15 +328,9 @@ def describe_plan(
     memory: str | None = None,
     before_s: float = 0.0,
 ) -> str:
-    """The lines that `fit` prints after the data's own description.
+    """The lines that `fit` prints after the data's own description; None: not known.
 
-    Args:
-        task: after `build`.
-        data: after `setup`.
-        trainer: for device, precision and epochs.
-        expected_s: how long the training is expected to take; None: not known.
-        memory: what `moevision.train.memory.describe_memory` says.
-        before_s: what the linear probe and the routers' start took, which the run's time counts.
+    `before_s` is what the linear probe and the routers' start took, which the run's time counts.
     """
     total, active = parameter_counts(task.net)
     lines = [
@@ -382,12 +342,12 @@ def describe_plan(
     if memory is not None:
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
-    time_it_takes = "how long they take is said after the first steps"
+    time_it_takes = "how long they take isn't known before"
     if expected_s is not None:
         images = batches * data.batch_size * trainer.world_size
         time_it_takes = (
             f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
-            "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+            "steps on noise, plus a tenth for loading and validation)"
             + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
         )
     lines.append(f"plan: {words}, {time_it_takes}")
@@ -396,16 +356,7 @@ def describe_plan(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "
             "change no answer; with --model.arch.global_pool avg they do."
         )
-    if _has_idle_nvidia_card():
-        lines.append(
-            "note: there is an NVIDIA card, but this torch was built for the CPU only: install one for CUDA, see "
-            "https://pytorch.org/get-started/locally/."
-        )
     return "\n".join(lines)
-
-
-def _has_idle_nvidia_card() -> bool:
-    return torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi") is not None
 
 
 @contextmanager
@@ -438,9 +389,7 @@ def describe_model(task: ClassificationTask) -> str:
     """Name and what is mixed, in words."""
     layers = moe_layers(task.net)
     name = task.arch.base or task.arch.pretrained or task.arch.name or DEFAULT_NAME
-    if not layers:
-        return f"dense twin of {name}"
-    return f"{name} with {describe_moe(layers)}"
+    return f"{name} with {describe_moe(layers)}" if layers else f"dense twin of {name}"
 
 
 def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:

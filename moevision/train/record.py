@@ -1,5 +1,7 @@
 """Recording how routing forms: `fit --record_routing.images FOLDER`; its file is described in `models.history`."""
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,11 +15,10 @@ from torch import Tensor
 from moevision.config import RecordRoutingConfig
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
-from moevision.names import shown
 from moevision.train.task import ClassificationTask
 
 MAX_IMAGES = 64
@@ -28,10 +29,6 @@ class RecordRouting(L.Callback):
 
     A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
     uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record.
-
-    Args:
-        config: which images, how often.
-        run_dir: the run folder.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
@@ -46,11 +43,6 @@ class RecordRouting(L.Callback):
         return [] if config.images is None else [RecordRouting(config, run_dir)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the images; record what is due, which is the start of a new training.
-
-        Raises:
-            UserError: if there are none, too many, or one that can't be read.
-        """
         net, data = cast(ClassificationTask, pl_module).net, cast(Any, trainer).datamodule
         if not moe_layers(net) or not trainer.is_global_zero or bool(cast(Any, trainer).fast_dev_run):
             return
@@ -70,7 +62,6 @@ class RecordRouting(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record if a moment has come."""
         self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from moevision.efficiency import ModelCost
-from moevision.errors import UserError
+from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
 from moevision.metrics import LayerLoad
 from moevision.models.safe_files import read_json
-from moevision.names import shown
 from moevision.train.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.words import duration, flops, percent, points
 
@@ -83,10 +82,7 @@ class TestScores:
 class TwinComparison:
     """The dense twin trained by the same recipe, tested on the same images.
 
-    Attributes:
-        difference: accuracy of the MoE model (a) minus that of the twin (b).
-        match: what the twin has in common, e.g. "active FLOPs".
-        correct: test images that the twin classified correctly.
+    `difference` is the accuracy of the MoE model (a) minus the twin's (b), `match` what both have in common.
     """
 
     difference: PairedDifference
@@ -125,13 +121,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which model to use: the simplest of those that aren't shown to be worse than the best.
+    """Which model to use: the simplest of those that aren't shown to be worse than the best; the simplest first.
 
-    Attributes:
-        contenders: the simplest first.
-        unbalanced: whether classes differ so much in size that balanced accuracy decides.
-        experts_given: whether training began with experts: the linear probe is of them, and no dense model can be
-            trained.
+    `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
     """
 
     contenders: Sequence[Contender]
@@ -274,24 +266,27 @@ def read_summary(file: Path) -> RunSummary:
         UserError: if it isn't there, is damaged, or was written by a version with other fields.
     """
 
-    def paired(given: dict[str, Any], name: str) -> dict[str, Any]:
-        return {**given, name: PairedDifference(**given[name])}
-
-    def finite(given: dict[str, Any], name: str) -> dict[str, Any]:  # JSON has no NaN: null
-        return given if given[name] is not None else {**given, name: math.nan}
+    def made(kind: Any, given: dict[str, Any], finite: str = "") -> Any:
+        """One of the dataclasses; JSON has no NaN, which stands as null."""
+        if finite and given[finite] is None:
+            given = {**given, finite: math.nan}
+        for name, inner in (("difference", PairedDifference), ("behind", PairedDifference), ("cost", ModelCost)):
+            if name in given:
+                given = {**given, name: inner(**given[name])}
+        return kind(**given)
 
     try:
         given: dict[str, Any] = read_json(file)
         given.pop("next_commands", None)  # of earlier versions, always empty
-        given["test"] = TestScores(**finite(given["test"], "loss"))
-        given["cost"] = ModelCost(**given["cost"])
-        given["layers"] = [LayerLoad(**finite(layer, "entropy_bits")) for layer in given["layers"]]
-        if (twin := given.get("twin")) is not None:
-            given["twin"] = TwinComparison(**paired(twin | {"cost": ModelCost(**twin["cost"])}, "difference"))
+        given["test"] = made(TestScores, given["test"], "loss")
+        given["layers"] = [made(LayerLoad, layer, "entropy_bits") for layer in given["layers"]]
+        if given.get("twin") is not None:
+            given["twin"] = made(TwinComparison, given["twin"])
         if (choice := given.get("choice")) is not None:
-            contenders = [Contender(**paired(each, "behind")) for each in choice["contenders"]]
+            contenders = [made(Contender, each) for each in choice["contenders"]]
             given["choice"] = Recommendation(**choice | {"contenders": contenders})
-        return RunSummary(**given)
+        summary: RunSummary = made(RunSummary, given)
+        return summary
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "

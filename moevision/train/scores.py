@@ -7,6 +7,8 @@ to one image: no scores are kept (`ImageDataModule.keeps_scores`).
 Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +35,7 @@ class ExampleScores(L.Callback):
     """Keeps scores of the images of an `ImageDataModule` and writes `scores.csv` when training ends.
 
     In the list of callbacks it comes before the `StabilityGuard`, whose snapshots hold the rows. Every process has all
-    rows, so that the checkpoint of the first one is complete.
-
-    Attributes:
-        sums: the rows; None where no scores are kept (`ImageDataModule.keeps_scores`).
+    rows, so that the checkpoint of the first one is complete. `sums` are None where no scores are kept.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,6 @@ class ExampleScores(L.Callback):
         return None if found is None else found.sums
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget an earlier training."""
         if stage == "fit":
             self.sums = self._saved = None
 
@@ -62,11 +60,6 @@ class ExampleScores(L.Callback):
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make a row for each training image, or take those of the checkpoint.
-
-        Raises:
-            UserError: for other data or another module.
-        """
         data, saved = cast(Any, trainer).datamodule, self._saved
         if not isinstance(data, ImageDataModule) or not isinstance(pl_module, ClassificationTask):
             raise UserError("ExampleScores needs a ClassificationTask and an ImageDataModule: leave it out for others.")
@@ -86,7 +79,6 @@ class ExampleScores(L.Callback):
         pl_module.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop listening."""
         if stage == "fit" and isinstance(pl_module, ClassificationTask):
             pl_module.observer = None
 
@@ -98,7 +90,6 @@ class ExampleScores(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget a window whose update was refused."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
 
@@ -112,7 +103,6 @@ class ExampleScores(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images of the window, of all processes, if its update was applied."""
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
         for visits in self._window:

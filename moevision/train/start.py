@@ -92,13 +92,7 @@ TINY = Candidate("deit_tiny_patch16_224.fb_in1k", 0.54e9)
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights to start from, which are on this computer.
-
-    Attributes:
-        source: what `--model.arch.pretrained` is: a timm name, a file, a folder or an address.
-        base: the architecture of a file of weights.
-        net: the model that they belong to, without memory.
-    """
+    """Weights to start from, on this computer: what `--pretrained` is, a file's architecture, the model (on `meta`)."""
 
     source: str
     base: str | None
@@ -118,24 +112,30 @@ class ChosenStart(NamedTuple):
 
 
 def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
-    """The weights to start from, fetched if need be.
+    """The weights to start from, fetched if need be; a UserError if weights that were named can't be had.
 
-    Args:
-        asked: `--pretrained`; None if it wasn't given.
-        images: in the dataset; 0 if they weren't counted.
-        base: the architecture of a file, if the user names it.
-
-    Raises:
-        UserError: if weights that were named can't be had.
+    `asked` is `--pretrained`, None if it wasn't given; 0 `images` weren't counted; `base` is the architecture of a
+    file.
     """
     if asked == NONE:
         return ChosenStart(None)
     if asked is not None and asked != AUTO:
         return _named(asked, base)
+
+    def chosen(weights: Published, origin: str) -> ChosenStart:
+        net = _without_memory(weights.name)
+        few = f"{images:,} images are few to learn from scratch, and " if images else ""
+        where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
+        return ChosenStart(
+            StartWeights(weights.name, None, net),
+            f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: {few}it suits {where}. "
+            f"Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
+        )
+
     candidates = [published(candidate.name) for candidate in fitting(images)]
     for weights in candidates:
         if is_free(weights.licence) and cached(weights) is not None:
-            return _chosen(weights, images, "from the hub's cache on this computer")
+            return chosen(weights, "from the hub's cache on this computer")
     weights = candidates[0]
     if asked is None and not _on_terminal():
         return from_scratch(
@@ -156,17 +156,22 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
             )
     if asked is None:
         size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
-        answer = _typed(
+        question = (
             f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
             f"{weights.licence}), downloaded once from huggingface.co?\n"
             "[Y]es, [n]o: from scratch, or another timm name, file or folder: "
         )
+        print(question, end="", file=sys.stderr, flush=True)
+        try:
+            answer = input().strip()
+        except EOFError:  # the terminal has gone
+            answer = NONE
         if answer.lower() in ("n", "no", NONE):
             return ChosenStart(None, "start: from scratch, as you wish.")
         if answer.lower() not in ("", "y", "yes"):
             return _named(answer)
     _download(weights, facts)
-    return _chosen(weights, images, "downloaded")
+    return chosen(weights, "downloaded")
 
 
 def from_scratch(reason: str) -> ChosenStart:
@@ -198,17 +203,6 @@ def _named(source: str, base: str | None = None) -> ChosenStart:
     return ChosenStart(StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more}).")
 
 
-def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
-    net = _without_memory(weights.name)
-    few = f"{images:,} images are few to learn from scratch, and " if images else ""
-    where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
-    return ChosenStart(
-        StartWeights(weights.name, None, net),
-        f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: "
-        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
-    )
-
-
 def _without_memory(source: str) -> nn.Module:
     with torch.device("meta"):
         return create_from(source, load_weights=False)
@@ -220,15 +214,6 @@ def _size(net: nn.Module) -> str:
 
 def _on_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def _typed(question: str) -> str:
-    """The answer; `none` where the terminal has gone."""
-    print(question, end="", file=sys.stderr, flush=True)
-    try:
-        return input().strip()
-    except EOFError:
-        return NONE
 
 
 def _download(weights: Published, facts: HubFacts) -> None:
@@ -393,21 +378,21 @@ def fit_probe(
     """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
 
     Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
-    every class the same share.
-
-    Args:
-        net: a timm model with the classes of the data; left as it was, but for the device.
-        data: after `setup("fit")`.
-        device: where features are computed.
-        context: around each forward pass, such as autocast.
-        now: a clock, in seconds.
+    every class the same share. The model has the classes of the data and is left as it was, but for the device;
+    `context` is around each forward pass, such as autocast; `now` is a clock, in seconds.
     """
     head = linear_head(net)
     if head is None:
         return None
     began, began_cpu_s = now(), cpu_s()
     state = cast(Any, net.to(device))
-    taken = {split: _some(data, split, most) for split, most in _MOST_IMAGES.items()}
+    taken: dict[str, list[int]] = {}
+    for split, most in _MOST_IMAGES.items():  # at random, of every class the same share
+        labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+        order = np.random.default_rng(data.seed).permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+        places = np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)
+        taken[split] = sorted(order[places].tolist())
     images = {split: len(indices) for split, indices in taken.items()}
     batches = sum(-(-count // data.batch_size) for count in images.values())
     ends: list[float] = []
@@ -451,31 +436,19 @@ def fit_probe(
 
 def linear_head(net: nn.Module) -> nn.Linear | None:
     """The classifier of a timm model, if it is one linear map of features that the model tells."""
-    state = cast(Any, net)
-    if not (hasattr(state, "forward_head") and hasattr(state, "get_classifier")):
+    if not (hasattr(net, "forward_head") and hasattr(net, "get_classifier")):
         return None
-    head = state.get_classifier()
+    head = cast(Any, net).get_classifier()
     return head if isinstance(head, nn.Linear) else None
 
 
 @torch.no_grad()
 def start_with(net: nn.Module, probe: Probe) -> None:
     """Give the classifier the probe's weights, in place."""
-    head = linear_head(net)
-    if head is None or probe.head is None:
-        raise ValueError("the probe has no head, or the model has none that takes it")
-    head.weight.copy_(probe.head[0])
+    head, (weight, bias) = cast(nn.Linear, linear_head(net)), cast(tuple[Tensor, Tensor], probe.head)
+    head.weight.copy_(weight)
     if head.bias is not None:
-        head.bias.copy_(probe.head[1])
-
-
-def _some(data: ImageDataModule, split: str, most: int) -> list[int]:
-    """At most `most` images of a split at random, of every class the same share."""
-    labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
-    order = np.random.default_rng(data.seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
-    places = np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)
-    return sorted(order[places].tolist())
+        head.bias.copy_(bias)
 
 
 def _best_regression(

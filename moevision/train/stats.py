@@ -20,12 +20,14 @@ Sources
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
@@ -37,7 +39,6 @@ from scipy.special import logsumexp
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
 
-from moevision.errors import UserError
 from moevision.train.processes import gather
 
 LEVEL, POWER = 0.05, 0.8
@@ -49,13 +50,7 @@ _EDGE = 1 - 1e-12  # of differences: at -1 and 1 the score is infinite
 
 
 def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tuple[float, float]:
-    """Wilson score interval (low, high) for an accuracy of correct / total.
-
-    Raises:
-        UserError: there is no image, or `correct` isn't between 0 and `total`.
-    """
-    if total < 1 or not 0 <= correct <= total:
-        raise UserError(f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}")
+    """Wilson score interval (low, high) for an accuracy of correct / total."""
     found = binomtest(correct, total).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
@@ -88,18 +83,18 @@ def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[n
     Args:
         correct_a: [n] whether model a classified image i correctly.
         correct_b: [n] the same for model b, in the same order of images.
-
-    Raises:
-        UserError: the two aren't non-empty boolean vectors of one length.
     """
-    a, b = np.asarray(correct_a), np.asarray(correct_b)
-    if a.dtype != np.bool_ or b.dtype != np.bool_ or a.ndim != 1 or a.shape != b.shape or a.size == 0:
-        raise UserError(
-            "a paired comparison needs two boolean vectors over the same test images, "
-            f"got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
-        )
-    n, only_a, only_b = a.size, int(np.sum(a & ~b)), int(np.sum(~a & b))
-    low, high = (_difference_scored(z, only_a, only_b, n) for z in (_Z, -_Z))
+    n = correct_a.size
+    only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
+    bounds = []
+    for z in (_Z, -_Z):  # the score falls as the difference grows; -1 or 1 where it nowhere is z
+
+        def excess(difference: float, z: float = z) -> float:
+            return paired_score(only_a, only_b, n, difference) - z
+
+        inside = excess(-_EDGE) * excess(_EDGE) <= 0
+        bounds.append(float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14)) if inside else math.copysign(1.0, -z))
+    low, high = bounds
     return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b))
 
 
@@ -117,9 +112,6 @@ def paired_macro_difference(
         correct_a: [n] whether model a classified image i correctly.
         correct_b: [n] the same for model b.
         labels: [n] the class of image i.
-
-    Raises:
-        UserError: the two can't be compared, see `paired_difference`.
     """
     plain = paired_difference(correct_a, correct_b)
     means, centres, variances = [], [], []
@@ -131,26 +123,13 @@ def paired_macro_difference(
         centres.append(gaps.sum() / images)
         variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
     centre, half = float(np.mean(centres)), _Z * math.sqrt(sum(variances)) / len(means)
-    return PairedDifference(
-        float(np.mean(means)), max(-1.0, centre - half), min(1.0, centre + half), plain.n, plain.only_a, plain.only_b,
-        plain.p_value,
-    )  # fmt: skip
+    low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    return replace(plain, difference=float(np.mean(means)), low=low, high=high)
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """Exact two-sided p: a fair coin thrown only_a + only_b times falls at least this unevenly."""
     return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
-def _difference_scored(z: float, only_a: int, only_b: int, n: int) -> float:
-    """The difference at which the score, which falls as the difference grows, is z; -1 or 1 if it nowhere is."""
-
-    def excess(difference: float) -> float:
-        return paired_score(only_a, only_b, n, difference) - z
-
-    if excess(-_EDGE) * excess(_EDGE) > 0:
-        return math.copysign(1.0, -z)
-    return float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14))
 
 
 def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
@@ -182,19 +161,16 @@ def detectable_on(images: int, discordant: int) -> float:
     """
 
     def excess(difference: float) -> float:
-        return _mcnemar_power(images, max(discordant / images, difference), difference) - POWER
+        """Chance that a is found better, if it alone is right on (share + difference) / 2 of the images, less 80 %."""
+        share = max(discordant / images, difference)
+        low, high = binom.interval(1 - 1e-9, images, share)
+        apart = np.arange(int(low), int(high) + 1)
+        fewest = binom.ppf(LEVEL / 2, apart, 0.5)  # the most images with only b right that are still significant
+        fewest -= binom.cdf(fewest, apart, 0.5) > LEVEL / 2
+        found = binom.sf(apart - fewest - 1, apart, min(1.0, (1 + difference / share) / 2))
+        return float(binom.pmf(apart, images, share) @ found) - POWER
 
     return float(brentq(excess, 1e-9, 1.0)) if excess(1.0) >= 0 else math.nan
-
-
-def _mcnemar_power(images: int, share: float, difference: float) -> float:
-    """Chance that model a is found better, if only a is right on (share + difference) / 2 of the images."""
-    low, high = binom.interval(1 - 1e-9, images, share)
-    discordant = np.arange(int(low), int(high) + 1)
-    fewest = binom.ppf(LEVEL / 2, discordant, 0.5)  # the most images with only b right that are still significant
-    fewest -= binom.cdf(fewest, discordant, 0.5) > LEVEL / 2
-    found = binom.sf(discordant - fewest - 1, discordant, min(1.0, (1 + difference / share) / 2))
-    return float(binom.pmf(discordant, images, share) @ found)
 
 
 # ---- over seeds
@@ -245,13 +221,13 @@ class Gap:
         return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
 
 
-def detectable(seeds: int, level: float = LEVEL, power: float = POWER) -> float:
-    """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with this power.
+def detectable(seeds: int, level: float = LEVEL) -> float:
+    """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with 80 % power.
 
     By the noncentral t; the chance of a significant result in the wrong direction, below 1e-4, is left out.
     """
     critical = student.ppf(1 - level / 2, seeds - 1)
-    return float(brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - power, 1e-6, 100.0))
+    return float(brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - POWER, 1e-6, 100.0))
 
 
 # ---- confidence
@@ -292,16 +268,13 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
     return Calibration(float(np.exp(found.x)), n)
 
 
-def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], bins: int = 15) -> float:
-    """Expected calibration error in [0, 1]: mean gap between confidence and accuracy over equally wide bins.
+def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any]) -> float:
+    """Expected calibration error in [0, 1] (arXiv:1706.04599, eq. 3): mean gap over 15 equally wide bins.
 
-    Args:
-        confidence: [n] probability of the answer.
-        correct: [n] whether it was right.
-        bins: number of bins (arXiv:1706.04599, eq. 3).
+    The gap is that between the probability of the answer, `confidence` [n], and whether it was right, `correct` [n].
     """
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, confidence - correct, minlength=bins)
+    place = np.minimum((confidence * 15).astype(int), 14)
+    gaps = np.bincount(place, confidence - correct, minlength=15)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -309,7 +282,6 @@ class Calibrate(L.Callback):
     """Fits the temperature on the validation images when a trained model is tested."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Here the weights to be tested are loaded, on their device, in evaluation mode and without gradients."""
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
         limit = trainer.limit_val_batches
         batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))

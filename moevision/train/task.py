@@ -7,6 +7,8 @@ or lies beside the checkpoint (`keep_start`), so a checkpoint needs nothing else
 Axes: B images, C classes, E experts.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from moevision.config import AuxLossWeights, MoEConfig, OptimizerConfig
+from moevision.config import AuxLossWeights, Model, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
 from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss
@@ -42,11 +44,7 @@ Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse options of the Trainer that mean nothing for this task.
-
-    Raises:
-        UserError: if there are any.
-    """
+    """Raise a UserError for options of the Trainer that mean nothing for this task."""
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise UserError(
             "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
@@ -66,24 +64,14 @@ def check_trainer(trainer: L.Trainer) -> None:
         (*ABOVE_0, ("val_check_interval",)),
     )
     check_ranges(trainer, ranges, "--trainer.")
-    for timer in (each for each in cast(Any, trainer).callbacks if isinstance(each, Timer)):
-        if timer._duration == 0:
-            raise UserError("--trainer.max_time is 0: it must be above 0.")
+    if any(isinstance(each, Timer) and each._duration == 0 for each in cast(Any, trainer).callbacks):
+        raise UserError("--trainer.max_time is 0: it must be above 0.")
 
 
 class ClassificationTask(L.LightningModule):
     """Train and evaluate an image classifier with MoE layers.
 
-    Args:
-        arch: which model (`--model.arch.name`, `--model.arch.num_experts`, ...).
-        optim: learning rate, weight decay, warm-up, layer-wise decay, what is frozen.
-        aux: weights of the balance losses; those left out are the router's own.
-        label_smoothing: share of the target spread evenly over all classes.
-        compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
-        grad_checkpointing: compute blocks again in the backward pass, for less memory and more time: true for all, or
-            a list of some, such as [1,3].
-        num_classes: C; taken from the data if None.
-        image_size: side of the input in pixels; taken from the data if None.
+    Args are those of `moevision.config.Model`, which says what they are.
     """
 
     net: nn.Module
@@ -104,22 +92,23 @@ class ClassificationTask(L.LightningModule):
         self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
-        self.label_smoothing = label_smoothing
-        check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
-        self.compile_blocks, self.grad_checkpointing = compile, grad_checkpointing
-        self.save_hyperparameters(
-            {
-                "arch": asdict(self.arch),
-                "optim": asdict(self.optim),
-                "aux": asdict(self.aux_weights),
-                "label_smoothing": label_smoothing,
-                "compile": compile,
-                "grad_checkpointing": grad_checkpointing,
-                "num_classes": num_classes,
-                "image_size": image_size,
-            },
-            logger=False,
+        self.label_smoothing, self.compile_blocks, self.grad_checkpointing = (
+            label_smoothing,
+            compile,
+            grad_checkpointing,
         )
+        check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
+        given = Model(
+            self.arch,
+            self.optim,
+            self.aux_weights,
+            label_smoothing,
+            compile,
+            grad_checkpointing,
+            num_classes,
+            image_size,
+        )
+        self.save_hyperparameters(asdict(given), logger=False)
         self.aux_loss = AuxLoss(self.aux_weights)
         self.tensors = WHOLE  # `parallel.strategy` has another one, for parts
         self.window_counts: list[Tensor] = []
@@ -149,13 +138,11 @@ class ClassificationTask(L.LightningModule):
         checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net)
         layers = moe_layers(self.net)
-        self.routing_statistics = (
-            RoutingStatistics(
-                [cast(int, layer.layer_index) for layer in layers], [layer.router.num_experts for layer in layers]
-            )
-            if layers
-            else None
+        numbers, experts = (
+            [cast(int, each.layer_index) for each in layers],
+            [each.router.num_experts for each in layers],
         )
+        self.routing_statistics = RoutingStatistics(numbers, experts) if layers else None
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
@@ -163,7 +150,6 @@ class ClassificationTask(L.LightningModule):
         self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
-        """Build the model for the classes of the data module, unless it is built already."""
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(self, "net"):
             if data is None:
@@ -185,11 +171,6 @@ class ClassificationTask(L.LightningModule):
                 block.compile()
 
     def on_train_start(self) -> None:
-        """Refuse a resumed training whose schedule, the checkpoint's, would end before the training does.
-
-        Raises:
-            UserError: if so.
-        """
         self.choose_attention()
         planned = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:
@@ -207,11 +188,9 @@ class ClassificationTask(L.LightningModule):
         set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
-        make_plain(checkpoint)
+        make_plain(checkpoint)  # NumPy's numbers, which were given in Python, would make it unreadable
 
     def train(self, mode: bool = True) -> Self:
-        """Training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
         if mode and hasattr(self, "net"):
             hold_frozen_statistics(self.net)
@@ -269,7 +248,6 @@ class ClassificationTask(L.LightningModule):
             update_router_bias(self.net, sums_over_processes(self.window_counts))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Move the schedule by applied updates only."""
         if self.update_applied:
             super().lr_scheduler_step(scheduler, metric)
 
@@ -278,36 +256,26 @@ class ClassificationTask(L.LightningModule):
         return F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy, calibration, and the load of every expert."""
         self._evaluate(batch, self.val_metrics, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what validation found."""
         self._log_epoch("val", self.val_metrics, self.val_loss)
 
     def on_validation_end(self) -> None:
-        """Go on as training does."""
         self.choose_attention()
 
     def on_test_epoch_start(self) -> None:
-        """Forget earlier predictions."""
         self.test_outputs = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As validation, and keep every prediction."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
         temperature = 1.0 if self.calibration is None else self.calibration.temperature
         probability, prediction = (logits.float() / temperature).softmax(-1).max(-1)  # [B], [B]
-        rows = {
-            "index": batch["index"],
-            "label": batch["label"],
-            "prediction": prediction,
-            "probability": probability,
-        }
-        self.test_outputs.append({name: value.cpu() for name, value in rows.items()})
+        rows = {**batch, "prediction": prediction, "probability": probability}
+        kept = ("index", "label", "prediction", "probability")
+        self.test_outputs.append({name: rows[name].cpu() for name in kept})
 
     def on_test_epoch_end(self) -> None:
-        """Log what the test found; `test_loads` keeps the load of every expert."""
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
@@ -335,15 +303,9 @@ class ClassificationTask(L.LightningModule):
         loads = self.routing_statistics.layer_loads()
         self.routing_statistics.reset()
         for load in loads:
-            name = f"moe/{load.layer}"
-            self.log_dict(
-                {
-                    f"{name}/load_max": load.max_over_mean,
-                    f"{name}/load_cv2": load.cv_squared,
-                    f"{name}/entropy": load.entropy_bits,
-                    f"{name}/dead": float(load.dead),
-                }
-            )
+            found = {"load_max": load.max_over_mean, "load_cv2": load.cv_squared, "entropy": load.entropy_bits}
+            found["dead"] = float(load.dead)
+            self.log_dict({f"moe/{load.layer}/{name}": value for name, value in found.items()})
         return loads
 
     def configure_gradient_clipping(

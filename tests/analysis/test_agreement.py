@@ -21,11 +21,17 @@ from moevision.analysis.agreement import (
     shifted_crop,
 )
 from moevision.analysis.collect import layer_inputs, network_input
-from moevision.analysis.images import Remembered, image_patches
+from moevision.analysis.images import Remembered
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel
+
+
+def image_patches(image, grid):
+    """[P, side, side, 3]."""
+    (rows, columns), side = grid, image.shape[0] // grid[0]
+    return image.reshape(rows, side, columns, -1, 3).swapaxes(1, 2).reshape(rows * columns, side, -1, 3)
 
 
 @pytest.fixture(scope="module")

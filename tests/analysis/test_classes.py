@@ -121,7 +121,7 @@ def test_intervals_of_a_difference_cover_and_nothing_is_found_where_nothing_is(m
 def test_the_sentence_keeps_the_signs_of_its_interval() -> None:
     """More of b than of a: -.05 from -.12 to .01 is 5 points more, from 1 fewer to 12 more."""
     expert = ExpertDifference(expert=2, difference=-0.05, low=-0.12, high=0.01, p_value=0.01, q=0.02, significant=True)
-    found = _sentence("a", "b", [LayerDifference(3, (expert,))], 40, 50)
+    found = _sentence("a", "b", [LayerDifference("L3", 3, (expert,))], 40, 50)
     assert "5.0 percentage points more of b than of a (−1.0 to 12.0)." in found
 
 

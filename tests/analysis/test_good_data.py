@@ -33,9 +33,8 @@ from moevision.analysis.good_data import (
 from moevision.data.collection import FileCollection, Sample
 from moevision.data.scores import SCORES, Scores, decide
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError
+from moevision.errors import UserError, csv_name
 from moevision.models.io import load_model
-from moevision.names import csv_name
 
 PETS = SyntheticPets(40, 48, 1, "train")
 ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made": ""}

@@ -14,13 +14,11 @@ from moevision.analysis import information
 from moevision.analysis.information import (
     choice_counts,
     class_information,
-    conditional_information_bits,
     entropy_bits,
     excess_estimate,
     mutual_information_bits,
     part_information,
     pointwise_bits,
-    position_information,
     score_interval,
     second_order_bias,
 )
@@ -47,11 +45,6 @@ def test_agrees_with_scikit_learn(table) -> None:
     assert mutual_information_bits(table) == pytest.approx(expected, abs=1e-9)
 
 
-def test_conditional_information_weighs_the_strata() -> None:
-    tables = np.array([[[3, 1], [1, 3]], [[8, 0], [0, 8]]])  # 0.18872 bits of 8 choices, 1 bit of 16
-    assert conditional_information_bits(tables) == pytest.approx((8 * (0.75 * math.log2(3) - 1) + 16) / 24)
-
-
 def test_pointwise_bits_are_the_derivative() -> None:
     table, step = np.array([[30.0, 10.0, 5.0], [4.0, 20.0, 9.0]]), 1e-4
     for cell in np.ndindex(table.shape):
@@ -66,7 +59,7 @@ def test_pointwise_bits_are_the_derivative() -> None:
 def test_bias_of_independent_choices_is_millers() -> None:
     # One independent choice per image: Miller (1955), (V - 1)(E - 1) / (2 N ln 2), up to n / (n - 1) of the variance.
     counts = np.array([[30.0, 20.0, 50.0], [60.0, 10.0, 30.0]])
-    bias = second_order_bias(counts[None, None], counts[None, None], counts.sum(1))
+    bias = second_order_bias(counts[None], counts[None], counts.sum(1))
     inflated = 100 / 99 * 2 * 2 - 100 / 99 * sum(
         (c * (1 - c / 100)).sum() / c.sum() for c in counts.T
     )  # cells: sum (1 - p) = E - 1 per class; experts: within-class variance of their sums
@@ -101,29 +94,24 @@ def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
     assert estimate.n_images == 800
 
 
-def test_position_and_part_that_are_the_expert() -> None:
+def test_parts_that_are_the_expert() -> None:
     rng = np.random.default_rng(0)
-    by_place = np.broadcast_to(one_hot(np.arange(16), 16), (300, 16, 16))
-    assert position_information(by_place, (4, 4)).value_bits == pytest.approx(4, abs=0.05)
     parts = rng.integers(4, size=(300, 16))  # parts have no place here
     estimate = part_information(one_hot(parts, 4), parts)
     assert estimate.value_bits == pytest.approx(2, abs=0.01)
     assert estimate.share_of_entropy == pytest.approx(1, abs=0.01)
 
 
-def test_class_behind_position() -> None:
-    # Which expert stands for the class changes from place to place: the class shows only given position.
+def test_class_behind_position_does_not_show() -> None:
+    # Which expert stands for the class changes from place to place.
     rng = np.random.default_rng(1)
     labels, place = rng.integers(2, size=600), np.arange(16) % 2
     maps = one_hot(labels[:, None] ^ place, 2)
     apart = class_information(maps, labels)
-    given_position = class_information(maps, labels, given_position=True)
     assert apart.low <= 0 <= apart.high
-    assert given_position.value_bits == pytest.approx(1, abs=0.01)
-    # and a router that follows position alone tells nothing of the class, given position or not
+    # and a router that follows position alone tells nothing of the class
     fixed = np.broadcast_to(one_hot(place, 2), (600, 16, 2))
-    for conditioned in (False, True):
-        assert class_information(fixed, labels, given_position=conditioned).value_bits == pytest.approx(0, abs=1e-9)
+    assert class_information(fixed, labels).value_bits == pytest.approx(0, abs=1e-9)
 
 
 def test_what_position_explains_is_no_excess_about_parts() -> None:
@@ -156,25 +144,15 @@ def test_the_test_keeps_its_size_where_patches_of_an_image_hang_together(classes
     assert abs(np.mean([estimate.value_bits for estimate in estimates])) < 0.002
 
 
-def test_position_and_part_keep_their_size() -> None:
+def test_part_keeps_its_size() -> None:
     rng = np.random.default_rng(4)
-    rejected = {"position": 0, "part": 0, "class_given_position": 0}
+    rejected = 0
     for seed in range(200):
         # clumps: each quarter of an image has one expert and one part
         clump = np.array([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
         maps, parts = one_hot(rng.integers(4, size=(80, 4))[:, clump], 4), rng.integers(3, size=(80, 4))[:, clump]
-        shift = rng.integers(4, size=2)  # the same for all images, so that clumps have no fixed place between runs
-        maps = np.roll(maps.reshape(80, 4, 4, 4), shift, (1, 2)).reshape(80, 16, 4)
-        labels = np.arange(80) % 4
-        options = {"num_permutations": 100, "seed": seed}
-        found = {
-            "position": position_information(maps, (4, 4), **options),
-            "part": part_information(maps, parts, **options),
-            "class_given_position": class_information(maps, labels, given_position=True, **options),
-        }
-        for about, estimate in found.items():
-            rejected[about] += estimate.p_value <= 0.05
-    assert max(rejected.values()) <= 0.08 * 200, rejected
+        rejected += part_information(maps, parts, num_permutations=100, seed=seed).p_value <= 0.05
+    assert rejected <= 0.08 * 200
 
 
 def test_score_interval_solves_its_equation() -> None:
@@ -182,18 +160,6 @@ def test_score_interval_solves_its_equation() -> None:
     for end in (low, high):
         assert (0.2 - end) ** 2 == pytest.approx(1.96**2 * (0.001 + 0.03 * end))
     assert score_interval(-1.0, 0.001, 0.03, 1.96)[0] == score_interval(-1.0, 0.001, 0.03, 1.96)[1]
-
-
-def test_position_null_has_the_spread_of_an_unbiased_variance() -> None:
-    """Two images around a table of fours, ± 1 each: signs that differ add twice √(2 / 1) to the diagonal, or take it.
-
-    Then 4 ± 2 √2 of 8 choices are on it, and the information is 1 - h(6.828 / 8) = .3991 bits (without the root
-    1 - h(6 / 8) = .1887); signs that agree leave 0. A share f of draws at `a` has mean a f and variance a² f (1 - f).
-    """
-    one = np.array([[3, 1], [1, 3]])
-    estimate = position_information(np.stack([one, 4 - one]), (1, 2), num_permutations=400)
-    variance = estimate.null_sd**2 * 399 / 400
-    assert variance / estimate.null_mean + estimate.null_mean == pytest.approx(0.39912, abs=1e-4)
 
 
 def test_bias_is_the_mean_over_the_first_32_permutations(monkeypatch) -> None:
@@ -233,9 +199,9 @@ def test_only_the_null_of_parts_keeps_a_part_of_the_effect() -> None:
     rng = np.random.default_rng(0)
     parts = rng.integers(4, size=(40, 16))
     maps = one_hot(np.where(rng.random((40, 16)) < 0.5, parts, rng.integers(4, size=(40, 16))), 4)
-    by_part, by_position = part_information(maps, parts), position_information(maps, (4, 4))
+    by_part, by_class = part_information(maps, parts), class_information(maps, parts[:, 0])
     assert by_part.low + by_part.high == pytest.approx(2 * by_part.value_bits)
-    assert by_position.low + by_position.high > 2 * by_position.value_bits + 1e-6
+    assert by_class.low + by_class.high > 2 * by_class.value_bits + 1e-6
 
 
 def test_p_value_counts_ties_and_the_observation() -> None:
@@ -259,8 +225,6 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
     parts = rng.integers(8, size=(2000, 64))
     for call in (
         lambda: class_information(maps, labels),
-        lambda: class_information(maps, labels, given_position=True),
-        lambda: position_information(maps, (8, 8)),
         lambda: part_information(maps, parts),
     ):
         fastest = math.inf
@@ -273,11 +237,9 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
         assert fastest < 2
 
 
-def test_too_few_images_and_wrong_grids_are_refused() -> None:
+def test_too_few_images_are_refused() -> None:
     maps = one_hot(np.zeros((2, 4), int), 2)
     with pytest.raises(UserError, match="two images"):
         class_information(maps, np.array([0, -1]))
-    with pytest.raises(UserError, match="2 x 3"):
-        position_information(maps, (2, 3))
     with pytest.raises(UserError, match="part masks"):
         part_information(maps, np.full((2, 4), -1))

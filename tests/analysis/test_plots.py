@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
     trace = make_trace()
     layer = trace.layers[1]
     layer.kept[1, 5, 0] = False
-    figure = plots.plot_overlay(PICTURE, trace, 1, layers=[3])
+    figure = plots.plot_overlay(PICTURE, replace(trace, layers=(trace.layer(3),)), 1)
     axes = figure.axes[1]
     numbers = [text.get_text() for text in axes.texts]
     first = layer.expert_index[1, :, 0]
@@ -291,6 +292,7 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     assert f"{100 * np.mean(layer.expert_index == 0):.1f} %" in words(axes)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("experts", "top_k", "layers", "grid"),
     [(2, 1, 1, (2, 2)), (8, 2, 3, (8, 8)), (9, 3, 6, (7, 7)), (64, 4, 12, (14, 14))],

@@ -336,7 +336,7 @@ def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours) -> None:
 
 def test_a_model_of_ours_is_asked_everything(ours) -> None:
     model, pictures, trace = ours
-    baselines = measure_baselines(model, pictures, trace, seeds=1, names=("untrained", "kmeans_input"))
+    baselines = measure_baselines(model, pictures, trace, seeds=1)
     parts = np.random.default_rng(0).integers(3, size=(len(trace), trace.grid[0] * trace.grid[1]))
     recording = recording_of(
         model, pictures, trace, baselines=baselines, parts=parts, part_names=("background", "ear", "eye")

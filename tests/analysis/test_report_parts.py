@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moevision.analysis.images import Remembered, aligned_pictures
-from moevision.analysis.report import as_json, number, of_pairs, shown_pictures
+from moevision.analysis.information import as_json
+from moevision.analysis.report import number, of_pairs, shown_pictures
 from moevision.errors import UserError
 
 

@@ -422,7 +422,7 @@ def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_
     empty_stage(page)
     page.select_option("[data-change=model]", "pets")
     page.wait_for_selector("[data-box=view]:visible")
-    with page.expect_response(lambda response: '"route"' in (response.request.post_data or "")):
+    with page.expect_response(lambda response: asked_for(response.request) == "route"):
         page.evaluate("""() => {
             document.querySelectorAll("[data-action=example]")[4].click();
             const models = document.querySelector("[data-change=model]");

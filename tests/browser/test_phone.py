@@ -75,7 +75,7 @@ def opening():
     """Address of the document that `moevision demo` opens with, served with nothing behind it."""
     entries = open_entries(None, DataOptions())
     explorer = Explorer(entries, Galleries(entries))
-    document = gzip.compress(app_page(explorer.start_boot(), explorer.start_views(), 1).text.encode())
+    document = gzip.compress(app_page(explorer.start_boot(), explorer.start_views()).text.encode())
     explorer.close()
 
     class Site(BaseHTTPRequestHandler):

@@ -6,6 +6,8 @@ import io
 import pytest
 from PIL import Image
 
+from tests.demo.serving import asked_for
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 SHARP = ".mv-picture.mv-sharp"
@@ -76,7 +78,7 @@ def test_nothing_moves_when_the_sharp_image_comes(new_visit, server, level):
     held = []
 
     def hold(route):
-        if '"sharp"' in (route.request.post_data or ""):
+        if asked_for(route.request) == "sharp":
             held.append(route)
         else:
             route.continue_()

@@ -122,6 +122,14 @@ def test_options_in_short():
     }
 
 
+def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
+    """Every config.yaml of then names where snapshots of the guard lay; on the command line the key is an error."""
+    written = {"guard": {"snapshots_in": "auto", "snapshots": 3}, "fault": None}
+    assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
+    with pytest.raises(UserError, match="snapshots_in' any more"):
+        config.read("fit", ["x", "--guard.snapshots_in", "disk"])
+
+
 def test_settings_survive_their_file():
     """What is written to config.yaml is read as the same settings."""
     given = {"data.mean": (0.1, 0.2, 0.3), "data.class_weights": {"a.b": 2.0}, "trainer.max_epochs": 3}
@@ -302,6 +310,7 @@ def test_mistake_in_a_config(cli, drawn_pets, text, words):
     refused(cli("fit", drawn_pets, "--config", "mine.yaml"), *words)
 
 
+@pytest.mark.deep
 def test_checkpoints_that_can_not_be_used(cli, tiny_run):
     whole = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])

@@ -117,7 +117,7 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
     outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
     assert (outcome.code, outcome.err) == (0, "")
     assert re.match(r"41 all images in 1 shards, [\d.]+ MiB: shards\ntrain on them: moevision fit shards$", outcome.out)
-    assert "1 of them kept from before: shards" in cli("data", "shard", folder, "--out", "shards").out
+    assert "shards is there already" in cli("data", "shard", folder, "--out", "shards").err
     assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
     send_signal(1)
     options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
@@ -175,7 +175,7 @@ def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
         (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
         (["photos", "--check"], "photos holds no shards: give the folder"),
         (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
-        (["photos", "--out", "other"], "other holds something else: give --out a new folder"),
+        (["photos", "--out", "other"], "other is there already: give --out a new folder"),
         (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
         (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
         (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),

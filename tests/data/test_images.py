@@ -114,13 +114,13 @@ def test_big_endian_sixteen_bit_tiff() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
-def test_alpha_is_composited_on_the_background(image_format: str) -> None:
+def test_alpha_is_composited_on_white(image_format: str) -> None:
     pixels = np.array([[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8)  # 51 / 255 = 0.2
     options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
     data = encoded(Image.fromarray(pixels), image_format, **options)
-    white, on_green = safe_open(io.BytesIO(data)), safe_open(io.BytesIO(data), background=(0, 100, 0))
-    np.testing.assert_array_equal(np.asarray(white)[0], [(255, 255, 255), (255, 0, 0), (204, 204, 204)])
-    np.testing.assert_array_equal(np.asarray(on_green)[0], [(0, 100, 0), (255, 0, 0), (0, 80, 0)])
+    np.testing.assert_array_equal(
+        np.asarray(safe_open(io.BytesIO(data)))[0], [(255, 255, 255), (255, 0, 0), (204, 204, 204)]
+    )
 
 
 def test_grey_bilevel_palette_cmyk_and_their_transparency() -> None:
@@ -184,8 +184,7 @@ def test_giant_pictures_are_refused_from_the_header_alone() -> None:
     assert "damaged" in reason(rgb_png(7_000, 7_000, b""))  # within the limits: decoded, and found wanting
     small = encoded(quadrants(), "PNG")
     assert "limit of 127" in reason(small, max_pixels=127)
-    assert "longest side of 15" in reason(small, max_side=15)
-    assert safe_open(io.BytesIO(small), max_pixels=128, max_side=16).size == (16, 8)
+    assert safe_open(io.BytesIO(small), max_pixels=128).size == (16, 8)
 
 
 def test_large_files_are_refused() -> None:
@@ -367,9 +366,8 @@ def test_what_is_not_much_larger_is_not_touched(image_format):
 
 def test_limits_hold_for_the_full_size_of_a_reduced_jpeg():
     data = encoded(Image.new("RGB", (1600, 1200)), "JPEG")
-    for limits in ({"max_pixels": 1_900_000}, {"max_side": 1500}):
-        with pytest.raises(BadImageError, match="1600 x 1200"):
-            safe_open(io.BytesIO(data), 16, **limits)
+    with pytest.raises(BadImageError, match="1600 x 1200"):
+        safe_open(io.BytesIO(data), 16, max_pixels=1_900_000)
     with pytest.raises(BadImageError, match="truncated or damaged"):
         safe_open(io.BytesIO(data[: len(data) // 2]), 16)
 

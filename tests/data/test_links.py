@@ -14,6 +14,8 @@ from moevision.errors import UserError
 from moevision.train.recipe import count_images
 from tests.shared import TINY, run_cli
 
+pytestmark = pytest.mark.deep
+
 
 def counts(collection: FileCollection, split: str = "all") -> dict[str, int]:
     labels = [sample.label for sample in collection.given[split]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moevision.data.open import count_images, kind_of
-from moevision.data.shards import INDEX, JOURNAL
+from moevision.data.shards import INDEX
 from moevision.train.recipe import choose_recipe
 
 
@@ -21,7 +21,6 @@ from moevision.train.recipe import choose_recipe
         ("list.CSV", "list.CSV", "csv"),
         ("gone.csv", "", "folder"),
         ("shards", f"shards/{INDEX}", "shards"),
-        ("shards", f"shards/{JOURNAL}", "shards"),
         ("tars", "tars/0.tar", "tars"),
         ("tars", "tars/Train/0.tar", "tars"),
         ("photos", "photos/train/cat/0.tar", "folder"),  # an archive in a class

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moevision.data import scores
 from moevision.data.scores import SCORES, Scores, ScoreSums, keys_of, rows_of
 from moevision.errors import UserError
 
@@ -130,31 +129,6 @@ def test_memory_at_imagenets_size(tmp_path: Path):
     assert state["rows"].nbytes == found.rows.nbytes
     assert peak < found.rows.nbytes + keys.nbytes + 2**20, "1 MiB for a batch of 1,024"
     assert found.rows["visits"].sum() == 1024
-
-
-def test_the_text_of_many_rows_is_never_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """25,000 rows are written in three parts; what is read is what was written, to five digits."""
-    count = 25_000
-    random = np.random.default_rng(0)
-    table = Scores(
-        [f"{number:06d}.png" for number in range(count)],
-        ["cat", "dog"] * (count // 2),
-        random.integers(1, 9, count),
-        {name: random.normal(size=count).astype(np.float32) for name in SCORES},
-        {1: random.random((count, 2), np.float32)},
-    )
-    parts: list[str] = []
-    monkeypatch.setattr(scores, "write_text_atomic", lambda path, text: parts.extend(text))
-    table.write(tmp_path / "scores.csv")
-    monkeypatch.undo()
-    assert [part.count("\n") for part in parts] == [1, 10_000, 10_000, 5_000]
-    table.write(tmp_path / "scores.csv")
-    again = Scores.read(tmp_path / "scores.csv")
-    assert (again.images, again.labels) == (table.images, table.labels)
-    assert again.visits.tolist() == table.visits.tolist()
-    for name in SCORES:
-        np.testing.assert_allclose(again.scores[name], table.scores[name], rtol=1e-4)
-    np.testing.assert_allclose(again.experts[1], table.experts[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS])

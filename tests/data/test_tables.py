@@ -13,8 +13,7 @@ from PIL import Image
 from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
-from moevision.errors import UserError
-from moevision.names import csv_name
+from moevision.errors import UserError, csv_name
 from moevision.train.recipe import run_name
 
 NO_SIZES = {"train": 1, "val": 1, "test": 1}

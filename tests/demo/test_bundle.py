@@ -54,6 +54,7 @@ def test_several_experts_are_seen_in_every_bundled_photo(name):
             assert (shares >= 0.05).sum() >= 3
 
 
+@pytest.mark.deep
 def test_every_bundled_model_has_recorded_moments_of_the_first_examples():
     for entry in open_entries(None, DataOptions()):
         history = RoutingHistory.load(entry.history)
@@ -135,6 +136,7 @@ def test_data_goes_to_the_model_of_photos(home, drawn_pets):
     assert boot["default"] == {"model": "photos", "picture": photos.examples.ids[0]}
 
 
+@pytest.mark.deep
 def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run, draw, tmp_path):
     files = {file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png")}
     assert len(files) == 40

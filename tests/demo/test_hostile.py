@@ -16,6 +16,8 @@ from moevision.demo.gate import HEADER_S, Connection, Serving
 from moevision.demo.server import Door
 from tests.demo import hostile
 
+pytestmark = pytest.mark.deep
+
 CODES = {"bad_request", "bad_image", "too_large"}
 SECONDS = 30  # on a busy machine; a decoder without bounds would take minutes
 
@@ -44,7 +46,6 @@ def post(http, name, body):
     return answer, time.monotonic() - start
 
 
-@pytest.mark.deep
 def test_more_than_three_hundred_hostile_calls(http, server, still_right):
     bodies = hostile.calls()
     assert len(bodies) >= 300
@@ -68,7 +69,6 @@ def test_more_than_three_hundred_hostile_calls(http, server, still_right):
     assert server.rss_mb() < before + 200  # the largest image that is decoded has 50 million pixels
 
 
-@pytest.mark.deep
 def test_past_the_page(http, still_right):
     for method, path, body in hostile.raw():
         headers = {"content-type": "application/json"} if body else {}
@@ -78,7 +78,6 @@ def test_past_the_page(http, still_right):
         assert "Traceback" not in answer.text
 
 
-@pytest.mark.deep
 def test_a_body_that_fits_no_route_is_a_4xx_with_one_sentence(http, still_right):
     for path, body in hostile.misfits():
         answer = http.post(path, content=body, headers={"content-type": "application/json"})
@@ -165,7 +164,6 @@ def drip(connection, piece, seconds, every):
     return False
 
 
-@pytest.mark.deep
 def test_an_unfinished_header_is_given_up(server, http, unfinished):
     slow = unfinished(server.url, times=20)
     assert http.get("").status_code == 200

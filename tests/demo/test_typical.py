@@ -23,6 +23,7 @@ def share_unlike(typical, pictures):
     return np.mean([typical.unlike(picture) is not None for picture in pictures])
 
 
+@pytest.mark.deep
 def test_new_pictures_of_the_same_kind_are_rarely_unlike(typical):
     # 1 % of the images that set the threshold by design; binomial(400, 0.04) exceeds 0.065 in 1 of 100 cases
     assert share_unlike(typical, drawn(400, "test", seed=7)) <= 0.04
@@ -70,8 +71,6 @@ def test_numbers_travel_as_json(typical):
     again = Typical.from_json(typical.to_json())
     for picture in drawn(20, "test"):
         assert again.distance(picture) == pytest.approx(typical.distance(picture), rel=1e-3)
-    with pytest.raises(ValueError, match="does not fit"):
-        Typical.from_json({**typical.to_json(), "mean": [0.0]})
 
 
 def test_what_is_typical_needs_enough_pictures_of_the_right_size():

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from moevision.errors import UserError
 from moevision.layers.cpu import looped_mlps
 
+pytestmark = pytest.mark.deep
+
 Function = Callable[..., Tensor]
 WIDTH, HIDDEN, OUT = 5, 7, 4
 COUNTS = {

@@ -134,6 +134,7 @@ def test_output(name: str, backend: str) -> None:
     torch.testing.assert_close(layer(x).detach(), torch.tensor(expected), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.whole  # every router is touched by `pytest`
 @pytest.mark.parametrize("name", CASES)
 def test_decision(name: str) -> None:
     """What is recorded is what was decided, and it agrees with the common view that everything downstream reads."""

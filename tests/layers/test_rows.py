@@ -15,6 +15,8 @@ from moevision.errors import UserError
 from moevision.layers import cpu
 from moevision.layers.cpu import sum_rows, take_rows
 
+pytestmark = pytest.mark.deep
+
 WIDTH = 5
 # Relative rounding error, times a handful of roundings.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}

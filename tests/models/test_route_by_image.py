@@ -186,7 +186,7 @@ def test_a_trace_says_that_images_were_routed(pictures, tmp_path):
 def test_clusters_of_the_same_input_are_clusters_of_images(pictures):
     net = saved()
     trace = collect_routing(net, pictures, progress=False)
-    found = measure_baselines(net, pictures, trace, seeds=2, names=["kmeans_input", "untrained"])
+    found = measure_baselines(net, pictures, trace, seeds=2)
     for assignment in (*found["kmeans_input"], *found["untrained"]):
         assert (assignment.expert_index == assignment.expert_index[:, :1]).all()
     assert len(np.unique(found["kmeans_input"][0].expert_index[..., 0])) > 1

@@ -19,7 +19,7 @@ from moevision.layers import MoEMlp, moe_layers
 from moevision.models import moe_layer_indices
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
-from moevision.models.stems import STEMS
+from moevision.models.vit_moe import STEMS
 
 
 def images(size: int = 32, count: int = 2) -> torch.Tensor:

@@ -23,7 +23,7 @@ from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.card import WeightsOrigin, gather_facts, model_card, without_path
-from moevision.train.finish import _calibration_error, _Prediction, _write_summary
+from moevision.train.finish import _write_summary
 from moevision.train.report import read_summary
 
 Facts = dict[str, Any]
@@ -319,4 +319,3 @@ def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(tiny_run: Path, f
     assert math.isnan(again.test.loss)
     assert math.isnan(again.layers[0].entropy_bits)
     assert (run / "model" / "README.md").read_text() == model_card(gather_facts(run))
-    assert _calibration_error([_Prediction("a", 0, 0, 0.9), _Prediction("b", 0, 0, math.nan)]) is None

@@ -30,6 +30,8 @@ from moevision.train.checkpoint import (
 )
 from moevision.train.parallel import folder
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left"), MemoryError("out of memory")])
 def test_what_fails_in_one_process_fails_in_all(failure, monkeypatch):
@@ -273,7 +275,6 @@ def test_removing(files, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["files"][0]["step"] == 1
 
 
-@pytest.mark.deep
 def test_leftovers_of_ended_processes_go_and_unfinished_files_stay(tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
 

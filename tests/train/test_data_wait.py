@@ -9,6 +9,8 @@ from moevision.data import ImageDataModule
 from moevision.train.health import Stopwatch, data_wait_advice
 from moevision.train.processes import AwakeClock
 
+pytestmark = pytest.mark.deep
+
 
 class Hand(AwakeClock):
     """A clock that is set by hand."""

@@ -58,9 +58,7 @@ def fill(disk: Path) -> None:
     assert shutil.disk_usage(disk).free == 0
 
 
-@pytest.mark.parametrize(
-    "before", ["_predictions", "_write_predictions", "plot_confusion", "_write_summary", "model_card"]
-)
+@pytest.mark.parametrize("before", ["save_model", "csv_text", "plot_confusion", "_write_summary", "model_card"])
 def test_a_disk_that_is_full_when_the_report_is_written(
     before: str,
     cli: Cli,

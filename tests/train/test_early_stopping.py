@@ -37,6 +37,7 @@ def test_it_stops_and_says_so(stopped):
     assert "Stopped early after 3 of 6 epochs: val/top1 was no better than" in summary
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("where", ["in the second epoch", "after the decision"])
 def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -75,5 +76,5 @@ def test_a_training_that_is_measured_in_steps_says_it_too(done, said):
 
 
 def test_patience_that_can_not_be():
-    with pytest.raises(UserError, match="at least 1 validation"):
+    with pytest.raises(UserError, match="patience is 0: it must be at least 1"):
         EarlyStoppingConfig(patience=0)

@@ -271,6 +271,7 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     assert same_metrics(run, tiny_run)
 
 
+@pytest.mark.deep
 def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
     """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
     timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
@@ -441,6 +442,7 @@ def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
     assert picked["data.crop"] == "auto"
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
     """Calibration, the test and the timing of one image take images of that type."""
@@ -452,6 +454,7 @@ def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precisi
     assert summary["ms_per_image"] > 0
 
 
+@pytest.mark.deep
 def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
     """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
     seeds = []

@@ -176,8 +176,8 @@ def test_what_the_summary_says_of_each_kind() -> None:
         "1 update left out because a number was not finite",
         "Where it came from: loss (1)",
     ]
-    record.add(Event(9, 0, "validation", "val/loss"))
-    assert record.sentences()[1] == "1 validation had a loss that is not finite."
+    record.add(Event(9, 0, "rollback", "loss spike"))
+    assert record.sentences()[1].startswith("1 return to an earlier state of this training")
 
 
 def test_so_many_events_are_kept_and_all_are_counted(tmp_path: Path) -> None:

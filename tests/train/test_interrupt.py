@@ -12,7 +12,7 @@ from moevision.train import health, processes
 from moevision.train.health import MetricsFile
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,6 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, earlier)
 
 
-@pytest.mark.deep
 def test_a_forked_worker_leaves_the_decision_to_the_main_process():
     with Interruption() as interruption:
         worker = os.fork()
@@ -150,7 +149,6 @@ def test_sleep_is_noticed_and_does_not_count(monkeypatch):
         assert clock.tick() == 0
 
 
-@pytest.mark.deep
 def test_a_really_stopped_process():
     """SIGSTOP from a child for 3 s; ticks of 10 ms before, or of ten times that on a busy machine."""
     with AwakeClock() as clock:

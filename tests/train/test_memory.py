@@ -68,12 +68,10 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     with pytest.raises(UserError, match="--force"):  # each has half of the memory
         memory.check_memory(task, trainer_of(devices=2, strategy="ddp"))
     monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs - 1)
-    with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):
+    with pytest.raises(UserError, match=r"use fewer experts \(--model.arch.num_experts\) or a smaller model; --force"):
         memory.check_memory(task, trainer)
     with pytest.raises(UserError, match=r"use a device with more memory; --force"):
         memory.check_memory(task, trainer, goes_on=True)
-    with pytest.raises(UserError, match=r"use a smaller model; --force"):  # two experts are the fewest of top 2
-        memory.check_memory(task_of(num_experts=2, depth=8), trainer)
 
 
 def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
@@ -85,7 +83,7 @@ def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
     capacity = -(-needs // 3)
     alone = trainer_of()
     monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
-    with pytest.raises(UserError, match=r"Card has .*: use --parallel fsdp on 3 GPUs or more; --force"):
+    with pytest.raises(UserError, match=r"Card has .* or --parallel fsdp on 3 GPUs or more; --force"):
         memory.check_memory(task, alone)
     capacity = -(-needs // 5)
     monkeypatch.setattr(MoEParallelStrategy, "root_device", torch.device("cuda", 0))

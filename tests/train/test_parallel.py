@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,8 +96,7 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
     assert len(set(states)) == len(set(exports)) == 1
     four = compared / "checkpoints" / "four.ckpt"
     assert sorted(path.name for path in four.iterdir()) == [
-        ".metadata",
-        *(f"__{r}_0.distcp" for r in range(4)),
+        *(f"part-{r}.pt" for r in range(4)),
         "rest.pt",
     ]
     assert newest_valid(four.parent)[1] == []
@@ -114,7 +112,7 @@ def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("file", [".metadata", "__1_0.distcp", "rest.pt"])
+@pytest.mark.parametrize("file", ["part-1.pt", "rest.pt"])
 def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(compared / "checkpoints", folder)
@@ -127,11 +125,11 @@ def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_pat
         SafeCheckpointIO().load_checkpoint(folder / "four.ckpt")
 
 
-def test_a_description_that_calls_something_is_refused(compared: Path, tmp_path: Path) -> None:
-    """DCP's .metadata is a pickle: one that makes a folder must not."""
+def test_a_part_that_calls_something_is_refused(compared: Path, tmp_path: Path) -> None:
+    """torch.save writes a pickle: one that makes a folder must not."""
     shutil.copytree(compared / "checkpoints" / "two.ckpt", tmp_path / "two.ckpt")
-    (tmp_path / "two.ckpt" / ".metadata").write_bytes(pickle.dumps(_Calls(tmp_path / "made")))
-    with pytest.raises(UserError, match="no part of a checkpoint"):
+    torch.save(_Calls(tmp_path / "made"), tmp_path / "two.ckpt" / "part-0.pt")
+    with pytest.raises(UserError, match="can't be read"):
         read_folder(tmp_path / "two.ckpt")
     assert not (tmp_path / "made").exists()
 

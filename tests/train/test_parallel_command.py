@@ -60,7 +60,7 @@ def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> N
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
     assert "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each" in said
-    assert "images, how long they take is said after the first steps" in said  # no device has to hold the whole model
+    assert "images, how long they take isn't known before" in said  # no device has to hold the whole model
     best, model = read_folder(run / "checkpoints" / "best.ckpt"), load_file(run / "model" / "model.safetensors")
     assert {f"net.{name}" for name in model} <= best["state_dict"].keys()
     for name, tensor in model.items():

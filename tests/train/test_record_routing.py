@@ -79,6 +79,7 @@ def test_a_dense_twin_has_nothing_to_record(run):
     assert not (run / "twin" / FILE).exists()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -121,12 +122,6 @@ def test_a_part_of_it(run):
     history = RoutingHistory.load(run / FILE)
     half = history.until(history.steps[1])
     assert (len(half), half.weights[1].shape[0]) == (2, 2)
-    name = history.image_names[2]
-    one = history.of_images({name: "data/dog"})
-    assert one.image_names == ("data/dog",)
-    assert np.array_equal(one.weights[3][:, 0], history.weights[3][:, 2])
-    with pytest.raises(UserError, match="was not recorded"):
-        history.of_images({"cat/none.png": "x"})
 
 
 def test_every_module_keeps_its_mode(make_net):

@@ -56,7 +56,7 @@ NAN, INF = math.nan, math.inf
         (ImageDataModule, "min_crop_scale", (-1, 2, NAN), "--data.min_crop_scale is {}: it must be between 0 and 1"),
         (ImageDataModule, "seed", (-1, 2**32), "--data.seed is {}: it must be at least 0 and less than 2**32"),
         (ImageDataModule, "std", ((NAN, 1, 1), (1, INF, 1)), "--data.std is {}: every channel's deviation must be"),
-        (CheckpointConfig, "every_minutes", (0, NAN), "--checkpoint.every_minutes must be above 0"),
+        (CheckpointConfig, "every_minutes", (0, NAN), "--checkpoint.every_minutes is {}: it must be above 0"),
         (
             lambda **o: StabilityGuard(GuardConfig(**o)),
             "spike_sigmas",

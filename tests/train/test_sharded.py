@@ -1,11 +1,10 @@
 """Damaged and hostile checkpoint folders: nothing in them is run, and each ends in one sentence.
 
-DCP itself writes the folder, from tensors that aren't divided; `tests/train/test_parallel.py` reads those of processes.
+`tests/train/test_parallel.py` reads those that processes wrote.
 """
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from moevision.errors import UserError
 from moevision.train.archive import sizes_of
@@ -29,85 +25,36 @@ pytestmark = pytest.mark.deep
 
 A, B = (json.dumps(["state_dict", name]) for name in "ab")
 TENSORS = {A: torch.arange(12.0).view(3, 4), B: torch.arange(5)}
+PARTS = [
+    {A: ([3, 4], [0, 0], TENSORS[A][:2].clone())},
+    {A: ([3, 4], [2, 0], TENSORS[A][2:].clone()), B: ([5], [0], TENSORS[B])},
+]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two weights; `outside.pt`, beside the folder, holds what a part holds."""
+    """Two weights, the first in two parts."""
     made = tmp_path / "last.ckpt"
     made.mkdir()
     torch.save(
         {"state_dict": {"a": None, "b": None}, "global_step": 3, "hyper_parameters": {"arch": {}}}, made / "rest.pt"
     )
-    with pytest.warns(UserWarning, match=r"torch.distributed is disabled"):
-        save(TENSORS, storage_writer=FileSystemWriter(made), no_dist=True)
-    torch.save(TENSORS[A], tmp_path / "outside.pt")
+    for rank, parts in enumerate(PARTS):
+        torch.save(parts, made / f"part-{rank}.pt")
     return made
 
 
 def test_what_was_written_is_read(folder: Path) -> None:
     found = read_folder(folder)
-    assert sizes_of(folder).keys() == {".metadata", "__0_0.distcp", "rest.pt"}
+    assert sizes_of(folder).keys() == {"part-0.pt", "part-1.pt", "rest.pt"}
     assert torch.equal(found["state_dict"]["a"], TENSORS[A])
     assert torch.equal(found["state_dict"]["b"], TENSORS[B])
     assert found["global_step"] == 3
 
 
-def described(change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """A damage: the description, changed and written again."""
-
-    def damage(folder: Path) -> None:
-        metadata = pickle.loads((folder / ".metadata").read_bytes())
-        change(metadata)
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-    return damage
-
-
-def stored(**values: Any) -> Callable[[Path], None]:
-    """A damage: where the first weight lies, changed."""
-
-    def change(metadata: Any) -> None:
-        vars(place(metadata, A)).update(values)
-
-    return described(change)
-
-
-def place(metadata: Any, key: str) -> Any:
-    return next(info for index, info in metadata.storage_data.items() if index.fqn == key)
-
-
-def sized(*shape: int) -> Callable[[Path], None]:
-    """A damage: the first weight is said to be of this shape, in one part."""
-
-    def change(metadata: Any) -> None:
-        tensor = metadata.state_dict_metadata[A]
-        tensor.size = tensor.chunks[0].sizes = torch.Size(shape)
-        tensor.chunks[0].offsets = torch.Size([0] * len(shape))
-        metadata.storage_data = {
-            (MetadataIndex(A, [0] * len(shape)) if index.fqn == A else index): info
-            for index, info in metadata.storage_data.items()
-        }
-
-    return described(change)
-
-
-def named(key: str) -> Callable[[Path], None]:
-    """A damage: the first weight goes by another key."""
-
-    def change(metadata: Any) -> None:
-        metadata.state_dict_metadata[key] = metadata.state_dict_metadata.pop(A)
-        metadata.storage_data = {
-            (MetadataIndex(key, index.offset) if index.fqn == A else index): info
-            for index, info in metadata.storage_data.items()
-        }
-
-    return described(change)
-
-
-def in_one_place(metadata: Any) -> None:
-    """Both weights in the same bytes."""
-    vars(place(metadata, A)).update(vars(place(metadata, B)))
+def part(*change: Any, key: str = A) -> Callable[[Path], None]:
+    """A damage: the first part is said to be this one, or to be of another key."""
+    return lambda folder: torch.save({key: change or PARTS[0][A]}, folder / "part-0.pt")
 
 
 def rest(content: Any) -> Callable[[Path], None]:
@@ -144,46 +91,39 @@ def listed_twice(file: Path) -> None:
         archive.filelist += archive.filelist * 100
 
 
-BYTEARRAY_OF_A_TERABYTE = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
-MEMO_OF_2_BILLION = b"\x80\x04]r\xff\xff\xff\x7f."
+ROWS = torch.zeros(2, 4)
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no description": (replaced(".metadata", lambda file: None), "No such file or directory"),
-    "rubbish for a description": (written(".metadata", b"rubbish"), "can't be read"),
-    "half a description": (lambda f: written(".metadata", (f / ".metadata").read_bytes()[:300])(f), "can't be read"),
-    "a function for a description": (written(".metadata", pickle.dumps(os.system)), "no part of a checkpoint's"),
-    "a dictionary for a description": (written(".metadata", pickle.dumps({"a": 1})), "where a Metadata should be"),
-    "a description that announces a terabyte": (written(".metadata", BYTEARRAY_OF_A_TERABYTE), "KeyError"),
-    "a description with a memo of 32 GB": (written(".metadata", MEMO_OF_2_BILLION), "where a Metadata should be"),
-    "12 GB": (sized(3 * 2**30), r"__0_0.distcp is smaller than .metadata says"),
-    "4 TB": (sized(2**20, 2**20), r"__0_0.distcp is smaller than .metadata says"),
-    "a size that overflows": (sized(2**62), "something else than tensors"),
-    "another shape": (sized(4, 3), "another shape or type"),
-    "another type": (
-        described(lambda m: vars(m.state_dict_metadata[A].properties).update(dtype=torch.int8)),
-        "another shape or type",
+    "rubbish for a part": (written("part-0.pt", b"rubbish"), "can't be read"),
+    "half a part": (lambda f: os.truncate(f / "part-0.pt", 300), "can't be read"),
+    "a function for a part": (lambda f: torch.save(os.system, f / "part-0.pt"), "can't be read"),
+    "a list for a part": (lambda f: torch.save([1], f / "part-0.pt"), "can't be read"),
+    "a number for a tensor": (part([3, 4], [0, 0], 5), "can't be read"),
+    "12 GB of one number": (part([3 * 2**30, 1], [0, 0], torch.zeros(1).expand(3 * 2**30, 1)), "parts overlap"),
+    "4 TB of nothing": (
+        part([2**40], [0], torch.sparse_coo_tensor(size=(2**40,), check_invariants=True)),
+        "can't be read",
     ),
-    "a path upwards": (stored(relative_path="../outside.pt"), "none of the folder's files"),
-    "an absolute path": (stored(relative_path="/etc/passwd"), "none of the folder's files"),
-    "a part that begins behind the end": (stored(offset=2**40), "is smaller than .metadata says"),
-    "a part that begins before the file": (stored(offset=-1), "none of the folder's files"),
-    "a part of ten bytes": (stored(length=10), "is smaller than .metadata says"),
-    "a part with a filter": (stored(transform_descriptors=["zstd"]), "none of the folder's files"),
-    "two weights in one place": (described(in_one_place), "parts overlap in __0_0.distcp"),
-    "a part of no weight": (described(lambda m: m.state_dict_metadata.pop(A)), "can't be read"),
-    "no place for a weight": (described(lambda m: m.storage_data.clear()), "can't be read"),
-    "a weight without parts": (described(lambda m: m.state_dict_metadata[A].chunks.clear()), "are missing"),
-    "a key that is no JSON": (named("{"), "can't be read"),
-    "a key that is no place": (named('"a"'), "can't be read"),
-    "a key of nothing": (named("[]"), "can't be read"),
-    "a key of lists in lists": (named("[" * 9000), "can't be read"),
-    "a key that isn't in the rest": (named('["other", "a"]'), "can't be read"),
-    "a key of another value": (named('["global_step"]'), "is in rest.pt already"),
-    "a shard cut off": (lambda f: os.truncate(f / "__0_0.distcp", 100), "is smaller than .metadata says"),
-    "no shard": (replaced("__0_0.distcp", lambda file: None), "none of the folder's files"),
-    "a link for a shard": (replaced("__0_0.distcp", lambda f: f.symlink_to("/dev/zero")), "no regular file"),
+    "a shape without its parts": (part([2**20, 2**20], [0, 0], ROWS), "are missing|different tensors|outside"),
+    "a size that overflows": (part([2**62, 2**62], [0, 0], ROWS), "are missing|different tensors|outside"),
+    "another shape": (part([4, 3], [0, 0], ROWS), "lies outside"),
+    "another type": (part([3, 4], [0, 0], ROWS.to(torch.int8)), "are of different tensors"),
+    "a part that begins behind the end": (part([3, 4], [2**40, 0], ROWS), "lies outside"),
+    "a part that begins before the tensor": (part([3, 4], [-1, 0], ROWS), "lies outside"),
+    "a part that begins at no place": (part([3, 4], ["0", 0], ROWS), "can't be read"),
+    "a part of fewer dimensions": (part([3, 4], [0], ROWS), "can't be read"),
+    "too few rows": (part([3, 4], [0, 0], ROWS[:1].clone()), "are missing"),
+    "a weight without parts": (lambda f: torch.save({}, f / "part-1.pt"), "are missing"),
+    "a key that is no text": (lambda f: torch.save({5: PARTS[0][A]}, f / "part-0.pt"), "can't be read"),
+    "a key that is no JSON": (part(key="{"), "can't be read"),
+    "a key that is no place": (part(key='"a"'), "can't be read"),
+    "a key of nothing": (part(key="[]"), "can't be read"),
+    "a key of lists in lists": (part(key="[" * 9000), "can't be read"),
+    "a key that isn't in the rest": (part(key='["other", "a"]'), "can't be read"),
+    "a key of another value": (part(key='["global_step"]'), "can't be read"),
+    "no part": (replaced("part-0.pt", lambda file: None), "are missing"),
+    "a link for a part": (replaced("part-0.pt", lambda f: f.symlink_to("/dev/zero")), "no regular file"),
     "a link to a file": (replaced("rest.pt", lambda f: f.symlink_to("../outside.pt")), "no regular file"),
-    "a pipe for a shard": (replaced("__0_0.distcp", os.mkfifo), "no regular file"),
-    "a pipe for a description": (replaced(".metadata", os.mkfifo), "no regular file"),
+    "a pipe for a part": (replaced("part-0.pt", os.mkfifo), "no regular file"),
     "a pipe beside": (replaced("more", os.mkfifo), "no regular file"),
     "a folder beside": (replaced("more", Path.mkdir), "no regular file"),
     "no rest": (replaced("rest.pt", lambda file: None), "can't be read"),
@@ -204,7 +144,7 @@ def test_what_is_refused(what: str, folder: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "last.ckpt/__0_0.distcp", "last.ckpt/rest.pt"])
+@pytest.mark.parametrize("name", ["last.ckpt", "last.ckpt/part-0.pt", "last.ckpt/rest.pt"])
 def test_a_pipe_is_not_waited_for(name: str, folder: Path) -> None:
     """Neither as a checkpoint nor in one, by what looks for the newest and what reads a model."""
     if name == "last.ckpt":

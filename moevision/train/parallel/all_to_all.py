@@ -48,12 +48,9 @@ class Travelling(Dispatched):
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Dispatch to experts on all processes of a group; every process must call it equally often.
+    """Dispatch to experts on all processes of a group, in order of experts; every process must call it equally often.
 
-    Args:
-        group: the processes among which one set of experts is divided, in order of experts.
-        row_multiple: as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
-        max_padding: as in `LocalDispatcher`.
+    `row_multiple` and `max_padding` as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
     """
 
     def __init__(

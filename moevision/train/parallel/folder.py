@@ -1,55 +1,36 @@
-"""A checkpoint of divided weights as a folder: every process writes its own parts, by torch's distributed checkpoint.
+"""A checkpoint of divided weights as a folder: every process writes its own parts, as data.
 
 NAME.ckpt/ holds `rest.pt`, the checkpoint that a file would hold but for its divided tensors (weights, their moving
-average, moments), and DCP's files with those: `__R_0.distcp` from process R and `.metadata`, which says where each part
-lies. A tensor's key is its place in the checkpoint as JSON, such as `["state_dict", "net.head.weight"]`. So reading
-gives the same dictionary as from a file, with tensors whole or divided as the reader wants them: any number of
-processes, any layout.
-
-Reading runs no code of the folder. DCP's own reader isn't used: it unpickles what a description calls bytes.
-`.metadata`, a pickle, becomes plain records here, whose places and sizes are compared with the files before memory is
-taken, and each part is read by torch.load under `weights_only=True`.
+average, moments), and `part-R.pt` from each process R: for a tensor's key its whole shape, where the part begins in it,
+and the part. A key is the tensor's place in the checkpoint as JSON, such as `["state_dict", "net.head.weight"]`. So
+reading gives the same dictionary as from a file, with tensors whole or divided as the reader wants them: any number of
+processes, any layout. All files are torch's archives, read under `weights_only=True`: no code of the folder is run.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from math import ceil, prod
+from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import SequenceKey, tree_map_with_path
 
-from moevision.files import check_room, file_sha256, make_folder, sync_file, sync_folder
+from moevision.files import file_sha256, make_folder, sync_file, sync_folder
 from moevision.train.archive import REST, digest_of, load_archive, saying_what_is_damaged, sizes_of
-from moevision.train.parallel.parts import copies, first_index, mesh_of, own_part, shard_like
+from moevision.train.parallel.parts import first_index, is_first_copy, mesh_of, own_part, shard_like
 from moevision.train.processes import gather
 
-_METADATA = ".metadata"
 _WEIGHTS = ("state_dict", "current_model_state")  # the second: beside a moving average
 
 Place = tuple[str | int, ...]
 """Keys and indices that lead to a value in a checkpoint."""
 Like = Callable[[Place], Tensor | None]
 """A tensor that is divided as the one at this place shall be; None: it shall be whole."""
-
-
-class _Writer(FileSystemWriter):
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().write_data(*args, **kwargs)
-        except RuntimeError as error:  # its cause would get lost on the way to the other processes
-            raise OSError(0, _why(error)) from error
 
 
 def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bool]:
@@ -65,47 +46,43 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     Raises:
         OSError: on all processes, if one of them can't write.
     """
-    sharded: dict[Place, Tensor] = {}
+    parts: dict[str, tuple[list[int], list[int], Tensor]] = {}
     weights: list[Tensor] = []
 
     def keep_whole(place: Place, tensor: Tensor) -> Tensor | None:
+        own = own_part(tensor)
         if place[0] in _WEIGHTS:
-            weights.append(own_part(tensor))
+            weights.append(own)
         if mesh_of(tensor) is None:
             return tensor
-        sharded[place] = tensor
+        if own.numel() and is_first_copy(tensor):
+            begin = list(first_index(tensor))
+            parts[json.dumps(place)] = (
+                list(tensor.shape),
+                begin,
+                own.to("cpu", copy=True),
+            )  # without what it is a view of
         return None
 
-    rest = _with_tensors(checkpoint, keep_whole)
-    first = dist.get_rank() == 0
-    parts = sum(own_part(x).nbytes / copies(x) for x in sharded.values())  # each is written once
+    rest, first = _with_tensors(checkpoint, keep_whole), dist.get_rank() == 0
+    _on_all(lambda: make_folder(folder) if first else None)
 
-    def begin(size: int) -> None:
-        make_folder(folder)
-        memory = io.BytesIO()
-        torch.save(rest, memory)
-        check_room(folder, size + memory.tell())
-        (folder / REST).write_bytes(memory.getbuffer())
-        sync_file(folder / REST)
-
-    size = ceil(sum(gather(parts)))
-    _on_all(lambda: begin(size) if first else None)
-    try:
-        save({json.dumps(place): tensor.detach() for place, tensor in sharded.items()}, storage_writer=_Writer(folder))
-    except CheckpointException as error:  # the same on all processes
-        raise OSError(
-            0, next((_why(cause) for cause, _ in error.failures.values()), "another process failed")
-        ) from error
-
-    def written() -> tuple[dict[str, tuple[str, int]], bool]:
-        if first:
-            sync_folder(folder)
-        own = {f"__{dist.get_rank()}_"} | ({REST, _METADATA} if first else set())
-        files = [path for path in folder.iterdir() if any(path.name.startswith(name) for name in own)]
-        known = {path.name: (file_sha256(path), path.stat().st_size) for path in files}
+    def write() -> tuple[dict[str, tuple[str, int]], bool]:
+        known = {}
+        for name, content in {f"part-{dist.get_rank()}.pt": parts, **({REST: rest} if first else {})}.items():
+            path = folder / name
+            try:
+                with path.open("wb") as file:
+                    torch.save(content, file)
+            except RuntimeError as error:  # torch's writer hides the system's words
+                raise OSError(0, _why(error)) from error
+            sync_file(path)
+            known[name] = file_sha256(path), path.stat().st_size
         return known, all(bool(x.isfinite().all()) for x in weights)
 
-    found = _on_all(written)
+    found = _on_all(write)
+    if first:
+        sync_folder(folder)
     known = {name: value for part, _ in found for name, value in part.items()}
     size = sum(size for _, size in known.values())
     return digest_of({name: value for name, (value, _) in known.items()}), size, all(finite for _, finite in found)
@@ -124,16 +101,23 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
     """
     with saying_what_is_damaged(folder):
         files = sizes_of(folder)  # first: a pipe would be waited for
-        described = _described((folder / _METADATA).read_bytes(), files)
         checkpoint: dict[str, Any] = load_archive(folder / REST, map_location)
-        for key, stored in described.items():
+        stored: dict[str, list[tuple[list[int], list[int], Tensor]]] = {}
+        for name, size in files.items():
+            if name != REST:
+                parts = load_archive(folder / name, mmap=True)
+                for key, part in parts.items():
+                    stored.setdefault(key, []).append(part)
+                if sum(part.nbytes for *_, part in parts.values()) > size:
+                    raise ValueError(f"parts overlap in {name}")
+        for key, found in stored.items():
             *way, last = place = json.loads(key)
             holder: Any = checkpoint
             for step in way:
                 holder = holder[step]
             if holder[last] is not None:
                 raise ValueError(f"{key[:80]} is in {REST} already")
-            holder[last] = _read_tensor(folder, stored, None if like is None else like(tuple(place)))
+            holder[last] = _joined(key, found, None if like is None else like(tuple(place)))
         if any(value is None for name in _WEIGHTS for value in checkpoint.get(name, {}).values()):
             raise ValueError("a weight is missing")
     return checkpoint
@@ -209,151 +193,32 @@ def _with_tensors(checkpoint: dict[str, Any], function: Callable[[Place, Tensor]
     return result
 
 
-class _Part(NamedTuple):
-    """Where a part of a tensor lies: bytes `begin` to `end` of a file; and its place in the tensor."""
-
-    file: str
-    begin: int
-    end: int
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class _Stored(NamedTuple):
-    """A tensor in DCP's files; `shape` is that of the whole."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: list[_Part]
-
-
-def _read_tensor(folder: Path, stored: _Stored, like: Tensor | None) -> Tensor:
-    """The whole tensor, or this process's part of it as `like` is divided."""
+def _joined(key: str, parts: list[tuple[list[int], list[int], Tensor]], like: Tensor | None) -> Tensor:
+    """The whole tensor from its parts, or this process's part of it as `like` is divided."""
+    shape, _, one = parts[0]
+    for other, begin, part in parts:
+        fits = all(0 <= a <= a + n <= whole for a, n, whole in zip(begin, part.shape, shape, strict=True))
+        if type(part) is not Tensor or part.layout is not torch.strided or not fits:
+            raise ValueError(f"a part of {key[:80]} lies outside of it")
+        if other != shape or part.dtype != one.dtype:
+            raise ValueError(f"parts of {key[:80]} are of different tensors")
+    if sum(part.numel() for *_, part in parts) != prod(shape):  # before memory is taken
+        raise ValueError(f"parts of {key[:80]} are missing")
     if like is None:
-        target = own = torch.empty(stored.shape, dtype=stored.dtype)
+        target = own = torch.empty(shape, dtype=one.dtype)
     else:
-        if like.shape != stored.shape:
-            raise ValueError(f"a tensor has the shape {list(stored.shape)}, and the model's {list(like.shape)}")
-        target = torch.empty_like(like, dtype=stored.dtype)
+        if list(like.shape) != shape:
+            raise ValueError(f"a tensor has the shape {shape}, and the model's {list(like.shape)}")
+        target = torch.empty_like(like, dtype=one.dtype)
         own = own_part(target)
     origin = first_index(target)  # of `own` in the whole
-    for part in stored.parts:
-        begin = [max(pair) for pair in zip(origin, part.offset, strict=True)]
-        lengths = zip(origin, own.shape, part.offset, part.shape, strict=True)
-        end = [min(a + n, b + m) for a, n, b, m in lengths]
-        if any(first >= last for first, last in zip(begin, end, strict=True)):
-            continue  # of other processes only
-        with (folder / part.file).open("rb") as file:
-            file.seek(part.begin)
-            values = load_archive(io.BytesIO(file.read(part.end - part.begin)))
-        if type(values) is not Tensor or values.shape != part.shape or values.dtype != stored.dtype:
-            raise ValueError(f"a part in {part.file} has another shape or type than {_METADATA} says")
-
-        def within(first: Sequence[int], begin: list[int] = begin, end: list[int] = end) -> tuple[slice, ...]:
-            return tuple(slice(a - zero, b - zero) for a, b, zero in zip(begin, end, first, strict=True))
-
-        own[within(origin)].copy_(values[within(part.offset)])
+    for _, offset, part in parts:
+        begin = [max(pair) for pair in zip(origin, offset, strict=True)]
+        end = [min(a + n, b + m) for a, n, b, m in zip(origin, own.shape, offset, part.shape, strict=True)]
+        if all(first < last for first, last in zip(begin, end, strict=True)):  # else of other processes only
+            here, there = (
+                tuple(slice(a - zero, b - zero) for a, b, zero in zip(begin, end, start, strict=True))
+                for start in (origin, offset)
+            )
+            own[here].copy_(part[there])
     return target
-
-
-class _Record:
-    """One of DCP's records as plain data: its `state`, or None."""
-
-    state: Any = None
-
-    def __new__(cls, *values: Any) -> _Record:
-        """With the arguments that the pickle gives, which don't matter: all that does is in the state."""
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-_METADATA_OF, _FILES_OF = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_NAMES: Mapping[str, Sequence[str]] = {
-    _METADATA_OF: (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
-    ),
-    _FILES_OF: ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
-}
-_KINDS: Mapping[tuple[str, str], type[_Record]] = {
-    (module, name): type(name, (_Record,), {}) for module, names in _NAMES.items() for name in names
-}
-
-
-class _Unpickler(pickle._Unpickler):  # the one in Python: a number in the bytes doesn't decide how large its memo is
-    """Makes records, tuples, texts and dtypes of DCP's description, and nothing else."""
-
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch}
-    del dispatch[pickle.BYTEARRAY8[0]]  # takes as much memory as it announces
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (found := _KINDS.get((module, name))) is not None:
-            return found
-        if module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype)):
-            return tuple if name == "Size" else vars(torch)[name]
-        raise ValueError(f"{module}.{name} is no part of a checkpoint's description")
-
-
-def _described(metadata: bytes, files: Mapping[str, int]) -> dict[str, _Stored]:
-    """The tensors that DCP's `.metadata` describes, by their keys.
-
-    Args:
-        metadata: the bytes.
-        files: the folder's files and their bytes.
-
-    Raises:
-        ValueError: if one isn't in these files, whole and at a place of its own. Other errors if it is damaged.
-    """
-    tensors, places = _fields(
-        _Unpickler(io.BytesIO(metadata)).load(), "Metadata", "state_dict_metadata", "storage_data"
-    )
-    where: dict[Any, tuple[str, int, int]] = {}
-    for index, info in places.items():
-        key, offset = _fields(index, "MetadataIndex", "fqn", "offset")
-        file, begin, length, transforms = _fields(
-            info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
-        )
-        if type(key) is not str or not _natural(offset):
-            raise ValueError(f"{_METADATA} stores something else than tensors")
-        if type(file) is not str or file not in files or not _natural((begin, length)) or transforms is not None:
-            raise ValueError(f"{_METADATA} names a place that is none of the folder's files")
-        where[key, offset] = file, begin, begin + length
-    for (file, _, end), (other, begin, _) in pairwise(sorted(where.values())):
-        if file == other and begin < end:
-            raise ValueError(f"parts overlap in {file}")
-    found = {}
-    for key, value in tensors.items():
-        properties, shape, chunks = _fields(value, "TensorStorageMetadata", "properties", "size", "chunks")
-        dtype = properties.state[0]
-        if type(dtype) is not torch.dtype or not _natural(shape):
-            raise ValueError(f"{_METADATA} describes something else than tensors")
-        parts = []
-        for chunk in chunks:
-            offset, sizes = _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes")
-            inside = _natural(offset) and _natural(sizes) and len(offset) == len(sizes) == len(shape)
-            if not inside or any(a + n > whole for a, n, whole in zip(offset, sizes, shape, strict=True)):
-                raise ValueError(f"a part of {key[:80]} lies outside of it")
-            part = _Part(*where.pop((key, offset)), offset, sizes)
-            if part.end > files[part.file] or prod(sizes) * dtype.itemsize > part.end - part.begin:
-                raise ValueError(f"{part.file} is smaller than {_METADATA} says")
-            parts.append(part)
-        if sum(prod(part.shape) for part in parts) != prod(shape):
-            raise ValueError(f"parts of {key[:80]} are missing")
-        found[key] = _Stored(shape, dtype, parts)
-    return found
-
-
-def _fields(record: Any, kind: str, *names: str) -> list[Any]:
-    module = _FILES_OF if kind == "_StorageInfo" else _METADATA_OF
-    state = record.state if type(record) is _KINDS[module, kind] else None
-    if type(state) is not dict:
-        raise ValueError(f"{_METADATA} holds something else where a {kind} should be")
-    return [state.get(name) for name in names]
-
-
-def _natural(values: Any) -> bool:
-    return type(values) is tuple and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in values)

@@ -59,18 +59,8 @@ class Layout:
 
     @classmethod
     def of(cls, device_type: str, expert: int = 1, *, replicated: bool = False) -> Layout:
-        """The layout of all processes that are there; every one of them must call it.
-
-        Args:
-            device_type: `cpu` or `cuda`.
-            expert: ep, among how many processes one set of experts is divided.
-            replicated: as the attribute.
-
-        Raises:
-            UserError: if it doesn't divide the number of processes.
-        """
+        """The layout of all processes, with `expert` as ep; every one of them must call it."""
         size = dist.get_world_size()
-        check_divides(expert, size)
         mesh = functools.partial(init_device_mesh, device_type)
         if replicated:
             world = mesh((size, 1), mesh_dim_names=("world", "one"))
@@ -83,7 +73,7 @@ class Layout:
 
 
 def check_divides(expert: int, processes: int) -> None:
-    """Refuse, by a UserError, an expert parallelism that the number of processes is no multiple of."""
+    """Raise a UserError for an expert parallelism that the number of processes is no multiple of."""
     if expert < 1 or processes % expert:
         raise UserError(
             f"--parallel.expert is {expert}, which does not divide the {processes} processes: use a divisor of "
@@ -92,11 +82,7 @@ def check_divides(expert: int, processes: int) -> None:
 
 
 def check_network(net: nn.Module, expert: int) -> None:
-    """Refuse a network, not sharded yet, whose experts can't be divided among `expert` processes.
-
-    Raises:
-        UserError: for no experts, a number of them that `expert` doesn't divide, or the dense backend.
-    """
+    """Raise a UserError for a network, not sharded yet, whose experts can't be divided among `expert` processes."""
     if expert == 1:
         return
     layers = moe_layers(net)
@@ -148,13 +134,9 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *
             they are used. Everything else, routers and norms with it, travels as it is stored.
         offload: keep parts of weights and gradients, and so the optimizer's moments, in main memory (FSDP2's offload):
             a block's weights go to the device while it computes. Collectives of parts are then gloo's.
-
-    Raises:
-        UserError: if its experts can't be divided.
     """
     whole = _evenly(layout.world.size(-1))
     logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
-    check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
     policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
     kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     fully_shard = functools.partial(shard_whole, offload_policy=kept)

@@ -58,6 +58,14 @@ def copies(x: Tensor) -> int:
     return math.prod(x.device_mesh.size(dim) for dim, placed in enumerate(x.placements) if placed.is_replicate())
 
 
+def is_first_copy(x: Tensor) -> bool:
+    """Whether this process is the first of those that hold its part of a divided tensor."""
+    if not isinstance(x, DTensor):
+        return False
+    place = x.device_mesh.get_coordinate() or ()
+    return all(at == 0 for at, placed in zip(place, x.placements, strict=True) if placed.is_replicate())
+
+
 def full(x: Tensor) -> Tensor:
     """A divided tensor as a whole; every process that holds a part must call it. Others are returned as they are."""
     return x.full_tensor() if isinstance(x, DTensor) else x

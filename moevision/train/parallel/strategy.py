@@ -6,6 +6,8 @@ folders (`folder.py`). State dictionaries and optimizers are torch's own with DT
 average and resuming work on parts as they do on whole tensors.
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -43,12 +45,9 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 class MoEParallelStrategy(ModelParallelStrategy):
-    """Shards a `ClassificationTask` over all processes by FSDP2, and divides its experts.
+    """Shards a `ClassificationTask` over all processes by FSDP2, and divides its experts among `expert` of them.
 
-    Args:
-        expert: processes that one set of experts is divided among.
-        replicated: whether all processes have all of the rest.
-        offload: whether parts lie in main memory.
+    `replicated`: all processes have all of the rest; `offload`: parts lie in main memory.
     """
 
     def __init__(self, expert: int = 1, *, replicated: bool = False, offload: bool = False) -> None:
@@ -62,11 +61,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         return f"ddp --parallel.expert {self.expert}" if self.replicated else "fsdp"
 
     def check(self, trainer: L.Trainer) -> None:
-        """Refuse what a sharded training can't do.
-
-        Raises:
-            UserError: for one process, a number of them that `expert` doesn't divide, or a precision without tests.
-        """
+        """Raise a UserError for one process, a number of them that `expert` doesn't divide, or another precision."""
         processes = trainer.num_nodes * trainer.num_devices
         if processes == 1:
             raise UserError(
@@ -81,16 +76,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             )
 
     def check_fit(self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
-        """Refuse, before anything is trained, what a sharded fit can't do; let `data` refuse what only shows later.
+        """Raise a UserError, before anything is trained, for what a sharded fit can't do; `data` are set up.
 
-        Args:
-            trainer: the trainer.
-            task: its task, with a network that isn't sharded yet.
-            data: its data, after `setup`.
-            records: whether --record_routing is on.
-
-        Raises:
-            UserError: if so.
+        What only shows later `data` refuses. `records`: whether --record_routing is on.
         """
         check_network(task.net, self.expert)
         data.in_step = True
@@ -127,7 +115,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         return cast(ClassificationTask, self.lightning_module)
 
     def setup_environment(self) -> None:
-        """Let the processes meet; Lightning's mesh is data parallel only."""
         if not isinstance(self.checkpoint_io, SafeCheckpointIO):
             self.checkpoint_io = SafeCheckpointIO()
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -136,7 +123,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Shard the network, then make optimizers of its shards."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._shard()
@@ -176,7 +162,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self._task.net = filled(cast(nn.Module, self._outline), state).eval()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Gradients are summed over processes: those of the mean are wanted."""
         return super().backward(closure_loss / self.world_size, optimizer, *args, **kwargs)
 
     # State dictionaries: the task's and the optimizer's own, with parts; `load_checkpoint` has divided what is loaded.
@@ -199,11 +184,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Every process writes its part."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any layout, file or folder, and divide it as the network is."""
         self._shard()
         task = self._task
         learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]
