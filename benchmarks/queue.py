@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from filelock import FileLock, Timeout
+
 from benchmarks.harness import code_state, count, finite
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.train.resume import claim, release
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 WAIT_S = 30.0  # before a queue looks again whether another one has decided something
@@ -51,7 +52,9 @@ def is_recorded(out: Path, name: str) -> bool:
     return any(record["name"] == name for record in read_records(out))
 
 
-def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path) -> tuple[T | None, int | None]:
+def next_run(
+    jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path
+) -> tuple[T | None, FileLock | None]:
     """The first run without a record, claimed; None where none is left, after waiting for what other queues do.
 
     Args:
@@ -60,7 +63,7 @@ def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, wor
         work: where the locks are.
 
     Returns:
-        The run, and what `release_if` takes.
+        The run, and its claim.
     """
     while True:
         busy = False
@@ -69,12 +72,12 @@ def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, wor
                 continue
             try:
                 held = claim_file(work / f"{job.name}.lock")
-            except UserError:
+            except Timeout:
                 busy = True
                 continue
             if not is_recorded(out, job.name):  # it may have been finished since
                 return job, held
-            release_if(held)
+            held.release()
         if not busy:
             return None, None
         time.sleep(WAIT_S)
@@ -104,7 +107,7 @@ def do_runs(
             record = run(job, options)
             write_run(options.out, job.name, record)
         finally:
-            release_if(held)
+            held.release()
         done += 1
         print(told(job, record), flush=True)
 
@@ -126,21 +129,16 @@ def add_study(parser: ArgumentParser, folder: Path, out: str = "runs.jsonl") -> 
     add("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
 
 
-def claim_file(lock: Path) -> int | None:
-    """Claim by a file, which is made.
+def claim_file(lock: Path) -> FileLock:
+    """Claim by a file, which is made; the claim ends by its `release`, or with the process.
 
     Raises:
-        UserError: if another process has it.
+        Timeout: if another process has it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    lock.touch()
-    return claim(lock)
-
-
-def release_if(held: int | None) -> None:
-    """Give up a claim, where the system has such."""
-    if held is not None:
-        release(held)
+    held = FileLock(lock, timeout=0)
+    held.acquire()
+    return held
 
 
 def refuse_changes(protocol: Path, *, allowed: bool) -> None:

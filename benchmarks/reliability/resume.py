@@ -38,7 +38,7 @@ from moevision.train.fit import quiet_lightning
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RunLogger, Stopwatch
 from moevision.train.optim import OptimizerConfig
-from moevision.train.processes import AwakeClock, Interrupted, Interruption
+from moevision.train.processes import Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -133,11 +133,11 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
     )
     arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1} | setting.arch
     task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(**setting.optim))
-    files, clock, interruption = SafeCheckpointIO(), AwakeClock(), Interruption()
-    point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption, clock)
+    files, interruption = SafeCheckpointIO(), Interruption()
+    point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption)
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)
     average = [WeightEMA(EmaConfig(setting.ema))] if setting.ema else []
-    ours = [point, Stopwatch(clock), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
+    ours = [point, Stopwatch(), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
     ours += [Signal(place), best]
     trainer = quiet_trainer(
         **({"max_epochs": EPOCHS, "log_every_n_steps": 1} | setting.trainer),

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.harness import HERE, about, argument_parser, positive, print_line, print_table
 from benchmarks.memory import memory_of
-from benchmarks.queue import add_study, next_run, read_records, refuse_changes, release_if, write_run
+from benchmarks.queue import add_study, next_run, read_records, refuse_changes, write_run
 from benchmarks.sparsity.arms import (
     ARMS,
     EPOCHS,
@@ -85,7 +85,7 @@ def run(options: Namespace) -> None:
         record = train(job, options)
         write_run(options.out, job.name, record)
     finally:
-        release_if(held)
+        held.release()
     result = record["failed"] or f"val {record['val_top1']:.3f}, {record['cpu_s']:.0f} s CPU"
     print(f"{job.name}: {result}", flush=True)
 

@@ -21,7 +21,6 @@ from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, STEPS_PER_EP
 from benchmarks.sparsity.verdict import HYPOTHESES, judge, p_of, sentences, verdict_of
 from benchmarks.study import Contrast
 from moevision.train.guard import TrainingDiverged
-from moevision.train.resume import claim, release
 from moevision.train.stats import LEVEL, POWER, detectable
 
 PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
@@ -313,11 +312,10 @@ def test_two_queues_take_different_runs_and_skip_what_is_done(bench, small, tmp_
     monkeypatch.setattr(sparsity, "train", lambda job, options: taken.append(job.name) or record(job.arm, job.seed))
     work = tmp_path / "work-shared"
     work.mkdir()
-    (work / "cpu-moe-lr0.003-s100.lock").touch()
-    held = claim(work / "cpu-moe-lr0.003-s100.lock")  # the other queue is at the first run
+    held = queueing.claim_file(work / "cpu-moe-lr0.003-s100.lock")  # the other queue is at the first run
     for _ in range(2):
         assert bench(*small("shared")).code == 0
-    release(held)
+    held.release()
     assert bench(*small("shared")).code == 0
     assert taken == ["cpu-moe-lr0.003-s101", "cpu-moe-lr0.006-s100", "cpu-moe-lr0.003-s100"]
 

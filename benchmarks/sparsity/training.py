@@ -167,7 +167,7 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
     given, meter = read("fit", arguments), Meter(job.seed)
     session = Session(given.command)
     try:
-        with session.interruption, session.clock, quiet_lightning():
+        with session.interruption, quiet_lightning():
             asked, start = begin(session, given)
             training = train_model(settings(asked), session, start, [meter])
             task, data = training.task, training.data

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.harness import about
-from benchmarks.queue import claim_file, release_if
 from benchmarks.specialization.arms import DATA_SETS, DataSet
 from benchmarks.study import CIFAR_PIXELS, make_task
 from benchmarks.subject import Subject, TrainingStep
@@ -196,14 +196,11 @@ def trunk_of(name: str, seed: int, options: Namespace) -> Trunk:
     if given is not None:
         return Trunk(load_dense(name, given, classes), {"sha256": file_sha256(given), "seed": 0, "given": True})
     file = options.work / f"trunk-{name}-s{seed}.safetensors"
-    held = _wait_for(file.with_suffix(".lock"))
-    try:
+    with FileLock(file.with_suffix(".lock")):
         if not file.with_suffix(".json").exists():
             net, record = train_trunk(name, spec, seed, options)
             save_file({key: value.contiguous() for key, value in net.state_dict().items()}, file)
             write_json_atomic(file.with_suffix(".json"), {**record, "sha256": file_sha256(file), "given": False})
-    finally:
-        release_if(held)
     return Trunk(load_dense(name, file, classes), dict(read_json(file.with_suffix(".json"))))
 
 
@@ -238,14 +235,6 @@ def class_names(name: str, options: Namespace) -> list[str]:
     return sorted(path.name for path in (Path(folder) / "train").iterdir() if path.is_dir())
 
 
-def _wait_for(lock: Path) -> int | None:
-    while True:
-        try:
-            return claim_file(lock)
-        except UserError:
-            time.sleep(5)
-
-
 # ---- tokens
 
 
@@ -257,8 +246,7 @@ def tokens_of(name: str, split: str, first: int, trunk: Trunk, options: Namespac
     """
     spec = DATA_SETS[name]
     file = options.work / f"tokens-{name}-{trunk.record['sha256'][:12]}-{split}-before{first}.safetensors"
-    held = _wait_for(file.with_suffix(".lock"))
-    try:
+    with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             data = open_images(name, options)
             data.seed = data.contents.datasets["train"].seed = trunk.record["seed"]
@@ -271,8 +259,6 @@ def tokens_of(name: str, split: str, first: int, trunk: Trunk, options: Namespac
             part = file.with_suffix(".part")
             save_file(tokens._asdict(), part)
             part.replace(file)
-    finally:
-        release_if(held)
     found = load_file(file)
     return Tokens(found["tokens"], found["labels"])
 

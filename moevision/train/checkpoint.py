@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
+import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -44,6 +44,7 @@ from moevision.files import (
     sync_folder,
     temporary_for,
     write_json_atomic,
+    written_beside,
 )
 from moevision.models.safe_files import read_json
 from moevision.train import archive
@@ -230,16 +231,9 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint; every process calls it for a sharded one, else the first. Warns if the disk refuses."""
         path = Path(path).resolve()
-        divided, fault, write = archive.is_divided(checkpoint), None, _write_file
-        temporary = temporary_for(path)
-        if divided:
-            from moevision.train.parallel.folder import write_folder as write
-
-            temporary = Path(from_first(str(temporary)))
+        divided, fault = archive.is_divided(checkpoint), None
         try:
-            written = write(checkpoint, temporary)
-            if is_first():
-                _put(temporary, path, Entry.of(path.name, checkpoint, *written))
+            _write_folder(checkpoint, path) if divided else _write_file(checkpoint, path)
         except OSError as error:
             fault = error.strerror
         if divided:
@@ -250,8 +244,6 @@ class SafeCheckpointIO(CheckpointIO):
                 tell(f"note: {path} could be written now.")
             return
         self.refused[path] = fault
-        if is_first():
-            archive.remove(temporary)
         if known is None:
             tell(
                 f"warning: {path} can't be written ({fault}): training goes on, and the next one is tried; make room, "
@@ -295,16 +287,10 @@ class SafeCheckpointIO(CheckpointIO):
         write_manifest(path.parent, [entry for entry in read_manifest(path.parent) if entry.name != path.name])
 
 
-def _write_file(checkpoint: dict[str, Any], path: Path) -> tuple[str, int, bool]:
-    """Write a checkpoint as a file, flushed to the disk; its SHA-256, its bytes, and whether its weights are finite."""
+def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
     memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
     torch.save(checkpoint, memory)
-    make_folder(path.parent)
-    check_room(path.parent, memory.tell())
-    with path.open("wb") as file:
-        file.write(memory.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    data = memory.getvalue()
     states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]  # the second: beside an EMA
     finite = all(
         bool(torch.isfinite(value).all())
@@ -312,7 +298,24 @@ def _write_file(checkpoint: dict[str, Any], path: Path) -> tuple[str, int, bool]
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     )
-    return hashlib.sha256(memory.getbuffer()).hexdigest(), memory.tell(), finite
+    make_folder(path.parent)
+    check_room(path.parent, len(data))
+    with written_beside(path, data) as temporary:
+        _put(temporary, path, Entry.of(path.name, checkpoint, hashlib.sha256(data).hexdigest(), len(data), finite))
+
+
+def _write_folder(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write sharded tensors, each process its own."""
+    from moevision.train.parallel.folder import write_folder
+
+    temporary = Path(from_first(str(temporary_for(path))))
+    try:
+        written = write_folder(checkpoint, temporary)
+        if is_first():
+            _put(temporary, path, Entry.of(path.name, checkpoint, *written))
+    finally:
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(temporary: Path, path: Path, entry: Entry) -> None:

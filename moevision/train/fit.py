@@ -18,7 +18,7 @@ import shlex
 import shutil
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -31,16 +31,18 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
-from moevision.errors import SEED, DataWarning, UserError, check_ranges, shown
+from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
@@ -57,7 +59,17 @@ from moevision.train.health import RouterHealth, RunLogger, StopEarly, Stopwatch
 from moevision.train.loggers import log_routers
 from moevision.train.memory import check_memory, describe_memory
 from moevision.train.optim import freeze_parameters
-from moevision.train.processes import Interrupted, several_processes, tell
+from moevision.train.processes import (
+    Interrupted,
+    decide,
+    first_one_first,
+    from_first,
+    is_first,
+    meet,
+    several_processes,
+    start_processes,
+    tell,
+)
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
     chosen,
@@ -72,7 +84,17 @@ from moevision.train.recipe import (
 )
 from moevision.train.record import RecordRouting
 from moevision.train.report import is_unbalanced
-from moevision.train.resume import EpochEnd, ResumePoint, Session, Start, begin, begun_by, find_start, note_session
+from moevision.train.resume import (
+    EpochEnd,
+    ResumePoint,
+    Session,
+    Start,
+    begin,
+    begun_by,
+    devices_asked,
+    find_start,
+    note_session,
+)
 from moevision.train.scores import ExampleScores
 from moevision.train.start import fit_probe, start_with
 from moevision.train.stats import Calibrate
@@ -108,6 +130,8 @@ def fit(given: Given) -> None:
     """
     session = Session(given.command)
     with _in_sentences(session):
+        if not given.prints:
+            start_one_each(devices_asked(given))
         options, start = begin(session, given)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
@@ -115,7 +139,7 @@ def fit(given: Given) -> None:
         training = train(settings(options), session, start)
         run_dir = training.run_dir
         if training.trial:  # logged nothing and saved nothing
-            if session.processes.first and start is None:  # else the folder may be an earlier run's
+            if is_first() and start is None:  # else the folder may be an earlier run's
                 shutil.rmtree(run_dir)
             return
         command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
@@ -131,13 +155,13 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
     `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
-    started, stopwatch, files = datetime.now(UTC), Stopwatch(session.clock), SafeCheckpointIO()
+    started, stopwatch, files = datetime.now(UTC), Stopwatch(), SafeCheckpointIO()
     _seed(settings, session)
     task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
-    with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None) as forget:
+    with _no_trace_of_a_failure(run_dir, stopwatch, new=start is None):
         # Trainer
-        point = ResumePoint(run_dir / "checkpoints", files, settings.checkpoint, session.interruption, session.clock)
+        point = ResumePoint(run_dir / "checkpoints", files, settings.checkpoint, session.interruption)
         best = ModelCheckpoint(
             dirpath=run_dir / "checkpoints",
             filename="best",
@@ -161,7 +185,6 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
         ]
         strategy = strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
         trainer = _trainer(settings, run_dir, files, {**named, **strategy}, ours)
-        session.processes.watch(trainer, forget)
         if session.run_dir is None:  # the twin's turn comes when the run itself goes on
             session.run_dir = run_dir
         training = Training(settings, session, start, run_dir, task, data, trainer, files, stopwatch, started)
@@ -203,26 +226,20 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
 
 @contextmanager
-def _no_trace_of_a_failure(
-    run_dir: Path, session: Session, stopwatch: Stopwatch, *, new: bool
-) -> Iterator[Callable[[], None]]:
-    """Remove a new run folder if everything ends before one batch was trained on; yields what does so."""
-
-    def forget() -> None:
-        if new and stopwatch.images == 0 and session.processes.first:
-            shutil.rmtree(run_dir, ignore_errors=True)
-
+def _no_trace_of_a_failure(run_dir: Path, stopwatch: Stopwatch, *, new: bool) -> Iterator[None]:
+    """Remove a new run folder if everything ends before one batch was trained on."""
     try:
-        yield forget
+        yield
     except BaseException:
-        forget()
+        if new and stopwatch.images == 0 and is_first():
+            shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
 
 def _seed(settings: Settings, session: Session) -> None:
     """Seed every generator; `true` draws a seed and keeps it."""
     if settings.seed_everything is True:
-        settings.seed_everything = session.processes.decide(lambda: secrets.randbelow(2**31))
+        settings.seed_everything = decide(lambda: secrets.randbelow(2**31))
     check_ranges(settings, [(*SEED, ("seed_everything",))], "--")
     if settings.seed_everything is not False:
         L.seed_everything(settings.seed_everything, workers=True)
@@ -244,7 +261,7 @@ def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:
         refuse_among_images(root / name, images)
         return str(session.claim(new_run_folder(name, root)))
 
-    return Path(session.processes.decide(new))
+    return Path(decide(new))
 
 
 def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
@@ -296,10 +313,8 @@ def _trainer(
         "plugins": [*_as_list(asked.get("plugins")), files],
         "callbacks": callbacks,
     }
-    try:
-        trainer = L.Trainer(**asked)
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
-        raise UserError(f"The Trainer does not take these options: {error}") from error
+    trainer = _made(asked)
+    _check_processes(trainer)
     if (divided := parallel_strategy(trainer)) is not None:
         divided.check(trainer)
     # On CUDA TF32 where all is float32. What autocast leaves in float32, such as routers, needs its digits.
@@ -313,11 +328,58 @@ def _trainer(
     return trainer
 
 
+def _made(asked: Mapping[str, Any]) -> L.Trainer:
+    """A Trainer with these arguments.
+
+    Raises:
+        UserError: if it doesn't take them.
+    """
+    try:
+        return L.Trainer(**asked)
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
+        raise UserError(f"The Trainer does not take these options: {error}") from error
+
+
+def start_one_each(options: Mapping[str, Any]) -> None:
+    """Run this command in a process for each device that it asks for, unless torchrun, SLURM or this has done so.
+
+    Args:
+        options: by dotted names.
+
+    Raises:
+        SystemExit: when these processes have ended.
+        UserError: for devices that aren't there, and for machines where only torchrun or srun can start a process.
+    """
+    asked = {name: options.get(f"trainer.{name}") for name in ("accelerator", "devices", "num_nodes")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    alone = asked.get("devices", 1) in (1, "1") and asked.get("num_nodes", 1) == 1
+    if alone or several_processes():
+        return
+    trainer = _made({**asked, "strategy": "ddp", "logger": False, "enable_progress_bar": False})
+    if trainer.num_nodes > 1:
+        raise UserError("On several machines let torchrun or SLURM's srun start all the processes.")
+    if trainer.num_devices > 1:
+        start_processes(trainer.num_devices)
+
+
+def _check_processes(trainer: L.Trainer) -> None:
+    """Refuse a Trainer that expects other processes than there are, or such as can't agree on a run folder."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError("Several processes train with --trainer.strategy ddp here; spawned or forked ones can't.")
+    met = dist.get_world_size() if several_processes() else 1
+    expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
+    if met != expected:
+        raise UserError(
+            f"{met} processes were started and the Trainer expects {expected}: say --trainer.devices (processes per "
+            "machine), --trainer.num_nodes (machines) and --trainer.strategy ddp."
+        )
+
+
 def _read_data(data: ImageDataModule, trainer: L.Trainer, session: Session, verb: str, *, moved: bool) -> None:
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
     data.processes = trainer.num_devices
     try:
-        with session.processes.first_one_first():
+        with first_one_first():
             data.setup(verb)
     except UserError as error:
         there = data.path in DATASET_NAMES or data.path.startswith(HF) or Path(data.path).expanduser().exists()
@@ -433,7 +495,7 @@ def _start_with_probe(training: Training) -> None:
             with torch.random.fork_rng(devices=[]):  # a new classifier is drawn, too
                 net = dense_start(task.arch, data.num_classes, data.image_size) or net
         autocast = training.trainer.strategy.precision_plugin.forward_context
-        known = fit_probe(net, data, training.device_before, autocast, session.clock.now)
+        known = fit_probe(net, data, training.device_before, autocast)
     else:  # the run's, which has its time: without it the twin would look the sooner trained
         training.stopwatch.add(known.seconds, known.cpu_s)
     if known is None:
@@ -498,9 +560,9 @@ def _train(training: Training, point: ResumePoint) -> None:
         if point.began:
             raise
         raise UserError(f"The Trainer does not take these options: {error}") from error
-    fault = training.files.refused.get(point.path.resolve())
+    fault = from_first(training.files.refused.get(point.path.resolve()))
     if fault is not None and not training.trial:  # what would be tested now are the weights of an earlier step
-        if not session.processes.first:
+        if not is_first():
             raise SystemExit(0)
         command = session.resume_command
         raise UserError(
@@ -515,7 +577,7 @@ def _train_twin(
     """Train the dense twin of a finished training by the same recipe, and compare both."""
     session, run_dir = training.session, training.run_dir
 
-    def new() -> Any:
+    def new() -> Start:
         """Where the twin's training begins, in a folder that is made for it."""
         folder = run_dir / "twin"
         known = folder.is_dir()
@@ -524,9 +586,9 @@ def _train_twin(
         if (run_dir / "splits.csv").is_file():
             shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
         print("\nNow the dense twin, by the same recipe.", flush=True)
-        return start.plain()
+        return start
 
-    start = Start.from_plain(session.processes.decide(new))
+    start: Start = decide(new)
     seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
     changes: dict[str, Any] = {"model.arch.twin": "active_flops", "with_twin": False, "seed_everything": seed}
     again = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
@@ -555,10 +617,11 @@ def evaluate(verb: str, given: Given) -> None:
     with _in_sentences(session):
         if given.options.get("resume") is not None:
             raise UserError(f"--resume resumes a training: use it with fit; {verb} takes --ckpt_path.")
-        options = chosen(verb, given, decide=session.processes.decide)
+        options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
             return
+        start_one_each(options)
         checkpoint = options.get("ckpt_path")
         if not checkpoint:
             raise UserError(f"Say which weights to {verb}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
@@ -566,13 +629,12 @@ def evaluate(verb: str, given: Given) -> None:
         model = checked({"model": load_rest(Path(checkpoint))["hyper_parameters"]}, checkpoint)
         known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
         asked = settings({**options, **model, **given.options})
-        stopwatch, files = Stopwatch(session.clock), SafeCheckpointIO()
+        stopwatch, files = Stopwatch(), SafeCheckpointIO()
         _seed(asked, session)
         task, data, named = _task(asked), ImageDataModule(**vars(asked.data)), instantiated(asked.trainer)
         run_dir = _new_folder(asked, session, f"-{verb}")
-        with _no_trace_of_a_failure(run_dir, session, stopwatch, new=True) as forget:
+        with _no_trace_of_a_failure(run_dir, stopwatch, new=True):
             trainer = _trainer(asked, run_dir, files, named, _as_list(named.pop("callbacks", None)))
-            session.processes.watch(trainer, forget)
             origin = run_of_checkpoint(checkpoint)
             if (origin / "splits.csv").is_file():
                 table, config = origin / "splits.csv", newest_config(origin)
@@ -614,11 +676,12 @@ def _in_sentences(session: Session) -> Iterator[None]:
             f"{odd} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to it that "
             "has a plain name."
         )
+    meet()
     try:
-        with session.interruption, session.clock, quiet_lightning():
+        with session.interruption, quiet_lightning():
             yield
     except (Interrupted, TrainingDiverged) as stopped:
-        if not session.processes.first:
+        if not is_first():
             raise SystemExit(0) from None  # the first process says it, and its exit code counts
         if isinstance(stopped, Interrupted):
             command = session.resume_command
@@ -635,10 +698,11 @@ def _in_sentences(session: Session) -> Iterator[None]:
         raise UserError(f"{what} is full: make room, then go on with {command}.") from error
     except Exception as error:
         if several_processes() and "by peer" in str(error):  # gloo's words for a connection that has gone
-            if not session.processes.first:
-                session.processes.wait_for_first()
-                raise SystemExit(1) from None
-            raise UserError(session.processes.another_ended()) from error
+            if not is_first():
+                raise SystemExit(USER_ERROR) from None  # one voice
+            command = session.resume_command
+            how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
+            raise UserError(f"Another process of this training has ended, see above if it said why.{how}") from error
         # A checkpoint, sound as a file, that holds something else than Lightning is to restore.
         code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
         restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]

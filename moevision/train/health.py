@@ -32,7 +32,7 @@ from moevision.config import EarlyStoppingConfig
 from moevision.data import ImageDataModule
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.processes import AwakeClock, sums_over_processes, tell
+from moevision.train.processes import sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -143,10 +143,7 @@ def cpu_s() -> float:
 
 
 class Stopwatch(L.Callback):
-    """Seconds and images of training proper, over all sessions of a run: validation and sleep are left out.
-
-    Args:
-        clock: what measures time.
+    """Seconds and images of training proper, over all sessions of a run: validation is left out.
 
     Attributes:
         train_s: seconds of training without validation.
@@ -155,15 +152,14 @@ class Stopwatch(L.Callback):
             (`moevision.data.loader.ImageLoader` does).
     """
 
-    def __init__(self, clock: AwakeClock) -> None:
+    def __init__(self) -> None:
         self.train_s = 0.0
         self.images = 0
         self.data_wait_s: float | None = 0.0
-        self._clock = clock
         self._started = 0.0
         self._waited: float | None = 0.0
         self._advised = False
-        self._run_started, self._earlier_s = clock.now(), 0.0
+        self._run_started, self._earlier_s = time.monotonic(), 0.0
         self._cpu_started = cpu_s()
         self._earlier_cpu_s: float | None = 0.0
 
@@ -175,7 +171,7 @@ class Stopwatch(L.Callback):
     @property
     def run_s(self) -> float:
         """Seconds since the run began, reading and validation included, interruptions left out."""
-        return self._earlier_s + self._clock.now() - self._run_started
+        return self._earlier_s + time.monotonic() - self._run_started
 
     @property
     def cpu_s(self) -> float | None:
@@ -202,7 +198,7 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self._started, self._waited = self._clock.now(), getattr(trainer.train_dataloader, "wait_s", None)
+        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

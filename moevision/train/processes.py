@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -27,12 +28,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from torch import Tensor
 
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, shown_lines
 
+_AGAIN_S = 0.05  # until a signal whose exception was dropped is raised again
+_LOOK_S = 0.5  # between two looks at whether the process that started this one still lives
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
 _HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows
 
@@ -127,14 +131,19 @@ class Interruption:
         self.requested: int | None = None
         self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
+        self._tell_dropped = sys.unraisablehook
+        self._again = threading.Timer(_AGAIN_S, signal.raise_signal)
 
     def __enter__(self) -> Interruption:
         """Begin to listen."""
+        self._tell_dropped, sys.unraisablehook = sys.unraisablehook, self._on_dropped
         self.listen()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Give every signal back to whoever had it."""
+        sys.unraisablehook = self._tell_dropped
+        self._again.cancel()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
@@ -161,6 +170,16 @@ class Interruption:
             raise Interrupted(number)
         name = signal.Signals(number).name
         tell(f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it.")
+
+    def _on_dropped(self, dropped: Any) -> None:
+        """Python drops what is raised in `__del__` or a weak reference's callback: stop a moment later, then."""
+        if not isinstance(dropped.exc_value, Interrupted):
+            self._tell_dropped(dropped)
+            return
+        self._again.cancel()
+        self._again = threading.Timer(_AGAIN_S, signal.raise_signal, [self.requested])
+        self._again.daemon = True
+        self._again.start()
 
     def stop(self) -> None:
         """Stop now, because this process or another one was asked to.
@@ -211,51 +230,10 @@ def first_one_first() -> Iterator[None]:
             dist.barrier()
 
 
-def start_processes(number: int, command: Sequence[str], go_on: Callable[[], str]) -> NoReturn:
-    """Start the processes of a training on this machine, wait for their end, and end as they did.
-
-    Args:
-        number: of processes.
-        command: what each runs, after `python -m`; torchrun's environment tells them apart.
-        go_on: how to go on after one of them was killed, for the end of a sentence.
-
-    Raises:
-        SystemExit: when they have ended, with 0 or the exit code of the first that failed.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=number,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="moevision",
-        max_restarts=0,
-        monitor_interval=0.2,
-        shutdown_timeout=3600,  # a validation is finished before a process stops
-        signals_to_handle=",".join(name for name in _STOP_SIGNALS if hasattr(signal, name)),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", *command)
-    except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode == -_KILL:
-            tell(
-                f"moevision: Process {rank} of this training was killed, by somebody or by a system that has run out "
-                f"of memory.{go_on()}"
-            )
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else USER_ERROR) from None
-    raise SystemExit(0)
-
-
 def meet() -> None:
-    """Join the other processes of this training, if there are any.
+    """Join the other processes of this training, if torchrun, SLURM or `start_processes` started all of them.
+
+    No signal interrupts the wait for them: call it while SIGTERM still ends the process.
 
     Raises:
         UserError: if SLURM was to start several and hasn't, so that this one would wait for them.
@@ -278,6 +256,56 @@ def meet() -> None:
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
     dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
+    if torchrun and os.name == "posix":
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it was killed: nobody would hear of it, and it holds the run."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(USER_ERROR)
+
+
+def start_processes(number: int) -> NoReturn:
+    """Run this command once in each of `number` processes on this machine, wait for them, and end as they did.
+
+    Raises:
+        SystemExit: when they have ended, with 0 or the exit code of one that failed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="moevision",
+        max_restarts=0,
+        monitor_interval=0.2,
+        shutdown_timeout=600,  # a validation is finished before a process stops
+        signals_to_handle=",".join(name for name in _STOP_SIGNALS if hasattr(signal, name)),
+    )
+    program, *arguments = _basic_subprocess_cmd()
+    try:
+        elastic_launch(config, program)(*arguments)
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as failed:
+        codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+        killed = [rank for rank, code in codes.items() if code == -_KILL]
+        if killed:
+            again = " To go on: moevision fit --resume with the run folder named above." if killed[0] == 0 else ""
+            tell(
+                f"moevision: Process {killed[0]} of this training was killed, by somebody or by a system that has run "
+                f"out of memory.{again}"
+            )
+        raise SystemExit(next((code for code in codes.values() if code > 0), USER_ERROR)) from None
+    raise SystemExit(0)
 
 
 def random_state() -> dict[str, Any]:

@@ -12,7 +12,6 @@ them during setup; the order of the images and their augmentation don't depend o
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -35,14 +35,15 @@ from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
 from moevision.train.health import RunLogger
 from moevision.train.processes import (
     Interruption,
-    Processes,
+    decide,
     gather,
     part_random_state,
     random_state,
     restore_random_state,
+    several_processes,
     tell,
 )
-from moevision.train.recipe import chosen, epoch_batches, read_config, refuse_among_images, run_name
+from moevision.train.recipe import chosen, read_config, refuse_among_images, run_name
 from moevision.train.start import PROBE_FILE, Probe
 
 OPTION, AUTO = "--resume", "auto"
@@ -288,17 +289,6 @@ class Start:
     sha256: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
-    def plain(self) -> dict[str, Any]:
-        """JSON primitives, for the other processes of the training."""
-        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
-        return {**vars(self), "run_dir": str(self.run_dir), "checkpoint": checkpoint}
-
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> Start:
-        """What `plain` gave."""
-        checkpoint = None if values["checkpoint"] is None else Path(values["checkpoint"])
-        return cls(**{**values, "run_dir": Path(values["run_dir"]), "checkpoint": checkpoint})
-
 
 def recorded_config(run_dir: Path) -> Path:
     """The config that a run began with.
@@ -431,13 +421,15 @@ def claim(run_dir: Path) -> FileLock:
     """Keep other processes from training in the same folder, until the lock is released or this process has ended.
 
     Raises:
-        UserError: if another process has it. Workers of a killed one keep its lock for a few seconds, so it waits.
+        UserError: if another process has it. Workers of a killed one keep its lock for some seconds, so it waits.
     """
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=_PATIENCE_S)
     except Timeout:
         raise UserError(f"Another process is training in {run_dir}: wait for it, or end it first.") from None
+    except NotImplementedError:  # a file system without locks
+        pass
     return lock
 
 
@@ -449,10 +441,8 @@ class Session:
 
     Attributes:
         interruption: listens to signals.
-        clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
         lines: to be told when the model stands and the training can begin: what it starts from.
-        processes: this process among those of the training.
         run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
     """
@@ -462,7 +452,7 @@ class Session:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
-        self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
+        self.interruption = Interruption()
         self.notes: list[str] = []
         self.lines: list[str] = []
         self._claims: list[FileLock] = []
@@ -494,13 +484,10 @@ class Session:
         again = without_resume(self.command[2:]) if self.notes else []
         return " ".join([resume_command(self.run_dir), *map(shlex.quote, again)])
 
-    def _go_on(self) -> str:
-        command = self.resume_command
-        return f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
-
     def close(self) -> None:
-        """Release the claimed folders, and end the processes that were started."""
-        self.processes.close()
+        """Leave the other processes, and release the claimed folders."""
+        if several_processes():
+            dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
         while self._claims:
             self._claims.pop().release()
 
@@ -529,7 +516,7 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
     options = dict(given.options)
     target = options.pop("resume", None)
     given = given._replace(options=options)
-    say, decide = tell if given.prints else session.lines.append, session.processes.decide
+    say = tell if given.prints else session.lines.append
     if target is None:
         return chosen("fit", given, decide=decide, say=say), None
     automatic = target == AUTO
@@ -549,7 +536,7 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
         asked["seed_everything"] = recorded.get("seed_everything", 0)  # for `true` the one that was drawn
         return changed
 
-    def find() -> dict[str, Any]:
+    def find() -> Start:
         if automatic:
             refuse_among_images(run_dir, asked["data.path"])
         known = (run_dir / "config.yaml").is_file()
@@ -557,14 +544,23 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
             compare()  # nothing that asks for another training passes for done
             tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
             raise SystemExit(0)
-        return find_start(session.claim(run_dir), fresh_if_none=automatic).plain()
+        return find_start(session.claim(run_dir), fresh_if_none=automatic)
 
-    start = Start.from_plain(decide(find))
+    start: Start = decide(find)
     if start.checkpoint is not None:
         session.notes = compare()
         for note in session.notes:
             tell(f"changed: {note}")
     return asked, start
+
+
+def devices_asked(given: Given) -> dict[str, Any]:
+    """What a `fit` says of accelerator, devices and machines, or else the run that it goes on with; by dotted names."""
+    asked, target = chosen("fit", given, recorded=True), given.options.get("resume")
+    if target is not None:
+        config = (own_folder(given) if target == AUTO else Path(target)) / "config.yaml"
+        asked = {**(read_config(config) if config.is_file() else {}), **asked}
+    return {name: value for name, value in asked.items() if name.startswith("trainer.")}
 
 
 def own_folder(given: Given) -> Path:

@@ -373,18 +373,17 @@ def fit_probe(
     data: ImageDataModule,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    now: Callable[[], float] = time.perf_counter,
 ) -> Probe | None:
     """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
 
     Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
     every class the same share. The model has the classes of the data and is left as it was, but for the device;
-    `context` is around each forward pass, such as autocast; `now` is a clock, in seconds.
+    `context` is around each forward pass, such as autocast.
     """
     head = linear_head(net)
     if head is None:
         return None
-    began, began_cpu_s = now(), cpu_s()
+    began, began_cpu_s = time.monotonic(), cpu_s()
     state = cast(Any, net.to(device))
     taken: dict[str, list[int]] = {}
     for split, most in _MOST_IMAGES.items():  # at random, of every class the same share
@@ -405,7 +404,7 @@ def fit_probe(
                     tokens = state.forward_features(batch["image"].to(device))
                     features = state.forward_head(tokens, pre_logits=True).double().cpu()
                 parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
-                ends.append(now())
+                ends.append(time.monotonic())
                 if len(ends) == _TIMED:
                     tell(
                         f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
@@ -426,7 +425,7 @@ def fit_probe(
         test_correct={
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },
-        seconds=now() - began,
+        seconds=time.monotonic() - began,
         mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
         cpu_s=cpu_s() - began_cpu_s,
         of_experts=bool(moe_layers(net)),

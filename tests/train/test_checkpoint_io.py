@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified when they are read, and patient with a disk that refuses."""
+"""Checkpoints: whole or not at all, verified when they are read, and no reason to stop where a disk refuses."""
 
 import errno
 import hashlib
@@ -25,6 +25,7 @@ from moevision.train.checkpoint import (
     final_checkpoint,
     newest_valid,
     read_manifest,
+    sha256_of,
     verify,
     write_manifest,
 )
@@ -168,32 +169,22 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_waited_for(files, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_one_save(files, tmp_path, monkeypatch, capsys):
     files.save_checkpoint(state(1), tmp_path / LAST)
     before = (tmp_path / LAST).read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        files.save_checkpoint(state(2), tmp_path / LAST)
-        assert not files.retry(now=True)
-        assert files.load_checkpoint(tmp_path / LAST)["global_step"] == 2, "from memory"
+        for step in (2, 3):
+            files.save_checkpoint(state(step), tmp_path / LAST)
+            assert files.refused == {tmp_path / LAST: "No space left on device"}
     assert (tmp_path / LAST).read_bytes() == before
     assert capsys.readouterr().err.count("No space left on device") == 1, "said once"
     assert not list(tmp_path.glob(".*"))
-    assert not files.retry(), "not again within half a minute"
-    assert files.retry(now=True)
-    assert newest_valid(tmp_path)[0].step == 2
+    files.save_checkpoint(state(4), tmp_path / LAST)
+    assert files.refused == {}
+    assert newest_valid(tmp_path)[0].step == 4
+    assert verify(tmp_path / PREVIOUS).step == 1
     assert "could be written now" in capsys.readouterr().err
-
-
-def test_a_refused_save_is_tried_again_after_half_a_minute(files, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        files.save_checkpoint(state(1), tmp_path / LAST)
-    refused_s = files._tried_s
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: refused_s + 29.9)
-    assert not files.retry()
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: refused_s + 30)
-    assert files.retry()
 
 
 def test_tensors_go_where_they_are_asked_for(files, tmp_path):
@@ -207,31 +198,31 @@ def test_the_last_free_bytes_are_left_alone(files, tmp_path, monkeypatch):
     usage = checkpoint.shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     files.save_checkpoint(state(1), tmp_path / LAST)
-    assert files.waiting == [tmp_path / LAST]
+    assert files.refused.keys() == {tmp_path / LAST}
     assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_written_if_a_megabyte_stays_free(files, tmp_path, monkeypatch):
-    """2^20 bytes beside its own; with one byte less it waits."""
+    """2^20 bytes beside its own; with one byte less it is refused."""
     files.save_checkpoint(state(1), tmp_path / BEST)
     need = (tmp_path / BEST).stat().st_size + 2**20
     free = [need - 1, need]
     monkeypatch.setattr(
         checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
     )
-    files.save_checkpoint(state(2), tmp_path / LAST)
-    assert files.waiting == [tmp_path / LAST]
-    assert files.retry(now=True)
+    for refused in ({tmp_path / LAST}, set()):
+        files.save_checkpoint(state(2), tmp_path / LAST)
+        assert files.refused.keys() == refused
     assert newest_valid(tmp_path)[0].step == 2
     assert free == []
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_waited_for(files, tmp_path):
+def test_a_read_only_folder_refuses(files, tmp_path):
     tmp_path.chmod(0o500)
     files.save_checkpoint(state(1), tmp_path / LAST)
     tmp_path.chmod(0o700)
-    assert files.retry(now=True)
+    assert files.refused.keys() == {tmp_path / LAST}
 
 
 class Evil:
@@ -259,7 +250,7 @@ def test_no_pickle_is_ever_run(files, tmp_path):
 def test_a_pickle_that_the_manifest_lists_is_not_run_either(files, tmp_path):
     """Whoever may write a checkpoint there may write its hash, too."""
     torch.save({"global_step": 9, "state_dict": {}, "evil": Evil(tmp_path / "pwned")}, tmp_path / LAST)
-    write_manifest(tmp_path, [Entry.of(LAST, {"global_step": 9}, (tmp_path / LAST).read_bytes())])
+    write_manifest(tmp_path, [Entry.of(LAST, {"global_step": 9}, sha256_of(tmp_path / LAST), 1, True)])
     assert verify(tmp_path / LAST).fault is None
     with pytest.raises((UserError, pickle.UnpicklingError)):
         files.load_checkpoint(tmp_path / LAST)

@@ -6,20 +6,24 @@ from typing import Any, cast
 import pytest
 
 from moevision.data import ImageDataModule
+from moevision.train import health
 from moevision.train.health import Stopwatch, data_wait_advice
-from moevision.train.processes import AwakeClock
 
 pytestmark = pytest.mark.deep
 
 
-class Hand(AwakeClock):
+class Hand:
     """A clock that is set by hand."""
 
     time_s = 0.0
 
-    def now(self) -> float:
-        """Seconds."""
-        return self.time_s
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Hand:
+    """What `Stopwatch` looks at."""
+    hand = Hand()
+    monkeypatch.setattr(health.time, "monotonic", lambda: hand.time_s)
+    return hand
 
 
 def train(watch: Stopwatch, clock: Hand, batches: int, *, wait_s: float, step_s: float, validate: bool = True) -> None:
@@ -36,13 +40,12 @@ def train(watch: Stopwatch, clock: Hand, batches: int, *, wait_s: float, step_s:
             watch.on_validation_end(trainer, cast(Any, None))
 
 
-def test_share_by_hand() -> None:
-    clock = Hand()
-    watch = Stopwatch(clock)
+def test_share_by_hand(clock: Hand) -> None:
+    watch = Stopwatch()
     assert watch.data_wait is None, "nothing was trained yet"
     train(watch, clock, 10, wait_s=1.0, step_s=3.0)
     assert (watch.train_s, watch.data_wait_s, watch.data_wait) == (40.0, 10.0, 0.25)
-    resumed = Stopwatch(clock)
+    resumed = Stopwatch()
     resumed.load_state_dict(watch.state_dict())
     train(resumed, clock, 10, wait_s=0.0, step_s=4.0)
     assert resumed.data_wait == 10 / 80
@@ -52,14 +55,13 @@ def test_share_by_hand() -> None:
     assert resumed.cpu_s > watch.state_dict()["cpu_s"] > 0, "CPU time goes on from the earlier session's"
 
 
-def test_what_was_not_counted_is_not_known() -> None:
+def test_what_was_not_counted_is_not_known(clock: Hand) -> None:
     """A checkpoint of a version that didn't count, and a loader that doesn't."""
-    clock = Hand()
-    watch = Stopwatch(clock)
+    watch = Stopwatch()
     watch.load_state_dict({"train_s": 5.0, "images": 8, "run_s": 5.0})
     train(watch, clock, 2, wait_s=1.0, step_s=1.0)
     assert (watch.data_wait, watch.cpu_s) == (None, None)
-    other = Stopwatch(clock)
+    other = Stopwatch()
     trainer = cast(Any, SimpleNamespace(train_dataloader=object(), world_size=1))
     other.on_train_epoch_start(trainer, cast(Any, None))
     clock.time_s += 1
@@ -86,9 +88,8 @@ def test_advice_names_what_helps() -> None:
     assert "or raise --data.num_workers (now 0), or choose --data.augment light." in sentence
 
 
-def test_advice_is_given_once_and_early(capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Hand()
-    watch = Stopwatch(clock)
+def test_advice_is_given_once_and_early(clock: Hand, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Stopwatch()
     trainer = cast(Any, SimpleNamespace(is_global_zero=True, datamodule=pets()))
     for batches, told in ((5, 0), (5, 1), (5, 0)):  # 20 s, 40 s and 60 s of training
         train(watch, clock, batches, wait_s=1.0, step_s=3.0)

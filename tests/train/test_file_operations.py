@@ -54,8 +54,9 @@ class Training:
         for name in (LAST, BEST):
             state = {"w": torch.full((50,), float(step))}
             checkpoint = {"global_step": step, "state_dict": state, "rows": self.metrics.sync()}
-            self.files.save_checkpoint(checkpoint, self.run / "checkpoints" / name)
-            if not self.files.waiting:
+            path = self.run / "checkpoints" / name
+            self.files.save_checkpoint(checkpoint, path)
+            if path.resolve() not in self.files.refused:
                 done(name)
 
 
@@ -228,14 +229,8 @@ def refused(run: Path, at: int, columns: int, code: int, *, for_good: bool, leas
         found, damaged = newest_valid(run / "checkpoints")
         if (0 if found is None else found.step) < least or damaged:
             return "a checkpoint, until the disk works again"
-        if not training.files.retry(now=True):
-            return "the new checkpoint"
         training.metrics.sync()
-        if least and not has_previous(run):
-            return "the second one to go on from"
-        if least and verify(run / "checkpoints" / PREVIOUS).step != BEFORE:
-            return "the checkpoint before"
-    return lost(run, NOW)
+    return lost(run, NOW if training.files.refused.keys() <= {run.resolve() / "checkpoints" / BEST} else least)
 
 
 # -- the process dies

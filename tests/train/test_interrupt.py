@@ -1,4 +1,4 @@
-"""Signals, sleep, and the file of metrics that only grows."""
+"""Signals, and the file of metrics that only grows."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 
-from moevision.train import health, processes
+from moevision.train import health
 from moevision.train.health import MetricsFile
-from moevision.train.processes import AwakeClock, Interrupted, Interruption
+from moevision.train.processes import Interrupted, Interruption
 
 pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
@@ -112,60 +112,6 @@ def test_a_forked_worker_leaves_the_decision_to_the_main_process():
             send("SIGTERM")
             os._exit(7 if interruption.requested is None else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
-
-
-def test_a_stopped_process_is_not_a_slow_one(monkeypatch):
-    """Steps of 2 s; in the third the process is stopped for 100 s."""
-    now = [1000.0]
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(processes, "_boot_s", lambda: now[0])
-    with AwakeClock() as clock:
-        begun = clock.now()
-        assert clock.tick() == 0
-        for _ in range(2):
-            now[0] += 2
-            assert clock.tick() == 0
-        now[0] += 102
-        send("SIGCONT")
-        assert clock.tick() == 100
-        assert clock.now() - begun == 6
-        now[0] += 102  # slow, but never stopped
-        assert clock.tick() == 0
-        assert clock.now() - begun == 108
-
-
-def test_sleep_is_noticed_and_does_not_count(monkeypatch):
-    """The monotonic clock stands still while the machine sleeps, the other one runs on."""
-    awake, asleep = [1000.0], [0.0]
-    monkeypatch.setattr(processes.time, "monotonic", lambda: awake[0])
-    monkeypatch.setattr(processes, "_boot_s", lambda: awake[0] + asleep[0])
-    with AwakeClock() as clock:
-        begun = clock.now()
-        awake[0] += 2
-        asleep[0] += 8 * 3600
-        assert clock.tick() == 8 * 3600
-        assert clock.now() - begun == 2
-        awake[0] += 2
-        assert clock.tick() == 0
-
-
-def test_a_really_stopped_process():
-    """SIGSTOP from a child for 3 s; ticks of 10 ms before, or of ten times that on a busy machine."""
-    with AwakeClock() as clock:
-        for _ in range(5):
-            time.sleep(0.01)
-            clock.tick()
-        begun = clock.now()
-        parent = os.getpid()
-        child = os.fork()
-        if child == 0:
-            os.kill(parent, signal.SIGSTOP)
-            time.sleep(3)
-            os.kill(parent, signal.SIGCONT)
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert clock.tick() > 2
-        assert clock.now() - begun < 2
 
 
 # metrics.csv

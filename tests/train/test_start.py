@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from moevision.layers import moe_layers
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.models.reading import routes_read
 from moevision.train import health, start
-from moevision.train.processes import AwakeClock
 from moevision.train.recipe import choose_recipe, chosen
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
@@ -344,10 +344,12 @@ def test_fit_trains_from_a_download_that_broke_off(
 def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each probe takes 1000 s of the clock and of the CPU."""
     passed_s: list[int] = []
-    regression, now, cpu_s = start._best_regression, AwakeClock.now, health.cpu_s
+    regression, now, cpu_s = start._best_regression, time.monotonic, health.cpu_s
     monkeypatch.setattr(start, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
-    monkeypatch.setattr(AwakeClock, "now", lambda self: now(self) + sum(passed_s))
     for module in (health, start):
+        monkeypatch.setattr(
+            module, "time", SimpleNamespace(monotonic=lambda: now() + sum(passed_s), process_time=time.process_time)
+        )
         monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
 
