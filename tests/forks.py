@@ -1,8 +1,8 @@
 """Commands in forks of a process that has imported torch, timm and Lightning, and done nothing else.
 
 To import them takes seven seconds of CPU time. A fork has its own arguments, environment, folder, output and session,
-as `subprocess.Popen` would give them. What it runs itself (`python -m ...`, by Lightning's launcher or by torchrun) are
-forks too, made before the command begins.
+as `subprocess.Popen` would give them. What it runs itself (`python -m ...`, by our launcher or by torchrun) are forks
+too, made before the command begins.
 """
 
 import os
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from multiprocessing import Pipe, forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -39,7 +38,7 @@ class Forked:
         command: what follows `python`: `-m MODULE`, `-c CODE` or a script, and arguments.
         folder: where it runs.
         env: its environment.
-        others: how many processes Lightning or torchrun may start in it as forks; further ones are new interpreters.
+        others: how many processes torchrun or our launcher may start in it as forks; further ones are new interpreters.
     """
 
     def __init__(self, command: list[str], folder: Path, env: Mapping[str, str], others: int = 0) -> None:
@@ -147,8 +146,6 @@ def _wait_for_command(hear: Connection) -> tuple[list[str], dict[str, str]]:
 
 
 def _give_commands_to_forks() -> None:
-    from lightning.pytorch.strategies.launchers import subprocess_script
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    subprocess_script.subprocess = SimpleNamespace(Popen=_Waiting)
     subprocess_handler.Popen = _Waiting

@@ -9,7 +9,7 @@ from benchmarks.records import Claim, Definition
 
 Json = dict[str, Any]
 GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
-RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kill.json"
+RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kills.jsonl"
 FILES = "benchmarks/reliability/file_operations.json"
 FOLDERS = "benchmarks/reliability/folders.json"
 
@@ -31,11 +31,14 @@ def equal_cells(record: Json) -> Json:
     return {"equal": sum(not cell["differs"] and not cell["leaked"] for cell in cells), "cells": len(cells)}
 
 
-def kills(record: Json) -> list[Json]:
-    """Kills that struck, and runs, in each part; no checkpoint was damaged."""
-    parts = [record[name] for name in ("own file system, one run", "own file system", "TMPDIR in /dev/shm")]
-    assert not any(kill["damaged"] for part in parts for kill in part["kills"])
-    return [{"kills": sum(kill["killed"] for kill in part["kills"]), "runs": len(part["runs"])} for part in parts]
+def kills(*runs: Json) -> list[Json]:
+    """Kills that struck, and runs, of each form; no checkpoint was damaged, and no run ended otherwise."""
+    assert not any(kill["damaged"] for run in runs for kill in run["kills"])
+    assert not any(run["differs"] or run["leaked"] for run in runs)
+    struck: dict[str, list[int]] = {}
+    for run in runs:
+        struck.setdefault(run["form"], []).append(sum(kill["killed"] for kill in run["kills"]))
+    return [{"form": form, "kills": sum(each), "runs": len(each)} for form, each in struck.items()]
 
 
 def file_operations(record: Json) -> Json:
@@ -105,7 +108,7 @@ CLAIMS = [
     Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
     Claim("benchmarks/mutation.json", "by seed from {of:,} possible changes"),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
-    Claim(KILLS, "{kills} kills in {runs} run", kills),
+    Claim(KILLS, "{form}: {kills} kills in {runs} runs", kills),
     Claim(
         SOAK,
         "| {training[steps]:,} training steps, with validation and checkpoints | {training[rss_mb]:.0f} MB at the end, "

@@ -1,14 +1,13 @@
 """`kill -9` at random moments, again and again: is the run that comes out the one that was never killed?
 
-    python -m benchmarks kill --kills 50                      # about 20 s of CPU each
-    python -m benchmarks kill --kills 50 --tmpdir /dev/shm    # TMPDIR on another file system
-    python -m benchmarks kill --kills 50 --one-run            # all of them over one and the same long run
+    python -m benchmarks kill --kills 50                # of each form, a few seconds of CPU each
+    python -m benchmarks kill --kills 50 --only DDP     # of one
 
 The same command, `moevision fit ... --resume auto`, is started over and over and killed a random time after its start:
-while it imports, reads, trains, validates, saves or writes the report. Every third step is saved.
-When a run has come to its end it is compared with one that was left alone (weights of the exported model, predictions,
-metrics.csv, byte for byte), and the next begins, until enough kills are made. With --one-run one run, long enough, is
-killed every time and then left to end. The record is written after each kill, and the same command goes on with it.
+while it reads, trains, validates, saves or writes the report. Of two processes the one that started them is killed, the
+first or the second. Every third step is saved. A run that has come to its end is compared with one that was left alone
+(weights of the exported model, predictions, metrics.csv, byte for byte) and is a line of the record; the next begins,
+until there are enough kills. Commands are forks of a process that has imported torch (`tests/forks.py`).
 """
 
 from __future__ import annotations
@@ -17,134 +16,128 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from benchmarks.harness import HERE, about, argument_parser
-from moevision.files import write_json_atomic
+from benchmarks.harness import HERE, about, argument_parser, count
 from moevision.train.checkpoint import newest_valid
 from moevision.train.resume import is_finished
+from tests.forks import Forked
 
-STARTED = "run folder:"  # printed right before the first step
 OPTIONS = (
     *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.router=bias_balanced"),
-    *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=320", "--data.val_size=64"),
+    *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=160", "--data.val_size=64"),
     *("--data.test_size=64", "--data.augment=trivialaugment", "--trainer.precision=32-true"),
     *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--checkpoint.every_steps=3"),
+    *("--trainer.accelerator=cpu", "--trainer.max_epochs=6"),
 )
-EPOCHS, EPOCHS_OF_ONE_RUN = 12, 120  # of 40 steps
+TWO = "--trainer.devices=2"
+FORMS: dict[str, tuple[str, ...]] = {
+    "one process": (),
+    "Muon": ("--model.optim.name=muon",),
+    "moving average": ("--ema.decay=0.9",),
+    "accumulation": ("--trainer.accumulate_grad_batches=2",),
+    "DDP": (TWO, "--trainer.strategy=ddp"),
+    "expert parallelism": (TWO, "--parallel=fsdp", "--parallel.expert=2"),
+}
 SAME = ("model/model.safetensors", "predictions_test.csv", "metrics.csv")
 
 
-def start(root: Path, name: str, tmpdir: Path, epochs: int) -> subprocess.Popen[str]:
+def start(root: Path, name: str, form: str) -> Forked:
     """Start or go on with the run `name`."""
-    command = [sys.executable, "-m", "moevision", "fit", "synthetic_pets", *OPTIONS, f"--trainer.max_epochs={epochs}"]
-    return subprocess.Popen(
-        [*command, f"--runs_root={root}", f"--name={name}", "--resume=auto"],
-        env={**os.environ, "TMPDIR": str(tmpdir)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = ["-m", "moevision", "fit", "synthetic_pets", *OPTIONS, *FORMS[form]]
+    others = 2 if TWO in FORMS[form] else 0
+    return Forked([*command, f"--runs_root={root}", f"--name={name}", "--resume=auto"], root, environment, others)
 
 
-def kill_once(root: Path, name: str, tmpdir: Path, epochs: int, draw: random.Random) -> dict[str, Any]:
-    """Start, wait a random time, kill; what was found afterwards. Nine of ten kills come after the first step began."""
-    process = start(root, name, tmpdir, epochs)
-    assert process.stdout is not None
-    said: list[str] = []
-    if draw.random() < 0.9:
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith(STARTED):
-                break
-    wait_s = draw.uniform(0, 4)
+def finish(root: Path, name: str, form: str) -> float:
+    """Let a run come to its end; the seconds that this took."""
+    began = time.monotonic()
+    process = start(root, name, form)
+    words, _ = process.communicate()
+    assert process.returncode == 0, words[-3000:]
+    return time.monotonic() - began
+
+
+def kill_once(root: Path, name: str, form: str, longest_s: float, draw: random.Random) -> dict[str, Any]:
+    """Start, wait a random time, kill; what was found afterwards."""
+    process, wait_s = start(root, name, form), draw.uniform(0, 0.7 * longest_s)  # what is left takes less
+    victims = ["the command"] + (["the first process", "the second process"] if TWO in FORMS[form] else [])
+    place = draw.randrange(len(victims))
     try:
         process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        process.kill()
-    said += process.stdout.readlines()
-    process.wait()
+        began = _started_by(cast(int, process.pid))
+        victim = process.pid if place == 0 or len(began) < 2 else began[place - 1]
+        os.kill(cast(int, victim), signal.SIGKILL)
+    words, _ = process.communicate()
+    assert process.returncode in (0, 2, -9), words[-3000:]
     found, refused = newest_valid(root / name / "checkpoints")
     return {
-        "killed": process.returncode == -9,
-        "exit": process.returncode,
+        "killed": process.returncode != 0,
+        "victim": victims[place],
         "wait_s": round(wait_s, 2),
         "step_after": None if found is None else found.step,
         "damaged": [f"{other.path.name} {other.fault}" for other in refused],
-        "went_on": next((line.strip() for line in said if line.startswith(("Going on", str(root)))), ""),
-        "last_words": "".join(said)[-2000:] if process.returncode not in (0, -9) else "",
     }
 
 
-def compare(run: Path, alone: Path) -> dict[str, Any]:
-    """Files that differ from those of the run that was left alone, and temporary files that are left."""
-    differs = [name for name in SAME if (run / name).read_bytes() != (alone / name).read_bytes()]
-    return {"differs": differs, "leaked": [str(path.relative_to(run)) for path in run.rglob("*.tmp")]}
+def _started_by(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
+    return sorted(int(each) for each in found.stdout.split())
+
+
+def killed_run(root: Path, name: str, form: str, kills: int, longest_s: float, draw: random.Random) -> dict[str, Any]:
+    """Kill a run up to so many times, let it end if it still can't, and compare it; its record."""
+    found: list[dict[str, Any]] = []
+    while sum(each["killed"] for each in found) < kills and not is_finished(root / name, with_twin=False):
+        found.append(kill_once(root, name, form, longest_s, draw))
+        print(f"{form}, {name}: step {found[-1]['step_after']}", flush=True)
+    if not is_finished(root / name, with_twin=False):
+        finish(root, name, form)
+    run, alone = root / name, root / "alone"
+    differs = [file for file in SAME if (run / file).read_bytes() != (alone / file).read_bytes()]
+    leaked = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
+    return {"form": form, "kills": found, "differs": differs, "leaked": leaked}
 
 
 def main() -> None:
     """Kill as often as the command line asks for."""
     parser = argument_parser("kill", __doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=count, default=50, help="of each form (%(default)s)")
+    parser.add_argument("--only", choices=FORMS, nargs="+", default=list(FORMS), help="(all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tmpdir", type=Path, help="TMPDIR of the training; a folder inside is made and looked at")
-    parser.add_argument("--one-run", action="store_true", help="all kills over one and the same run")
-    parser.add_argument(
-        "--epochs", type=int, help=f"of a run; {EPOCHS} unless told, {EPOCHS_OF_ONE_RUN} with --one-run"
-    )
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "moevision-kill-loop")
-    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "kill.json")
+    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "kills.jsonl", help="records (%(default)s)")
     options = parser.parse_args()
-    name = "own file system" if options.tmpdir is None else f"TMPDIR in {options.tmpdir}"
-    name += ", one run" if options.one_run else ""
-    epochs = options.epochs or (EPOCHS_OF_ONE_RUN if options.one_run else EPOCHS)
-    record = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    part = record.setdefault(name, {"epochs": epochs, "kills": [], "runs": [], "leaked_in_tmpdir": []})
-    root = options.work / (("own" if options.tmpdir is None else "other") + ("-one" if options.one_run else ""))
-    root.mkdir(parents=True, exist_ok=True)
-    tmpdir = (options.tmpdir or options.work) / f"moevision-tmp-{root.name}"
-    tmpdir.mkdir(parents=True, exist_ok=True)
-    if not is_finished(root / "alone", with_twin=False):
-        shutil.rmtree(root / "alone", ignore_errors=True)
-        process = start(root, "alone", tmpdir, epochs)
-        words, _ = process.communicate()
-        assert process.returncode == 0, words
-    while len([kill for kill in part["kills"] if kill["killed"]]) < options.kills or _under_way(root, part):
-        run = f"killed-{len(part['runs'])}"
-        begun = time.monotonic()
-        enough = len([kill for kill in part["kills"] if kill["killed"]]) >= options.kills
-        if enough:
-            process = start(root, run, tmpdir, epochs)
-            words, _ = process.communicate()
-            assert process.returncode == 0, words
-        else:
-            found = kill_once(root, run, tmpdir, epochs, random.Random(1000 * options.seed + len(part["kills"])))
-            part["kills"].append(found)
-            print(f"{len(part['kills'])}: {found['went_on'] or 'fresh'} -> step {found['step_after']}", flush=True)
-            assert found["exit"] in (0, -9), found["last_words"]
-            assert found["killed"] or not options.one_run, "the run ended before all kills: give it more --epochs"
-        if is_finished(root / run, with_twin=False):
-            part["runs"].append(compare(root / run, root / "alone"))
-            print(f"finished: {part['runs'][-1]}", flush=True)
-        part["leaked_in_tmpdir"] = sorted(path.name for path in tmpdir.iterdir())
-        part["wall_s"] = round(part.get("wall_s", 0) + time.monotonic() - begun)
-        record["provenance"] = about()
-        write_json_atomic(options.out, record)
-    kills = [kill for kill in part["kills"] if kill["killed"]]
-    damaged = sum(bool(kill["damaged"]) for kill in kills)
-    wrong = [run for run in part["runs"] if run["differs"] or run["leaked"]]
-    print(
-        f"{len(kills)} kills in {len(part['runs'])} runs: {len(wrong)} runs differ, "
-        f"a damaged checkpoint after {damaged} kills"
-    )
-    sys.exit(bool(wrong or damaged))
+    with tempfile.TemporaryDirectory() as work:
+        wrong = sum(_wrong(form, Path(work) / form.replace(" ", "-"), options) for form in options.only)
+    print(f"{wrong} runs differ, or a checkpoint was damaged")
+    sys.exit(bool(wrong))
 
 
-def _under_way(root: Path, part: dict[str, Any]) -> bool:
-    """Whether a run was killed and has not come to its end yet, or none has at all."""
-    return (root / f"killed-{len(part['runs'])}").is_dir() or not part["runs"]
+def _wrong(form: str, root: Path, options: Namespace) -> int:
+    """Add the records of a form; how many of its runs aren't as they should be."""
+    root.mkdir()
+    longest_s, draw = finish(root, "alone", form), random.Random(f"{form} {options.seed}")
+    killed = wrong = 0
+    for number in range(options.kills):
+        if killed >= options.kills:
+            break
+        record = killed_run(root, f"killed-{number}", form, options.kills - killed, longest_s, draw)
+        shutil.rmtree(root / f"killed-{number}")
+        killed += sum(each["killed"] for each in record["kills"])
+        wrong += bool(record["differs"] or record["leaked"] or any(each["damaged"] for each in record["kills"]))
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, **about()}) + "\n")
+    return wrong
+
+
+if __name__ == "__main__":
+    main()
