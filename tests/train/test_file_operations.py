@@ -104,11 +104,12 @@ def lost(run: Path, least: int) -> str:
     steps = [row["step"] for row in csv.DictReader(io.StringIO(training.metrics._read()))] if rows else []
     if rows and steps != [str(step) for step in range(1, start.step + 1)][-rows:]:
         return "rows of metrics.csv are others"
+    resumable = any((run / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
     training.save(NOW + 1)
     found, refused = newest_valid(run / "checkpoints")
     if found is None or refused or (found.path.name, found.step) != (LAST, NOW + 1):
         return "it can't be gone on with"
-    return "" if start.checkpoint is None or has_previous(run) else "the second one to go on from"
+    return "" if not resumable or has_previous(run) else "the second one to go on from"
 
 
 def has_previous(run: Path) -> bool:
