@@ -37,6 +37,7 @@ from moevision.errors import USER_ERROR, UserError, shown_lines
 
 _AGAIN_S = 0.05  # until a signal whose exception was dropped is raised again
 _LOOK_S = 0.5  # between two looks at whether the process that started this one still lives
+_STARTED_BY = "MOEVISION_STARTED_BY"
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
 _HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows
 
@@ -255,13 +256,13 @@ def meet() -> None:
     # torchrun may hold the store itself, and says so in the environment
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
-    dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
     if torchrun and os.name == "posix":
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(int(os.environ.get(_STARTED_BY, os.getppid())),), daemon=True).start()
+    dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it was killed: nobody would hear of it, and it holds the run."""
+    """End this process when the one that started it was killed: it holds the run, or waits for what that one had."""
     while os.getppid() == parent:
         time.sleep(_LOOK_S)
     os._exit(USER_ERROR)
@@ -290,6 +291,7 @@ def start_processes(number: int) -> NoReturn:
         shutdown_timeout=600,  # a validation is finished before a process stops
         signals_to_handle=",".join(name for name in _STOP_SIGNALS if hasattr(signal, name)),
     )
+    os.environ[_STARTED_BY] = str(os.getpid())  # which may be gone when the others have imported torch
     program, *arguments = _basic_subprocess_cmd()
     try:
         elastic_launch(config, program)(*arguments)
