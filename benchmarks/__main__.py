@@ -30,6 +30,7 @@ STUDY = {
     "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),
+    "equal-time": ("do experts pay at equal time and full length: a protocol's queue, and its verdict", "equal_time"),
     "specialization": (
         "whether experts specialize: three questions of routers, units and placements",
         "specialization",

@@ -164,7 +164,17 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
         **vars(job), "failed": None, "batch": ARMS[job.arm].batch, "precision": "32-true", **origin,
         "protocol_sha256": file_sha256(PROTOCOL),
     }  # fmt: skip
-    given, meter = read("fit", arguments), Meter(job.seed)
+    return metered(key, arguments, Meter(job.seed), run_dir)
+
+
+def metered(key: dict[str, Any], arguments: list[str], meter: Meter, run_dir: Path) -> dict[str, Any]:
+    """Train by these arguments of `fit`, or go on; `key` with what was found. The last weights are tested.
+
+    Raises:
+        UserError: for what the user can mend.
+        Interrupted: if a signal asked to stop; everything is saved then.
+    """
+    given = read("fit", arguments)
     session = Session(given.command)
     try:
         with session.interruption, quiet_lightning():
@@ -179,11 +189,12 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
             shifted = {f"shifted_{by}": accuracy_of(task.net, data, by) for by in SHIFTS}
             steps = training.trainer.global_step
             return {**key, **found(task, meter, result), **shifted, "val_top1": val, "steps": steps,
-                    "cv_importance": importance, "sessions": sessions_of(run_dir)}  # fmt: skip
+                    "cv_importance": importance, "sessions": sessions_of(run_dir),
+                    "predictions": file_sha256(run_dir / "predictions_test.csv")}  # fmt: skip
     except TrainingDiverged as error:
         return {**key, "failed": str(error), "sessions": sessions_of(run_dir)}
     except Interrupted as stopped:
-        tell(f"Stopped by {stopped.signal_name}: the same command goes on with {job.name}.")
+        tell(f"Stopped by {stopped.signal_name}: the same command goes on with {run_dir.name}.")
         raise
     finally:
         session.close()

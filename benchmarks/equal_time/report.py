@@ -1,0 +1,106 @@
+"""README.md's tables and its verdict, from the records alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.queue import is_dirty
+from benchmarks.study import Contrast, contrasts
+
+Runs = Sequence[Mapping[str, Any]]
+SHOWN = {"moe": 16, "twin-time": 16, "twin-parameters": 3, "twin-wide": 4}
+PAIRS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
+PAYS = 0.005  # of accuracy: half a point
+FIRST_SEED = 200
+
+
+def by_seed(runs: Runs, arm: str, quantity: str = "test_top1") -> dict[int, float]:
+    """Seed -> accuracy of an arm's finished runs from a clean tree, those of tuning left out."""
+    return {
+        run["seed"]: run[quantity]
+        for run in runs
+        if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"] and not is_dirty(run)
+    }
+
+
+def found(runs: Runs) -> list[Contrast]:
+    """The protocol's contrasts, judged together."""
+    return contrasts({arm: by_seed(runs, arm) for arm in SHOWN}, PAIRS)
+
+
+def verdict(contrast: Contrast) -> str:
+    """`pays`, `doesn't pay here` or `undecided`, by the protocol's rule; of the first contrast."""
+    if contrast.p < 0.05 and contrast.mean >= PAYS:
+        return "pays"
+    return "doesn't pay here" if contrast.mean + contrast.half < PAYS else "undecided"
+
+
+SENTENCES = {
+    "pays": "At equal time and full length experts pay",
+    "doesn't pay here": "At equal time and full length experts don't pay here: half a point is excluded",
+    "undecided": "Whether experts pay half a point at equal time and full length is undecided",
+}
+
+
+def answer(runs: Runs) -> str:
+    """The sentence, with its numbers and how many of the seeds are done."""
+    first = next((each for each in found(runs) if (each.first, each.second) == PAIRS[0]), None)
+    if first is None or len(first.gaps) < 2:
+        return "Not run to an end yet."
+    done = len(first.gaps)
+    if done < SHOWN["moe"]:
+        return f"{done} of {SHOWN['moe']} pairs so far, no verdict: {first.interval} points."
+    return f"{SENTENCES[verdict(first)]}: {first.interval} points; {done} pairs."
+
+
+def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answer, the table of arms beside their prices, and that of contrasts, as Markdown."""
+    rows = []
+    for arm, planned in SHOWN.items():
+        own = by_seed(runs, arm)
+        done = [run for run in runs if run["arm"] == arm and run["seed"] in own]
+        accuracy = [100 * value for value in own.values()]
+        mean = f"{statistics.fmean(accuracy):.2f}" if accuracy else ""
+        if len(accuracy) > 1:
+            mean += f" ± {statistics.stdev(accuracy):.2f}"
+        cpu = f"{statistics.fmean(run['cpu_s'] for run in done):,.0f}" if done else ""
+        rows.append([f"`{arm}`", f"{len(own)} of {planned}", f"{done[0]['lr']:g}" if done else "", mean, cpu,
+                     *_prices(prices, "twin" if arm == "twin-time" else arm)])  # fmt: skip
+    names = ["arm", "seeds", "lr", "test top-1, % ± SD", "CPU s of training, busy", "ms a step",
+             "ms an image, 1 at a time", "64 at a time", "training, MiB", "parameters"]  # fmt: skip
+    lines = [
+        [f"`{each.first}` − `{each.second}`", str(len(each.gaps)), each.interval, each.shown_p, each.verdict]
+        for each in found(runs)
+    ]
+    contrast = table(["contrast", "seeds", "points (95 %)", "p, adjusted", "verdict"], lines, "lrrrl") if lines else ""
+    tried = sorted({(run["arm"], run["lr"]) for run in runs if run["seed"] < FIRST_SEED})
+    tuning = "; ".join(f"`{arm}` at {lr:g}: {_validation(runs, arm, lr)}" for arm, lr in tried)
+    parts = [f"**{answer(runs)}**", table(names, rows, "lrrrrrrrrr"), contrast]
+    return [*filter(None, parts), *([f"Validation of the tuning runs, %: {tuning}."] if tuning else [])]
+
+
+def _validation(runs: Runs, arm: str, lr: float) -> str:
+    own = [run["val_top1"] for run in runs if (run["arm"], run["lr"]) == (arm, lr) and run["seed"] < FIRST_SEED]
+    return ", ".join("failed" if value is None else f"{100 * value:.2f}" for value in own)
+
+
+def _prices(prices: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
+    """Idle prices of an arm, each the median of the measurements."""
+    if not prices:
+        return [""] * 5
+
+    def median(*keys: str) -> float:
+        values = []
+        for each in prices:
+            value = each["arms"][arm]
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return statistics.median(values)
+
+    times = [median(name, "median") for name in ("step_ms", "image_ms_1", "image_ms_64")]
+    return [f"{times[0]:.0f}", f"{times[1]:.1f}", f"{times[2]:.2f}", f"{median('memory', 'peak_mib'):.0f}",
+            f"{median('cost', 'total_parameters') / 1e6:.2f} M"]  # fmt: skip

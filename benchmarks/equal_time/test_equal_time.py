@@ -1,0 +1,90 @@
+"""The study at full length: its order, its rates, what counts as equal time, and its verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.equal_time import ARMS, STEPS, TUNED, Job, arguments_of, queue, rate_of, report, steps_of_equal_time
+from moevision.config import read, settings
+from moevision.models.config import build_model
+from moevision.train.recipe import chosen
+
+CLEAN = {"code": {"git_commit": "a", "dirty": False}}
+
+
+def run(arm: str, seed: int, top1: float, lr: float = 6e-3, **more: Any) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "lr": lr, "failed": None, "val_top1": top1, "test_top1": top1, "cpu_s": 1.0,
+            **CLEAN, **more}  # fmt: skip
+
+
+def tuning(best: float) -> list[dict[str, Any]]:
+    """Records of both tuned arms, of which this rate is the best."""
+    return [run(arm, seed, 0.9 if lr == best else 0.8, lr) for arm in TUNED for seed in (100, 101)
+            for lr in (3e-3, 6e-3, 12e-3)]  # fmt: skip
+
+
+def test_rates_come_first_and_decide_the_rest() -> None:
+    first = list(queue([], 4000))
+    assert [(job.arm, job.lr, job.seed) for job in first] == [
+        (arm, lr, seed) for arm in ("moe", "twin") for lr in (3e-3, 6e-3, 12e-3) for seed in (100, 101)
+    ]
+    known = tuning(6e-3)
+    jobs = list(queue(known, 4000))[len(first) :]
+    assert len(jobs) == 16 + 16 + 3 + 4
+    assert [(job.arm, job.seed) for job in jobs[:4]] == [
+        ("twin-parameters", 200), ("moe", 200), ("twin-time", 200), ("twin-wide", 200)
+    ]  # fmt: skip
+    assert {job.arm: job.steps for job in jobs} == {
+        "moe": STEPS, "twin-time": 4000, "twin-parameters": STEPS, "twin-wide": STEPS
+    }  # fmt: skip
+    assert {job.lr for job in jobs} == {6e-3}
+    edge = list(queue(tuning(12e-3), 4000))
+    assert [(job.arm, job.lr) for job in edge if job.lr == 24e-3] == [("moe", 24e-3)] * 2 + [("twin", 24e-3)] * 2
+    assert rate_of(tuning(12e-3), "moe") is None
+
+
+def test_the_faster_step_gets_as_many_more() -> None:
+    """Median of three ratios: 1.14 times 3 510."""
+    prices = [{"moe_to_twin": {"median": ratio}} for ratio in (1.1, 1.14, 1.3)]
+    assert steps_of_equal_time(prices) == 4001
+
+
+@pytest.mark.parametrize(
+    ("gap", "spread", "said"),
+    [
+        (0.010, 0.002, "pays"),
+        (0.003, 0.001, "doesn't pay here"),
+        (0.004, 0.006, "undecided"),
+        (-0.01, 0.002, "doesn't"),
+    ],
+)
+def test_the_verdict_is_the_protocols(gap: float, spread: float, said: str) -> None:
+    """Sixteen pairs, half of them above the mean gap by `spread`, half below: half the interval is .55 of it."""
+    runs = [run("twin-time", 200 + place, 0.87) for place in range(16)]
+    runs += [run("moe", 200 + place, 0.87 + gap + spread * (-1) ** place) for place in range(16)]
+    (contrast,) = report.found(runs)
+    assert report.verdict(contrast).startswith(said)
+    assert report.SENTENCES[report.verdict(contrast)] in report.answer(runs)
+    assert "15 of 16 pairs so far, no verdict" in report.answer(runs[:-1])
+
+
+def test_tuning_failed_and_changed_trees_enter_no_contrast() -> None:
+    dirty = {"code": {"git_commit": "a", "dirty": True}}
+    runs = [run("moe", 100, 0.9), run("moe", 200, 0.9, failed="NaN"), run("moe", 201, 0.9, **dirty)]
+    assert report.by_seed(runs, "moe") == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "millions"), [("moe", 2.01), ("twin-time", 1.22), ("twin-parameters", 2.01), ("twin-wide", 1.40)]
+)
+def test_the_models_are_those_of_the_protocol(arm: str, millions: float, tmp_path: Any) -> None:
+    """By the command line that a run is."""
+    options = type("Options", (), {"data": tmp_path, "work": tmp_path})()
+    given = read("fit", arguments_of(Job(arm, 200, 6e-3, 10), options))
+    model = settings(chosen("fit", given, recorded=True)).model
+    net = build_model(model.arch, 10, 32, load_pretrained=False)
+    assert sum(each.numel() for each in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert (model.optim.name, model.aux.importance, model.aux.load) == ("muon", 0.05, 0.05)
+    assert arm in ARMS
