@@ -32,7 +32,7 @@ def has_gpu() -> bool:
 
 
 def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
-    """The Trainer's argument; a UserError if --trainer.strategy, `asked`, says something else."""
+    """The Trainer's arguments; a UserError if --trainer.strategy, `asked`, says something else."""
     if config.layout is None:
         return {}
     if asked not in ("auto", config.layout):
@@ -42,7 +42,9 @@ def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
         return {"strategy": "ddp"}
     from moevision.train.parallel.strategy import MoEParallelStrategy
 
-    return {"strategy": MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)}
+    divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
+    # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
+    return {"strategy": divided, "inference_mode": False}
 
 
 def parallel_strategy(trainer: L.Trainer) -> Any:

@@ -84,6 +84,16 @@ def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path,
 
 
 @pytest.mark.deep
+def test_a_run_that_lacks_its_report_alone_goes_on(work: Path, whole: tuple[Path, str]) -> None:
+    """No step is left, so that weights are gathered for the first time where no gradient is kept."""
+    run = Path(shutil.copytree(whole[0], work / "runs" / "unreported"))
+    for name in ("summary.json", "predictions_test.csv"):
+        (run / name).unlink()
+    fit(work, "--resume", "runs/unreported")
+    assert differing(run, whole[0]) == []
+
+
+@pytest.mark.deep
 def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: tuple[Path, str]) -> None:
     """The twin has no experts to divide: its weights are sharded alone."""
     said = fit(work, "synthetic_pets", *SHARDED, "--name=launched", "--with-twin", launcher=TORCHRUN)
