@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ from moevision.errors import UserError, json_text
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 _MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
 _BLOCK_BYTES = 1 << 22  # read at a time
-_SILENT_S = 3600.0  # a temporary file to which nobody has written for so long is taken for a leftover
 
 
 def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
@@ -165,36 +163,10 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files and folders that processes which have ended left in a folder, not below it; their number.
-
-    Numbers of processes are given again: an hour of silence is the end, too.
-    """
-    gone = 0
-    for path in folder.glob(".*.tmp"):
-        *_, process, _ = path.name.rsplit(".", 2)
-        with suppress(FileNotFoundError):  # it was renamed a moment ago
-            lives = process.isdecimal() and other_lives(int(process))
-            if lives and time.time() - path.stat().st_mtime < _SILENT_S:
-                continue
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
-            gone += 1
-    return gone
-
-
-def other_lives(process: int) -> bool:
-    """Whether a process other than this one has that number: in a container the next one often has the same."""
-    if process == os.getpid():
-        return False
-    if os.name == "nt":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left unfinished of a name in a folder; nobody else may be writing there now."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:

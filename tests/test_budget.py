@@ -28,14 +28,14 @@ SIZE = {
     "moevision/demo": (14, 4_050, 28_800),
     "moevision/layers": (11, 2_725, 15_950),
     "moevision/models": (11, 3_475, 21_225),
-    "moevision/train": (31, 7_900, 53_550),
+    "moevision/train": (31, 7_675, 52_150),
 }
 LARGEST_FOLDER = 25  # modules
 CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
 DOCS_WORDS = 32_600  # README.md and docs/**/*.md
 
-FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 17, 80, 45, 4
+FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 16, 80, 45, 4
 
 
 @pytest.fixture(scope="module")

@@ -327,8 +327,8 @@ def write_shards(
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} is there already: give --out a new folder, or remove it.")
+        remove_leftovers(out.parent, out.name)
         make_folder(part)
-        remove_leftovers(out.parent)
         index = Index(collection.class_names, [], {}, collection.group_column)
         columns = {name: collection.column(name) or {} for name in collection.column_names()}
         for split, samples in collection.given.items():

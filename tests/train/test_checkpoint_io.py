@@ -5,9 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -266,34 +263,18 @@ def test_removing(files, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["files"][0]["step"] == 1
 
 
-def test_leftovers_of_ended_processes_go_and_unfinished_files_stay(tmp_path):
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-
-    def unfinished(process, folder=tmp_path, hours=0):
-        path = folder / f".{LAST}.{process}.tmp"
-        path.write_text("half")
-        os.utime(path, (time.time() - 3600 * hours - 60,) * 2)
-        return path
-
+def test_leftovers_go_and_what_lies_below_or_is_finished_stays(tmp_path):
+    """Whoever removes them has claimed the folder, so that no other process is writing in it."""
     (tmp_path / "twin").mkdir()
-    gone = [
-        unfinished(ended.stdout.strip()),
-        unfinished(os.getpid()),  # of an earlier process with this number: this one has begun nothing yet
-        unfinished(10**30),
-        unfinished(1, hours=1),  # the number was given again
-    ]
-    assert temporary_for(tmp_path / LAST) == gone[1]
-    stay = [
-        unfinished(os.getppid()),
-        unfinished(ended.stdout.strip(), folder=tmp_path / "twin"),  # which may be training on its own
-        tmp_path / "kept.tmp",
-        tmp_path / ".kept",
-    ]
-    for path in stay[-2:]:
-        path.write_text("whole")
-    assert remove_leftovers(tmp_path) == len(gone)
+    half = temporary_for(tmp_path / BEST)
+    half.mkdir()
+    stay = [tmp_path / "kept.tmp", tmp_path / ".kept", tmp_path / "twin" / ".last.ckpt.7.tmp"]
+    for path in (half / "part-0.pt", tmp_path / f".{LAST}.7.tmp", *stay):
+        path.write_text("half")
+    remove_leftovers(tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(stay)
-    assert remove_leftovers(tmp_path / "nowhere") == 0
+    assert not half.exists()
+    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
