@@ -697,7 +697,8 @@ def _in_sentences(session: Session) -> Iterator[None]:
         command = session.resume_command or "the same command"
         raise UserError(f"{what} is full: make room, then go on with {command}.") from error
     except Exception as error:
-        if several_processes() and "by peer" in str(error):  # gloo's words for a connection that has gone
+        # The second: gloo's words for a connection that has gone.
+        if several_processes() and (isinstance(error, dist.DistError) or "by peer" in str(error)):
             if not is_first():
                 raise SystemExit(USER_ERROR) from None  # one voice
             command = session.resume_command

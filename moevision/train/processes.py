@@ -237,7 +237,8 @@ def meet() -> None:
     No signal interrupts the wait for them: call it while SIGTERM still ends the process.
 
     Raises:
-        UserError: if SLURM was to start several and hasn't, so that this one would wait for them.
+        UserError: if one of them has ended, or SLURM was to start several and hasn't, so that this one would wait.
+        SystemExit: on the other processes, if one has ended.
     """
     if not dist.is_available() or dist.is_initialized():
         return
@@ -258,7 +259,14 @@ def meet() -> None:
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
     if torchrun and os.name == "posix":
         threading.Thread(target=_end_with, args=(int(os.environ.get(_STARTED_BY, os.getppid())),), daemon=True).start()
-    dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
+    rank, world_size = environment.global_rank(), environment.world_size()
+    try:
+        dist.init_process_group(init_method=address, rank=rank, world_size=world_size)
+    except RuntimeError as error:  # one that had begun is gone
+        if rank > 0:
+            raise SystemExit(USER_ERROR) from None  # one voice
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"The processes of this training can't meet ({reason}): see above if one said why.") from error
 
 
 def _end_with(parent: int) -> None:
