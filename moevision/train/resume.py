@@ -43,7 +43,7 @@ from moevision.train.processes import (
     several_processes,
     tell,
 )
-from moevision.train.recipe import chosen, read_config, refuse_among_images, run_name
+from moevision.train.recipe import chosen, find_config, read_config, refuse_among_images, run_name
 from moevision.train.start import PROBE_FILE, Probe
 
 OPTION, AUTO = "--resume", "auto"
@@ -556,11 +556,12 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
 
 def devices_asked(given: Given) -> dict[str, Any]:
     """What a `fit` says of accelerator, devices and machines, or else the run that it goes on with; by dotted names."""
-    asked, target = chosen("fit", given, recorded=True), given.options.get("resume")
+    target, files = given.options.get("resume"), [find_config(name) for name in given.configs]
     if target is not None:
         config = (own_folder(given) if target == AUTO else Path(target)) / "config.yaml"
-        asked = {**(read_config(config) if config.is_file() else {}), **asked}
-    return {name: value for name, value in asked.items() if name.startswith("trainer.")}
+        files[:0] = [config] if config.is_file() else []
+    asked = [*map(read_config, files), given.options]
+    return {name: value for each in asked for name, value in each.items() if name.startswith("trainer.")}
 
 
 def own_folder(given: Given) -> Path:
