@@ -314,6 +314,7 @@ def start_processes(number: int) -> NoReturn:
                 f"moevision: Process {killed[0]} of this training was killed, by somebody or by a system that has run "
                 f"out of memory.{again}"
             )
+            raise SystemExit(USER_ERROR) from None  # the others were ended for it, and each has a code of its own
         raise SystemExit(next((code for code in codes.values() if code > 0), USER_ERROR)) from None
     raise SystemExit(0)
 
