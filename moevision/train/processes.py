@@ -315,7 +315,8 @@ def start_processes(number: int) -> NoReturn:
                 f"out of memory.{again}"
             )
             raise SystemExit(USER_ERROR) from None  # the others were ended for it, and each has a code of its own
-        raise SystemExit(next((code for code in codes.values() if code > 0), USER_ERROR)) from None
+        ended = sorted((code for code in codes.values() if code > 0), key=lambda code: code > 128)  # by a signal: last
+        raise SystemExit(ended[0] if ended else USER_ERROR) from None
     raise SystemExit(0)
 
 
