@@ -18,10 +18,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
+import lightning as L
 import numpy as np
 import numpy.typing as npt
 from rich import box
@@ -30,6 +32,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
+from moevision.config import MORE
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import refuse_foreign, write_json_atomic
@@ -54,6 +57,7 @@ _NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "log_route
 # These may change too while a run goes on, and yet make another recipe.
 _RECIPE = ("guard", "data.path")
 _LISTED = 6  # options that differ
+_TRAINERS = {name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE}
 _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
 
@@ -104,11 +108,12 @@ class FinishedRun:
 
     @cached_property
     def recipe(self) -> dict[str, str]:
-        """What makes the training, but for its seed: options as text; those that are null are left out."""
+        """What makes the training, but for its seed: options as text, without nulls and the Trainer's own defaults."""
         recipe = {}
         for option, value in self.options.items():
             of_recipe = option.startswith(_RECIPE) or not (is_free(option) or option.startswith(_NO_RECIPE))
-            if value is None or not of_recipe:
+            usual = value is None or _TRAINERS.get(option.removeprefix("trainer.")) == value
+            if usual or not of_recipe:
                 continue
             if option == "data.path" and value != SYNTHETIC:
                 value = Path(str(value)).expanduser().resolve()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
+from moevision.config import MORE
 from moevision.models.safe_files import read_yaml
 from moevision.train.stats import Gap, detectable_on, mcnemar_p_value
 
@@ -279,6 +281,17 @@ def test_runs_that_are_not_two_sides(cli):
     Path("mine.json").write_text("{}")
     refused = cli("compare", a, b, "--json", "mine.json").err
     assert refused.endswith("mine.json is there already and holds something else: give --json another place.\n")
+
+
+def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
+    """They wrote all its arguments; its own defaults are left out now."""
+    old, new = make("old", [1, 0, 1]), make("new", [1, 1, 1])
+    config = read_yaml(f"{new}/config.yaml")
+    kept = {name: value for name, value in config["trainer"].items() if name not in MORE}
+    config["trainer"] = kept | {"limit_val_batches": 0.5}
+    Path(new, "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli("compare", old, new, "--json", "found.json").code == 0
+    assert json.loads(Path("found.json").read_text())["differ_in"] == {"trainer.limit_val_batches": ["null", "0.5"]}
 
 
 def test_options_that_only_watch_make_no_recipe(cli):
