@@ -5,6 +5,7 @@ as `subprocess.Popen` would give them. What it runs itself (`python -m ...`, by 
 too, made before the command begins.
 """
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -91,7 +92,8 @@ class _Waiting(subprocess.Popen[bytes]):
     def _execute_child(self, *_: Any) -> None:
         self.pid, tell = self.forks.pop(0)
         self._child_created = True
-        tell.send(self._told)
+        with contextlib.suppress(BrokenPipeError):  # it was killed before it had heard
+            tell.send(self._told)
         tell.close()
 
 
