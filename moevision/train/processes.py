@@ -111,6 +111,12 @@ def tell(sentence: str) -> None:
         print(shown_lines(sentence), file=sys.stderr, flush=True)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop a training: Ctrl-C, SIGTERM, SLURM's warning, and a closed terminal but under nohup."""
+    found = [signal.Signals[name] for name in _STOP_SIGNALS if hasattr(signal, name)]
+    return [each for each in found if each != _HANGUP or signal.getsignal(each) is not signal.SIG_IGN]
+
+
 class Interrupted(SystemExit):
     """The process was asked to stop and does so; `code` is its exit code."""
 
@@ -153,12 +159,8 @@ class Interruption:
         """Take the signals; again after Lightning took some of them, which it does when a fit begins."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (getattr(signal, name) for name in _STOP_SIGNALS if hasattr(signal, name)):
-            handler = signal.getsignal(number)
-            if number == _HANGUP and handler is signal.SIG_IGN:
-                continue  # nohup
-            if number not in self._earlier:
-                self._earlier[number] = handler
+        for number in stop_signals():
+            self._earlier.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -297,7 +299,7 @@ def start_processes(number: int) -> NoReturn:
         max_restarts=0,
         monitor_interval=0.2,
         shutdown_timeout=600,  # a validation is finished before a process stops
-        signals_to_handle=",".join(name for name in _STOP_SIGNALS if hasattr(signal, name)),
+        signals_to_handle=",".join(each.name for each in stop_signals()),
     )
     os.environ[_STARTED_BY] = str(os.getpid())  # which may be gone when the others have imported torch
     program, *arguments = _basic_subprocess_cmd()

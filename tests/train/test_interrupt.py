@@ -10,7 +10,7 @@ import pytest
 
 from moevision.train import health
 from moevision.train.health import MetricsFile
-from moevision.train.processes import Interrupted, Interruption
+from moevision.train.processes import Interrupted, Interruption, stop_signals
 
 pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
@@ -101,6 +101,7 @@ def test_nohup_is_respected():
         with Interruption() as interruption:
             send("SIGHUP")
             assert interruption.requested is None
+        assert [each.name for each in stop_signals()] == ["SIGINT", "SIGTERM", "SIGUSR1"]
     finally:
         signal.signal(signal.SIGHUP, earlier)
 
