@@ -102,6 +102,12 @@ CLAIMS = [
         sparsity.shares,
     ),
     Claim(sparsity.FILES, "a MoE with {moe:.0%} of its FLOPs in experts", sparsity.shares),
+    Claim(
+        sparsity.FILES,
+        "experts by place are {lost:.1f} points worse ({least:.1f} to {most:.1f}; {seeds} seeds) and the learned MoE "
+        "isn't told apart ({mean:+.1f}, {low:+.1f} to {high:+.1f})",
+        sparsity.with_places,
+    ),
     Claim(sparsity.FILES, "After one epoch of CIFAR-10 ({right:.0%} right)", sparsity.accuracy),
     Claim(sparsity.FILES, "in the same training time {shown}", sparsity.at_equal_time),
     Claim(

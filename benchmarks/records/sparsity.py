@@ -33,6 +33,14 @@ def learned(*found: Any) -> dict[str, Any]:
     return {**of(result), "mean": size, "low": size - half, "high": size + half}
 
 
+def with_places(*found: Any) -> dict[str, Any]:
+    """H6 and H7 on a CPU: what experts by place lose, and the learned MoE's difference, which isn't told apart."""
+    by_place, moe = _judged(found, "H6"), _judged(found, "H7")
+    assert (by_place.verdict, moe.verdict) == ("negative", "tie")
+    lost = of(by_place)
+    return {**of(moe), "lost": -lost["mean"], "least": -lost["high"], "most": -lost["low"]}
+
+
 def decided(name: str, *found: Any) -> dict[str, Any]:
     """A hypothesis on a CPU: points, and its verdict in words."""
     return of(_judged(found, name))

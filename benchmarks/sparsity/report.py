@@ -53,6 +53,7 @@ def parts_of(records: Sequence[Record], speed: Measurements) -> list[str]:
             "\n".join(_verdict(result) for result in results),
             hypothesis_table(results),
             arm_table(records, device, measured),
+            *shift_table(records, device),
             balance_table(records, device),
             "{} runs of the queue are done, {} are missing.".format(*progress(records, device)),
         ]
@@ -142,6 +143,18 @@ def arm_table(records: Sequence[Record], device: str, measured: Mapping[str, Any
              "training, MiB", "CPU s of training, busy", "its process, MiB"]  # fmt: skip
     rest = f"\n\nNo seed finished: {', '.join(missing)}." if missing else ""
     return table(heads, lines) + rest
+
+
+def shift_table(records: Sequence[Record], device: str) -> list[str]:
+    """Accuracy on test images as they are and moved, of the arms that were tested so; nothing without any."""
+    names, lines = ("test_top1", "shifted_4", "shifted_8"), []
+    for arm in ARMS:
+        runs = [run for run in finished(runs_of(records, device, arm)).values() if "shifted_4" in run]
+        if runs:
+            means = [f"{100 * statistics.fmean(run[name] for run in runs):.1f}" for name in names]
+            lines.append([f"`{arm}`", str(len(runs)), *means])
+    heads = ["test top-1, %", "seeds", "as they are", "moved by 4 px", "by 8 px"]
+    return [table(heads, lines)] if lines else []
 
 
 def balance_table(records: Sequence[Record], device: str) -> str:
