@@ -21,14 +21,14 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
-    "moevision": (11, 2_800, 14_300),
+    "moevision": (11, 2_750, 14_150),
     "moevision/analysis": (16, 8_150, 60_200),
-    "moevision/commands": (10, 1_850, 12_950),
+    "moevision/commands": (10, 1_860, 13_000),  # old runs beside new ones in compare
     "moevision/data": (14, 5_200, 38_150),
     "moevision/demo": (14, 4_050, 28_800),
     "moevision/layers": (11, 2_725, 15_950),
     "moevision/models": (11, 3_475, 21_225),
-    "moevision/train": (31, 7_675, 52_150),
+    "moevision/train": (31, 7_700, 52_300),
 }
 LARGEST_FOLDER = 25  # modules
 CIRCLES = 0
