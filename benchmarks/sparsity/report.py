@@ -198,7 +198,7 @@ def left_out(records: Sequence[Record]) -> list[str]:
 def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
     """A row per hypothesis: a dot per seed, mean and 95 % interval."""
     rows = max(sum(result.contrast is not None for result in results) for results in drawn.values())
-    figure = Figure(figsize=(5.6 * len(drawn), 1.2 + 0.4 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4 * len(drawn), 1.2 + 0.4 * rows), dpi=150, layout="constrained")
     for axes, (device, results) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         calm(axes)
         axes.grid(visible=False)
@@ -217,6 +217,6 @@ def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel("points of test top-1", fontsize=9, color=INK)
-        margin = any(result.hypothesis.margin for result, _ in shown) * "; dotted: H5's margin"
+        margin = any(result.hypothesis.margin for result, _ in shown) * "; dotted: margin"
         title(axes, DEVICES[device], f"dots: seeds; bar: mean, 95 %; blue: decided{margin}")
     save(figure, out)
