@@ -193,6 +193,17 @@ def test_the_committed_tables_follow_from_the_records_by_other_means() -> None:
         assert top1 == f"{np.mean([100 * run['test_top1'] for run in own]):.1f}"
 
 
+def test_later_code_repeats_a_run_exactly() -> None:
+    runs = [json.loads(line) for line in (training.PROTOCOL.parent / "runs.jsonl").read_text().splitlines()]
+    again = [run for run in runs if run["arm"].endswith("-again")]
+    assert len(again) >= 2
+    for run in again:
+        keys = {"arm": run["arm"].removesuffix("-again"), "lr": run["lr"], "seed": run["seed"]}
+        (first,) = (other for other in runs if keys.items() <= other.items())
+        assert (first["test_top1"], first["val_top1"]) == (run["test_top1"], run["val_top1"])
+        assert first["code"]["git_commit"] != run["code"]["git_commit"]
+
+
 def test_failed_runs_and_changed_trees_leave_their_pairs() -> None:
     runs = study([0.02] * 7)
     runs[-1]["code"]["dirty"] = True
