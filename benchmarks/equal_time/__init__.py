@@ -8,7 +8,6 @@ python -m benchmarks equal-time report                                          
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +18,19 @@ from typing import Any
 import torch
 from timm.models import generate_default_cfgs, register_model
 
-from benchmarks.equal_time.report import parts_of
+from benchmarks.equal_time.report import FIRST_SEED, SHOWN, parts_of
 from benchmarks.harness import HERE, about, argument_parser, in_a_process
 from benchmarks.memory import measure
 from benchmarks.places import WIDE
 from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes
-from benchmarks.routers.report import rate_beyond
+from benchmarks.sparsity import read_speed
+from benchmarks.sparsity.arms import best_rate, rates_around, validation
 from benchmarks.sparsity.training import Meter, metered
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.files import file_sha256
+from moevision.files import file_sha256, write_json_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import keep_freed_memory
 from moevision.models.vit_moe import _MODELS, VisionTransformerMoE, _build, _cfg
@@ -38,7 +38,7 @@ from moevision.models.vit_moe import _MODELS, VisionTransformerMoE, _build, _cfg
 FOLDER = HERE / "equal_time"
 PROTOCOL, PRICES = FOLDER / "protocol.md", FOLDER / "prices.json"
 STEPS, BATCH = 3_510, 128  # ten epochs of 351 batches
-BASE_LR, TUNING_SEEDS, FIRST_SEED = 6e-3, (100, 101), 200
+BASE_LR, TUNING_SEEDS = 6e-3, (100, 101)
 RECIPE = {
     "optim.name": "muon", "optim.weight_decay": 0.05, "optim.warmup_fraction": 0.2, "label_smoothing": 0.2,
     "aux.importance": 0.05, "aux.load": 0.05,
@@ -65,10 +65,9 @@ def vit_moe_hybrid_wide_twin_patch4_32(pretrained: bool = False, **kwargs: Any) 
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm changes in `model.arch`, how many seeds it has, and the arm whose learning rate it takes."""
+    """What an arm changes in `model.arch`, and the arm whose learning rate it takes."""
 
     arch: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 0
     tuned_as: str = "twin"
 
     def subject(self, name: str) -> Subject:
@@ -78,11 +77,11 @@ class Arm:
 
 
 ARMS = {
-    "moe": Arm({"router": "vmoe_top_k"}, 16, "moe"),
+    "moe": Arm({"router": "vmoe_top_k"}, "moe"),
     "twin": Arm({"router": "vmoe_top_k", "twin": "active_flops"}),  # tuned, and timed
-    "twin-time": Arm({"router": "vmoe_top_k", "twin": "active_flops"}, 16),
-    "twin-parameters": Arm({"router": "vmoe_top_k", "twin": "total_params"}, 3),
-    "twin-wide": Arm({"name": WIDE_TWIN, "router": "vmoe_top_k"}, 4),
+    "twin-time": Arm({"router": "vmoe_top_k", "twin": "active_flops"}),
+    "twin-parameters": Arm({"router": "vmoe_top_k", "twin": "total_params"}),
+    "twin-wide": Arm({"name": WIDE_TWIN, "router": "vmoe_top_k"}),
 }
 TUNED = ("moe", "twin")
 
@@ -110,41 +109,18 @@ def queue(records: Sequence[Mapping[str, Any]], more_steps: int) -> Iterator[Job
         more_steps: of `twin-time`.
     """
     for arm in TUNED:
-        for lr in rates_to_try(records, arm):
+        for lr in rates_around(BASE_LR, validation(records, TUNING_SEEDS, arm=arm)):
             yield from (Job(arm, seed, lr, STEPS) for seed in TUNING_SEEDS)
-    for place in range(max(arm.seeds for arm in ARMS.values())):
+    for place in range(max(SHOWN.values())):
         for name in ("twin-parameters", "moe", "twin-time", "twin-wide"):
             lr = rate_of(records, ARMS[name].tuned_as)
-            if lr is not None and place < ARMS[name].seeds:
+            if lr is not None and place < SHOWN[name]:
                 yield Job(name, FIRST_SEED + place, lr, more_steps if name == "twin-time" else STEPS)
 
 
-def validation(records: Sequence[Mapping[str, Any]], arm: str) -> dict[float, float]:
-    """Mean validation accuracy of every rate whose tuning runs are done; a failed run counts 0."""
-    found: dict[float, dict[int, float]] = {}
-    for run in records:
-        if run["arm"] == arm and run["seed"] in TUNING_SEEDS:
-            found.setdefault(run["lr"], {})[run["seed"]] = 0.0 if run["failed"] else run["val_top1"]
-    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if of.keys() == set(TUNING_SEEDS)}
-
-
-def rates_to_try(records: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
-    """Half, once and twice the recipe's, and, once they are done, one beyond whichever edge wins."""
-    rates, tried = [BASE_LR / 2, BASE_LR, BASE_LR * 2], validation(records, arm)
-    while all(lr in tried for lr in rates):
-        further = rate_beyond({lr: tried[lr] for lr in rates})
-        if further is None:
-            break
-        rates.append(further)
-    return rates
-
-
 def rate_of(records: Sequence[Mapping[str, Any]], arm: str) -> float | None:
-    """The best rate of a tuned arm, the lowest of those that tie; None as long as it isn't decided."""
-    tried = validation(records, arm)
-    if any(lr not in tried for lr in rates_to_try(records, arm)):
-        return None
-    return max(sorted(tried), key=lambda lr: tried[lr])
+    """The best rate of a tuned arm; None as long as it isn't decided."""
+    return best_rate(BASE_LR, validation(records, TUNING_SEEDS, arm=arm))
 
 
 def steps_of_equal_time(prices: Sequence[Mapping[str, Any]]) -> int:
@@ -225,18 +201,13 @@ def price(options: Namespace) -> None:
         found[name] |= {"cost": cost, "memory": in_a_process(_memory, name)}
     ratio = ratio_of(times.cpu["moe"], times.cpu["twin"])
     measured = {"busy": options.busy, "moe_to_twin": ratio, "arms": found, **origin}
-    options.prices.write_text(json.dumps([*prices_of(options.prices), measured], indent=1) + "\n", encoding="utf-8")
+    write_json_atomic(options.prices, [*read_speed(options.prices), measured])
     print(f"moe ÷ twin: {ratio}")
 
 
 def _memory(name: str) -> dict[str, float]:
     """In a process of its own, which knows the model's name by importing this module."""
     return measure(ARMS[name].subject(name), "moe", "bf16", "cpu", 1)
-
-
-def prices_of(file: Path) -> list[dict[str, Any]]:
-    """The measurements so far."""
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
 
 
 def main() -> None:
@@ -253,10 +224,10 @@ def main() -> None:
     if options.verb == "price":
         price(options)
     elif options.verb == "report":
-        fill_readme(options.readme, parts_of(read_records(options.out), prices_of(options.prices)))
+        fill_readme(options.readme, parts_of(read_records(options.out), read_speed(options.prices)))
     else:
         refuse_changes(PROTOCOL, allowed=options.allow_dirty)
-        prices = prices_of(options.prices)
+        prices = read_speed(options.prices)
         if not prices:
             raise UserError("Measure first, on an idle machine: python -m benchmarks equal-time price.")
         more_steps = steps_of_equal_time(prices)

@@ -12,6 +12,7 @@ from benchmarks.study import Contrast, contrasts
 
 Runs = Sequence[Mapping[str, Any]]
 SHOWN = {"moe": 16, "twin-time": 16, "twin-parameters": 3, "twin-wide": 4}
+"""How many seeds, from FIRST_SEED on, each arm has."""
 PAIRS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
 PAYS = 0.005  # of accuracy: half a point
 FIRST_SEED = 200

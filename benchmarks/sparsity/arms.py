@@ -144,19 +144,21 @@ def queue(records: Sequence[Record], device: str, tiers: Sequence[int] = TIERS) 
             yield from (Job(device, tier, arm, seed, rate_of(records, device, arm)) for arm in arms)
 
 
-def validation(records: Sequence[Record], device: str, arm: str) -> dict[float, float]:
-    """Mean validation accuracy of every learning rate whose tuning runs are all done; a failed run counts 0."""
+def validation(records: Sequence[Record], seeds: Sequence[int], **keys: Any) -> dict[float, float]:
+    """Mean validation accuracy of every learning rate whose runs of these seeds are all done; a failed run counts 0.
+
+    `keys` are what the records of these runs have.
+    """
     found: dict[float, dict[int, float]] = {}
     for run in records:
-        if (run["device"], run["arm"]) == (device, arm) and run["seed"] in TUNING_SEEDS and not is_dirty(run):
+        if keys.items() <= run.items() and run["seed"] in seeds and not is_dirty(run):
             found.setdefault(run["lr"], {})[run["seed"]] = 0.0 if run["failed"] else run["val_top1"]
-    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if of.keys() >= set(ARMS[arm].tuning_seeds)}
+    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if of.keys() >= set(seeds)}
 
 
-def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float]:
-    """The three of the protocol and, once they are done, one beyond whichever edge wins."""
-    rates = [factor * ARMS[arm].base_lr for factor in FACTORS]
-    tried = validation(records, device, arm)
+def rates_around(middle: float, tried: Mapping[float, float]) -> list[float]:
+    """Half, once and twice a rate and, once they are done, one beyond whichever edge wins."""
+    rates = [factor * middle for factor in FACTORS]
     while all(lr in tried for lr in rates):
         edges_first = sorted(rates, key=lambda lr: lr not in (min(rates), max(rates)))  # an edge that ties wins
         further = rate_beyond({lr: tried[lr] for lr in edges_first})
@@ -166,15 +168,26 @@ def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float
     return rates
 
 
-def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
-    """The learning rate of an arm, the lowest of those that tie; None if it isn't decided."""
-    own = ARMS[arm]
-    if own.tuned_as is not None:
-        return rate_of(records, device, own.tuned_as)
-    tried = validation(records, device, arm)
-    if any(lr not in tried for lr in rates_to_try(records, device, arm)):
+def best_rate(middle: float, tried: Mapping[float, float]) -> float | None:
+    """The best of `rates_around`, the lowest of those that tie; None if it isn't decided."""
+    if any(lr not in tried for lr in rates_around(middle, tried)):
         return None
     return max(sorted(tried), key=lambda lr: tried[lr])
+
+
+def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float]:
+    """The rates of an arm's tuning runs, as far as these records decide them."""
+    return rates_around(ARMS[arm].base_lr, _tried(records, device, arm))
+
+
+def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
+    """The learning rate of an arm, or of the one that it is tuned as; None if it isn't decided."""
+    arm = ARMS[arm].tuned_as or arm
+    return best_rate(ARMS[arm].base_lr, _tried(records, device, arm))
+
+
+def _tried(records: Sequence[Record], device: str, arm: str) -> dict[float, float]:
+    return validation(records, ARMS[arm].tuning_seeds, device=device, arm=arm)
 
 
 def progress(records: Sequence[Record], device: str, tiers: Sequence[int] = TIERS) -> tuple[int, int]:
