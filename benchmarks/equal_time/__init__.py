@@ -22,21 +22,20 @@ from benchmarks.equal_time.report import FIRST_SEED, SHOWN, parts_of
 from benchmarks.harness import HERE, about, argument_parser, in_a_process
 from benchmarks.memory import measure
 from benchmarks.places import WIDE
-from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes
-from benchmarks.sparsity import read_speed
+from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes, write_run
 from benchmarks.sparsity.arms import best_rate, rates_around, validation
 from benchmarks.sparsity.training import Meter, metered
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.files import file_sha256, write_json_atomic
+from moevision.files import file_sha256
 from moevision.layers.routing import evaluating
 from moevision.limits import keep_freed_memory
 from moevision.models.vit_moe import _MODELS, VisionTransformerMoE, _build, _cfg
 
 FOLDER = HERE / "equal_time"
-PROTOCOL, PRICES = FOLDER / "protocol.md", FOLDER / "prices.json"
+PROTOCOL, PRICES = FOLDER / "protocol.md", FOLDER / "prices.jsonl"
 STEPS, BATCH = 3_510, 128  # ten epochs of 351 batches
 BASE_LR, TUNING_SEEDS = 6e-3, (100, 101)
 RECIPE = {
@@ -201,7 +200,7 @@ def price(options: Namespace) -> None:
         found[name] |= {"cost": cost, "memory": in_a_process(_memory, name)}
     ratio = ratio_of(times.cpu["moe"], times.cpu["twin"])
     measured = {"busy": options.busy, "moe_to_twin": ratio, "arms": found, **origin}
-    write_json_atomic(options.prices, [*read_speed(options.prices), measured])
+    write_run(options.prices, "price", measured)
     print(f"moe ÷ twin: {ratio}")
 
 
@@ -224,10 +223,10 @@ def main() -> None:
     if options.verb == "price":
         price(options)
     elif options.verb == "report":
-        fill_readme(options.readme, parts_of(read_records(options.out), read_speed(options.prices)))
+        fill_readme(options.readme, parts_of(read_records(options.out), read_records(options.prices)))
     else:
         refuse_changes(PROTOCOL, allowed=options.allow_dirty)
-        prices = read_speed(options.prices)
+        prices = read_records(options.prices)
         if not prices:
             raise UserError("Measure first, on an idle machine: python -m benchmarks equal-time price.")
         more_steps = steps_of_equal_time(prices)
