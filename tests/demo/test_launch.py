@@ -131,6 +131,14 @@ def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
     assert "MOEVISION_AUTH needs a user and a password" in outcome.err
 
 
+def test_an_answer_is_sent_at_once():
+    """Without TCP_NODELAY its last part waits until the browser confirms the first: 40 ms on Linux, for every answer."""
+    with Serving(host="127.0.0.1").listen() as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
 def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     """Without IPv6, /etc/hosts often lists ::1 for localhost all the same, before 127.0.0.1."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
