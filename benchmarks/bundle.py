@@ -60,8 +60,8 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
+from moevision.stats import accuracy_interval
 from moevision.train.checkpoint import BEST, read_manifest
-from moevision.train.stats import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
 EFFECTS_S = 1800.0  # for taking each expert away, over images of each class

@@ -10,8 +10,8 @@ A change (mutant) swaps a comparison, an arithmetic or a boolean operator, min a
 condition round, or leaves a statement out. It is killed when a test fails, or runs far longer than it did. A mutant
 that no test can tell from the original is equivalent: it stands in `mutation_equivalent.json` with the reason.
 
-Not mutated: annotations, docstrings, strings, decorators and what is raised. Tests that start processes of their own
-count for no line, and those of a browser are left out: what only they notice is reported as survived.
+Not mutated: annotations, docstrings, strings, decorators and what is raised. The map is of the tests that `pytest`
+runs; what survives them may meet deep ones by `--again`. Tests that start processes of their own count for no line.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ EQUIVALENT = ROOT / "benchmarks" / "mutation_equivalent.json"
 AREAS = {
     "layers": ["layers/*.py"],
     "losses": ["losses.py"],
-    "metrics": ["metrics.py"],
+    "task": ["train/task.py"],
     "guard": ["train/guard.py"],
-    "resume": ["train/resume.py", "train/provenance.py", "train/processes.py"],
-    "checkpoint writing": ["files.py", "train/checkpoint.py"],
-    "sampler": ["data/loader.py", "data/transforms.py"],
-    "safe readers": ["models/safe_files.py", "data/images.py"],
+    "resume": ["train/resume.py", "train/checkpoint.py"],
+    "sharded": ["train/parallel/folder.py", "train/archive.py"],
+    "scores": ["train/scores.py", "data/scores.py"],
+    "splits": ["data/splits.py"],
+    "swap": ["analysis/swap.py"],
+    "intervention": ["analysis/intervention.py"],
 }
 TESTS = (
     *("layers", "models", "train", "data", "analysis", "commands"),
@@ -273,7 +275,8 @@ def make_map(file: Path) -> None:
     measure.start()
     measure.switch_context("import")
     paths = [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
-    pytest.main(["-q", "-n", "0", "-m", "not (alone or browser)", "-p", "no:cacheprovider", *paths], plugins=[watch])
+    tier = "not (alone or browser or deep or docs or studies)"  # what `pytest` runs
+    pytest.main(["-q", "-n", "0", "-m", tier, "-p", "no:cacheprovider", *paths], plugins=[watch])
     measure.stop()
     data = measure.get_data()
     lines = {}
@@ -442,14 +445,16 @@ def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, aga
 
 
 def _save(record: dict[str, Any], options: Namespace) -> None:
-    from moevision.files import write_json_atomic
+    from moevision.files import write_text_atomic
     from moevision.train.provenance import git_state
 
     record["code"] = git_state(ROOT)
     if not options.again:  # else the sample was drawn before, from what there was then
         record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
     record["mutants"].sort(key=lambda row: row["key"])
-    write_json_atomic(options.out, record)
+    head = json.dumps({name: value for name, value in record.items() if name != "mutants"})
+    rows = ",\n".join(map(json.dumps, record["mutants"]))  # a line each
+    write_text_atomic(options.out, f'{head[:-1]}, "mutants": [\n{rows}\n]}}\n')
 
 
 def rows_of(record: dict[str, Any], reasons: dict[str, str]) -> Iterator[tuple[str, Counter[str]]]:
@@ -495,7 +500,7 @@ def main() -> None:
         "--map", type=Path, default=ROOT / "runs" / "mutation-map.json", help="which test runs which line"
     )
     parser.add_argument("--out", type=Path, default=RECORD, help="the record")
-    parser.add_argument("--number", type=int, default=300, help="mutants in the sample")
+    parser.add_argument("--number", type=int, default=200, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample")
     parser.add_argument("--jobs", type=int, default=1, help="mutants judged at a time")
     parser.add_argument("--only", default="", help="only mutants whose key holds this text")

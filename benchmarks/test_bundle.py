@@ -21,8 +21,8 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory
 from moevision.models.io import load_model
+from moevision.stats import accuracy_interval
 from moevision.train.checkpoint import read_manifest
-from moevision.train.stats import accuracy_interval
 
 # file, author, licence, path inside, quotation, grade
 PHOTOS = [

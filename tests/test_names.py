@@ -30,8 +30,8 @@ from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.models import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError, csv_name, json_text, name_bytes, shown
-from moevision.train.card import without_example
 from moevision.train.health import Stopwatch
+from moevision.train.report import without_example
 from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
 

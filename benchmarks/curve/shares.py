@@ -44,11 +44,11 @@ from moevision.data.scores import FILE, Scores, prune
 from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
+from moevision.stats import Gap
 from moevision.train import fit as training
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell
 from moevision.train.resume import is_finished
-from moevision.train.stats import Gap
 
 ALL: Final = "all"
 HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.curve.shares import jobs, lines, schedule, sentences, slope, table, verdict
 from moevision.errors import UserError
-from moevision.train.stats import Gap
+from moevision.stats import Gap
 
 T2, T3 = 12.7062, 4.30265
 """97.5 % quantiles of Student's t with one and two degrees of freedom, from a printed table."""

@@ -44,7 +44,7 @@ from moevision.files import write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.train.stats import Gap
+from moevision.stats import Gap
 
 FOLDER = HERE / "label_noise"
 SHARE, SEEDS, TOP, BATCH = 0.1, (0, 1, 2), 0.1, 256

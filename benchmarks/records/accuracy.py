@@ -10,7 +10,7 @@ from scipy.stats import ttest_ind
 from benchmarks.records import Claim, Definition
 from benchmarks.records.performance import TRAIN, moe
 from benchmarks.records.quickstart import share
-from moevision.train.stats import Gap
+from moevision.stats import Gap
 
 Json = dict[str, Any]
 RUNS = "benchmarks/accuracy/runs.jsonl"

@@ -242,11 +242,9 @@ CLAIMS = [
     Claim(specialization.SEEDS, specialization.SMALL, specialization.over_seeds),
     Claim(
         waiting.RUNS,
-        "computes {rows:.2f} times the mean rows where an uneven router learns without a balance loss, "
-        "{rows_with_loss:.2f} "
-        "times with one. That the other waits longer for it {shown}: by the median of the steps {without} "
-        "times as long as "
-        "under an even load, with the loss {with_loss} times; by mean ms in {longer} of {runs} runs",
+        "computes {rows:.2f} times the mean rows where an uneven router learns without a balance loss, and the other "
+        "waits {without} times as long for them as under an even load. With the loss it is {rows_with_loss:.2f} times "
+        "the rows and {with_loss} times the wait; longer without it in {longer} of {runs} runs",
         waiting.extremes,
     ),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),

@@ -137,7 +137,7 @@ DEFINITIONS = {
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
         Definition("(p ≥ .05)", "the level of the tests"),
-        Definition("tell apart with 80 % power", "POWER of `moevision.train.stats`"),
+        Definition("tell apart with 80 % power", "POWER of `moevision.stats`"),
         Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
     ],
     "docs/guides/tables-and-logs.md": [

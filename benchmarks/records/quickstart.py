@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.records import Claim, Definition
 from benchmarks.records.analysis import ATLAS, CARD
-from moevision.train.stats import accuracy_interval
+from moevision.stats import accuracy_interval
 
 Json = dict[str, Any]
 QUICKSTART = "benchmarks/quickstart/summary.json"

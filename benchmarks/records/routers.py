@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.records import Claim, Definition, small
 from benchmarks.records.studies import report
-from moevision.train.stats import Gap
+from moevision.stats import Gap
 
 STUDY = "benchmarks/routers/record.json"
 LEARNED = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")

@@ -41,7 +41,7 @@ import torch
 from benchmarks.harness import about, argument_parser, positive, write_result
 from moevision.errors import UserError
 from moevision.train.checkpoint import Entry, SafeCheckpointIO, newest_valid, sha256_of, write_manifest
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 
 FIT = (
     *("--name=run", "--model.arch.name=test_vit_moe", "--model.arch.embed_dim=96", "--model.arch.depth=4"),

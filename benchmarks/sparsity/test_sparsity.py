@@ -20,8 +20,8 @@ from benchmarks.sparsity import arms, report, training
 from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Arm, queue, rate_of
 from benchmarks.sparsity.verdict import HYPOTHESES, judge, p_of, sentences, verdict_of
 from benchmarks.study import Contrast
+from moevision.stats import LEVEL, POWER, detectable
 from moevision.train.guard import TrainingDiverged
-from moevision.train.stats import LEVEL, POWER, detectable
 
 PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ from benchmarks.queue import is_dirty
 from benchmarks.sparsity.arms import LEARNED_NOTHING, TUNING_SEEDS, Record, rate_of
 from benchmarks.sparsity.training import PROTOCOL
 from benchmarks.study import Contrast, holm
-from moevision.train.stats import LEVEL, detectable
+from moevision.stats import LEVEL, detectable
 from moevision.words import points
 
 _SENTENCE = re.compile(r"^\| (\w+) \| (positive|negative|tie) \| (.+) \|$", re.MULTILINE)

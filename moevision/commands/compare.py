@@ -37,9 +37,7 @@ from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_yaml
-from moevision.train.report import RunSummary, read_summary
-from moevision.train.resume import is_finished, is_free, resume_command
-from moevision.train.stats import (
+from moevision.stats import (
     LEVEL,
     POWER,
     Gap,
@@ -48,6 +46,8 @@ from moevision.train.stats import (
     paired_difference,
     paired_macro_difference,
 )
+from moevision.train.report import RunSummary, read_summary
+from moevision.train.resume import is_finished, is_free, resume_command
 from moevision.words import duration, flops, percent, points
 
 PREDICTIONS: Final = "predictions_test.csv"

@@ -18,7 +18,7 @@ from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.export import OPSET, SUFFIX, Format, Runner, export_onnx, export_torch, load_exported
 from moevision.models.io import SavedModel
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 
 _PREPARE = """
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]

@@ -26,7 +26,7 @@ from moevision.errors import UserError, csv_name, json_text
 from moevision.files import csv_text, refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
 from moevision.train.processes import tell
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 
 UNSURE = "unsure"
 JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote

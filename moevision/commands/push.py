@@ -72,7 +72,7 @@ def check_repo_id(repo_id: str) -> str:
 
 
 def _card(chosen: Namespace) -> str:
-    from moevision.train.card import UNKNOWN_LICENCE, gather_facts, model_card
+    from moevision.train.report import UNKNOWN_LICENCE, gather_facts, model_card
 
     licence = chosen.license or UNKNOWN_LICENCE
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):

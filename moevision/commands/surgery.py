@@ -37,8 +37,8 @@ from moevision.models.surgery import (
     prune_experts,
     similar_groups,
 )
+from moevision.stats import accuracy_interval, paired_difference
 from moevision.train.provenance import collect_provenance
-from moevision.train.stats import accuracy_interval, paired_difference
 
 
 def run(chosen: Namespace) -> None:

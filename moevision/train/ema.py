@@ -24,7 +24,7 @@ from torch import nn
 
 from moevision.config import EmaConfig
 from moevision.errors import UserError
-from moevision.train.devices import parallel_strategy
+from moevision.train.processes import parallel_strategy
 from moevision.train.task import ClassificationTask
 
 _NET = "net."  # where the network is in the task's state

@@ -27,14 +27,13 @@ from moevision.errors import csv_name
 from moevision.files import csv_text, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
-from moevision.train.card import gather_facts, model_card
+from moevision.stats import calibration_error, paired_difference
 from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
-from moevision.train.devices import parallel_strategy
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import gather
+from moevision.train.processes import gather, parallel_strategy
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
@@ -44,11 +43,12 @@ from moevision.train.report import (
     TestScores,
     TwinComparison,
     choose,
+    gather_facts,
+    model_card,
     write_summary,
 )
 from moevision.train.resume import Session, Start
 from moevision.train.start import read_probe, weights_file
-from moevision.train.stats import calibration_error, paired_difference
 from moevision.train.task import ClassificationTask
 
 

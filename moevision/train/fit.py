@@ -51,13 +51,10 @@ from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.archive import load_rest
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
-from moevision.train.devices import parallel_strategy, strategy_of
 from moevision.train.ema import WeightEMA
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import RouterHealth, RunLogger, StopEarly, Stopwatch
-from moevision.train.loggers import log_routers
-from moevision.train.memory import check_memory, describe_memory
+from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, log_routers
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -66,13 +63,17 @@ from moevision.train.processes import (
     from_first,
     is_first,
     meet,
+    parallel_strategy,
     several_processes,
     start_processes,
+    strategy_of,
     tell,
 )
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
+    check_memory,
     chosen,
+    describe_memory,
     describe_plan,
     epoch_batches,
     expected_seconds,
@@ -82,7 +83,6 @@ from moevision.train.recipe import (
     run_name,
     run_of_checkpoint,
 )
-from moevision.train.record import RecordRouting
 from moevision.train.report import is_unbalanced
 from moevision.train.resume import (
     EpochEnd,
@@ -97,7 +97,6 @@ from moevision.train.resume import (
 )
 from moevision.train.scores import ExampleScores
 from moevision.train.start import fit_probe, start_with
-from moevision.train.stats import Calibrate
 from moevision.train.task import ClassificationTask, check_trainer
 
 # A disk without room, or one on which this user may have no more; Windows lacks the latter.

@@ -1,4 +1,4 @@
-"""What the command line hangs onto Lightning's Trainer: metrics.csv, a stopwatch, the health of the routers.
+"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, how routing forms.
 
 Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
 
@@ -14,25 +14,36 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final, cast
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from moevision.config import EarlyStoppingConfig
+from moevision.config import EarlyStoppingConfig, RecordRoutingConfig
 from moevision.data import ImageDataModule
+from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.data.transforms import normalize, square_pixels
+from moevision.errors import UserError, shown
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.processes import sums_over_processes, tell
+from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
+from moevision.models.vit_moe import set_fused_attention
+from moevision.stats import fit_temperature
+from moevision.train.processes import gather, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -349,3 +360,150 @@ class RouterHealth(L.Callback):
 
 def _learning(module: L.LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+class Calibrate(L.Callback):
+    """Fits the temperature on the validation images when a trained model is tested."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
+        limit = trainer.limit_val_batches
+        batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+        own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        for batch in islice(loader, batches):
+            batch = {name: value.to(task.device) for name, value in batch.items()}
+            batch = trainer.precision_plugin.convert_input(batch)
+            with trainer.precision_plugin.forward_context():
+                logits = task.evaluation_logits(batch)
+            own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
+        known = list(chain.from_iterable(gather(own)))
+        if known:
+            task.calibration = fit_temperature(*(np.concatenate(part) for part in zip(*known, strict=True)))
+
+
+# ---- what loggers besides metrics.csv get: a tracker draws a chart for every key (NeMo-Automodel#1232)
+
+MAX_KEYS: Final = 100
+"""Numbers of single layers that a logger gets at once."""
+# Over all layers: the slowest expert, how decided a token is on average, experts without work.
+_BRIEF: Final[dict[str, Callable[[Iterable[float]], float]]] = {
+    "load_max": max,
+    "max_violation": max,
+    "entropy": fmean,
+    "dead": sum,
+}
+
+
+def log_routers(logger: Logger, *, per_layer: bool) -> Logger:
+    """Let this logger get router health in brief, or per layer too; the same logger."""
+    whole = logger.log_metrics
+
+    def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
+        whole(metrics=condensed(metrics, per_layer=per_layer), step=step)
+
+    cast(Any, logger).log_metrics = log_metrics
+    return logger
+
+
+def condensed(metrics: Mapping[str, float], *, per_layer: bool) -> dict[str, float]:
+    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are, of evenly chosen layers."""
+    layers: dict[str, dict[str, float]] = {}  # layer -> what -> value
+    kept: dict[str, float] = {}
+    for name, value in metrics.items():
+        kind, _, rest = name.partition("/")
+        layer, _, what = rest.partition("/")
+        if kind == "moe" and what:
+            layers.setdefault(layer, {})[what] = float(value)
+        else:
+            kept[name] = value
+    for what, over in _BRIEF.items():
+        values = [found[what] for found in layers.values() if what in found]
+        if values:
+            kept[f"moe/{what}"] = float(over(values))
+    if per_layer:
+        most = max(1, MAX_KEYS // max(map(len, layers.values()), default=1))
+        for place, (layer, found) in enumerate(layers.items()):
+            if place * most // len(layers) != (place - 1) * most // len(layers):  # `most` of them, evenly spread
+                kept |= {f"moe/{layer}/{what}": value for what, value in found.items()}
+    return kept
+
+
+# ---- how routing forms: `fit --record_routing.images FOLDER`; its file is described in `models.history`
+
+MAX_IMAGES = 64
+
+
+class RecordRouting(L.Callback):
+    """Records with the weights in training (not their moving average), in evaluation mode.
+
+    A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
+    uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record.
+    """
+
+    def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
+        self.config, self.file = config, run_dir / FILE
+        self._images: Tensor | None = None
+        self._history = RoutingHistory((), (), 0)
+        self._planned: list[int] = []
+
+    @staticmethod
+    def of(config: RecordRoutingConfig, run_dir: Path) -> list[L.Callback]:
+        """The callback that the config asks for, if it does."""
+        return [] if config.images is None else [RecordRouting(config, run_dir)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net, data = cast(ClassificationTask, pl_module).net, cast(Any, trainer).datamodule
+        if not moe_layers(net) or not trainer.is_global_zero or bool(cast(Any, trainer).fast_dev_run):
+            return
+        folder, total = Path(cast(str, self.config.images)), trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
+        names, pixels = _read(folder, data.image_size)
+        self._images = normalize(pixels, data.mean, data.std)
+        self._planned = planned_moments(int(total), self.config.moments)
+        self._history = RoutingHistory(names, tuple(data.class_names), int(total))
+        if trainer.global_step and self.file.is_file():
+            earlier = RoutingHistory.load(self.file).until(trainer.global_step)
+            if earlier.image_names == names and earlier.class_names == self._history.class_names:
+                self._history = earlier
+        self._record(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._record(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the end, also of a training that was stopped early."""
+        self._record(trainer, pl_module, ends=True)
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, ends: bool = False) -> None:
+        if self._images is None:
+            return
+        task, step = cast(ClassificationTask, pl_module), trainer.global_step
+        last = self._history.steps[-1] if len(self._history) else -1
+        due = any(last < planned <= step for planned in self._planned)
+        if step <= last or not (due or ends):
+            return
+        dtype = next(task.net.parameters()).dtype
+        set_fused_attention(task.net, True)
+        with trainer.precision_plugin.forward_context():
+            moment = moment_of(task.net, self._images.to(task.device, dtype))
+        task.choose_attention()
+        self._history = self._history.plus(step, moment)
+        self._history.save(self.file)
+
+
+def _read(folder: Path, image_size: int) -> tuple[tuple[str, ...], Tensor]:
+    """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
+    if not files or len(files) > MAX_IMAGES:
+        raise UserError(
+            f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_IMAGES}."
+        )
+    try:
+        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size) for file in files])
+    except BadImageError as error:
+        raise UserError(f"An image below --record_routing.images can't be used: {error}") from error
+    names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
+    return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)

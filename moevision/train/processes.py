@@ -1,4 +1,4 @@
-"""The processes of a training: what they agree on, how they start, and the signals that stop one.
+"""The processes and devices of a training: what they agree on, how they start, and the signals that stop one.
 
 Stopping: before and after training a signal ends the process at once. During training it is only noted;
 `resume.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
@@ -20,9 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn, cast
 
+import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from torch import Tensor
 
+from moevision.config import ParallelConfig
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, shown_lines
@@ -351,3 +354,44 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.random.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+
+
+# ---- the devices: what is asked before there is a Trainer
+
+_accelerator: ContextVar[str | None] = ContextVar("accelerator", default=None)
+
+
+@contextmanager
+def trains_on(accelerator: str | None) -> Iterator[None]:
+    """Inside, the training has what `--trainer.accelerator` names; None: it wasn't given."""
+    before = _accelerator.set(accelerator)
+    try:
+        yield
+    finally:
+        _accelerator.reset(before)
+
+
+def has_gpu() -> bool:
+    """Whether the training will have a GPU of CUDA or ROCm. Apple's isn't used: it has no float64."""
+    return _accelerator.get() != "cpu" and torch.cuda.is_available()
+
+
+def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
+    """The Trainer's arguments; a UserError if --trainer.strategy, `asked`, says something else."""
+    if config.layout is None:
+        return {}
+    if asked not in ("auto", config.layout):
+        raise UserError(f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
+    replicated = config.layout == "ddp"
+    if replicated and config.expert == 1:
+        return {"strategy": "ddp"}
+    from moevision.train.parallel.strategy import MoEParallelStrategy
+
+    divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
+    # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
+    return {"strategy": divided, "inference_mode": False}
+
+
+def parallel_strategy(trainer: L.Trainer) -> Any:
+    """The `MoEParallelStrategy` of this trainer; None where every process has all weights."""
+    return trainer.strategy if hasattr(trainer.strategy, "replicated") else None

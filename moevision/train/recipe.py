@@ -1,6 +1,7 @@
 """What `fit` chooses where the user did not (model, image size, batch, epochs, precision), and the plan that it prints.
 
-Few images start from pretrained weights (`start`), others from scratch.
+Few images start from pretrained weights (`start`), others from scratch. Memory: whether weights, gradients and moments
+fit is known before; if activations are too large, `memory_advice` says what takes less.
 
 Every choice is printed and can be overridden on the command line. `runs/NAME/` is the run folder; `--config NAME` finds
 the configs that are shipped with the package.
@@ -35,8 +36,7 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
-from moevision.train.devices import has_gpu, trains_on
-from moevision.train.processes import tell
+from moevision.train.processes import has_gpu, tell, trains_on
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 
@@ -45,6 +45,12 @@ if TYPE_CHECKING:
 
     from moevision.data import ImageDataModule
     from moevision.train.task import ClassificationTask
+from math import ceil
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import matrices_of
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
@@ -412,3 +418,70 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+# ---- memory
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # under the others weights are not fp32
+
+
+def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
+    """What weights, gradients and moments take of the memory; None: not known."""
+    capacity, _ = _memory(trainer)
+    if capacity is None or trainer.precision not in _PRECISIONS:
+        return None
+    size, where = sum(_kept(state_bytes(task, trainer), trainer)), "main memory" if _offloads(trainer) else "memory"
+    return f"{where}: weights, gradients and moments {size / 1e9:.2f} of {capacity / 1e9:.1f} GB, without activations"
+
+
+def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
+    """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory.
+
+    One that goes on keeps its model.
+    """
+    (capacity, where), whole = _memory(trainer), state_bytes(task, trainer)
+    dense, experts = _kept(whole, trainer)
+    if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:
+        return
+    ways = ["a device with more memory" if goes_on else "fewer experts (--model.arch.num_experts) or a smaller model"]
+    if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
+        ways.append(f"--parallel fsdp on {ceil(sum(whole) / capacity)} GPUs or more")
+        if dense < whole[0]:  # it is divided already
+            ways.append("--parallel.offload true")
+    raise UserError(
+        f"Weights, gradients and moments of this model take {(dense + experts) / 1e9:.1f} GB, and {where} has "
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways)}; --force tries it all the same."
+    )
+
+
+def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]:
+    """Bytes of fp32 weights, their moving average, gradients and moments: of all but the experts, and of these."""
+    of_experts = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
+    matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()  # one moment; AdamW keeps two
+    weights, size = 1 if WeightEMA.of(trainer) is None else 2, {False: 0, True: 0}
+    for name, p in task.net.named_parameters():
+        learning = (2 if name in matrices else 3) if p.requires_grad else 0
+        size[id(p) in of_experts] += 4 * p.numel() * (weights + learning)
+    return size[False], size[True]
+
+
+def _kept(whole: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
+    """What one process keeps: FSDP2 divides all of it, expert parallelism the experts, every other strategy copies."""
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(strategy, "replicated", False)
+    processes = trainer.world_size if sharded else 1
+    return whole[0] / processes, whole[1] / max(processes, getattr(strategy, "expert", 1))
+
+
+def _offloads(trainer: L.Trainer) -> bool:
+    return getattr(trainer.strategy, "offload", False)
+
+
+def _memory(trainer: L.Trainer) -> tuple[int | None, str]:
+    """Bytes and name of the memory that a process has, an equal part of a machine's; None: the system doesn't say."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and not _offloads(trainer):
+        return torch.cuda.mem_get_info(device)[1], device_name(trainer)
+    machine = usable_memory_bytes()
+    where = "each process's part of the main memory" if _offloads(trainer) else device_name(trainer)
+    return machine and machine // trainer.num_devices, where

@@ -61,9 +61,8 @@ from moevision.models.io import (
 from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_files import WEIGHTS, read_json, read_metadata
 from moevision.models.upcycle import check_upcyclable
-from moevision.train.devices import has_gpu
 from moevision.train.health import cpu_s
-from moevision.train.processes import tell
+from moevision.train.processes import has_gpu, tell
 from moevision.words import percent
 
 AUTO, NONE = "auto", "none"

@@ -14,7 +14,7 @@ from scipy import stats
 
 from moevision.config import MORE
 from moevision.models.safe_files import read_yaml
-from moevision.train.stats import Gap, detectable_on, mcnemar_p_value
+from moevision.stats import Gap, detectable_on, mcnemar_p_value
 
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 

@@ -132,7 +132,7 @@ def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
 
 
 def test_an_answer_is_sent_at_once():
-    """Without TCP_NODELAY its last part waits until the browser confirms the first: 40 ms on Linux, for every answer."""
+    """Without TCP_NODELAY its last part waits until the browser confirms the first, 40 ms on Linux."""
     with Serving(host="127.0.0.1").listen() as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:

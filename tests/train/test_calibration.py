@@ -6,7 +6,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from moevision.train.stats import calibration_error, fit_temperature
+from moevision.stats import calibration_error, fit_temperature
 
 
 def drawn(temperature, n=20_000, classes=4):

@@ -22,9 +22,8 @@ from moevision.commands.predict import predict_batch
 from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.train.card import WeightsOrigin, gather_facts, model_card, without_path
 from moevision.train.finish import _write_summary
-from moevision.train.report import read_summary
+from moevision.train.report import WeightsOrigin, gather_facts, model_card, read_summary, without_path
 
 Facts = dict[str, Any]
 

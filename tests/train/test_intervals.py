@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from moevision.train.stats import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
+from moevision.stats import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
 
 
 def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moevision.train.loggers import MAX_KEYS, condensed
+from moevision.train.health import MAX_KEYS, condensed
 
 METRICS = {
     "val/top1": 0.5,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from moevision.train import fit as training
 from moevision.train.checkpoint import newest_valid
 from moevision.train.parallel.folder import read_folder
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 from tests.train.test_command_two_processes import (
     FIRST_KILLED,
     KILLED,

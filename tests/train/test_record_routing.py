@@ -14,7 +14,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
-from moevision.train.record import RecordRoutingConfig
+from moevision.train.health import RecordRoutingConfig
 
 # Two epochs of three or four batches of 8.
 OPTIONS = ("--record_routing.moments=4",)

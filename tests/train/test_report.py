@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 
 from moevision.efficiency import ModelCost
 from moevision.metrics import LayerLoad
+from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.train.plots import (
     moving_average,
     plot_confusion,
@@ -32,7 +33,6 @@ from moevision.train.report import (
     read_summary,
     write_summary,
 )
-from moevision.train.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 
 Row = dict[str, float | int]
 

@@ -17,7 +17,7 @@ from moevision.errors import UserError
 from moevision.train.archive import sizes_of
 from moevision.train.checkpoint import MANIFEST, Entry, newest_valid, read_manifest, verify, write_manifest
 from moevision.train.parallel.folder import read_folder
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 from tests.forks import Forked
 from tests.train.test_command_two_processes import SHARDED, fit
 

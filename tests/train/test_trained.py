@@ -8,7 +8,7 @@ import torch
 
 from moevision.errors import UserError
 from moevision.models.io import load_model
-from moevision.train.trained import load_trained
+from moevision.train.resume import load_trained
 
 
 @pytest.fixture(scope="module")

@@ -20,26 +20,20 @@ Sources
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
-
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
-
-from moevision.train.processes import gather
 
 LEVEL, POWER = 0.05, 0.8
 _Z = float(norm.ppf(1 - LEVEL / 2))
@@ -276,22 +270,3 @@ def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any]) -
     place = np.minimum((confidence * 15).astype(int), 14)
     gaps = np.bincount(place, confidence - correct, minlength=15)
     return float(np.abs(gaps).sum() / len(confidence))
-
-
-class Calibrate(L.Callback):
-    """Fits the temperature on the validation images when a trained model is tested."""
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
-        limit = trainer.limit_val_batches
-        batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
-        own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
-        for batch in islice(loader, batches):
-            batch = {name: value.to(task.device) for name, value in batch.items()}
-            batch = trainer.precision_plugin.convert_input(batch)
-            with trainer.precision_plugin.forward_context():
-                logits = task.evaluation_logits(batch)
-            own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
-        known = list(chain.from_iterable(gather(own)))
-        if known:
-            task.calibration = fit_temperature(*(np.concatenate(part) for part in zip(*known, strict=True)))
