@@ -24,11 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import moevision
+from benchmarks.lines import write_lines
 from benchmarks.peak import matmul_peak
 from benchmarks.timing import rounded
 from moevision import limits, package_version
 from moevision.errors import UserError, shown_lines
-from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit
 from moevision.limits import total_memory_bytes, usable_cores
 from moevision.train.provenance import cpu_model, git_state, gpu_names
@@ -217,7 +217,7 @@ def write_record(out: Path | None, record: Json, draw: Callable[[Json, Path], No
     path = out / f"benchmark-{record['benchmark']}.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, record)
+        write_lines(path, record)
         if draw is not None:
             draw(record, path.with_suffix(".png"))
     except OSError as error:
@@ -229,7 +229,7 @@ def write_result(out: Path | None, result: Json) -> None:
     """Print a study's result as JSON and write it, if a file is given."""
     print(json.dumps(result, indent=1))
     if out is not None:
-        write_json_atomic(out, result)
+        write_lines(out, result)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -270,11 +270,11 @@ class Record:
     def add(self, run: dict[str, Any]) -> None:
         """Append a finished run."""
         found = self.read()
-        write_json_atomic(self.path, {**found, "runs": [*found["runs"], finite(run)]})
+        write_lines(self.path, {**found, "runs": [*found["runs"], finite(run)]})
 
     def put(self, name: str, value: Any) -> None:
         """Set an entry beside the runs."""
-        write_json_atomic(self.path, {**self.read(), name: finite(value)})
+        write_lines(self.path, {**self.read(), name: finite(value)})
 
 
 def without_places(command: str) -> str:

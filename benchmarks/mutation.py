@@ -445,16 +445,15 @@ def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, aga
 
 
 def _save(record: dict[str, Any], options: Namespace) -> None:
-    from moevision.files import write_text_atomic
+    sys.path.append(str(ROOT))
+    from benchmarks.lines import write_lines
     from moevision.train.provenance import git_state
 
     record["code"] = git_state(ROOT)
     if not options.again:  # else the sample was drawn before, from what there was then
         record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
     record["mutants"].sort(key=lambda row: row["key"])
-    head = json.dumps({name: value for name, value in record.items() if name != "mutants"})
-    rows = ",\n".join(map(json.dumps, record["mutants"]))  # a line each
-    write_text_atomic(options.out, f'{head[:-1]}, "mutants": [\n{rows}\n]}}\n')
+    write_lines(options.out, record)
 
 
 def rows_of(record: dict[str, Any], reasons: dict[str, str]) -> Iterator[tuple[str, Counter[str]]]:

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.lines import write_lines
 from benchmarks.markdown import table
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.data import SyntheticPets
-from moevision.files import write_json_atomic
 from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
@@ -60,7 +60,7 @@ def main() -> None:
     print(table_of(rows))
     if options.out:
         settings = {"images": options.images, "draws": options.draws, "model": MODEL, "stem": "patch"}
-        write_json_atomic(options.out, {"settings": settings, "rows": rows, "provenance": origin})
+        write_lines(options.out, {"settings": settings, "rows": rows, "provenance": origin})
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

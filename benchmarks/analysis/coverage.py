@@ -26,8 +26,8 @@ from rich.progress import track
 from scipy.stats import norm
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.lines import write_lines
 from moevision.analysis.information import class_information, mutual_information_bits, part_information
-from moevision.files import write_json_atomic
 
 EXPERTS, PATCHES, PARTS = 8, 16, 5
 Array = np.ndarray
@@ -210,4 +210,4 @@ def main() -> None:
         "rows": rows,
     }
     if options.out:
-        write_json_atomic(options.out, result)
+        write_lines(options.out, result)

@@ -20,12 +20,13 @@ import torch
 from benchmarks.curve import shares
 from benchmarks.curve.shares import draw, lines, sentences, table
 from benchmarks.harness import HERE, about, argument_parser, count, positive
+from benchmarks.lines import write_lines
 from benchmarks.queue import add_study, fill_readme, refuse_changes
 from benchmarks.study import drawn
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError, csv_name
-from moevision.files import write_json_atomic, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
 
 FOLDER = HERE / "curve"
@@ -58,7 +59,7 @@ def run(options: Namespace) -> None:
     for training in trainings:
         del training["recipe"]
     setup = {"images": options.images, "epochs": options.epochs, "margin": MARGIN, "methods": list(METHODS)}
-    write_json_atomic(options.out, {**setup, "trainings": trainings, **origin})
+    write_lines(options.out, {**setup, "trainings": trainings, **origin})
 
 
 def _origin(file: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _origin(file: Path) -> dict[str, Any]:
     now = {**about(), "command": "python -m benchmarks curve run"}  # without this machine's folders
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(file, now)
+        write_lines(file, now)
     known: dict[str, Any] = read_json(file)
     if known["code"] != now["code"]:
         raise UserError(f"{file} is of another commit: check that one out, or begin in another folder, --work DIR.")

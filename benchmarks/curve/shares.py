@@ -37,12 +37,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.harness import argument_parser, positive
+from benchmarks.lines import write_lines
 from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
 from moevision.config import read
 from moevision.data.scores import FILE, Scores, prune
 from moevision.errors import UserError, shown
-from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
+from moevision.files import refuse_foreign, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import Gap
 from moevision.train import fit as training
@@ -180,7 +181,7 @@ def run(arguments: Sequence[str]) -> None:
             if job in done:
                 continue
             done[job] = _train(job, run_dir, out, scores, steps, epoch) | {"recipe": recipe}
-            write_json_atomic(out / "records" / f"{job.name}.json", done[job])
+            write_lines(out / "records" / f"{job.name}.json", done[job])
             shutil.rmtree(out / "trainings" / job.name)
             each = statistics.fmean(record["duration_s"] for record in done.values())
             print(

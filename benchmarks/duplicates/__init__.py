@@ -28,13 +28,13 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from benchmarks.harness import HERE, about, argument_parser, positive, progress_bar
+from benchmarks.lines import write_lines
 from benchmarks.queue import fill_readme, refuse_changes
 from benchmarks.timing import rounded
 from moevision.analysis.good_data import Known, RunImages, examine, images_of, nearest_in_class
 from moevision.data.folder import read_folder
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
 from moevision.models.io import load_model
 from moevision.models.safe_files import read_json
 
@@ -324,4 +324,4 @@ def main() -> None:
     origin = {**about(), "command": f"python -m benchmarks duplicates {options.verb}"}
     measured = {"planted": planted, "cifar10": cifar10, "redundant": redundant}[options.verb](options)
     whose = {} if options.model is None else {"model": "/".join(Path(options.model).parts[-2:])}
-    write_json_atomic(options.out, {**record, options.verb: {**measured, **whose, **origin}})
+    write_lines(options.out, {**record, options.verb: {**measured, **whose, **origin}})

@@ -22,9 +22,9 @@ from scipy.stats import sem, t
 
 from benchmarks.guard.faults import FaultInjector
 from benchmarks.harness import about, argument_parser
+from benchmarks.lines import write_lines
 from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
-from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
 from moevision.stats import paired_difference
 from moevision.train.ema import EmaConfig, WeightEMA
@@ -100,4 +100,4 @@ def main() -> None:
             "runs": runs,
             "mean": {**mean, "margin": MARGIN, "within_margin": bool(low > -MARGIN)},
         }
-        write_json_atomic(options.out, result)
+        write_lines(options.out, result)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moevision.files import write_json_atomic
+from benchmarks.lines import write_lines
 from moevision.train.provenance import git_state
 
 RECORD = Path(__file__).with_name("record.json")
@@ -16,4 +16,4 @@ def put(name: str, part: str, values: dict[str, Any], package: Path) -> None:
     """Write what was counted of a package into the record, under a name such as `after`, with the commit."""
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     record[name] = {**record.get(name, {}), **(git_state(package) or {}), part: values}
-    write_json_atomic(RECORD, record)
+    write_lines(RECORD, record)

@@ -22,12 +22,12 @@ import torch
 
 from benchmarks.harness import about, argument_parser
 from benchmarks.label_noise import FOLDER, SEEDS, _images_in
+from benchmarks.lines import write_lines
 from benchmarks.queue import refuse_changes
 from benchmarks.timing import rounded
 from moevision.analysis.good_data import examine, images_of
 from moevision.data.scores import FILE, Scores
 from moevision.errors import csv_name
-from moevision.files import write_json_atomic
 from moevision.models.io import load_model
 
 ARMS = ("moe", "dense")
@@ -85,4 +85,4 @@ def main() -> None:
     with get_context("spawn").Pool(2) as pool:
         rows = pool.starmap(measure, [(options.work, arm, seed) for arm in ARMS for seed in SEEDS], chunksize=1)
     print(*rows, sep="\n")
-    write_json_atomic(options.out, {"directions": DIRECTIONS, "rows": rows, **origin})
+    write_lines(options.out, {"directions": DIRECTIONS, "rows": rows, **origin})

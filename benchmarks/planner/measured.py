@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import about
+from benchmarks.lines import write_lines
 from benchmarks.markdown import table
 from benchmarks.planner.footprint import shape_of
 from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan
 from benchmarks.planner.machine import Machine, measured_links, measured_machine, sheet_machine
 from benchmarks.study import IMAGE_SIZE, MODEL
-from moevision.files import write_json_atomic
 from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optim import OptimizerConfig, build_optimizer
@@ -71,7 +71,7 @@ def measure(processes: list[int], images: int, steps: int, out: Path | None) -> 
         print(f"{crowded} processes shared {cores} cores: their times say nothing about as many GPUs.")
     if out:
         settings = {"images": images, "steps": steps, "experts": EXPERTS, "model": MODEL, "precision": "32-true"}
-        write_json_atomic(out, {"settings": settings, "machines": machines, "rows": rows, "provenance": origin})
+        write_lines(out, {"settings": settings, "machines": machines, "rows": rows, "provenance": origin})
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

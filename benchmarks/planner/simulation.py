@@ -11,13 +11,13 @@ trainings of docs/guides/imagenet.md, as `python -m benchmarks plan` recommends 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.lines import write_lines
 from benchmarks.planner.footprint import shape_of
 from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan, recommend
 from benchmarks.planner.machine import Machine, sheet_machine
@@ -151,7 +151,6 @@ def compute() -> None:
     assumed = {name: [getattr(machine, name), source] for name, source in machine.assumed.items()}
     imagenet = {"images": IMAGENET, "epochs": IMAGENET_EPOCHS, "trainings": trainings(machine)}
     known = {"gpu": machine.name, "assumed": assumed, "images_per_gpu": IMAGES_PER_GPU, "imagenet": imagenet}
-    text = json.dumps({**known, "rows": rows, "code": about()["code"]}, indent=1)
-    RECORD.write_text(text + "\n", encoding="utf-8")
+    write_lines(RECORD, {**known, "rows": rows, "code": about()["code"]})
     draw(rows, FIGURE)
     print(f"{RECORD} and {FIGURE}: computed, not measured")

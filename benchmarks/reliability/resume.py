@@ -27,10 +27,10 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from benchmarks.harness import HERE, about, argument_parser
+from benchmarks.lines import write_lines
 from benchmarks.study import quiet_trainer
 from moevision.config import EmaConfig
 from moevision.data import ImageDataModule
-from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
 from moevision.train.ema import WeightEMA
@@ -227,7 +227,7 @@ def main() -> None:
             found = run_cell(setting, place, baselines[setting.name], root)
             record["cells"][name] = found | {"cpu_s": round(time.process_time() - started, 1)}
             record["provenance"] = origin
-            write_json_atomic(options.out, record)
+            write_lines(options.out, record)
             print(
                 f"{name}: {'DIFFERS in ' + ', '.join(found['differs'][:3]) if found['differs'] else 'identical'}",
                 flush=True,

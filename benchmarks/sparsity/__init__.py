@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import HERE, about, argument_parser, positive, print_line, print_table
+from benchmarks.lines import write_lines
 from benchmarks.memory import memory_of
 from benchmarks.queue import add_study, next_run, read_records, refuse_changes, write_run
 from benchmarks.sparsity.arms import (
@@ -47,7 +48,6 @@ from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
 from moevision.limits import keep_freed_memory
 
 FOLDER = HERE / "sparsity"
@@ -183,7 +183,7 @@ def measure_speed(options: Namespace) -> None:
     }
     ratio = ratio_of(spent["moe"], spent["twin"])
     measurement = {"device": options.device, "busy": options.busy, "ratio": ratio, "arms": found, **origin}
-    write_json_atomic(options.speed, [*read_speed(options.speed), measurement])
+    write_lines(options.speed, [*read_speed(options.speed), measurement])
     print(f"moe ÷ twin: {measurement['ratio']}", flush=True)
 
 
