@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lines import write_lines
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 
 ROOT = Path(__file__).parents[2]
@@ -215,5 +216,5 @@ if __name__ == "__main__":
         path: {"shows": old["shows"] if (old := listed.get(path)) and old["images"] == images else "", "images": images}
         for path, images in sorted(with_images().items())
     }
-    LIST.write_text(json.dumps(now, indent=1) + "\n")
+    write_lines(LIST, now)
     print("\n".join(f"look at {path} and say what it shows" for path, each in now.items() if not each["shows"]))
