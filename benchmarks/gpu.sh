@@ -23,14 +23,14 @@ for name; do [[ $name =~ ^(tests|layer|train|epoch)$ ]] || refuse "there is no s
 if [ $mode = gpu ]; then
   layer=(--device cuda --tokens 4160 65536 --width 192 768 --experts 8 32 --precision bf16)
   train=(vit_moe_small_patch16_224 --device cuda --batch-size 256 --precision bf16 --memory-runs 1)
-  fit=(--trainer.accelerator gpu --trainer.precision bf16-mixed --data.image_size 112) quick=()
+  fit=(--trainer.accelerator gpu --trainer.precision bf16-mixed --data.image_size 112) quick=
 else
   OUT=${OUT:-runs/gpu-dry-run} IMAGENETTE=${IMAGENETTE:-synthetic_pets} VIT=${VIT:-moevision/demo/models/pets/dense}
-  layer=(--device cpu --quick) train=(test_vit_moe --device cpu --image-size 32 --quick) quick=(--quick)
+  layer=(--device cpu --quick) train=(test_vit_moe --device cpu --image-size 32 --quick) quick=--quick
   fit=(--trainer.accelerator cpu --data.train_size 64 --data.val_size 16 --data.test_size 16)
 fi
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} OUT=${OUT%/} IMAGENETTE=${IMAGENETTE:-} VIT=${VIT:-}
-export PYTHON OUT IMAGENETTE VIT PYTHONUNBUFFERED=1
+export quick PYTHON OUT IMAGENETTE VIT PYTHONUNBUFFERED=1
 
 missing=$("$PYTHON" -c 'import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if not u.find_spec(n)))' \
   torch torchvision timm lightning jsonargparse torchmetrics safetensors scipy sklearn matplotlib rich jinja2 yaml PIL \
@@ -45,32 +45,33 @@ mapfile -t tests < <(grep -rlE 'mark\.gpu\b' tests benchmarks --include 'test_*.
 
 key() { printf '%s\t%s\t%s\t' "$mode" "$commit" "$1"; } # a line of steps.tsv; then state, seconds, result, record
 latest() { grep -sF "$(key "$1")" "$OUT/steps.tsv" | tail -n 1; }
-note() { (key "$1"; printf '%s\t%s\t%s\t%s\n' "${@:2}") >>"$OUT/steps.tsv"; }
 step() { # NAME, RECORD, pattern of the line that tells the result, SECONDS at most, command ...
-  local name=$1 record=$OUT/$2 limit=$4 began=$SECONDS state=failed status=0 result
-  [[ $(latest "$name") != *$'\t'ok$'\t'* ]] || return 0
+  local record=$OUT/$2 began=$SECONDS state=failed status=0 result
+  [[ $(latest "$1") != *$'\t'ok$'\t'* ]] || return 0
   rm -f "$record"
-  echo "== $name, at most $limit s"
-  timeout --kill-after 10 "$limit" "${@:5}" 2>&1 | tee "$OUT/last.txt" || status=$?
-  case $status in 0) [ ! -s "$record" ] || state=ok ;; 124 | 137) state="out of time" ;; esac
+  echo "== $1, at most $4 s"
+  timeout --kill-after 10 "$4" "${@:5}" 2>&1 | tee "$OUT/last.txt" || status=$?
+  case $status in 0) [ ! -s "$record" ] || state=ok ;; 9) state=skipped ;; 124 | 137) state="out of time" ;; esac
   result=$(grep -m1 -E "$3" "$OUT/last.txt" | sed 's/│/ /g' | tr -s ' \t' ' ')
-  note "$name" "$state" $((SECONDS - began)) "${result:--}" "$record"
+  printf '%s%s\t%s\t%s\t%s\n' "$(key "$1")" "$state" $((SECONDS - began)) "${result:--}" "$record" >>"$OUT/steps.tsv"
 }
+epoch() { # options of fit; in a shell of its own, with a limit of time
+  if [ ! -e "$VIT" ] || { [ ! -d "$IMAGENETTE" ] && [ "$IMAGENETTE" != synthetic_pets ]; }; then
+    echo "epoch: IMAGENETTE ('$IMAGENETTE') must name a folder of images, and VIT ('$VIT') weights." && exit 9
+  fi
+  rm -rf "$OUT-epoch"
+  local run=(--trainer.max_epochs 1 --runs_root "$OUT-epoch" --name epoch)
+  "$PYTHON" -m moevision fit "$IMAGENETTE" --pretrained "$VIT" "${run[@]}" "$@" || exit 1
+  "$PYTHON" -m benchmarks accuracy "$OUT-epoch/epoch" --out "$OUT/epoch.jsonl" ${quick:+"$quick"}
+}
+export -f epoch
 for name; do
   case $name in
-    tests) step tests tests.xml '^=.* in [0-9.]+s' 90 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
+    tests) step tests tests.xml ' in [0-9.]+s$' 90 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
       --junitxml "$OUT/tests.xml" -o junit_suite_name=$mode "${tests[@]}" ;;
-    layer) step layer benchmark-layer.json '│ moev' 90 "$PYTHON" -m benchmarks layer "${layer[@]}" --out "$OUT" ;;
+    layer) step layer benchmark-layer.json '│ moe' 90 "$PYTHON" -m benchmarks layer "${layer[@]}" --out "$OUT" ;;
     train) step train benchmark-train.json '│ MoE' 240 "$PYTHON" -m benchmarks train "${train[@]}" --out "$OUT" ;;
-    epoch)
-      if [ -e "$VIT" ] && { [ -d "$IMAGENETTE" ] || [ "$IMAGENETTE" = synthetic_pets ]; }; then
-        # shellcheck disable=SC2016  # that shell's own
-        step epoch epoch.jsonl '^epoch: ' 150 bash -c 'rm -rf "$OUT-epoch" && "$PYTHON" -m moevision fit "$IMAGENETTE" \
-          --pretrained "$VIT" --trainer.max_epochs 1 --name epoch --runs_root "$OUT-epoch" "$@" && "$PYTHON" \
-          -m benchmarks accuracy "$OUT-epoch/epoch" --out "$OUT/epoch.jsonl" '"${quick[*]}" - "${fit[@]}"
-      else
-        note epoch skipped 0 "IMAGENETTE ('$IMAGENETTE') must name a folder of images, VIT ('$VIT') weights" none
-      fi ;;
+    epoch) step epoch epoch.jsonl '^epoch: ' 150 bash -c 'epoch "$@"' - "${fit[@]}" ;;
   esac
 done
 
