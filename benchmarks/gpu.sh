@@ -55,7 +55,8 @@ step() { # NAME, RECORD, pattern of the line that tells the result, SECONDS at m
   result=$(grep -m1 -E "$3" "$OUT/last.txt" | sed 's/│/ /g' | tr -s ' \t' ' ')
   printf '%s%s\t%s\t%s\t%s\n' "$(key "$1")" "$state" $((SECONDS - began)) "${result:--}" "$record" >>"$OUT/steps.tsv"
 }
-epoch() { # options of fit; in a shell of its own, with a limit of time
+# shellcheck disable=SC2329  # bash -c calls it, within its time
+epoch() { # options of fit
   if [ ! -e "$VIT" ] || { [ ! -d "$IMAGENETTE" ] && [ "$IMAGENETTE" != synthetic_pets ]; }; then
     echo "epoch: IMAGENETTE ('$IMAGENETTE') must name a folder of images, and VIT ('$VIT') weights." && exit 9
   fi

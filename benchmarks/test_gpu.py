@@ -30,7 +30,7 @@ def python(path, line):
 def test_every_step_leaves_a_record_and_is_done_once(tmp_path):
     """At first with an interpreter that fails pytest, and without images; those two steps are left; then nothing is."""
     out = tmp_path / "gpu"
-    broken = python(tmp_path / "python", f'case "$*" in *pytest*) exit 3 ;; esac; exec {sys.executable}')
+    broken = python(tmp_path / "python", f'case "$*" in *"-m pytest"*) exit 3 ;; esac; exec {sys.executable}')
     done, lines = gpu(out, "--dry-run", PYTHON=broken, IMAGENETTE=str(tmp_path / "nowhere"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line[:2] for line in lines] == [["tests", "failed"], ["layer", "ok"], ["train", "ok"], ["epoch", "skipped"]]
