@@ -58,12 +58,12 @@ step() { # NAME, RECORD, pattern of the line that tells the result, SECONDS at m
 # shellcheck disable=SC2329  # bash -c calls it, within its time
 epoch() { # options of fit
   if [ ! -e "$VIT" ] || { [ ! -d "$IMAGENETTE" ] && [ "$IMAGENETTE" != synthetic_pets ]; }; then
-    echo "epoch: IMAGENETTE ('$IMAGENETTE') must name a folder of images, and VIT ('$VIT') weights." && exit 9
+    echo "gpu-epoch: IMAGENETTE ('$IMAGENETTE') must name a folder of images, and VIT ('$VIT') weights." && exit 9
   fi
   rm -rf "$OUT-epoch"
-  local run=(--trainer.max_epochs 1 --runs_root "$OUT-epoch" --name epoch)
+  local run=(--trainer.max_epochs 1 --runs_root "$OUT-epoch" --name gpu-epoch)
   "$PYTHON" -m moevision fit "$IMAGENETTE" --pretrained "$VIT" "${run[@]}" "$@" || exit 1
-  "$PYTHON" -m benchmarks accuracy "$OUT-epoch/epoch" --out "$OUT/epoch.jsonl" ${quick:+"$quick"}
+  "$PYTHON" -m benchmarks accuracy "$OUT-epoch/gpu-epoch" --out "$OUT/epoch.jsonl" ${quick:+"$quick"}
 }
 export -f epoch
 for name; do
@@ -72,7 +72,7 @@ for name; do
       --junitxml "$OUT/tests.xml" -o junit_suite_name=$mode "${tests[@]}" ;;
     layer) step layer benchmark-layer.json '│ moe' 90 "$PYTHON" -m benchmarks layer "${layer[@]}" --out "$OUT" ;;
     train) step train benchmark-train.json '│ MoE' 240 "$PYTHON" -m benchmarks train "${train[@]}" --out "$OUT" ;;
-    epoch) step epoch epoch.jsonl '^epoch: ' 150 bash -c 'epoch "$@"' - "${fit[@]}" ;;
+    epoch) step epoch epoch.jsonl '^gpu-epoch: ' 150 bash -c 'epoch "$@"' - "${fit[@]}" ;;
   esac
 done
 
