@@ -51,7 +51,7 @@ def test_every_step_leaves_a_record_and_is_done_once(tmp_path):
     assert (epoch["dry_run"], epoch["data"], epoch["test"]["total"]) == (True, "synthetic_pets", 16)
     assert (len(epoch["curve"]), epoch["cost"]["images"]) == (1, 64)
     assert epoch["cost"]["images_per_s"] > 0
-    assert epoch["cost"]["gpu_peak_mib"] is None, "a CPU's is not measured"
+    assert epoch["cost"]["gpu_peak_bytes"] is None, "a CPU's is not measured"
     names = ("benchmark-layer.json", "benchmark-train.json", "tests.xml", "epoch.jsonl")
     assert [line[4] for line in lines if line[1] == "ok"] == [str(out / name) for name in names]
     assert all(line[3] != "-" for line in lines if line[1] == "ok"), "each has a result in words"

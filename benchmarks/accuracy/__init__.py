@@ -57,7 +57,7 @@ def record_of(run: Path) -> dict[str, Any]:
             "duration_s": summary["duration_s"],
             "expected_s": summary.get("expected_s"),
             "images_per_s": summary["images_per_s"],
-            "gpu_peak_mib": summary.get("gpu_peak_mib"),
+            "gpu_peak_bytes": summary.get("gpu_peak_bytes"),
             "device": summary["device"],
             "precision": summary["precision"],
         },

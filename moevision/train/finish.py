@@ -174,7 +174,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
     )
     write_json_atomic(run_dir / "provenance.json", provenance)
-    train, metrics, device = data.class_counts["train"], trainer.callback_metrics, trainer.strategy.root_device
+    train, metrics = data.class_counts["train"], trainer.callback_metrics
     majority = max(train, key=lambda name: train[name])
     of_class = [labels == label for label in range(len(classes))]
     calibrated = temperature is not None and bool(np.isfinite(confidence).all())
@@ -215,13 +215,15 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         precision=str(trainer.precision),
         seed=seed,
         data_wait=stopwatch.data_wait,
-        gpu_peak_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        gpu_peak_bytes=torch.cuda.max_memory_allocated() or None,  # 0 without CUDA
         layers=task.test_loads,
         bad_images=bad_images,
         expected_s=training.expected_s,
         monitor=monitor,
         # A divided model may not fit one device.
-        ms_per_image=None if training.divided else _ms_per_image(task.net, data.image_size, device),
+        ms_per_image=None
+        if training.divided
+        else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
@@ -280,9 +282,7 @@ def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> floa
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
         began = time.perf_counter()
-        net(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        net(image).cpu()  # a GPU is waited for
         times.append(time.perf_counter() - began)
     return float(1000 * np.median(times[1:]))
 
