@@ -68,7 +68,7 @@ def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | No
             help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
         )
         parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: CUDA if it is there)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
@@ -127,17 +127,11 @@ def set_up(options: Namespace) -> torch.device:
     torch.set_float32_matmul_precision("high")
     limits.keep_freed_memory()
     name = options.device
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"There is no device {name!r}: give auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name not in ("auto", "cpu", "cuda"):  # cuda is the first card: clocks, memory and other processes look there
+        raise UserError(f"There is no device {name!r}: give auto, cpu or cuda. CUDA_VISIBLE_DEVICES chooses the card.")
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: leave --device out.")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"The benchmarks run on cpu and cuda, not on {device.type}.")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def usual_precision() -> str:
@@ -200,6 +194,7 @@ def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str,
     return {
         "benchmark": kind,
         "format": 1,
+        **({"dry_run": True} if options.quick else {}),  # never committed
         **record,
         "cuda": "measured" if device.type == "cuda" else missing,
         "settings": asked,

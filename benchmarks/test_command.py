@@ -287,7 +287,7 @@ def test_each_kind_has_help_that_teaches(bench, kind):
     [
         (("layer", "--top-k", 9), ("--top-k 9", "--experts 8")),
         (("layer", "--peers", "tutel"), ("no peer 'tutel'", "mixtral")),
-        (("layer", "--device", "tpu"), ("device",)),
+        (("layer", "--device", "cuda:1"), ("cuda:1", "CUDA_VISIBLE_DEVICES")),
         (("train", "cifar"), ("'cifar'", "cifar10")),
         (("infer", "nowhere"), ("'nowhere'",)),
         (("data", "nowhere"), ("nowhere",)),

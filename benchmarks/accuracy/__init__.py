@@ -56,6 +56,8 @@ def record_of(run: Path) -> dict[str, Any]:
             "cpu_s": summary.get("cpu_s"),
             "duration_s": summary["duration_s"],
             "expected_s": summary.get("expected_s"),
+            "images_per_s": summary["images_per_s"],
+            "gpu_peak_bytes": summary.get("gpu_peak_bytes"),
             "device": summary["device"],
             "precision": summary["precision"],
         },
@@ -92,9 +94,10 @@ def main() -> None:
     parser = argument_parser("accuracy", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
     parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="the runs show that they run: their records say so")
     options = parser.parse_args()
     for run in options.runs:
-        record = record_of(run)
+        record = record_of(run) | ({"dry_run": True} if options.quick else {})
         others = [other for other in read_records(options.out) if other["name"] != record["name"]]
         lines = (json.dumps(each, ensure_ascii=False) for each in sorted([*others, record], key=itemgetter("name")))
         write_text_atomic(options.out, "".join(f"{line}\n" for line in lines))

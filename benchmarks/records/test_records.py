@@ -117,6 +117,11 @@ def test_records_come_from_committed_trees() -> None:
     assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT
 
 
+def test_no_record_is_of_a_dry_run() -> None:
+    """`--quick` shows that a benchmark runs, and measures nothing."""
+    assert [path for path in EVERY if any(part.get("dry_run") for part in _parts(_read(path)))] == []
+
+
 def test_every_commit_that_a_record_names_is_in_the_history() -> None:
     """Of measurements, and of the trainings of the bundled models. A shallow clone or an archive can't tell."""
 

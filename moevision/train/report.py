@@ -181,6 +181,7 @@ class RunSummary:
         refused: optimizer steps that weren't applied, by the guard or while fp16 looked for its scale.
         cpu_s: CPU seconds of the training, over all threads of this process; None if a part of it wasn't counted.
         data_wait: share of the training time in which the process waited for data; None where it wasn't measured.
+        gpu_peak_bytes: most memory of tensors on the GPU, of this process and all it did; None on a CPU.
         bad_images: (path, reason, split) of files that could not be read.
         notes: whatever was skipped, stopped early or otherwise not as asked, a sentence each.
         choice: beside a linear probe, the dense fine-tune, or both; None where there was neither.
@@ -209,6 +210,7 @@ class RunSummary:
     refused: int = 0
     cpu_s: float | None = None
     data_wait: float | None = None
+    gpu_peak_bytes: int | None = None
     layers: Sequence[LayerLoad] = ()
     bad_images: Sequence[tuple[str, str, str]] = ()
     notes: Sequence[str] = ()

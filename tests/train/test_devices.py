@@ -205,7 +205,9 @@ def test_fit_trains_there_and_its_model_answers_here(
     monkeypatch.chdir(tmp_path)
     options = ("--data.train_size=32", "--data.val_size=8", "--data.test_size=8", f"--trainer.accelerator={device}")
     assert cli("fit", "synthetic_pets", *tiny, *options, "--name=there").code == 0
-    assert json.loads(Path("runs/there/summary.json").read_text())["steps"] == 8
+    summary = json.loads(Path("runs/there/summary.json").read_text())
+    assert summary["steps"] == 8
+    assert (summary["gpu_peak_bytes"] is None) if device == "cpu" else (summary["gpu_peak_bytes"] > 2**20)
     with open("runs/there/predictions_test.csv", newline="") as file:
         said = [row["prediction"] for row in csv.DictReader(file)]
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=32, val_size=8, test_size=8)
