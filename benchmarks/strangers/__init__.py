@@ -13,9 +13,10 @@ Axes: n images, D width of a feature, C classes.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "tru
 KINDS_OF_CIFAR = ("eagle", "duck", "kingfisher", "owl", "macaw", "chicken", "moose", "horse")  # photos of its classes
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
 PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")  # that are reported
-MOST = 1_000  # images of a set
+MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
 DRAWS = 1_000
 
 
@@ -61,14 +62,16 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
     """Each set of strangers by its name, and of the model's own kind from elsewhere, uint8 [n, S, S, 3]."""
     size, data = model.image_size, options.data
 
-    def of(source: str | Path, *classes: str, without: tuple[str, ...] = (), split: str = "test") -> np.ndarray:
+    def of(
+        source: str | Path, *classes: str, without: tuple[str, ...] = (), split: str = "test", most: int = MOST
+    ) -> np.ndarray:
         pictures = open_pictures(source, size, split=split)
         wanted = [number for number, own in enumerate(pictures.class_names) if own in classes or not classes]
         rows = [
             row for row in range(len(pictures))
             if pictures.label(row) in wanted and not any(word in pictures.picture_name(row) for word in without)
         ]  # fmt: skip
-        rows = sorted(np.random.default_rng(0).permutation(rows)[:MOST].tolist())
+        rows = sorted(np.random.default_rng(0).permutation(rows)[:most].tolist())
         return read_images(pictures, rows)
 
     for which, half in zip(("first", "second"), HALVES, strict=True):
@@ -82,14 +85,14 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
         yield "cats and dogs", of(data / "cats_vs_dogs")
         yield "CIFAR-10", of(data / "cifar10")
     else:
-        yield "drawn pets", of("synthetic_pets")
-        yield "own: English springers of Imagenette", of(data / "imagenette128", "n02102040")
+        yield "drawn pets", of("synthetic_pets", most=FEW)
+        yield "own: English springers of Imagenette", of(data / "imagenette128", "n02102040", most=FEW)
         yield "own: photos of cats and dogs", of(options.photos, "cat", "dog", split="all")
     rng = np.random.default_rng(0)
-    yield "uniform noise", rng.integers(0, 256, (200, size, size, 3), dtype=np.uint8)
+    yield "uniform noise", rng.integers(0, 256, (FEW, size, size, 3), dtype=np.uint8)
     yield (
         "one flat colour",
-        np.broadcast_to(rng.integers(0, 256, (200, 1, 1, 3), np.uint8), (200, size, size, 3)).copy(),
+        np.broadcast_to(rng.integers(0, 256, (FEW, 1, 1, 3), np.uint8), (FEW, size, size, 3)).copy(),
     )
 
 
@@ -184,21 +187,32 @@ def recognized(sets: dict[str, Any]) -> float:
     return float(np.mean(shares))
 
 
+def kept(file: Path, make: Callable[[], Sequence[Floats]]) -> list[Floats]:
+    """What `make` gives, from a file that an earlier run left."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, *make())
+    with np.load(file) as found:
+        return [found[name] for name in found.files]
+
+
 def run(options: Namespace) -> None:
-    """Measure one bundled model, and put its line into the record."""
+    """Measure one bundled model, and put its line into the record; features are kept in the work folder."""
     name, model = options.model, bundled_model(options.model)
-    data = OWN[name] if name == "pets" else options.data / OWN[name]
-    features, labels, validation, logits = known_of(model, data)
+    data, work = OWN[name] if name == "pets" else options.data / OWN[name], options.work / options.model
+    features, labels, validation, logits = kept(work / "known.npz", lambda: known_of(model, data))
     chosen = fit_strangers(features, labels, validation)
     assert chosen is not None
     test = open_pictures(data, model.image_size, class_names=model.class_names)
-    own, own_logits = features_of(model, test)
+    own, own_logits = kept(work / "test.npz", lambda: features_of(model, test))
     far, others_of = distances(chosen, own), others(features, labels)
     limits = {word: np.quantile(measure(validation, logits), 1 - REFUSED) for word, measure in others_of.items()}
     near = {word: measure(own, own_logits) for word, measure in others_of.items()}
     sets: dict[str, Any] = {}
     for kind, images in sets_of(name, model, options):
-        x, z = features_of(model, images)
+        x, z = kept(
+            work / f"{re.sub(r'[^a-z]+', '-', kind.lower())}.npz", lambda images=images: features_of(model, images)
+        )
         found = distances(chosen, x)
         best, low, high = area_with_interval(far, found)
         sets[kind] = {
@@ -271,6 +285,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=tuple(OWN), help="a bundled model")
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--photos", type=Path, help="folder of photos")
+    parser.add_argument("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
     parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
     parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
     options = parser.parse_args()
