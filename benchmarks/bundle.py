@@ -21,9 +21,8 @@ the card.
 
     python -m benchmarks bundle cifar10 --ask-again --data DIR
 
-`--strangers` measures anew how far images of other things lie, after `python -m benchmarks strangers run`:
-
-    python -m benchmarks bundle cifar10 --strangers --data DIR
+How far images of other things lie is measured, too; the share of them that this recognizes comes from
+`python -m benchmarks strangers run NAME`.
 
 `--before` are models as `moevision upcycle` makes them, for the question what training added; without it the router is
 compared with that of a model with fresh weights.
@@ -46,12 +45,10 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import save_file
 
 from benchmarks.harness import HERE, argument_parser, without_places
-from benchmarks.queue import read_records
 from benchmarks.specialization.scratch import third_answers
-from benchmarks.strangers import RUNS, detector_of
+from benchmarks.strangers import detector_of, put_beside
 from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
@@ -67,8 +64,6 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.safe_files import CONFIG, read_json
-from moevision.models.strangers import FILE as STRANGERS
 from moevision.train.checkpoint import BEST, read_manifest
 from moevision.train.stats import accuracy_interval
 
@@ -158,17 +153,12 @@ def main() -> None:
     parser.add_argument(
         "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
     )
-    parser.add_argument(
-        "--strangers", action="store_true", help="measure anew how far strangers lie, from the bundled weights"
-    )
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
-    if not (options.ask_again or options.strangers) and (options.name in NOTICE) != (options.photos is not None):
+    if not options.ask_again and (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
     if options.ask_again:
         ask_again(options)
-    elif options.strangers:
-        write_strangers(options.out / options.name, options.data or ABOUT[options.name]["data_kind"])
     elif options.examples is not None:
         write_examples(options)
     elif options.run is None or options.dense is None:
@@ -206,7 +196,7 @@ def make(options: Namespace) -> None:
         "test_images": len(test),
     }
     write_json_atomic(folder / "card.json", card)
-    write_strangers(folder, data, run_dir=options.run)
+    put_beside(folder, detector_of(load_model(str(folder / "trained")), data, run_dir=options.run))
     write_json_atomic(folder / "provenance.json", {name: _origin(run) for name, run in runs.items()})
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)
@@ -220,19 +210,6 @@ def make(options: Namespace) -> None:
     print(json.dumps(card, indent=2, ensure_ascii=False))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size / 1e6:8.3f} MB  {file.relative_to(folder)}")
-
-
-def write_strangers(folder: Path, data: str, run_dir: Path | None = None) -> None:
-    """Measure how far images may lie from the classes of the trained weights, and put that beside them.
-
-    The card gets the share of strangers that benchmarks/strangers found it to recognize, if it was measured.
-    """
-    home = folder / "trained"
-    found = detector_of(load_model(str(home)), data, run_dir=run_dir)
-    save_file(found.state_dict(), home / STRANGERS)
-    write_json_atomic(home / CONFIG, {**read_json(home / CONFIG), "strangers": True})
-    shares = {record["name"]: record["recognized"] for record in read_records(RUNS)}
-    write_json_atomic(folder / "card.json", {**read_json(folder / "card.json"), "recognized": shares.get(folder.name)})
 
 
 def ask_again(options: Namespace) -> None:

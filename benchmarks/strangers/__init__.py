@@ -4,8 +4,8 @@
     python -m benchmarks strangers report                                   # README.md's tables
 
 DATA holds cats_vs_dogs/, cifar10/ and imagenette128/, a folder per class; PHOTOS cat/, dog/ and other/. The measure was
-chosen by the sets of `CHOICE` alone. Run before `python -m benchmarks bundle NAME --strangers`, which fits the same
-numbers to the same images, and puts the share of the record on the model's card.
+chosen by the sets of `CHOICE` alone. `--carry` puts what was measured beside the weights of the bundled model, and the
+share of strangers on its card.
 
 Axes: n images, D width of a feature, C classes.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from scipy.stats import rankdata
@@ -33,11 +34,12 @@ from benchmarks.queue import fill_readme, read_records
 from benchmarks.timing import rounded
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet, open_pictures, read_images
-from moevision.demo.models import bundled_model
+from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
-from moevision.files import write_text_atomic
+from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.io import SavedModel
-from moevision.models.strangers import IMAGES, REFUSED, Strangers, fit_strangers, pooled
+from moevision.models.safe_files import CONFIG, read_json
+from moevision.models.strangers import FILE, IMAGES, REFUSED, Strangers, fit_strangers, pooled
 from moevision.train.stats import accuracy_interval
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -123,6 +125,14 @@ def detector_of(model: SavedModel, data: str | Path, **held_out: Any) -> Strange
     found = fit_strangers(features, labels, validation)
     assert found is not None
     return found
+
+
+def put_beside(folder: Path, strangers: Strangers, share: float | None = None) -> None:
+    """Put the numbers beside the trained weights of a bundled model, and the share of strangers on its card."""
+    home = folder / "trained"
+    save_file(strangers.state_dict(), home / FILE)
+    write_json_atomic(home / CONFIG, {**read_json(home / CONFIG), "strangers": True})
+    write_json_atomic(folder / "card.json", {**read_json(folder / "card.json"), "recognized": share})
 
 
 def distances(strangers: Strangers, features: Floats) -> Floats:
@@ -229,6 +239,8 @@ def run(options: Namespace) -> None:
                  "others": {word: int((near[word] > limit).sum()) for word, limit in limits.items()}},
         "sets": sets, "recognized": rounded(recognized(sets), 4),
     }  # fmt: skip
+    if options.carry:
+        put_beside(bundled_folder(name), chosen, record["recognized"])
     lines = [each for each in read_records(options.out) if each["name"] != name] + [record]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text_atomic(options.out, text)
@@ -283,6 +295,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=tuple(OWN), help="a bundled model")
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--photos", type=Path, help="folder of photos")
+    parser.add_argument("--carry", action="store_true", help="put it beside the weights that the package carries")
     parser.add_argument("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
     parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
     parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
