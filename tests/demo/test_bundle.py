@@ -29,10 +29,10 @@ def megabytes(files):
 
 
 def test_what_the_package_carries_fits():
-    """Models in 65 MB, a wheel below 75 MB: zip makes weights in bfloat16 hardly smaller, and nothing larger."""
+    """Models in 66 MB, a wheel below 75 MB: zip makes weights in bfloat16 hardly smaller, and nothing larger."""
     folders = bundled_folders()
     assert folders
-    assert megabytes(file for folder in folders for file in folder.rglob("*")) <= 65
+    assert megabytes(file for folder in folders for file in folder.rglob("*")) <= 66
     package = Path(moevision.__file__).parent
     assert 0 < megabytes(file for file in package.rglob("*") if "__pycache__" not in file.parts) < 75
     for folder in folders:
