@@ -47,7 +47,7 @@ STUDY = {
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
     "ideas": ("docs/concepts/what-sparsity-buys.md: what all these say of each idea, from their records", "ideas"),
-    "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
+    "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),

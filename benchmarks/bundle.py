@@ -21,6 +21,9 @@ the card.
 
     python -m benchmarks bundle cifar10 --ask-again --data DIR
 
+How far images of other things lie is measured, too; the share of them that this recognizes comes from
+`python -m benchmarks strangers run NAME`.
+
 `--before` are models as `moevision upcycle` makes them, for the question what training added; without it the router is
 compared with that of a model with fresh weights.
 """
@@ -45,6 +48,7 @@ from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.specialization.scratch import third_answers
+from benchmarks.strangers import detector_of, put_beside
 from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
@@ -54,7 +58,7 @@ from moevision.analysis.readings import recording_of
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
-from moevision.demo.examples import Examples, typical_of
+from moevision.demo.examples import Examples
 from moevision.demo.models import SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
@@ -191,9 +195,8 @@ def make(options: Namespace) -> None:
         "recipes": {name: _command(run) for name, run in runs.items()},
         "test_images": len(test),
     }
-    train = open_pictures(data, size, split="train", limit=2000, **held_out)
-    typical = typical_of((train.image(index) for index in range(len(train))), size)
-    write_json_atomic(folder / "card.json", {**card, "typical": typical.to_json()})
+    write_json_atomic(folder / "card.json", card)
+    put_beside(folder, detector_of(load_model(str(folder / "trained")), data, run_dir=options.run))
     write_json_atomic(folder / "provenance.json", {name: _origin(run) for name, run in runs.items()})
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.bundle import balanced_accuracy, photos_to_show
+from benchmarks.strangers import distances, features_of
 from moevision.analysis.images import open_pictures
 from moevision.data.transforms import normalize
 from moevision.demo.atlas import load_atlas
@@ -121,6 +122,14 @@ def test_the_card_counts_held_out_images(made, folder):
     assert not [word for word in card.recipe.split() if word.startswith("/")]  # where things lay is nobody's concern
     origin = json.loads((folder / "provenance.json").read_text())["trained"]
     assert origin["code"] == json.loads((made / "runs/moe/provenance.json").read_text())["code"]
+
+
+def test_a_twentieth_of_the_runs_validation_images_lies_beyond_the_threshold(made, folder):
+    """By the weights as they are carried."""
+    model = load_model(str(folder / "trained"))
+    val = open_pictures(made / "data", 32, split="val", run_dir=made / "runs/moe", class_names=["cat", "dog"])
+    far = distances(model.strangers, features_of(model, val)[0])
+    assert (far > 1).sum() == pytest.approx(0.05 * len(val), abs=1)
 
 
 def test_balanced_accuracy_by_hand():

@@ -402,9 +402,10 @@ def _demo(add: Add) -> None:
 # Each verb, and each task of `data`: its options, what it does in one paragraph, and examples.
 _TAKES: dict[str, tuple[Callable[[Add], None], str, str]] = {
     "predict": (_predict, """\
-Classify images with a saved model: one row per image with the path, the class in words, its probability, and the five
-most likely classes. A file that can't be read gets a row that says why. Probabilities are calibrated if fit stored a
-temperature with the model; if not, a line says so. --unsure is no failure: the exit code stays 0.""", """\
+Classify images with a saved model: one row per image with the path, the class in words, its probability, the five most
+likely classes, and the distance: above 1 the image is unlike the training images (empty if fit stored none). A file
+that can't be read gets a row that says why. Probabilities are calibrated if fit stored a temperature with the model; if
+not, a line says so. --unsure is no failure: the exit code stays 0.""", """\
   moevision predict runs/pets/model image.jpg
   moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
     "info": (_info, """\

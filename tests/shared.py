@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +152,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert outcome.code == 0, outcome.err
     (home / "output.txt").write_text(outcome.out + outcome.err)
     return home / "runs" / "pets"
+
+
+@pytest.fixture(scope="session")
+def distant_model(tiny_run: Path, drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's model with distances, whose threshold every other drawn pet sets; not to be changed."""
+    import numpy as np
+    import torch
+
+    from moevision.analysis.collect import network_input
+    from moevision.analysis.images import open_pictures, read_images
+    from moevision.models.io import load_model, save_model
+    from moevision.models.strangers import fit_strangers, pooled
+
+    folder, model = tmp_path_factory.mktemp("distant") / "model", load_model(str(tiny_run))
+    pets = open_pictures(drawn_pets, model.image_size, split="all", class_names=model.class_names)
+    with torch.inference_mode():
+        features = pooled(model.net, network_input(model, read_images(pets, range(40)))).double().numpy()
+    labels = np.array([pets.label(row) for row in range(40)])
+    save_model(replace(model, strangers=fit_strangers(features[::2], labels[::2], features[1::2])), folder)
+    return folder
 
 
 @pytest.fixture

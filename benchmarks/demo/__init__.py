@@ -1,4 +1,4 @@
-"""The explorer as visitors meet it: waiting times, many at once, and images unlike the training data."""
+"""The explorer as visitors meet it: waiting times, and many at once."""
 
 from __future__ import annotations
 

@@ -87,7 +87,6 @@ def unseen(browser: Browser, address: str, photos: list[Path], screen: str, look
             page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {photo.name}']")
             found["photos"] += 1
             found["right"] += said(page) == photo.parent.name
-            found["called_unlike"] += page.locator("[role=note]:has-text('Unlike the training data')").count() > 0
         page.click("[data-action=forget]")
     found["complaints"] += len(complaints)
     page.context.close()
@@ -109,7 +108,7 @@ def main() -> None:
     share = len(chosen) // len(cells)
     result: dict[str, Any] = about()
     own: Counter[str] = Counter()
-    new: Counter[str] = Counter(called_unlike=0)
+    new: Counter[str] = Counter()
     with sync_playwright() as playwright, running_demo() as (_, address):
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         for place, (screen, look) in enumerate(cells):

@@ -19,6 +19,7 @@ from benchmarks.records import (
     sparsity,
     specialization,
     stem,
+    strangers,
     upcycling,
     waiting,
 )
@@ -28,6 +29,12 @@ TRAIN = performance.TRAIN.format("cifar10")
 
 
 CLAIMS = [
+    Claim(
+        strangers.FILE,
+        "the model of cats and dogs recognizes {cats_vs_dogs:.0%} of photos of other things (mean of objects and of "
+        "animals), the CIFAR-10 model {cifar10:.0%}, that of drawn pets {pets:.0%}",
+        lambda *runs: {run["name"]: run["recognized"] for run in runs},
+    ),
     Claim(small.FILES, "{text}", small.answers),
     Claim(small.FILES, "reads every place gains {mean:.1f} ({bounds}; {seeds} seeds)", small.heads),
     Claim(
@@ -251,6 +258,7 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
+    Definition("with 5 % of validation refused", "`moevision.models.strangers.REFUSED`"),
     Definition("95 % intervals over seeds", "the level of `benchmarks/study.py`"),
     Definition("from .1 to .4", "the routed shares of H3's arms"),
     Definition("airbench94, which reaches 94 % on the original", "the paper"),

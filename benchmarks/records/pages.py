@@ -179,6 +179,7 @@ DEFINITIONS = {
         Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
+        Definition("with 1 where 5 % of the validation images lie beyond", "`moevision.models.strangers.REFUSED`"),
         Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),
     ],
     "docs/reference/config.md": [

@@ -32,14 +32,14 @@ import json, numpy as np, onnxruntime
 from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession({{file!r}})
 about = {{{{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}}}{_PREPARE}\
-logits = session.run(None, {{{{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}}})[0]
+logits, *distance = session.run(None, {{{{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}}})
 print(about["class_names"][logits[0].argmax()])""",
     "torch": f"""\
 import json, numpy as np, torch
 from PIL import Image, ImageOps
 program = torch.export.load({{file!r}}, extra_files=(extra := {{{{"moevision.json": ""}}}})).module()
 about = json.loads(extra["moevision.json"]){_PREPARE}\
-logits = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
+{{outputs}} = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
 print(about["class_names"][logits[0].argmax()])""",
 }
 
@@ -91,7 +91,8 @@ def run(chosen: Namespace) -> None:
     Console().print(table)
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file)}")
+    outputs = "logits" if saved.strangers is None else "logits, distance"
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs)}")
 
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, csv_name, json_text
 from moevision.files import csv_text, refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
+from moevision.models.strangers import answers
 from moevision.train.processes import tell
 from moevision.train.resume import load_trained
 
@@ -41,12 +42,14 @@ class Prediction:
         classes: the most likely classes in words, best first, at most five.
         probabilities: their probabilities, calibrated where the model has a temperature.
         error: why the file could not be read; the other fields are empty then.
+        distance: from the nearest class, above 1 for a stranger (`moevision.models.strangers`); None: not measured.
     """
 
     path: str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str = ""
+    distance: float | None = None
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
@@ -85,6 +88,11 @@ def run(chosen: Namespace) -> None:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
     if doubted := sum(row.is_unsure(chosen.unsure) for row in rows):
         print(f"{doubted} of {len(rows)} images are unsure: no class reaches {chosen.unsure:g}.", file=sys.stderr)
+    if strange := sum((row.distance or 0) > 1 for row in rows):
+        print(
+            f"{strange} of {len(rows)} images are unlike the training images: their distance is above 1.",
+            file=sys.stderr,
+        )
     if unread := sum(bool(row.error) for row in rows):
         print(f"{unread} of {len(rows)} files could not be read; their rows say why.", file=sys.stderr)
 
@@ -154,26 +162,32 @@ def predict_batch(
             errors.append(None)
         except BadImageError as error:
             errors.append(error.reason)
-    top: Iterator[tuple[list[float], list[int]]] = iter(())
+    top: Iterator[tuple[list[float], list[int], float | None]] = iter(())
     if pixels:
         images = normalize(torch.stack(pixels), model.mean, model.std).to(device)  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model.net.to(device)(images)  # [B, C]
+            net, distances = model.net.to(device), cast(list[float | None], [None] * len(images))
+            if model.strangers is None:
+                logits = net(images)  # [B, C]
+            else:
+                logits, far = answers(net, model.strangers, images)  # [B, C], [B]
+                distances = far.tolist()
         probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
         values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
-        top = zip(values.tolist(), indices.tolist(), strict=True)
+        top = zip(values.tolist(), indices.tolist(), distances, strict=True)
     rows = []
     for file, reason in zip(files, errors, strict=True):
         if reason is not None:
             rows.append(Prediction(str(file), error=reason))
         else:
-            likeliest, classes = next(top)
-            rows.append(Prediction(str(file), tuple(model.class_names[c] for c in classes), tuple(likeliest)))
+            likeliest, classes, distance = next(top)
+            names = tuple(model.class_names[each] for each in classes)
+            rows.append(Prediction(str(file), names, tuple(likeliest), distance=distance))
     return rows
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
-    """Rows `path, class, probability, top5, error`; top5 is `class=probability` joined by semicolons.
+    """Rows `path, class, probability, top5, error, distance`; top5 is `class=probability` joined by semicolons.
 
     Below the threshold the class is `unsure`; top5 has the likeliest ones all the same.
     """
@@ -182,13 +196,14 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
         pairs = [(name, f"{share:.4f}") for name, share in zip(row.classes, row.probabilities, strict=True)]
         best, probability = pairs[0] if pairs else ("", "")
         best = UNSURE if row.is_unsure(unsure) else best
+        distance = "" if row.distance is None else f"{row.distance:.4f}"
         top5 = "; ".join(f"{name}={share}" for name, share in pairs)
-        rows.append((csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error)))
-    return csv_text(("path", "class", "probability", "top5", "error"), rows)
+        rows.append((csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error), distance))
+    return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
 
 
 def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False) -> str:
-    """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error}`.
+    """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error, distance}`.
 
     Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.
     """
@@ -206,6 +221,7 @@ def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, c
                 "unsure": row.is_unsure(unsure),
                 "top5": top5,
                 "error": row.error or None,
+                "distance": row.distance,
             }
         )
     return json_text(rows, indent=2) + "\n"

@@ -23,9 +23,10 @@ from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes
+from moevision.models.strangers import FILE as STRANGERS
 
 CARD = "README.md"
-FILES = (CARD, CONFIG, WEIGHTS)
+FILES = (CARD, CONFIG, WEIGHTS, STRANGERS)
 """What is published; nothing else of a folder ever is."""
 
 
@@ -38,9 +39,10 @@ def run(chosen: Namespace) -> None:
         raise UserError(f"There is no {chosen.model}: give a run folder or its model/ folder on this computer.")
     with loading("writing the card"):
         card = _own_card(chosen) if chosen.card is not None else _card(chosen)
-        load_model(chosen.model)  # what can't be loaded here nobody could load
+        model = load_model(chosen.model)  # what can't be loaded here nobody could load
         folder = cast(Path, model_folder(Path(chosen.model)))
-    files: dict[str, bytes | Path] = {CARD: card.encode(), CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
+        known = (CONFIG, WEIGHTS) if model.strangers is None else (CONFIG, WEIGHTS, STRANGERS)
+    files: dict[str, bytes | Path] = {CARD: card.encode(), **{name: folder / name for name in known}}
     if chosen.dry_run:
         _dry_run(chosen, files)
         return
@@ -130,8 +132,8 @@ def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
         raise UserError(f"{folder} can't be written to ({error.strerror}): make room or give another place.") from error
     seen = "everyone" if chosen.public else "you alone"
     print(f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:")
-    for name in FILES:
-        print(f"  {name:18} {(folder / name).stat().st_size:>12,} bytes")
+    for name in files:
+        print(f"  {name:21} {(folder / name).stat().st_size:>12,} bytes")
 
 
 def upload(files: dict[str, bytes | Path], repo_id: str, *, private: bool, update: bool) -> str:

@@ -58,7 +58,7 @@ def run(chosen: Namespace) -> None:
     )
     use = measure_use(saved.net, (images for images, _ in _batches(saved, used_on, chosen.batch_size)))
     net, layers = _operate(saved.net, chosen, use)
-    after = replace(saved, net=net.eval(), temperature=None)  # another model, which isn't calibrated
+    after = replace(saved, net=net.eval(), temperature=None, strangers=None)  # another model
     kind = next(name for name in ("prune", "merge", "collapse") if getattr(chosen, name) is not None)
     record = {
         "model": chosen.model,

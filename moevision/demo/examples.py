@@ -1,4 +1,4 @@
-"""The images that a model can show: its data's, a folder's, gradio's photos, a scored run's. Is one unlike the rest?
+"""The images that a model can show: its data's, a folder's, gradio's photos, a scored run's.
 
 An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion"; those of a run whose training
 kept scores (`scores.csv`) by "train/cat/7.png", too, as the page of `moevision data score` links to them. Ids are
@@ -12,15 +12,14 @@ import logging
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from moevision.analysis.good_data import SCORE_LISTS, image_id
@@ -35,18 +34,11 @@ from moevision.errors import DataWarning, UserError, csv_name, shown
 from moevision.models.io import SavedModel
 
 T = TypeVar("T")
-Floats = npt.NDArray[np.float64]
 EXAMPLES: Final = 12
 THUMB_PX: Final = 96
 SHOWN: Final = 36  # images of a list
-MIN_PICTURES: Final = 200
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
-_TYPICAL_SHARE: Final = 0.99
-_SCALES: Final = 3
-_QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
-_FLOOR: Final = 2e-3  # half a grey level of 255: below it an edge is rounding
-_LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
 log = logging.getLogger(__name__)
 
 
@@ -309,108 +301,3 @@ def _told(make: Callable[[], T], sentence: str) -> T:
     except UserError as error:
         log.warning("%s", error)
         raise RequestError(f"{sentence} The log of the server says more.") from error
-
-
-@dataclass(frozen=True)
-class Typical:
-    """What training images look like: is another one unlike them?
-
-    An image is summed up in F = 28 numbers that no object enters: mean and spread of its colours, how strong its edges
-    are at three scales (six quantiles each), and how unevenly they lie over the image. The measure is the Mahalanobis
-    distance of these numbers from those of the training images; beyond that of 99 % of them an image is called unlike.
-    It notices noise, flat colour, logos, and drawings among photos or photos among drawings where their sharpness
-    differs; it does not notice a strange object in a familiar photo, and at 32 pixels hardly a drawing or other photo
-    beside CIFAR-10's. `benchmarks/demo/unlike.py` has the shares, beside those of the energy score (arXiv:2010.03759).
-
-    Attributes:
-        mean: [F].
-        whitening: [F, F] so that `whitening @ (statistics - mean)` has unit covariance.
-        threshold: squared distance beyond which 1 % of the images lie.
-        image_size: side of the images in pixels; the statistics depend on it.
-        n_images: how many images were measured.
-    """
-
-    mean: Floats
-    whitening: Floats
-    threshold: float
-    image_size: int
-    n_images: int
-
-    def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
-        """Squared Mahalanobis distance of an image, uint8 [S, S, 3], from the typical one."""
-        return float(np.square(self.whitening @ (picture_statistics(pixels) - self.mean)).sum())
-
-    def unlike(self, pixels: npt.NDArray[np.uint8]) -> str | None:
-        """Why the image is unlike the training data, in one sentence; None if it isn't."""
-        if self.distance(pixels) <= self.threshold:
-            return None
-        return (
-            f"Its colours and edges are further from the usual than in {100 * _TYPICAL_SHARE:.0f} % of the images that "
-            "the model was made for, so prediction and routing may mean little here."
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON; numbers with six significant digits."""
-
-        def six(value: Any) -> Any:
-            return [six(one) for one in value] if np.ndim(value) else float(f"{value:.6g}")
-
-        found = {"mean": six(self.mean), "whitening": six(self.whitening), "threshold": six(self.threshold)}
-        return {**found, "image_size": self.image_size, "n_images": self.n_images}
-
-    @classmethod
-    def from_json(cls, given: dict[str, Any]) -> Typical:
-        """The inverse of `to_json`."""
-        mean, whitening = np.array(given["mean"], np.float64), np.array(given["whitening"], np.float64)
-        return cls(mean, whitening, float(given["threshold"]), int(given["image_size"]), int(given["n_images"]))
-
-
-def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
-    """Measure what images of the training data look like, best on images that were held out.
-
-    Of at least 200 images, uint8 [S, S, 3], every other one fixes mean and covariance, the rest the threshold: on the
-    same images it would come out too low. Too few images, or another size, are a UserError.
-    """
-    rows = []
-    for pixels in pictures:
-        if pixels.shape != (image_size, image_size, 3):
-            raise UserError(f"The model's images are {image_size} px square, not of shape {pixels.shape}.")
-        rows.append(picture_statistics(pixels))
-    if len(rows) < MIN_PICTURES:
-        raise UserError(f"At least {MIN_PICTURES} images are needed to say what is typical, not {len(rows)}.")
-    fitted, held_out = np.stack(rows[::2]), np.stack(rows[1::2])
-    mean, scale = fitted.mean(0), np.maximum(fitted.std(0), 1e-6)
-    # A hundredth of the identity keeps the inverse tame where statistics nearly determine each other.
-    scaled = (fitted - mean) / scale
-    correlation = scaled.T @ scaled / len(scaled) + 1e-2 * np.eye(len(mean))
-    whitening = np.linalg.inv(np.linalg.cholesky(correlation)) / scale
-    distances = np.square((held_out - mean) @ whitening.T).sum(1)
-    return Typical(mean, whitening, float(np.quantile(distances, _TYPICAL_SHARE)), image_size, len(rows))
-
-
-def picture_statistics(pixels: npt.NDArray[np.uint8]) -> Floats:
-    """[F] statistics of an image, uint8 [S, S, 3] with S at least 16 pixels."""
-    rgb = pixels.astype(np.float64) / 255
-    colours = rgb.reshape(-1, 3)
-    saturation = (colours.max(1) - colours.min(1)).mean()
-    found: list[Any] = [*colours.mean(0), *np.log(colours.std(0) + 0.01), np.log(saturation + 0.01)]
-    grey = rgb @ np.array(_LUMA)
-    for _ in range(_SCALES):
-        down, right = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(grey, axis=1))
-        edges = np.concatenate([down.ravel(), right.ravel()])
-        found += list(np.log(np.quantile(edges, _QUANTILES) + _FLOOR))
-        found.append(_unevenness(down[:, :-1] + right[:-1]))
-        grey = _halved(grey)
-    return np.array(found)
-
-
-def _unevenness(edges: Floats) -> float:
-    """Standard deviation over a 4 x 4 grid of the logarithm of mean edge strength."""
-    cells = [cell for row in np.array_split(edges, 4) for cell in np.array_split(row, 4, axis=1)]
-    return float(np.std([np.log(cell.mean() + _FLOOR) for cell in cells]))
-
-
-def _halved(grey: Floats) -> Floats:
-    height, width = grey.shape[0] // 2, grey.shape[1] // 2
-    halved: Floats = grey[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean((1, 3))
-    return halved

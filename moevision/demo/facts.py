@@ -242,7 +242,7 @@ class PictureFacts:
         id: how the explorer asks for it again; None for an image that a visitor brought.
         name: in words.
         label: its class in words, if known.
-        unlike: why it is unlike the training data, in one sentence; None if it isn't.
+        unlike: what to say if it is unlike the images that the model learned from; None if it isn't, or not known.
         credit: whose image it is and under which licence; None where nothing has to be said.
     """
 

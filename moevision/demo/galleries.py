@@ -31,7 +31,7 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, counted_name, load_atlas
-from moevision.demo.examples import MIN_PICTURES, Found, Recent, Typical, thumb, typical_of
+from moevision.demo.examples import Found, Recent, thumb
 from moevision.demo.facts import ModelFacts
 from moevision.demo.models import Entry, Variant
 from moevision.demo.view import top_classes
@@ -106,9 +106,6 @@ class Galleries:
         self._atlases: dict[Key, Json] = {key: atlas for entry in entries for key, atlas in _stored(entry)}
         self._galleries: dict[Key, Gallery] = {}
         self._failed: dict[Key, str] = {}
-        self._typical: dict[str, Typical] = {
-            entry.card.id: entry.card.typical for entry in entries if entry.card.typical is not None
-        }
         self.stopping = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
@@ -140,10 +137,6 @@ class Galleries:
         """What to say about a model without a gallery: `computing` or `no_pictures`."""
         return "computing" if entry.examples.has_pictures else "no_pictures"
 
-    def typical(self, entry: Entry) -> Typical | None:
-        """What images of the training data look like; None if that isn't known (yet)."""
-        return self._typical.get(entry.card.id)
-
     def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
         failed = self._failed.get((entry.card.id, variant))
         if found is None and failed is not None:
@@ -172,12 +165,7 @@ class Galleries:
     def _hold(self, entry: Entry, pictures: PictureSet) -> View:
         limit = max(self.limit, MOST) if entry.shown else self.limit
         chosen = open_pictures(pictures, entry.facts.image_size, limit=limit)
-        held = read_into_memory(_UntilStopped(chosen, self.stopping))
-        # Other data's usual look is not that of the data which the model learned from.
-        if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
-            images = (held.image(index) for index in range(len(held)))
-            self._typical[entry.card.id] = typical_of(images, entry.facts.image_size)
-        return held
+        return read_into_memory(_UntilStopped(chosen, self.stopping))
 
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
         key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)

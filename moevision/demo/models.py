@@ -32,7 +32,7 @@ import numpy.typing as npt
 from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
-from moevision.demo.examples import Examples, ScoredRun, Typical
+from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
 from moevision.errors import DataWarning, UserError, shown
 from moevision.models.io import SavedModel, best_device, load_model
@@ -62,11 +62,11 @@ class Card:
     validation_top1: list[float] = field(default_factory=list)  # of the trained model after each epoch
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
-    typical: Typical | None = None  # what images of the training data look like to the model
+    recognized: float | None = None  # share of strangers, images of other things, that it calls so
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON, without the numbers of `typical`."""
-        return {name: value for name, value in self.__dict__.items() if name != "typical"}
+        """The fields as JSON."""
+        return dict(self.__dict__)
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of test images right (dense twin: 97.1 %)"."""
@@ -83,10 +83,11 @@ class Card:
 def read_card(file: Path) -> Card:
     """Read a card.json; a UserError if it isn't one."""
     try:
-        given = read_json(file)
-        typical = given.pop("typical", None)
-        return Card(**given, typical=None if typical is None else Typical.from_json(typical))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        card = Card(**read_json(file))
+        if card.recognized is not None and not 0 <= card.recognized <= 1:
+            raise ValueError("recognized is no share")
+        return card
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
 
 
@@ -134,7 +135,6 @@ class Entry:
     variants: dict[str, Variant]  # by name; `trained` comes first and is always there
     dense: SavedModel | None  # its dense twin
     examples: Examples
-    foreign: bool = False  # whether those are other data than the model's own kind, as far as that is known
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
     history: Path | None = None  # the file with the routing of the examples while the model was trained
@@ -292,7 +292,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     own = images is None or images.run is not None
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
-    return replace(entry, foreign=not own, shown=_named(options, pictures, held_out=own))
+    return replace(entry, shown=_named(options, pictures, held_out=own))
 
 
 def _entry(
@@ -344,4 +344,4 @@ def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool 
 
 def untrained(like: SavedModel, seed: int = 0) -> SavedModel:
     """The same architecture with fresh weights, a random router among them."""
-    return replace(like, net=fresh_copy(like.net, seed))
+    return replace(like, net=fresh_copy(like.net, seed), strangers=None)

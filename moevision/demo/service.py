@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moevision import __version__
+from moevision.analysis.collect import network_input
 from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
@@ -27,6 +29,9 @@ from moevision.demo.models import Entry, Variant
 from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
 from moevision.errors import UserError
+from moevision.layers import routing_lock
+from moevision.models.strangers import REFUSED, answers
+from moevision.words import percent
 
 Json = dict[str, Any]
 ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
@@ -35,6 +40,8 @@ MIN_CLASS_PICTURES = 20
 MORE = 24  # further examples at a time
 KEPT_VIEWS = 64  # of examples as the model was trained to route them, about 0.1 MB each
 LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
+SURE = 0.8  # share of strangers from which on one is called so without "may"
+FARTHER = f"It is farther from every class than {1 - REFUSED:.0%} of the validation images".replace("%", " %")
 log = logging.getLogger(__name__)
 
 
@@ -130,9 +137,7 @@ class Explorer:
 
         if not found.id or settings != Settings():
             return view()
-        # An example is the same for everybody; only what it is compared with may come later.
-        known = self.galleries.typical(entry) is not None
-        return self._views.get((entry.card.id, variant.facts.variant, found.id, known), view)
+        return self._views.get((entry.card.id, variant.facts.variant, found.id), view)  # the same for everybody
 
     def shares(self, request: Any) -> Json:
         """What part of an image each expert computes: `route` in a few numbers, for comparing several images."""
@@ -268,15 +273,13 @@ class Explorer:
         return Found("", "your image", None, upload.pixels)
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
-        typical = self.galleries.typical(entry)
-        own = found.id.startswith("pets/")  # drawn as the training images were
         trained = variant.facts.variant == "trained"
         picture = PictureFacts(
             found.pixels,
             id=found.id or None,
             name=found.name,
             label=found.label,
-            unlike=None if own or typical is None else typical.unlike(found.pixels),
+            unlike=unlike(entry, found),
             credit=found.credit,
         )
         return route_image(
@@ -295,6 +298,23 @@ class Upload(NamedTuple):
 
     pixels: Pixels
     sharp: str | None
+
+
+def unlike(entry: Entry, found: Found) -> str | None:
+    """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
+    model, recognized = entry.variants["trained"].saved, entry.card.recognized
+    if model.strangers is None or found.label in model.class_names:
+        return None
+    with torch.inference_mode(), routing_lock(model.net):
+        _, distance = answers(model.net, model.strangers, network_input(model, found.pixels[None]))
+    if float(distance) <= 1:
+        return None
+    if recognized is not None and recognized >= SURE:
+        return f"This doesn't look like the images it learned from. {FARTHER}, so its answer may mean little."
+    known = "was not measured" if recognized is None else f"is {percent(recognized, 0)}"
+    return (
+        f"This may be unlike the images it learned from. {FARTHER}; the share of such images that it notices {known}."
+    )
 
 
 def brings_image(request: Any) -> bool:

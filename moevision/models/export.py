@@ -1,5 +1,7 @@
 """A finished model as one file, checked against the model that it came from: ONNX, or a torch.export program.
 
+A model that knows how far an image lies from its classes (`moevision.models.strangers`) tells that beside the logits.
+
 ONNX (https://onnx.ai) is run by onnxruntime and many others; a torch.export program by torch alone. Both hold the
 network in fp32 and eval mode for any batch size, and what is needed to use it: class names and the preparation of an
 image. Experts are computed by the `dense` backend, all E of them for every token, since neither format has an operation
@@ -30,9 +32,10 @@ from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.layers import Backend, moe_layers, routing_lock
 from moevision.models.io import SavedModel
+from moevision.models.strangers import REFUSED, Strangers, answers
 
 Format = Literal["onnx", "torch"]
-Runner = Callable[[Tensor], Tensor]
+Runner = Callable[[Tensor], Any]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 20  # by default
 METADATA_FILE = "moevision.json"
@@ -55,7 +58,7 @@ class ExportReport:
         format: `onnx` or `torch`.
         size_bytes: its size.
         pictures: how many were compared, four of seeded noise and the given ones.
-        max_logit_delta: largest difference of a logit on the noise.
+        max_logit_delta: largest difference of a logit on the noise, and of a distance of 1.
         top1_agreement: share of all images for which file and model name the same class.
     """
 
@@ -70,7 +73,9 @@ class ExportReport:
 def export_onnx(
     model: SavedModel, path: str | Path, *, opset: int = OPSET, pictures: Tensor | None = None
 ) -> ExportReport:
-    """Write the model as ONNX: input `image` float32 [B, 3, S, S], output `logits` float32 [B, C], any B.
+    """Write the model as ONNX: input `image` float32 [B, 3, S, S], outputs `logits` [B, C] and `distance` [B], any B.
+
+    The distance is left out of a model that was saved without.
 
     What `exported_facts(model)` gives are the file's `metadata_props`, each as JSON. The file is run by onnxruntime and
     compared with the model before it gets its name; the model itself is not changed.
@@ -98,6 +103,8 @@ def export_onnx(
 def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None = None) -> ExportReport:
     """Write the model as a torch.export program, which runs with torch alone (neither timm nor moevision).
 
+    It gives the logits, and as a second output the distance where the model knows it.
+
     `exported_facts(model)` is the JSON of the extra file `moevision.json`. The rest is as for `export_onnx`.
     """
     return _export(model, Path(path), "torch", OPSET, pictures)
@@ -117,6 +124,10 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "preprocessing": f"Upright RGB; resize the short side to {side} px ({interpolation}, antialiased); cut out the "
         f"central {side} x {side} px; divide by 255; subtract mean and divide by std, one number per channel; float32 "
         f"[batch, 3, {side}, {side}].",
+        "distance": None
+        if model.strangers is None
+        else "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
+        f"{REFUSED:.0%} of the validation images, and images of other things.",
         "architecture": cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {})).get("architecture"),
         "moe_config": getattr(model.net, "moe_config", None),
     }
@@ -133,6 +144,8 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
     with routing_lock(model.net):
         net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
     net = net.cpu().float().eval().requires_grad_(False)
+    if model.strangers is not None:
+        net = _WithDistance(net, model.strangers)
     generator = torch.Generator().manual_seed(0)
     given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
     try:
@@ -143,8 +156,10 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
             noise = torch.randn(_NOISE, 3, model.image_size, model.image_size, generator=generator)
             # One image alone, then several together: the file is for any batch size.
             parts = [noise[:1], noise[1:], *(given.split(32) if len(given) else ())]
-            logits, answers = (torch.cat([each(part) for part in parts]) for each in (torch.no_grad()(net), run))
-            delta = float((answers - logits)[:_NOISE].abs().max())
+            logits, told = (
+                torch.cat([_columns(each(part)) for part in parts]) for each in (torch.no_grad()(net.__call__), run)
+            )  # [n, C], or [n, C + 1] with the distance
+            delta = float((told - logits)[:_NOISE].abs().max())
             if delta <= TOLERANCE:  # NaN isn't
                 break
     except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
@@ -158,8 +173,24 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
             "kept: try the other format, or another opset."
         )
     write_bytes_atomic(path, data)
-    agreement = float((answers.argmax(-1) == logits.argmax(-1)).double().mean())
+    classes = len(model.class_names)
+    agreement = float((told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean())
     return ExportReport(path, format, len(data), len(logits), delta, agreement)
+
+
+class _WithDistance(nn.Module):
+    """A network whose second output is the distance from the nearest class."""
+
+    def __init__(self, net: nn.Module, strangers: Strangers) -> None:
+        super().__init__()
+        self.net, self.strangers = net, strangers
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return answers(self.net, self.strangers, image)
+
+
+def _columns(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else torch.cat([found[0], found[1][:, None]], 1)
 
 
 def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
@@ -183,7 +214,10 @@ def _to_bytes(net: nn.Module, facts: dict[str, Any], format: Format, opset: int)
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # it holds paths of this machine
-        return _to_onnx(program, texts, opset) if format == "onnx" else _to_torch(program, facts)
+        if format == "torch":
+            return _to_torch(program, facts)
+        names = ["logits", "distance"] if isinstance(net, _WithDistance) else ["logits"]
+        return _to_onnx(program, names, texts, opset)
 
 
 def _to_torch(program: ExportedProgram, facts: dict[str, Any]) -> bytes:
@@ -192,12 +226,12 @@ def _to_torch(program: ExportedProgram, facts: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _to_onnx(program: ExportedProgram, texts: dict[str, str], opset: int) -> bytes:
+def _to_onnx(program: ExportedProgram, outputs: list[str], texts: dict[str, str], opset: int) -> bytes:
     onnx_program = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["image"],
-        output_names=["logits"],
+        output_names=outputs,
         dynamic_shapes=({0: "batch"},),
         opset_version=opset,
         custom_translation_table=_translations(),
@@ -227,20 +261,27 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
 
 def load_exported(source: bytes | str | Path, format: Format) -> Runner:
-    """The function images [B, 3, S, S] -> logits [B, C] that a file computes, on the CPU with torch's thread count.
+    """The function that a file computes, on the CPU with torch's thread count.
+
+    It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B].
 
     Loading a torch program can run code that is hidden in it: open only files of people you trust.
     """
     if format == "torch":
         program = torch.export.load(io.BytesIO(source) if isinstance(source, bytes) else source).module()
-        return torch.no_grad()(lambda images: cast(Tensor, program(images)))
+        return torch.no_grad()(lambda images: program(images))
     runtime = require_extra("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
     data = source if isinstance(source, bytes) else str(source)
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+    def run(images: Tensor) -> Any:
+        found = [torch.from_numpy(each) for each in session.run(None, {"image": images.numpy()})]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    return run
 
 
 @contextmanager

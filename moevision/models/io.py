@@ -21,6 +21,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from timm.layers import DropPath
 from torch import nn
 
@@ -37,6 +38,8 @@ from moevision.models.safe_files import (
     read_header,
     read_metadata,
 )
+from moevision.models.strangers import FILE as STRANGERS
+from moevision.models.strangers import Strangers, read_strangers
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
@@ -53,6 +56,7 @@ class SavedModel:
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
         temperature: what logits are divided by for calibrated probabilities; None: not calibrated.
+        strangers: how far images may lie from the classes that the model knows; None: not measured.
     """
 
     net: nn.Module
@@ -61,6 +65,7 @@ class SavedModel:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     temperature: float | None = None
+    strangers: Strangers | None = None
 
 
 def load_model(address: str) -> SavedModel:
@@ -75,6 +80,8 @@ def load_model(address: str) -> SavedModel:
     with saying_what_fails(address):
         net = open_model(address_of(address)).eval()
         saved = replace(describe(net), temperature=getattr(net, "temperature", None))
+        if (file := getattr(net, "strangers_file", None)) is not None:
+            saved = replace(saved, strangers=read_strangers(file, net))
     if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
@@ -179,6 +186,9 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         config["calibration"] = {"temperature": model.temperature}
     if from_clusters(model.net):
         config["router_start"] = "cluster"
+    if model.strangers is not None:
+        save_file(model.strangers.state_dict(), folder / STRANGERS)
+        config["strangers"] = True
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
 
 
@@ -404,6 +414,8 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     created: nn.Module = timm.create_model(address, pretrained=weights, **options)
     if weights and "calibration" in config:
         cast(Any, created).temperature = float(config["calibration"]["temperature"])  # for `load_model`
+    if weights and config.get("strangers"):
+        cast(Any, created).strangers_file = Path(address.removeprefix(FOLDER)) / STRANGERS  # for `load_model`
     if config.get("router_start") == "cluster":  # without weights too: a training that goes on has them elsewhere
         cast(Any, created).router_start = "cluster"
     return created
@@ -550,9 +562,9 @@ def _fetch_folder(repository: str, weights: bool) -> Path:
     """The files of a repository on the hub, both of one commit, in the hub's cache."""
     name, _, revision = repository.partition("@")
     config = _fetch(name, CONFIG, revision or None)
-    read_config(config)  # before gigabytes are fetched for nothing
-    if weights:
-        _fetch(name, WEIGHTS, config.parent.name)  # the cache names a folder after its commit
+    told = read_config(config)  # before gigabytes are fetched for nothing
+    for file in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
+        _fetch(name, file, config.parent.name)  # the cache names a folder after its commit
     return config.parent
 
 

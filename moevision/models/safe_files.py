@@ -296,6 +296,7 @@ def _check_config(config: Any) -> None:
         usable = isinstance(numbers, list) and len(numbers) <= 16 and all(_within(v, smallest, 1e3) for v in numbers)
         _need(usable, f"pretrained_cfg.{name} is no list of usable numbers")
     _need(_within(calibration.get("temperature"), 1e-3, 1e3), "calibration.temperature is no number from 0.001 to 1000")
+    _need(config.get("strangers", True) is True, "strangers is not true")
     _need(config.get("router_start", "random") in ("random", "cluster"), "router_start is neither random nor cluster")
     check_arguments(arguments)
     told = config.get("num_classes", pretrained.get("num_classes", 1000))

@@ -27,6 +27,7 @@ from moevision.errors import csv_name
 from moevision.files import csv_text, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
+from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import calibration_error, paired_difference
 from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
 from moevision.train.ema import WeightEMA
@@ -48,7 +49,7 @@ from moevision.train.report import (
     write_summary,
 )
 from moevision.train.resume import Session, Start
-from moevision.train.start import read_probe, weights_file
+from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
 
 
@@ -154,7 +155,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
     mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
-    save_model(SavedModel(task.net, classes, data.image_size, mean, std, temperature), run_dir / "model")
+    model = SavedModel(task.net, classes, data.image_size, mean, std, temperature, _strangers(training))
+    save_model(model, run_dir / "model")
     rows = (
         (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
         for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
@@ -242,6 +244,16 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     result = _with_choice(result)
     _write_summary(result.summary, run_dir)
     return result
+
+
+def _strangers(training: Training) -> Strangers | None:
+    """What the model takes for a stranger: classes by training images, the threshold by validation images."""
+    net, data = training.task.net, training.data
+    if training.divided or linear_head(net) is None:  # a divided model may not fit one device
+        return None
+    most = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
+    found = features_of(net, data, most, training.trainer.strategy.root_device)
+    return fit_strangers(*found["train"][:2], found["val"][0])
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,7 @@ from moevision.models.io import (
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_files import WEIGHTS, read_json, read_metadata
+from moevision.models.strangers import linear_head, pooled
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s
 from moevision.train.processes import has_gpu, tell
@@ -383,34 +384,19 @@ def fit_probe(
     if head is None:
         return None
     began, began_cpu_s = time.monotonic(), cpu_s()
-    state = cast(Any, net.to(device))
-    taken: dict[str, list[int]] = {}
-    for split, most in _MOST_IMAGES.items():  # at random, of every class the same share
-        labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
-        order = np.random.default_rng(data.seed).permutation(len(labels))
-        order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
-        places = np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)
-        taken[split] = sorted(order[places].tolist())
-    images = {split: len(indices) for split, indices in taken.items()}
-    batches = sum(-(-count // data.batch_size) for count in images.values())
     ends: list[float] = []
-    found: dict[str, list[Any]] = {}  # features [n, D], labels [n] and indices [n] of images without augmentation
-    with torch.no_grad(), evaluating(net):
-        for split, indices in taken.items():
-            parts: list[tuple[Tensor, Tensor, Tensor]] = []
-            for batch in data.plain_loader(split, indices):
-                with context():
-                    tokens = state.forward_features(batch["image"].to(device))
-                    features = state.forward_head(tokens, pre_logits=True).double().cpu()
-                parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
-                ends.append(time.monotonic())
-                if len(ends) == _TIMED:
-                    tell(
-                        f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
-                        f"{images['val']:,} validation and {images['test']:,} test images, about "
-                        f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
-                    )
-            found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+
+    def told(images: Mapping[str, int]) -> None:
+        ends.append(time.monotonic())
+        if len(ends) == _TIMED:
+            batches = sum(-(-count // data.batch_size) for count in images.values())
+            tell(
+                f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
+                f"{images['val']:,} validation and {images['test']:,} test images, about "
+                f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
+            )
+
+    found = features_of(net, data, _MOST_IMAGES, device, context, told)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
     own_weight = head.weight.detach().double().cpu().numpy()
@@ -432,12 +418,38 @@ def fit_probe(
     )
 
 
-def linear_head(net: nn.Module) -> nn.Linear | None:
-    """The classifier of a timm model, if it is one linear map of features that the model tells."""
-    if not (hasattr(net, "forward_head") and hasattr(net, "get_classifier")):
-        return None
-    head = cast(Any, net).get_classifier()
-    return head if isinstance(head, nn.Linear) else None
+@torch.no_grad()
+def features_of(
+    net: nn.Module,
+    data: ImageDataModule,
+    most: Mapping[str, int],
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    told: Callable[[Mapping[str, int]], None] = lambda images: None,
+) -> dict[str, list[npt.NDArray[Any]]]:
+    """Pooled features [n, D], labels [n] and indices [n] of images of each split, without augmentation.
+
+    At most `most` of a split, of every class the same share; `told` hears after each batch how many images there are.
+    """
+    net, dtype = net.to(device), next(net.parameters()).dtype
+    taken: dict[str, list[int]] = {}
+    for split, count in most.items():  # at random, of every class the same share
+        labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+        order = np.random.default_rng(data.seed).permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+        places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+        taken[split] = sorted(order[places].tolist())
+    found: dict[str, list[npt.NDArray[Any]]] = {}
+    with evaluating(net):
+        for split, indices in taken.items():
+            parts: list[tuple[Tensor, Tensor, Tensor]] = []
+            for batch in data.plain_loader(split, indices):
+                with context():
+                    features = pooled(net, batch["image"].to(device, dtype)).double().cpu()
+                parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
+                told({name: len(each) for name, each in taken.items()})
+            found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+    return found
 
 
 @torch.no_grad()

@@ -280,7 +280,7 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
         assert picture.size == (32, 32)
     assert one.page.get_attribute(".mv-picture", "alt").endswith("as the model sees it")
-    assert "Unlike the training data" in one.page.text_content("[role=note]")
+    assert "doesn't look like the images it learned from" in one.page.text_content("[role=note]")
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])

@@ -6,11 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from moevision.analysis.collect import network_input
 from moevision.commands.predict import images_at, predict_batch
 from moevision.errors import UserError
 from moevision.models.io import load_model
+from moevision.models.strangers import FILE, pooled
 
 
 def table(text):
@@ -29,7 +35,7 @@ def test_csv(cli, tiny_run, drawn_pets):
     files = sorted(drawn_pets.rglob("*.png"))[:3]
     outcome = cli("predict", tiny_run / "model", *files)
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.splitlines()[0] == "path,class,probability,top5,error"
+    assert outcome.out.splitlines()[0] == "path,class,probability,top5,error,distance"
     for row, file in zip(table(outcome.out), files, strict=True):
         assert row["path"] == str(file)
         pairs = dict(pair.split("=") for pair in row["top5"].split("; "))
@@ -37,15 +43,43 @@ def test_csv(cli, tiny_run, drawn_pets):
         assert sum(map(float, pairs.values())) == pytest.approx(1, abs=2e-4)
         assert row["class"] == max(pairs, key=lambda name: float(pairs[name]))
         assert row["probability"] == pairs[row["class"]]
-        assert row["error"] == ""
+        assert (row["error"], row["distance"]) == ("", "")  # of 4 validation images there is no twentieth
+
+
+def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, drawn_pets, tmp_path):
+    """The smallest distance from a class, recomputed in float64 from the stored numbers; the classes stay."""
+    rng = np.random.default_rng(0)
+    files = sorted(drawn_pets.rglob("*.png"))[:3]
+    for number in range(2):
+        files.append(tmp_path / f"noise{number}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(files[-1])
+    (tmp_path / "bad.png").write_bytes(b"x")
+    outcome = cli("predict", distant_model, *files, tmp_path / "bad.png")
+    assert outcome.code == 0
+    *rows, bad = table(outcome.out)
+    assert (bad["distance"], bool(bad["error"])) == ("", True)
+    model, stored = load_model(str(tiny_run)), load_file(distant_model / FILE)
+    mean, whitening, centers = (stored[name].double().numpy() for name in ("mean", "whitening", "centers"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    with torch.no_grad():
+        features = pooled(model.net, network_input(model, pixels)).double().numpy()
+    expected = [min(np.linalg.norm(whitening @ (x - mean) - center) for center in centers) for x in features]
+    assert [float(row["distance"]) for row in rows] == pytest.approx(expected, rel=1e-3)
+    strangers = sum(far > 1 for far in expected)
+    assert f"{strangers} of 6 images are unlike the training images" in outcome.err
+    assert strangers >= 2, "noise is far from drawn pets"
+    plain = table(cli("predict", tiny_run, *files).out)
+    assert [row["class"] for row in rows] == [row["class"] for row in plain]
+    told = json.loads(cli("predict", distant_model, files[-1], "--format=json").out)
+    assert told[0]["distance"] == pytest.approx(expected[-1], rel=1e-3)
 
 
 def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
     rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
     for row, other in zip(rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True):
-        assert list(row) == ["path", "class", "probability", "calibrated", "unsure", "top5", "error"]
+        assert list(row) == ["path", "class", "probability", "calibrated", "unsure", "top5", "error", "distance"]
         assert (row["calibrated"], row["unsure"]) == (True, False)
-        assert row["error"] is None
+        assert row["error"] is row["distance"] is None
         assert (row["path"], row["class"]) == (other["path"], other["class"])
         assert row["probability"] == pytest.approx(float(other["probability"]), abs=5.1e-5)
         assert row["top5"][0] == {"class": row["class"], "probability": row["probability"]}

@@ -18,8 +18,10 @@ from moevision.analysis.collect import weights_sha256
 from moevision.commands import push
 from moevision.commands.push import FILES, check_repo_id
 from moevision.models.io import load_model
+from moevision.models.strangers import FILE as STRANGERS
 from tests.models.fake_hub import FakeHub, fake_hub
 
+KEPT = [name for name in FILES if name != STRANGERS]  # of a run with too few validation images for distances
 CARD = "---\nlibrary_name: timm\n---\n# Pets\n"
 LOAD = """
 import sys, huggingface_hub, timm, torch, moevision.models
@@ -63,7 +65,7 @@ def test_pushed_and_loaded_it_is_the_same_model(
     outcome = cli("push", tiny_run, "me/pets", "--license", "mit")
     assert outcome.out.startswith(f"{hub.url}/me/pets (only you can see it)\n"), outcome.err
     assert hub.private == {"me/pets": True}
-    assert sorted(hub.files["me/pets"]) == sorted(FILES)
+    assert sorted(hub.files["me/pets"]) == sorted(KEPT)
     for name in ("config.json", "model.safetensors"):
         assert hub.files["me/pets"][name] == (tiny_run / "model" / name).read_bytes()
     card = ModelCard(hub.files["me/pets"]["README.md"].decode())
@@ -89,13 +91,18 @@ def test_for_everyone_with_a_card_of_ones_own(
 
 
 def test_nothing_else_of_the_folder_goes_up(
-    hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path
+    hub: FakeHub, cli: Callable[..., Any], distant_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(tiny_run / "model", tmp_path / "model")
+    folder = shutil.copytree(distant_model, tmp_path / "model")
     for name in ("pytorch_model.bin", "diary.txt", ".env"):
         (folder / name).write_text("secret")
     assert cli("push", folder, "me/pets").code == 0
     assert sorted(hub.files["me/pets"]) == sorted(FILES)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    pulled = load_model("hf-hub:me/pets")  # which fetches the distances, too
+    for name, values in load_model(str(folder)).strangers.state_dict().items():
+        assert torch.equal(pulled.strangers.state_dict()[name], values)
 
 
 def test_a_damaged_model_does_not_go_up(hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
@@ -147,10 +154,10 @@ def test_dry_run(cli: Callable[..., Any], tiny_run: Path) -> None:
     outcome = cli("push", tiny_run, "me/pets", "--dry-run")
     assert outcome.code == 0, outcome.err
     folder = Path("hub/me/pets")
-    assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
+    assert sorted(file.name for file in folder.iterdir()) == sorted(KEPT)
     assert "seen by you alone" in outcome.out
-    for name in FILES:
-        assert f"{name:18} {(folder / name).stat().st_size:>12,} bytes" in outcome.out
+    for name in KEPT:
+        assert f"{name:21} {(folder / name).stat().st_size:>12,} bytes" in outcome.out
     before = (folder / "README.md").read_bytes()
     refused(cli("push", tiny_run, "me/pets", "--dry-run"), "hub/me/pets exists already", "--force")
     assert cli("push", tiny_run, "me/pets", "--dry-run", "--force", "--license=mit").code == 0

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,16 +18,16 @@ from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image
-from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.examples import Examples, Found, Recent, photo_files
 from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
 from moevision.demo.models import DataOptions, open_entries
-from moevision.demo.service import Explorer
+from moevision.demo.service import Explorer, unlike
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
 from moevision.models.io import save_model
-from tests.demo.conftest import make_model
+from tests.demo.conftest import SIZE, make_model, usual_pets
 
 PICTURE = {"kind": "example", "id": "pets/test/3"}
 ABLATE = {"kind": "ablate", "layer": 3, "expert": 1}
@@ -63,7 +64,6 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert pets["accuracy_texts"] == texts
     assert texts["trained"] == "12.5 % of test images right (dense twin: 13.0 %)"
     assert len(set(texts.values())) == 3
-    assert "typical" not in pets["card"]
     # classes take turns: the first eight examples show the eight classes
     assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
     assert [example["id"] for example in photos["examples"]] == [f"photo/{name}" for name in photo_files()]
@@ -502,17 +502,37 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
     assert after["n_images"] == 32
 
 
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the run's folder
-def test_data_of_the_users_own_are_not_taken_for_training_data(tiny_run, draw, tmp_path, monkeypatch):
-    own = draw(tmp_path / "own", per_class=16)  # four fifths of the names of the run's images
-    for module in ("examples", "galleries"):  # the run held out 12 images only
-        monkeypatch.setattr(f"moevision.demo.{module}.MIN_PICTURES", 10)
-    for data, known in ((None, True), (str(own), False)):
-        entries = open_entries(str(tiny_run), DataOptions(data))
-        galleries = Galleries(entries, limit=32)
-        galleries.start()
-        assert galleries.wait(60)
-        assert (galleries.typical(entries[0]) is not None) == known
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("recognized", "said", "end"),
+    [
+        (0.93, "This doesn't look like the images it learned from.", "so its answer may mean little."),
+        (0.8, "This doesn't look like the images it learned from.", "so its answer may mean little."),
+        (0.61, "This may be unlike the images it learned from.", "the share of such images that it notices is 61 %."),
+        (None, "This may be unlike the images it learned from.", "such images that it notices was not measured."),
+    ],
+)
+def test_a_stranger_is_told_in_words_that_follow_the_measured_share(explorer, recognized, said, end):
+    entry = explorer.entries["pets"]
+    entry = replace(entry, card=replace(entry.card, recognized=recognized))
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    sentence = unlike(entry, Found("", "your image", None, noise))
+    assert sentence.startswith(said)
+    assert sentence.endswith(end)
+    assert "farther from every class than 95 % of the validation images" in sentence
+    assert unlike(entry, Found("", "x", "cat", noise)) is None  # a known class: nobody asks
+    images, _ = usual_pets()
+    told = [unlike(entry, Found("", "your image", None, image)) for image in images[80:]]
+    assert sum(each is not None for each in told) == 2  # a twentieth of the 40 that set the threshold
+    variants = {"trained": replace(entry.variants["trained"], saved=replace(saved(explorer), strangers=None))}
+    assert unlike(replace(entry, variants=variants), Found("", "your image", None, noise)) is None
+
+
+def test_a_page_says_of_ones_own_image_that_it_is_strange(explorer):
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    for data, strange in ((noise, True), (usual_pets()[0][0], False)):
+        answer = good(explorer, "route", model="pets", picture={"kind": "upload", "data": png(data)})
+        assert (answer["picture"]["unlike"] is not None) == strange
 
 
 def test_examples_are_of_all_classes_of_a_large_folder():

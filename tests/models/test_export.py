@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
 from moevision.models.export import export_onnx, export_torch, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
+from moevision.models.strangers import answers, fit_strangers, pooled
 
 NAMES = ["cat", "dog", "Käuzchen"]
 EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
@@ -59,6 +61,12 @@ def tiny(*layers: dict, **options) -> SavedModel:
     return SavedModel(with_character(nets[0].eval()), NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
+def with_distances(model: SavedModel) -> SavedModel:
+    with torch.no_grad():
+        features = pooled(model.net, pictures(100, seed=3)).double().numpy()
+    return replace(model, strangers=fit_strangers(features[:60], np.arange(60) % 3, features[60:]))
+
+
 def with_character(net: nn.Module) -> nn.Module:
     for layer in moe_layers(net):
         for parameter in [*layer.router.parameters(), *layer.experts.parameters()]:
@@ -81,6 +89,23 @@ def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
 def run_torch(path: Path, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return torch.export.load(path).module()(images)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_output_is_the_distance(form: str, tmp_path: Path) -> None:
+    """For any batch size, and the file says what it is."""
+    model, path = with_distances(tiny(router="vmoe_top_k")), tmp_path / "model"
+    assert EXPORTERS[form](model, path).max_logit_delta <= 1e-4
+    assert "nearest class" in exported_facts(model)["distance"]
+    assert exported_facts(replace(model, strangers=None))["distance"] is None
+    run = export_module.load_exported(path, form)
+    for batch in (1, 3):
+        with torch.no_grad():
+            expected = answers(model.net, model.strangers, pictures(3)[:batch])
+        for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
+            torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
+    if form == "onnx":  # whoever asks for the logits alone gets them
+        torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
 
 
 RUN = {"onnx": run_onnx, "torch": run_torch}

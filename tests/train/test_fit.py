@@ -16,12 +16,15 @@ import yaml
 from PIL import Image
 
 import moevision
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import open_pictures, read_images
 from moevision.config import read
 from moevision.data.open import holds
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
+from moevision.models.strangers import answers
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, chosen, default_precision, find_config, read_config
 
@@ -485,3 +488,20 @@ def test_a_config_replaces_the_recipe(drawn_pets):
     typed = asked("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
     assert typed == quickstart | weights | {"model.arch.name": "vit_moe"}
     assert asked("fit", "quickstart") == quickstart
+
+
+def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
+    """A twentieth of the run's validation images is refused, and most noise; the test images are not looked at."""
+    outcome = cli("fit", draw(tmp_path / "pets", per_class=80), *tiny, "--data.val_fraction=0.25", "--name=far")
+    assert outcome.code == 0, outcome.err
+    model = load_model("runs/far")
+    val = open_pictures(tmp_path / "pets", 32, split="val", run_dir="runs/far")
+    assert len(val) == 40
+
+    def distances(images):
+        with torch.inference_mode():
+            return answers(model.net, model.strangers, network_input(model, images))[1].numpy()
+
+    assert (distances(read_images(val, range(40))) > 1).sum() == 2
+    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    assert (distances(noise) > 1).mean() > 0.5

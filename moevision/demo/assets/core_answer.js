@@ -50,7 +50,7 @@ function verdictNotes(view, elsewhere) {
   const { intervention, noise } = view.settings;
   const off = view.settings.off_reason;
   return [
-    unlike && html`<p class="mv-warn" role="note"><b>Unlike the training data.</b> ${unlike}</p>`,
+    unlike && html`<p class="mv-warn" role="note">${unlike}</p>`,
     off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
     typeof noise === "number" && html`<p class="mv-warn" role="note"><b>Noise of training is on.</b> The routers drew it once (draw ${noise}); predictions are made without.
       <button type="button" class="mv-quiet" data-action="calm" data-key="calm">Turn it off</button></p>`,

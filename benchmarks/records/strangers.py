@@ -1,0 +1,23 @@
+"""benchmarks/strangers/README.md: everything between its marks is the report of the committed record."""
+
+from typing import Any
+
+from benchmarks.records import Claim, Definition
+from benchmarks.records.studies import shown
+from benchmarks.strangers import parts_of
+
+FILE = "benchmarks/strangers/runs.jsonl"
+
+
+def _parts(*records: Any) -> list[dict[str, str]]:
+    return shown(parts_of(list(records)))
+
+
+CLAIMS = [Claim(FILE, "{text}", _parts)]
+DEFINITIONS = [
+    Definition("2,000 at most", "`moevision.models.strangers.IMAGES`"),
+    Definition("5 % of at most 2,000 validation images", "`REFUSED` and `IMAGES`"),
+    Definition("eight classes of CIFAR-10", "without cat and dog"),
+    Definition("29 photos of other animals (20 for CIFAR-10", "the folder's"),
+    Definition("below 80 %", "`moevision.demo.service.SURE`"),
+]

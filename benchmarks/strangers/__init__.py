@@ -1,0 +1,310 @@
+"""How many strangers the bundled models recognize: images of other things than their classes.
+
+    python -m benchmarks strangers run cats_vs_dogs --data DATA --photos PHOTOS
+    python -m benchmarks strangers report                                   # README.md's tables
+
+DATA holds cats_vs_dogs/, cifar10/ and imagenette128/, a folder per class; PHOTOS cat/, dog/ and other/. The measure was
+chosen by the sets of `CHOICE` alone. `--carry` puts what was measured beside the weights of the bundled model, and the
+share of strangers on its card.
+
+Axes: n images, D width of a feature, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
+from scipy.stats import rankdata
+from sklearn.covariance import LedoitWolf
+
+from benchmarks.harness import HERE, about, argument_parser
+from benchmarks.markdown import table
+from benchmarks.queue import fill_readme, read_records
+from benchmarks.timing import rounded
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import PictureSet, open_pictures, read_images
+from moevision.demo.models import bundled_folder, bundled_model
+from moevision.errors import DataWarning
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.models.io import SavedModel
+from moevision.models.safe_files import CONFIG, read_json
+from moevision.models.strangers import FILE, IMAGES, REFUSED, Strangers, fit_strangers, pooled
+from moevision.stats import accuracy_interval
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+FOLDER = HERE / "strangers"
+RUNS = FOLDER / "runs.jsonl"
+OWN = {"cats_vs_dogs": "cats_vs_dogs", "cifar10": "cifar10", "pets": "synthetic_pets"}
+HALVES = (  # of Imagenette
+    ("tench", "cassette player", "chain saw", "church"),
+    ("French horn", "gas pump", "golf ball", "parachute"),
+)
+CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "truck")
+KINDS_OF_CIFAR = ("eagle", "duck", "kingfisher", "owl", "macaw", "chicken", "moose", "horse")  # photos of its classes
+CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
+PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")  # that are reported
+MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
+DRAWS = 1_000
+
+
+def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[str, np.ndarray]]:
+    """Each set of strangers by its name, and of the model's own kind from elsewhere, uint8 [n, S, S, 3]."""
+    size, data = model.image_size, options.data
+
+    def of(
+        source: str | Path, *classes: str, without: tuple[str, ...] = (), split: str = "test", most: int = MOST
+    ) -> np.ndarray:
+        pictures = open_pictures(source, size, split=split)
+        wanted = [number for number, own in enumerate(pictures.class_names) if own in classes or not classes]
+        rows = [
+            row for row in range(len(pictures))
+            if pictures.label(row) in wanted and not any(word in pictures.picture_name(row) for word in without)
+        ]  # fmt: skip
+        rows = sorted(np.random.default_rng(0).permutation(rows)[:most].tolist())
+        return read_images(pictures, rows)
+
+    for which, half in zip(("first", "second"), HALVES, strict=True):
+        yield f"Imagenette, {which} half", of(data / "imagenette128", *half)
+    if name != "pets":
+        other = KINDS_OF_CIFAR if name == "cifar10" else ()
+        yield "photos of other animals", of(options.photos, "other", without=other, split="all")
+    if name == "cats_vs_dogs":
+        yield CHOICE[1], of(data / "cifar10", *CIFAR)
+    if name == "pets":
+        yield "cats and dogs", of(data / "cats_vs_dogs")
+        yield "CIFAR-10", of(data / "cifar10")
+    else:
+        yield "drawn pets", of("synthetic_pets", most=FEW)
+        yield "own: English springers of Imagenette", of(data / "imagenette128", "English springer", most=FEW)
+        yield "own: photos of cats and dogs", of(options.photos, "cat", "dog", split="all")
+    rng = np.random.default_rng(0)
+    yield "uniform noise", rng.integers(0, 256, (FEW, size, size, 3), dtype=np.uint8)
+    yield (
+        "one flat colour",
+        np.broadcast_to(rng.integers(0, 256, (FEW, 1, 1, 3), np.uint8), (FEW, size, size, 3)).copy(),
+    )
+
+
+@torch.inference_mode()
+def features_of(model: SavedModel, images: PictureSet | np.ndarray) -> tuple[Floats, Floats]:
+    """What the classifier reads [n, D], and logits [n, C]."""
+    found = []
+    for start in range(0, len(images), 64):
+        rows = range(start, min(start + 64, len(images)))
+        pixels = images[rows.start : rows.stop] if isinstance(images, np.ndarray) else read_images(images, rows)
+        features = pooled(model.net, network_input(model, pixels))
+        found.append((features, model.net.get_classifier()(features)))  # type: ignore[operator]
+    return tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def known_of(model: SavedModel, data: str | Path, **held_out: Any) -> tuple[Floats, Floats, Floats, Floats]:
+    """Training features and labels, validation features and logits, as many as `fit` takes; see `open_pictures`."""
+    most = {"train": max(IMAGES, 10 * len(model.class_names)), "val": IMAGES}
+    train, val = (
+        open_pictures(data, model.image_size, split=split, limit=limit, class_names=model.class_names, **held_out)
+        for split, limit in most.items()
+    )
+    labels = np.array([train.label(row) for row in range(len(train))])
+    return features_of(model, train)[0], labels, *features_of(model, val)
+
+
+def detector_of(model: SavedModel, data: str | Path, **held_out: Any) -> Strangers:
+    """What `fit` would have measured at the end of the training of a bundled model."""
+    features, labels, validation, _ = known_of(model, data, **held_out)
+    found = fit_strangers(features, labels, validation)
+    assert found is not None
+    return found
+
+
+def put_beside(folder: Path, strangers: Strangers, share: float | None = None) -> None:
+    """Put the numbers beside the trained weights of a bundled model, and the share of strangers on its card."""
+    home = folder / "trained"
+    save_file(strangers.state_dict(), home / FILE)
+    write_json_atomic(home / CONFIG, {**read_json(home / CONFIG), "strangers": True})
+    write_json_atomic(folder / "card.json", {**read_json(folder / "card.json"), "recognized": share})
+
+
+def distances(strangers: Strangers, features: Floats) -> Floats:
+    """[n] of features [n, D]."""
+    found: Floats = strangers(torch.from_numpy(features)).double().numpy()
+    return found
+
+
+# ---- other measures
+
+
+def others(features: Floats, labels: Floats) -> dict[str, Callable[[Floats, Floats], Floats]]:
+    """Measures that were compared: each of features [n, D] and logits [n, C], the larger the stranger."""
+    to_classes, white = gaussians(features, labels)
+    to_all, _ = gaussians(features, np.zeros(len(labels)))
+
+    def tenth(x: Floats, known: Floats, metric: str) -> Floats:
+        return np.partition(cdist(x, known, metric), 9, axis=1)[:, 9]
+
+    return {
+        "relative Mahalanobis": lambda x, z: to_classes(x).min(1) ** 2 - to_all(x)[:, 0] ** 2,
+        "log-density of all classes": lambda x, z: -logsumexp(-(to_classes(x) ** 2) / 2, axis=1),
+        "one Gaussian": lambda x, z: to_all(x)[:, 0],
+        "10th neighbour, whitened": lambda x, z: tenth(white(x), white(features), "euclidean"),
+        "10th neighbour, cosine": lambda x, z: tenth(x, features, "cosine"),
+        "energy of the logits": lambda x, z: -logsumexp(z, axis=1),
+        "largest probability": lambda x, z: logsumexp(z, axis=1) - z.max(1),
+    }
+
+
+def gaussians(features: Floats, labels: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
+    """Mahalanobis distances [m, C] of x [m, D] from the mean of each class, and x whitened; one shrunk covariance."""
+    classes, place = np.unique(labels, return_inverse=True)
+    means = np.stack([features[place == number].mean(0) for number in range(len(classes))])
+    covariance = LedoitWolf(assume_centered=True).fit(features - means[place]).covariance_
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T
+    return lambda x: cdist(x @ whitening, means @ whitening), lambda x: x @ whitening
+
+
+# ---- the table
+
+
+def area(own: Floats, others: Floats) -> float:
+    """Area under the ROC curve: how often one of `others` has the larger value than one of `own`; ties half."""
+    ranks = rankdata(np.concatenate([own, others]))
+    return float((ranks[len(own) :].sum() - len(others) * (len(others) + 1) / 2) / len(own) / len(others))
+
+
+def area_with_interval(own: Floats, others: Floats) -> tuple[float, float, float]:
+    """(area, low, high): 95 % of bootstrap draws over images of both."""
+    rng = np.random.default_rng(0)
+    draws = [area(rng.choice(own, len(own)), rng.choice(others, len(others))) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return area(own, others), float(low), float(high)
+
+
+def recognized(sets: dict[str, Any]) -> float:
+    """Mean share over the sets of photos that the measure was not chosen by."""
+    shares = [each["beyond"] / each["images"] for name, each in sets.items() if name in PHOTOS]
+    return float(np.mean(shares))
+
+
+def kept(file: Path, make: Callable[[], Sequence[Floats]]) -> list[Floats]:
+    """What `make` gives, from a file that an earlier run left."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, *make())
+    with np.load(file) as found:
+        return [found[name] for name in found.files]
+
+
+def run(options: Namespace) -> None:
+    """Measure one bundled model, and put its line into the record; features are kept in the work folder."""
+    name, model = options.model, bundled_model(options.model)
+    data, work = OWN[name] if name == "pets" else options.data / OWN[name], options.work / options.model
+    features, labels, validation, logits = kept(work / "known.npz", lambda: known_of(model, data))
+    chosen = fit_strangers(features, labels, validation)
+    assert chosen is not None
+    test = open_pictures(data, model.image_size, class_names=model.class_names)
+    own, own_logits = kept(work / "test.npz", lambda: features_of(model, test))
+    far, others_of = distances(chosen, own), others(features, labels)
+    limits = {word: np.quantile(measure(validation, logits), 1 - REFUSED) for word, measure in others_of.items()}
+    near = {word: measure(own, own_logits) for word, measure in others_of.items()}
+    sets: dict[str, Any] = {}
+    for kind, images in sets_of(name, model, options):
+        x, z = kept(
+            work / f"{re.sub(r'[^a-z]+', '-', kind.lower())}.npz", lambda images=images: features_of(model, images)
+        )
+        found = distances(chosen, x)
+        best, low, high = area_with_interval(far, found)
+        sets[kind] = {
+            "images": len(x), "beyond": int((found > 1).sum()), "auroc": rounded(best, 4),
+            "interval": [rounded(low, 4), rounded(high, 4)],
+            "others": {
+                word: {"auroc": rounded(area(near[word], measure(x, z)), 4),
+                       "beyond": int((measure(x, z) > limits[word]).sum())}
+                for word, measure in others_of.items()
+            },
+        }  # fmt: skip
+        print(f"{kind:40} {len(x):5} {best:.3f} {(found > 1).mean():.1%}", flush=True)
+    record = {
+        "name": name, **about(), "training_images": len(labels), "validation_images": len(validation),
+        "test": {"images": len(far), "beyond": int((far > 1).sum()),
+                 "others": {word: int((near[word] > limit).sum()) for word, limit in limits.items()}},
+        "sets": sets, "recognized": rounded(recognized(sets), 4),
+    }  # fmt: skip
+    if options.carry:
+        put_beside(bundled_folder(name), chosen, record["recognized"])
+    lines = [each for each in read_records(options.out) if each["name"] != name] + [record]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text_atomic(options.out, text)
+
+
+# ---- the report
+
+
+TITLES = {"cats_vs_dogs": "cats and dogs", "cifar10": "CIFAR-10", "pets": "drawn pets"}
+
+
+def parts_of(records: list[dict[str, Any]]) -> list[str]:
+    """What stands in the README."""
+    rows, compared, sentences = [], [], []
+    for record in records:
+        title = TITLES[record["name"]]
+        test = record["test"]
+        rows.append([title, "its own test images", *_cells(test), "", "refused"])
+        for kind, found in record["sets"].items():
+            of_its_own = kind.startswith("own: ")
+            area_text = "{:.3f} ({:.3f} to {:.3f})".format(found["auroc"], *found["interval"])
+            use = "chosen by" if kind in CHOICE else "in the rate" if kind in PHOTOS else ""
+            rows.append([title, kind.removeprefix("own: "), *_cells(found), "" if of_its_own else area_text,
+                         "refused" if of_its_own else use])  # fmt: skip
+        sentences.append(f"{title} {record['recognized']:.0%}")
+        for word in ("Mahalanobis", *test["others"]):
+            own = test["beyond"] if word == "Mahalanobis" else test["others"][word]
+            cells = []
+            for part in (CHOICE, PHOTOS):
+                found = [each for kind, each in record["sets"].items() if kind in part]
+                told = [each if word == "Mahalanobis" else {**each, **each["others"][word]} for each in found]
+                cells.append(f"{np.mean([each['auroc'] for each in told]):.3f}")
+                cells.append(f"{np.mean([each['beyond'] / each['images'] for each in told]):.0%}")
+            compared.append([title, word, f"{own / test['images']:.1%}", *cells])
+    return [
+        f"Recognized, mean over the sets of photos that the measure was not chosen by: {'; '.join(sentences)}.",
+        table(["model", "images", "number", "beyond 1", "95 %", "AUROC (95 %)", ""], rows, "llrrrrl"),
+        table(["model", "measure", "own test refused", "AUROC, chosen by", "recognized", "AUROC, in the rate",
+               "recognized"], compared, "llrrrrr"),
+    ]  # fmt: skip
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    low, high = accuracy_interval(found["beyond"], found["images"])
+    return [f"{found['images']:,}", f"{found['beyond'] / found['images']:.1%}", f"{low:.1%} to {high:.1%}"]
+
+
+def main() -> None:
+    """Run with command-line arguments."""
+    parser = argument_parser("strangers", __doc__)
+    parser.add_argument("verb", choices=("run", "report"))
+    parser.add_argument("model", nargs="?", choices=tuple(OWN), help="a bundled model")
+    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--photos", type=Path, help="folder of photos")
+    parser.add_argument("--carry", action="store_true", help="put it beside the weights that the package carries")
+    parser.add_argument("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
+    parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
+    options = parser.parse_args()
+    if options.verb == "report":
+        fill_readme(options.readme, parts_of(read_records(options.out)))
+    elif options.model is None or options.data is None or options.photos is None:
+        parser.error("run takes a model, --data and --photos")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # classes that aren't the model's are the point
+            run(options)

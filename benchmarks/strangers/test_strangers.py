@@ -1,0 +1,71 @@
+"""The study of strangers: areas and shares by hand, and the record beside the models that are carried."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, others, parts_of, recognized
+from moevision.demo.models import bundled_folders, read_card
+
+RECORDS = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.exists() else []
+
+
+def test_the_area_is_that_of_scikit_learn_and_of_a_count():
+    """Of 2 x 2 pairs the other is larger in two and equal in one: 2.5 of 4."""
+    assert area(np.array([1.0, 3.0]), np.array([2.0, 3.0])) == 2.5 / 4
+    rng = np.random.default_rng(0)
+    own, far = rng.normal(size=90), rng.normal(1, 1, 60).round(1)
+    expected = roc_auc_score([0] * 90 + [1] * 60, np.concatenate([own, far]))
+    found, low, high = area_with_interval(own, far)
+    assert found == pytest.approx(expected)
+    assert low < found < high
+
+
+def test_the_rate_is_the_mean_over_photos_that_chose_nothing():
+    sets = {
+        CHOICE[0]: {"images": 10, "beyond": 10}, PHOTOS[0]: {"images": 10, "beyond": 4},
+        PHOTOS[1]: {"images": 100, "beyond": 60}, "uniform noise": {"images": 5, "beyond": 5},
+    }  # fmt: skip
+    assert recognized(sets) == pytest.approx((0.4 + 0.6) / 2)
+    assert not set(CHOICE) & set(PHOTOS)
+
+
+def test_other_measures_by_their_definitions():
+    """Relative Mahalanobis and the log-density, of Gaussians written out with covariances of scikit-learn."""
+    from sklearn.covariance import LedoitWolf
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    x = rng.normal(size=(3, 6))[labels] * 5 + rng.normal(size=(300, 6)) * np.arange(1, 7)
+    measures = others(x, labels)
+    means = np.stack([x[labels == label].mean(0) for label in range(3)])
+    within, whole = (LedoitWolf(assume_centered=True).fit(r).covariance_ for r in (x - means[labels], x - x.mean(0)))
+
+    def far(v, mean, covariance):
+        return (v - mean) @ np.linalg.solve(covariance, v - mean)
+
+    new = rng.normal(size=(5, 6)) * 8
+    relative = [min(far(v, m, within) for m in means) - far(v, x.mean(0), whole) for v in new]
+    density = [-np.log(sum(np.exp(-far(v, m, within) / 2) for m in means)) for v in new]
+    none = np.zeros((5, 3))
+    np.testing.assert_allclose(measures["relative Mahalanobis"](new, none), relative, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(measures["log-density of all classes"](new, none), density, rtol=1e-3, atol=1e-3)
+    z = rng.normal(size=(5, 3))
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    np.testing.assert_allclose(measures["largest probability"](new, z), -np.log(p.max(1)))
+    np.testing.assert_allclose(measures["energy of the logits"](new, z), -np.log(np.exp(z).sum(1)))
+
+
+def test_cards_have_the_share_of_the_record():
+    shares = {record["name"]: record["recognized"] for record in RECORDS}
+    for record in RECORDS:
+        assert record["recognized"] == pytest.approx(recognized(record["sets"]), abs=1e-4)
+    assert {folder.name: read_card(folder / "card.json").recognized for folder in bundled_folders()} == shares
+
+
+def test_the_tables_have_a_row_for_each_set_and_measure():
+    _, rows, compared = (part.splitlines()[2:] for part in [*parts_of(RECORDS)[:1], *parts_of(RECORDS)[1:]])
+    assert len(rows) == sum(1 + len(record["sets"]) for record in RECORDS)
+    assert len(compared) == sum(1 + len(record["test"]["others"]) for record in RECORDS)
