@@ -39,7 +39,7 @@ from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, Mod
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, Settings, checked, settings
+from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, ParallelConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
@@ -66,7 +66,6 @@ from moevision.train.processes import (
     parallel_strategy,
     several_processes,
     start_processes,
-    strategy_of,
     tell,
 )
 from moevision.train.provenance import differences, fingerprint
@@ -182,7 +181,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             *RecordRouting.of(settings.record_routing, run_dir),
             EpochEnd(point),
         ]
-        strategy = strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
+        strategy = _strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
         trainer = _trainer(settings, run_dir, files, {**named, **strategy}, ours)
         if session.run_dir is None:  # the twin's turn comes when the run itself goes on
             session.run_dir = run_dir
@@ -294,6 +293,22 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
         reasons = [line[2:] for line in lines if line.startswith("- ")] or lines
         raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)[:300]}") from error
     return {name: made[name] for name in asked}
+
+
+def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
+    """The Trainer's arguments; a UserError if --trainer.strategy, `asked`, says something else."""
+    if config.layout is None:
+        return {}
+    if asked not in ("auto", config.layout):
+        raise UserError(f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
+    replicated = config.layout == "ddp"
+    if replicated and config.expert == 1:
+        return {"strategy": "ddp"}
+    from moevision.train.parallel.strategy import MoEParallelStrategy
+
+    divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
+    # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
+    return {"strategy": divided, "inference_mode": False}
 
 
 def _trainer(

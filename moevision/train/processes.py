@@ -33,7 +33,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from torch import Tensor
 
-from moevision.config import ParallelConfig
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, shown_lines
@@ -374,22 +373,6 @@ def trains_on(accelerator: str | None) -> Iterator[None]:
 def has_gpu() -> bool:
     """Whether the training will have a GPU of CUDA or ROCm. Apple's isn't used: it has no float64."""
     return _accelerator.get() != "cpu" and torch.cuda.is_available()
-
-
-def strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
-    """The Trainer's arguments; a UserError if --trainer.strategy, `asked`, says something else."""
-    if config.layout is None:
-        return {}
-    if asked not in ("auto", config.layout):
-        raise UserError(f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
-    replicated = config.layout == "ddp"
-    if replicated and config.expert == 1:
-        return {"strategy": "ddp"}
-    from moevision.train.parallel.strategy import MoEParallelStrategy
-
-    divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
-    # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
-    return {"strategy": divided, "inference_mode": False}
 
 
 def parallel_strategy(trainer: L.Trainer) -> Any:
