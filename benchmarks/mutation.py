@@ -1,10 +1,10 @@
 """Do the tests notice a wrong line? A seeded sample of small changes, each against the tests that run that line.
 
     pip install coverage
-    OMP_NUM_THREADS=1 python benchmarks/mutation.py map                 # which test runs which line
-    OMP_NUM_THREADS=1 python benchmarks/mutation.py run --jobs 2        # goes on where it stopped
-    python benchmarks/mutation.py run --again TEST... --only TEXT       # survivors whose key holds TEXT; needs no map
-    python benchmarks/mutation.py table                                 # killed, survived, equivalent by area
+    OMP_NUM_THREADS=1 python -m benchmarks mutation map                 # which test runs which line
+    OMP_NUM_THREADS=1 python -m benchmarks mutation run --jobs 2        # goes on where it stopped
+    python -m benchmarks mutation run --again TEST... --only TEXT       # survivors whose key holds TEXT; needs no map
+    python -m benchmarks mutation table                                 # killed, survived, equivalent by area
 
 A change (mutant) swaps a comparison, an arithmetic or a boolean operator, min and max, moves a number, turns a
 condition round, or leaves a statement out. It is killed when a test fails, or runs far longer than it did. A mutant
@@ -323,7 +323,7 @@ def budgeted(known: dict[str, Any], tests: list[str], seconds: float) -> tuple[l
 
 
 def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
-    """Run tests in a fork of this process, which has torch loaded but nothing of moevision."""
+    """Run tests in a fork of this process, which has torch loaded, on the moevision of `tree`."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -333,6 +333,8 @@ def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
         os.chdir(tree)
         os.environ["PYTHONPATH"] = str(tree)
         sys.path.insert(0, str(tree))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "moevision"]:
+            del sys.modules[name]  # `python -m benchmarks` has loaded the unchanged one
         code = 99
         try:
             import pytest
