@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import memory
+from moevision.train import recipe as memory
 from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.strategy import MoEParallelStrategy
