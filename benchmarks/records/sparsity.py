@@ -111,14 +111,20 @@ def _judged(found: Any, name: str) -> Result:
 
 
 first, at_equal_time, by_share = (partial(decided, name) for name in ("H1", "H2", "H3"))
-hashed, more_steps, by_place = (
-    partial(unasked, *arms) for arms in (("moe", "hash"), ("twin-time", "twin"), ("position", "twin-time"))
+hashed, more_steps, by_place, hash_places = (
+    partial(unasked, *arms)
+    for arms in (("moe", "hash"), ("twin-time", "twin"), ("position", "twin-time"), ("twin-places", "hash-places"))
 )
 CLAIMS = [
     Claim(FILES, "{text}", _parts),
     Claim(FILES, "`moe` is {mean:.1f} points {above} ({low:.1f} to {high:.1f}; {seeds} seeds", hashed),
     Claim(FILES, "{more:.0%} more steps give the twin {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds}", more_steps),
     Claim(FILES, "`position` is {mean:.1f} points {above} `twin-time` ({low:.1f} to {high:.1f}; {seeds}", by_place),
+    Claim(
+        FILES,
+        "`twin-places` is {mean:.1f} points {above} `hash-places` ({low:.1f} to {high:.1f}; {seeds} seeds",
+        hash_places,
+    ),
     Claim(
         FILES,
         "{cifar10:.0%} (CIFAR-10), {imagenette:.0%} (Imagenette), {cats_vs_dogs:.0%} (cats and dogs) and "
