@@ -253,7 +253,8 @@ def _strangers(training: Training) -> Strangers | None:
         return None
     most = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
     found = features_of(net, data, most, training.trainer.strategy.root_device)
-    return fit_strangers(*found["train"][:2], found["val"][0])
+    (features, labels, *_), validation = found["train"], found["val"][0]
+    return fit_strangers(features, labels, validation)
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
