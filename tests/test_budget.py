@@ -23,11 +23,11 @@ SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
     "moevision": (11, 2_750, 14_150),
     "moevision/analysis": (16, 8_150, 60_200),
-    "moevision/commands": (10, 1_860, 13_000),  # old runs beside new ones in compare
+    "moevision/commands": (10, 1_860, 13_050),  # push of packed weights
     "moevision/data": (14, 5_200, 38_150),
     "moevision/demo": (14, 4_050, 28_800),
     "moevision/layers": (11, 2_725, 15_950),
-    "moevision/models": (11, 3_475, 21_225),
+    "moevision/models": (11, 3_525, 21_575),  # weights in eight bits
     "moevision/train": (31, 7_700, 52_300),
 }
 LARGEST_FOLDER = 25  # modules
