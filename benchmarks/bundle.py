@@ -178,14 +178,15 @@ def make(options: Namespace) -> None:
     about, folder, has_photos = ABOUT[options.name], options.out / options.name, options.photos is not None
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
+    data = options.data or about["data_kind"]
     models = {
         variant: load_model(str(run))
         if variant == "dense" and has_photos
-        else _rounded(run, folder / variant, options.pack and variant == "trained")
+        else _rounded(run, folder / variant, data if options.pack and variant == "trained" else None)
         for variant, run in runs.items()
     }
     trained = models["trained"]
-    data, size, names = options.data or about["data_kind"], trained.image_size, trained.class_names
+    size, names = trained.image_size, trained.class_names
     held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
     test = open_pictures(data, size, **held_out)
     right = {"moe" if name == "trained" else name: _right(model, test) for name, model in models.items()}
@@ -234,7 +235,7 @@ def pack_bundled(options: Namespace) -> None:
             f"{data} has {len(test)} test images, and the card speaks of {card['test_images']}: give those."
         )
     if (folder / "trained" / WEIGHTS).is_file():
-        pack_folder(folder / "trained")
+        pack_folder(folder / "trained", data)
         model = load_model(str(folder / "trained"))
     for name, found in _accuracies({"moe": _right(model, test)}, _counts(test)).items():
         card[name] |= found
@@ -377,14 +378,14 @@ def _write_history(history: RoutingHistory, last: int, model: SavedModel, pictur
 # ---- measuring
 
 
-def _rounded(run: Path, folder: Path, packed: bool) -> SavedModel:
-    """The run's model with its weights rounded to bfloat16 or packed, as it will be loaded from the package."""
+def _rounded(run: Path, folder: Path, data: str | None) -> SavedModel:
+    """The run's model as it will be loaded from the package: rounded to bfloat16 or, given its data, packed."""
     model = load_model(str(run))
-    if not packed:
+    if data is None:
         model.net.to(torch.bfloat16)
     save_model(model, folder)
-    if packed:
-        pack_folder(folder)
+    if data is not None:
+        pack_folder(folder, data)
     return load_model(str(folder))
 
 

@@ -215,7 +215,8 @@ def test_one_own_images_take_the_place_of_the_photos(made):
 def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypatch):
     """Card, last moment and atlas are the packed model's; what is said of the twin and of the training stays."""
     monkeypatch.setattr(packed, "SMALLEST", 256)
-    monkeypatch.setattr(packed.pack, "__defaults__", (7,))  # levels: so few that it shows
+    monkeypatch.setattr(packed, "LEVELS", 7)  # so few that it shows
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
     home = shutil.copytree(made / "models", tmp_path / "models") / "cats_vs_dogs"
     where = ("--out", tmp_path / "models", "--images", "60")
     outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", made / "data")  # cut in another way

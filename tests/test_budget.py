@@ -27,7 +27,7 @@ SIZE = {
     "moevision/data": (14, 5_200, 38_150),
     "moevision/demo": (14, 4_050, 28_800),
     "moevision/layers": (11, 2_725, 15_950),
-    "moevision/models": (11, 3_525, 21_575),  # weights in eight bits
+    "moevision/models": (11, 3_525, 21_625),  # weights in eight bits
     "moevision/train": (31, 7_700, 52_300),
 }
 LARGEST_FOLDER = 25  # modules

@@ -421,13 +421,15 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
 def unpack(file: Path) -> dict[str, Tensor]:
     """Weights by name from a packed model's `model.int8`, whose header `check_model_folder` has checked.
 
-    A safetensors file: a large matrix is q, int8, under its name and s, float32 [..., out, 1], one for each output
-    channel (of each expert), under `NAME.scale`; its weight is q s. Anything else is as the model has it. What is
-    multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
+    A safetensors file: a large matrix is q, int8 [..., out, in], under its name and s, bfloat16 [..., out, G], under
+    `NAME.scale`; its weight is q s, with one s for each of G equal parts of a row. All else is as the model has it.
+    What is multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
     """
     stored = load_file(file)
-    scales = {name: stored.pop(name + SCALE) for name in [*stored] if name + SCALE in stored}
-    return {name: value.float() * scales[name] if name in scales else value for name, value in stored.items()}
+    for name in [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]:
+        scale = stored.pop(name + SCALE).float()[..., None]  # [..., out, G, 1]
+        stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
+    return stored
 
 
 def best_device() -> torch.device:

@@ -221,11 +221,12 @@ def weights_of(folder: Path) -> Path:
 
 
 def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """What a packed file unfolds to: int8 with one scale per row becomes float32, never more of them than it holds."""
+    """What a packed file unfolds to: int8 with scales for parts of a row is float32, of as many elements."""
     found = dict(entries)
     for name in [name.removesuffix(SCALE) for name in entries if name.endswith(SCALE)]:
         values, scale = found.get(name, TensorEntry("", ())), found.pop(name + SCALE)
-        if values.dtype != "I8" or scale != TensorEntry("F32", (*values.shape[:-1], 1)):
+        (*rows, width), (*scaled, parts) = values.shape or (0,), scale.shape or (0,)
+        if (values.dtype, scale.dtype) != ("I8", "BF16") or rows != scaled or not parts or width % parts:
             raise UserError(f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged.")
         found[name] = TensorEntry("F32", values.shape)
     return found

@@ -101,11 +101,12 @@ def test_nothing_else_of_the_folder_goes_up(
 
 
 def test_a_packed_model_goes_up_as_timm_reads_it(
-    hub: FakeHub, cli: Callable[..., Any], saved_model: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, cli: Callable[..., Any], saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved_model
     monkeypatch.setattr(packed, "SMALLEST", 256)
-    packed.pack_folder(folder)
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
+    packed.pack_folder(folder, str(drawn_pets))
     assert cli("push", folder, "me/pets").code == 0
     assert sorted(hub.files["me/pets"]) == sorted(FILES)
     weights, expected = load(hub.files["me/pets"]["model.safetensors"]), load_model(str(folder)).net.state_dict()
