@@ -10,12 +10,16 @@ A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos t
     moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --dense --name dense
     python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --data DIR --run runs/moe --dense runs/dense
 
-Writes `moevision/demo/models/NAME/` (`moevision.demo.models` says what is in it): weights rounded to bfloat16,
-`card.json` (accuracy and balanced accuracy with intervals, measured with the rounded weights on the whole test set),
-`atlas*.json` (galleries, class x expert maps, the three questions with the swap test), and, where the run recorded it,
-the routing of the examples at moments of the training. A model of photos carries photos to show, its twin's predictions
-of them in place of the twin, and a NOTICE. The commands that trained the runs stand in the runs' provenance and go to
-the card.
+Writes `moevision/demo/models/NAME/` (`moevision.demo.models` says what is in it): weights rounded to bfloat16, or with
+`--pack` to eight bits (`benchmarks/demo/packed.py`), `card.json` (accuracy and balanced accuracy with intervals,
+measured with the rounded weights on the whole test set), `atlas*.json` (galleries, class x expert maps, the three
+questions with the swap test), and, where the run recorded it, the routing of the examples at moments of the training. A
+model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
+that trained the runs stand in the runs' provenance and go to the card.
+
+A bundled model in bfloat16 is packed, and what is said of it measured anew, without its runs:
+
+    python -m benchmarks bundle cats_vs_dogs --pack --data DIR
 
 `--ask-again` writes the third answer of the atlases anew and needs no run:
 
@@ -35,7 +39,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -46,6 +50,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 
+from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.specialization.scratch import third_answers
 from benchmarks.strangers import detector_of, put_beside
@@ -64,6 +69,7 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
+from moevision.models.safe_files import WEIGHTS
 from moevision.stats import accuracy_interval
 from moevision.train.checkpoint import BEST, read_manifest
 
@@ -153,12 +159,16 @@ def main() -> None:
     parser.add_argument(
         "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
     )
+    parser.add_argument("--pack", action="store_true", help="store the trained model's weights in eight bits")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
-    if not options.ask_again and (options.name in NOTICE) != (options.photos is not None):
+    packs_bundled = options.pack and options.run is None and options.examples is None
+    if not options.ask_again and not packs_bundled and (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
     if options.ask_again:
         ask_again(options)
+    elif packs_bundled:
+        pack_bundled(options)
     elif options.examples is not None:
         write_examples(options)
     elif options.run is None or options.dense is None:
@@ -172,16 +182,19 @@ def make(options: Namespace) -> None:
     about, folder, has_photos = ABOUT[options.name], options.out / options.name, options.photos is not None
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
+    data = options.data or about["data_kind"]
     models = {
-        variant: load_model(str(run)) if variant == "dense" and has_photos else _rounded(run, folder / variant)
+        variant: load_model(str(run))
+        if variant == "dense" and has_photos
+        else _rounded(run, folder / variant, data if options.pack and variant == "trained" else None)
         for variant, run in runs.items()
     }
     trained = models["trained"]
-    data, size, names = options.data or about["data_kind"], trained.image_size, trained.class_names
+    size, names = trained.image_size, trained.class_names
     held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
     test = open_pictures(data, size, **held_out)
     right = {"moe" if name == "trained" else name: _right(model, test) for name, model in models.items()}
-    counts = [sum(test.label(row) == label for row in range(len(test))) for label in range(len(names))]
+    counts = _counts(test)
     card: dict[str, Any] = {
         "id": options.name,
         **about,
@@ -189,9 +202,7 @@ def make(options: Namespace) -> None:
         "note": options.note,
         "validation_top1": [top1 for run in options.curve or [options.run] for top1 in _validation(run)],
         "seed": _provenance(options.run)["seed"],
-        "accuracy": {name: sum(own) / len(test) for name, own in right.items()},
-        "accuracy_interval": {name: _round(accuracy_interval(sum(own), len(test))) for name, own in right.items()},
-        "balanced_accuracy": {name: _round(balanced_accuracy(own, counts)) for name, own in right.items()},
+        **_accuracies(right, counts),
         "recipes": {name: _command(run) for name, run in runs.items()},
         "test_images": len(test),
     }
@@ -201,7 +212,10 @@ def make(options: Namespace) -> None:
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)
     if (options.run / FILE).is_file():
-        _write_history(options.run, trained, test if shown is None else shown, folder / "history.safetensors")
+        history = RoutingHistory.load(options.run / FILE)
+        best = [entry.step for entry in read_manifest(options.run / "checkpoints") if entry.name == BEST]
+        last = best[-1] if best else history.steps[-1]
+        _write_history(history, last, trained, test if shown is None else shown, folder / "history.safetensors")
     seeds, before = ([load_model(str(path)) for path in paths] for paths in (options.seeds, options.before))
     save_atlas(_atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json")
     if "unbalanced" in models:
@@ -210,6 +224,33 @@ def make(options: Namespace) -> None:
     print(json.dumps(card, indent=2, ensure_ascii=False))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size / 1e6:8.3f} MB  {file.relative_to(folder)}")
+
+
+def pack_bundled(options: Namespace) -> None:
+    """Pack the bundled weights; card, history and atlas then say what the packed model does."""
+    folder, about = options.out / options.name, ABOUT[options.name]
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    model = load_model(str(folder / "trained"))
+    data = options.data or about["data_kind"]
+    test = open_pictures(data, model.image_size, class_names=model.class_names)
+    if len(test) != card["test_images"]:
+        raise UserError(
+            f"{data} has {len(test)} test images, and the card speaks of {card['test_images']}: give those."
+        )
+    if (folder / "trained" / WEIGHTS).is_file():
+        pack_folder(folder / "trained", data)
+        model = load_model(str(folder / "trained"))
+    for name, found in _accuracies({"moe": _right(model, test)}, _counts(test)).items():
+        card[name] |= found
+    write_json_atomic(folder / "card.json", card)
+    shown, home = None, (folder / SOURCES).parent
+    if home.is_dir():
+        shown = open_pictures(home, model.image_size, split="all", class_names=model.class_names)
+    if (history := folder / "history.safetensors").is_file():
+        before = RoutingHistory.load(history)
+        _write_history(before, before.steps[-1], model, test if shown is None else shown, history)
+    pictures = open_pictures(data, model.image_size, limit=options.images, class_names=model.class_names)
+    save_atlas(_atlas(model, pictures, about["title"], shown), folder / "atlas.json")
 
 
 def ask_again(options: Namespace) -> None:
@@ -325,16 +366,13 @@ def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel
     return shown
 
 
-def _write_history(run: Path, model: SavedModel, pictures: PictureSet, out: Path) -> None:
-    """The run's moments before its best step, and as the last one the model as it is carried."""
-    history = RoutingHistory.load(run / FILE)
+def _write_history(history: RoutingHistory, last: int, model: SavedModel, pictures: PictureSet, out: Path) -> None:
+    """The moments before the step `last`, and as the last one the model as it is carried."""
     rows = {pictures.picture_name(row): row for row in range(len(pictures))}
     names = {name: name if name in rows else name.removesuffix(".png") for name in history.image_names}
     strange = sorted(name for name, own in names.items() if own not in rows)
     if strange:
         raise UserError(f"{strange[0]} was recorded and is no image to show: record what --examples writes.")
-    best = [entry.step for entry in read_manifest(run / "checkpoints") if entry.name == BEST]
-    last = best[-1] if best else history.steps[-1]
     images = network_input(model, read_images(pictures, [rows[name] for name in names.values()]))
     shown = replace(history, image_names=tuple(names[name] for name in history.image_names))
     shown.until(last - 1).plus(last, moment_of(model.net, images)).save(out)
@@ -343,11 +381,14 @@ def _write_history(run: Path, model: SavedModel, pictures: PictureSet, out: Path
 # ---- measuring
 
 
-def _rounded(run: Path, folder: Path) -> SavedModel:
-    """The run's model with its weights rounded to bfloat16, as it will be loaded from the package."""
+def _rounded(run: Path, folder: Path, data: str | None) -> SavedModel:
+    """The run's model as it will be loaded from the package: rounded to bfloat16 or, given its data, packed."""
     model = load_model(str(run))
-    model.net.to(torch.bfloat16)
+    if data is None:
+        model.net.to(torch.bfloat16)
     save_model(model, folder)
+    if data is not None:
+        pack_folder(folder, data)
     return load_model(str(folder))
 
 
@@ -399,6 +440,22 @@ def balanced_accuracy(right: Sequence[int], counts: Sequence[int]) -> tuple[floa
     above = sqrt(sum((high - own) ** 2 for own, (_, high) in zip(shares, bounds, strict=True)))
     share = sum(shares) / len(known)
     return share, share - below / len(known), share + above / len(known)
+
+
+def _accuracies(right: Mapping[str, Sequence[int]], counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What a card says of each model, from the right answers in each class and the images of it."""
+    total = sum(counts)
+    return {
+        "accuracy": {name: sum(own) / total for name, own in right.items()},
+        "accuracy_interval": {name: _round(accuracy_interval(sum(own), total)) for name, own in right.items()},
+        "balanced_accuracy": {name: _round(balanced_accuracy(own, counts)) for name, own in right.items()},
+    }
+
+
+def _counts(pictures: PictureSet) -> list[int]:
+    """Images of each class."""
+    labels = [pictures.label(row) for row in range(len(pictures))]
+    return [labels.count(label) for label in range(len(pictures.class_names))]
 
 
 def _right(model: SavedModel, pictures: PictureSet) -> list[int]:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.bundle import balanced_accuracy, photos_to_show
+from benchmarks.demo import packed
 from benchmarks.strangers import distances, features_of
 from moevision.analysis.images import open_pictures
 from moevision.data.transforms import normalize
@@ -218,6 +219,42 @@ def test_one_own_images_take_the_place_of_the_photos(made):
     assert not entry.examples.credits
     assert entry.dense_answers == {}
     assert entry.history is None
+
+
+def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypatch):
+    """Card, last moment and atlas are the packed model's; what is said of the twin and of the training stays."""
+    monkeypatch.setattr(packed, "SMALLEST", 256)
+    monkeypatch.setattr(packed, "LEVELS", 7)  # so few that it shows
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
+    home = shutil.copytree(made / "models", tmp_path / "models") / "cats_vs_dogs"
+    where = ("--out", tmp_path / "models", "--images", "60")
+    outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", made / "data")  # cut in another way
+    assert "has 34 test images, and the card speaks of 102" in outcome.err
+    test = open_pictures(made / "data", 32, run_dir=made / "runs/moe", class_names=["cat", "dog"])
+    held_out = [test.picture_name(row) for row in range(len(test))]
+    for file in (made / "data").rglob("*.png"):
+        name = file.relative_to(made / "data").as_posix()
+        copy = tmp_path / "data" / ("val" if name in held_out else "train") / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", tmp_path / "data")
+    assert outcome.code == 0, outcome.err
+    assert sorted(file.name for file in (home / "trained").iterdir()) == ["config.json", "model.int8"]
+    stored, model = load_file(home / "trained" / "model.int8"), load_model(str(home / "trained"))
+    assert sum(value.dtype == torch.int8 for value in stored.values()) > 5
+    labels = torch.tensor([test.label(row) for row in range(len(test))])
+    before, after = (json.loads((each / "card.json").read_text()) for each in (folder, home))
+    assert after["accuracy"]["moe"] == float((answers(model, test).argmax(-1) == labels).double().mean())
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"accuracy", "accuracy_interval", "balanced_accuracy"}
+    assert before["accuracy"]["dense"] == after["accuracy"]["dense"]
+    was, now = (RoutingHistory.load(each / "history.safetensors") for each in (folder, home))
+    assert now.steps == was.steps
+    assert np.array_equal(now.weights[1][:-1], was.weights[1][:-1])
+    assert not np.array_equal(now.probabilities[-1], was.probabilities[-1])
+    atlas = load_atlas(home / "atlas.json")
+    assert atlas["n_images"] == 60
+    assert [sum(layer["loads"]) for layer in atlas["layers"]] == [60 * 16 * 2] * len(atlas["layers"])
 
 
 @pytest.mark.parametrize("file", ["examples/SOURCES.json", "dense.json"])

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
+from benchmarks.demo import packed
+from benchmarks.demo.packed import agreement
 from benchmarks.demo.wheel import score
 from benchmarks.harness import in_a_process
 from benchmarks.layer import parser, shapes_of
@@ -25,6 +28,7 @@ from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
 from moevision.analysis import open_pictures
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
+from moevision.demo.models import bundled_folder
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
 
@@ -344,6 +348,40 @@ def test_the_record_of_a_run():
     assert record["layers"][0]["max_over_mean"] == 128 / 64
     assert record["command"].startswith("moevision fit pets ")
     assert record["cost"]["cpu_s"] is None, "that version didn't count it"
+
+
+def test_what_two_models_treat_alike() -> None:
+    """One image of four patches with two choices: the second patch changes its second one, the third their order."""
+
+    def trace(choices: list[list[int]], p: float) -> SimpleNamespace:
+        layer = SimpleNamespace(layer=7, expert_index=np.array([choices]))
+        shares = np.array([[p, 1 - p]])
+        return SimpleNamespace(
+            layers=[layer], labels=np.array([0]), predictions=shares.argmax(-1), probabilities=shares
+        )
+
+    before, after = trace([[0, 1], [2, 3], [4, 5], [6, 7]], 0.75), trace([[0, 1], [2, 4], [5, 4], [6, 7]], 0.5)
+    assert agreement(before, after) == {
+        "right": 1, "same_class": 1, "max_probability_change": 0.25,
+        "layers": [{"layer": 7, "same_first": 0.75, "same_set": 0.75}],
+    }  # fmt: skip
+
+
+def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, monkeypatch) -> None:
+    """The bundled model of drawn pets, some of its matrices in 15 steps."""
+    monkeypatch.setattr(packed, "SMALLEST", 2**15)
+    monkeypatch.setattr(packed, "CALIBRATION", 64)
+    monkeypatch.setattr(packed, "LEVELS", 7)
+    model, out = bundled_folder("pets") / "trained", tmp_path / "packed.json"
+    outcome = bench("packed", model, "--data", "synthetic_pets", "--limit", "64", "--out", out)
+    assert outcome.code == 0, outcome.err
+    record = json.loads(out.read_text())
+    coarse, carried = record["packed"]
+    assert record["images"] == 64
+    assert record["bfloat16"]["bytes"] == (model / "model.safetensors").stat().st_size
+    assert coarse["bytes"] < carried["bytes"] < 0.8 * record["bfloat16"]["bytes"]
+    assert carried["compressed"] < carried["bytes"]
+    assert all(a["same_first"] < b["same_first"] for a, b in zip(coarse["layers"], carried["layers"], strict=True))
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):

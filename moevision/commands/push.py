@@ -1,7 +1,8 @@
 """`moevision push MODEL USER/NAME`: publish a saved model with its card on the Hugging Face hub.
 
 In the format that timm loads: `hf-hub:user/name`. `timm.models.push_to_hf_hub` is not used: it would keep an old
-README.md, can write pickles, and saves the model anew. Here exactly three files go up, the weights byte for byte.
+README.md, can write pickles, and saves the model anew. Here exactly three files go up, the weights byte for byte or, if
+packed, unpacked.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any, cast
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors.torch import save
 
 from moevision.commands import loading
 from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
-from moevision.models.io import load_model, model_folder
-from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes
+from moevision.models.io import load_model, model_folder, unpack
+from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes, weights_of
 from moevision.models.strangers import FILE as STRANGERS
 
 CARD = "README.md"
@@ -41,8 +43,11 @@ def run(chosen: Namespace) -> None:
         card = _own_card(chosen) if chosen.card is not None else _card(chosen)
         model = load_model(chosen.model)  # what can't be loaded here nobody could load
         folder = cast(Path, model_folder(Path(chosen.model)))
-        known = (CONFIG, WEIGHTS) if model.strangers is None else (CONFIG, WEIGHTS, STRANGERS)
-    files: dict[str, bytes | Path] = {CARD: card.encode(), **{name: folder / name for name in known}}
+        file = weights_of(folder)
+        weights = file if file.name == WEIGHTS else save(unpack(file), {"format": "pt"})
+    files: dict[str, bytes | Path] = {CARD: card.encode(), CONFIG: folder / CONFIG, WEIGHTS: weights}
+    if model.strangers is not None:
+        files[STRANGERS] = folder / STRANGERS
     if chosen.dry_run:
         _dry_run(chosen, files)
         return

@@ -3,8 +3,9 @@
 A bundled model is a folder with `card.json` (what it is, what it was trained on, how good it is, under which licence),
 `trained/` and, where there are, `unbalanced/` (trained without the balance loss) and `dense/` (the dense twin), each
 written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.json` sum up what they do with their
-test images. Weights are stored in bfloat16 and computed with in float32. The variant "untrained" is the same
-architecture with fresh weights. The card of a user's own model comes from its run folder.
+test images. Weights are stored in bfloat16, of a large model in eight bits (`moevision.models.io.unpack`), and computed
+with in float32. The variant "untrained" is the same architecture with fresh weights. The card of a user's own model
+comes from its run folder.
 
 It may also have
 

@@ -3,7 +3,8 @@
 A saved model is a folder in timm's own format, `config.json` and `model.safetensors`. timm alone opens it once
 `moevision.models` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin
 are checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
-`pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else.
+`pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else. A large bundled model has eight bits
+a weight instead (`unpack`), and `save_model` writes it in timm's format.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError, shown
@@ -31,12 +32,15 @@ from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.safe_files import (
     CONFIG,
+    PACKED,
+    SCALE,
     WEIGHTS,
     check_model_folder,
     check_types,
     read_config,
     read_header,
     read_metadata,
+    weights_of,
 )
 from moevision.models.strangers import FILE as STRANGERS
 from moevision.models.strangers import Strangers, read_strangers
@@ -400,18 +404,22 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         Exception: whatever timm, torch and the hub's client raise when files don't fit or can't be fetched.
     """
     if address.startswith(HUB):
-        folder = _fetch_folder(address.split(":", 1)[1], weights)
-        model = open_model(f"{FOLDER}{folder}", weights=weights, **options)
+        fetched = _fetch_folder(address.split(":", 1)[1], weights)
+        model = open_model(f"{FOLDER}{fetched}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
         found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
         return model
     config: dict[str, Any] = {}
     if address.startswith(FOLDER):
-        config = check_model_folder(Path(address.removeprefix(FOLDER)), weights=weights)
+        folder = Path(address.removeprefix(FOLDER))
+        config = check_model_folder(folder, weights=weights)
+        if weights and (file := weights_of(folder)).name == PACKED:
+            options["pretrained_cfg_overlay"] = {"source": None, "file": None, "state_dict": unpack(file)}
     elif weights:
         options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
     created: nn.Module = timm.create_model(address, pretrained=weights, **options)
+    cast(dict[str, Any], created.pretrained_cfg).pop("state_dict", None)  # else timm keeps it beside the model's own
     if weights and "calibration" in config:
         cast(Any, created).temperature = float(config["calibration"]["temperature"])  # for `load_model`
     if weights and config.get("strangers"):
@@ -419,6 +427,20 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     if config.get("router_start") == "cluster":  # without weights too: a training that goes on has them elsewhere
         cast(Any, created).router_start = "cluster"
     return created
+
+
+def unpack(file: Path) -> dict[str, Tensor]:
+    """Weights by name from a packed model's `model.int8`, whose header `check_model_folder` has checked.
+
+    A safetensors file: a large matrix is q, int8 [..., out, in], under its name and s, bfloat16 [..., out, G], under
+    `NAME.scale`; its weight is q s, with one s for each of G equal parts of a row. All else is as the model has it.
+    What is multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
+    """
+    stored = load_file(file)
+    for name in [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]:
+        scale = stored.pop(name + SCALE).float()[..., None]  # [..., out, G, 1]
+        stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
+    return stored
 
 
 def best_device() -> torch.device:

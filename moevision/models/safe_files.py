@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
+# numbers for weights: hence the name.
+PACKED, SCALE = "model.int8", ".scale"
 MAX_JSON_BYTES: Final = 16 * 2**20  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
 MAX_JSON_VALUES: Final = 1_000_000
 MAX_YAML_BYTES: Final = 2**20
@@ -190,7 +193,7 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """Check a saved model's files, config.json and (if wanted) model.safetensors, before anything is made of them.
+    """Check a saved model's files, config.json and (if wanted) weights, before anything is made of them.
 
     Returns:
         The content of config.json.
@@ -200,12 +203,33 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """
     config = read_config(folder / CONFIG)
     if weights:
+        file = weights_of(folder)
         try:
-            entries = read_header(folder / WEIGHTS)
+            entries = read_header(file)
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles.") from error
-        check_types(folder / WEIGHTS, check_size(folder, entries), entries)
+        if file.name == PACKED:
+            entries = _unpacked(file, entries)
+        check_types(file, check_size(folder, entries), entries)
     return config
+
+
+def weights_of(folder: Path) -> Path:
+    """The file with the weights of a saved model: `model.int8` where that is the only one."""
+    packed = folder / PACKED
+    return packed if packed.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+
+
+def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """What a packed file unfolds to: int8 with scales for parts of a row is float32, of as many elements."""
+    found = dict(entries)
+    for name in [name.removesuffix(SCALE) for name in entries if name.endswith(SCALE)]:
+        values, scale = found.get(name, TensorEntry("", ())), found.pop(name + SCALE)
+        (*rows, width), (*scaled, parts) = values.shape or (0,), scale.shape or (0,)
+        if (values.dtype, scale.dtype) != ("I8", "BF16") or rows != scaled or not parts or width % parts:
+            raise UserError(f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged.")
+        found[name] = TensorEntry("F32", values.shape)
+    return found
 
 
 def read_config(file: Path) -> dict[str, Any]:

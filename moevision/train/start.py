@@ -59,7 +59,7 @@ from moevision.models.io import (
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
-from moevision.models.safe_files import WEIGHTS, read_json, read_metadata
+from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.strangers import linear_head, pooled
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s
@@ -231,7 +231,7 @@ def weights_file(source: str) -> Path | None:
         path = cached(published(source))
     else:
         folder = model_folder(Path(source))
-        path = None if folder is None else folder / WEIGHTS
+        path = None if folder is None else weights_of(folder)
     return path if path is not None and path.is_file() else None
 
 

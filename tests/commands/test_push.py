@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load
 
+from benchmarks.demo import packed
 from moevision import UserError
 from moevision.analysis.collect import weights_sha256
 from moevision.commands import push
@@ -103,6 +105,20 @@ def test_nothing_else_of_the_folder_goes_up(
     pulled = load_model("hf-hub:me/pets")  # which fetches the distances, too
     for name, values in load_model(str(folder)).strangers.state_dict().items():
         assert torch.equal(pulled.strangers.state_dict()[name], values)
+
+
+def test_a_packed_model_goes_up_as_timm_reads_it(
+    hub: FakeHub, cli: Callable[..., Any], saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_model
+    monkeypatch.setattr(packed, "SMALLEST", 256)
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
+    packed.pack_folder(folder, str(drawn_pets))
+    assert cli("push", folder, "me/pets").code == 0
+    assert sorted(hub.files["me/pets"]) == sorted(FILES)
+    weights, expected = load(hub.files["me/pets"]["model.safetensors"]), load_model(str(folder)).net.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name].to(value.dtype), value) for name, value in expected.items())
 
 
 def test_a_damaged_model_does_not_go_up(hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:

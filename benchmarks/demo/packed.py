@@ -1,0 +1,205 @@
+"""A model's weights in eight bits: how they are packed, and what that changes.
+
+    git worktree add before COMMIT   # of which the model is still in bfloat16
+    python -m benchmarks packed before/moevision/demo/models/cats_vs_dogs/trained --data path/to/cats_vs_dogs \
+        --out benchmarks/demo/packed.json
+
+`python -m benchmarks bundle --pack` writes what `pack` makes, and `moevision.models.io.unpack` reads it. Measured are
+classes, experts and bytes beside the model in timm's format, on the images held out, in float32. How it is packed was
+chosen on training images, on 96 of which GROUP and `compensated` were tried.
+
+Symmetric whole steps as in Jacob et al. 2018 (arXiv:1712.05877, section 2.1) with zero point 0; errors of rounding are
+compensated as in GPTQ (Frantar et al. 2023, arXiv:2210.17323, section 3.3).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.harness import about, argument_parser, positive, write_result
+from moevision.analysis.collect import collect_routing, network_input
+from moevision.analysis.images import Data, PictureSet, open_pictures, read_images
+from moevision.analysis.trace import RoutingTrace
+from moevision.models.io import SavedModel, load_model
+from moevision.models.safe_files import CONFIG, PACKED, SCALE, WEIGHTS
+
+LEVELS = 127  # steps on either side of 0: what an int8 holds
+GROUP = 64  # inputs that share a factor: one large weight makes the steps of few others coarse
+SMALLEST = 2**14  # elements; smaller matrices, such as a router, are not worth an error
+CALIBRATION = 128  # training images
+LOADS = 9
+
+
+def pack(
+    state: Mapping[str, Tensor], products: Mapping[str, Tensor] | None = None, *, group: int | None = GROUP
+) -> dict[str, Tensor]:
+    """Round the weights of linear layers, [out, in] and [E, out, in], to whole steps s q.
+
+    Args:
+        state: weights by name, in any floating dtype.
+        products: of `input_products`; the weights of a layer without them go to the nearest step.
+        group: inputs that share a factor; None: all of a row.
+
+    Returns:
+        For each large matrix q (int8, same shape) under its name and s (bfloat16, [..., out, in / group]) under
+        `NAME.scale`; other floating-point tensors in bfloat16, whole numbers as they are.
+    """
+    packed = {}
+    for name, value in state.items():
+        size = group or value.shape[-1] if value.ndim else 1
+        if (
+            name.endswith(".weight")
+            and value.ndim in (2, 3)
+            and value.numel() >= SMALLEST
+            and not value.shape[-1] % size
+        ):
+            weight = value.float()
+            largest = weight.unflatten(-1, (-1, size)).abs().amax(-1)
+            packed[name + SCALE] = scale = (largest / LEVELS).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+            steps = scale.float().repeat_interleave(size, -1)
+            product = (products or {}).get(name)
+            packed[name] = nearest(weight, steps) if product is None else compensated(weight, steps, product)
+        else:
+            packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value
+    return packed
+
+
+def nearest(weight: Tensor, steps: Tensor) -> Tensor:
+    """Each weight's nearest whole step, int8."""
+    return (weight / steps).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+
+
+def compensated(weight: Tensor, steps: Tensor, product: Tensor) -> Tensor:
+    """Whole steps, int8 [out, in], whose layer answers as the weights did: GPTQ.
+
+    Input after input is rounded, and the inputs still to come take over its error as far as they go along with it.
+
+    Args:
+        weight: [out, in].
+        steps: [out, in], the size of a step.
+        product: [in, in], X^T X of the layer's inputs X.
+    """
+    damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(product))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)  # row i: what input i tells of those behind it
+    left, found = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
+    for column in range(weight.shape[1]):
+        found[:, column] = nearest(left[:, column], steps[:, column])
+        error = (left[:, column] - found[:, column] * steps[:, column]) / upper[column, column]
+        left[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])
+    return found
+
+
+@torch.inference_mode()
+def input_products(model: SavedModel, pictures: PictureSet) -> dict[str, Tensor]:
+    """For the weight of each `nn.Linear`, by name, X^T X [in, in] of its inputs X over all tokens of some images."""
+    products: dict[str, Tensor] = {}
+
+    def add(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2).float()
+        products[name] = products.get(name, 0) + tokens.T @ tokens
+
+    hooks = [
+        module.register_forward_pre_hook(partial(add, f"{name}.weight"))
+        for name, module in model.net.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for start in range(0, len(pictures), 32):
+        model.net(network_input(model, read_images(pictures, range(start, min(start + 32, len(pictures))))))
+    for hook in hooks:
+        hook.remove()
+    return products
+
+
+def pack_folder(folder: Path, data: Data) -> None:
+    """Replace model.safetensors of a saved model by its packed file, made on training images of its data."""
+    save_file(pack(load_file(folder / WEIGHTS), products_of(folder, data)), folder / PACKED)
+    (folder / WEIGHTS).unlink()
+
+
+def products_of(folder: Path, data: Data) -> dict[str, Tensor]:
+    """`input_products` of a saved model on training images."""
+    model = load_model(str(folder))
+    names = model.class_names
+    images = open_pictures(data, model.image_size, split="train", class_names=names, limit=CALIBRATION)
+    return input_products(model, images)
+
+
+# ---- what it changes
+
+
+def sizes(file: Path) -> dict[str, int]:
+    """Bytes of a file, and what zlib makes of it, as pip's wheels are compressed."""
+    data = file.read_bytes()
+    return {"bytes": len(data), "compressed": len(zlib.compress(data, 6))}
+
+
+def load_ms(folder: Path) -> float:
+    """Milliseconds to a model in memory, the median of some."""
+    times = []
+    for _ in range(LOADS):
+        start = time.perf_counter()
+        load_model(str(folder))
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(median(times), 1)
+
+
+def agreement(before: RoutingTrace, after: RoutingTrace) -> dict[str, Any]:
+    """How many images and patches two models treat alike."""
+    layers = []
+    for one, other in zip(before.layers, after.layers, strict=True):
+        first, again = np.asarray(one.expert_index), np.asarray(other.expert_index)  # [I, P, K]
+        layers.append(
+            {
+                "layer": one.layer,
+                "same_first": float((first[..., 0] == again[..., 0]).mean()),
+                "same_set": float((np.sort(first, -1) == np.sort(again, -1)).all(-1).mean()),
+            }
+        )
+    return {
+        "right": int((after.predictions == after.labels).sum()),
+        "same_class": int((after.predictions == before.predictions).sum()),
+        "max_probability_change": float(np.abs(after.probabilities - before.probabilities).max()),
+        "layers": layers,
+    }
+
+
+def main() -> None:
+    """Pack, route, compare, record."""
+    parser = argument_parser("packed", __doc__)
+    parser.add_argument("model", type=Path, help="a saved model in timm's format")
+    parser.add_argument("--data", required=True, help="its images; those held out are compared")
+    parser.add_argument("--limit", type=positive, help="at most so many images")
+    parser.add_argument("--out", type=Path, help="write the record to this file")
+    options = parser.parse_args()
+    origin, model, state = about(), load_model(str(options.model)), load_file(options.model / WEIGHTS)
+    packings = {
+        "nearest step, a factor per output": pack(state, group=None),
+        "as carried": pack(state, products_of(options.model, options.data)),
+    }
+    pictures = open_pictures(options.data, model.image_size, class_names=model.class_names, limit=options.limit)
+    before = collect_routing(model, pictures)
+    right = int((before.predictions == before.labels).sum())
+    bfloat16 = {**sizes(options.model / WEIGHTS), "load_ms": load_ms(options.model), "right": right}
+    arms = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shutil.copyfile(options.model / CONFIG, folder / CONFIG)
+        for name, packing in packings.items():
+            save_file(packing, folder / PACKED)
+            alike = agreement(before, collect_routing(str(folder), pictures))
+            arms.append({"name": name, **sizes(folder / PACKED), "load_ms": load_ms(folder), **alike})
+    write_result(options.out, {"images": len(before.labels), "bfloat16": bfloat16, "packed": arms, **origin})

@@ -1,0 +1,186 @@
+"""Weights in eight bits: rounded to the nearest step, multiplied out when loaded, refused when they don't fit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.demo import packed
+from benchmarks.demo.packed import compensated, input_products, nearest, pack, pack_folder
+from moevision import UserError
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import open_pictures, read_images
+from moevision.models.io import create_from, load_model, save_model, unpack
+from moevision.models.safe_files import PACKED, SCALE, weights_of
+from moevision.train.start import weights_file
+
+EXPERTS, ROUTER = "blocks.1.mlp.experts.fc1.weight", "blocks.1.mlp.router.weight"
+
+
+@pytest.fixture
+def folder(saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny run's model, packed down to its small matrices."""
+    monkeypatch.setattr(packed, "SMALLEST", 256)
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
+    pack_folder(saved_model, str(drawn_pets))
+    return saved_model
+
+
+def test_parts_of_a_row_are_rounded_to_whole_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of .5 and 1 in the first row; zeros have no step."""
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    stored = pack({"fc.weight": torch.tensor([[-63.5, 0.7, 127.0, 0.7], [0.0, 0.0, 0.0, 0.0]])}, group=2)
+    assert stored["fc.weight"].tolist() == [[-127, 1, 127, 1], [0, 0, 0, 0]]
+    assert stored["fc.weight"].dtype == torch.int8
+    assert stored["fc.weight.scale"][0].tolist() == [0.5, 1.0]
+    assert stored["fc.weight.scale"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_no_weight_moves_by_more_than_half_a_step(group: int | None, tmp_path: Path) -> None:
+    """q = round(w / s), and |w - q s| <= s / 2 but for the largest, whose step bfloat16 may have made 1/256 smaller."""
+    weight = torch.randn(4, 64, 96, generator=torch.Generator().manual_seed(0))
+    weight[2] *= 100
+    stored = pack({"experts.fc1.weight": weight}, group=group)
+    scale = stored["experts.fc1.weight.scale"]
+    parts = weight.reshape(4, 64, -1, group or 96).abs().amax(-1)
+    assert torch.equal(scale, (parts / 127).bfloat16())
+    save_file(stored, tmp_path / PACKED)
+    back = unpack(tmp_path / PACKED)
+    assert [*back] == ["experts.fc1.weight"]
+    assert back["experts.fc1.weight"].dtype == torch.float32
+    steps = scale.float().repeat_interleave(group or 96, -1)
+    assert torch.equal(stored["experts.fc1.weight"].float() * steps, back["experts.fc1.weight"])
+    error = (back["experts.fc1.weight"] - weight).abs() / steps
+    assert float(error[weight.abs() < 126 * steps].max()) <= 0.5001
+    assert float(error.max()) < 1
+    assert float(error.mean()) == pytest.approx(0.25, abs=0.01)  # uniform over half a step
+
+
+def test_an_error_is_made_up_for_by_inputs_that_go_along() -> None:
+    """Two inputs that are always equal, weights 0.4 and 0.4 in steps of 1: the sum .8 is nearer to 1 than to 0."""
+    weight, steps = torch.tensor([[0.4, 0.4]]), torch.ones(1, 2)
+    assert nearest(weight, steps).tolist() == [[0, 0]]
+    assert compensated(weight, steps, torch.ones(2, 2)).tolist() == [[0, 1]]
+    assert compensated(weight, steps, torch.eye(2)).tolist() == [[0, 0]]  # independent inputs
+
+
+def test_a_layer_answers_more_as_it_did() -> None:
+    """Squared error of a layer's outputs on correlated inputs, by either rounding."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2_000, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    inputs += 0.1 * torch.randn(inputs.shape, generator=generator)
+    weight, steps = torch.randn(32, 64, generator=generator), torch.full((32, 64), 0.1)
+    products = inputs.T @ inputs
+    plain, made_up = (
+        float((inputs @ (found * steps - weight).T).square().mean())
+        for found in (nearest(weight, steps), compensated(weight, steps, products))
+    )
+    assert made_up < 0.25 * plain
+
+
+def test_products_are_those_of_the_inputs(tiny_run: Path) -> None:
+    """Of the classifier, which reads the mean of the normed tokens."""
+    model = load_model(str(tiny_run))
+    pictures = open_pictures("synthetic_pets", 32, limit=40)
+    with torch.no_grad():
+        images = network_input(model, read_images(pictures, range(40)))
+        features = model.net.forward_head(model.net.forward_features(images), pre_logits=True)
+    found = input_products(model, pictures)
+    assert torch.allclose(found["head.weight"], features.T @ features, rtol=1e-4, atol=1e-4)
+    assert EXPERTS not in found
+
+
+def test_small_tensors_and_what_is_no_matrix_stay(folder: Path) -> None:
+    stored = load_file(folder / PACKED)
+    assert stored[EXPERTS].dtype == torch.int8
+    assert stored[ROUTER].dtype == torch.bfloat16
+    assert stored["patch_embed.backbone.0.bn.num_batches_tracked"].dtype == torch.int64
+    whole = {name for name, value in stored.items() if value.dtype == torch.int8}
+    assert {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)} == whole
+    assert not [name for name, value in stored.items() if value.dtype == torch.float32 and not name.endswith(SCALE)]
+
+
+def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> None:
+    """In float32, whole steps exactly, with its temperature and names; nothing is kept beside the model."""
+    before, after = load_model(str(tiny_run)), load_model(str(folder))
+    assert (after.class_names, after.image_size, after.temperature) == (
+        before.class_names, before.image_size, before.temperature,
+    )  # fmt: skip
+    stored, state = load_file(folder / PACKED), after.net.state_dict()
+    assert torch.equal(
+        state[EXPERTS], stored[EXPERTS].float() * stored[EXPERTS + SCALE].float().repeat_interleave(8, -1)
+    )
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    assert "state_dict" not in after.net.pretrained_cfg
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (after.net(images) - before.net(images)).abs().max() < 0.05
+
+
+def test_another_class_count_and_size_are_timms(folder: Path) -> None:
+    net = create_from(folder, 3, 64)
+    assert torch.equal(net.state_dict()[EXPERTS], unpack(folder / PACKED)[EXPERTS])
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_saved_again_it_is_in_timms_format(folder: Path, tmp_path: Path) -> None:
+    """And alone timm refuses the packed file, also where it would let weights be missing."""
+    for options in ({}, {"num_classes": 3}):
+        with pytest.raises(RuntimeError, match="No suitable checkpoints"):
+            timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    model = load_model(str(folder))
+    save_model(model, tmp_path / "plain")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in model.net.state_dict().items())
+
+
+def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
+    assert weights_of(folder) == weights_file(str(folder)) == folder / PACKED
+    shutil.copyfile(tiny_run / "model" / "model.safetensors", folder / "model.safetensors")
+    assert weights_of(folder) == folder / "model.safetensors"
+    assert torch.equal(
+        load_model(str(folder)).net.state_dict()[EXPERTS], load_model(str(tiny_run)).net.state_dict()[EXPERTS]
+    )
+
+
+BF16 = torch.bfloat16
+HOSTILE = {
+    "no scale": (EXPERTS + SCALE, None, "holds whole numbers"),
+    "a scale without values": (EXPERTS, None, "its scale don't fit"),
+    "a scale that would unfold to terabytes": (EXPERTS + SCALE, torch.ones(1, 2**20, 1, 1, dtype=BF16), "don't fit"),
+    "scales of other experts": (EXPERTS + SCALE, torch.ones(5, 64, 4, dtype=BF16), "its scale don't fit"),
+    "parts that don't divide a row": (EXPERTS + SCALE, torch.ones(4, 64, 3, dtype=BF16), "its scale don't fit"),
+    "no part": (EXPERTS + SCALE, torch.ones(4, 64, 0, dtype=BF16), "its scale don't fit"),
+    "one number": (EXPERTS + SCALE, torch.ones((), dtype=BF16), "its scale don't fit"),
+    "a scale of whole numbers": (EXPERTS + SCALE, torch.ones(4, 64, 4, dtype=torch.int8), "its scale don't fit"),
+    "no numbers": (EXPERTS + SCALE, torch.full((4, 64, 4), float("nan"), dtype=BF16), "holds NaN or infinity"),
+    "another shape": (EXPERTS, "cut", "can't be loaded"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_does_not_fit_is_one_sentence(what: str, folder: Path) -> None:
+    name, value, said = HOSTILE[what]
+    stored = load_file(folder / PACKED)
+    if value == "cut":
+        stored[name + SCALE], value = stored[name + SCALE][:1].clone(), stored[name][:1].clone()
+    stored.pop(name)
+    save_file(stored if value is None else {**stored, name: value}, folder / PACKED)
+    with pytest.raises(UserError, match=said):
+        load_model(str(folder))
+
+
+def test_a_damaged_file_is_one_sentence(folder: Path) -> None:
+    data = (folder / PACKED).read_bytes()
+    for damaged in (b"", data[:-8], data + b"x", data[:20]):
+        (folder / PACKED).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model\.int8 can't be loaded"):
+            load_model(str(folder))
+    (folder / PACKED).unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_model(str(folder))
