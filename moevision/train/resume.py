@@ -46,7 +46,6 @@ from moevision.train.processes import (
     part_random_state,
     random_state,
     restore_random_state,
-    several_processes,
     tell,
 )
 from moevision.train.recipe import chosen, find_config, read_config, refuse_among_images, run_name
@@ -493,7 +492,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the other processes, and release the claimed folders."""
-        if several_processes():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
         while self._claims:
             self._claims.pop().release()
