@@ -7,6 +7,7 @@ from benchmarks.records import Claim, Definition
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
+PACKED = "benchmarks/demo/packed.json"
 STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
 CROWDS = {  # as the page calls them
     "png_49_megapixels": "PNG of 49 megapixels in 381 KB",
@@ -55,7 +56,24 @@ def installed(record: Json) -> Json:
     return {"mb": record["wheel_mb"], "total": cat["total"] + dog["total"], "balanced": f"{balanced:.1%}", **found}
 
 
+def packings(record: Json) -> list[Json]:
+    """A packed model's bytes and answers beside bfloat16's."""
+    rows = [{"name": "bfloat16", "cells": f"{record['bfloat16']['right']} | | | |"} | _megabytes(record["bfloat16"])]
+    for arm in record["packed"]:
+        first, pair = (", ".join(f"{layer[key]:.1%}" for layer in arm["layers"]) for key in ("same_first", "same_set"))
+        cells = f"{arm['right']} | {arm['same_class']} | {first} | {pair} |"
+        rows.append({"name": arm["name"], "cells": cells} | _megabytes(arm))
+    return rows
+
+
+def _megabytes(arm: Json) -> Json:
+    return {"file": f"{arm['bytes'] / 1e6:.1f} MB", "compressed": f"{arm['compressed'] / 1e6:.1f} MB"}
+
+
 CLAIMS = [
+    Claim(PACKED, "| {name} | {file} | {compressed} | {cells}", packings),
+    Claim(PACKED, "The {images} test photos, in float32"),
+    Claim(PACKED, "at most {max_probability_change:.2f}", lambda record: record["packed"][1]),
     Claim(WHEEL, "the wheel of this checkout, {mb:.1f} MB,", installed),
     Claim(WHEEL, "{total} test photos, which no training saw", installed),
     Claim(WHEEL, "balanced accuracy {balanced}, {cat} and {dog}", installed),
