@@ -68,7 +68,10 @@ def run(job: Job, options: Namespace) -> dict[str, Any]:
     after = look(net, blocks[0], asked.tokens)
     names, labels = class_names(job.data, options), asked.labels.numpy()
     found = {
-        unit: [without_words(layer.to_json()) for layer in answers(net, arm, before, after, labels, names, groups)]
+        unit: [
+            without_words(layer.to_json())
+            for layer in answers(net, arm.unit, before, after, labels, names, groups, SWAP_IMAGES)
+        ]
         for unit, groups in spec.units.items()
     }
     return {
@@ -140,27 +143,30 @@ def look(net: nn.Module, first: int, tokens: Tensor) -> Seen:
 
 
 def answers(
-    net: nn.Module, arm: Arm, before: Seen, after: Seen, labels: Ints, names: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
+    net: nn.Module, unit: str, before: Seen, after: Seen, labels: Ints, names: Sequence[str],
+    groups: Mapping[str, Sequence[str]], swap_images: int,
 ) -> list[Any]:  # fmt: skip
-    """The three questions about the asked layers; of groups of classes if there are any, else of classes."""
+    """The three questions about the asked layers; of groups of classes if there are any, else of classes.
+
+    `unit` is what is routed, `token` or `image`; at most `swap_images` images are run again with other routes.
+    """
     layers, group_of = moe_layers(net)[-ASKED_LAYERS:], np.arange(len(names))
     if groups:
         group_of = np.array([next(g for g, group in enumerate(groups.values()) if name in group) for name in names])
     recorded = [
         RecordedLayer(
-            f"L{layer.layer_index}", now, layer.router.num_experts, by_image=arm.unit == "image", inputs=inputs,
+            f"L{layer.layer_index}", now, layer.router.num_experts, by_image=unit == "image", inputs=inputs,
             before=[Assignments(layer.layer_index, 0, ago, np.arange(len(ago)), layer.router.num_experts)],
         )
         for layer, now, ago, inputs in zip(
             layers, after.choices[-ASKED_LAYERS:], before.choices[-ASKED_LAYERS:], after.router_inputs, strict=True
         )
     ]  # fmt: skip
-    recording = Recording(group_of[labels], recorded, list(groups) or names, run=_runner(net, layers, after, group_of))
-    return three_questions(recording, swap_images=SWAP_IMAGES, draws=SWAP_DRAWS)
+    recording = Recording(group_of[labels], recorded, list(groups) or names, run=runner(net, layers, after, group_of))
+    return three_questions(recording, swap_images=swap_images, draws=SWAP_DRAWS)
 
 
-def _runner(net: nn.Module, layers: Sequence[MoEMlp], after: Seen, group_of: Ints) -> Run:
+def runner(net: nn.Module, layers: Sequence[MoEMlp], after: Seen, group_of: Ints) -> Run:
     """Runs the model again from the block of one asked layer on, with forced routes; logits of groups [R, G]."""
     prefix, groups = int(getattr(net, "num_prefix_tokens", 0)), int(group_of.max()) + 1
 

@@ -1,0 +1,223 @@
+"""Cats to one expert, dogs to the other: the supervised loss, the rules, the tables from records, one tiny study."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cats_and_dogs import report, training
+from benchmarks.cats_and_dogs.gates import GATES, SEEDS, Job, different, in_own, kept, own_experts, queue, separate
+from benchmarks.cats_and_dogs.gates import shown_gate as shown
+from benchmarks.queue import BEGIN, END, read_records, write_run
+from moevision.demo import bundled_model
+from moevision.layers import TopKRouter
+from moevision.train.optim import freeze_parameters
+from tests.shared import draw_folder
+
+PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
+
+
+def interval(value: float, half: float = 0.01) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def cost(value: float) -> dict[str, Any]:
+    return {"log_loss": interval(value), "points": interval(100 * value), "moved": 1.0}
+
+
+def layer(name: str = "L9", share: Any = ((0.95, 0.05), (0.08, 0.92)), without: float = 0.1, swap: float = 0.5) -> Any:
+    """As it stands it separates the classes, and its experts differ; of each class 100 photos."""
+    removed = [[round(100 * part) for part in row] for row in share]
+    away = {"log_loss": [[0.2, None], [-0.1, 0.4]], "points": [[2.0, None], [-1.0, 4.0]], "removed": removed,
+            "own": 0.3, "others": -0.05, "p_value": 0.005}  # fmt: skip
+    told = {"guess": 0.6, "bits": interval(0.1)}
+    return {
+        "name": name, "answers": ["yes", "not shown", "yes"], "share": [list(row) for row in share],
+        "load": [sum(row[e] for row in share) / 2 for e in range(len(share[0]))],
+        "guess": 0.93, "bits": interval(0.6), "probe": told, "before": [told],
+        "clusters": [told, {**told, "guess": 0.8}],
+        "swap": {**cost(swap), "without": cost(without), "routes": cost(0.1), "knock_out": away},
+        "sent": [{"right": [0.99, 0.2], "log_loss": [0.1, 2.0]}, {"right": [0.3, 0.98], "log_loss": [1.5, 0.1]}],
+    }  # fmt: skip
+
+
+def record(gate: str, seed: int, top1: float = 0.95, trunk: str = "pretrained", **more: Any) -> dict[str, Any]:
+    layers = [layer("L7", ((0.6, 0.4), (0.4, 0.6))), layer()] if GATES[gate].experts else []
+    return {
+        "name": Job(gate, seed, trunk).name, "gate": gate, "seed": seed, "trunk": trunk, "top1": top1, "layers": layers,
+        "own": {"right": [0.96, 0.94], "log_loss": [0.1, 0.2]}, "images": 200,
+        "cpu_s": {"training": 100.0, "asking": 20.0},
+        "code": {"git_commit": "c", "dirty": False}, "protocol_sha256": "p", "machine": {"cpu": "a CPU"}, **more,
+    }  # fmt: skip
+
+
+def study(**changed: Any) -> list[dict[str, Any]]:
+    """All runs, those of the gates in `changed` with these layers."""
+    own = {gate: {"layers": layers} for gate, layers in changed.items()}
+    return [record(gate, seed, **own.get(gate.replace("-", "_"), {})) for seed in SEEDS for gate in GATES]
+
+
+def test_the_protocol_lists_what_the_code_does() -> None:
+    assert [gate for gate in GATES if f"`{gate}`" not in PROTOCOL] == []
+    assert f"{len(list(queue([])))} runs" in PROTOCOL
+    steps = f"{training.EPOCHS} copies of each training photo, batches of {training.BATCH}"
+    for words in (steps, f"AdamW {training.OPTIM['lr']:.0e}".replace("e-0", " · 10⁻"), "at least 90 %"):
+        assert words in " ".join(PROTOCOL.split()), words
+
+
+def test_supervision_wants_each_classs_experts_for_its_photos() -> None:
+    """Two photos, four experts of which the first two are the cats': recomputed from the softmax over experts."""
+    torch.manual_seed(0)
+    router = TopKRouter(8, 4, 1, noise="none").eval()
+    routing = router(torch.randn(2, 1, 8))
+    teacher = training.ClassOfExpert()
+    teacher.labels = torch.tensor([0, 1])
+    loss, found = teacher([routing, routing])
+    shares = routing.logits[:, 0].softmax(-1)
+    expected = -(torch.log(shares[0, :2].sum()) + torch.log(shares[1, 2:].sum())) / 2
+    torch.testing.assert_close(loss, expected)
+    assert found == {"class": pytest.approx(expected.item())}
+    two = TopKRouter(8, 2, 1, noise="none").eval()(torch.randn(3, 1, 8))
+    teacher.labels = torch.tensor([1, 0, 1])
+    torch.testing.assert_close(teacher([two])[0], F.cross_entropy(two.logits[:, 0], teacher.labels))
+
+
+def test_experts_belong_to_the_class_that_uses_them_more() -> None:
+    four = layer(share=((0.5, 0.1, 0.4, 0.0), (0.0, 0.3, 0.1, 0.6)))
+    assert in_own(four) == [pytest.approx(0.9), pytest.approx(0.9)]
+    assert own_experts(four) == (0, 3)
+    assert in_own(layer(share=((0.05, 0.95), (1.0, 0.0)))) == [0.95, 1.0]
+    collapsed = layer(share=((1.0, 0.0), (1.0, 0.0)))
+    assert in_own(collapsed) == [1.0, 0.0]
+    assert own_experts(collapsed) == (0, 1)
+    assert not separate(collapsed)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_separate", "is_different"),
+    [
+        ({}, True, True),
+        ({"share": ((0.89, 0.11), (0.0, 1.0))}, False, True),
+        ({"without": 0.005}, True, False),  # the layer contributes nothing that is shown
+        ({"swap": 0.0}, True, False),
+    ],
+)
+def test_what_separate_and_different_mean(change: Any, is_separate: bool, is_different: bool) -> None:
+    assert (separate(layer(**change)), different(layer(**change))) == (is_separate, is_different)
+
+
+def test_the_learned_gate_is_shown_if_it_keeps_the_rule_in_every_seed() -> None:
+    runs = study()
+    assert kept(runs, "balanced") == {"L7": False, "L9": True}
+    assert shown(runs) == "balanced"
+    assert [job.name for job in queue(runs)][-1] == "balanced-bundled-s0"
+    assert shown(runs[:-1]) is None
+    runs[-3]["layers"] = [layer("L7", swap=0.0), layer(swap=0.0)]
+    assert (runs[-3]["gate"], runs[-3]["seed"]) == ("balanced", 2)
+    assert shown(runs) == "class"
+    runs[0]["code"]["dirty"] = True
+    assert shown(runs) is None
+
+
+def test_the_answer_follows_from_the_records() -> None:
+    runs = study()
+    verdict, text = report.answer(runs)
+    assert verdict == "yes"
+    apart = [
+        f"{title} in 3 of 6 layers" for title in ("learned alone", "learned with balance", "supervised by the class")
+    ]
+    assert f"experts of their own {', '.join(apart)}." in text
+    assert text.endswith("exchanged): 93 % (80 %, 50.0), 93 % (80 %, 50.0), 93 % (80 %, 50.0)")
+    mixed = [layer("L7", swap=0.0), layer(swap=0.0)]
+    assert report.answer(study(alone=mixed, balanced=mixed))[0] == report.ONLY_TOLD
+    assert report.answer(study(alone=mixed, balanced=mixed, **{"class": mixed}))[0] == report.OPEN
+    assert report.answer(runs[:-1]) == ("", "Not run yet to an end: 14 of 15 runs")
+
+
+def test_tables_follow_from_the_records(tmp_path: Any) -> None:
+    """A class's loss without an expert: per choice, times the share of the class that chose it."""
+    assert report.without(layer(), "log_loss") == [[0.2 * 0.95, 0], [pytest.approx(-0.1 * 0.08), 0.4 * 0.92]]
+    runs = [record(gate, seed, 0.9 + 0.01 * seed + 0.02 * (gate == "class")) for seed in SEEDS for gate in GATES]
+    runs.append(record("balanced", 0, trunk="bundled"))
+    text = "\n".join(report.parts_of(runs))
+    accuracy = "| supervised by the class | 3 | 93.0 ± 1.0 | 92.0, 93.0, 94.0 | +2.0 (+2.0 to +2.0) | above |"
+    assert accuracy in text
+    where = (
+        "| learned alone | L9 | 95 / 92, 95 / 92, 95 / 92 | 52 | 93.0 | 60.0 | 80.0 | 3 of 3 | yes 3 | not shown 3 |"
+    )
+    assert where in text
+    assert "| 0.100 (10.0) | 0.190 (1.9) | 0.000 (0.0) | −0.008 (−0.1) | 0.368 (3.7) | 0.500 (50.0) |" in text
+    assert "| supervised by the class | L9 | 96 / 94 | 99 / 20 | 30 / 98 |" in text
+    assert "### Behind the explorer's blocks" in text
+    report.draw(runs, tmp_path / "gates.png")
+    assert (tmp_path / "gates.png").stat().st_size > 10_000
+    assert report.parts_of([]) == ["Not run."]
+
+
+def test_what_is_frozen_is_what_the_explorers_model_gives() -> None:
+    """Its tensors by these names are those that a training of the blocks from `FIRST` on leaves alone."""
+    net = timm.create_model("vit_small_patch14_dinov2", num_classes=2, img_size=training.SIDE, depth=training.DEPTH)
+    freeze_parameters(net, training.FIRST)
+    still = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert still == {name for name in net.state_dict() if name.startswith(training.FROZEN)}
+
+
+@pytest.mark.needs("photos")
+def test_the_trunk_of_the_shown_model_is_the_explorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=training.SIDE, depth=10)
+    monkeypatch.setattr(training, "create_from", lambda *_, **__: pretrained)
+    net = training.new_dense(Job("class", 0, "bundled"), Any)  # type: ignore[arg-type]
+    given, own = bundled_model("cats_vs_dogs").net.state_dict(), net.state_dict()
+    frozen = [name for name in own if name.startswith(training.FROZEN)]
+    assert len(frozen) > 90
+    assert all(own[name].equal(given[name]) for name in frozen)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn images of 32 px, the test ViT of four blocks, two of which learn; one epoch."""
+
+    def new_dense(job: Job, options: Any) -> torch.nn.Module:
+        torch.manual_seed(job.seed)
+        return timm.create_model("test_vit", num_classes=training.CLASSES, img_size=32, global_pool="avg").eval()
+
+    depth = len(new_dense(Job("dense", 0), None).blocks)
+    values = {"new_dense": new_dense, "SIDE": 32, "FIRST": depth - 2, "LAYERS": [depth - 2, depth - 1], "EPOCHS": 1,
+              "BATCH": 8, "PRECISION": "fp32"}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(training, name, value)
+
+
+def test_a_tiny_study_from_end_to_end(bench: Any, small: None, tmp_path: Any) -> None:
+    out, readme = tmp_path / "runs.jsonl", tmp_path / "README.md"
+    photos = draw_folder(tmp_path / "photos", per_class=60)
+    common = ("cats-and-dogs", "run", "--cats", photos, "--pretrained", "none", "--out", out)
+    outcome = bench(*common, "--work", tmp_path / "work", "--allow-dirty", "--limit", 4)
+    assert outcome.code == 0, outcome.err
+    dense, alone, _balanced, by_class = records = read_records(out)
+    assert [run["gate"] for run in records] == ["dense", "alone", "balanced", "class"]
+    assert dense["layers"] == []
+    for run in records:
+        right = [a == b for a, b in zip(run["labels"], run["predicted"], strict=True)]
+        assert run["top1"] == pytest.approx(np.mean(right))
+        assert run["images"] == len(right)
+        for found in run["layers"]:
+            by_label = [[found["routes"][i] == str(e) for i in range(len(right)) if run["labels"][i] == str(c)]
+                        for c in range(2) for e in range(2)]  # fmt: skip
+            assert np.ravel(found["share"]) == pytest.approx([np.mean(each) for each in by_label], abs=1e-4)
+            assert np.shape([each["right"] for each in found["sent"]]) == (2, 2)
+    assert len(alone["layers"]) == len(by_class["layers"]) == 2
+    assert str(tmp_path) not in json.dumps(records)
+    out.unlink()
+    for run in records:  # as if they came from a committed tree
+        write_run(out, run["name"], {**run, "code": {"git_commit": "c", "dirty": False}})
+    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    assert bench("cats-and-dogs", "report", "--out", out, "--readme", readme).code == 0
+    assert "4 of 15 runs" in readme.read_text()
+    assert readme.with_name("gates.png").exists()
