@@ -59,10 +59,10 @@ class Job:
 
 
 def queue(records: Sequence[Record]) -> Iterator[Job]:
-    """All runs, seed by seed; at last the one that is to be shown, once the others say which gate that is."""
+    """All runs, seed by seed; at last those to be shown, the gate that the others decide and dense beside it."""
     yield from (Job(gate, seed) for seed in SEEDS for gate in GATES)
     if (gate := shown_gate(records)) is not None:
-        yield Job(gate, 0, "bundled")
+        yield from (Job(each, 0, "bundled") for each in (gate, "dense"))
 
 
 def runs_of(records: Sequence[Record], gate: str, trunk: str = "pretrained") -> list[Record]:

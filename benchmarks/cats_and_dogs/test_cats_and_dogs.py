@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from benchmarks.cats_and_dogs import report, training
 from benchmarks.cats_and_dogs.gates import GATES, SEEDS, Job, different, in_own, kept, own_experts, queue, separate
@@ -17,6 +18,7 @@ from benchmarks.cats_and_dogs.gates import shown_gate as shown
 from benchmarks.queue import BEGIN, END, read_records, write_run
 from moevision.demo import bundled_model
 from moevision.layers import TopKRouter
+from moevision.models.io import load_model
 from moevision.train.optim import freeze_parameters
 from tests.shared import draw_folder
 
@@ -116,7 +118,7 @@ def test_the_learned_gate_is_shown_if_it_keeps_the_rule_in_every_seed() -> None:
     runs = study()
     assert kept(runs, "balanced") == {"L7": False, "L9": True}
     assert shown(runs) == "balanced"
-    assert [job.name for job in queue(runs)][-1] == "balanced-bundled-s0"
+    assert [job.name for job in queue(runs)][15:] == ["balanced-bundled-s0", "dense-bundled-s0"]
     assert shown(runs[:-1]) is None
     runs[-3]["layers"] = [layer("L7", swap=0.0), layer(swap=0.0)]
     assert (runs[-3]["gate"], runs[-3]["seed"]) == ("balanced", 2)
@@ -221,3 +223,22 @@ def test_a_tiny_study_from_end_to_end(bench: Any, small: None, tmp_path: Any) ->
     assert bench("cats-and-dogs", "report", "--out", out, "--readme", readme).code == 0
     assert "4 of 15 runs" in readme.read_text()
     assert readme.with_name("gates.png").exists()
+
+
+def test_what_is_to_be_shown_is_saved_as_a_run(bench: Any, small: None, tmp_path: Any, monkeypatch: Any) -> None:
+    """Before and after its training; as loaded again it answers as recorded."""
+    jobs = [Job("class", 0, "bundled"), Job("dense", 0, "bundled")]
+    monkeypatch.setattr("benchmarks.cats_and_dogs.queue", lambda records: jobs)
+    photos, out = draw_folder(tmp_path / "photos", per_class=60), tmp_path / "runs.jsonl"
+    common = ("--cats", photos, "--pretrained", "none", "--out", out, "--work", tmp_path)
+    outcome = bench("cats-and-dogs", "run", *common, "--allow-dirty", "--limit", 0)
+    assert outcome.code == 0, outcome.err
+    for job, run in zip(jobs, read_records(out), strict=True):
+        home = tmp_path / job.name
+        model, start = (load_model(str(home / name)) for name in ("model", "start"))
+        assert model.class_names == ["cat", "dog"]
+        test = load_file(tmp_path / "tokens-bundled-test.safetensors")["tokens"]
+        predicted = training.logits_of(model.net, test).argmax(1)
+        assert "".join(map(str, predicted)) == run["predicted"]
+        assert not torch.equal(start.net.head.weight, model.net.head.weight)
+        assert json.loads((home / "provenance.json").read_text())["seed"] == 0

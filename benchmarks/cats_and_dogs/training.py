@@ -29,12 +29,13 @@ from moevision.analysis.readings import Run
 from moevision.config import AuxLossWeights
 from moevision.data import ImageDataModule
 from moevision.demo import bundled_model
-from moevision.files import file_sha256
+from moevision.files import file_sha256, write_json_atomic
 from moevision.layers import Routing, moe_layers
 from moevision.losses import AuxLoss
 from moevision.models.io import SavedModel, create_from, save_model
 from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
+from moevision.train.provenance import collect_provenance
 
 PROTOCOL = HERE / "cats_and_dogs" / "protocol.md"
 SIDE, DEPTH, FIRST, LAYERS = 168, 10, 7, [7, 9]  # px; blocks; the first one that learns; those with experts
@@ -75,10 +76,18 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
         seed=job.seed,
     ).eval()  # fmt: skip
     before = look(net, FIRST, test.tokens) if gate.experts else None
+    home = options.work / job.name
+    if job.trunk == "bundled":
+        save_model(SavedModel(net, names, SIDE, data.mean, data.std), home / "start")
     fit(net, train, gate, job.seed)
     trained = time.process_time()
-    if job.trunk == "bundled":
-        save_model(SavedModel(net, names, SIDE, data.mean, data.std), options.work / job.name / "model")
+    if job.trunk == "bundled":  # what `python -m benchmarks bundle` reads of a run
+        save_model(SavedModel(net, names, SIDE, data.mean, data.std), home / "model")
+        command = origin["command"].split()
+        write_json_atomic(
+            home / "provenance.json", collect_provenance(command=command, seed=job.seed, data_sha256=None)
+        )
+        (home / "metrics.csv").write_text("step,val/top1\n")
     if before is None:
         logits, layers = logits_of(net, test.tokens), []
     else:
