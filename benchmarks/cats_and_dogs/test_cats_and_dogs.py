@@ -69,7 +69,7 @@ def test_the_protocol_lists_what_the_code_does() -> None:
     assert [gate for gate in GATES if f"`{gate}`" not in PROTOCOL] == []
     assert f"{len(list(queue([])))} runs" in PROTOCOL
     steps = f"{training.EPOCHS} copies of each training photo, batches of {training.BATCH}"
-    for words in (steps, f"AdamW {training.OPTIM['lr']:.0e}".replace("e-0", " · 10⁻"), "at least 90 %"):
+    for words in (steps, f"AdamW {training.OPTIM['lr']:.0e}".replace("e-04", " · 10⁻⁴"), "at least 90 %"):
         assert words in " ".join(PROTOCOL.split()), words
 
 
