@@ -42,6 +42,7 @@ GATES = {
     "class": Gate("supervised by the class", 2, by_class=True),
     "balanced-4": Gate("learned with balance, 4 experts", 4, _BALANCE),
 }
+FEW = [gate for gate, spec in GATES.items() if spec.experts <= 2]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class Job:
 
 
 def queue(records: Sequence[Record]) -> Iterator[Job]:
-    """All runs, seed by seed; at last those to be shown, the gate that the others decide and dense beside it."""
-    yield from (Job(gate, seed) for seed in SEEDS for gate in GATES)
+    """All runs: seed by seed those of two experts; those to be shown, once these decide the gate; those of four."""
+    yield from (Job(gate, seed) for seed in SEEDS for gate in FEW)
     if (gate := shown_gate(records)) is not None:
         yield from (Job(each, 0, "bundled") for each in (gate, "dense"))
+    yield from (Job(gate, seed) for seed in SEEDS for gate in GATES if gate not in FEW)
 
 
 def runs_of(records: Sequence[Record], gate: str, trunk: str = "pretrained") -> list[Record]:
@@ -72,8 +74,8 @@ def runs_of(records: Sequence[Record], gate: str, trunk: str = "pretrained") -> 
 
 
 def shown_gate(records: Sequence[Record]) -> str | None:
-    """`balanced` where it keeps the protocol's rule in every seed, else `class`; None before all runs are there."""
-    if any(len(runs_of(records, gate)) < len(SEEDS) for gate in GATES):
+    """`balanced` where it keeps the protocol's rule in every seed, else `class`; None before these runs are there."""
+    if any(len(runs_of(records, gate)) < len(SEEDS) for gate in FEW):
         return None
     return "balanced" if any(kept(records, "balanced").values()) else "class"
 

@@ -68,10 +68,7 @@ def run(job: Job, options: Namespace) -> dict[str, Any]:
     after = look(net, blocks[0], asked.tokens)
     names, labels = class_names(job.data, options), asked.labels.numpy()
     found = {
-        unit: [
-            without_words(layer.to_json())
-            for layer in answers(net, arm.unit, before, after, labels, names, groups, SWAP_IMAGES)
-        ]
+        unit: [without_words(layer.to_json()) for layer in answers(net, arm, before, after, labels, names, groups)]
         for unit, groups in spec.units.items()
     }
     return {
@@ -143,27 +140,30 @@ def look(net: nn.Module, first: int, tokens: Tensor) -> Seen:
 
 
 def answers(
-    net: nn.Module, unit: str, before: Seen, after: Seen, labels: Ints, names: Sequence[str],
-    groups: Mapping[str, Sequence[str]], swap_images: int,
+    net: nn.Module, arm: Arm, before: Seen, after: Seen, labels: Ints, names: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
 ) -> list[Any]:  # fmt: skip
-    """The three questions about the asked layers; of groups of classes if there are any, else of classes.
-
-    `unit` is what is routed, `token` or `image`; at most `swap_images` images are run again with other routes.
-    """
+    """The three questions about the asked layers; of groups of classes if there are any, else of classes."""
     layers, group_of = moe_layers(net)[-ASKED_LAYERS:], np.arange(len(names))
     if groups:
         group_of = np.array([next(g for g, group in enumerate(groups.values()) if name in group) for name in names])
-    recorded = [
+    recorded, run = recorded_layers(net, arm.unit, before, after), runner(net, layers, after, group_of)
+    recording = Recording(group_of[labels], recorded, list(groups) or names, run=run)
+    return three_questions(recording, swap_images=SWAP_IMAGES, draws=SWAP_DRAWS)
+
+
+def recorded_layers(net: nn.Module, unit: str, before: Seen, after: Seen) -> list[RecordedLayer]:
+    """The asked layers, which route each `token` or the `image`, before and after training."""
+    return [
         RecordedLayer(
             f"L{layer.layer_index}", now, layer.router.num_experts, by_image=unit == "image", inputs=inputs,
             before=[Assignments(layer.layer_index, 0, ago, np.arange(len(ago)), layer.router.num_experts)],
         )
         for layer, now, ago, inputs in zip(
-            layers, after.choices[-ASKED_LAYERS:], before.choices[-ASKED_LAYERS:], after.router_inputs, strict=True
+            moe_layers(net)[-ASKED_LAYERS:], after.choices[-ASKED_LAYERS:], before.choices[-ASKED_LAYERS:],
+            after.router_inputs, strict=True,
         )
     ]  # fmt: skip
-    recording = Recording(group_of[labels], recorded, list(groups) or names, run=runner(net, layers, after, group_of))
-    return three_questions(recording, swap_images=swap_images, draws=SWAP_DRAWS)
 
 
 def runner(net: nn.Module, layers: Sequence[MoEMlp], after: Seen, group_of: Ints) -> Run:
