@@ -43,50 +43,52 @@ GATES = {
     "balanced-4": Gate("learned with balance, 4 experts", 4, _BALANCE),
 }
 FEW = [gate for gate, spec in GATES.items() if spec.experts <= 2]
+LEARN = {"experts": "experts alone", "blocks": "last blocks"}
+"""What is trained beside routers and classifier: the experts in a frozen network, or all of the last blocks."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run; `trunk` says whose blocks stand before the trained ones: `pretrained`, or `bundled` (to be shown)."""
+    """One run; `trunk` says whose weights stay: `pretrained`, or `bundled`, the explorer's, where it is to be shown."""
 
     gate: str
+    learn: str
     seed: int
     trunk: str = "pretrained"
 
     @property
     def name(self) -> str:
         """What its record is called."""
-        return f"{self.gate}-{self.trunk}-s{self.seed}"
+        return f"{self.gate}-{self.learn}-{self.trunk}-s{self.seed}"
 
 
 def queue(records: Sequence[Record]) -> Iterator[Job]:
-    """All runs: seed by seed those of two experts; those to be shown, once these decide the gate; those of four."""
-    yield from (Job(gate, seed) for seed in SEEDS for gate in FEW)
-    if (gate := shown_gate(records)) is not None:
-        yield from (Job(each, 0, "bundled") for each in (gate, "dense"))
-    yield from (Job(gate, seed) for seed in SEEDS for gate in GATES if gate not in FEW)
+    """All runs: seed by seed those of two experts; those to be shown, once these decide it; those of four."""
+    yield from (Job(gate, learn, seed) for seed in SEEDS for learn in LEARN for gate in FEW)
+    if (shown := to_show(records)) is not None:
+        yield from (Job(gate, shown[1], 0, "bundled") for gate in (shown[0], "dense"))
+    yield from (Job(gate, learn, seed) for seed in SEEDS for learn in LEARN for gate in GATES if gate not in FEW)
 
 
-def runs_of(records: Sequence[Record], gate: str, trunk: str = "pretrained") -> list[Record]:
+def runs_of(records: Sequence[Record], gate: str, learn: str, trunk: str = "pretrained") -> list[Record]:
     """The clean runs of a gate, by seed."""
-    own = [run for run in records if (run["gate"], run["trunk"]) == (gate, trunk) and not is_dirty(run)]
+    key = (gate, learn, trunk)
+    own = [run for run in records if (run["gate"], run["learn"], run["trunk"]) == key and not is_dirty(run)]
     return sorted(own, key=lambda run: int(run["seed"]))
 
 
-def shown_gate(records: Sequence[Record]) -> str | None:
-    """`balanced` where it keeps the protocol's rule in every seed, else `class`; None before these runs are there."""
-    if any(len(runs_of(records, gate)) < len(SEEDS) for gate in FEW):
+def to_show(records: Sequence[Record]) -> tuple[str, str] | None:
+    """Gate and what learns: `balanced` where it holds, else `class`; None before the runs of two experts are there."""
+    if any(len(runs_of(records, gate, learn)) < len(SEEDS) for gate in FEW for learn in LEARN):
         return None
-    return "balanced" if any(kept(records, "balanced").values()) else "class"
+    held = [("balanced", learn) for learn in LEARN if holds(records, "balanced", learn)]
+    return (held or [("class", "experts")])[0]
 
 
-def kept(records: Sequence[Record], gate: str) -> dict[str, bool]:
-    """By layer whether every seed's experts are separate and different."""
-    found: dict[str, bool] = {}
-    for run in runs_of(records, gate):
-        for layer in run["layers"]:
-            found[layer["name"]] = found.get(layer["name"], True) and separate(layer) and different(layer)
-    return found
+def holds(records: Sequence[Record], gate: str, learn: str) -> bool:
+    """Whether in one layer the experts of every seed are separate and different."""
+    layers = [run["layers"] for run in runs_of(records, gate, learn)]
+    return any(all(separate(each) and different(each) for each in same) for same in zip(*layers, strict=True))
 
 
 def separate(layer: Layer) -> bool:

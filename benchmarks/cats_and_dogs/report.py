@@ -16,15 +16,17 @@ from matplotlib.figure import Figure
 from benchmarks.cats_and_dogs.gates import (
     FEW,
     GATES,
+    LEARN,
     SEEDS,
     Layer,
     Record,
     different,
+    holds,
     in_own,
     own_experts,
     runs_of,
     separate,
-    shown_gate,
+    to_show,
 )
 from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
@@ -39,69 +41,86 @@ P_VALUE = 0.05
 Layers = Sequence[Layer]  # one per seed
 
 
-def parts_of(records: Sequence[Record], trunk: str = "pretrained") -> list[str]:
+def parts_of(records: Sequence[Record]) -> list[str]:
     """The answer, the tables, and where the records come from."""
-    if not any(runs_of(records, gate, trunk) for gate in GATES):
+    if not any(not is_dirty(run) for run in records):
         return ["Not run."]
     return [
         f"**{answer(records)[1]}.**",
         "### Accuracy", accuracy_table(records),
-        "### Which class goes where", where_table(records, trunk),
-        "### What is lost without each", lost_table(records, trunk),
-        "### One expert for all photos", sent_table(records, trunk),
+        "### Which class goes where", where_table(records),
+        "### What is lost without each", lost_table(records),
+        "### One expert for all photos", sent_table(records),
         *shown_parts(records),
         origins(records),
     ]  # fmt: skip
 
 
-def layers_of(records: Sequence[Record], trunk: str) -> Iterator[tuple[str, str, Layers]]:
-    """Gate, name of the layer, and that layer of every seed."""
-    for gate in GATES:
-        runs = runs_of(records, gate, trunk)
-        for layers in zip(*(run["layers"] for run in runs), strict=True):
-            yield gate, layers[0]["name"], layers
+def layers_of(records: Sequence[Record], trunk: str = "pretrained") -> Iterator[tuple[str, str, str, Layers]]:
+    """What learns, gate, name of the layer, and that layer of every seed."""
+    for learn in LEARN:
+        for gate in GATES:
+            runs = runs_of(records, gate, learn, trunk)
+            for layers in zip(*(run["layers"] for run in runs), strict=True):
+                yield learn, gate, layers[0]["name"], layers
 
 
-def gaps(records: Sequence[Record]) -> dict[str, Contrast]:
-    """Each gate minus dense, judged together."""
-    own = {gate: {int(run["seed"]): run["top1"] for run in runs_of(records, gate)} for gate in GATES}
-    return {each.first: each for each in contrasts(own, [(gate, "dense") for gate in GATES if gate != "dense"])}
+def gaps(records: Sequence[Record]) -> dict[tuple[str, str], Contrast]:
+    """Each gate minus dense where the same learns, judged together."""
+    own = {
+        f"{learn} {gate}": {int(run["seed"]): run["top1"] for run in runs_of(records, gate, learn)}
+        for learn in LEARN for gate in GATES
+    }  # fmt: skip
+    pairs = [(f"{learn} {gate}", f"{learn} dense") for learn in LEARN for gate in GATES if gate != "dense"]
+    return {tuple(each.first.split()): each for each in contrasts(own, pairs)}  # type: ignore[misc]
 
 
 def accuracy_table(records: Sequence[Record]) -> str:
     """Right of the test photos, beside the dense model."""
     lines, found = [], gaps(records)
-    for gate, spec in GATES.items():
-        right = [100 * run["top1"] for run in runs_of(records, gate)]
-        shown = f"{statistics.fmean(right):.1f}" if right else ""
-        shown += f" ± {statistics.stdev(right):.1f}" if right[1:] else ""
-        beside = found.get(gate)
-        lines.append([spec.title, str(len(right)), shown, ", ".join(f"{each:.1f}" for each in right),
-                      *([beside.interval, beside.verdict] if beside else ["", ""])])  # fmt: skip
-    heads = ["gate", "seeds", "test top-1, % ± SD", "by seed", "minus dense, points (95 %)", "verdict"]
-    return table(heads, lines, "lrrrrl")
+    for learn, of_learn in LEARN.items():
+        for gate, spec in GATES.items():
+            right = [100 * run["top1"] for run in runs_of(records, gate, learn)]
+            shown = f"{statistics.fmean(right):.1f}" if right else ""
+            shown += f" ± {statistics.stdev(right):.1f}" if right[1:] else ""
+            beside = found.get((learn, gate))
+            lines.append([of_learn, spec.title, str(len(right)), shown, ", ".join(f"{each:.1f}" for each in right),
+                          *([beside.interval, beside.verdict] if beside else ["", ""])])  # fmt: skip
+    heads = ["learns", "gate", "seeds", "test top-1, % ± SD", "by seed", "minus dense, points (95 %)", "verdict"]
+    return table(heads, lines, "llrrrrl")
 
 
-def where_table(records: Sequence[Record], trunk: str) -> str:
+def where_table(records: Sequence[Record], trunk: str = "pretrained") -> str:
     """Shares of each class in its own experts, and what the expert tells about the class beside the controls."""
     lines = []
-    for gate, name, layers in layers_of(records, trunk):
+    for learn, gate, name, layers in layers_of(records, trunk):
         shares = [" / ".join(f"{100 * share:.0f}" for share in in_own(layer)) for layer in layers]
         told = [mean(layers, lambda layer: 100 * layer["guess"], 1)]
         told += [mean(layers, lambda layer, of=of: 100 * best(layer[of]), 1) for of in ("before", "clusters")]
         busiest = mean(layers, lambda layer: 100 * max(layer["load"]), 0)
         told.append(f"{sum(map(separate, layers))} of {len(layers)}")
-        lines.append([GATES[gate].title, name, ", ".join(shares), busiest, *told, words(layers, 0), words(layers, 1)])
-    heads = ["gate", "layer", "cats / dogs in their own expert, %, by seed", "busiest expert, % of photos",
+        lines.append(
+            [
+                LEARN[learn],
+                GATES[gate].title,
+                name,
+                ", ".join(shares),
+                busiest,
+                *told,
+                words(layers, 0),
+                words(layers, 1),
+            ]
+        )
+    heads = ["learns", "gate", "layer", "cats / dogs in their own expert, %, by seed", "busiest expert, % of photos",
              "class guessed from the expert, %", "before training", "from clusters", "separate",
              "classes go to different experts", "training added to it"]  # fmt: skip
-    return table(heads, lines, "llrrrrrrll")
+    return table(heads, lines, "lllrrrrrrll")
 
 
-def lost_table(records: Sequence[Record], trunk: str) -> str:
+def lost_table(records: Sequence[Record], trunk: str = "pretrained") -> str:
     """Log-loss and points that a class's photos lose without the layer, without each expert, and in the other one."""
     lines = []
-    for gate, name, layers in layers_of(records, trunk):
+    for learn, gate, name, layers in layers_of(records, trunk):
         cells = [cell(layers, lambda layer, unit: layer["swap"]["without"][unit]["value"])]
         for label in (0, 1):
             for owner in (0, 1):
@@ -110,39 +129,46 @@ def lost_table(records: Sequence[Record], trunk: str) -> str:
                 )
         cells.append(cell(layers, lambda layer, unit: layer["swap"][unit]["value"]))
         apart = sum((layer["swap"]["knock_out"]["p_value"] or 1) <= P_VALUE for layer in layers)
-        lines.append([GATES[gate].title, name, *cells, f"{apart} of {len(layers)}",
+        lines.append([LEARN[learn], GATES[gate].title, name, *cells, f"{apart} of {len(layers)}",
                       f"{sum(map(different, layers))} of {len(layers)}"])  # fmt: skip
-    heads = ["gate", "layer", "layer left out", "cats without cats' expert", "cats without dogs' expert",
+    heads = ["learns", "gate", "layer", "layer left out", "cats without cats' expert", "cats without dogs' expert",
              "dogs without cats' expert", "dogs without dogs' expert", "experts exchanged", "double dissociation",
              "different"]  # fmt: skip
-    return table(heads, lines, "llrrrrrrrr")
+    return table(heads, lines, "lllrrrrrrrr")
 
 
-def sent_table(records: Sequence[Record], trunk: str) -> str:
+def sent_table(records: Sequence[Record], trunk: str = "pretrained") -> str:
     """Right of each class by its own routes, and where one expert computes all photos of both."""
     lines = []
-    for gate, name, layers in layers_of(records, trunk):
-        own = [run["own"]["right"] for run in runs_of(records, gate, trunk)]
+    for learn, gate, name, layers in layers_of(records, trunk):
+        own = [run["own"]["right"] for run in runs_of(records, gate, learn, trunk)]
         cells = ["/".join(f"{100 * statistics.fmean(right):.0f}" for right in zip(*own, strict=True))]
         for owner in (0, 1):
             sent = [layer["sent"][own_experts(layer)[owner]]["right"] for layer in layers]
             cells.append("/".join(f"{100 * statistics.fmean(right):.0f}" for right in zip(*sent, strict=True)))
-        lines.append([GATES[gate].title, name, *(text.replace("/", " / ") for text in cells)])
-    heads = ["gate", "layer", "cats / dogs right, %", "all photos by cats' expert", "all photos by dogs' expert"]
-    return table(heads, lines, "llrrr")
+        lines.append([LEARN[learn], GATES[gate].title, name, *(text.replace("/", " / ") for text in cells)])
+    heads = [
+        "learns",
+        "gate",
+        "layer",
+        "cats / dogs right, %",
+        "all photos by cats' expert",
+        "all photos by dogs' expert",
+    ]
+    return table(heads, lines, "lllrrr")
 
 
 def shown_parts(records: Sequence[Record]) -> list[str]:
-    """The same of the run behind the explorer's blocks, once it is there."""
-    gate = shown_gate(records)
-    runs = [] if gate is None else runs_of(records, gate, "bundled")
-    if gate is None or not runs:
+    """The same of the run to be shown, once it is there."""
+    found = to_show(records)
+    runs = [] if found is None else runs_of(records, *found, "bundled")
+    if found is None or not runs:
         return []
-    top1 = f"{100 * runs[0]['top1']:.1f} %"
+    gate, learn = GATES[found[0]].title, LEARN[found[1]]
     return [
-        "### Behind the explorer's blocks",
-        f"{GATES[gate].title[0].upper()}{GATES[gate].title[1:]}, seed 0, blocks 0 to 6 those of the explorer's photo "
-        f"model: {top1} of {runs[0]['images']} test photos right.",
+        "### In the explorer's network",
+        f"{gate[0].upper()}{gate[1:]}, seed 0; what doesn't learn ({learn}) is the explorer's photo model: "
+        f"{100 * runs[0]['top1']:.1f} % of {runs[0]['images']} test photos right.",
         where_table(records, "bundled"), lost_table(records, "bundled"), sent_table(records, "bundled"),
     ]  # fmt: skip
 
@@ -160,24 +186,19 @@ def origins(records: Sequence[Record]) -> str:
 
 def answer(records: Sequence[Record]) -> tuple[str, str]:
     """Whether the seed's sentence holds, and the numbers: yes, only if told, or not shown."""
-    if shown_gate(records) is None:
-        done = sum(len(runs_of(records, gate)) for gate in FEW)
-        return "", f"{NOT_RUN[0].upper()}{NOT_RUN[1:]} to an end: {done} of {len(FEW) * len(SEEDS)} runs"
-    apart, guessed, held = [], [], {}
+    if to_show(records) is None:
+        done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
+        return "", f"{NOT_RUN[0].upper()}{NOT_RUN[1:]} to an end: {done} of {len(FEW) * len(LEARN) * len(SEEDS)} runs"
+    apart, said = [], []
     for gate in (*LEARNED, "class"):
-        rows = [layers for own, _, layers in layers_of(records, "pretrained") if own == gate]
-        held[gate] = any(all(separate(layer) and different(layer) for layer in layers) for layers in rows)
-        title, every = GATES[gate].title, [layer for layers in rows for layer in layers]
-        apart.append(f"{title} in {sum(map(separate, every))} of {len(every)} layers")
-        last = rows[-1]
-        lost = signed(statistics.fmean(layer["swap"]["points"]["value"] for layer in last), 1)
-        clusters = mean(last, lambda layer: 100 * best(layer["clusters"]), 0)
-        guessed.append(f"{mean(last, lambda layer: 100 * layer['guess'], 0)} % ({clusters} %, {lost})")
-        name = last[0]["name"]
+        every = [layer for _, own, _, layers in layers_of(records) if own == gate for layer in layers]
+        apart.append(f"{GATES[gate].title} in {sum(map(separate, every))} of {len(every)} layers")
+        said.append(f"{sum(separate(layer) and different(layer) for layer in every)}")
+    held = {gate: any(holds(records, gate, learn) for learn in LEARN) for gate in (*LEARNED, "class")}
     verdict = YES if any(held[gate] for gate in LEARNED) else ONLY_TOLD if held["class"] else OPEN
     return verdict, (
-        f"Cats and dogs get experts of their own {', '.join(apart)}. Class guessed from the expert of {name} "
-        f"(from clusters; points lost if experts are exchanged): {', '.join(guessed)}"
+        f"Cats and dogs get experts of their own {', '.join(apart)}; that these do different things is shown in "
+        f"{', '.join(said[:-1])} and {said[-1]}"
     )
 
 
@@ -212,40 +233,42 @@ def words(layers: Layers, question: int) -> str:
     return ", ".join(f"{word} {found.count(word)}" for word in dict.fromkeys(found))
 
 
+def right_by_expert(layer: Layer) -> list[list[float]]:
+    """[C, E] share of each class that is right where one expert computes all photos."""
+    return [[sent["right"][label] for sent in layer["sent"]] for label in (0, 1)]
+
+
+PANELS: dict[str, tuple[str, float, Callable[[Layer], Any]]] = {
+    "photos that go to": ("{:.0f} %", 100, lambda layer: layer["share"]),
+    "log-loss without": ("{:.2f}", 1, lambda layer: without(layer, "log_loss")),
+    "right if all go to": ("{:.0f} %", 100, right_by_expert),
+}
+
+
 def draw(records: Sequence[Record], out: Path) -> None:
-    """For each gate of two experts and layer: where the classes go, and what each loses without each expert."""
-    rows: dict[str, list[tuple[str, Layers]]] = {}
-    for gate, name, layers in layers_of(records, "pretrained"):
+    """The first layer of each gate of two experts: where classes go, what each loses, and one expert for all."""
+    shown: dict[tuple[str, str], Layers] = {}
+    for learn, gate, _, layers in layers_of(records):
         if GATES[gate].experts == 2:
-            rows.setdefault(gate, []).append((name, layers))
-    if not rows:
+            shown.setdefault((learn, gate), layers)
+    if not shown:
         return
-    figure = Figure(figsize=(7.2, 0.6 + 1.75 * len(rows)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(rows), 4, squeeze=False)
-    for axes_row, (gate, named) in zip(panels, rows.items(), strict=True):
-        for place, (name, layers) in enumerate(named):
-            ordered = [np.array(own_experts(layer)) for layer in layers]
-            share = np.mean([np.array(layer["share"])[:, o] for layer, o in zip(layers, ordered, strict=True)], axis=0)
-            lost = np.mean(
-                [np.array(without(layer, "log_loss"))[:, o] for layer, o in zip(layers, ordered, strict=True)], axis=0
-            )
-            for axes, values, form, high in (
-                (axes_row[2 * place], 100 * share, "{:.0f} %", 100.0),
-                (axes_row[2 * place + 1], lost, "{:+.3f}", max(1e-9, float(np.abs(lost).max()))),
-            ):
-                axes.imshow(values, cmap="Blues", vmin=0, vmax=1.4 * high, aspect="auto")
-                for (row, column), value in np.ndenumerate(values):
-                    text = form.format(value).replace("-", "−")
-                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK)
-                axes.set_xticks((0, 1), ("expert 1", "expert 2"))
-                axes.set_yticks((0, 1), ("cats", "dogs") if axes is axes_row[0] else ("", ""))
-                axes.tick_params(length=0, labelsize=7, labelcolor=INK)
-                for side in axes.spines.values():
-                    side.set_visible(False)
-            for axes, what in ((axes_row[2 * place], "photos"), (axes_row[2 * place + 1], "log-loss lost")):
-                axes.set_title(f"{name}: {what}", fontsize=7.5, color=SOFT, loc="left", pad=3)
-        axes_row[0].set_ylabel(GATES[gate].title.replace(" by ", "\nby ").replace(" with ", "\nwith ")
-                               .replace(" alone", "\nalone"), fontsize=8, color=INK, fontweight="bold")  # fmt: skip
-    figure.suptitle("Where cats and dogs go, and what each loses without each expert", fontsize=9.5, color=INK,
-                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    figure = Figure(figsize=(7.2, 0.9 + 1.25 * len(shown)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(shown), 3, squeeze=False)
+    for axes_row, ((learn, gate), layers) in zip(panels, shown.items(), strict=True):
+        for axes, (what, (form, scale, value)) in zip(axes_row, PANELS.items(), strict=True):
+            each = [scale * np.array(value(layer))[:, list(own_experts(layer))] for layer in layers]
+            values = np.mean(each, axis=0)  # [C, 2] over seeds
+            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.6 * max(values.max(), 1e-9), aspect="auto")
+            for (row, column), number in np.ndenumerate(values):
+                text = form.format(number).replace("-", "−")
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK)
+            axes.set_xticks((0, 1), ("expert 1", "expert 2"))
+            axes.set_yticks((0, 1), ("cats", "dogs") if axes is axes_row[0] else ("", ""))
+            axes.tick_params(length=0, labelsize=7, labelcolor=INK)
+            axes.set_title(f"{layers[0]['name']}: {what}", fontsize=7.5, color=SOFT, loc="left", pad=3)
+            for side in axes.spines.values():
+                side.set_visible(False)
+        title = GATES[gate].title.replace(" by ", "\nby ").replace(" with ", "\nwith ")
+        axes_row[0].set_ylabel(f"{title}\n({LEARN[learn]})", fontsize=7.5, color=INK, fontweight="bold")
     save(figure, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from typing import Any
 
@@ -14,13 +15,25 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from benchmarks.cats_and_dogs import report, training
-from benchmarks.cats_and_dogs.gates import GATES, SEEDS, Job, different, in_own, kept, own_experts, queue, separate
-from benchmarks.cats_and_dogs.gates import shown_gate as shown
+from benchmarks.cats_and_dogs.gates import (
+    GATES,
+    LEARN,
+    SEEDS,
+    Job,
+    different,
+    holds,
+    in_own,
+    own_experts,
+    queue,
+    separate,
+    to_show,
+)
 from benchmarks.queue import BEGIN, END, read_records, write_run
+from benchmarks.specialization.trunk import Tokens
 from moevision.demo import bundled_model
 from moevision.layers import TopKRouter
 from moevision.models.io import load_model
-from moevision.train.optim import freeze_parameters
+from moevision.models.upcycle import upcycle
 from tests.shared import draw_folder
 
 PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
@@ -34,7 +47,7 @@ def cost(value: float) -> dict[str, Any]:
     return {"log_loss": interval(value), "points": interval(100 * value), "moved": 1.0}
 
 
-def layer(name: str = "L9", share: Any = ((0.95, 0.05), (0.08, 0.92)), without: float = 0.1, swap: float = 0.5) -> Any:
+def layer(name: str = "L7", share: Any = ((0.95, 0.05), (0.08, 0.92)), without: float = 0.1, swap: float = 0.5) -> Any:
     """As it stands it separates the classes, and its experts differ; of each class 100 photos."""
     removed = [[round(100 * part) for part in row] for row in share]
     away = {"log_loss": [[0.2, None], [-0.1, 0.4]], "points": [[2.0, None], [-1.0, 4.0]], "removed": removed,
@@ -50,27 +63,33 @@ def layer(name: str = "L9", share: Any = ((0.95, 0.05), (0.08, 0.92)), without: 
     }  # fmt: skip
 
 
-def record(gate: str, seed: int, top1: float = 0.95, trunk: str = "pretrained", **more: Any) -> dict[str, Any]:
-    layers = [layer("L7", ((0.6, 0.4), (0.4, 0.6))), layer()] if GATES[gate].experts else []
+def record(
+    gate: str, seed: int, top1: float = 0.95, trunk: str = "pretrained", learn: str = "experts", **more: Any
+) -> dict[str, Any]:
+    layers = [layer(), layer("L9", ((0.6, 0.4), (0.4, 0.6)))] if GATES[gate].experts else []
     return {
-        "name": Job(gate, seed, trunk).name, "gate": gate, "seed": seed, "trunk": trunk, "top1": top1, "layers": layers,
-        "own": {"right": [0.96, 0.94], "log_loss": [0.1, 0.2]}, "images": 200,
-        "cpu_s": {"training": 100.0, "asking": 20.0},
-        "code": {"git_commit": "c", "dirty": False}, "protocol_sha256": "p", "machine": {"cpu": "a CPU"}, **more,
+        "name": Job(gate, learn, seed, trunk).name, "gate": gate, "learn": learn, "seed": seed, "trunk": trunk,
+        "top1": top1, "layers": layers, "own": {"right": [0.96, 0.94], "log_loss": [0.1, 0.2]}, "images": 200,
+        "cpu_s": {"training": 100.0, "asking": 20.0}, "code": {"git_commit": "c", "dirty": False},
+        "protocol_sha256": "p", "machine": {"cpu": "a CPU"}, **more,
     }  # fmt: skip
 
 
 def study(**changed: Any) -> list[dict[str, Any]]:
     """All runs, those of the gates in `changed` with these layers."""
     own = {gate: {"layers": layers} for gate, layers in changed.items()}
-    return [record(gate, seed, **own.get(gate.replace("-", "_"), {})) for seed in SEEDS for gate in GATES]
+    return [record(gate, seed, learn=learn, **own.get(gate, {})) for seed in SEEDS for learn in LEARN for gate in GATES]
+
+
+MIXED = [layer("L7", swap=0.0), layer("L9", swap=0.0)]
 
 
 def test_the_protocol_lists_what_the_code_does() -> None:
     assert [gate for gate in GATES if f"`{gate}`" not in PROTOCOL] == []
     assert f"{len(list(queue([])))} runs" in PROTOCOL
     steps = f"{training.EPOCHS} copies of each training photo, batches of {training.BATCH}"
-    for words in (steps, f"AdamW {training.OPTIM['lr']:.0e}".replace("e-04", " · 10⁻⁴"), "at least 90 %"):
+    assert training.OPTIM == {"experts": {"lr": 1e-3}, "blocks": {"lr": 5e-4}}
+    for words in (steps, "AdamW 10⁻³ where experts alone learn, 5 · 10⁻⁴ where blocks do", "at least 90 %"):
         assert words in " ".join(PROTOCOL.split()), words
 
 
@@ -115,73 +134,83 @@ def test_what_separate_and_different_mean(change: Any, is_separate: bool, is_dif
     assert (separate(layer(**change)), different(layer(**change))) == (is_separate, is_different)
 
 
-def test_the_learned_gate_is_shown_if_it_keeps_the_rule_in_every_seed() -> None:
+def test_the_learned_gate_is_shown_if_it_holds_in_every_seed_of_one_layer() -> None:
     runs = study()
-    assert kept(runs, "balanced") == {"L7": False, "L9": True}
-    assert shown(runs) == "balanced"
-    assert [job.name for job in queue(runs)][12:15] == [
-        "balanced-bundled-s0", "dense-bundled-s0", "balanced-4-pretrained-s0"
+    assert holds(runs, "balanced", "blocks")
+    assert to_show(runs) == ("balanced", "experts")
+    names = [job.name for job in queue(runs)]
+    assert names[24:27] == [
+        "balanced-experts-bundled-s0", "dense-experts-bundled-s0", "balanced-4-experts-pretrained-s0"
     ]  # fmt: skip
-    assert shown([run for run in runs if run["name"] != "class-pretrained-s2"]) is None
-    assert (runs[-3]["gate"], runs[-3]["seed"]) == ("balanced", 2)
-    runs[-3]["layers"] = [layer("L7", swap=0.0), layer(swap=0.0)]
-    assert shown(runs) == "class"
-    runs[0]["code"]["dirty"] = True
-    assert shown(runs) is None
+    assert len(set(names)) == 32
+    last = next(run for run in runs if run["name"] == "balanced-experts-pretrained-s2")
+    last["layers"] = [layer(swap=0.0), layer("L9")]
+    assert not holds(runs, "balanced", "experts")
+    assert to_show(runs) == ("balanced", "blocks")
+    assert to_show(study(balanced=MIXED)) == ("class", "experts")
+    last["code"]["dirty"] = True
+    assert to_show(runs) is None
 
 
 def test_the_answer_follows_from_the_records() -> None:
     runs = study()
     verdict, text = report.answer(runs)
     assert verdict == "yes"
-    apart = [
-        f"{title} in 3 of 6 layers" for title in ("learned alone", "learned with balance", "supervised by the class")
-    ]
-    assert f"experts of their own {', '.join(apart)}." in text
-    assert text.endswith("exchanged): 93 % (80 %, 50.0), 93 % (80 %, 50.0), 93 % (80 %, 50.0)")
-    mixed = [layer("L7", swap=0.0), layer(swap=0.0)]
-    assert report.answer(study(alone=mixed, balanced=mixed))[0] == report.ONLY_TOLD
-    assert report.answer(study(alone=mixed, balanced=mixed, **{"class": mixed}))[0] == report.OPEN
-    assert report.answer(runs[:-3])[1] == "Not run yet to an end: 10 of 12 runs"
+    titles = ("learned alone", "learned with balance", "supervised by the class")
+    apart = ", ".join(f"{title} in 6 of 12 layers" for title in titles)
+    assert text == (
+        f"Cats and dogs get experts of their own {apart}; that these do different things is shown in 6, 6 and 6"
+    )
+    assert report.answer(study(alone=MIXED, balanced=MIXED))[0] == report.ONLY_TOLD
+    assert report.answer(study(alone=MIXED, balanced=MIXED, **{"class": MIXED}))[0] == report.OPEN
+    assert report.answer(runs[:-5])[1] == "Not run yet to an end: 20 of 24 runs"
 
 
 def test_tables_follow_from_the_records(tmp_path: Any) -> None:
     """A class's loss without an expert: per choice, times the share of the class that chose it."""
     assert report.without(layer(), "log_loss") == [[0.2 * 0.95, 0], [pytest.approx(-0.1 * 0.08), 0.4 * 0.92]]
-    runs = [record(gate, seed, 0.9 + 0.01 * seed + 0.02 * (gate == "class")) for seed in SEEDS for gate in GATES]
+    runs = study()
+    for run in runs:
+        run["top1"] = 0.9 + 0.01 * run["seed"] + 0.02 * (run["gate"] == "class")
     runs.append(record("balanced", 0, trunk="bundled"))
     text = "\n".join(report.parts_of(runs))
-    accuracy = "| supervised by the class | 3 | 93.0 ± 1.0 | 92.0, 93.0, 94.0 | +2.0 (+2.0 to +2.0) | above |"
-    assert accuracy in text
-    where = (
-        "| learned alone | L9 | 95 / 92, 95 / 92, 95 / 92 | 52 | 93.0 | 60.0 | 80.0 | 3 of 3 | yes 3 | not shown 3 |"
-    )
-    assert where in text
+    alone = "| experts alone | supervised by the class |"
+    assert f"{alone} 3 | 93.0 ± 1.0 | 92.0, 93.0, 94.0 | +2.0 (+2.0 to +2.0) | above |" in text
+    shares = "95 / 92, 95 / 92, 95 / 92"
+    assert f"{alone} L7 | {shares} | 52 | 93.0 | 60.0 | 80.0 | 3 of 3 | yes 3 | not shown 3 |" in text
     assert "| 0.100 (10.0) | 0.190 (1.9) | 0.000 (0.0) | −0.008 (−0.1) | 0.368 (3.7) | 0.500 (50.0) |" in text
-    assert "| supervised by the class | L9 | 96 / 94 | 99 / 20 | 30 / 98 |" in text
-    assert "### Behind the explorer's blocks" in text
+    assert f"{alone} L7 | 96 / 94 | 99 / 20 | 30 / 98 |" in text
+    assert "### In the explorer's network" in text
     report.draw(runs, tmp_path / "gates.png")
     assert (tmp_path / "gates.png").stat().st_size > 10_000
     assert report.parts_of([]) == ["Not run."]
 
 
-def test_what_is_frozen_is_what_the_explorers_model_gives() -> None:
-    """Its tensors by these names are those that a training of the blocks from `FIRST` on leaves alone."""
-    net = timm.create_model("vit_small_patch14_dinov2", num_classes=2, img_size=training.SIDE, depth=training.DEPTH)
-    freeze_parameters(net, training.FIRST)
-    still = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
-    assert still == {name for name in net.state_dict() if name.startswith(training.FROZEN)}
+@pytest.mark.parametrize(("learn", "parts"), [("experts", r"mlp\."), ("blocks", "")])
+@pytest.mark.parametrize("experts", [0, 2])
+def test_only_what_shall_learn_is_trained(small: None, learn: str, parts: str, experts: int) -> None:
+    """Experts, or where there are none the MLPs; or whole blocks with the last norm; and the classifier."""
+    tokens = Tokens(torch.randn(16, 5, 64, dtype=torch.bfloat16), torch.arange(16) % 2)
+    net = training.new_dense(Job("dense", learn, 0), None)
+    if experts:
+        net = upcycle(net, layers=training.LAYERS, num_experts=experts, router="vmoe_top_k", route_by="image")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    training.fit(net, tokens, GATES["class" if experts else "dense"], learn, 0)
+    moved = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
+    places = "|".join(map(str, training.LAYERS))
+    wanted = rf"(blocks\.({places})\.{parts}|head\." + ("" if parts else r"|norm\.|fc_norm\.") + ")"
+    assert moved == {name for name in before if re.match(wanted, name)}
 
 
 @pytest.mark.needs("photos")
 def test_the_trunk_of_the_shown_model_is_the_explorers(monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=training.SIDE, depth=10)
     monkeypatch.setattr(training, "create_from", lambda *_, **__: pretrained)
-    net = training.new_dense(Job("class", 0, "bundled"), Namespace(pretrained=None))
+    net = training.new_dense(Job("class", "experts", 0, "bundled"), Namespace(pretrained=None))
     given, own = bundled_model("cats_vs_dogs").net.state_dict(), net.state_dict()
-    frozen = [name for name in own if name.startswith(training.FROZEN)]
-    assert len(frozen) > 90
-    assert all(own[name].equal(given[name]) for name in frozen)
+    still = {name for name in own if not training.learns(name, "experts")}
+    assert still == {name for name in given if not training.learns(name, "experts")}
+    assert all(own[name].equal(given[name]) for name in still)
 
 
 def test_a_photo_is_computed_once_by_an_expert_and_once_without() -> None:
@@ -210,9 +239,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(job.seed)
         return timm.create_model("test_vit", num_classes=training.CLASSES, img_size=32, global_pool="avg").eval()
 
-    depth = len(new_dense(Job("dense", 0), None).blocks)
-    values = {"new_dense": new_dense, "SIDE": 32, "FIRST": depth - 2, "LAYERS": [depth - 2, depth - 1], "EPOCHS": 1,
-              "BATCH": 8, "PRECISION": "fp32"}  # fmt: skip
+    depth = len(new_dense(Job("dense", "experts", 0), None).blocks)
+    values = {"new_dense": new_dense, "SIDE": 32, "FIRST": depth - 2, "DEPTH": depth, "LAYERS": [depth - 2, depth - 1],
+              "EPOCHS": 1, "BATCH": 8, "PRECISION": "fp32"}  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(training, name, value)
 
@@ -223,7 +252,7 @@ def test_a_tiny_study_from_end_to_end(bench: Any, small: None, tmp_path: Any) ->
     common = ("cats-and-dogs", "run", "--cats", photos, "--pretrained", "none", "--out", out)
     outcome = bench(*common, "--work", tmp_path / "work", "--allow-dirty", "--limit", 4)
     assert outcome.code == 0, outcome.err
-    dense, alone, _balanced, by_class = records = read_records(out)
+    dense, alone, *_, by_class = records = read_records(out)
     assert [run["gate"] for run in records] == ["dense", "alone", "balanced", "class"]
     assert dense["layers"] == []
     for run in records:
@@ -242,13 +271,13 @@ def test_a_tiny_study_from_end_to_end(bench: Any, small: None, tmp_path: Any) ->
         write_run(out, run["name"], {**run, "code": {"git_commit": "c", "dirty": False}})
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     assert bench("cats-and-dogs", "report", "--out", out, "--readme", readme).code == 0
-    assert "4 of 12 runs" in readme.read_text()
+    assert "4 of 24 runs" in readme.read_text()
     assert readme.with_name("gates.png").exists()
 
 
 def test_what_is_to_be_shown_is_saved_as_a_run(bench: Any, small: None, tmp_path: Any, monkeypatch: Any) -> None:
     """Before and after its training; as loaded again it answers as recorded."""
-    jobs = [Job("class", 0, "bundled"), Job("dense", 0, "bundled")]
+    jobs = [Job(gate, "experts", 0, "bundled") for gate in ("class", "dense")]
     monkeypatch.setattr("benchmarks.cats_and_dogs.queue", lambda records: jobs)
     photos, out = draw_folder(tmp_path / "photos", per_class=60), tmp_path / "runs.jsonl"
     common = ("--cats", photos, "--pretrained", "none", "--out", out, "--work", tmp_path)

@@ -1,4 +1,4 @@
-"""One run of the study: the last blocks are trained behind frozen ones, then asked what their experts are for.
+"""One run of the study: experts are trained in the last blocks, then asked what they are for.
 
 Axes: B photos of a batch, I test photos, N tokens, D width, E experts, C classes.
 """
@@ -39,11 +39,10 @@ from moevision.models.upcycle import upcycle
 from moevision.train.provenance import collect_provenance
 
 PROTOCOL = HERE / "cats_and_dogs" / "protocol.md"
-SIDE, DEPTH, FIRST, LAYERS = 168, 10, 7, [7, 9]  # px; blocks; the first one that learns; those with experts
+SIDE, DEPTH, FIRST, LAYERS = 168, 10, 7, [7, 9]  # px; blocks; the first of the last ones; those with experts
 EPOCHS, BATCH, REDRAWN = 3, 32, 0.5  # REDRAWN: share of each copied expert's hidden units (arXiv:2502.19261)
-OPTIM = {"lr": 5e-4}
+OPTIM = {"experts": {"lr": 1e-3}, "blocks": {"lr": 5e-4}}  # by what learns
 CLASSES, PRECISION = 2, "bf16"
-FROZEN = ("cls_token", "pos_embed", "patch_embed.", *(f"blocks.{block}." for block in range(FIRST)))
 
 
 class ClassOfExpert(AuxLoss):
@@ -80,7 +79,7 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
     home = options.work / job.name
     if job.trunk == "bundled":
         save_model(SavedModel(net, names, SIDE, data.mean, data.std), home / "start")
-    fit(net, train, gate, job.seed)
+    fit(net, train, gate, job.learn, job.seed)
     trained = time.process_time()
     if job.trunk == "bundled":  # what `python -m benchmarks bundle` reads of a run
         save_model(SavedModel(net, names, SIDE, data.mean, data.std), home / "model")
@@ -125,14 +124,22 @@ def open_photos(options: Namespace) -> ImageDataModule:
 def new_dense(job: Job, options: Namespace) -> nn.Module:
     """The pretrained model's first blocks with a new classifier of the patches' mean, in eval mode.
 
-    With the trunk `bundled` everything before block `FIRST` is that of the explorer's photo model.
+    With the trunk `bundled` everything that doesn't learn is that of the explorer's photo model.
     """
     torch.manual_seed(job.seed)
     net = pool_patches(create_from(PHOTO_BASE, CLASSES, SIDE, weights=options.pretrained, depth=DEPTH))
     if job.trunk == "bundled":
         weights = bundled_model("cats_vs_dogs").net.state_dict()
-        net.load_state_dict({name: w for name, w in weights.items() if name.startswith(FROZEN)}, strict=False)
+        still = {name: weight for name, weight in weights.items() if not learns(name, job.learn)}
+        net.load_state_dict(still, strict=False)
     return net.eval()
+
+
+def learns(name: str, learn: str) -> bool:
+    """Whether a parameter is trained, by `LEARN`; of a dense model the MLPs stand in the experts' place."""
+    if learn == "experts":
+        return name.startswith(("head.", *(f"blocks.{block}.mlp." for block in LAYERS)))
+    return name.startswith(("head.", "norm.", "fc_norm.", *(f"blocks.{block}." for block in range(FIRST, DEPTH))))
 
 
 def tokens_of(split: str, dense: nn.Module, trunk: str, data: ImageDataModule, options: Namespace) -> Tokens:
@@ -153,12 +160,15 @@ def tokens_of(split: str, dense: nn.Module, trunk: str, data: ImageDataModule, o
     return Tokens(found["tokens"], found["labels"])
 
 
-def fit(net: nn.Module, train: Tokens, gate: Gate, seed: int) -> None:
-    """Train the blocks from `FIRST` on, norm and head, in place: every copy once, in the order of the seed."""
+def fit(net: nn.Module, train: Tokens, gate: Gate, learn: str, seed: int) -> None:
+    """Train what `learns`, in place: every copy once, in the order of the seed."""
     torch.manual_seed(seed)
+    tail = Tail(net, FIRST)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(learns(name, learn))
     steps = len(train.labels) // BATCH
-    subject = Subject("cats-and-dogs", {}, OPTIM, gate.aux, batch_size=BATCH)
-    step = TrainingStep(subject, precision=PRECISION, net=Tail(net, FIRST), total_steps=steps)
+    subject = Subject("cats-and-dogs", {}, OPTIM[learn], gate.aux, batch_size=BATCH)
+    step = TrainingStep(subject, precision=PRECISION, net=tail, total_steps=steps)
     teacher = ClassOfExpert()
     if gate.by_class:
         step.aux_loss = teacher
