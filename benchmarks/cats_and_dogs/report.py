@@ -36,7 +36,7 @@ from moevision.train.plots import INK, SOFT, save
 from moevision.words import signed
 
 LEARNED = ("alone", "balanced")
-ONLY_TOLD, OPEN, NOT_RUN = "only if told", "not shown", "not run yet"
+ONLY_TOLD, OPEN = "only if told", "not shown"
 P_VALUE = 0.05
 Layers = Sequence[Layer]  # one per seed
 
@@ -185,21 +185,21 @@ def origins(records: Sequence[Record]) -> str:
 
 
 def answer(records: Sequence[Record]) -> tuple[str, str]:
-    """Whether the seed's sentence holds, and the numbers: yes, only if told, or not shown."""
-    if to_show(records) is None:
-        done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
-        return "", f"{NOT_RUN[0].upper()}{NOT_RUN[1:]} to an end: {done} of {len(FEW) * len(LEARN) * len(SEEDS)} runs"
+    """Whether the seed's sentence holds, and the numbers: yes, only if told, or not shown; empty before the end."""
     apart, said = [], []
     for gate in (*LEARNED, "class"):
         every = [layer for _, own, _, layers in layers_of(records) if own == gate for layer in layers]
         apart.append(f"{GATES[gate].title} in {sum(map(separate, every))} of {len(every)} layers")
         said.append(f"{sum(separate(layer) and different(layer) for layer in every)}")
-    held = {gate: any(holds(records, gate, learn) for learn in LEARN) for gate in (*LEARNED, "class")}
-    verdict = YES if any(held[gate] for gate in LEARNED) else ONLY_TOLD if held["class"] else OPEN
-    return verdict, (
+    text = (
         f"Cats and dogs get experts of their own {', '.join(apart)}; that these do different things is shown in "
         f"{', '.join(said[:-1])} and {said[-1]}"
     )
+    if to_show(records) is None:
+        done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
+        return "", f"So far ({done} of {len(FEW) * len(LEARN) * len(SEEDS)} runs): {text[0].lower()}{text[1:]}"
+    held = {gate: any(holds(records, gate, learn) for learn in LEARN) for gate in (*LEARNED, "class")}
+    return YES if any(held[gate] for gate in LEARNED) else ONLY_TOLD if held["class"] else OPEN, text
 
 
 def without(layer: Layer, unit: str) -> list[list[float]]:
@@ -240,7 +240,7 @@ def right_by_expert(layer: Layer) -> list[list[float]]:
 
 PANELS: dict[str, tuple[str, float, Callable[[Layer], Any]]] = {
     "photos that go to": ("{:.0f} %", 100, lambda layer: layer["share"]),
-    "log-loss without": ("{:.2f}", 1, lambda layer: without(layer, "log_loss")),
+    "log-loss lost without": ("{:.2f}", 1, lambda layer: without(layer, "log_loss")),
     "right if all go to": ("{:.0f} %", 100, right_by_expert),
 }
 
@@ -253,13 +253,21 @@ def draw(records: Sequence[Record], out: Path) -> None:
             shown.setdefault((learn, gate), layers)
     if not shown:
         return
+
+    def ordered(layer: Layer, value: Callable[[Layer], Any]) -> Any:
+        return np.array(value(layer))[:, list(own_experts(layer))]  # [C, 2]
+
+    means = {
+        key: {what: scale * np.mean([ordered(layer, value) for layer in layers], axis=0)
+              for what, (_, scale, value) in PANELS.items()}
+        for key, layers in shown.items()
+    }  # fmt: skip
     figure = Figure(figsize=(7.2, 0.9 + 1.25 * len(shown)), dpi=150, layout="constrained")
     panels = figure.subplots(len(shown), 3, squeeze=False)
     for axes_row, ((learn, gate), layers) in zip(panels, shown.items(), strict=True):
-        for axes, (what, (form, scale, value)) in zip(axes_row, PANELS.items(), strict=True):
-            each = [scale * np.array(value(layer))[:, list(own_experts(layer))] for layer in layers]
-            values = np.mean(each, axis=0)  # [C, 2] over seeds
-            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.6 * max(values.max(), 1e-9), aspect="auto")
+        for axes, (what, (form, *_)) in zip(axes_row, PANELS.items(), strict=True):
+            values, highest = means[learn, gate][what], max(float(own[what].max()) for own in means.values())
+            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.6 * max(highest, 1e-9), aspect="auto")
             for (row, column), number in np.ndenumerate(values):
                 text = form.format(number).replace("-", "−")
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK)
