@@ -32,6 +32,7 @@ from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.study import Contrast, contrasts
 from moevision.analysis.questions import YES
+from moevision.analysis.readings import listed
 from moevision.train.plots import INK, SOFT, save
 from moevision.words import signed
 
@@ -189,11 +190,13 @@ def answer(records: Sequence[Record]) -> tuple[str, str]:
     apart, said = [], []
     for gate in (*LEARNED, "class"):
         every = [layer for _, own, _, layers in layers_of(records) if own == gate for layer in layers]
+        if not every:
+            continue
         apart.append(f"{GATES[gate].title} in {sum(map(separate, every))} of {len(every)} layers")
         said.append(f"{sum(separate(layer) and different(layer) for layer in every)}")
     text = (
         f"Cats and dogs get experts of their own {', '.join(apart)}; that these do different things is shown in "
-        f"{', '.join(said[:-1])} and {said[-1]}"
+        f"{listed(said)}"
     )
     if to_show(records) is None:
         done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
