@@ -192,12 +192,11 @@ def answer(records: Sequence[Record]) -> tuple[str, str]:
         every = [layer for _, own, _, layers in layers_of(records) if own == gate for layer in layers]
         if not every:
             continue
-        apart.append(f"{GATES[gate].title} in {sum(map(separate, every))} of {len(every)} layers")
+        count = f"{sum(map(separate, every))} of {len(every)}"
+        apart.append(f"{GATES[gate].title} {count}")
         said.append(f"{sum(separate(layer) and different(layer) for layer in every)}")
-    text = (
-        f"Cats and dogs get experts of their own {', '.join(apart)}; that these do different things is shown in "
-        f"{listed(said)}"
-    )
+    head = "Cats and dogs get experts of their own in so many layers"
+    text = f"{head}: {', '.join(apart)}; shown to do different things: {listed(said)}"
     if to_show(records) is None:
         done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
         return "", f"So far ({done} of {len(FEW) * len(LEARN) * len(SEEDS)} runs): {text[0].lower()}{text[1:]}"

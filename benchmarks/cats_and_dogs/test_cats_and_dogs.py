@@ -157,15 +157,16 @@ def test_the_answer_follows_from_the_records() -> None:
     verdict, text = report.answer(runs)
     assert verdict == "yes"
     titles = ("learned alone", "learned with balance", "supervised by the class")
-    apart = ", ".join(f"{title} in 6 of 12 layers" for title in titles)
-    assert text == (
-        f"Cats and dogs get experts of their own {apart}; that these do different things is shown in 6, 6 and 6"
-    )
+    apart = ", ".join(f"{title} 6 of 12" for title in titles)
+    said = f"Cats and dogs get experts of their own in so many layers: {apart}"
+    assert text == f"{said}; shown to do different things: 6, 6 and 6"
     assert report.answer(study(alone=MIXED, balanced=MIXED))[0] == report.ONLY_TOLD
     assert report.answer(study(alone=MIXED, balanced=MIXED, **{"class": MIXED}))[0] == report.OPEN
     verdict, text = report.answer(runs[:-5])
     assert verdict == ""
-    assert text.startswith("So far (20 of 24 runs): cats and dogs get experts of their own learned alone in 5 of 10")
+    assert text.startswith(
+        "So far (20 of 24 runs): cats and dogs get experts of their own in so many layers: learned alone 5 of 10"
+    )
 
 
 def test_tables_follow_from_the_records(tmp_path: Any) -> None:
