@@ -35,6 +35,7 @@ STUDY = {
         "whether experts specialize: three questions of routers, units and placements",
         "specialization",
     ),
+    "cats-and-dogs": ("cats to one expert, dogs to the other: learned, with balance, and supervised", "cats_and_dogs"),
     "scratch": ("whether experts do different things, in trained models and six seeds", "specialization.scratch"),
     "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
     "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),

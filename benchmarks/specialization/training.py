@@ -147,20 +147,26 @@ def answers(
     layers, group_of = moe_layers(net)[-ASKED_LAYERS:], np.arange(len(names))
     if groups:
         group_of = np.array([next(g for g, group in enumerate(groups.values()) if name in group) for name in names])
-    recorded = [
-        RecordedLayer(
-            f"L{layer.layer_index}", now, layer.router.num_experts, by_image=arm.unit == "image", inputs=inputs,
-            before=[Assignments(layer.layer_index, 0, ago, np.arange(len(ago)), layer.router.num_experts)],
-        )
-        for layer, now, ago, inputs in zip(
-            layers, after.choices[-ASKED_LAYERS:], before.choices[-ASKED_LAYERS:], after.router_inputs, strict=True
-        )
-    ]  # fmt: skip
-    recording = Recording(group_of[labels], recorded, list(groups) or names, run=_runner(net, layers, after, group_of))
+    recorded, run = recorded_layers(net, arm.unit, before, after), runner(net, layers, after, group_of)
+    recording = Recording(group_of[labels], recorded, list(groups) or names, run=run)
     return three_questions(recording, swap_images=SWAP_IMAGES, draws=SWAP_DRAWS)
 
 
-def _runner(net: nn.Module, layers: Sequence[MoEMlp], after: Seen, group_of: Ints) -> Run:
+def recorded_layers(net: nn.Module, unit: str, before: Seen, after: Seen) -> list[RecordedLayer]:
+    """The asked layers, which route each `token` or the `image`, before and after training."""
+    return [
+        RecordedLayer(
+            f"L{layer.layer_index}", now, layer.router.num_experts, by_image=unit == "image", inputs=inputs,
+            before=[Assignments(layer.layer_index, 0, ago, np.arange(len(ago)), layer.router.num_experts)],
+        )
+        for layer, now, ago, inputs in zip(
+            moe_layers(net)[-ASKED_LAYERS:], after.choices[-ASKED_LAYERS:], before.choices[-ASKED_LAYERS:],
+            after.router_inputs, strict=True,
+        )
+    ]  # fmt: skip
+
+
+def runner(net: nn.Module, layers: Sequence[MoEMlp], after: Seen, group_of: Ints) -> Run:
     """Runs the model again from the block of one asked layer on, with forced routes; logits of groups [R, G]."""
     prefix, groups = int(getattr(net, "num_prefix_tokens", 0)), int(group_of.max()) + 1
 

@@ -255,7 +255,7 @@ def tokens_of(name: str, split: str, first: int, trunk: Trunk, options: Namespac
                 images = ((batch["image"], batch["label"]) for batch in batches)
             else:
                 images = evaluated(data, split, spec.asked[1] if split == spec.asked[0] else None)
-            tokens = _compute(trunk.net, first, images, spec)
+            tokens = computed(trunk.net, first, images, bf16=spec.bf16)
             part = file.with_suffix(".part")
             save_file(tokens._asdict(), part)
             part.replace(file)
@@ -274,9 +274,10 @@ def evaluated(data: ImageDataModule, split: str, limit: int | None) -> Iterator[
         yield batch["image"], batch["label"]
 
 
-def _compute(vit: nn.Module, first: int, batches: Iterable[tuple[Tensor, Tensor]], spec: DataSet) -> Tokens:
+def computed(vit: nn.Module, first: int, batches: Iterable[tuple[Tensor, Tensor]], *, bf16: bool) -> Tokens:
+    """The tokens before block `first` of images [B, 3, S, S] with labels [B]; `vit` is in eval mode."""
     tokens, labels = [], []
-    with torch.autocast("cpu", torch.bfloat16) if spec.bf16 else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
         for images, label in batches:
             tokens.append(before(vit, first, images).bfloat16())
             labels.append(label.clone())
