@@ -15,7 +15,7 @@ from moevision.analysis.information import halves_by_class
 from moevision.analysis.intervention import ablate, numbered_layers
 from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly
 from moevision.analysis.readings import run_forced
-from moevision.analysis.swap import _knock_out, swap_test
+from moevision.analysis.swap import _dissociation, _knock_out, swap_test
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.models.io import SavedModel
@@ -237,6 +237,23 @@ def test_the_dissociation_by_hand_and_its_p_value_where_nothing_is_planted() -> 
         ps.append(_knock_out(hurt, hurt, removed, target, half, favourites, rng, 50).p_value)
     assert 0.35 < np.mean(ps) < 0.65
     assert np.mean(np.array(ps) < 0.1) < 0.2
+
+
+def test_the_error_of_the_dissociation_is_that_of_the_infinitesimal_jackknife() -> None:
+    """The root of the sum of squared derivatives by each image's weight (Jaeckel 1972), here as finite differences."""
+    rng = np.random.default_rng(0)
+    target, half, favourite = np.arange(24) % 3, np.arange(24) // 12, np.tile(np.arange(3), (2, 1))
+    removed = 1 + rng.poisson(4, (24, 3))
+    loss = removed * rng.normal(1, 1, (24, 3))
+
+    def difference(weight: np.ndarray) -> float:
+        own, others, _ = _dissociation(loss * weight, removed * weight, target, half, favourite)
+        return own - others
+
+    step = 1e-4 * np.eye(24)[:, :, None]
+    slopes = [(difference(1 + each) - difference(1 - each)) / 2e-4 for each in step]
+    own, others, t = _dissociation(loss, removed, target, half, favourite)
+    assert t == pytest.approx((own - others) / np.linalg.norm(slopes), rel=1e-6)
 
 
 def test_a_limit_holds_whatever_the_number_of_classes() -> None:

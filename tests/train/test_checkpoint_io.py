@@ -13,6 +13,7 @@ import torch
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
 from moevision.train import checkpoint
+from moevision.train.archive import saying_what_is_damaged
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -308,3 +309,12 @@ def test_a_kill_between_two_renames_costs_no_step(files, tmp_path, monkeypatch):
         files.save_checkpoint(state(200), tmp_path / LAST)
     found, _ = newest_valid(tmp_path)
     assert (found.path.name, found.step) == (PREVIOUS, 160)
+
+
+def test_a_sentence_about_a_checkpoint_is_not_said_twice() -> None:
+    with pytest.raises(UserError) as one, saying_what_is_damaged("last.ckpt"):
+        raise UserError("as it was said")
+    assert str(one.value) == "as it was said"
+    with pytest.raises(UserError) as other, saying_what_is_damaged("last.ckpt"):
+        raise KeyError("state_dict")
+    assert "last.ckpt can't be read (KeyError)" in str(other.value)

@@ -119,6 +119,9 @@ def test_thresholds_are_those_of_the_page() -> None:
 def test_a_threshold_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--guard\.snapshot_every is 0: it must be at least 1"):
         StabilityGuard(GuardConfig(snapshot_every=0))
+    with pytest.raises(UserError, match=r"--guard\.spike_warmup is 1: it must be at least 2"):
+        StabilityGuard(GuardConfig(spike_warmup=1))
+    StabilityGuard(GuardConfig(spike_warmup=2))
 
 
 def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:

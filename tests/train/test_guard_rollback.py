@@ -180,6 +180,21 @@ def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
     assert torch.equal(task.net.head.weight.data, good)
 
 
+def test_a_checkpoint_is_of_the_state_that_was_returned_to() -> None:
+    """Its optimizers and schedules, too, which Lightning has put into it before the state is looked at."""
+    task, guard = tiny_task(), StabilityGuard()
+    trainer = standing_trainer(task)
+    guard.on_train_start(trainer, task)
+    checkpoint: dict[str, Any] = {"optimizer_states": "as it was", "lr_schedulers": "as it was", "callbacks": {}}
+    guard.on_save_checkpoint(trainer, task, checkpoint)
+    assert checkpoint["optimizer_states"] == "as it was", "nothing was wrong"
+    task.net.head.weight.data[0] = float("nan")
+    guard.on_save_checkpoint(trainer, task, checkpoint)
+    assert checkpoint["optimizer_states"] == [trainer.optimizers[0].state_dict()]
+    assert checkpoint["lr_schedulers"] == []
+    assert checkpoint["callbacks"][guard.state_key]["record"] == guard.record.state_dict()
+
+
 def test_large_numbers_are_finite() -> None:
     """The square of 1e30 isn't, in float32."""
     task = tiny_task()
