@@ -23,6 +23,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory
 from moevision.models.io import load_model
+from moevision.models.strangers import FILE as STRANGERS
 from moevision.stats import accuracy_interval
 from moevision.train.checkpoint import read_manifest
 
@@ -239,7 +240,7 @@ def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypa
         shutil.copyfile(file, copy)
     outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", tmp_path / "data")
     assert outcome.code == 0, outcome.err
-    assert sorted(file.name for file in (home / "trained").iterdir()) == ["config.json", "model.int8"]
+    assert sorted(file.name for file in (home / "trained").iterdir()) == ["config.json", "model.int8", STRANGERS]
     stored, model = load_file(home / "trained" / "model.int8"), load_model(str(home / "trained"))
     assert sum(value.dtype == torch.int8 for value in stored.values()) > 5
     labels = torch.tensor([test.label(row) for row in range(len(test))])

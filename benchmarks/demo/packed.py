@@ -34,7 +34,7 @@ from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.images import Data, PictureSet, open_pictures, read_images
 from moevision.analysis.trace import RoutingTrace
 from moevision.models.io import SavedModel, load_model
-from moevision.models.safe_files import CONFIG, PACKED, SCALE, WEIGHTS
+from moevision.models.safe_files import PACKED, SCALE, WEIGHTS
 
 LEVELS = 127  # steps on either side of 0: what an int8 holds
 GROUP = 64  # inputs that share a factor: one large weight makes the steps of few others coarse
@@ -197,7 +197,7 @@ def main() -> None:
     arms = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copyfile(options.model / CONFIG, folder / CONFIG)
+        shutil.copytree(options.model, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
         for name, packing in packings.items():
             save_file(packing, folder / PACKED)
             alike = agreement(before, collect_routing(str(folder), pictures))
