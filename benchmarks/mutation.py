@@ -57,6 +57,7 @@ TESTS = (
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
 BUDGET_S = 10.0  # CPU seconds of tests that a mutant meets, as measured by `map`
+AGAIN_S = 60.0  # that tests which are named may take
 
 _LOADED_BEFORE = (
     "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
@@ -370,7 +371,7 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
     if original[mutant.start : mutant.stop].decode() != mutant.old:
         raise SystemExit(f"{mutant.file} has changed since the sample was drawn: begin a new record.")
     tests = [] if again else covering(known, mutant)
-    some, seconds = (again, BUDGET_S) if again else budgeted(known, tests, BUDGET_S)
+    some, seconds = (again, AGAIN_S) if again else budgeted(known, tests, BUDGET_S)
     began = time.monotonic()
     try:
         target.write_bytes(original[: mutant.start] + mutant.new.encode() + original[mutant.stop :])
@@ -433,7 +434,7 @@ def run(options: Namespace) -> None:
 def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, again: list[str]) -> int:
     """One worker; ends with 0. Nothing is judged unless tests pass on the tree as it is."""
     try:
-        tests, seconds = (again, BUDGET_S) if again else budgeted(known, known["tests"], 1.0)
+        tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
         if _in_child(tree, tests, seconds) != "survived":
             raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
         with out.open("w") as file:
