@@ -438,6 +438,13 @@ def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_co
     assert (outcome.code, "is finished" in outcome.err) == (0, True)
 
 
+def test_an_option_that_only_one_side_has_is_a_change():
+    """Arguments of Lightning's own defaults stand in no config.yaml unless they were given."""
+    for sides in (({}, {"trainer.limit_train_batches": 2}), ({"trainer.limit_train_batches": 2}, {})):
+        with pytest.raises(UserError, match="limit_train_batches"):
+            changed_options(*sides)
+
+
 def test_a_seed_that_was_drawn_stays():
     before = {"seed_everything": 3}
     assert changed_options(before, {"seed_everything": True}) == []
