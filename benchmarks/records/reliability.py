@@ -62,8 +62,8 @@ def mutants(record: dict[str, Any], reasons: dict[str, str]) -> list[dict[str, A
     rows = []
     for area in [*dict.fromkeys(row["area"] for row in record["mutants"]), "all"]:
         of_area = [row for row in record["mutants"] if area in (row["area"], "all")]
-        killed = sum(row["outcome"] == "killed" for row in of_area)
-        equivalent = sum(row["outcome"] != "killed" and row["key"] in reasons for row in of_area)
+        killed = sum(row["outcome"] in ("killed", "timeout") for row in of_area)
+        equivalent = sum(row["outcome"] == "survived" and row["key"] in reasons for row in of_area)
         others = len(of_area) - equivalent
         rows.append(
             {"area": area, "mutants": len(of_area), "killed": killed, "survived": others - killed}
@@ -106,7 +106,8 @@ CLAIMS = [
     Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
     Claim("benchmarks/avx2_tests.json", "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs"),
     Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
-    Claim("benchmarks/mutation.json", "by seed from {of:,} possible changes"),
+    Claim("benchmarks/mutation.json", "{number} are drawn by seed from {of:,} possible changes"),
+    Claim("benchmarks/mutation.json", "`pytest` alone kills {killed_by_pytest}"),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
     Claim(KILLS, "{form}: {kills} kills in {runs} runs", kills),
     Claim(
@@ -133,6 +134,6 @@ DEFINITIONS = [
     Definition("under 900 MB", "the bound that the test asserts"),
     Definition("unfold to 200 MB: under 100 MB", "the bound that the test asserts"),
     Definition("refused within 2 s of CPU time", "the bound that the test asserts"),
-    Definition("The goal of 90 % is reached", "the goal"),
+    Definition("The goal of 92 % is reached", "the goal"),
     Definition("200 MB asked for, 100 MB left", "what the test sets up"),
 ]
