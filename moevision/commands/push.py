@@ -1,8 +1,8 @@
 """`moevision push MODEL USER/NAME`: publish a saved model with its card on the Hugging Face hub.
 
 In the format that timm loads: `hf-hub:user/name`. `timm.models.push_to_hf_hub` is not used: it would keep an old
-README.md, can write pickles, and saves the model anew. Here exactly three files go up, the weights byte for byte or, if
-packed, unpacked.
+README.md, can write pickles, and saves the model anew. Here `FILES` go up and nothing else, the weights byte for byte
+or, if packed, unpacked.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +64,6 @@ class Card:
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
     recognized: float | None = None  # share of strangers, images of other things, that it calls so
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON."""
-        return dict(self.__dict__)
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of test images right (dense twin: 97.1 %)"."""

@@ -6,6 +6,7 @@ JSON of its answer; `answer` turns every mistake of a visitor into `{"error": a 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
@@ -64,6 +65,7 @@ class Explorer:
         self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
+        self._unlike: Recent[str | None] = Recent(KEPT_VIEWS)  # by pixels: every control asks for the image again
         models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
         first = models[0]["examples"][:1]
         limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS, "min_side": MIN_SIDE, "max_aspect": MAX_ASPECT}
@@ -274,12 +276,13 @@ class Explorer:
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
         trained = variant.facts.variant == "trained"
+        asked = entry.card.id, found.label, hashlib.sha256(found.pixels.tobytes()).digest()
         picture = PictureFacts(
             found.pixels,
             id=found.id or None,
             name=found.name,
             label=found.label,
-            unlike=unlike(entry, found),
+            unlike=self._unlike.get(asked, lambda: unlike(entry, found)),
             credit=found.credit,
         )
         return route_image(
@@ -359,7 +362,7 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "has_sharp": entry.examples.has_sharp,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
-        "card": card.to_json(),
+        "card": vars(card),
         "history": None if times is None else times.about(),
         "shown": entry.shown,
         "num_examples": len(entry.examples.all_ids),

@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Given, checked
+from moevision.data import ImageDataModule
 from moevision.data.named import HF
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
@@ -36,21 +39,12 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import matrices_of
 from moevision.train.processes import has_gpu, tell, trains_on
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
-
-if TYPE_CHECKING:
-    import lightning as L
-
-    from moevision.data import ImageDataModule
-    from moevision.train.task import ClassificationTask
-from math import ceil
-
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-
-from moevision.train.ema import WeightEMA
-from moevision.train.optim import matrices_of
+from moevision.train.task import ClassificationTask
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
@@ -445,7 +439,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
         return
     ways = ["a device with more memory" if goes_on else "fewer experts (--model.arch.num_experts) or a smaller model"]
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
-        ways.append(f"--parallel fsdp on {ceil(sum(whole) / capacity)} GPUs or more")
+        ways.append(f"--parallel fsdp on {math.ceil(sum(whole) / capacity)} GPUs or more")
         if dense < whole[0]:  # it is divided already
             ways.append("--parallel.offload true")
     raise UserError(

@@ -17,7 +17,7 @@ from moevision.analysis.images import View, open_pictures, original_image
 from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
-from moevision.demo import route_image
+from moevision.demo import route_image, service
 from moevision.demo.examples import Examples, Found, Recent, photo_files
 from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
@@ -27,6 +27,7 @@ from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
 from moevision.models.io import save_model
+from moevision.models.strangers import answers
 from tests.demo.conftest import SIZE, make_model, usual_pets
 
 PICTURE = {"kind": "example", "id": "pets/test/3"}
@@ -500,6 +501,19 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
     _, before, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
     assert before is None  # "computing", which the page waits for
     assert after["n_images"] == 32
+
+
+def test_an_image_is_measured_once_however_often_it_is_routed(explorer, monkeypatch):
+    """The distance takes a forward pass of its own, and every control of the page asks for the image again."""
+    measured = []
+    monkeypatch.setattr(service, "answers", lambda *given: measured.append(given) or answers(*given))
+    pixels = np.random.default_rng(5).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    told = [
+        good(explorer, "route", model="pets", picture={"kind": "upload", "data": png(pixels)}, top_k=top_k)["picture"]
+        for top_k in (1, 2, None)
+    ]
+    assert len(measured) == 1
+    assert told[0]["unlike"] == told[1]["unlike"] == told[2]["unlike"]
 
 
 @pytest.mark.whole
