@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moevision.commands import loading
 from moevision.errors import USER_ERROR, UserError
+from moevision.words import loading
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace

@@ -173,6 +173,16 @@ class DrawnCollection(Collection):
 
     pets: dict[str, SyntheticPets] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
+        """``sizes[split]`` images per split."""
+        pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
+        given = {
+            split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
+            for split, drawn in pets.items()
+        }
+        return cls(list(SyntheticPets.classes), given, pets=pets)
+
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the image."""
         split, number = sample.sample_id.rsplit("/", 1)

@@ -16,12 +16,12 @@ from lightning import Trainer
 import moevision
 from moevision import config
 from moevision.cli import VERBS
-from moevision.commands import loading
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
+from moevision.words import loading
 
 
 @pytest.fixture(autouse=True)
