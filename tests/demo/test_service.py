@@ -14,7 +14,7 @@ from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.images import View, open_pictures, original_image
-from moevision.analysis.intervention import Intervention
+from moevision.analysis.intervention import Intervention, ablate
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
@@ -144,7 +144,7 @@ def test_a_damaged_image_is_left_out_of_the_examples(drawn_pets, tmp_path, caplo
     model = explorer.start_boot()["models"][0]
     ours = [one["id"] for one in model["examples"] if not one["id"].startswith("photo/")]
     assert ours == whole[1:12]
-    assert [view["picture"]["id"] for view in explorer.start_views()] == whole[1:3]  # a dog, then a cat
+    assert [view["picture"]["id"] for view in explorer.start_views()] == [whole[1]]
     assert model["num_examples"] == 39
     more = good(explorer, "examples", model=model["id"], start=11)
     assert [one["id"] for one in more["examples"]] == whole[12:20] + whole[21:36]
@@ -247,6 +247,21 @@ def test_settings_reach_the_model(explorer, pixels):
     expected = route_image(saved(explorer), pixels, settings=Settings(3, 0.75, change, 7)).to_json()
     assert answer["layers"] == expected["layers"]
     assert answer["settings"]["off_distribution"]
+
+
+def test_several_experts_may_be_away(explorer, pixels):
+    """As if they were taken away one inside the other; without all of them a layer adds nothing to any patch."""
+    two = good(explorer, "route", picture=PICTURE, away=[[3, 1], [3, 2]])
+    model = saved(explorer)
+    with ablate(model.net, 3, 1), ablate(model.net, 3, 2):
+        expected = route_image(model, pixels).to_json()
+    assert two["layers"] == expected["layers"]
+    assert two["prediction"]["moe"] == expected["prediction"]["moe"]
+    assert two["settings"]["away"] == [[3, 1], [3, 2]]
+    assert two["settings"]["off_distribution"]
+    none = good(explorer, "route", picture=PICTURE, away=[[3, expert] for expert in range(4)])["layers"][1]
+    assert not np.any(none["kept"])
+    assert not np.any(none["weights"])
 
 
 def test_noise_needs_a_router_that_has_it_and_no_measurement(explorer, home, bundle, tmp_path):

@@ -1,5 +1,6 @@
 // Taking the view elsewhere: the address, and the three exports.
 
+import { awayWord } from "./app_flow.js";
 import { OWN } from "./app_own.js";
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
@@ -167,7 +168,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "away", "tab", "list", "class", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null if the word makes no sense.
@@ -225,7 +226,7 @@ export function readAddress() {
  */
 export function entryText({ searchParams: found }, own) {
   const expert = found.get("expert")?.split(".")[1]; // its layer isn't a place of its own
-  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "tab"].map((key) => found.get(key)), expert, own]);
+  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "away", "tab"].map((key) => found.get(key)), expert, own]);
 }
 
 /**
@@ -242,18 +243,18 @@ export function writeAddress(app) {
     picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
     step: state?.view.moment?.step,
     layer: state?.currentLayer.layer,
-    expert: state && app.chosenExpert !== null ? expertWord(state) : null,
-    patch: state?.patch,
+    expert: state && state.highlight !== null ? expertWord(state) : null,
+    patch: app.door ? state?.patch : null,
     mode: state?.mode === "expert" ? null : state?.mode,
     slot: state?.mode === "slots" ? slotWord(state) : null,
     k: app.topK,
     capacity: app.capacity,
     noise: app.noise,
     do: app.intervention && interventionWord(app.intervention),
+    away: awayWord(app.away),
     tab: app.tab === "experts" ? null : app.tab,
     list: app.tab === "data" ? app.ranked.key : null,
     class: app.tab === "data" ? app.ranked.only : null,
-    level: app.level,
   };
   const address = new URL(location.href);
   LINK_KEYS.forEach((key) => {

@@ -15,6 +15,9 @@ export async function sharpen(app, views) {
     const { src } = await app.asker.remember("sharp", { model: app.model.id, picture: id }).catch(() => ({ src: null }));
     if (!src) return;
     keepOriginal(view, src);
-    if (app.state?.views.some(({ picture }) => picture === view.picture)) app.core.drawPictures();
+    if (app.state?.views.some(({ picture }) => picture === view.picture)) {
+      app.core.drawPictures();
+      app.flow.load();
+    }
   }));
 }

@@ -131,6 +131,8 @@ export interface View {
     capacity: number | null;
     intervention: Intervention | null;
     noise?: number | null;
+    /** [layer, expert] of those that are away. */
+    away?: [number, number][];
     off_distribution: boolean;
     off_reason: string | null;
   };
