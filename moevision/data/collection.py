@@ -185,8 +185,15 @@ class DrawnCollection(Collection):
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the image."""
+        return self.draw(sample)
+
+    def draw(self, sample: Sample, side: int | None = None) -> Image.Image:
+        """The scene of an image in ``side`` pixels; None: as the set has it."""
         split, number = sample.sample_id.rsplit("/", 1)
-        return Image.fromarray(self.pets[split].image(int(number)))
+        pets = self.pets[split]
+        if side is not None:
+            pets = SyntheticPets(pets.size, side, pets.seed, split)
+        return Image.fromarray(pets.image(int(number)))
 
     def size_bytes(self, sample: Sample) -> int:
         """0: nothing is stored, and every image is drawn from a random seed of its own."""

@@ -108,11 +108,6 @@ class Examples:
         return self.pictures is not None and len(self.pictures) > 0
 
     @property
-    def has_sharp(self) -> bool:
-        """Whether an image may have more pixels than the model sees: drawn ones are drawn at the model's size."""
-        return self.prefix != "pets"
-
-    @property
     def ids(self) -> list[str]:
         """The examples on the first screen: the first of all, then gradio's photos."""
         return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]

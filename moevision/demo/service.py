@@ -355,7 +355,6 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "variants": list(entry.variants),
         "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
-        "has_sharp": entry.examples.has_sharp,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": vars(card),

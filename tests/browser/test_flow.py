@@ -144,6 +144,19 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
     assert counts(page) == ["away"] * 4
 
 
+def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
+    page = visit().page
+    page.wait_for_selector("[data-part=image].mv-sharp")
+    page.click(".mv-menu summary")
+    with page.expect_download() as waiting:
+        page.click("[data-action=export-card]")
+    with Image.open(waiting.value.path()) as card:
+        assert card.size == (1200, 630)
+        photo = card.convert("RGB").crop((0, 0, 630, 630))
+        assert len(photo.getcolors(2**20)) > 10_000  # sharp
+        assert card.convert("RGB").getpixel((1190, 10)) == (251, 251, 249)  # paper
+
+
 @pytest.mark.alone
 def test_the_flight_is_smooth(visit):
     """Median of a frame in three flights, ms."""

@@ -265,7 +265,7 @@ function layout(app, view, layer, first) {
   const [rows, columns] = view.model.grid;
   const what = view.picture.label ?? "photo";
   return html`
-    <div class="mv-flow-head"><div><h1>${capital(numberWord(layer.num_experts))} small networks share this ${what}.</h1><p>${sentence(layer, rows * columns)}</p></div>
+    <div class="mv-flow-head"><div><h1>${headlineOf(view, layer)}</h1><p>${sentence(layer, rows * columns)}</p></div>
       <div class="mv-flow-pick" role="group" aria-label="Photo">${thumbs(app)}
         <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div></div>
     <div class="mv-flow-row">
@@ -276,6 +276,9 @@ function layout(app, view, layer, first) {
         <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div></div></div>
     <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
 }
+
+/** @param {View} view @param {Layer} layer */
+export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => `${capital(numberWord(experts))} small networks share this ${label ?? "photo"}.`;
 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {

@@ -12,7 +12,7 @@ const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
-  untrained: { label: "Untrained", tip: "The same network with fresh random weights: what the routing looks like before anything is learned." },
+  untrained: { label: "Random weights", tip: "The same network with random weights everywhere, also where the training began with pretrained ones." },
 };
 
 /** @param {HTMLElement} box @param {App} app */

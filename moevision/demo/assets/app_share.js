@@ -1,6 +1,7 @@
 // Taking the view elsewhere: the address, and the three exports.
 
 import { awayWord } from "./app_flow.js";
+import { canvasPng, loadPicture, sharePng } from "./app_card.js";
 import { OWN } from "./app_own.js";
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
@@ -13,7 +14,7 @@ import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "
 /** @import { BootModel, Intervention, Look, Wish } from "./types.js" */
 
 export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary><div class="mv-menu-list">
-  ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
+  ${[["link", "Copy link", "opens this view"], ["card", "Card (PNG)", "1200 × 630, for a post or a slide"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
@@ -46,6 +47,7 @@ export function shareHandlers(app) {
       app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.");
     }),
     "export-png": staged(async () => { download(await stagePng(present(app.state)), name("png")); app.notify("Image saved."); }),
+    "export-card": staged(async () => { download(await sharePng(present(app.state)), name("png")); app.notify("Card saved."); }),
     "export-json": staged(async () => {
       const text = JSON.stringify(present(app.state).view, null, 1);
       download(new Blob([text], { type: "application/json" }), name("json"));
@@ -117,15 +119,7 @@ async function stagePng(state) {
     paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
   });
   paintCaption(context, state, side * rows);
-  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
-}
-
-/** @param {string} source */
-export async function loadPicture(source) {
-  const picture = new Image();
-  picture.src = source;
-  await picture.decode();
-  return picture;
+  return canvasPng(canvas);
 }
 
 /**

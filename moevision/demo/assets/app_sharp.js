@@ -7,7 +7,6 @@ import { hasOriginal, keepOriginal } from "./core_stage.js";
 
 /** @param {App} app @param {View[]} views */
 export async function sharpen(app, views) {
-  if (!app.model.has_sharp) return;
   await Promise.all(views.map(async (view) => {
     const { id } = view.picture;
     if (!id || hasOriginal(view)) return;

@@ -93,7 +93,7 @@ export function paintRegions(context, layer, first, grid, { side, unit, lit, pap
 }
 
 /** @param {CanvasRenderingContext2D} context @param {Layer} layer @param {number} expert @param {number} x @param {number} y @param {number} size */
-function paintLabel(context, layer, expert, x, y, size) {
+export function paintLabel(context, layer, expert, x, y, size) {
   const colour = expertColour(expert, layer.num_experts);
   context.font = `700 ${size * 0.66}px Arial, sans-serif`;
   context.textAlign = "center";

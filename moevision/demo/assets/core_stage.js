@@ -268,7 +268,7 @@ export function drawLegend(box, state) {
 /** @param {ViewState} state */
 function legendHint(state) {
   const lit = litExpert(state, state.view, state.currentLayer);
-  if (lit !== null) return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
+  if (lit !== null && state.mode === "expert") return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
 }
 

@@ -215,7 +215,6 @@ export interface BootModel extends Model {
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
   has_pictures: boolean;
-  has_sharp: boolean;
   has_parts: boolean;
   card: Record<string, any>;
   history: Recorded | null;
