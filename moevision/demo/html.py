@@ -97,12 +97,21 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
         '<main class="mv" data-mv></main>',
         script_of("core.js", last, VIEW=view, HISTORY=history),
     )
-    if full_page:
-        return page
-    # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
+    return page if full_page else _framed(page, 1000)
+
+
+def flow_html(view: Mapping[str, Any]) -> str:
+    """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
+    script = script_of("flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    style = read_css((*CORE_STYLES, "explorer_flow.css"))
+    return _framed(document("Routing", style, '<main class="mv" data-mv></main>', script), 700)
+
+
+def _framed(page: str, height: int) -> str:
+    """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it."""
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        'style="width:100%;height:1000px;border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 

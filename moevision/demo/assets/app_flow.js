@@ -6,8 +6,7 @@ import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic
 import { underlay } from "./core_stage.js";
 import { momentWords } from "./core_time.js";
 import { brush, chip, expertColour, fillBox, html, Markup, percent, pictureSource, present } from "./core_util.js";
-/** @import { App } from "./app.js" */
-/** @import { BootModel, Effect, Layer, View, Wish } from "./types.js" */
+/** @import { BootModel, Effect, FlowHost, Layer, View, Wish } from "./types.js" */
 
 const FLIGHT_MS = 900;
 const SPREAD_MS = 1100; // from the first patch that leaves to the last one
@@ -23,7 +22,7 @@ const smooth = (share) => share * share * (3 - 2 * share);
 /** @typedef {{ patch: number, from: number[], to: number[], start: number, ms: number }} Flight */
 
 export class Flow {
-  /** @param {App} app */
+  /** @param {FlowHost} app */
   constructor(app) {
     this.app = app;
     this.picture = this.grid = this.shown = ""; // what is drawn: image, grid, layer
@@ -119,9 +118,11 @@ export class Flow {
     const { app } = this;
     const one = view.settings.away ?? [];
     if (one.length !== 1 || view.settings.intervention || typeof view.settings.noise === "number") return;
-    const { away: _, ...question } = app.questionOf(view);
+    const { asker, questionOf } = app;
+    if (!asker || !questionOf) return;
+    const { away: _, ...question } = questionOf.call(app, view);
     const [[layer, expert]] = one;
-    const effect = await app.asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null);
+    const effect = await asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null);
     if (!effect || app.state?.view !== view) return;
     this.control = effect;
     fillBox(this.part("said"), say(app, view, effect));
@@ -260,14 +261,14 @@ function boxOf(target) {
 
 // ---- what stands there ----------------------------------------------------------------------------------------------
 
-/** @param {App} app @param {View} view @param {Layer} layer @param {(number | null)[]} first */
+/** @param {FlowHost} app @param {View} view @param {Layer} layer @param {(number | null)[]} first */
 function layout(app, view, layer, first) {
   const [rows, columns] = view.model.grid;
   const what = view.picture.label ?? "photo";
   return html`
     <div class="mv-flow-head"><div><h1>${headlineOf(view, layer)}</h1><p>${sentence(layer, rows * columns)}</p></div>
-      <div class="mv-flow-pick" role="group" aria-label="Photo">${thumbs(app)}
-        <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div></div>
+      ${app.asker && html`<div class="mv-flow-pick" role="group" aria-label="Photo">${thumbs(app)}
+        <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div>`}</div>
     <div class="mv-flow-row">
       <div class="mv-flow-left"><div class="mv-flow-photo" data-part="photo" style="--aspect:${columns / rows}"><img data-part="image" alt="${what}, ${rows} × ${columns} patches" src="${pictureSource(view.picture.src)}"
           draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
@@ -289,7 +290,7 @@ function sentence({ kind, top_k: k, route_by: unit }, patches) {
   return `A router sends each of ${patches} squares to ${k === 1 ? "one" : `${numberWord(k)}; you see the first`}. ${learned}`;
 }
 
-/** @param {App} app */
+/** @param {FlowHost} app */
 function thumbs(app) {
   const chosen = app.pictures[app.slot];
   const own = app.own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: chosen.own === id }));
@@ -316,12 +317,12 @@ function answer(view, usual) {
 const layerChoice = (view, layer) => view.layers.length > 1 && html`<label class="mv-flow-layer">Layer <select data-change="flow-layer" data-key="flow-layer">${view.layers.map(({ name }, index) => html`<option
   value="${index}" ${new Markup(name === layer.name ? "selected" : "")}>${name}</option>`)}</select></label>`;
 
-/** @param {App} app @param {Layer} layer @param {number} expert @param {(number | null)[]} first */
+/** @param {FlowHost} app @param {Layer} layer @param {number} expert @param {(number | null)[]} first */
 function oneBox(app, layer, expert, first) {
   const count = first.filter((mine) => mine === expert).length;
   const gone = isAway(app, layer.layer, expert);
   return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}" style="--own:${expertColour(expert, layer.num_experts)}"
-    aria-pressed="${gone}" ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches. ${gone ? "Put it back" : "Take it away"}">
+    ${app.asker && html`aria-pressed="${gone}"`} ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches${app.asker && `. ${gone ? "Put it back" : "Take it away"}`}">
     <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${gone ? "away" : count || ""}</small></span><canvas aria-hidden="true"></canvas></button>`;
 }
 
@@ -343,12 +344,13 @@ export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined)
 
 // ---- networks that are away -------------------------------------------------------------------------------------
 
-/** @param {App} app @param {number} layer @param {number} expert */
+/** @param {FlowHost} app @param {number} layer @param {number} expert */
 export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);
 
-/** @param {App} app @param {View} view @param {Effect | null} control */
+/** @param {FlowHost} app @param {View} view @param {Effect | null} control */
 function say(app, view, control) {
   const all = view.layers.reduce((sum, { num_experts: experts }) => sum + experts, 0);
+  if (!app.asker) return "";
   const { length: gone } = view.settings.away ?? [];
   const best = view.prediction.moe[0].class;
   const usual = app.usual ?? best;
@@ -365,7 +367,7 @@ function say(app, view, control) {
 
 /**
  * The case in which one network less changes the answer most: of this model, else of the next that has one.
- * @param {App} app
+ * @param {FlowHost} app
  */
 export const tellingCase = ({ model, boot }) => [model, ...boot.models].find(({ card }) => card.matters);
 
