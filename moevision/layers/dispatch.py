@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moevision.layers.cpu import padded_counts, sort_choices, sum_rows, take_rows
+from moevision.layers.cpu import send_choices, sum_rows
 from moevision.layers.routers_soft import ExpertChoiceRouting, SoftRouting
 from moevision.layers.routing import Routing
 
@@ -65,8 +65,8 @@ class LocalDispatcher:
         """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype."""
         if isinstance(routing, SoftRouting):
             return self._read_slots(rows, routing)
-        assert dispatched.token is not None  # only slots have no single token
         if isinstance(routing, ExpertChoiceRouting):
+            assert dispatched.token is not None
             weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
             tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])  # [T, D]
             return tokens.index_add(0, dispatched.token, rows * weight)
@@ -76,17 +76,10 @@ class LocalDispatcher:
 
     def _send_choices(self, x: Tensor, routing: Routing) -> Dispatched:
         """Token choice: copy each token once for every expert that it chose."""
-        top_k, expert = routing.top_k, routing.expert_index.flatten()  # [T·K] the choices, token after token
-        # [T·K] the same ones, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
-        choice, row, counts = sort_choices(expert, routing.num_experts)
-        token = choice // top_k  # [T·K] who made each
-        padded = padded_counts(counts, choice.numel(), x, self.row_multiple, self.max_padding)
-        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
-            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
-            row += before.index_select(0, expert)
-            token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
-        position = row.view(-1, top_k)  # [T, K]
-        return Dispatched(take_rows(x, token, position), padded, token, position)
+        rows, counts, token, position = send_choices(
+            x, routing.expert_index.flatten(0, 1), routing.num_experts, self.row_multiple, self.max_padding
+        )
+        return Dispatched(rows, counts, token, position)
 
     def _take_tokens(self, x: Tensor, routing: ExpertChoiceRouting) -> Dispatched:
         """Expert choice: every expert's tokens, image after image."""
