@@ -127,8 +127,8 @@ def send_choices(
         gradients don't need it), [T, K] the rows of each token.
     """
     choices, top_k = expert.flatten(), expert.shape[1]  # [T·K]
-    if len(choices) <= FEW and _rows_of_a_call(x) and row_multiple is max_padding is None:
-        # A choice's place in its group is counted: code that isn't in the cache costs more here than numbers do.
+    if row_multiple is max_padding is None and 0 < len(choices) <= FEW and _rows_of_a_call(x):
+        # Places in a group are counted, not sorted: few calls count here, each runs code that isn't in the cache.
         place = choices.new_zeros(len(choices), num_experts).scatter_(1, choices.unsqueeze(1), 1).cumsum(0)
         sizes = _padded(place[-1].tolist(), x, None, None)
         first, counts = torch.tensor([[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]).unbind()

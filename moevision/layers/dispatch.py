@@ -26,7 +26,8 @@ class Dispatched:
     Attributes:
         rows: [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P.
         counts: [E] int64, rows of each expert, padding included; they sum to R.
-        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens.
+        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens, and
+            for few rows without gradients, which need no way back but `position`.
         position: [T, K] int64, the rows of each token, where every token has K of them (token choice); else None.
     """
 
@@ -76,10 +77,8 @@ class LocalDispatcher:
 
     def _send_choices(self, x: Tensor, routing: Routing) -> Dispatched:
         """Token choice: copy each token once for every expert that it chose."""
-        rows, counts, token, position = send_choices(
-            x, routing.expert_index.flatten(0, 1), routing.num_experts, self.row_multiple, self.max_padding
-        )
-        return Dispatched(rows, counts, token, position)
+        expert = routing.expert_index.flatten(0, 1)  # [T, K]
+        return Dispatched(*send_choices(x, expert, routing.num_experts, self.row_multiple, self.max_padding))
 
     def _take_tokens(self, x: Tensor, routing: ExpertChoiceRouting) -> Dispatched:
         """Expert choice: every expert's tokens, image after image."""

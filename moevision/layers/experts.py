@@ -164,10 +164,9 @@ class Experts(nn.Module):
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the experts work: autocast's if it is on, else that of their weights."""
-        if torch._C._is_any_autocast_enabled():  # one call, as mostly there is none
-            device_type = x.device.type
-            if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-                return torch.get_autocast_dtype(device_type)
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
         return self.fc1.weight.dtype
 
     def _use_grouped(self, rows: Tensor) -> bool:
