@@ -172,14 +172,15 @@ def compare(
                 warm_up = 12 if number == 0 else 2
                 found[which].append(quiet_answer(checkouts[which], {**request, "warm_up": warm_up}, attempts))
         row: dict[str, Any] = {"model": name, "batch": batch, "precision": precision, "threads": thread}
+        # The twin is the same code in both: its mean of a round is what both are divided by.
+        twins = [(sum(a["twin_cpu"]) + sum(b["twin_cpu"])) / 2 for a, b in zip(*found.values(), strict=True)]
         for which, answers in found.items():
-            pairs = [(moe, twin) for answer in answers for moe, twin in zip(answer["moe"], answer["twin"], strict=True)]
-            cpu = [sum(answer["moe_cpu"]) / sum(answer["twin_cpu"]) for answer in answers]
+            pairs = [pair for answer in answers for pair in zip(answer["moe"], answer["twin"], strict=True)]
             row[which] = {
                 "moe_ms": spread([moe for moe, _ in pairs], 1e3),
                 "twin_ms": spread([twin for _, twin in pairs], 1e3),
                 "ratio": spread([moe / twin for moe, twin in pairs]),
-                "cpu_ratio": spread(cpu),
+                "cpu_ratio": spread([sum(a["moe_cpu"]) / twin for a, twin in zip(answers, twins, strict=True)]),
                 "others": rounded(max(answer["others"] for answer in answers), 2),
             }
         medians = [

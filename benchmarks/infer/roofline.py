@@ -38,7 +38,7 @@ class Calls(TorchDispatchMode):
     """Counts what reaches torch's kernels, without views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,7 +49,7 @@ class Calls(TorchDispatchMode):
 def calls_of(layer: nn.Module, precision: str) -> int:
     """Calls of one forward pass in evaluation."""
     x = torch.randn(1, TOKENS, WIDTH)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Calls() as calls:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), (calls := Calls()):
         layer(x)
     return calls.number
 

@@ -1,0 +1,71 @@
+"""benchmarks/infer/README.md."""
+
+from typing import Any
+
+from benchmarks.records import Claim, Definition
+
+Json = dict[str, Any]
+BEFORE, ROOFLINE = "benchmarks/infer/before.json", "benchmarks/infer/roofline.json"
+BATCHES = (1, 2, 4, 8, 64)
+
+
+def by_model(record: Json, precision: str) -> list[Json]:
+    """Rows of the table of a precision: CPU time ÷ the twin's, before and after, with the quartiles after."""
+    found: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if row["precision"] == precision and row["threads"] == 1:
+            before, after = row["before"]["cpu_ratio"], row["after"]["cpu_ratio"]
+            spread = f"({after['quartile_1']:.2f} to {after['quartile_3']:.2f})"
+            found.setdefault(row["model"], []).append(f"{before['median']:.2f}, **{after['median']:.2f}** {spread}")
+    return [{"model": name, "cells": " | ".join(cells)} for name, cells in found.items()]
+
+
+def extremes(record: Json) -> Json:
+    """The largest ratios after, by precision and batch, and how many of the rows keep to 1.3."""
+    rows = [row for row in record["rows"] if row["threads"] == 1 and row["batch"] <= 8]
+    found: Json = {}
+    for precision in ("fp32", "bf16"):
+        own = [row for row in rows if row["precision"] == precision]
+        found[precision] = max(row["after"]["cpu_ratio"]["median"] for row in own)
+        found[f"{precision}_met"] = sum(row["after"]["cpu_ratio"]["median"] <= 1.3 for row in own)
+        found[f"{precision}_met_before"] = sum(row["before"]["cpu_ratio"]["median"] <= 1.3 for row in own)
+        found[f"{precision}_rows"] = len(own)
+    return found
+
+
+def parts(record: Json) -> list[Json]:
+    """Rows of the roofline's table."""
+    fp32, bf16 = record["rows"]
+    rows = [
+        {"part": name, "fp32": f"{value:.0f}", "bf16": f"{bf16['microseconds'][name]:.0f}"}
+        for name, value in fp32["microseconds"].items()
+    ]
+    return [
+        *rows,
+        {"part": "calls of torch in the layer, in the Mlp", **_pair(record, lambda row: "{layer}, {Mlp}".format_map(row["calls"]))},
+        {"part": "more for bytes, in a layer", **_pair(record, lambda row: f"{row['more_for_bytes']:.0f}")},
+        {"part": "more for calls, in a layer", **_pair(record, lambda row: f"{row['more_for_calls']:.0f}")},
+        {"part": "the whole twin", **_pair(record, lambda row: f"{row['twin_microseconds']:,.0f}")},
+        {"part": "bound: 1 + two layers' more ÷ the twin", **_pair(record, lambda row: f"{row['bound_of_two_layers']:.2f}")},
+    ]  # fmt: skip
+
+
+def _pair(record: Json, text: Any) -> Json:
+    return {row["precision"]: text(row) for row in record["rows"]}
+
+
+CLAIMS = [
+    Claim(
+        BEFORE,
+        "Up to batch 8 {fp32_met} of {fp32_rows} rows keep to 1.3 in float32 (before: {fp32_met_before}), the worst is "
+        "{fp32:.2f}; in bf16 {bf16_met} of {bf16_rows} (before: {bf16_met_before}), the worst is {bf16:.2f}.",
+        extremes,
+    ),
+    Claim(BEFORE, "| {model}, float32 | {cells} |", lambda record: by_model(record, "fp32")),
+    Claim(BEFORE, "| {model}, bf16 | {cells} |", lambda record: by_model(record, "bf16")),
+    Claim(ROOFLINE, "| {part} | {fp32} | {bf16} |", parts),
+]
+
+DEFINITIONS = [
+    Definition("at most 1.3 times the twin's time", "a goal"),
+]
