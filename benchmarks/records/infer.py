@@ -1,5 +1,6 @@
 """benchmarks/infer/README.md."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.records import Claim, Definition
@@ -40,18 +41,14 @@ def parts(record: Json) -> list[Json]:
         {"part": name, "fp32": f"{value:.0f}", "bf16": f"{bf16['microseconds'][name]:.0f}"}
         for name, value in fp32["microseconds"].items()
     ]
-    return [
-        *rows,
-        {"part": "calls of torch in the layer, in the Mlp", **_pair(record, lambda row: "{layer}, {Mlp}".format_map(row["calls"]))},
-        {"part": "more for bytes, in a layer", **_pair(record, lambda row: f"{row['more_for_bytes']:.0f}")},
-        {"part": "more for calls, in a layer", **_pair(record, lambda row: f"{row['more_for_calls']:.0f}")},
-        {"part": "the whole twin", **_pair(record, lambda row: f"{row['twin_microseconds']:,.0f}")},
-        {"part": "bound: 1 + two layers' more ÷ the twin", **_pair(record, lambda row: f"{row['bound_of_two_layers']:.2f}")},
-    ]  # fmt: skip
-
-
-def _pair(record: Json, text: Any) -> Json:
-    return {row["precision"]: text(row) for row in record["rows"]}
+    more: dict[str, Callable[[Json], str]] = {
+        "calls of torch in the layer, in the Mlp": lambda row: "{layer}, {Mlp}".format_map(row["calls"]),
+        "more for bytes, in a layer": lambda row: f"{row['more_for_bytes']:.0f}",
+        "more for calls, in a layer": lambda row: f"{row['more_for_calls']:.0f}",
+        "the whole twin": lambda row: f"{row['twin_microseconds']:,.0f}",
+        "bound: 1 + two layers' more ÷ the twin": lambda row: f"{row['bound_of_two_layers']:.2f}",
+    }
+    return [*rows, *({"part": part, "fp32": text(fp32), "bf16": text(bf16)} for part, text in more.items())]
 
 
 CLAIMS = [
