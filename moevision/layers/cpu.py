@@ -112,7 +112,7 @@ def send_choices(
     num_experts: int,
     row_multiple: int | None = None,
     max_padding: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copies of tokens sorted by expert, equal choices as they stand, with padding.
 
     Args:
@@ -123,27 +123,26 @@ def send_choices(
         max_padding: see `padded_counts`.
 
     Returns:
-        [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0; None where
-        gradients don't need it), [T, K] the rows of each token.
+        [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0), [T, K] the
+        rows of each token.
     """
     choices, top_k = expert.flatten(), expert.shape[1]  # [T·K]
     if row_multiple is max_padding is None and 0 < len(choices) <= FEW and _rows_of_a_call(x):
         # Places in a group are counted, not sorted: few calls count here, each runs code that isn't in the cache.
         place = choices.new_zeros(len(choices), num_experts).scatter_(1, choices.unsqueeze(1), 1).cumsum(0)
         sizes = _padded(place[-1].tolist(), x, None, None)
-        first, counts = torch.tensor([[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]).unbind()
+        first, padded = torch.tensor([[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]).unbind()
         row = (place + first).gather(1, choices.unsqueeze(1)).squeeze(1)
-        copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)  # [T·K, D]
-        rows = x.new_zeros(sum(sizes), x.shape[1]).index_copy_(0, row, copies)
-        return rows, counts, None, row.view_as(expert)
-    # [T·K] the choices, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
-    choice, row, counts = sort_choices(choices, num_experts)
-    token = choice // top_k  # [T·K] who made each
-    padded = padded_counts(counts, x, row_multiple, max_padding)
-    if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
-        before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
-        row += before.index_select(0, choices)
-        token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
+        token = row.new_zeros(sum(sizes)).scatter_(0, row, torch.arange(len(row)) // top_k)  # [R]
+    else:
+        # [T·K] the choices, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
+        choice, row, counts = sort_choices(choices, num_experts)
+        token = choice // top_k  # [T·K] who made each
+        padded = padded_counts(counts, x, row_multiple, max_padding)
+        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
+            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
+            row += before.index_select(0, choices)
+            token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
     position = row.view_as(expert)
     return take_rows(x, token, position), padded, token, position
 
@@ -282,14 +281,14 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
     return rows
 
 
-def sum_rows(rows: Tensor, weight: Tensor, token: Tensor | None, position: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
     """Weighted sum of each token's rows.
 
     Args:
         rows: [R, D].
         weight: [T, K], rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the
             rounding of the result does, and spares float32 copies of the rows.
-        token: [R] int64, the token of each row; only gradients need it.
+        token: [R] int64, the token of each row.
         position: [T, K] int64, the rows of each token.
 
     Returns:

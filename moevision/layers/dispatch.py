@@ -26,8 +26,7 @@ class Dispatched:
     Attributes:
         rows: [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P.
         counts: [E] int64, rows of each expert, padding included; they sum to R.
-        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens, and
-            for few rows without gradients, which need no way back but `position`.
+        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens.
         position: [T, K] int64, the rows of each token, where every token has K of them (token choice); else None.
     """
 
@@ -66,8 +65,8 @@ class LocalDispatcher:
         """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype."""
         if isinstance(routing, SoftRouting):
             return self._read_slots(rows, routing)
+        assert dispatched.token is not None  # only slots have no single token
         if isinstance(routing, ExpertChoiceRouting):
-            assert dispatched.token is not None
             weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
             tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])  # [T, D]
             return tokens.index_add(0, dispatched.token, rows * weight)
