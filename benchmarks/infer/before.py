@@ -1,7 +1,7 @@
 """Few images through a model with each router, beside its dense twin, in this checkout and in an earlier one.
 
     git worktree add --detach ../before COMMIT
-    python -m benchmarks infer-before --before ../before --out benchmarks/infer/before.json
+    python -m benchmarks infer-before --before ../before --out benchmarks/infer/before.jsonl
 
 Two processes, one with each checkout's package, hold the same models: that of `configs/cifar10.yaml` untrained with
 each router, and the bundled one of CIFAR-10, whose loads are as uneven as training made them. They take turns: in every
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
-from benchmarks.lines import write_lines
 from benchmarks.subject import find_subject, inference
 from benchmarks.timing import rounded, spread
 from moevision.layers import moe_layers
@@ -49,6 +48,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 BUNDLED = "moevision/demo/models/cifar10/trained"
 BATCHES = (1, 2, 4, 8, 64)
 SIZE = 32
+CASE = ("model", "batch", "precision", "threads")
 QUIET, ATTEMPTS = 0.05, 4
 
 
@@ -159,11 +159,13 @@ def compare(
     before: Path, names: Sequence[str], batches: Sequence[int], precisions: Sequence[str], threads: Sequence[int],
     rounds: int, attempts: int = ATTEMPTS,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row for each model, batch size, precision and number of threads."""
+    """One line for each model, batch size, precision and number of threads that the file doesn't have."""
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
+    known = {tuple(row[name] for name in CASE) for row in done}
     checkouts = {"before": Checkout(before), "after": Checkout(Path(__file__).parents[2])}
-    rows = []
-    cases = [(t, p, b, n) for t in threads for p in precisions for b in batches for n in names]
-    for thread, precision, batch, name in cases:
+    cases = [(n, b, p, t) for t in threads for p in precisions for b in batches for n in names]
+    where = about()
+    for name, batch, precision, thread in (case for case in cases if case not in known):
         calls = max(3, min(20, 160 // batch))
         request = {"model": name, "batch": batch, "precision": precision, "threads": thread, "calls": calls}
         found: dict[str, list[dict[str, Any]]] = {which: [] for which in checkouts}
@@ -187,9 +189,11 @@ def compare(
             [sorted(answer["moe"])[len(answer["moe"]) // 2] for answer in found[which]] for which in ("after", "before")
         ]
         row["after_over_before"] = spread([a / b for a, b in zip(*medians, strict=True)])
-        rows.append(row)
+        row["code"], row["cpu"], row["torch"] = where["code"], where["machine"]["cpu"], where["versions"]["torch"]
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         show(row)
-    return rows
 
 
 def show(row: Mapping[str, Any]) -> None:
@@ -217,15 +221,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--attempts", type=int, default=ATTEMPTS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="lines are added; what it has is not measured again")
     options = parser.parse_args()
-    record = about()
-    record["rows"] = compare(
+    compare(
         options.before, options.models, options.batch_size, options.precision, options.threads, options.rounds,
-        options.attempts,
+        options.attempts, options.out,
     )  # fmt: skip
-    if options.out is not None:
-        write_lines(options.out, record)
 
 
 if __name__ == "serve":  # by `Checkout`, in a process with that checkout's package
