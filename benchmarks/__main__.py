@@ -12,6 +12,8 @@ MEASURE = {
     "layer": ("one MoE layer beside timm's dense Mlp of equal active FLOPs and other libraries' layers", "layer"),
     "train": ("a training step beside both dense twins: images/s, MFU, phases, peak memory", "train"),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
+    "infer-before": ("few images with each router, in this checkout and in an earlier one, by turns", "infer.before"),
+    "infer-roofline": ("what bounds one image in a MoE layer: bytes, products, calls", "infer.roofline"),
     "data": ("the input pipeline alone, and what a training step waits for it", "data"),
     "scores-cost": ("CPU time of the training images' scores as a share of a training", "guard.scores"),
     "shards": ("a folder's images from the folder and from tar shards: equal, and images/s of both", "data.shards"),

@@ -2,7 +2,7 @@
 
 Nothing here changes what is computed. `dispatch.py`, `experts.py` and `routers.py` call one function each time:
 
-- `sort_choices`, `padded_counts`: sorting by expert, and group sizes that matrix kernels like;
+- `send_choices`, `padded_counts`: rows sorted by expert, and group sizes that matrix kernels like;
 - `best`, `softmax_over_experts`: a router's choice;
 - `take_rows`, `sum_rows`: rows moved and summed by index, with gradients that gather too;
 - `looped_mlps`: the experts one after the other, with a backward pass that writes each gradient once.
@@ -54,6 +54,11 @@ def has_matrix_unit() -> bool:
     return capabilities is not None and bool(capabilities().get("amx_bf16", False))
 
 
+def _eager(x: Tensor) -> bool:
+    """Whether x is on a CPU and code runs as it stands: data may decide what is done."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 # ---- custom backward passes can be differentiated once
 
 
@@ -101,6 +106,47 @@ class _Refuse(torch.autograd.Function):
 # ---- dispatch: order and group sizes
 
 
+def send_choices(
+    x: Tensor,
+    expert: Tensor,
+    num_experts: int,
+    row_multiple: int | None = None,
+    max_padding: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copies of tokens sorted by expert, equal choices as they stand, with padding.
+
+    Args:
+        x: [T, D].
+        expert: [T, K] int64, the experts of each token.
+        num_experts: E.
+        row_multiple: see `padded_counts`.
+        max_padding: see `padded_counts`.
+
+    Returns:
+        [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0), [T, K] the
+        rows of each token.
+    """
+    choices, top_k = expert.flatten(), expert.shape[1]  # [T·K]
+    if row_multiple is max_padding is None and 0 < len(choices) <= FEW and _rows_of_a_call(x):
+        # Places in a group are counted, not sorted: few calls count here, each runs code that isn't in the cache.
+        place = choices.new_zeros(len(choices), num_experts).scatter_(1, choices.unsqueeze(1), 1).cumsum(0)
+        sizes = _padded(place[-1].tolist(), x, None, None)
+        first, padded = torch.tensor([[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]).unbind()
+        row = (place + first).gather(1, choices.unsqueeze(1)).squeeze(1)
+        token = row.new_zeros(sum(sizes)).scatter_(0, row, torch.arange(len(row)) // top_k)  # [R]
+    else:
+        # [T·K] the choices, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
+        choice, row, counts = sort_choices(choices, num_experts)
+        token = choice // top_k  # [T·K] who made each
+        padded = padded_counts(counts, x, row_multiple, max_padding)
+        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
+            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
+            row += before.index_select(0, choices)
+            token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
+    position = row.view_as(expert)
+    return take_rows(x, token, position), padded, token, position
+
+
 def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort choices by expert, equal ones as they stand.
 
@@ -112,11 +158,10 @@ def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
         int64: [R] the choices in order, [R] where each of them stands then (the inverse), [E] how many fell on each
         expert.
     """
-    on_cpu = expert.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and len(expert) <= FEW:  # few calls count here
+    if _eager(expert) and len(expert) <= FEW:  # few calls count here
         order = expert.argsort(stable=True)
         return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
-    if on_cpu and num_experts <= 256:
+    if _eager(expert) and num_experts <= 256:
         # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
         order = torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
     else:
@@ -128,7 +173,7 @@ def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 
 
 def padded_counts(
-    counts: Tensor, num_rows: int, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
+    counts: Tensor, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
 ) -> Tensor:
     """Group sizes with padding; `counts` itself where nothing is padded.
 
@@ -136,36 +181,54 @@ def padded_counts(
     and 0.6 MB each (in float32 they aren't), and counts change with every batch: sizes are rounded up to a multiple of
     32 rows (small ones: 16; large ones: a sixteenth of a power of two). With a matrix unit launch overhead dominates:
     all groups are made equally long, for one batched product, if that adds at most a quarter of the rows (two fifths
-    below 1 024 rows an expert). Elsewhere that padding would cost more than it saves.
+    below 1 024 rows an expert). Elsewhere that padding would cost more than it saves, unless rows are few: without
+    gradients it is done where the added rows cost less than the calls that it spares (`_rows_of_a_call`).
 
     Args:
         counts: [E] int64, rows of each expert.
-        num_rows: their sum, which the host knows.
-        x: the tokens; their device and dtype count.
+        x: the tokens; their device, dtype and width count.
         row_multiple: what group sizes are rounded up to on a CPU; 1 turns padding off; None: the rule above.
         max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
 
     Returns:
         [E] int64.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _eager(x):
         return counts
-    step = _rounding(num_rows, len(counts), x) if row_multiple is None else row_multiple
-    if step == 1:
-        return counts
-    lengths = [_rounded(count, step) for count in counts.tolist()]
+    sizes = counts.tolist()
+    lengths = _padded(sizes, x, row_multiple, max_padding)
+    return counts if lengths is sizes else counts.new_tensor(lengths)
+
+
+def _padded(sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None) -> list[int]:
+    """See `padded_counts`; `sizes` itself where nothing is padded."""
+    half, num_rows = x.dtype == torch.bfloat16, sum(sizes)
+    if row_multiple is max_padding is None and (spared := _rows_of_a_call(x)):
+        longest = _rounded(max(sizes), 8 if half else 1)
+        if len(sizes) * longest - num_rows <= spared * (len(sizes) - sizes.count(0)):
+            return len(sizes) * [longest]
+    if row_multiple is None:
+        row_multiple = 1 if not half else MULTIPLE if num_rows >= 8 * MULTIPLE * len(sizes) else SMALL_MULTIPLE
+    if row_multiple == 1:
+        return sizes
+    lengths = [_rounded(count, row_multiple) for count in sizes]
     if max_padding is None:
         with_unit = 1.4 if num_rows < 1024 * len(lengths) else 1.25
-        max_padding = with_unit if x.dtype == torch.bfloat16 and has_matrix_unit() else 1.0
+        max_padding = with_unit if half and has_matrix_unit() else 1.0
     equal = len(lengths) * [max(lengths)]
-    return counts.new_tensor(equal if sum(equal) <= max_padding * num_rows else lengths)
+    return equal if sum(equal) <= max_padding * num_rows else lengths
 
 
-def _rounding(num_rows: int, num_experts: int, x: Tensor) -> int:
-    """What group sizes are rounded up to where nothing else is asked; 1 for not at all."""
-    if x.dtype != torch.bfloat16:
-        return 1
-    return MULTIPLE if num_rows >= 8 * MULTIPLE * num_experts else SMALL_MULTIPLE
+def _rows_of_a_call(x: Tensor) -> float:
+    """Rows that a product computes in the time that one more call takes, where no gradient is asked for; else 0.
+
+    Measured are 2.1 to 3 million multiply-adds in bfloat16, on two threads twice that; in float32 .5 to .8 on two
+    threads and too few to count on one. x is as wide as the rows, and experts are taken to be twice as wide.
+    """
+    threads = torch.get_num_threads()
+    if not _eager(x) or torch.is_grad_enabled() or (x.dtype != torch.bfloat16 and threads == 1):
+        return 0.0
+    return threads * (2.5e6 if x.dtype == torch.bfloat16 else 0.3e6) / (2 * x.shape[-1] ** 2)
 
 
 def _rounded(count: int, step: int) -> int:
@@ -316,8 +379,7 @@ def looped_mlps(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, *parameters)):
         out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
         return out
-    cast = [None if x is None else x.to(rows.dtype) for x in parameters]
-    return _linear(act(_linear(rows, counts, cast[0], cast[1])), counts, cast[2], cast[3])
+    return _linear(act(_linear(rows, counts, weight1, bias1)), counts, weight2, bias2)
 
 
 class _LoopedMlps(torch.autograd.Function):
@@ -349,16 +411,22 @@ class _LoopedMlps(torch.autograd.Function):
 
 
 def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
-    """rows_e · weight_eᵀ + bias_e: [R, I] -> [R, O]."""
+    """rows_e · weight_eᵀ + bias_e, in the dtype of the rows: [R, I] -> [R, O]."""
+    dtype = rows.dtype
     if bias is None:
-        return _product(rows, counts, weight.mT)
+        return _product(rows, counts, weight.to(dtype).mT)
     out = rows.new_empty(rows.shape[0], weight.shape[1])  # no view of a product: FSDP2 warns of outputs that are views
     if _equal(counts):
-        torch.baddbmm(bias.unsqueeze(1), _batched(rows, counts), weight.mT, out=_batched(out, counts))
+        bias, weight = bias.to(dtype).unsqueeze(1), weight.to(dtype).mT
+        torch.baddbmm(bias, _batched(rows, counts), weight, out=_batched(out, counts))
         return out
+    if 0 not in counts:  # with few rows many experts have none, whose weights needn't be cast
+        bias, weight = bias.to(dtype), weight.to(dtype)
     groups = zip(bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
     for one_bias, group, one_weight, place in groups:
-        if len(group):  # with few rows many experts have none
+        if len(group):
+            if one_weight.dtype is not dtype:
+                one_bias, one_weight = one_bias.to(dtype), one_weight.to(dtype)
             torch.addmm(one_bias, group, one_weight, out=place)
     return out
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moevision.layers.cpu import padded_counts, sort_choices, sum_rows, take_rows
+from moevision.layers.cpu import send_choices, sum_rows
 from moevision.layers.routers_soft import ExpertChoiceRouting, SoftRouting
 from moevision.layers.routing import Routing
 
@@ -76,17 +76,8 @@ class LocalDispatcher:
 
     def _send_choices(self, x: Tensor, routing: Routing) -> Dispatched:
         """Token choice: copy each token once for every expert that it chose."""
-        top_k, expert = routing.top_k, routing.expert_index.flatten()  # [T·K] the choices, token after token
-        # [T·K] the same ones, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
-        choice, row, counts = sort_choices(expert, routing.num_experts)
-        token = choice // top_k  # [T·K] who made each
-        padded = padded_counts(counts, choice.numel(), x, self.row_multiple, self.max_padding)
-        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
-            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
-            row += before.index_select(0, expert)
-            token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
-        position = row.view(-1, top_k)  # [T, K]
-        return Dispatched(take_rows(x, token, position), padded, token, position)
+        expert = routing.expert_index.flatten(0, 1)  # [T, K]
+        return Dispatched(*send_choices(x, expert, routing.num_experts, self.row_multiple, self.max_padding))
 
     def _take_tokens(self, x: Tensor, routing: ExpertChoiceRouting) -> Dispatched:
         """Expert choice: every expert's tokens, image after image."""

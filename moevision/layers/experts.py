@@ -125,13 +125,12 @@ class Experts(nn.Module):
         """Apply expert e to the e-th group of rows.
 
         Args:
-            rows: [R, D], sorted by expert.
+            rows: [R, D] in `compute_dtype`, sorted by expert.
             counts: [E'] int64, the length of each group, one for each expert in this process; any may be zero.
 
         Returns:
-            [R, out_features] in the compute dtype (autocast's, if it is on).
+            [R, out_features] in that dtype.
         """
-        rows = rows.to(self.compute_dtype(rows))
         return self._grouped(rows, counts) if self._use_grouped(rows) else self._loop(rows, counts.tolist())
 
     def _loop(self, rows: Tensor, counts: list[int]) -> Tensor:
@@ -159,7 +158,6 @@ class Experts(nn.Module):
 
     def on_slots(self, slots: Tensor) -> Tensor:
         """Every expert on its own, equally many rows: slots [E, P, D] -> [E, P, out_features] (dense Soft MoE)."""
-        slots = slots.to(self.compute_dtype(slots))
         (w1, b1), (w2, b2) = self.fc1.local_weights(slots.dtype), self.fc2.local_weights(slots.dtype)
         hidden = self.drop(self.act(_plus(torch.einsum("epd,ehd->eph", slots, w1), b1, 1)))  # [E, P, H]
         return _plus(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)

@@ -102,6 +102,29 @@ def test_copies_are_no_more_than_autocasts(layer: MoEMlp) -> None:
     assert written["_to_copy"] + written["copy_"] <= 1.25 * (4 * tokens + 2 * weights)
 
 
+def inference_of(layer: MoEMlp, tokens: int) -> Operations:
+    """Of one image's forward pass in evaluation, under bf16 autocast."""
+    operations = Operations()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), operations:
+        layer.eval()(torch.randn(1, tokens, WIDTH))
+    return operations
+
+
+def test_one_image_costs_two_batched_products_and_no_sort(layer: MoEMlp) -> None:
+    calls = inference_of(layer, 64).calls
+    assert (calls["baddbmm"], calls["addmm"], calls["sort"], calls["logsumexp"]) == (2, 0, 0, 0)
+    assert sum(calls.values()) <= 40  # 34 when this was written
+
+
+def test_an_image_routed_as_a_whole_casts_the_weights_of_its_expert_alone() -> None:
+    layer = MoEMlp(WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=1, router="switch", route_by="image")
+    operations = inference_of(layer, 128)
+    one_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) / EXPERTS
+    tokens = 128 * WIDTH  # cast once
+    assert operations.written["_to_copy"] <= one_expert + tokens + 2 * EXPERTS * 128
+    assert operations.calls["addmm"] == 2
+
+
 @pytest.mark.alone
 @pytest.mark.deep
 def test_the_ratio_to_a_dense_mlp_stays_in_bounds() -> None:

@@ -148,6 +148,51 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     assert case.dispatch().counts.tolist() == wanted
 
 
+@settings(deadline=None, max_examples=200)
+@given(cases)
+def test_without_gradients_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
+    """Few rows are placed by counting; more than 1 024 choices are sorted here too."""
+    with torch.no_grad():
+        dispatched = case._replace(row_multiple=None, max_padding=None).dispatch()
+    expert, x, counts, position = case.expert_index()[0], case.x(), dispatched.counts, dispatched.position
+    assert position is not None
+    assert int(counts.sum()) == len(dispatched.rows)
+    assert len(position.unique()) == position.numel()  # no row is two choices'
+    computed_by = torch.arange(case.num_experts).repeat_interleave(counts)
+    assert torch.equal(computed_by[position], expert)
+    assert torch.equal(dispatched.rows[position], x.unsqueeze(1).expand(-1, case.top_k, -1))
+    in_a_group = [position.flatten()[expert.flatten() == e] for e in range(case.num_experts)]
+    assert all(bool((places.diff() > 0).all()) for places in in_a_group)  # stable: in the order of the tokens
+    if case.dtype is torch.bfloat16:
+        assert len(set(counts.tolist())) == 1  # two numbers a token: padding is nearly free
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "threads", "expected"),
+    [
+        # Width 128, so experts of 2 · 128² = 32 768 multiply-adds a row: a call is worth 2.5e6 / 32 768 = 76 rows.
+        ([60, 20, 20, 0], torch.bfloat16, 1, [64, 64, 64, 64]),  # 156 rows more; three calls are worth 229
+        ([90, 5, 5, 0], torch.bfloat16, 1, [96, 16, 16, 0]),  # 284 more would be too many
+        ([90, 5, 5, 0], torch.bfloat16, 2, [96, 96, 96, 96]),  # 458 on two threads
+        ([64, 0, 0, 0], torch.bfloat16, 1, [64, 0, 0, 0]),  # an image routed as a whole: one call, which is worth 76
+        ([30, 20, 20, 10], torch.float32, 1, [30, 20, 20, 10]),
+        ([30, 20, 20, 10], torch.float32, 2, [30, 30, 30, 30]),  # 40 more; 4 · .6e6 / 32 768 = 73
+        ([60, 10, 5, 5], torch.float32, 2, [60, 10, 5, 5]),  # 160 more
+    ],
+)
+def test_without_gradients_groups_are_equal_where_that_costs_less_than_calls(
+    wanted: list[int], dtype: torch.dtype, threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)).view(1, -1, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
+    x = torch.randn(index.shape[1], 128, dtype=dtype)
+    with torch.no_grad():
+        assert LocalDispatcher().dispatch(x, routing_of(index, len(wanted))).counts.tolist() == expected
+    trained = LocalDispatcher().dispatch(x, routing_of(index, len(wanted))).counts.tolist()
+    assert trained == (wanted if dtype is torch.float32 else [-(-size // 16) * 16 for size in wanted])
+
+
 def test_the_examples_take_every_path() -> None:
     """400 choices on 4 experts, 85 to 115 each; the skewed ones aren't even enough for two fifths more."""
     even = Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0)

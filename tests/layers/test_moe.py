@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,30 @@ def test_padded_groups_change_nothing(top_k: int) -> None:
     for result in padded:
         for actual, wanted in zip(result, plain, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"router": "vmoe_top_k"}, {"router": "switch", "top_k": 1, "route_by": "image"}], ids=str
+)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("uneven", [0.0, 3.0])
+def test_without_gradients_the_output_is_the_same(
+    options: dict[str, Any], threads: int, uneven: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, float32 and bf16, where groups are padded or not: against the nested loop in float64."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = make(torch.float64, width=64, hidden=128, num_experts=6, backend="loop", **options)
+    x = torch.randn(2, 70, 64, dtype=torch.float64)
+    with torch.no_grad():
+        x += uneven * (layer.router.weight[0] - layer.router.weight[1])
+        expected = nested_loop(layer, x, layer.router(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
+        single = copy.deepcopy(layer).float()
+        torch.testing.assert_close(single(x.float()).double(), expected, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            error = (single(x.float()).double() - expected).norm() / expected.norm()
+        assert error < 8 * torch.finfo(torch.bfloat16).eps / 2  # rounded: rows, weights, hidden values, sums
 
 
 def test_gradcheck_in_float64() -> None:

@@ -74,7 +74,7 @@ class AllToAllDispatcher(LocalDispatcher):
         rows = self._travel(home.rows, sent, received)
         counts = from_each.sum(0)
         total = sum(received)
-        padded = padded_counts(counts, total, x, self.row_multiple, self.max_padding)
+        padded = padded_counts(counts, x, self.row_multiple, self.max_padding)
         # From (process, expert) as rows arrive to (expert, process) as experts want them.
         lengths = from_each.flatten()
         first = (padded.cumsum(0) - padded) + (from_each.cumsum(0) - from_each)  # [W, E'] where each group is put
