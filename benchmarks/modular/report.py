@@ -119,9 +119,10 @@ def parts_of(records: Sequence[Record]) -> list[str]:
 def _accuracies(found: Mapping[str, Sequence[Record]]) -> str:
     rows = []
     for name, runs in found.items():
-        for arm in runs[0]["predicted"]:
-            values = [100 * accuracy(run, arm) for run in runs]
-            domains = np.mean([[100 * part.mean() for part in split(run, right(run, arm))] for run in runs], 0)
+        for arm in dict.fromkeys(arm for run in runs for arm in run["predicted"]):
+            own = [run for run in runs if arm in run["predicted"]]
+            values = [100 * accuracy(run, arm) for run in own]
+            domains = np.mean([[100 * part.mean() for part in split(run, right(run, arm))] for run in own], 0)
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
             rows.append([name, arm, f"{fmean(values):.1f}{spread}", ", ".join(f"{value:.1f}" for value in values),
                          " / ".join(f"{value:.1f}" for value in domains)])  # fmt: skip
@@ -132,7 +133,10 @@ def _gaps(found: Mapping[str, Sequence[Record]]) -> str:
     rows = []
     for name, runs in found.items():
         for first, second in PAIRS:
-            gap = Gap(runs, first, second)
+            both = [run for run in runs if {first, second} <= set(run["predicted"])]
+            if not both:
+                continue
+            gap = Gap(both, first, second)
             verdict = ("yes" if gap.brings else "no") if (first, second) == DECIDES else ""
             rows.append([name, f"{first} − {second}", gap.over_images, gap.seeds.interval,
                          ", ".join(map(points, gap.seeds.gaps)), verdict])  # fmt: skip
@@ -157,8 +161,8 @@ def _later(found: Mapping[str, Sequence[Record]]) -> str:
     """What becomes of the other domains' answers: accuracy before and after, the mean over domains and seeds."""
     rows = []
     for name, runs in found.items():
-        for arm in runs[0]["earlier"]:
-            shares = [_before_and_after(run, arm) for run in runs]
+        for arm in dict.fromkeys(arm for run in runs for arm in run["earlier"]):
+            shares = [_before_and_after(run, arm) for run in runs if arm in run["earlier"]]
             before, after = (fmean(share[place] for share in shares) for place in (0, 1))
             rows.append([name, runs[0]["domains"][-1], arm, f"{100 * before:.1f}", f"{100 * after:.1f}",
                          points(after - before), ", ".join(points(b - a) for a, b in shares)])  # fmt: skip
@@ -179,7 +183,8 @@ def _costs(found: Mapping[str, Sequence[Record]]) -> str:
     for name, runs in found.items():
 
         def seconds(word: str, runs: Sequence[Record] = runs) -> str:
-            return f"{fmean(sum(s for key, s in run['cpu_s'].items() if key.startswith(word)) for run in runs):,.1f}"
+            each = [sum(s for key, s in run["cpu_s"].items() if key.startswith(word)) for run in runs]
+            return f"{fmean(found):,.1f}" if (found := [value for value in each if value]) else ""
 
         size, classes, domains = runs[0]["parameters"], sum(runs[0]["classes"]), len(runs[0]["classes"])
         mebibytes = [4 * count / 2**20 for count in (
@@ -195,7 +200,7 @@ def _costs(found: Mapping[str, Sequence[Record]]) -> str:
 
 
 def _origin(records: Sequence[Record]) -> str:
-    clean = [run for run in records if not is_dirty(run)]
+    clean = [run for run in records if not is_dirty(run) and "trains" in run]
     minutes = sum(sum(run["cpu_s"].values()) for run in clean) / 60
     machines = sorted({run["machine"]["cpu"] for run in clean})
     spent = f"{len(clean)} records, {signed(minutes, 0)} CPU minutes beside those of the tokens"

@@ -23,7 +23,7 @@ from moevision.files import file_sha256
 
 Record = Mapping[str, Any]
 PROTOCOL = HERE / "modular" / "protocol.md"
-BATCH, PASSES, EXPERT = 32, 1, {"lr": 5e-4}
+BATCH, PASSES, EXPERT = 32, 3, {"lr": 1e-3}
 HEAD_BATCH, HEAD_PASSES, HEAD = 128, 10, {"lr": 3e-3}
 REPLAYED = 0.1  # of an earlier domain's rows, a quarter of every batch
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a class each
@@ -187,7 +187,7 @@ def answers(logits: Tensor, owner: Tensor, domains: Tensor | None = None) -> Ten
 def run_job(job: Job, options: Namespace) -> dict[str, Any]:
     """Do one run; its record."""
     origin = {**about(), "command": "python -m benchmarks modular run", "protocol_sha256": file_sha256(PROTOCOL)}
-    names, vit = SETS[job.set], trunk_of(options)
+    names, vit = SETS[job.set], cast(Any, trunk_of(options))
     owner, last = owners(names), len(names) - 1
     train, val, test = (images_of(names, split, options) for split in ("train", "val", "test"))
     cpu: dict[str, float] = {}
@@ -224,58 +224,57 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
     with clocked(cpu, "one head"):
         one = head_of(everything, torch.arange(len(owner)))
 
-    head_logits = torch.cat([logits_of(head, test_ends) for head in heads], 1)
-    joined_logits = torch.full_like(head_logits, -torch.inf)
-    used: list[bool | int] = []
-    for domain, classes in enumerate(classes_of):
-        with clocked(cpu, f"expert {domain}"):
-            expert, order = Tail(vit, heads[domain].head), shuffled(rows(domain), PASSES, job.seed)
-            fit(expert, train.tokens, train.labels - classes[0], order, EXPERT, BATCH, job.seed)
-        asked = ((to == domain) | (test.domains == domain) | (earlier == domain)).nonzero().flatten()
-        joined_logits[asked[:, None], classes] = logits_of(expert, test.tokens[asked])
-        used.append(sum(p.numel() for mlp in expert.mlps for p in mlp.parameters()))
-    with clocked(cpu, "dense joint"):
-        joint = Tail(vit, one.head)
-        fit(joint, train.tokens, train.labels, shuffled(everything, PASSES, job.seed), EXPERT, BATCH, job.seed)
-    joint_logits = logits_of(joint, test.tokens)
-
-    # One domain after another: a domain's head comes with it, and those to come can't be answered.
-    dense = Tail(vit, one.head)
-    with torch.no_grad():
-        dense.head.weight.zero_()
-        dense.head.bias.fill_(-20.0)
-    memory, before_last = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    for domain, classes in enumerate(classes_of):
-        if domain == last:
-            before_last = logits_of(dense, test.tokens)[:, owner < last]
-        with clocked(cpu, f"dense with replay {domain}"):
+    there, few = test.domains < last, owner < last
+    if job.trains == "experts":
+        head_logits = torch.cat([logits_of(head, test_ends) for head in heads], 1)
+        joined_logits = torch.full_like(head_logits, -torch.inf)
+        for domain, classes in enumerate(classes_of):
+            with clocked(cpu, f"expert {domain}"):
+                expert, order = Tail(vit, heads[domain].head), shuffled(rows(domain), PASSES, job.seed)
+                fit(expert, train.tokens, train.labels - classes[0], order, EXPERT, BATCH, job.seed)
+            asked = ((to == domain) | (test.domains == domain) | (earlier == domain)).nonzero().flatten()
+            joined_logits[asked[:, None], classes] = logits_of(expert, test.tokens[asked])
+        predicted = {
+            "joined": answers(joined_logits, owner, to),
+            "heads only": answers(head_logits, owner, to),
+            "no training": closed(test_ends).argmax(1),
+            "one head": answers(logits_of(one, test_ends), owner),
+            "joined, domain given": answers(joined_logits, owner, test.domains),
+            "heads only, domain given": answers(head_logits, owner, test.domains),
+        }
+        before = {
+            "joined": answers(joined_logits[:, few], owner[few], earlier),
+            "heads only": answers(head_logits[:, few], owner[few], earlier),
+        }
+    else:
+        with clocked(cpu, "dense joint"):
+            joint, order = Tail(vit, one.head), shuffled(everything, PASSES, job.seed)
+            fit(joint, train.tokens, train.labels, order, EXPERT, BATCH, job.seed)
+        joint_logits = logits_of(joint, test.tokens)
+        # One domain after another: a domain's head comes with it, and classes to come can't be answered.
+        dense, memory = Tail(vit, one.head), torch.empty(0, dtype=torch.int64)
+        with torch.no_grad():
+            dense.head.weight.zero_()
+            dense.head.bias.fill_(-20.0)
+        before = {}
+        for domain, classes in enumerate(classes_of):
+            if domain == last:
+                before["dense with replay"] = logits_of(dense, test.tokens)[:, few].argmax(1)
             with torch.no_grad():
                 dense.head.weight[classes] = heads[domain].head.weight
                 dense.head.bias[classes] = heads[domain].head.bias
-            order = with_replay(rows(domain), memory, job.seed)
-            fit(dense, train.tokens, train.labels, order, EXPERT, BATCH, job.seed)
-        memory = torch.cat([memory, rows(domain)[: round(REPLAYED * len(rows(domain)))]])
-    replay_logits = logits_of(dense, test.tokens)
-
-    predicted = {
-        "joined": answers(joined_logits, owner, to),
-        "heads only": answers(head_logits, owner, to),
-        "no training": closed(test_ends).argmax(1),
-        "one head": answers(logits_of(one, test_ends), owner),
-        "dense joint": answers(joint_logits, owner),
-        "dense joint, masked": answers(joint_logits, owner, to),
-        "dense with replay": answers(replay_logits, owner),
-        "dense with replay, masked": answers(replay_logits, owner, to),
-        "joined, domain given": answers(joined_logits, owner, test.domains),
-        "heads only, domain given": answers(head_logits, owner, test.domains),
-        "dense joint, domain given": answers(joint_logits, owner, test.domains),
-    }
-    there = test.domains < last
-    few = {
-        "joined": answers(joined_logits[:, owner < last], owner[owner < last], earlier),
-        "heads only": answers(head_logits[:, owner < last], owner[owner < last], earlier),
-        "dense with replay": before_last.argmax(1),
-    }
+            with clocked(cpu, f"dense with replay {domain}"):
+                order = with_replay(rows(domain), memory, job.seed)
+                fit(dense, train.tokens, train.labels, order, EXPERT, BATCH, job.seed)
+            memory = torch.cat([memory, rows(domain)[: round(REPLAYED * len(rows(domain)))]])
+        replay_logits = logits_of(dense, test.tokens)
+        predicted = {
+            "dense joint": answers(joint_logits, owner),
+            "dense joint, masked": answers(joint_logits, owner, to),
+            "dense joint, domain given": answers(joint_logits, owner, test.domains),
+            "dense with replay": answers(replay_logits, owner),
+            "dense with replay, masked": answers(replay_logits, owner, to),
+        }
     return {
         **vars(job), "domains": list(names), "classes": [len(DOMAINS[name][1]) for name in names],
         "training_images": by_count(train.domains), "test_images": by_count(test.domains),
@@ -285,9 +284,11 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
             each.name: round(share, 4) for each, share in zip(CANDIDATES, shares, strict=True)
         },
         "sent": [by_count(to[test.domains == domain], len(names)) for domain in range(len(names))],
-        "earlier": {arm: written(each[there]) for arm, each in few.items()},
-        "parameters": {"trunk": sum(p.numel() for p in vit.parameters()), "expert": used[0],
-                       "features": ends.shape[1]},
+        "earlier": {arm: written(each[there]) for arm, each in before.items()},
+        "parameters": {
+            "trunk": sum(each.numel() for each in vit.parameters()), "features": ends.shape[1],
+            "expert": sum(each.numel() for block in vit.blocks[FIRST:] for each in block.mlp.parameters()),
+        },
         "cpu_s": {name: round(value, 1) for name, value in cpu.items()}, **origin,
     }  # fmt: skip
 
