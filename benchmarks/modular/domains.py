@@ -75,7 +75,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run on a set of domains: `experts` and what needs no training of MLPs, or `dense` models."""
+    """One run on a set of domains: `experts` and what needs no training of MLPs, tuned `heads`, or `dense` models."""
 
     set: str
     seed: int
@@ -89,19 +89,18 @@ class Job:
 
 def queue(_: Sequence[Any] = ()) -> Iterator[Job]:
     """All runs: those that decide, seed by seed; then the dense models, of one seed."""
-    yield from (Job(name, seed) for seed in SEEDS for name in SETS)
+    yield from (Job(name, seed, trains) for trains in ("heads", "experts") for seed in SEEDS for name in SETS)
     yield from (Job(name, 0, "dense") for name in SETS)
 
 
 def runs_of(records: Sequence[Any], name: str) -> list[Any]:
-    """The clean runs of a set with experts, by seed; each with the dense models' answers and times where there are."""
-    own = [run for run in records if run["set"] == name and run["seed"] in SEEDS and not is_dirty(run)]
-    dense = {run["seed"]: run for run in own if run.get("trains") == "dense"}
+    """The clean runs of a set, by seed: one record with the answers and times of all that has this seed."""
+    own = [run for run in records if run["set"] == name and "trains" in run and not is_dirty(run)]
     found = []
-    for run in sorted((run for run in own if run.get("trains") == "experts"), key=lambda run: int(run["seed"])):
-        more = dense.get(run["seed"], {})
-        both = {key: {**more.get(key, {}), **run[key]} for key in ("predicted", "earlier", "cpu_s")}
-        found.append({**run, **both})
+    for first in sorted((run for run in own if run["trains"] == "experts"), key=lambda run: int(run["seed"])):
+        same = [run for run in own if run["seed"] == first["seed"]]
+        parts = ("predicted", "earlier", "cpu_s")
+        found.append({**first, **{part: {k: v for run in same for k, v in run[part].items()} for part in parts}})
     return found
 
 

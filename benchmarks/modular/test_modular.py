@@ -119,7 +119,10 @@ def record(name: str, seed: int, arms: dict[str, str], **more: Any) -> dict[str,
 
 def arms(**changed: str) -> dict[str, str]:
     names = {name for pair in report.PAIRS for name in pair} | {"dense with replay"}
-    return {**dict.fromkeys(names, "11111111"), **{key.replace("_", " "): text for key, text in changed.items()}}
+    return {
+        **dict.fromkeys(names, "11111111"),
+        **{key.replace("__", ", ").replace("_", " "): text for key, text in changed.items()},
+    }
 
 
 def study(**joined: str) -> list[dict[str, Any]]:
@@ -135,10 +138,10 @@ def test_a_difference_is_the_mean_of_domains_with_both_intervals() -> None:
     """The first domain gains 1 of 4 images in two of three seeds: an image's means are 0, 0, 2/3, 0, variance 1/9; the
     gaps by seed 12.5, 12.5 and 0 points, SD 7.217, times 4.303 / √3."""
     runs = [
-        record("imagenette", seed, arms(joined="00011111" if seed else "00111111", heads_only="00111111"))
+        record("imagenette", seed, arms(joined="00011111" if seed else "00111111", heads_only__tuned="00111111"))
         for seed in range(3)
     ]
-    gap = report.Gap(runs, "joined", "heads only")
+    gap = report.Gap(runs, *report.DECIDES)
     assert gap.mean == pytest.approx(1 / 12)
     assert gap.half == pytest.approx(1.96 * np.sqrt((1 / 9) / 4) / 2)
     assert gap.seeds.half == pytest.approx(0.125 / np.sqrt(3) * 4.3027 / np.sqrt(3), rel=1e-4)
@@ -154,14 +157,14 @@ def test_the_gate_opens_by_two_sets(better: tuple[str, ...], said: str) -> None:
     """All of a domain right that was wrong, in every seed: 50 points without any spread."""
     runs = study(**dict.fromkeys(better, "00001111"))
     assert report.decision(runs).startswith(said)
-    assert report.decision(runs[:-1]).startswith("Not run to an end: 8 of 9 runs")
+    assert report.decision(runs[:-1]).startswith("Not run to an end: 8 of 9 seeds")
     dirty = {**runs[-1], "code": {"git_commit": "c", "dirty": True}}
     assert report.decision([*runs[:-1], dirty]).startswith("Not run")
 
 
 def test_tables_say_what_the_records_do() -> None:
     text = "\n".join(report.parts_of(study(far="00001111")))
-    assert "| far | joined − heads only | +50.0 (" in text
+    assert "| far | joined − heads only, tuned | +50.0 (" in text
     assert "75.0 / 25.0" in text
     assert "| imagenette | Imagenette, outdoors | joined | 100.0 | 0.0 | −100.0 |" in text
 
@@ -179,9 +182,9 @@ def test_a_tiny_study(vit: Any, bench: Any, tmp_path: Any, monkeypatch: pytest.M
         monkeypatch.setattr(module, "trunk_of", lambda options: vit, raising=False)
     options = Namespace(work=tmp_path / "work", cats=folder, imagenette=None, cifar10=None, pretrained=None)
     out = tmp_path / "runs.jsonl"
-    for job in (Job("halves", 0), Job("swapped", 0), Job("halves", 0, "dense")):
+    for job in (Job("halves", 0), Job("swapped", 0), Job("halves", 0, "heads"), Job("halves", 0, "dense")):
         write_run(out, job.name, {**training.run_job(job, options), "code": {"dirty": False}})
-    found, swapped, _ = read_records(out)
+    found, swapped, *_ = read_records(out)
     # An expert is the same whatever other domains there are, and in whatever order they came.
     own, place = found["test_images"][0], swapped["test_images"][0]
     alone, again = (training.read(run["predicted"]["joined, domain given"]) for run in (found, swapped))
@@ -198,7 +201,7 @@ def test_a_tiny_study(vit: Any, bench: Any, tmp_path: Any, monkeypatch: pytest.M
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n")
     assert bench("modular", "report", "--out", out, "--readme", readme).code == 0
-    assert "Not run to an end: 2 of 6 runs" in readme.read_text()
+    assert "Not run to an end: 1 of 6 seeds" in readme.read_text()
     for first, second in report.PAIRS:
         assert f"| halves | {first} − {second} |" in readme.read_text()
     assert "| halves | b | dense with replay |" in readme.read_text()

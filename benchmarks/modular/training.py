@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +25,7 @@ from moevision.files import file_sha256
 Record = Mapping[str, Any]
 PROTOCOL = HERE / "modular" / "protocol.md"
 BATCH, PASSES, EXPERT = 32, 3, {"lr": 1e-3}
-HEAD_BATCH, HEAD_PASSES, HEAD = 128, 10, {"lr": 3e-3}
+HEAD_BATCH, HEAD_PASSES, MORE_PASSES, HEAD = 128, 10, 40, {"lr": 3e-3}
 REPLAYED = 0.1  # of an earlier domain's rows, a quarter of every batch
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a class each
 
@@ -210,10 +211,10 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
     def rows(domain: int) -> Tensor:
         return (train.domains == domain).nonzero().flatten()
 
-    def head_of(order: Tensor, classes: Tensor) -> Head:
+    def head_of(order: Tensor, classes: Tensor, passes: int = HEAD_PASSES) -> Head:
         """A head for these classes of the set, on the frozen trunk."""
         torch.manual_seed(job.seed)
-        head, order = Head(ends.shape[1], len(classes)), shuffled(order, HEAD_PASSES, job.seed)
+        head, order = Head(ends.shape[1], len(classes)), shuffled(order, passes, job.seed)
         fit(head, ends, train.labels - classes[0], order, HEAD, HEAD_BATCH, job.seed)
         return head
 
@@ -224,7 +225,7 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
     with clocked(cpu, "one head"):
         one = head_of(everything, torch.arange(len(owner)))
 
-    there, few = test.domains < last, owner < last
+    there, few, chosen = test.domains < last, owner < last, list[str]()
     if job.trains == "experts":
         head_logits = torch.cat([logits_of(head, test_ends) for head in heads], 1)
         joined_logits = torch.full_like(head_logits, -torch.inf)
@@ -246,6 +247,31 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
             "joined": answers(joined_logits[:, few], owner[few], earlier),
             "heads only": answers(head_logits[:, few], owner[few], earlier),
         }
+    elif job.trains == "heads":
+        best = []
+        for domain, classes in enumerate(classes_of):
+            own, inside = rows(domain), val.domains == domain
+            with clocked(cpu, f"tuned head {domain}"):
+                heads_tried: dict[str, Callable[[Tensor], Tensor]] = {
+                    f"trained, {passes} passes": partial(logits_of, head_of(own, classes, passes))
+                    for passes in (HEAD_PASSES, MORE_PASSES)
+                }
+                for shrink in SHRINKS:
+                    heads_tried[f"closed form, {shrink:g}"] = fit_lda(ends[own], train.labels[own] - classes[0], shrink)
+                right = {
+                    name: int((head(val_ends[inside]).argmax(1) == val.labels[inside] - classes[0]).sum())
+                    for name, head in heads_tried.items()
+                }
+            chosen.append(max(right, key=lambda name: right[name]))
+            best.append(heads_tried[chosen[-1]](test_ends).double())
+        tuned_logits = torch.cat(best, 1)
+        more = head_of(everything, torch.arange(len(owner)), MORE_PASSES)
+        predicted = {
+            "heads only, tuned": answers(tuned_logits, owner, to),
+            "one head, tuned": answers(logits_of(more, test_ends), owner),
+            "heads only, tuned, domain given": answers(tuned_logits, owner, test.domains),
+        }
+        before = {"heads only, tuned": answers(tuned_logits[:, few], owner[few], earlier)}
     else:
         with clocked(cpu, "dense joint"):
             joint, order = Tail(vit, one.head), shuffled(everything, PASSES, job.seed)
@@ -280,7 +306,7 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
         "training_images": by_count(train.domains), "test_images": by_count(test.domains),
         "labels": written(test.labels), "predicted": {arm: written(each) for arm, each in predicted.items()},
         "predicted_sha256": sha256("".join(map(written, predicted.values())).encode()).hexdigest(),
-        "router": router.name, "routers_on_validation": {
+        "router": router.name, "heads": chosen, "routers_on_validation": {
             each.name: round(share, 4) for each, share in zip(CANDIDATES, shares, strict=True)
         },
         "sent": [by_count(to[test.domains == domain], len(names)) for domain in range(len(names))],
