@@ -89,8 +89,9 @@ class Gap:
 
     @property
     def over_images(self) -> str:
-        """`+1.6 (+0.2 to +2.9)`, in points."""
-        return f"{points(self.mean)} ({points(self.mean - self.half)} to {points(self.mean + self.half)})"
+        """`+1.62 (+0.21 to +2.93)`, in points."""
+        mean, low, high = (f"{100 * (self.mean + side * self.half):+.2f}".replace("-", "−") for side in (0, -1, 1))
+        return f"{mean} ({low} to {high})"
 
 
 def having(runs: Sequence[Record], *arms: str) -> list[Record]:
@@ -169,7 +170,7 @@ def _later(found: Mapping[str, Sequence[Record]]) -> str:
     rows = []
     for name, runs in found.items():
         for arm in dict.fromkeys(arm for run in runs for arm in run["earlier"]):
-            shares = [_before_and_after(run, arm) for run in runs if arm in run["earlier"]]
+            shares = [before_and_after(run, arm) for run in runs if arm in run["earlier"]]
             before, after = (fmean(share[place] for share in shares) for place in (0, 1))
             rows.append([name, runs[0]["domains"][-1], arm, f"{100 * before:.1f}", f"{100 * after:.1f}",
                          points(after - before), ", ".join(points(b - a) for a, b in shares)])  # fmt: skip
@@ -177,7 +178,8 @@ def _later(found: Mapping[str, Sequence[Record]]) -> str:
     return table(heads, rows, "lllrrrr")
 
 
-def _before_and_after(run: Record, arm: str) -> tuple[float, float]:
+def before_and_after(run: Record, arm: str) -> tuple[float, float]:
+    """Accuracy on all but the last domain before that one is added, and afterwards."""
     after = split(run, right(run, arm))[:-1]
     digits = run["earlier"][arm]
     own = np.array([a == b for a, b in zip(run["labels"][: len(digits)], digits, strict=True)])
@@ -185,22 +187,28 @@ def _before_and_after(run: Record, arm: str) -> tuple[float, float]:
     return fmean(float(part.mean()) for part in before), fmean(float(part.mean()) for part in after)
 
 
+def seconds(runs: Sequence[Record], words: str) -> float:
+    """CPU seconds of what is called so, the mean over runs that did it; 0 if none did."""
+    each = [sum(time for name, time in run["cpu_s"].items() if name.startswith(words)) for run in runs]
+    return fmean([value for value in each if value] or [0.0])
+
+
+def mebibytes(run: Record) -> list[float]:
+    """Of the trunk, all experts, all heads and the router's statistics (class means and one covariance), in float32."""
+    size, classes = run["parameters"], sum(run["classes"])
+    means = classes * (size["features"] + 1)
+    parts = (size["trunk"], len(run["classes"]) * size["expert"], means, size["features"] ** 2 + means)
+    return [4 * count / 2**20 for count in parts]
+
+
 def _costs(found: Mapping[str, Sequence[Record]]) -> str:
-    rows = []
-    for name, runs in found.items():
-
-        def seconds(word: str, runs: Sequence[Record] = runs) -> str:
-            each = [sum(s for key, s in run["cpu_s"].items() if key.startswith(word)) for run in runs]
-            return f"{fmean(found):,.1f}" if (found := [value for value in each if value]) else ""
-
-        size, classes, domains = runs[0]["parameters"], sum(runs[0]["classes"]), len(runs[0]["classes"])
-        mebibytes = [4 * count / 2**20 for count in (
-            size["trunk"], domains * size["expert"], classes * (size["features"] + 1),
-            size["features"] ** 2 + classes * (size["features"] + 1),
-        )]  # fmt: skip
-        rows.append([name, f"{sum(runs[0]['training_images']):,}",
-                     *map(seconds, ("router", "heads", "tuned head", "expert", "dense joint", "dense with replay")),
-                     *(f"{value:.1f}" for value in mebibytes)])  # fmt: skip
+    arms = ("router", "heads", "tuned head", "expert", "dense joint", "dense with replay")
+    rows = [
+        [name, f"{sum(runs[0]['training_images']):,}",
+         *(f"{value:.1f}" if (value := seconds(runs, arm)) else "" for arm in arms),
+         *(f"{value:.1f}" for value in mebibytes(runs[0]))]
+        for name, runs in found.items()
+    ]  # fmt: skip
     heads = ["set", "training rows", "router, CPU s", "heads", "tuned heads", "experts", "dense joint",
              "dense with replay", "trunk, MiB in float32", "experts", "heads", "router's statistics"]  # fmt: skip
     return table(heads, rows)

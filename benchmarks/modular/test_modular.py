@@ -164,7 +164,7 @@ def test_the_gate_opens_by_two_sets(better: tuple[str, ...], said: str) -> None:
 
 def test_tables_say_what_the_records_do() -> None:
     text = "\n".join(report.parts_of(study(far="00001111")))
-    assert "| far | joined − heads only, tuned | +50.0 (" in text
+    assert "| far | joined − heads only, tuned | +50.00 (" in text
     assert "75.0 / 25.0" in text
     assert "| imagenette | Imagenette, outdoors | joined | 100.0 | 0.0 | −100.0 |" in text
 
