@@ -38,6 +38,7 @@ STUDY = {
         "specialization",
     ),
     "cats-and-dogs": ("cats to one expert, dogs to the other: learned, with balance, and supervised", "cats_and_dogs"),
+    "modular": ("experts trained apart, one for each domain, and joined: what they bring over heads alone", "modular"),
     "scratch": ("whether experts do different things, in trained models and six seeds", "specialization.scratch"),
     "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
     "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),
