@@ -33,7 +33,7 @@ SIZE = {
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
-DOCS_WORDS = 32_750  # README.md and docs/**/*.md; the distance of predict, of exported files and of a saved model
+DOCS_WORDS = 33_010  # README.md and docs/**/*.md; "When do experts pay?"
 
 FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 16, 80, 40, 4
 

@@ -149,6 +149,8 @@ def fit(given: Given) -> None:
             if result.summary.layers:
                 run = shlex.quote(str(run_dir))
                 tell(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+                if not training.settings.with_twin:
+                    tell("Whether they pay on these images: --with-twin also trains a dense model of the same cost.")
 
 
 def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:

@@ -111,7 +111,9 @@ def test_dash_and_underscore_are_one():
 
 
 def test_options_as_people_type_them_first():
-    given = config.read("fit", ["pets", "--epochs", "3", "--lr=0.1", "--image_size", "64", "--gpus", "2", "--device", "cpu"])
+    given = config.read(
+        "fit", ["pets", "--epochs", "3", "--lr=0.1", "--image_size", "64", "--gpus", "2", "--device", "cpu"]
+    )
     assert given.options == {
         "trainer.max_epochs": 3,
         "model.optim.lr": 0.1,
