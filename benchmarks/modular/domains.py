@@ -168,7 +168,7 @@ def _cached(source: str, split: str, options: Namespace) -> dict[str, Tensor]:
 def _computed(source: str, split: str, options: Namespace) -> dict[str, Tensor]:
     spec, vit = SOURCES[source], cast(Any, trunk_of(options))
     path = "synthetic_pets" if source == "pets" else str(getattr(options, source))
-    sizes = {"test_size": spec.test} if source == "pets" else {}
+    sizes: dict[str, Any] = {"test_size": spec.test} if source == "pets" else {}
     data = ImageDataModule(
         path=path, image_size=SIDE, batch_size=32, crop="random_resized", min_crop_scale=0.5, augment="light",
         **spec.settings, **sizes,
@@ -176,7 +176,7 @@ def _computed(source: str, split: str, options: Namespace) -> dict[str, Tensor]:
     data.setup("fit")
     if split == "train":
         batches = islice(training_batches(data), spec.copies * data.train_batches())
-        images = ((batch["image"], batch["label"]) for batch in batches)
+        images: Iterator[tuple[Tensor, Tensor]] = ((batch["image"], batch["label"]) for batch in batches)
     else:
         images = evaluated(data, split, spec.test if split == "test" else VALIDATION)
     assert tuple(data.class_names) == spec.classes

@@ -85,7 +85,14 @@ def vit(monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (domains, training):
         monkeypatch.setattr(module, "FIRST", 1)
     torch.manual_seed(0)
-    made = {"img_size": 28, "patch_size": 14, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 2}
+    made: dict[str, Any] = {
+        "img_size": 28,
+        "patch_size": 14,
+        "embed_dim": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 2,
+    }
     return timm.create_model("vit_small_patch14_dinov2", **made).eval()
 
 

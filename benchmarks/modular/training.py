@@ -257,7 +257,8 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
                     for passes in (HEAD_PASSES, MORE_PASSES)
                 }
                 for shrink in SHRINKS:
-                    heads_tried[f"closed form, {shrink:g}"] = fit_lda(ends[own], train.labels[own] - classes[0], shrink)
+                    lda = fit_lda(ends[own], train.labels[own] - classes[0], shrink)
+                    heads_tried[f"closed form, {shrink:g}"] = lda.__call__
                 right = {
                     name: int((head(val_ends[inside]).argmax(1) == val.labels[inside] - classes[0]).sum())
                     for name, head in heads_tried.items()

@@ -46,6 +46,16 @@ def without_experts(*runs: Any) -> dict[str, Any]:
     }
 
 
+def beside_joint(*runs: Any) -> dict[str, Any]:
+    """All data at once."""
+    return gaps(*runs, pair=("joined", "dense joint"))
+
+
+def beside_replay(*runs: Any) -> dict[str, Any]:
+    """One domain after another, with the router."""
+    return gaps(*runs, pair=("joined", "dense with replay, masked"))
+
+
 def apart(*runs: Any) -> dict[str, float]:
     """Accuracy of the experts of `sources`, domain given: means over seeds."""
     own = runs_of(runs, "sources")
@@ -74,6 +84,8 @@ CLAIMS = [
     Claim(FILES, "the mean is {exact:.3f} points", gaps),
     Claim(FILES, "{sources}, {far} and {imagenette} points", untuned),
     Claim(FILES, "a head of all classes ({one} points) nor from LDA ({lda})", without_experts),
+    Claim(FILES, "all the data at once by {sources}, {far} and {imagenette} points", beside_joint),
+    Claim(FILES, "masked by the router, by {sources}, {far} and {imagenette}", beside_replay),
     Claim(FILES, "cats and dogs {cats:.1%}, Imagenette {imagenette:.1%}, eight classes of CIFAR-10 {cifar:.1%}", apart),
     Claim(FILES, "{sources} points on `sources`, {far} on `far` and {imagenette} on `imagenette`, by", later),
     Claim(FILES, "{cheap:.0f} CPU seconds and {cheap_mib:.1f} MiB", prices),
