@@ -47,6 +47,8 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
 def test_the_picture_is_large_and_crisp(quiet):
     page = quiet.page
     assert page.locator(".mv-canvas").bounding_box()["width"] >= 448
+    page.check("[data-change=as-seen]")
+    page.wait_for_selector(".mv-picture:not(.mv-sharp)")
     assert page.eval_on_selector(".mv-picture", "img => getComputedStyle(img).imageRendering") == "pixelated"
 
 
