@@ -157,8 +157,8 @@ def quiet_answer(checkout: Checkout, request: Mapping[str, Any], attempts: int) 
 
 def compare(
     before: Path, names: Sequence[str], batches: Sequence[int], precisions: Sequence[str], threads: Sequence[int],
-    rounds: int, attempts: int = ATTEMPTS,
-) -> list[dict[str, Any]]:  # fmt: skip
+    rounds: int, attempts: int, out: Path | None,
+) -> None:  # fmt: skip
     """One line for each model, batch size, precision and number of threads that the file doesn't have."""
     done = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
     known = {tuple(row[name] for name in CASE) for row in done}
