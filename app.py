@@ -1,8 +1,6 @@
-"""`python app.py`: the explorer, as `moevision demo` serves it; the same arguments work."""
+"""`python app.py`: the explorer's opening as a Gradio app, as a Space of Hugging Face starts it."""
 
-import sys
-
-from moevision.cli import main
+from moevision.demo import blocks
 
 if __name__ == "__main__":
-    sys.exit(main(["demo", *sys.argv[1:]]))
+    blocks().launch()

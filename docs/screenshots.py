@@ -37,9 +37,8 @@ def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None)
 
 
 def opened(page: Page, address: str) -> None:
-    """The page at an address, without its tour, when all is drawn."""
+    """The page at an address when all is drawn."""
     page.goto(address)
-    page.get_by_text("Skip the tour").click(timeout=60_000)
     page.wait_for_timeout(DRAWN)
 
 
@@ -47,7 +46,7 @@ def shoot(page: Page, url: str) -> None:
     """The page as it opens, and the map of classes of the drawn pets."""
     opened(page, url)
     save(page.screenshot(), "explorer.jpg")
-    page.goto(url + CAT)
+    page.goto(url + CAT)  # its patch opens the details
     page.wait_for_timeout(DRAWN)
     page.get_by_role("tab", name="Classes").click()
     page.wait_for_timeout(DRAWN)
@@ -65,6 +64,40 @@ def shoot_slots(page: Page, url: str) -> None:
     assert inner
     height = round(inner["y"] + inner["height"] - around["y"])
     save(view.screenshot(), "explorer-slots.jpg", (0, 0, round(around["width"]), height))
+
+
+FRAME = 50  # ms
+FACE = ".mv-flow-box[data-expert='3']"  # the network of the cat's face
+
+
+def film(page: Page, url: str) -> None:
+    """flow.webp: the patches fly; one network's part; what becomes of it when that is taken away."""
+    opened(page, url)
+    page.clock.install()
+    page.clock.pause_at(page.evaluate("Date.now()") + 1000)
+    frames: list[Image.Image] = []
+    times: list[int] = []
+
+    def run(ms: int, hold: int) -> None:
+        """Frames of so many milliseconds, the last of which stays."""
+        for _ in range(0, ms, FRAME):
+            page.clock.run_for(FRAME)
+            picture = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 750})))
+            frames.append(picture.convert("RGB").resize((900, 563), Image.Resampling.LANCZOS))
+            times.append(FRAME)
+        times[-1] = hold
+
+    page.evaluate("document.querySelector('[data-action=fly]').click()")
+    run(2200, 1200)
+    page.hover(FACE)
+    run(FRAME, 1600)
+    page.mouse.move(5, 5)
+    page.evaluate(f'document.querySelector("{FACE}").click()')
+    page.wait_for_selector(f"{FACE}[aria-pressed=true]")
+    run(700, 2500)
+    frames[0].save(
+        IMAGES / "flow.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=62, method=6
+    )
 
 
 def moevision(*words: str) -> list[str]:
@@ -94,6 +127,7 @@ def main() -> None:
             shoot_slots(browser.new_page(viewport={"width": 1480, "height": 1034}), url)
         with served() as url:
             shoot(browser.new_page(viewport={"width": 1600, "height": 1034}), url)
+            film(browser.new_page(viewport={"width": 1200, "height": 800}), url)
         browser.close()
 
 

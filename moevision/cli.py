@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moevision.commands import loading
 from moevision.errors import USER_ERROR, UserError
+from moevision.words import loading
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -116,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest[0] == "--version":
         print(versions() if "--verbose" in rest else versions().splitlines()[0])
         return 0
-    name = rest.pop(0)
+    name = {"train": "fit"}.get(rest[0], rest[0])
+    rest = rest[1:]
     # In the place of a verb, a task (the word after it) or an option that is gone.
     words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
     keys = (name, *(f"{name} {word}" for word in words))

@@ -711,9 +711,8 @@ def read(verb: str, arguments: Sequence[str]) -> Given:
 
 def spelled(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """The arguments with each option as the parser spells it: - and _ mean the same in its name."""
-    names = {name: name for name in parser._option_string_actions} | {
-        f"--{alias}": f"--{ALIASES[alias]}" for alias in ALIASES
-    }
+    own = ALIASES | SHORT if parser.prog == "moevision" else {}
+    names = {name: name for name in parser._option_string_actions} | {f"--{word}": f"--{own[word]}" for word in own}
     known = {name.replace("-", "_"): key for name, key in names.items() if name.startswith("--")}
     parts = [argument.partition("=") for argument in arguments]
     return [known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts]
@@ -769,10 +768,11 @@ def _unknown(name: str) -> str:
             "{class_path: NAME, init_args: {...}}."
         )
     known = [*options(), *ALIASES, *FLAGS, "config", "print_config"]
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(name, [*known, *SHORT], n=3)
     if not near:  # a mistyped group has its last part in common with the right one
         near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:3]
-    return f"there is no option {name!r}" + (f", did you mean {', '.join(near)}?" if near else ".")
+    meant = ", ".join(f"--{key}" for key in near)
+    return f"there is no option {name!r}" + (f", did you mean {meant}?" if near else ".")
 
 
 # ---- help
@@ -782,6 +782,15 @@ ALIASES = {
     "parallel": "parallel.layout",
     "compile": "model.compile",
     "with-twin": "with_twin",
+}
+# What people type first, beside the key that the help shows.
+SHORT = {
+    "epochs": "trainer.max_epochs",
+    "lr": "model.optim.lr",
+    "image-size": "data.image_size",
+    "batch-size": "data.batch_size",
+    "gpus": "trainer.devices",
+    "device": "trainer.accelerator",
 }
 FLAGS = {
     "dense": ("model.arch.twin", "active_flops", "fine-tune or train the dense model, without experts"),

@@ -6,78 +6,14 @@ Axes: L MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from moevision.layers import LayerLoad as LayerLoad
 from moevision.layers import Routing
-from moevision.losses import cv_squared
-
-
-@dataclass(frozen=True)
-class LayerLoad:
-    """How the choices of one MoE layer fell on its experts.
-
-    Attributes:
-        layer: index of the transformer block.
-        counts: choices that each expert computed.
-        max_over_mean: load of the slowest expert over the mean load; 1 is perfect, and what the others wait for.
-        cv_squared: variance over squared mean of the counts.
-        cv_squared_floor: CV² that chance alone is expected to give on so many images, if over all possible images every
-            expert were chosen equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in
-            each of I images. Choices of one image go together; only independent ones would give (E - 1) / choices,
-            which is said of a single image.
-        dead: experts that no token chose.
-        entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
-        dropped: share of choices that capacity dropped.
-        unrouted: share of tokens that no expert computes: all choices dropped, or (expert choice) none took them.
-    """
-
-    layer: int
-    counts: list[int]
-    max_over_mean: float
-    cv_squared: float
-    cv_squared_floor: float
-    dead: int
-    entropy_bits: float
-    dropped: float
-    unrouted: float = 0.0
-
-    @classmethod
-    def from_sums(
-        cls,
-        layer: int,
-        counts: Tensor,
-        requested: Tensor,
-        entropy_bits: Tensor,
-        tokens: Tensor,
-        unrouted: Tensor,
-        *,
-        count_squares: Tensor,
-        images: Tensor,
-    ) -> LayerLoad:
-        """Summarise sums over images: counts [E], requested [E] choices, squares of the counts [E] of each image.
-
-        `entropy_bits` and `unrouted` are sums over `tokens` tokens.
-        """
-        load = counts.double()
-        total = load.sum()
-        spread = (count_squares.double() - load.square() / images) / (images - 1)  # [E] variance of an image's counts
-        floor = images * spread.mean() / load.mean().square() if images > 1 else (len(load) - 1) / total
-        return cls(
-            layer=layer,
-            counts=counts.tolist(),
-            max_over_mean=float(load.max() / load.mean()),
-            cv_squared=float(cv_squared(load)),
-            cv_squared_floor=float(floor),
-            dead=int((load == 0).sum()),
-            entropy_bits=float(entropy_bits / tokens),
-            dropped=float(1 - total / requested.sum()),
-            unrouted=float(unrouted / tokens),
-        )
 
 
 class RoutingStatistics(Metric):

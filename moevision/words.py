@@ -1,4 +1,8 @@
-"""Numbers as people read them, on every page, figure and terminal in the same spelling."""
+"""Numbers as people read them, in the same spelling on every page; and what a terminal says while one waits."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -27,3 +31,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def loading(what: str = "loading PyTorch") -> Iterator[None]:
+    """Say on a terminal what is going on, such as the import of torch, which takes seconds."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

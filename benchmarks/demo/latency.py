@@ -62,7 +62,7 @@ def first_page(browser: Browser, address: str) -> tuple[Page, float]:
     """A visitor's first page and how long it took, in milliseconds."""
     # Playwright waits by evaluating a text, which the page's policy forbids.
     context = browser.new_context(viewport={"width": 1440, "height": 900}, bypass_csp=True)
-    context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+    context.add_init_script("localStorage.setItem('moevision.door', 'open')")
     page = context.new_page()
     start = time.perf_counter()
     page.goto(address, wait_until="commit")
@@ -87,7 +87,7 @@ def in_the_page(page: Page) -> dict[str, list[float]]:
         times["layer_change"].append(page.evaluate(MEASURE, [layer, ".mv-grid"]))
         patch = f".mv-cell[data-patch='{step * 7 % patches}']"
         times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-inspector"]))
-    examples = page.eval_on_selector_all("[data-action=example]", "list => list.map(one => one.dataset.id)")
+    examples = page.eval_on_selector_all(".mv-rail [data-action=example]", "list => list.map(one => one.dataset.id)")
     for example in examples[1:]:
         times["new_picture"].append(page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"]))
     return times
@@ -154,7 +154,7 @@ def main() -> None:
             limits = {**LIMIT_MS, "new_picture": statistics.median(times["forward"]) + OVER_FORWARD_MS}
             for start in range(options.starts):
                 with running_demo() as (_, address):
-                    page, first = first_page(browser, f"{address}?model={model}&level=research")
+                    page, first = first_page(browser, f"{address}?model={model}")
                     times["first_page"].append(first)
                     if start == options.starts - 1:
                         settle(page)

@@ -32,7 +32,7 @@ def visit(browser: Browser, screen: str, look: Look, complaints: list[str]) -> P
     """A page of somebody who has been here before; what the browser complains about is kept."""
     # Playwright waits by evaluating a text, which the page's policy forbids.
     context = browser.new_context(viewport=SCREENS[screen], color_scheme=look, bypass_csp=True)
-    context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+    context.add_init_script("localStorage.setItem('moevision.door', 'open')")
     page = context.new_page()
 
     def hear(message: ConsoleMessage) -> None:
@@ -57,7 +57,7 @@ def bundled(browser: Browser, address: str, screen: str, look: Look, options: Na
     page = visit(browser, screen, look, complaints)
     page.goto(address)
     said(page)
-    ids = page.eval_on_selector_all("[data-action=example]", "all => all.map(one => one.dataset.id)")
+    ids = page.eval_on_selector_all(".mv-rail [data-action=example]", "all => all.map(one => one.dataset.id)")
     for name in ids:
         page.goto(f"{address}?picture={name}")
         answer = said(page)

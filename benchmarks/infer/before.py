@@ -157,7 +157,7 @@ def quiet_answer(checkout: Checkout, request: Mapping[str, Any], attempts: int) 
 
 def compare(
     before: Path, names: Sequence[str], batches: Sequence[int], precisions: Sequence[str], threads: Sequence[int],
-    rounds: int, attempts: int, out: Path | None,
+    rounds: int, attempts: int = ATTEMPTS, out: Path | None = None,
 ) -> None:  # fmt: skip
     """One line for each model, batch size, precision and number of threads that the file doesn't have."""
     done = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []

@@ -40,7 +40,6 @@ from benchmarks.planner.formulas import (
 from benchmarks.planner.machine import GPUS, Machine, measured_links, measured_machine, sheet_machine
 from moevision.analysis.trace import RoutingTrace
 from moevision.cli import MODEL, _option
-from moevision.commands import loading
 from moevision.data import ImageDataModule
 from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
@@ -50,6 +49,7 @@ from moevision.models.safe_files import parse_yaml
 from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.optim import freeze_parameters
 from moevision.train.recipe import default_precision, find_config, shipped_configs
+from moevision.words import loading
 
 CLASSES = 1000  # where a name or configuration doesn't say
 IMAGES_PER_GPU = 64

@@ -11,6 +11,7 @@ from benchmarks.records import (
     demo,
     duplicates,
     label_noise,
+    modular,
     performance,
     quickstart,
     reliability,
@@ -29,6 +30,11 @@ TRAIN = performance.TRAIN.format("cifar10")
 
 
 CLAIMS = [
+    Claim(
+        modular.FILES,
+        "bring {sources}, {far} and {imagenette} points over heads alone, on three sets of domains",
+        modular.gaps,
+    ),
     Claim(
         strangers.FILE,
         "the model of cats and dogs recognizes {cats_vs_dogs:.0%} of photos of other things (mean of objects and of "

@@ -10,7 +10,6 @@ from benchmarks.records import (
     analysis,
     demo,
     quickstart,
-    sparsity,
     upcycling,
 )
 
@@ -30,18 +29,6 @@ CLAIMS = {
     "configs/quickstart.yaml": [
         Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
-    ],
-    "docs/faq.md": [
-        Claim(
-            sparsity.FILES,
-            "is {verdict} its dense twin at equal steps, {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
-            sparsity.first,
-        ),
-        Claim(
-            sparsity.FILES,
-            "{verdict} it at equal time, {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
-            sparsity.at_equal_time,
-        ),
     ],
     "docs/guides/dense-sparse.md": [
         Claim(upcycling.STUDY, "Beside one dense schedule of as many steps it has {in_one} points", upcycling.rivals),

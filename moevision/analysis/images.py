@@ -400,8 +400,11 @@ def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.I
         return original_image(pictures.pictures, pictures.indices[index], short_side)
     if isinstance(pictures, FromDataset):
         return pictures.original(index)
-    if isinstance(pictures, Collected) and not isinstance(pictures.collection, DrawnCollection):
-        return pictures.collection.open(pictures.samples[index], short_side)
+    if isinstance(pictures, Collected):
+        collection, sample = pictures.collection, pictures.samples[index]
+        if isinstance(collection, DrawnCollection):
+            return collection.draw(sample, short_side)
+        return collection.open(sample, short_side)
     return None
 
 

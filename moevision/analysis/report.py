@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, NamedTuple
@@ -39,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moevision.analysis.plots as plots
-from moevision import __version__, package_version
+from moevision import __version__
 from moevision.analysis.agreement import consistency, expert_similarity, match_experts
 from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import UNREAD, collect_routing, model_title
@@ -63,9 +64,8 @@ from moevision.analysis.readings import recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
-from moevision.layers import moe_layers
+from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.metrics import LayerLoad
 from moevision.models.io import SavedModel, load_model
 from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
@@ -206,7 +206,7 @@ def analyze(settings: ReportSettings) -> Json:
                 "seed": settings.seed,
                 "weights_sha256": trace.provenance.get("weights_sha256"),
                 "unreadable": trace.provenance.get("unreadable", 0),
-                "libraries": {name: package_version(name) or "not installed" for name in LIBRARIES},
+                "libraries": {name: metadata.version(name) for name in LIBRARIES},
                 "python": platform.python_version(),
                 "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             },

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moevision.commands import loading
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError, shown
 from moevision.layers import describe_moe, moe_layers
@@ -31,6 +30,7 @@ from moevision.models.io import SavedModel, load_model
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.train.provenance import cpu_model, gpu_names
 from moevision.train.recipe import default_precision
+from moevision.words import loading
 
 
 def run(chosen: Namespace) -> None:

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from moevision.commands import loading
 from moevision.data.collection import Sample
 from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
@@ -28,6 +27,7 @@ from moevision.models.io import SavedModel, best_device
 from moevision.models.strangers import answers
 from moevision.train.processes import tell
 from moevision.train.resume import load_trained
+from moevision.words import loading
 
 UNSURE = "unsure"
 JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote

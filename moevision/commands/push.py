@@ -20,12 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save
 
-from moevision.commands import loading
 from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.models.io import load_model, model_folder, unpack
 from moevision.models.safe_files import CONFIG, MAX_YAML_BYTES, WEIGHTS, read_bytes, weights_of
 from moevision.models.strangers import FILE as STRANGERS
+from moevision.words import loading
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS, STRANGERS)

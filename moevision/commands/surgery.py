@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from moevision.analysis.collect import PictureReader
 from moevision.analysis.images import PictureSet, pictures_for
-from moevision.commands import loading
 from moevision.commands.upcycle import check_folder, write_model
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, shown
@@ -39,6 +38,7 @@ from moevision.models.surgery import (
 )
 from moevision.stats import accuracy_interval, paired_difference
 from moevision.train.provenance import collect_provenance
+from moevision.words import loading
 
 
 def run(chosen: Namespace) -> None:

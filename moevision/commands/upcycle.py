@@ -18,7 +18,6 @@ from torch import nn
 
 from moevision.analysis.collect import PictureReader
 from moevision.analysis.images import open_pictures
-from moevision.commands import loading
 from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
@@ -29,6 +28,7 @@ from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.reading import unread_layers
 from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.words import loading
 
 GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32

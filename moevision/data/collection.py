@@ -173,10 +173,27 @@ class DrawnCollection(Collection):
 
     pets: dict[str, SyntheticPets] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
+        """``sizes[split]`` images per split."""
+        pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
+        given = {
+            split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
+            for split, drawn in pets.items()
+        }
+        return cls(list(SyntheticPets.classes), given, pets=pets)
+
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the image."""
+        return self.draw(sample)
+
+    def draw(self, sample: Sample, side: int | None = None) -> Image.Image:
+        """The scene of an image in ``side`` pixels; None: as the set has it."""
         split, number = sample.sample_id.rsplit("/", 1)
-        return Image.fromarray(self.pets[split].image(int(number)))
+        pets = self.pets[split]
+        if side is not None:
+            pets = SyntheticPets(pets.size, side, pets.seed, split)
+        return Image.fromarray(pets.image(int(number)))
 
     def size_bytes(self, sample: Sample) -> int:
         """0: nothing is stored, and every image is drawn from a random seed of its own."""

@@ -27,7 +27,6 @@ from moevision.data.collection import (
     access_advice,
 )
 from moevision.data.folder import read_folder
-from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, shown
 
 SYNTHETIC: Final = "synthetic_pets"
@@ -35,16 +34,6 @@ HF: Final = "hf:"
 UNKNOWN: Final = "unknown: check before you publish"
 DRAWN_SIZES: Final = {"train": 16_000, "val": 1_000, "test": 2_000}
 _IMAGENET_ARCHIVES: Final = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
-
-
-def synthetic_pets(image_size: int, seed: int, sizes: Mapping[str, int] = DRAWN_SIZES) -> DrawnCollection:
-    """The drawn dataset, ``sizes[split]`` images per split."""
-    pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
-    given = {
-        split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
-        for split, drawn in pets.items()
-    }
-    return DrawnCollection(list(SyntheticPets.classes), given, pets=pets)
 
 
 def read_named(name: str, root: str, *, download: bool = False) -> Collection:
@@ -199,7 +188,7 @@ _FOOD = (
 )
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
 NAMED: Final = {
-    SYNTHETIC: Named("SyntheticPets", _DRAWN, "", 16_000, lambda root, download: synthetic_pets(64, 0)),
+    SYNTHETIC: Named("SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)),
     "cifar10": Named(
         "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, partial(_cifar, datasets.CIFAR10), "cifar-10-batches-py"
     ),

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from moevision.data.collection import SPLIT_NAMES, Collection, access_advice, unreadable
+from moevision.data.collection import SPLIT_NAMES, Collection, DrawnCollection, access_advice, unreadable
 from moevision.data.folder import read_folder, split_folders, subfolders, walk
 from moevision.data.images import is_image_path
-from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named, synthetic_pets
+from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
 from moevision.data.shards import INDEX, find_index, open_shards, tars_in
 from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
@@ -76,7 +76,7 @@ def open_collection(
     """
     kind, place = kind_of(path), Path(path).expanduser()
     if kind == "drawn":
-        return synthetic_pets(image_size, seed, sizes)
+        return DrawnCollection.of(image_size, seed, sizes)
     if kind == "named":
         return read_named(path, root, download=download)
     if kind == "dataset":

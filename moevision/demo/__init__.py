@@ -1,8 +1,8 @@
 """The explorer: see in a browser, or in a notebook, which expert every patch goes to.
 
 `route_image(model, image)` gives the view of one image, `bundled_model("cats_vs_dogs")` a model to try it on and
-`bundled_photos("cats_vs_dogs")` images; `moevision demo` serves the page. The names load on first use, so that
-`moevision demo --help` is quick.
+`bundled_photos("cats_vs_dogs")` images. `blocks()` is a Gradio app of it; `moevision demo` serves the whole page. The
+names load on first use, so that `moevision demo --help` is quick.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moevision.demo.gradio_app import blocks
     from moevision.demo.models import bundled_model, bundled_photos
     from moevision.demo.view import RoutingView, route_image
 
-__all__ = ["RoutingView", "bundled_model", "bundled_photos", "route_image"]
+__all__ = ["RoutingView", "blocks", "bundled_model", "bundled_photos", "route_image"]
 
-_HOME = {"RoutingView": "view", "bundled_model": "models", "bundled_photos": "models", "route_image": "view"}
+_HOME = {
+    "RoutingView": "view",
+    "blocks": "gradio_app",
+    "bundled_model": "models",
+    "bundled_photos": "models",
+    "route_image": "view",
+}
 
 
 def __getattr__(name: str) -> object:

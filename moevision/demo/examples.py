@@ -108,11 +108,6 @@ class Examples:
         return self.pictures is not None and len(self.pictures) > 0
 
     @property
-    def has_sharp(self) -> bool:
-        """Whether an image may have more pixels than the model sees: drawn ones are drawn at the model's size."""
-        return self.prefix != "pets"
-
-    @property
     def ids(self) -> list[str]:
         """The examples on the first screen: the first of all, then gradio's photos."""
         return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]
@@ -162,14 +157,19 @@ class Examples:
 
     def sharp(self, id: str) -> str | None:
         """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
-        return self._sharp.get(id, lambda: self._open_sharp(id))
 
-    def _open_sharp(self, id: str) -> str | None:
+        def opened() -> str | None:
+            image = self.original(id)
+            return None if image is None else sharp(image, self.image_size)
+
+        return self._sharp.get(id, opened)
+
+    def original(self, id: str) -> Image.Image | None:
+        """An image before the model's size; None where its data has nothing larger."""
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
-            return sharp(safe_open(self.photos[rest], SHARP_PX), self.image_size)
-        image = original_image(*self._place(id), SHARP_PX)
-        return None if image is None else sharp(image, self.image_size)
+            return safe_open(self.photos[rest], SHARP_PX)
+        return original_image(*self._place(id), SHARP_PX)
 
     def thumb(self, id: str) -> str:
         """A small version as a data URI."""

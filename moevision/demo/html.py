@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from moevision.errors import json_text
 
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
-APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
+APP_STYLES: Final = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
 # The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
 _PAGE_STYLE: Final = "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
 VIEW_SCHEMA: Final = "moevision.view/2"
@@ -47,7 +47,7 @@ def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> Doc
     """
     script = script_of("app.js", "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);", BOOT=boot, VIEWS=views)
     body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
-    text = document("moevision explorer", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
+    text = document("See inside a Mixture of Experts", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Document(text, f"script-src 'sha256-{digest}'")
 
@@ -70,8 +70,8 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
     thumbs = {one["id"]: one["thumb"] for model in boot["models"] for one in model["examples"]}
     images = "".join(f'<img src="{html.escape(thumbs.get(view["picture"]["id"], ""))}" alt="">' for view in views)
     return (
-        '<div class="mv-boot"><h1>See inside a Mixture of Experts</h1><p class="mv-soft" role="status">Opening the '
-        f'model…</p><div class="mv-boot-images">{images}</div></div>'
+        '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
+        f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
     )
 
 
@@ -97,12 +97,21 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
         '<main class="mv" data-mv></main>',
         script_of("core.js", last, VIEW=view, HISTORY=history),
     )
-    if full_page:
-        return page
-    # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
+    return page if full_page else _framed(page, 1000)
+
+
+def flow_html(view: Mapping[str, Any]) -> str:
+    """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
+    script = script_of("flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    style = read_css((*CORE_STYLES, "explorer_flow.css"))
+    return _framed(document("Routing", style, '<main class="mv" data-mv></main>', script), 700)
+
+
+def _framed(page: str, height: int) -> str:
+    """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it."""
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        'style="width:100%;height:1000px;border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 
@@ -111,17 +120,27 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
     `policy` is its Content-Security-Policy, empty where a server sends one.
     """
-    # Of a server a browser would also ask for an icon.
-    own = (
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        if policy
-        else '<link rel="icon" href="data:,">'
-    )
+    own = f'<meta http-equiv="Content-Security-Policy" content="{policy}">' if policy else _about(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{own}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
         f"<body>{body}\n<script>{script}</script></body></html>\n"
+    )
+
+
+def _about(title: str) -> str:
+    """What a browser's tab, a search engine and a shared link show of a served page."""
+    words = "Eight small networks share one photo: see which of them computes each patch, and take them away."
+    colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of experts: assets/palette.js
+    squares = "".join(
+        f"%3Crect x='{8 * (place % 2)}' y='{8 * (place // 2)}' width='7' height='7' rx='1.5' fill='%23{colour}'/%3E"
+        for place, colour in enumerate(colours)
+    )
+    return (
+        f"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 15'%3E"
+        f'{squares}%3C/svg%3E"><meta name="description" content="{words}"><meta property="og:type" content="website">'
+        f'<meta property="og:title" content="{title}"><meta property="og:description" content="{words}">'
     )
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,7 @@ class Card:
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
     recognized: float | None = None  # share of strangers, images of other things, that it calls so
+    matters: dict[str, Any] | None = None  # the image and the expert without which its answer changes most
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of test images right (dense twin: 97.1 %)"."""

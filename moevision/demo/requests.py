@@ -61,7 +61,7 @@ def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default
 
 
 def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
-    """The fields `top_k`, `capacity`, `intervention` and `noise`, each of which may be null."""
+    """The fields `top_k`, `capacity`, `intervention`, `noise` and `away`, each of which may be null."""
     top_k = request.get("top_k")
     if top_k is not None:
         if not facts.max_top_k:
@@ -84,7 +84,17 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
         capacity=capacity,
         intervention=None if changed is None else intervention(changed, facts),
         noise=noise,
+        away=away(request.get("away") or [], facts),
     )
+
+
+def away(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
+    """Experts that are taken away, from pairs of layer and expert."""
+    most = sum(router.num_experts for router in facts.routers)
+    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    if not pairs or len(value) > most:
+        raise RequestError(f"The field 'away' must be a list of at most {most} pairs [layer, expert].")
+    return tuple(intervention({"kind": "ablate", "layer": layer, "expert": expert}, facts) for layer, expert in value)
 
 
 def intervention(value: Any, facts: ModelFacts) -> Intervention:

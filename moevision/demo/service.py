@@ -35,7 +35,7 @@ from moevision.models.strangers import REFUSED, answers
 from moevision.words import percent
 
 Json = dict[str, Any]
-ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
+ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise", "away")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE = 24  # further examples at a time
@@ -121,14 +121,10 @@ class Explorer:
         return {**self._boot, "models": models, "whole": not others}
 
     def start_views(self) -> list[Json]:
-        """The views that the page opens with: the first example, and beside it the first of another class.
-
-        So does `addOther` of app_choice.js choose.
-        """
+        """The view that the page opens with, of the first example; none where there is no image."""
         model = self._boot["models"][0]
-        examples = model["examples"]
-        chosen = examples[:1] + [one for one in examples if one["label"] != examples[0]["label"]][:1]
-        return [self.route({"model": model["id"], "picture": {"kind": "example", "id": one["id"]}}) for one in chosen]
+        examples = [{"kind": "example", "id": one["id"]} for one in model["examples"][:1]]
+        return [self.route({"model": model["id"], "picture": one}) for one in examples]
 
     def route(self, request: Any) -> Json:
         """Where every patch of an image goes: `moevision.view/2`."""
@@ -359,7 +355,6 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "variants": list(entry.variants),
         "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
-        "has_sharp": entry.examples.has_sharp,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": vars(card),

@@ -104,6 +104,7 @@ class Settings:
     capacity: float | None = None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
     intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
     noise: int | None = None  # seed of the noise that routers draw in training; None for evaluation, without noise
+    away: tuple[Intervention, ...] = ()  # experts that are taken away, beside the one change of `intervention`
 
     def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
         """Top-k and capacity as interventions on those layers of `net` where they have a meaning; some must have."""
@@ -114,7 +115,7 @@ class Settings:
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
         """Hold `net` in these settings inside the scope; other threads wait for their turn on it."""
-        changed = () if self.intervention is None else (self.intervention,)
+        changed = self.away if self.intervention is None else (*self.away, self.intervention)
         with intervene(net, *self.conditions(net), *changed), noise_of_training(net, self.noise):
             yield
 
@@ -309,7 +310,8 @@ class RoutingView:
                 "capacity": settings.capacity,
                 "intervention": None if changed is None else intervention_json(changed),
                 "noise": settings.noise,
-                "off_distribution": reason is not None or changed is not None,
+                "away": [[one.layer, one.expert] for one in settings.away],
+                "off_distribution": reason is not None or changed is not None or bool(settings.away),
                 "off_reason": reason,
             },
         }

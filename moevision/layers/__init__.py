@@ -15,6 +15,7 @@ from moevision.layers.routers import (
 )
 from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
 from moevision.layers.routing import (
+    LayerLoad,
     Recordable,
     Router,
     Routing,
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertChoiceRouting",
     "Experts",
     "HandmadeRouter",
+    "LayerLoad",
     "LocalDispatcher",
     "MoEMlp",
     "PackedLinear",

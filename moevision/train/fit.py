@@ -19,7 +19,7 @@ import shutil
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -146,6 +146,11 @@ def fit(given: Given) -> None:
             result = _train_twin(training, options, command, result)
         if result is not None:
             tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+            if result.summary.layers:
+                run = shlex.quote(str(run_dir))
+                tell(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+                if not training.settings.with_twin:
+                    tell("Whether they pay on these images: --with-twin also trains a dense model of the same cost.")
 
 
 def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:
@@ -231,6 +236,8 @@ def _no_trace_of_a_failure(run_dir: Path, stopwatch: Stopwatch, *, new: bool) ->
     except BaseException:
         if new and stopwatch.images == 0 and is_first():
             shutil.rmtree(run_dir, ignore_errors=True)
+            with suppress(OSError):  # other runs lie in it
+                run_dir.parent.rmdir()
         raise
 
 
@@ -621,6 +628,14 @@ def _train_twin(
     return write_comparison(result, other, match)
 
 
+def _of_a_run(given: Given) -> Given:
+    """The best checkpoint where a run folder stands in the place of images."""
+    best = Path(given.folder or "") / "checkpoints" / "best.ckpt"
+    if given.folder is None or given.options.get("ckpt_path") or not best.is_file():
+        return given
+    return given._replace(folder=None, options={**given.options, "ckpt_path": str(best)})
+
+
 def evaluate(verb: str, given: Given) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint.
 
@@ -630,7 +645,8 @@ def evaluate(verb: str, given: Given) -> None:
     session = Session(given.command)
     with _in_sentences(session):
         if given.options.get("resume") is not None:
-            raise UserError(f"--resume resumes a training: use it with fit; {verb} takes --ckpt_path.")
+            raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
+        given = _of_a_run(given)
         options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
@@ -638,7 +654,7 @@ def evaluate(verb: str, given: Given) -> None:
         start_one_each(options)
         checkpoint = options.get("ckpt_path")
         if not checkpoint:
-            raise UserError(f"Say which weights to {verb}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
+            raise UserError(f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path.")
         check_checkpoint(checkpoint)
         model = checked({"model": load_rest(Path(checkpoint))["hyper_parameters"]}, checkpoint)
         known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)

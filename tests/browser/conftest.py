@@ -42,13 +42,12 @@ def browser():
 class Visit:
     """A page in a profile of its own, with everything that it asked for and complained about."""
 
-    def __init__(self, browser, *, tour=False, level="research", **options):
+    def __init__(self, browser, *, door=True, **options):
         self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
-        if not tour:  # somebody who has been here before
-            self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
-        if level:  # as it was left at an earlier visit
-            keep = f"localStorage.getItem('moevision.level') ?? localStorage.setItem('moevision.level', '{level}')"
+        if door:  # as it was left at an earlier visit
+            keep = "localStorage.setItem('moevision.door', 'open')"
             self.context.add_init_script(f"try {{ {keep} }} catch {{}}")  # a sandboxed frame has no storage
+        self.shown = ".mv-cell" if door else ".mv-flow-box"
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.page.wait_for_function = self._wait_for
@@ -71,7 +70,7 @@ class Visit:
     def open(self, address):
         """Go there and wait for the image."""
         self.page.goto(address)
-        self.page.wait_for_selector(".mv-cell")
+        self.page.wait_for_selector(self.shown)
         self.page.wait_for_selector("[data-box=progress]", state="hidden")
         return self.page
 

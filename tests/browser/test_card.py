@@ -89,8 +89,9 @@ def test_every_step_has_the_numbers_of_the_view(card):
     text = told(page)
     assert text.startswith(" + ".join(f"{w:.2f}·E{e}(x)" for e, w in zip(experts, weights, strict=True)))
     assert f"has length {length(numbers['total'][PATCH])}" in text
-    share = numbers["added"][PATCH] / numbers["before"][PATCH]
-    assert f"({length(numbers['before'][PATCH])}) goes on with that added: {100 * share:.0f} % of its length" in text
+    before, after = (length(numbers[name][PATCH]) for name in ("before", "after"))
+    assert f"Added to the residual stream ({before}) that gives {after}." in " ".join(text.split())
+    assert "layer scale" not in text  # these blocks have none
     assert "2 of 4 experts ran for this patch" in text
     assert text.endswith("the other two cost memory, no time.")
 

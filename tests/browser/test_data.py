@@ -57,7 +57,7 @@ def first_card(page, list_name):
 
 def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, look):
     doubtful = scored.answer("data", {"list": "doubtful"})["entries"]
-    one = visit_run(level="simple")
+    one = visit_run()
     page = one.page
     assert "data" not in one.asked  # before the tab is opened
     page.click("[data-tab=data]")
@@ -89,9 +89,7 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
 
 
 def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run, look):
-    page = visit_run(
-        f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", level="simple", **PHONE
-    ).page
+    page = visit_run(f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE).page
     assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
     assert page.locator("[data-slot]").count() == 1
     assert look.no_sideways_scroll(page)

@@ -12,10 +12,9 @@ pytestmark = pytest.mark.needs("chromium", "playwright")
 FIRST = {"kind": "example", "id": "pets/test/0"}
 
 
-@pytest.mark.parametrize("level", ["simple", "research"])
-def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, look, level):
+def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, look):
     card = ask("experts", layer=1)["experts"][2]
-    page = visit("?expert=L1.E2", level=level).page
+    page = visit("?expert=L1.E2", door=False).page
     page.wait_for_selector(".mv-alone")
     assert page.locator(".mv-card").count() == 1
     assert page.locator(".mv-card h2").text_content() == "L1·E2"
@@ -90,5 +89,3 @@ def test_silent_experts_and_the_lens_are_the_views(visit, ask):
     names = [row.locator("span").first.text_content() for row in rows]
     assert names == ["block 0", "L1", "block 2", "L3"]
     assert "untrained readout" in page.text_content(".mv-box-lens")
-    page.click("[data-level=simple]")
-    assert page.locator(".mv-box-lens:visible").count() == 0

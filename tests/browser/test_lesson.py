@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "lesson.html").as_uri()
 @pytest.fixture
 def lesson(new_visit):
     def open(hash="", **options):
-        one = new_visit(offline=True, level=None, tour=True, **options)
+        one = new_visit(offline=True, door=False, **options)
         one.page.goto(PAGE + hash)
         return one
 

@@ -106,7 +106,7 @@ def test_who_may_show_the_page_in_a_frame(new_visit, server):
                 one = new_visit()
                 one.page.goto(f"http://{name}:{site.server_address[1]}/")
                 if allowed:
-                    one.page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+                    one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
                 assert any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
         finally:
             site.shutdown()
@@ -130,54 +130,16 @@ def test_a_login_works_and_complains_about_nothing(new_visit, server):
 def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
     one = new_visit()
     one.open(server.doors["shared"])
-    one.page.click("[data-action=example] >> nth=2")
+    one.page.click(".mv-rail [data-action=example] >> nth=2")
     one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
     assert one.complaints == []
     assert one.strangers(server.doors["shared"]) == []
 
 
-def test_the_tour_comes_once(visit):
-    page = visit(tour=True).page
-    for step in range(1, 5):
-        assert f"{step} of 4" in page.text_content(".mv-tour")
-        page.click("[data-action=tour-next]")
-    assert page.locator(".mv-tour").count() == 0
-    assert_stage_is_seen(page)
-    page.reload()
-    page.wait_for_selector(".mv-card")
-    assert page.locator(".mv-tour").count() == 0
-
-
-@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_the_tour_does_not_leave_one_below_the_stage(visit, size):
-    page = visit(tour=True, **size).page
-    for _ in range(3):
-        page.click("[data-action=tour-next]")
-    assert "4 of 4" in page.text_content(".mv-tour")
-    page.evaluate("document.activeElement.blur()")  # as after a click beside everything
-    page.keyboard.press("Escape")
-    assert page.locator(".mv-tour").count() == 0
-    assert_stage_is_seen(page)
-
-
-def assert_stage_is_seen(page):
-    top = page.evaluate("document.querySelector('.mv-verdict').getBoundingClientRect().top")
-    assert 0 <= top < page.viewport_size["height"] / 2
-    assert page.evaluate("document.activeElement.matches('.mv-cell')")
-
-
-def test_the_tour_can_be_skipped_with_escape(visit):
-    page = visit(tour=True).page
-    assert serious(page) == []
-    page.keyboard.press("Escape")
-    assert page.locator(".mv-tour").count() == 0
-    assert page.evaluate("localStorage.getItem('moevision.tour.seen')") == "1"
-
-
 def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
     page = new_visit().open(server.url)
     page.route(SERVER_CALL, lambda route: route.abort())
-    page.click("[data-action=example] >> nth=2")
+    page.click(".mv-rail [data-action=example] >> nth=2")
     page.wait_for_selector("[data-action=retry]")
     assert "doesn't answer" in page.text_content("[role=alert]")
     page.unroute(SERVER_CALL)
@@ -199,7 +161,7 @@ def test_a_busy_server_is_asked_again(new_visit, server):
         route.continue_()
 
     page.route(SERVER_CALL, busy_once)
-    page.click("[data-action=example] >> nth=2")
+    page.click(".mv-rail [data-action=example] >> nth=2")
     page.wait_for_selector("[data-box=toast]:has-text('Many people')")
     page.wait_for_selector(".mv-picture[alt*=rabbit]")
     assert len(routes) == 2
@@ -399,7 +361,6 @@ def test_a_link_to_another_model_says_that_it_waits(new_visit, server, hold):
     page.wait_for_selector("[data-box=main][aria-busy=true]")
     assert page.is_visible("[data-change=model]")
     assert page.is_visible("[data-tab=about]")
-    assert page.get_attribute("[data-level=research]", "aria-pressed") == "true"  # as at the last visit
     held.release()
     page.wait_for_selector("[data-action=example][data-id^='photo/']")
     page.wait_for_selector(".mv-cell")

@@ -148,7 +148,7 @@ def test_more_examples_come_when_asked_for(visit):
     page = one.page
     assert page.locator(".mv-rail [data-action=example]").count() == 12
     page.click("[data-action=more]")
-    page.wait_for_selector("[data-action=example] >> nth=35")
+    page.wait_for_selector(".mv-rail [data-action=example] >> nth=35")
     assert page.evaluate("document.activeElement.dataset.key") == "more"
     page.click("[data-action=example][data-id='pets/test/20']")
     page.wait_for_function("location.search.includes('picture=pets%2Ftest%2F20')")

@@ -89,7 +89,7 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
     from moevision.demo import route_image
 
     view = route_image(make(), pixels)
-    one = new_visit(offline=True, tour=True)  # a sandboxed frame has no storage to note an earlier visit in
+    one = new_visit(offline=True, door=False)  # a sandboxed frame has no storage to note an earlier visit in
     one.page.set_content(f"<h1>notebook</h1>{view._repr_html_()}")
     frame = one.page.frame_locator("iframe")
     frame.locator(".mv-cell[data-patch='5']").click()
@@ -143,7 +143,7 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, l
 
 def test_a_link_reproduces_the_view(visit, look):
     page = visit().page
-    page.click("[data-action=example] >> nth=4")
+    page.click(".mv-rail [data-action=example] >> nth=4")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     page.click("[data-variant=untrained]")
     page.wait_for_selector("[data-box=progress]", state="hidden")
@@ -183,7 +183,7 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path)
         return page.get_attribute(".mv-picture", "src")
 
     first = settled(["picture=pets%2Ftest%2F0"])
-    page.click("[data-action=example] >> nth=4")
+    page.click("[data-action=example][data-id='pets/test/4']")
     second = settled(["picture=pets%2Ftest%2F4"])
     page.click(".mv-layer[data-index='0']")  # no place of its own
     settled(["layer=1"])
@@ -328,10 +328,10 @@ def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
     """One browser, one visitor: images, changes and own images belong to a tab."""
     file = tmp_path / "own.png"
     Image.new("RGB", (64, 64), "teal").save(file)
-    one = visit(level=None)
+    one = visit()
     tabs = [one.page, *(one.context.new_page() for _ in range(2))]
     for tab, number in zip(tabs[1:], (2, 5), strict=True):
-        tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}&level=research")
+        tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}")
         tab.wait_for_selector(".mv-cell")
     tabs[1].click("[data-key=chip-1]")
     tabs[1].click(".mv-box-hand [data-kind=ablate]")

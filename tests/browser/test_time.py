@@ -108,8 +108,10 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
 
 
 def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded, look):
-    one = photos(level=None)
+    one = photos()
     page = one.page
+    page.click("[data-action=count][data-count='2']")
+    page.wait_for_selector("[data-slot='1'] .mv-cell")
     assert page.locator("[data-slot]").count() == 2
     page.wait_for_function("location.search.includes('picture2=')")
     first, second = image_of(page, recorded), image_of(page, recorded, "picture2")
@@ -121,7 +123,8 @@ def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded
 
 
 def test_a_moment_that_comes_late_does_not_bring_back_an_image_that_was_removed(photos, hold):
-    page = photos(level=None).page
+    page = photos().page
+    page.click("[data-action=count][data-count='2']")
     page.wait_for_function("location.search.includes('picture2=')")
     held = hold(page, "history")
     page.focus(SLIDER)
@@ -140,8 +143,8 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
     assert look.numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
     start = page.evaluate("history.length")
     # Another example keeps the moment, and is a place in the history; a moment is none.
-    other = page.get_attribute("[data-action=example] >> nth=1", "data-id")
-    page.click("[data-action=example] >> nth=1")
+    other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
+    page.click(".mv-rail [data-action=example] >> nth=1")
     page.wait_for_function(
         "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))", arg=other
     )

@@ -16,12 +16,12 @@ from lightning import Trainer
 import moevision
 from moevision import config
 from moevision.cli import VERBS
-from moevision.commands import loading
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
+from moevision.words import loading
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,23 @@ def test_dash_and_underscore_are_one():
     assert expected == {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
 
 
+def test_options_as_people_type_them_first():
+    given = config.read(
+        "fit", ["pets", "--epochs", "3", "--lr=0.1", "--image_size", "64", "--gpus", "2", "--device", "cpu"]
+    )
+    assert given.options == {
+        "trainer.max_epochs": 3,
+        "model.optim.lr": 0.1,
+        "data.image_size": 64,
+        "trainer.devices": 2,
+        "trainer.accelerator": "cpu",
+    }
+
+
+def test_train_is_fit(cli):
+    assert cli("train", "--help").out == cli("fit", "--help").out
+
+
 def test_options_in_short():
     given = config.read("fit", ["x", "--parallel", "fsdp", "--parallel.expert=2", "--dense", "--compile", "--force"])
     assert given.folder == "x"
@@ -193,7 +210,7 @@ def test_no_argument_prints_the_usage_and_fails(cli):
 
 
 def test_unknown_verb(cli):
-    refused(cli("train"), "'train'", "fit, validate, test, predict, info")
+    refused(cli("learn"), "'learn'", "fit, validate, test, predict, info")
     refused(cli("anlyze"), "Did you mean analyze?")
 
 
@@ -332,6 +349,13 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
 def test_evaluation_without_a_checkpoint(cli, tiny_run):
     for verb in ("test", "validate"):
         refused(cli(verb, "--config", tiny_run / "config.yaml", "--runs_root=runs"), "--ckpt_path")
+
+
+def test_a_run_folder_is_tested_by_its_best_weights(cli, tiny_run):
+    said = cli("test", tiny_run).out
+    assert (tiny_run / "checkpoints" / "best.ckpt").is_file()
+    assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt").out
+    assert "top1" in said
 
 
 def test_resuming_beyond_the_schedule(cli, tiny_run):

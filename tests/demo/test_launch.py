@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -21,7 +20,6 @@ import yaml
 from packaging.requirements import Requirement
 
 import moevision
-from moevision.cli import main as cli_main
 from moevision.commands import demo as launch
 from moevision.demo import gate
 from moevision.demo.gate import AUTH, Serving, is_loopback
@@ -380,13 +378,6 @@ def test_the_address_for_others_is_a_url(monkeypatch):
     ):
         monkeypatch.setattr(FakeServer, "share_url", None)
         assert f"Others open {address}:" in launch.announcement(FakeServer, Serving(host=host, public=True))
-
-
-def test_app_py_takes_the_same_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["app.py", "--share"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
-    assert stopped.value.code == cli_main(["demo", "--share"]) == 2
 
 
 class FakeServer:

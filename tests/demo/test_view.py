@@ -58,7 +58,7 @@ def test_the_view_is_what_the_model_computed(model, pixels):
     assert [entry["class"] for entry in view["prediction"]["moe"]] == [model.class_names[i] for i in top.indices]
     assert [entry["p"] for entry in view["prediction"]["moe"]] == pytest.approx(top.values.tolist(), abs=5.1e-5)
     assert view["prediction"]["dense"] is None
-    off = {"top_k": 2, "capacity": None, "intervention": None, "noise": None}
+    off = {"top_k": 2, "capacity": None, "intervention": None, "noise": None, "away": []}
     off |= {"off_distribution": False, "off_reason": None}
     assert view["settings"] == off
 

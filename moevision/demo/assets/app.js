@@ -4,16 +4,14 @@ import { choose, chooseCount } from "./app_choice.js";
 import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { followAddress, goTo } from "./app_history.js";
-import { levelMemory, levelOf } from "./app_level.js";
+import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
 import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
-import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, errorBox, server, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { nextStep, timeSource, trainedViews } from "./app_time.js";
-import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
@@ -32,13 +30,16 @@ const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
 const NOTHING = { slots: [], kind: null, wish: null };
 
 const appLayout = () => html`
+  <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
+  <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door" aria-expanded="false">Look closer</button></div>
+  <div class="mv-depth" data-box="depth" hidden>
   <header class="mv-header" data-box="header"></header>
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
     <div class="mv-main" data-box="main"><div class="mv-progress" data-box="progress" hidden><i></i></div>
       <div data-box="trouble"></div><div data-box="blank" hidden></div><div class="mv-view" data-box="view">${coreLayout()}</div></div>
-    <section class="mv-settings mv-research" aria-label="Change the routing" data-box="settings"></section></div>
+    <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
-    <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section>
+    <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section></div>
   <div class="mv-toast" role="status" data-box="toast" hidden></div>
   <div class="mv-hidden" aria-live="polite" data-live></div>`;
 
@@ -68,9 +69,11 @@ export class App {
     this.tab = "experts";
     /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
     this.ranked = { key: null, only: null };
-    this.level = levelOf(readAddress(), levelMemory.read());
-    this.opened = false;
-    this.opening = false;
+    this.door = opensDoor(readAddress()) || doorMemory.read();
+    /** @type {[number, number][]} layer and expert of each network that is away */
+    this.away = [];
+    /** @type {string | null} what the model says when none is */
+    this.usual = null;
     this.ticket = 0;
     /** @type {symbol | null} the last question above the image that is counted for */
     this.asking = null;
@@ -86,19 +89,18 @@ export class App {
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
     this.core.timeSource = timeSource(this);
-    /** @type {number | null} the expert that the page itself highlighted when it opened: nobody's choice yet */
-    this.given = null;
     this.swapping = false;
     this.waiting = false;
     /** @type {Tab[]} */
     this.tabs = TABS.filter((Tab) => Tab !== DataTab || boot.models.some(({ score_lists: lists }) => lists.length)).map((Tab) => new Tab(this));
+    this.flow = new Flow(this);
     this.connect();
+    this.drawDoor();
   }
 
   /** @param {View[]} views that come with the page */
   async start(views) {
     await followAddress(this, views);
-    if (this.state && !tourMemory.seen()) new Tour(this.core);
   }
 
   /** The page comes with the examples of its first model. */
@@ -117,15 +119,19 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => (this.pending.wish ? followAddress(this) : this.load([...this.pictures.keys()], [], null, "model")),
       undo: () => this.change(null),
-      level: (button) => this.chooseLevel(button.dataset.level),
+      door: () => this.openDoor(!this.door),
+      take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
+      "put-back": () => this.chooseSettings({ away: [] }),
+      matters: () => this.showStrongest(),
+      fly: () => this.flow.play(),
       calm: () => this.chooseSettings({ noise: null }),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
-      tour: () => this.state && new Tour(this.core),
     });
     Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
+    this.core.changes["flow-layer"] = (select) => this.state?.set({ layer: Number(select.value), highlight: null });
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -151,7 +157,7 @@ export class App {
    */
   questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
-  settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise }; }
+  settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise, ...(this.away.length && { away: this.away }) }; }
 
   /** All of that, as text that can be compared. */
   questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
@@ -176,22 +182,44 @@ export class App {
   /** @param {number} count */
   choosePictureCount(count) { return chooseCount(this, count); }
 
-  /** @param {string} level */
-  chooseLevel(level) {
-    this.level = level;
-    levelMemory.keep(level);
-    if (level === "simple") this.state?.set({ mode: "expert" });
-    this.drawFrame();
+  /** @param {boolean} open */
+  openDoor(open) {
+    this.door = open;
+    doorMemory.keep(open);
+    this.drawDoor();
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
+    if (open) this.core.box("depth").scrollIntoView({ block: "start" });
   }
 
-  /** Simple shows what the experts do when somebody asks for it. */
-  get closed() { return this.level === "simple" && !this.opened; }
+  drawDoor() {
+    this.core.box("depth").hidden = !this.door;
+    const button = present(this.root.querySelector("[data-action=door]"));
+    button.setAttribute("aria-expanded", String(this.door));
+    button.textContent = this.door ? "Close the details" : "Look closer";
+  }
 
-  /** The expert that a visitor chose, whose page then stands under Experts; null for none. */
-  get chosenExpert() { return this.state && this.state.highlight !== this.given ? this.state.highlight : null; }
+  /** Nobody is asked about what stands behind a closed door. */
+  get closed() { return !this.door; }
+
+  /** @param {number} layer @param {number} expert */
+  toggleAway(layer, expert) {
+    const others = this.away.filter(([where, which]) => where !== layer || which !== expert);
+    return this.chooseSettings({ away: isAway(this, layer, expert) ? others : [...this.away, [layer, expert]] });
+  }
+
+  /** First the image as it is, then without the network, so that its patches are seen to move. */
+  async showStrongest() {
+    const model = present(tellingCase(this));
+    const { picture, away } = model.card.matters;
+    this.away = [];
+    if (model.id !== this.model.id) await this.chooseModel(model.id);
+    await this.openExample(picture);
+    if (this.state?.view.picture.id !== picture) return; // another choice came between
+    present(this.state).set({ layer: model.layers.indexOf(away[0][0]) });
+    await this.chooseSettings({ away });
+  }
 
   /** @param {number} slot */
   chooseSlot(slot) {
@@ -212,7 +240,7 @@ export class App {
       return this.load([]);
     }
     const own = this.pictures.find(({ kind }) => kind === "upload");
-    choose(this, { model: id, level: this.level });
+    choose(this, { model: id });
     // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
@@ -307,7 +335,8 @@ export class App {
     sharpen(this, views);
     countShared(this);
     drawHand(this);
-    drawQuestion(this);
+    if (!views[0].settings.away?.length) this.usual = views[0].prediction.moe[0].class;
+    this.flow.draw(first);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
     this.remember();
@@ -324,9 +353,8 @@ export class App {
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
-    if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
+    if (changed.has("layer") || changed.has("active")) this.flow.draw();
     if (changed.has("layer") || changed.has("highlight")) drawShared(this);
-    if (changed.has("highlight") && this.state?.highlight !== this.given) Object.assign(this, { given: null, opening: false });
     if (changed.has("layer")) this.refreshTab("layer");
     else if (changed.has("highlight")) this.refreshTab("highlight");
     if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
@@ -366,7 +394,6 @@ export class App {
   }
 
   drawFrame() {
-    this.root.classList.toggle("mv-simple", this.level === "simple");
     drawHeader(this.core.box("header"), this);
     drawRail(this.core.box("rail"), this);
     const settings = this.core.box("settings");
@@ -389,7 +416,8 @@ export class App {
   /** @param {string} id */
   openTab(id) {
     this.tab = id;
-    this.opened = true;
+    this.door = true;
+    this.drawDoor();
     this.drawTabs();
     this.refreshTab(null);
     this.remember();

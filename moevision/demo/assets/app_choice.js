@@ -1,6 +1,6 @@
 // What is chosen: from the address, and one image or two.
 
-import { levelMemory, levelOf } from "./app_level.js";
+import { opensDoor, readAway } from "./app_flow.js";
 import { limitable, otherK } from "./app_rail.js";
 import { readIntervention, readNoise } from "./app_share.js";
 /** @import { App } from "./app.js" */
@@ -20,8 +20,8 @@ export function choose(app, wish) {
   const chosen = wish.picture ?? usual?.id;
   app.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
   if (wish.picture2) app.pictures.push({ kind: "example", id: wish.picture2 });
-  app.level = levelOf(wish, levelMemory.read());
-  app.opened ||= wish.tab !== undefined || wish.expert !== undefined;
+  app.door ||= opensDoor(wish);
+  app.away = readAway(wish.away, app.model);
   const k = Number(wish.k);
   app.topK = Number.isInteger(k) && k >= 1 && k <= app.model.max_top_k ? otherK(app.model, k) : null;
   const capacity = Number(wish.capacity);
@@ -40,7 +40,7 @@ export function choose(app, wish) {
 export function isDefault(app, wish) {
   const { default: first } = app.boot;
   return app.model.id === first?.model && app.variant === app.model.variants[0] && app.pictures[0].id === first?.picture
-    && app.topK === null && app.capacity === null && app.noise === null && app.intervention === null && wish.picture2 === undefined;
+    && app.topK === null && app.capacity === null && app.noise === null && app.intervention === null && !app.away.length && wish.picture2 === undefined;
 }
 
 /** @param {App} app @param {number} count */

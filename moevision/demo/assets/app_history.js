@@ -1,6 +1,6 @@
 // Showing what the address says: at the start, and on the way back and forward through the browser's history.
 
-import { addOther, choose, isDefault } from "./app_choice.js";
+import { choose, isDefault } from "./app_choice.js";
 import { OWN, restoreOwn } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { entryText, readAddress, writeAddress } from "./app_share.js";
@@ -42,7 +42,7 @@ export async function followAddress(app, views = []) {
   app.slot = 0;
   restoreOwn(app, history.state?.[OWN]);
   const usual = isDefault(app, wish);
-  if (!app.state && app.level === "simple" && usual) app.opening = addOther(app) && wish.expert === undefined;
+  app.drawDoor();
   app.drawTabs();
   // Nothing has to be asked before something is seen.
   const here = usual ? app.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];

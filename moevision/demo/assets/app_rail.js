@@ -1,6 +1,5 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
-import { levelSwitch } from "./app_level.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
@@ -13,7 +12,7 @@ const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
-  untrained: { label: "Untrained", tip: "The same network with fresh random weights: what the routing looks like before anything is learned." },
+  untrained: { label: "Random weights", tip: "The same network with random weights everywhere, also where the training began with pretrained ones." },
 };
 
 /** @param {HTMLElement} box @param {App} app */
@@ -23,11 +22,11 @@ export function drawHeader(box, app) {
   const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
     data-tip="${VARIANTS[name]?.tip}" aria-pressed="${name === variant}">${VARIANTS[name]?.label ?? name}</button>`);
   fillBox(box, html`
-    <div class="mv-title"><h1>See inside a Mixture of Experts</h1><p class="mv-soft">${headline(model)}</p></div>
+    <div class="mv-title"><h2>Patch by patch</h2><p class="mv-soft">${headline(model)}</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
-      <p class="mv-soft mv-research"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
-    <div class="mv-tools"><span class="mv-soft mv-research mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
-      <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${levelSwitch(app.level)}${shareMenu()}</div>`);
+      <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
+    <div class="mv-tools"><span class="mv-soft mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
+      <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${shareMenu()}</div>`);
 }
 
 /** @param {HTMLElement} box @param {App} app */

@@ -1,5 +1,7 @@
 // Taking the view elsewhere: the address, and the three exports.
 
+import { awayWord } from "./app_flow.js";
+import { canvasPng, loadPicture, sharePng } from "./app_card.js";
 import { OWN } from "./app_own.js";
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
@@ -12,7 +14,7 @@ import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "
 /** @import { BootModel, Intervention, Look, Wish } from "./types.js" */
 
 export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary><div class="mv-menu-list">
-  ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
+  ${[["link", "Copy link", "opens this view"], ["card", "Card (PNG)", "1200 × 630, for a post or a slide"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
@@ -45,6 +47,7 @@ export function shareHandlers(app) {
       app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.");
     }),
     "export-png": staged(async () => { download(await stagePng(present(app.state)), name("png")); app.notify("Image saved."); }),
+    "export-card": staged(async () => { download(await sharePng(present(app.state)), name("png")); app.notify("Card saved."); }),
     "export-json": staged(async () => {
       const text = JSON.stringify(present(app.state).view, null, 1);
       download(new Blob([text], { type: "application/json" }), name("json"));
@@ -116,15 +119,7 @@ async function stagePng(state) {
     paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
   });
   paintCaption(context, state, side * rows);
-  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
-}
-
-/** @param {string} source */
-export async function loadPicture(source) {
-  const picture = new Image();
-  picture.src = source;
-  await picture.decode();
-  return picture;
+  return canvasPng(canvas);
 }
 
 /**
@@ -167,7 +162,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "away", "tab", "list", "class", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null if the word makes no sense.
@@ -225,7 +220,7 @@ export function readAddress() {
  */
 export function entryText({ searchParams: found }, own) {
   const expert = found.get("expert")?.split(".")[1]; // its layer isn't a place of its own
-  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "tab"].map((key) => found.get(key)), expert, own]);
+  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "away", "tab"].map((key) => found.get(key)), expert, own]);
 }
 
 /**
@@ -242,18 +237,18 @@ export function writeAddress(app) {
     picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
     step: state?.view.moment?.step,
     layer: state?.currentLayer.layer,
-    expert: state && app.chosenExpert !== null ? expertWord(state) : null,
-    patch: state?.patch,
+    expert: state && state.highlight !== null ? expertWord(state) : null,
+    patch: app.door ? state?.patch : null,
     mode: state?.mode === "expert" ? null : state?.mode,
     slot: state?.mode === "slots" ? slotWord(state) : null,
     k: app.topK,
     capacity: app.capacity,
     noise: app.noise,
     do: app.intervention && interventionWord(app.intervention),
+    away: awayWord(app.away),
     tab: app.tab === "experts" ? null : app.tab,
     list: app.tab === "data" ? app.ranked.key : null,
     class: app.tab === "data" ? app.ranked.only : null,
-    level: app.level,
   };
   const address = new URL(location.href);
   LINK_KEYS.forEach((key) => {

@@ -7,7 +7,6 @@ import { hasOriginal, keepOriginal } from "./core_stage.js";
 
 /** @param {App} app @param {View[]} views */
 export async function sharpen(app, views) {
-  if (!app.model.has_sharp) return;
   await Promise.all(views.map(async (view) => {
     const { id } = view.picture;
     if (!id || hasOriginal(view)) return;
@@ -15,6 +14,9 @@ export async function sharpen(app, views) {
     const { src } = await app.asker.remember("sharp", { model: app.model.id, picture: id }).catch(() => ({ src: null }));
     if (!src) return;
     keepOriginal(view, src);
-    if (app.state?.views.some(({ picture }) => picture === view.picture)) app.core.drawPictures();
+    if (app.state?.views.some(({ picture }) => picture === view.picture)) {
+      app.core.drawPictures();
+      app.flow.load();
+    }
   }));
 }

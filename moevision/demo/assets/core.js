@@ -22,7 +22,7 @@ const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${n
 /** The places that `Core` fills: the stage column and the inspector. */
 export const coreLayout = () => html`
   <section class="mv-center" aria-label="Image and routing">
-    ${box("question")}${box("verdict")}
+    ${box("verdict")}
     <div class="mv-work">
       <div class="mv-stages">
         <div class="mv-toolbar">${modeSwitch()}
@@ -31,14 +31,14 @@ export const coreLayout = () => html`
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
         ${box("legend")}${box("hand")}${box("slots")}${box("time")}${box("strip")}
       </div>
-      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens", "mv-research")}</div>
+      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens")}</div>
     </div>
   </section>
   <aside class="mv-inspector" aria-label="Patch inspector"><div class="mv-grip">${box("where")}
     <button type="button" class="mv-button mv-handle" data-action="sheet" aria-expanded="false">Details</button></div>
-    ${box("card")}${box("inspector")}${box("similar", "mv-research")}</aside>`;
+    ${box("card")}${box("inspector")}${box("similar")}</aside>`;
 
-const modeSwitch = () => html`<div class="mv-switch mv-research" role="group" aria-label="Colour by">
+const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Colour by">
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
     data-key="mode-${mode}">${label}</button>`)}</div>`;
 

@@ -16,7 +16,7 @@ export function predictionColumn(title, top, label) {
 /** @param {HTMLElement} box @param {View} view */
 export function drawPrediction(box, view) {
   const { moe, dense } = view.prediction;
-  fillBox(box, html`<h2 class="mv-research">Prediction</h2><div class="mv-two mv-research">
+  fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
     ${predictionColumn("with experts", moe, view.picture.label)}
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
     ${view.picture.credit && html`<details class="mv-note"><summary data-key="credit">Photo credit</summary>${view.picture.credit}</details>`}`);
@@ -35,10 +35,10 @@ function verdictLine(view) {
   const best = view.prediction.moe[0];
   const twin = view.prediction.dense?.[0];
   const { label } = view.picture;
-  const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span class="mv-research"> matches the label</span></span>`
+  const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span> matches the label</span></span>`
     : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
   return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${view.settings.intervention && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft mv-research">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
+    ${tag}${view.settings.intervention && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
 /**
@@ -95,8 +95,8 @@ export function drawLoads(box, state) {
       <i style="height:${(count / top) * 100}%;background:${expertColour(expert, experts)}"></i></span>
     <span class="mv-loadcount">${number(count)}</span>${chip(expert, experts)}</button>`;
   fillBox(box, html`<div class="mv-strip-head"><h2>${soft ? term("part", "Parts of the output") : term("load", "Load")} in ${layer.name}${soft && ", %"}</h2>
-      ${!soft && html`<span class="mv-soft mv-research">${term("slowest", "slowest ÷ mean")} <b class="mv-num">${fixed(layer.slowest)}</b></span>`}</div>
+      ${!soft && html`<span class="mv-soft">${term("slowest", "slowest ÷ mean")} <b class="mv-num">${fixed(layer.slowest)}</b></span>`}</div>
     <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${done.map(bar)}
       <div class="mv-ideal" aria-hidden="true"></div></div>
-    <p class="mv-note mv-research">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
+    <p class="mv-note">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
 }

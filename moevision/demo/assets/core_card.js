@@ -109,9 +109,9 @@ export class Card {
       <div class="mv-switch mv-steps" role="radiogroup" aria-label="Step">${steps}</div>
       <p class="mv-note mv-card-say" data-part="say"></p>
       <div class="mv-card-body"><ol class="mv-card-rows">${rows.map(row)}</ol>
-        <svg class="mv-flow" width="${FLOW}" height="${ROW * rows.length + 38}" aria-hidden="true">${rows.map(flow)}</svg>
+        <svg class="mv-sum" width="${FLOW}" height="${ROW * rows.length + 38}" aria-hidden="true">${rows.map(flow)}</svg>
         <div class="mv-stream" data-part="stream"><i></i><b></b><span></span></div></div>
-      <p class="mv-card-told" data-part="told"></p><div class="mv-card-noise mv-research" data-part="noise"></div>`);
+      <p class="mv-card-told" data-part="told"></p><div class="mv-card-noise" data-part="noise"></div>`);
   }
 
   /**
@@ -245,7 +245,7 @@ function drawStream(box, { before, after }, name) {
  * @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed @param {string} name
  */
 function told(view, layer, patch, computed, name) {
-  const { kept, missing, total, before, added, shared } = computed;
+  const { kept, missing, total, before, added, after, shared } = computed;
   if (name === "kept") {
     if (!kept.length) return nobody(layer, computed);
     const sum = kept.reduce((all, { weight }) => all + weight, 0);
@@ -256,8 +256,10 @@ function told(view, layer, patch, computed, name) {
   if (name !== "sum") return "";
   if (!kept.length && shared === null) return nobody(layer, computed);
   const parts = layer.kind === "soft" ? "The sum over all slots" : equation(kept, shared);
-  const stream = before === null || added === null ? "" : html` <span class="mv-research">The residual stream (${long(before)}) goes on with that added: ${percent(added / before)} of its length.</span>`;
-  return html`<b>${parts}</b><span class="mv-research"> has length ${long(total)}</span>.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
+  const scaled = added !== null && Math.abs(added - total) > 0.02 * total; // blocks of DINOv2 have one
+  const stream = before === null || added === null || after === null ? "" : html` <span>${scaled && `A layer scale, learned for each channel, makes that ${long(added)}. `}Added to the
+    residual stream (${long(before)}) that gives ${long(after)}.</span>`;
+  return html`<b>${parts}</b><span> has length ${long(total)}</span>.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
 }
 
 /** @param {Choice[]} kept @param {number | null} shared */

@@ -110,9 +110,9 @@ export function drawInspector(box, state) {
   fillBox(box, html`
     ${drawZooms(state, patch)}
     ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view was saved before views carried how a patch was computed.</p>`}
-    ${facts.length > 0 && html`<dl class="mv-facts mv-research">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+    ${facts.length > 0 && html`<dl class="mv-facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}
-    <p class="mv-note mv-research">${contextSentence(state)}</p>`);
+    <p class="mv-note">${contextSentence(state)}</p>`);
 }
 
 /**

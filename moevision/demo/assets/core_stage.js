@@ -229,12 +229,12 @@ export function drawStrip(box, state) {
     </button>`;
   fillBox(box, html`
     <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
-      <span class="mv-keys mv-research"><kbd>+</kbd> <kbd>−</kbd> change layer</span>${layers.length > 1 && playButton("layers", "the layers")}</div>
+      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span>${layers.length > 1 && playButton("layers", "the layers")}</div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
+    <p class="mv-note">Colours aren't comparable across layers<span>: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
       are different networks</span>.</p>
-    <p class="mv-note mv-silent mv-research">${silentWords(state.view)}</p>
-    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
+    <p class="mv-note mv-silent">${silentWords(state.view)}</p>
+    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
   box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
@@ -262,13 +262,13 @@ export function drawLegend(box, state) {
     takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
     slots: () => slotRamp(state, view, layer, ramp),
   }[mode]();
-  fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint mv-research">${legendHint(state)}</span>`);
+  fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }
 
 /** @param {ViewState} state */
 function legendHint(state) {
   const lit = litExpert(state, state.view, state.currentLayer);
-  if (lit !== null) return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
+  if (lit !== null && state.mode === "expert") return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
 }
 

@@ -93,7 +93,7 @@ export class ExpertsTab {
     this.fetchOtherLayers(model, layer.layer);
     const router = present(model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
-    const one = app.chosenExpert;
+    const one = app.state?.highlight ?? null;
     const shown = one === null ? answer.experts : answer.experts.filter(({ expert }) => expert === one);
     return fillBox(panel, html`<p class="mv-note mv-lead">${one === null && html`Experts of <b>${answer.name}</b>. `}${answer.note} ${hint}</p>
       <div class="mv-cards">${shown.map((card) => expertCard(card, answer, router, one !== null))}</div>`);

@@ -1,6 +1,7 @@
 // An expert as one PNG with its legend: name, load, and its heaviest beside its random patches.
 
-import { download, loadPicture } from "./app_share.js";
+import { loadPicture } from "./app_card.js";
+import { download } from "./app_share.js";
 import { brush, expertColour, inkOn, percent, pictureSource } from "./core_util.js";
 import { calledWords } from "./tab_experts_words.js";
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model } from "./types.js" */

@@ -131,6 +131,8 @@ export interface View {
     capacity: number | null;
     intervention: Intervention | null;
     noise?: number | null;
+    /** [layer, expert] of those that are away. */
+    away?: [number, number][];
     off_distribution: boolean;
     off_reason: string | null;
   };
@@ -213,7 +215,6 @@ export interface BootModel extends Model {
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
   has_pictures: boolean;
-  has_sharp: boolean;
   has_parts: boolean;
   card: Record<string, any>;
   history: Recorded | null;
@@ -245,6 +246,22 @@ export interface Shares { layers: { layer: number; shares: number[] }[] }
 
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
+
+/** What the opening needs of the page around it; one without a server has no `asker`, and nothing can be taken away. */
+export interface FlowHost {
+  core: { box(name: string): HTMLElement };
+  state: ViewState | null;
+  pictures: Chosen[];
+  slot: number;
+  own: Own[];
+  model: BootModel;
+  boot: Pick<Boot, "models">;
+  away: [number, number][];
+  usual: string | null;
+  asker?: { ask(name: string, question: unknown): Promise<any> };
+  questionOf?(view: View): Record<string, unknown>;
+  toggleAway(layer: number, expert: number): unknown;
+}
 
 /** Slots whose views aren't shown yet, and what of the page they change; `wish`: of an address that is followed. */
 export interface Pending { slots: number[]; kind: string | null; wish: Wish | null }

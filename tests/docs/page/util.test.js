@@ -2,8 +2,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { levelOf } from "../../../moevision/demo/assets/app_level.js";
-import { question, tellingExpert } from "../../../moevision/demo/assets/app_question.js";
 import { headline, patchWeights, plural } from "../../../moevision/demo/assets/core_kinds.js";
 import { SlotMaps } from "../../../moevision/demo/assets/core_slots.js";
 import { readExpert, ViewState } from "../../../moevision/demo/assets/core_state.js";
@@ -74,35 +72,12 @@ test("slots are asked for once, and again after they were forgotten", async () =
   assert.deepEqual(maps.get(one, layer, 2), { unit: 1 });
 });
 
-test("a link says how much is shown, else what it asks for, else the last visit", () => {
-  assert.equal(levelOf({}, null), "simple");
-  assert.equal(levelOf({}, "research"), "research");
-  assert.equal(levelOf({}, "odd"), "simple");
-  assert.equal(levelOf({ level: "simple", k: "3" }, "research"), "simple");
-  for (const key of ["mode", "slot", "k", "capacity", "noise"]) assert.equal(levelOf({ [key]: "1" }, "simple"), "research");
-});
-
 test("the heading counts what the model has", () => {
   const router = { num_experts: 8, top_k: 2, kind: "token_choice", expert_parameters: 66_000 };
   assert.equal(headline({ routers: [router, router], parameters: 1_700_000 }),
     "8 networks share one image; 2 compute each patch. Each has 66\u00a0K of the model's 1.7\u00a0M parameters.");
   assert.equal(headline({ routers: [{ ...router, num_experts: 4, expert_parameters: 2e6 }, { ...router, kind: "soft" }], parameters: 22e6 }),
     "4 or 8 networks share one image. Each has 2.0\u00a0M or 66\u00a0K of the model's 22\u00a0M parameters.");
-});
-
-const COUNTED = { layer: 3, share: [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [null, null, null]], significant: [[false, true, false], [false, false, false], [false, false, false]] };
-const ANSWER = { class_names: ["cat", "dog", "owl"], n_images: 400, layers: [COUNTED] };
-const shown = (label, counts) => ({ picture: { label }, layers: [{ layer: 3, name: "L3", kind: "token_choice", num_experts: 3, counts }] });
-
-test("the opening sentence is about the expert that stands out and differs most, and counts", () => {
-  const views = [shown("cat", [2, 6, 2]), shown("dog", [0, 9, 1])];
-  const layer = views[0].layers[0];
-  assert.equal(tellingExpert(COUNTED, 0, 1), 1); // expert 0 differs more, and doesn't stand out
-  assert.deepEqual(question(ANSWER, views, layer),
-    [1, "Expert 1 of L3 takes 60 % of this cat and 90 % of this dog. Over all 400 counted images: 30 % for cat, 60 % for dog."]);
-  const calm = { ...ANSWER, layers: [{ ...COUNTED, significant: COUNTED.significant.map((row) => row.map(() => false)) }] };
-  assert.deepEqual(question(calm, views, layer), [null, "No expert of L3 stands out for cat or dog, counted over 400 images."]);
-  for (const label of ["cat", "owl", null, "tower"]) assert.equal(question(ANSWER, [views[0], shown(label, [1, 1, 1])], layer), null);
 });
 
 test("a link names an expert by its layer", () => {

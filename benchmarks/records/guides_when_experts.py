@@ -1,0 +1,43 @@
+"""docs/guides/when-experts.md."""
+
+from typing import Any
+
+from benchmarks.records import Claim, accuracy, infer, modular, readme, sparsity
+
+
+def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
+    """Time ÷ the dense twin's of the trained model for one image in bf16."""
+    (found,) = (
+        row["after"]["ratio"]["median"]
+        for row in rows
+        if (row["model"], row["batch"], row["precision"], row["threads"]) == ("trained", 1, "bf16", 1)
+    )
+    return {**readme.few_and_many(*rows), "bf16": found}
+
+
+CLAIMS = [
+    Claim(
+        (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
+        "cats and dogs by {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",
+        accuracy.moe_less_dense,
+    ),
+    Claim(sparsity.FILES, "with {moe:.0%} of its FLOPs in experts", sparsity.shares),
+    Claim(
+        sparsity.FILES,
+        "is {verdict} its dense twin at equal steps: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+        sparsity.first,
+    ),
+    Claim(
+        sparsity.FILES,
+        "when both train for as long {shown}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+        sparsity.at_equal_time,
+    ),
+    Claim(
+        infer.BEFORE,
+        "{one:.2f} times the time of a dense model of equal FLOPs in float32, {bf16:.2f} times in bf16",
+        one_in_bf16,
+    ),
+    Claim(infer.BEFORE, "64 images take {many:.2f} times the time", readme.few_and_many),
+    Claim(modular.FILES, "bring {sources}, {far} and {imagenette} points over such heads", modular.gaps),
+]
+DEFINITIONS: list[Any] = []

@@ -1,0 +1,388 @@
+// The opening: the patches of a photo fly to the networks that compute them, and a click takes a network away.
+
+import { answerWords, controlWords } from "./app_hand.js";
+import { capital } from "./core_kinds.js";
+import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic.js";
+import { underlay } from "./core_stage.js";
+import { momentWords } from "./core_time.js";
+import { brush, chip, expertColour, fillBox, html, Markup, percent, pictureSource, present } from "./core_util.js";
+/** @import { BootModel, Effect, FlowHost, Layer, View, Wish } from "./types.js" */
+
+const FLIGHT_MS = 900;
+const SPREAD_MS = 1100; // from the first patch that leaves to the last one
+const SHORT_MS = 500; // of patches whose network is taken away
+const THUMBS = 2;
+const NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
+/** @param {number} count */
+const numberWord = (count) => NUMBERS[count] ?? String(count);
+const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+const smooth = (share) => share * share * (3 - 2 * share);
+
+/** A patch on its way, in CSS pixels of the section: from and to are [x, y, side]. */
+/** @typedef {{ patch: number, from: number[], to: number[], start: number, ms: number }} Flight */
+
+export class Flow {
+  /** @param {FlowHost} app */
+  constructor(app) {
+    this.app = app;
+    this.picture = this.grid = this.shown = ""; // what is drawn: image, grid, layer
+    this.box = app.core.box("flow");
+    /** @type {number | null} the expert that is pointed at */
+    this.lit = null;
+    /** @type {(number | null)[]} of what is drawn: the network of each patch */
+    this.first = [];
+    /** @type {Set<number>} patches in the air */
+    this.away = new Set();
+    this.veil = 1; // how much of the contours is there
+    /** @type {Effect | null} of the one network that is away, beside as much at random */
+    this.control = null;
+    this.turn = Symbol("none");
+    this.listen();
+  }
+
+  /** @param {string} name @returns {any} */
+  part(name) { return this.box.querySelector(`[data-part="${name}"]`); }
+
+  /** @returns {HTMLElement[]} */
+  boxes() { return [...this.box.querySelectorAll(".mv-flow-box")].map((one) => /** @type {HTMLElement} */ (one)); }
+
+  get view() { return present(this.app.state).view; }
+  get layer() { return present(this.app.state).currentLayer; }
+
+  listen() {
+    const { box } = this;
+    box.addEventListener("pointermove", (event) => this.point(event));
+    box.addEventListener("pointerleave", () => this.light(null));
+    box.addEventListener("focusin", (event) => this.light(boxOf(event.target)));
+    box.addEventListener("focusout", () => this.light(null));
+    box.addEventListener("click", (event) => {
+      const expert = this.expertAt(event);
+      if (expert !== null && /** @type {HTMLElement} */ (event.target).closest("[data-part=photo]")) this.app.toggleAway(this.layer.layer, expert);
+    });
+    new ResizeObserver(() => this.app.state && this.part("photo") && this.paint()).observe(box);
+  }
+
+  /** @param {PointerEvent} event */
+  point(event) { if (event.pointerType !== "touch") this.light(boxOf(event.target) ?? this.expertAt(event)); }
+
+  /** The network of the patch under the pointer. @param {MouseEvent} event */
+  expertAt(event) {
+    const photo = /** @type {HTMLElement} */ (event.target).closest?.("[data-part=photo]");
+    if (!photo || !this.app.state) return null;
+    const { left, top, width, height } = photo.getBoundingClientRect();
+    const [rows, columns] = this.view.model.grid;
+    const [row, column] = [Math.floor(((event.clientY - top) / height) * rows), Math.floor(((event.clientX - left) / width) * columns)];
+    return this.first[row * columns + column] ?? null;
+  }
+
+  /** Fade everything but one network's part. @param {number | null} expert */
+  light(expert) {
+    if (expert === this.lit) return;
+    this.lit = expert;
+    this.boxes().forEach((one) => one.classList.toggle("mv-lit", Number(one.dataset.expert) === expert));
+    this.paint();
+  }
+
+  // ---- drawing ----------------------------------------------------------------------------------------------------
+
+  /**
+   * All of it. Patches fly where the same image is routed anew; at the first sight of the page all of them do.
+   * @param {boolean} [opening]
+   */
+  async draw(opening = false) {
+    const { view, layer, app } = this;
+    const same = this.picture === view.picture.src && this.grid === String(view.model.grid) && this.shown === layer.name;
+    const before = same ? this.places() : null;
+    const was = this.first;
+    this.first = firstExperts(layer);
+    Object.assign(this, { picture: view.picture.src, grid: String(view.model.grid), shown: layer.name, lit: null });
+    this.control = null;
+    fillBox(this.box, layout(app, view, layer, this.first));
+    this.compare(view);
+    await this.load();
+    if (opening && !still()) return this.play();
+    const moved = before && this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]);
+    this.turn = Symbol("still");
+    Object.assign(this, { away: new Set(), veil: 1 });
+    this.paint();
+    if (!before || !moved || still()) return undefined;
+    const to = this.places();
+    return this.fly(moved.filter((patch) => to[patch]).map((patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS })));
+  }
+
+  /**
+   * With one network away the same number of patches is moved at random, which takes longer than the answer.
+   * @param {View} view
+   */
+  async compare(view) {
+    const { app } = this;
+    const one = view.settings.away ?? [];
+    if (one.length !== 1 || view.settings.intervention || typeof view.settings.noise === "number") return;
+    const { asker, questionOf } = app;
+    if (!asker || !questionOf) return;
+    const { away: _, ...question } = questionOf.call(app, view);
+    const [[layer, expert]] = one;
+    const effect = await asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null);
+    if (!effect || app.state?.view !== view) return;
+    this.control = effect;
+    fillBox(this.part("said"), say(app, view, effect));
+    const bar = [...this.box.querySelectorAll(".mv-flow-answer li")].find((row) => present(row.firstElementChild).textContent === effect.target)?.querySelector(".mv-bar");
+    effect.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(html`<em style="left:${100 * (effect.before[0].p + delta)}%"></em>`)));
+  }
+
+  /** The image, which may be there in more pixels by now. */
+  async load() {
+    const image = this.part("image");
+    if (!image) return;
+    const { source, sharp } = underlay(present(this.app.state), this.view);
+    if (image.getAttribute("src") !== source) image.src = source;
+    image.classList.toggle("mv-sharp", sharp);
+    await image.decode().catch(() => null); // another image came between
+    this.paint();
+  }
+
+  /** Where each patch lies among the networks, in CSS pixels of the section: [x, y, side]; null of a patch without one. */
+  places() {
+    const home = this.box.getBoundingClientRect();
+    /** @type {(number[] | null)[]} */
+    const places = this.first.map(() => null);
+    this.each((canvas, patches) => {
+      const { left, top, width, height } = canvas.getBoundingClientRect();
+      mosaicPlaces(patches.length, height / width).forEach(([x, y, side], place) => {
+        places[patches[place]] = [left - home.left + x * width, top - home.top + y * width, side * width];
+      });
+    });
+    return places;
+  }
+
+  /** @param {(canvas: HTMLCanvasElement, patches: number[]) => void} job for each network's mosaic */
+  each(job) {
+    this.boxes().forEach((one) => {
+      const expert = Number(one.dataset.expert);
+      const patches = this.first.map((mine, patch) => (mine === expert ? patch : -1)).filter((patch) => patch >= 0);
+      job(/** @type {HTMLCanvasElement} */ (one.querySelector("canvas")), patches);
+    });
+  }
+
+  /** Contours and mosaics, without the patches that are in the air. */
+  paint() {
+    const [image, canvas] = [this.part("image"), this.part("contours")];
+    if (!image?.naturalWidth) return;
+    const { view, layer } = this;
+    const { grid } = view.model;
+    const scale = devicePixelRatio || 1;
+    const width = canvas.clientWidth * scale;
+    Object.assign(canvas, { width, height: (width * grid[0]) / grid[1] });
+    const context = brush(canvas);
+    context.globalAlpha = 1;
+    canvas.style.opacity = String(this.veil);
+    const paper = getComputedStyle(this.box).getPropertyValue("--bg").trim();
+    paintRegions(context, layer, this.first, grid, { side: width / grid[1], unit: scale, lit: this.lit, paper });
+    this.each((mosaic, patches) => {
+      const side = mosaic.clientWidth * scale;
+      Object.assign(mosaic, { width: side, height: mosaic.clientHeight * scale });
+      const tile = brush(mosaic);
+      mosaicPlaces(patches.length, mosaic.clientHeight / mosaic.clientWidth).forEach(([x, y, part], place) => {
+        const gap = Math.min(scale, part * side * 0.06);
+        if (!this.away.has(patches[place])) tile.drawImage(image, ...patchOf(image, patches[place], grid), x * side, y * side, part * side - gap, part * side - gap);
+      });
+    });
+  }
+
+  // ---- flying -----------------------------------------------------------------------------------------------------
+
+  /** All patches lift off the photo, the top left first. */
+  play() {
+    const [home, photo] = [this.box, this.part("photo")].map((one) => one.getBoundingClientRect());
+    const [rows, columns] = this.view.model.grid;
+    const side = photo.width / columns;
+    /** @type {Flight[]} */
+    const flights = [];
+    this.places().forEach((to, patch) => {
+      if (!to) return;
+      const [row, column] = [Math.floor(patch / columns), patch % columns];
+      const start = SPREAD_MS * (0.75 * (row / rows) + 0.25 * (column / columns));
+      flights.push({ patch, from: [photo.left - home.left + column * side, photo.top - home.top + row * side, side], to, start, ms: FLIGHT_MS });
+    });
+    this.veil = 0;
+    return this.fly(flights);
+  }
+
+  /** @param {Flight[]} flights */
+  async fly(flights) {
+    const turn = (this.turn = Symbol("flight"));
+    const [image, air] = [this.part("image"), this.part("air")];
+    if (!flights.length || !image.naturalWidth) return this.land();
+    const { grid } = this.view.model;
+    const scale = Math.min(2, devicePixelRatio || 1);
+    Object.assign(air, { width: this.box.clientWidth * scale, height: this.box.clientHeight * scale, hidden: false });
+    const context = brush(air);
+    const last = Math.max(...flights.map(({ start, ms }) => start + ms));
+    const opening = this.veil < 1;
+    this.away = new Set(flights.map(({ patch }) => patch));
+    this.paint();
+    const begun = performance.now();
+    for (let now = 0; now < last; now = performance.now() - begun) {
+      context.clearRect(0, 0, air.width, air.height);
+      let landed = false;
+      flights.forEach(({ patch, from, to, start, ms }) => {
+        const share = (now - start) / ms;
+        if (share >= 1) { landed = this.away.delete(patch) || landed; return; }
+        if (share < 0) return;
+        const part = smooth(share);
+        const [x, y, side] = from.map((value, axis) => scale * (value + (to[axis] - value) * part));
+        const lift = Math.sin(Math.PI * share) * 26 * scale;
+        context.drawImage(image, ...patchOf(image, patch, grid), x, y - lift, side, side);
+      });
+      if (opening) {
+        this.veil = Math.max(0, (now / last - 0.55) / 0.45);
+        this.part("contours").style.opacity = String(this.veil);
+      }
+      if (landed) this.paint();
+      await new Promise(requestAnimationFrame);
+      if (this.turn !== turn) return undefined;
+    }
+    return this.land();
+  }
+
+  land() {
+    Object.assign(this, { away: new Set(), veil: 1 });
+    const air = this.part("air");
+    if (air) air.hidden = true;
+    this.paint();
+  }
+}
+
+/** @param {EventTarget | null} target */
+function boxOf(target) {
+  const one = /** @type {HTMLElement | null} */ (/** @type {HTMLElement} */ (target).closest?.(".mv-flow-box"));
+  return one && !/** @type {HTMLButtonElement} */ (one).disabled ? Number(one.dataset.expert) : null;
+}
+
+// ---- what stands there ----------------------------------------------------------------------------------------------
+
+/** @param {FlowHost} app @param {View} view @param {Layer} layer @param {(number | null)[]} first */
+function layout(app, view, layer, first) {
+  const [rows, columns] = view.model.grid;
+  const what = view.picture.label ?? "photo";
+  return html`
+    <div class="mv-flow-head"><div><h1>${headlineOf(view, layer)}</h1><p>${sentence(layer, rows * columns)}</p></div>
+      ${app.asker && html`<div class="mv-flow-pick" role="group" aria-label="Photo">${thumbs(app)}
+        <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div>`}</div>
+    <div class="mv-flow-row">
+      <div class="mv-flow-left"><div class="mv-flow-photo" data-part="photo" style="--aspect:${columns / rows}"><img data-part="image" alt="${what}, ${rows} × ${columns} patches" src="${pictureSource(view.picture.src)}"
+          draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
+        <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}${layerChoice(view, layer)}</div></div>
+      <div class="mv-flow-right"><div class="mv-flow-boxes" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
+        <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div></div></div>
+    <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
+}
+
+/** @param {View} view @param {Layer} layer */
+export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => `${capital(numberWord(experts))} small networks share this ${label ?? "photo"}.`;
+
+/** @param {Layer} layer @param {number} patches */
+function sentence({ kind, top_k: k, route_by: unit }, patches) {
+  const learned = "Nobody told it what a face is.";
+  if (unit === "image") return `A router sends the whole image to ${k === 1 ? "one" : `${numberWord(k)}; you see the first`}.`;
+  if (kind === "soft") return `Each of ${patches} squares takes something from all; you see the network that gives it most.`;
+  if (kind === "expert_choice") return `Each picks some of ${patches} squares; you see who weighs most. ${learned}`;
+  return `A router sends each of ${patches} squares to ${k === 1 ? "one" : `${numberWord(k)}; you see the first`}. ${learned}`;
+}
+
+/** @param {FlowHost} app */
+function thumbs(app) {
+  const chosen = app.pictures[app.slot];
+  const own = app.own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: chosen.own === id }));
+  const known = app.model.examples;
+  const labels = [...new Set(known.map(({ label }) => label))];
+  const some = [...labels.map((label) => present(known.find((one) => one.label === label))), ...known].filter((one, place, all) => all.indexOf(one) === place);
+  const shown = some.slice(0, THUMBS - own.length).map(({ id, name, label, thumb }) => ({ action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: chosen.id === id }));
+  return [...own, ...shown].map(({ action, id, name, thumb, on }) => html`<button type="button" data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}"
+    aria-pressed="${on}" aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`);
+}
+
+/**
+ * The likeliest class, and beside it what the model said with all networks, else the next one.
+ * @param {View} view @param {string | null} usual
+ */
+function answer(view, usual) {
+  const [best, ...others] = view.prediction.moe;
+  const second = others.find(({ class: name }) => name === usual) ?? others[0];
+  const row = ({ class: name, p }) => html`<li><span>${name}</span><i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
+  return html`<div class="mv-flow-answer"><p>${view.moment ? capital(momentWords(view.moment)) : "The model says"}</p><ul>${[best, second].filter(Boolean).map(row)}</ul></div>`;
+}
+
+/** @param {View} view @param {Layer} layer */
+const layerChoice = (view, layer) => view.layers.length > 1 && html`<label class="mv-flow-layer">Layer <select data-change="flow-layer" data-key="flow-layer">${view.layers.map(({ name }, index) => html`<option
+  value="${index}" ${new Markup(name === layer.name ? "selected" : "")}>${name}</option>`)}</select></label>`;
+
+/** @param {FlowHost} app @param {Layer} layer @param {number} expert @param {(number | null)[]} first */
+function oneBox(app, layer, expert, first) {
+  const count = first.filter((mine) => mine === expert).length;
+  const gone = isAway(app, layer.layer, expert);
+  return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}" style="--own:${expertColour(expert, layer.num_experts)}"
+    ${app.asker && html`aria-pressed="${gone}"`} ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches${app.asker && `. ${gone ? "Put it back" : "Take it away"}`}">
+    <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${gone ? "away" : count || ""}</small></span><canvas aria-hidden="true"></canvas></button>`;
+}
+
+// ---- the door to everything below -------------------------------------------------------------------------------
+
+const DOOR_KEY = "moevision.door";
+/** What only the details show: a link that names it opens them. */
+const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+
+/** Private windows may refuse storage; then it lasts as long as the page. */
+export const doorMemory = {
+  read() { try { return localStorage.getItem(DOOR_KEY) !== null; } catch { return false; } },
+  /** @param {boolean} open */
+  keep(open) { try { if (open) localStorage.setItem(DOOR_KEY, "open"); else localStorage.removeItem(DOOR_KEY); } catch { /* nothing to keep it in */ } },
+};
+
+/** @param {Wish} wish */
+export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined);
+
+// ---- networks that are away -------------------------------------------------------------------------------------
+
+/** @param {FlowHost} app @param {number} layer @param {number} expert */
+export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);
+
+/** @param {FlowHost} app @param {View} view @param {Effect | null} control */
+function say(app, view, control) {
+  const all = view.layers.reduce((sum, { num_experts: experts }) => sum + experts, 0);
+  if (!app.asker) return "";
+  const { length: gone } = view.settings.away ?? [];
+  const best = view.prediction.moe[0].class;
+  const usual = app.usual ?? best;
+  const label = view.picture.label ?? usual;
+  const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
+  if (view.picture.unlike && !gone) return html`<p>${view.picture.unlike}</p>`;
+  if (!gone) return html`<p>Click networks away: how many before this ${label} becomes ${article(other)}?</p>
+    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Show me one that matters</button>`}`;
+  const words = best === usual ? `still ${best}` : `now ${best}`;
+  const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
+  return html`<p><b>${gone} of ${all} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>
+    <button type="button" class="mv-button" data-action="put-back" data-key="put-back">Put all back</button>`;
+}
+
+/**
+ * The case in which one network less changes the answer most: of this model, else of the next that has one.
+ * @param {FlowHost} app
+ */
+export const tellingCase = ({ model, boot }) => [model, ...boot.models].find(({ card }) => card.matters);
+
+/** @param {string} word */
+const article = (word) => (word === "something else" ? word : `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}`);
+
+/**
+ * Networks that an address takes away, "9.3_9.4", as far as the model has them.
+ * @param {string | undefined} word @param {BootModel} model @returns {[number, number][]}
+ */
+export function readAway(word, model) {
+  const pairs = (word ?? "").split("_").map((one) => one.split(".").map(Number));
+  const sound = pairs.filter(([layer, expert]) => expert >= 0 && expert < (model.routers.find((one) => one.layer === layer)?.num_experts ?? 0) && Number.isInteger(expert));
+  return /** @type {[number, number][]} */ ([...new Map(sound.map((pair) => [pair.join("."), pair])).values()]);
+}
+
+/** @param {[number, number][]} away */
+export const awayWord = (away) => (away.length ? away.map((pair) => pair.join(".")).join("_") : null);

@@ -1,0 +1,192 @@
+"""The opening: few words, one photo, its patches in the boxes of their networks; one network away, and several."""
+
+import pytest
+from PIL import Image
+
+from tests.browser.conftest import axe
+from tests.browser.test_hand import result
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+WORDS, CONTROLS = 70, 12
+CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
+# What is seen without scrolling; a screen reader's words are no text to be read.
+SEEN = """selector => [...document.querySelectorAll(selector)].filter((one) => {
+  const { top, bottom, width } = one.getBoundingClientRect();
+  return one.checkVisibility({ visibilityProperty: true }) && width > 1 && bottom > 0 && top < innerHeight;
+})"""
+READ = f"""() => ({SEEN})('.mv :is(h1, h2, p, li, button, label)')
+  .filter((one) => !one.parentElement.closest('p, li, button, label'))
+  .map((one) => one.querySelector('select') ? `${{one.firstChild.textContent}} L3` : one.innerText)
+  .join(' ')"""
+FRAMES = """async () => {
+  const times = [];
+  document.querySelector('[data-action=fly]').click();
+  await new Promise((done) => {
+    const tick = (now) => { times.push(now); (times.at(-1) - times[0] < 1900) ? requestAnimationFrame(tick) : done(); };
+    requestAnimationFrame(tick);
+  });
+  return times.slice(1).map((time, place) => time - times[place]);
+}"""
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+LANDED = "[data-part=air][hidden]"
+
+
+@pytest.fixture
+def newcomer(visit):
+    one = visit(door=False, reduced_motion="reduce")
+    one.page.wait_for_selector(LANDED, state="attached")
+    return one
+
+
+def experts(ask, layer=1, **request):
+    """The network of each patch, and how many each network has."""
+    shown = ask("route", picture=FIRST, **request)["layers"][layer]
+    first = [chosen[0] for chosen in shown["experts"]]
+    return first, [first.count(expert) for expert in range(shown["num_experts"])]
+
+
+def counts(page):
+    return [int(text) if text.isdigit() else text for text in page.locator(".mv-flow-box small").all_text_contents()]
+
+
+def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer, look):
+    page = newcomer.page
+    text = page.evaluate(READ)
+    assert text.startswith("Four small networks share this cat.")
+    words = [word for word in text.split() if any(map(str.isalnum, word))]
+    assert 30 < len(words) <= WORDS, text
+    controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
+    assert 5 < len(controls) <= CONTROLS, controls
+    photo, row = (page.locator(each).bounding_box() for each in ("[data-part=photo]", ".mv-flow-row"))
+    assert photo["width"] >= 0.45 * row["width"]
+    assert photo["y"] + photo["height"] <= 900
+    assert axe(page) == []
+    assert look.no_sideways_scroll(page)
+    assert page.locator(".mv-cell:visible").count() == 0
+    assert {"experts", "classes", "what_if"}.isdisjoint(newcomer.asked)
+
+
+def test_a_phone_shows_the_photo_first(visit, look):
+    page = visit(door=False, **PHONE).page
+    assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
+    assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
+    assert look.no_sideways_scroll(page)
+
+
+def test_each_box_has_its_patches(newcomer, ask):
+    page = newcomer.page
+    _, each = experts(ask)
+    assert counts(page) == [count or "" for count in each]
+    page.select_option("[data-change=flow-layer]", "0")
+    _, each = experts(ask, 0)
+    page.wait_for_function("document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')")
+    assert counts(page) == [count or "" for count in each]
+
+
+def test_pointing_at_a_box_leaves_its_part_of_the_photo(newcomer, ask):
+    """Everything else is faded to the paper's colour, 82 % of it."""
+    page = newcomer.page
+    first, each = experts(ask)
+    expert = each.index(max(each))
+    alpha = f"""() => {{
+      const canvas = document.querySelector('[data-part=contours]');
+      const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', {{ willReadFrequently: true }});
+      copy.drawImage(canvas, 0, 0);
+      const side = canvas.width / 4;
+      const at = (patch) => [patch % 4 + .5, Math.floor(patch / 4) + .8].map((part) => Math.floor(part * side));
+      return {first}.map((_, patch) => copy.getImageData(...at(patch), 1, 1).data[3]);
+    }}"""
+    page.hover(f".mv-flow-box[data-expert='{expert}']")
+    found = page.evaluate(alpha)
+    assert [value == 209 for value in found] == [mine != expert for mine in first]  # 255 · .82
+    page.mouse.move(5, 5)
+    assert 209 not in page.evaluate(alpha)
+
+
+def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
+    page = newcomer.page
+    _, each = experts(ask)
+    gone = each.index(max(each))
+    page.click(f".mv-flow-box[data-expert='{gone}']")
+    page.wait_for_selector(f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]")
+    _, moved = experts(ask, away=[[3, gone]])
+    assert moved[gone] == 0
+    assert counts(page) == ["away" if expert == gone else count or "" for expert, count in enumerate(moved)]
+    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    measured = ask("what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone})
+    assert page.text_content(".mv-flow-say p") == f"1 of 8 away: {result(measured)}."
+    assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
+    other = moved.index(max(moved))
+    page.click(f".mv-flow-box[data-expert='{other}']")
+    page.wait_for_selector(f".mv-flow-box[data-expert='{other}'][aria-pressed=true]")
+    assert "2 of 8 away" in page.text_content(".mv-flow-say")
+    page.wait_for_function(
+        "away => new URLSearchParams(location.search).get('away') === away", arg=f"3.{gone}_3.{other}"
+    )
+    link = page.url
+    page.click("[data-action=put-back]")
+    page.wait_for_selector(".mv-flow-box[aria-pressed=true]", state="detached")
+    assert counts(page) == [count or "" for count in each]
+    page.goto(link)
+    page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
+    assert page.locator(".mv-flow-box[aria-pressed=true]").count() == 2
+    page.go_back()
+
+
+def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
+    page = newcomer.page
+    everything = ask("route", picture=FIRST, away=[[3, expert] for expert in range(4)])
+    assert not any(any(row) for row in everything["layers"][1]["kept"])
+    page.goto(page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4)))
+    page.wait_for_function("document.querySelector('.mv-flow-say')?.textContent.includes('4 of 8 away')")
+    assert counts(page) == ["away"] * 4
+
+
+def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
+    page = visit().page
+    page.wait_for_selector("[data-part=image].mv-sharp")
+    page.click(".mv-menu summary")
+    with page.expect_download() as waiting:
+        page.click("[data-action=export-card]")
+    with Image.open(waiting.value.path()) as card:
+        assert card.size == (1200, 630)
+        photo = card.convert("RGB").crop((0, 0, 630, 630))
+        assert len(photo.getcolors(2**20)) > 10_000  # sharp
+        assert card.convert("RGB").getpixel((1190, 10)) == (251, 251, 249)  # paper
+
+
+@pytest.mark.alone
+def test_the_flight_is_smooth(visit):
+    """Median of a frame in three flights, ms."""
+    page = visit(door=False).page
+    page.wait_for_selector(LANDED, state="attached")
+    for _ in range(3):
+        frames = sorted(page.evaluate(FRAMES))
+        assert frames[len(frames) // 2] <= 20
+
+
+def test_an_own_photo_gets_an_answer_with_two_classes(newcomer, tmp_path):
+    page = newcomer.page
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
+    page.set_input_files("[data-box=file]", tmp_path / "own.png")
+    page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
+    assert page.locator(".mv-flow-answer li").count() == 2
+    assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
+
+
+def test_the_door_opens_on_everything_else_and_stays_open(visit):
+    one = visit(door=False)
+    page = one.page
+    page.click("[data-action=door]")
+    page.wait_for_selector(".mv-cell")
+    assert page.get_attribute("[data-action=door]", "aria-expanded") == "true"
+    page.reload()
+    page.wait_for_selector(".mv-cell")
+    page.click("[data-action=door]")
+    page.wait_for_selector(".mv-cell", state="hidden")
+    page.wait_for_function("!location.search.includes('patch=')")
+    page.reload()
+    page.wait_for_selector(".mv-flow-box")
+    assert page.locator(".mv-cell:visible").count() == 0
