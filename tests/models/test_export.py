@@ -133,7 +133,8 @@ def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> 
 
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
-    assert torch.equal(model.net(pictures(5)), expected)
+    with torch.no_grad():  # with gradients few rows are computed in another order
+        assert torch.equal(model.net(pictures(5)), expected)
 
 
 @pytest.mark.deep
