@@ -59,5 +59,6 @@ CLAIMS = [
 DEFINITIONS = [
     Definition("Apache-2.0", "the licence"),
     Definition("Python 3.11", "a version"),
+    Definition("a lesson of 45 minutes", "a plan"),
     Definition("2,048 photos of cats and dogs", "what was trained on"),
 ]

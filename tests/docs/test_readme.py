@@ -39,7 +39,7 @@ def test_commands_exist(command: str) -> None:
 
 def test_there_is_something_to_test() -> None:
     assert python_blocks(README)
-    assert len(commands(README)) >= 5
+    assert len(commands(README)) >= 4
 
 
 def test_its_first_two_commands_are_those_of_a_newcomer() -> None:
