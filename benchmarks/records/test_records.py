@@ -56,7 +56,10 @@ VERDICT = re.compile(
 
 @pytest.mark.parametrize(
     ("name", "section"),
-    [("README.md", "What experts bring, and what they cost"), ("docs/concepts/what-sparsity-buys.md", "What sparsity buys")],
+    [
+        ("README.md", "What experts bring, and what they cost"),
+        ("docs/concepts/what-sparsity-buys.md", "What sparsity buys"),
+    ],
 )
 def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
     """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""
