@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import axe
+from tests.browser.conftest import SERVER_CALL, axe
 from tests.browser.test_hand import result
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -174,6 +174,40 @@ def test_an_own_photo_gets_an_answer_with_two_classes(newcomer, tmp_path):
     page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
     assert page.locator(".mv-flow-answer li").count() == 2
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
+
+
+def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_path):
+    page = new_visit(door=False).open(server.url)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.set_input_files("[data-box=file]", tmp_path / "broken.png")
+    page.wait_for_selector("[role=alert]:visible")
+    assert "can't read that file as an image" in page.text_content("[role=alert]")
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.click(".mv-flow-pick [data-action=example] >> nth=1")
+    page.wait_for_selector("[data-action=retry]:visible")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    assert page.get_attribute(".mv-flow-pick [data-action=example] >> nth=1", "aria-pressed") == "true"
+
+
+def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
+    page = new_visit().open(server.url)
+    empty_stage(page)
+    page.click("[data-action=door]")
+    assert page.is_visible("[data-box=blank] [data-action=choose]")
+    assert page.is_hidden("[data-box=flow]")  # it would show the former model's image
+
+
+def test_the_control_of_one_network_is_asked_for_once(visit, ask):
+    _, each = experts(ask)
+    one = visit(f"?away=3.{each.index(max(each))}", door=False)
+    page = one.page
+    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    page.select_option("[data-change=flow-layer]", "0")
+    page.select_option("[data-change=flow-layer]", "1")
+    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    assert one.asked.count("what_if") == 1
 
 
 def test_the_door_opens_on_everything_else_and_stays_open(visit):

@@ -100,7 +100,7 @@ def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
     broken.write_text("no image")
     add(page, [*files[:10], broken])
     assert names(page) == [file.name for file in files[:10]]
-    assert "broken.png" in page.text_content("[data-box=rail-error]")
+    assert "broken.png" in page.text_content("[data-box=own-error]")
     add(page, files[10:14])
     assert names(page) == [file.name for file in [*files[10:14], *files[:8]]]
     assert "room for 12 images" in page.text_content(".mv-toast")

@@ -107,6 +107,19 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     assert page.evaluate(below) == "none"
 
 
+def test_the_boxes_follow_the_moment(photos, recorded):
+    page = photos(reduced_motion="reduce").page
+    page.wait_for_function("location.search.includes('picture=')")
+    image = image_of(page, recorded)
+    scrub(page, "Home", "before training")
+    first = recorded.first_choice(3)[0, image].tolist()
+    expected = [str(first.count(expert) or "") for expert in range(recorded.weights[3].shape[-1])]
+    page.wait_for_function(
+        "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
+        arg=",".join(expected),
+    )
+
+
 def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded, look):
     one = photos()
     page = one.page

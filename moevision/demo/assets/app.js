@@ -30,13 +30,14 @@ const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
 const NOTHING = { slots: [], kind: null, wish: null };
 
 const appLayout = () => html`
+  <div class="mv-progress" data-box="progress" hidden><i></i></div>
+  <div data-box="trouble"></div><div data-box="own-error"></div><div data-box="blank" hidden></div>
   <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door" aria-expanded="false">Look closer</button></div>
   <div class="mv-depth" data-box="depth" hidden>
   <header class="mv-header" data-box="header"></header>
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
-    <div class="mv-main" data-box="main"><div class="mv-progress" data-box="progress" hidden><i></i></div>
-      <div data-box="trouble"></div><div data-box="blank" hidden></div><div class="mv-view" data-box="view">${coreLayout()}</div></div>
+    <div class="mv-main" data-box="main"><div class="mv-view" data-box="view">${coreLayout()}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
     <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section></div>
@@ -317,10 +318,10 @@ export class App {
     if (!given[0]) return;
     const views = trainedViews(given);
     const step = nextStep(this, kind, wish?.step);
-    this.core.box("blank").hidden = true;
-    this.core.box("view").hidden = false;
+    this.showStage(true);
     const first = this.state === null;
     const start = first || wish ? readPlace(wish ?? {}, views[0]) : {};
+    if (!views[0].settings.away?.length) this.usual = views[0].prediction.moe[0].class;
     if (!this.state) {
       if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
       this.state = new ViewState(views[0], { views, ...start });
@@ -335,8 +336,7 @@ export class App {
     sharpen(this, views);
     countShared(this);
     drawHand(this);
-    if (!views[0].settings.away?.length) this.usual = views[0].prediction.moe[0].class;
-    this.flow.draw(first);
+    if (first) this.flow.draw(true);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
     this.remember();
@@ -353,7 +353,7 @@ export class App {
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
-    if (changed.has("layer") || changed.has("active")) this.flow.draw();
+    if (["views", "active", "layer"].some((name) => changed.has(name))) this.flow.draw();
     if (changed.has("layer") || changed.has("highlight")) drawShared(this);
     if (changed.has("layer")) this.refreshTab("layer");
     else if (changed.has("highlight")) this.refreshTab("highlight");
@@ -376,13 +376,18 @@ export class App {
     this.takeTurn(); // no answer that is still on its way may be shown
     this.pending = NOTHING;
     this.busy(false);
-    this.core.box("view").hidden = true;
-    this.core.box("blank").hidden = false;
+    this.showStage(false);
     fillBox(this.core.box("trouble"), "");
     fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
     return "blank";
+  }
+
+  /** The image and its routing, or what asks for an image. @param {boolean} is */
+  showStage(is) {
+    this.core.box("blank").hidden = is;
+    ["flow", "view"].forEach((name) => { this.core.box(name).hidden = !is; });
   }
 
   /** @param {boolean} is */

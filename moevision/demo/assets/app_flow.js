@@ -34,8 +34,8 @@ export class Flow {
     /** @type {Set<number>} patches in the air */
     this.away = new Set();
     this.veil = 1; // how much of the contours is there
-    /** @type {Effect | null} of the one network that is away, beside as much at random */
-    this.control = null;
+    /** @type {WeakMap<View, Promise<Effect | null>>} of a view without one network, beside as much at random */
+    this.controls = new WeakMap();
     this.turn = Symbol("none");
     this.listen();
   }
@@ -91,18 +91,18 @@ export class Flow {
    */
   async draw(opening = false) {
     const { view, layer, app } = this;
+    const turn = (this.turn = Symbol("drawn"));
     const same = this.picture === view.picture.src && this.grid === String(view.model.grid) && this.shown === layer.name;
     const before = same ? this.places() : null;
     const was = this.first;
     this.first = firstExperts(layer);
     Object.assign(this, { picture: view.picture.src, grid: String(view.model.grid), shown: layer.name, lit: null });
-    this.control = null;
     fillBox(this.box, layout(app, view, layer, this.first));
     this.compare(view);
     await this.load();
+    if (this.turn !== turn) return undefined; // drawn anew meanwhile
     if (opening && !still()) return this.play();
     const moved = before && this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]);
-    this.turn = Symbol("still");
     Object.assign(this, { away: new Set(), veil: 1 });
     this.paint();
     if (!before || !moved || still()) return undefined;
@@ -117,14 +117,15 @@ export class Flow {
   async compare(view) {
     const { app } = this;
     const one = view.settings.away ?? [];
-    if (one.length !== 1 || view.settings.intervention || typeof view.settings.noise === "number") return;
     const { asker, questionOf } = app;
-    if (!asker || !questionOf) return;
-    const { away: _, ...question } = questionOf.call(app, view);
-    const [[layer, expert]] = one;
-    const effect = await asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null);
+    if (!asker || !questionOf || one.length !== 1 || view.moment || view.settings.intervention || typeof view.settings.noise === "number") return;
+    if (!this.controls.has(view)) {
+      const { away: _, ...question } = questionOf.call(app, view);
+      const [[layer, expert]] = one;
+      this.controls.set(view, asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null));
+    }
+    const effect = await this.controls.get(view);
     if (!effect || app.state?.view !== view) return;
-    this.control = effect;
     fillBox(this.part("said"), say(app, view, effect));
     const bar = [...this.box.querySelectorAll(".mv-flow-answer li")].find((row) => present(row.firstElementChild).textContent === effect.target)?.querySelector(".mv-bar");
     effect.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(html`<em style="left:${100 * (effect.before[0].p + delta)}%"></em>`)));

@@ -138,7 +138,7 @@ async function takeFiles(app, given) {
   const taken = [];
   /** @type {AskError[]} */
   const refused = [];
-  fillBox(app.core.box("rail-error"), "");
+  fillBox(app.core.box("own-error"), "");
   for (const file of files.slice(0, MOST_OWN)) {
     try {
       taken.push({ id: ++app.lastOwn, name: file.name, data: await shrinkPicture(file, app.boot.limits) });
@@ -151,7 +151,7 @@ async function takeFiles(app, given) {
   app.own = kept;
   ownMemory.keep(kept);
   if (taken.length) await app.choosePicture(chosenOwn(taken[0]));
-  if (refused.length) fillBox(app.core.box("rail-error"), html`${refused.map((error) => errorBox(error))}`);
+  if (refused.length) fillBox(app.core.box("own-error"), html`${refused.map((error) => errorBox(error))}`);
 }
 
 /** @param {App} app */
