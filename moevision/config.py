@@ -20,7 +20,7 @@ from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
@@ -702,17 +702,21 @@ def read(verb: str, arguments: Sequence[str]) -> Given:
     """
     parser = _parser()
     try:
-        found = vars(parser.parse_args(spelled(parser, arguments), defaults=False).as_flat())
+        found = vars(parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat())
     except ArgumentError as error:
         raise UserError(f"{_sentence(str(error))} See moevision {verb} --help.") from error
     folder, configs, prints = (found.pop(name, None) for name in ("folder", "config", "print_config"))
     return Given(folder, configs or [], found, prints is not None, ["moevision", verb, *arguments])
 
 
-def spelled(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """The arguments with each option as the parser spells it: - and _ mean the same in its name."""
-    own = ALIASES | SHORT if parser.prog == "moevision" else {}
-    names = {name: name for name in parser._option_string_actions} | {f"--{word}": f"--{own[word]}" for word in own}
+def spelled(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], also: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """The arguments with each option as the parser spells it: - and _ mean the same in its name.
+
+    `also` has other words for some options, without dashes.
+    """
+    names = {name: name for name in parser._option_string_actions} | {f"--{word}": f"--{also[word]}" for word in also}
     known = {name.replace("-", "_"): key for name, key in names.items() if name.startswith("--")}
     parts = [argument.partition("=") for argument in arguments]
     return [known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts]
@@ -767,8 +771,8 @@ def _unknown(name: str) -> str:
             f"there is no option {name!r} any more: say it in a configuration, under trainer: {argument}: "
             "{class_path: NAME, init_args: {...}}."
         )
-    known = [*options(), *ALIASES, *FLAGS, "config", "print_config"]
-    near = difflib.get_close_matches(name, [*known, *SHORT], n=3)
+    known = [*options(), *ALIASES, *SHORT, *FLAGS, "config", "print_config"]
+    near = difflib.get_close_matches(name, known, n=3)
     if not near:  # a mistyped group has its last part in common with the right one
         near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:3]
     meant = ", ".join(f"--{key}" for key in near)

@@ -22,16 +22,7 @@ CLAIMS = [
         accuracy.moe_less_dense,
     ),
     Claim(sparsity.FILES, "with {moe:.0%} of its FLOPs in experts", sparsity.shares),
-    Claim(
-        sparsity.FILES,
-        "is {verdict} its dense twin at equal steps: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
-        sparsity.first,
-    ),
-    Claim(
-        sparsity.FILES,
-        "when both train for as long {shown}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
-        sparsity.at_equal_time,
-    ),
+    *readme.MORE_ACCURATE,
     Claim(
         infer.BEFORE,
         "{one:.2f} times the time of a dense model of equal FLOPs in float32, {bf16:.2f} times in bf16",

@@ -50,7 +50,7 @@ from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.archive import load_rest
-from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
+from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
 from moevision.train.ema import WeightEMA
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
@@ -629,11 +629,12 @@ def _train_twin(
 
 
 def _of_a_run(given: Given) -> Given:
-    """The best checkpoint where a run folder stands in the place of images."""
-    best = Path(given.folder or "") / "checkpoints" / "best.ckpt"
-    if given.folder is None or given.options.get("ckpt_path") or not best.is_file():
+    """The checkpoint that a training ends with, where its run folder stands in the place of images."""
+    folder = Path(given.folder or "") / "checkpoints"
+    if given.folder is None or given.options.get("ckpt_path") or not folder.is_dir():
         return given
-    return given._replace(folder=None, options={**given.options, "ckpt_path": str(best)})
+    checkpoint, _ = final_checkpoint(folder, SafeCheckpointIO())
+    return given._replace(folder=None, options={**given.options, "ckpt_path": str(checkpoint)})
 
 
 def evaluate(verb: str, given: Given) -> None:
