@@ -14,6 +14,7 @@ from tests.demo.conftest import STEPS
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 SLIDER = "[data-change=moment]"
+WHEN = ["before training", "after 10 of 100 steps", "trained"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_boxes_follow_the_moment(photos, recorded):
 
 
 def told(page):
-    return page.locator("[data-part=told]").all_text_contents()
+    return page.locator(".mv-film [data-part=told]").all_text_contents()
 
 
 def words(history, moment, layer=1):
@@ -140,7 +141,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
         page.focus(SLIDER)
         page.keyboard.press(key)
-        page.wait_for_function(f"document.querySelector('{SLIDER}').value === '{STEPS[moment]}'")
+        page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
         assert page.eval_on_selector_all(where, "all => all.map(one => one.style.left)") == [f"{left}%"] * 2
         assert told(page) == [words(recorded, moment), words(other, moment)]
         thumb = page.locator(SLIDER).bounding_box()
@@ -149,7 +150,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
         assert line["x"] + line["width"] / 2 == pytest.approx(at, abs=1.5)
     # By the pointer: the moment that lies nearest, wherever it is let go.
     page.mouse.click(thumb["x"] + 0.4 * thumb["width"], thumb["y"] + thumb["height"] / 2)
-    page.wait_for_function(f"document.querySelector('{SLIDER}').value === '10'")
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[1]}']")
     # The bands of each chart are one per expert; their heights at the first moment add up to all of it.
     first = page.eval_on_selector_all(
         ".mv-chart:first-child polygon",
