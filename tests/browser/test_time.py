@@ -126,7 +126,7 @@ def words(history, moment, layer=1):
     best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
     right = sum(name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True))
     taken = np.count_nonzero(history.weights[(1, 3)[layer]][moment], axis=(0, 1))
-    return f"{right} of 3 right, the busiest network takes {100 * taken.max() / taken.sum():.0f} %"
+    return f"{right} of 3 right, busiest network {100 * taken.max() / taken.sum():.0f} %"
 
 
 def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):

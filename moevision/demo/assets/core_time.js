@@ -178,7 +178,7 @@ export class Time {
     this.shown.forEach(({ track, loads }, row) => {
       const place = placeAt(track.steps, step);
       /** @type {HTMLElement} */ (nows[row]).style.left = `${(100 * step) / this.end}%`;
-      told[row].textContent = `${track.right[place]} of ${track.of} right, the busiest network takes ${percent(Math.max(...loads[place]))}`;
+      told[row].textContent = `${track.right[place]} of ${track.of} right, busiest network ${percent(Math.max(...loads[place]))}`;
     });
   }
 
