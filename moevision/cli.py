@@ -66,7 +66,7 @@ MOVED = {
     "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
     "has and the installed package has not: clone it, and give the same options there.",
     "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
-    "its own, as docs/guides/batch.md shows.",
+    "its own, as docs/guides/serve.md shows.",
     "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
     "doctor": "`moevision doctor` is now `moevision info --machine`.",
     "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
