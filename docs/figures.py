@@ -106,7 +106,7 @@ def blocks() -> str:
         parts.append(
             text(middle + side_of, 176, f"× {chosen[number]}", 16, "end" if side_of < 0 else "start", INK, True)
         )
-    parts += [text(628, 286, "two of eight run", 15, "end", GREY)]
+    parts += [text(628, 320, "two of eight run", 15, "end", GREY)]
     parts += [f'<circle cx="{sparse}" cy="122" r="16" fill="#ffffff" stroke="{GREY}" stroke-width="1.5"/>']
     parts += [text(sparse, 128, "+", 20, "middle"), arrow(sparse, 106, sparse, 92)]
     parts += [box(sparse - 120, 52, 240, 36), text(sparse, 76, "0.7 · f₂(x) + 0.3 · f₅(x)", 16, "middle")]
@@ -128,7 +128,7 @@ def loads(record: Mapping[str, Any]) -> str:
             return f"{x0 + width * step / last:.1f} {top + height * (1 - share):.1f}"
 
         parts.append(text(x0, 34, arm["title"], 17, bold=True))
-        parts.append(text(x0, 54, f"busiest at the end: {8 * max(shares[-1]):.1f} × an equal share", 15, color=GREY))
+        parts.append(text(x0, 54, f"busiest at the end: {8 * max(shares[-1]):.1f} × the mean", 15, color=GREY))
         for expert in range(8):
             low = [sum(row[:expert]) for row in shares]
             high = [sum(row[: expert + 1]) for row in shares]

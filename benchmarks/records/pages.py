@@ -113,7 +113,6 @@ DEFINITIONS = {
     "docs/faq.md": [
         Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
         Definition("A max/mean load of 1.2", "an example"),
-        Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
     ],
     "docs/guides/serve.md": [
         Definition("lesson of 45 minutes", "a plan"),
@@ -167,6 +166,7 @@ DEFINITIONS = {
     ],
     "docs/reference/config.md": [
         Definition("(Docker gives 64 MB)", "Docker's default"),
+        Definition("as many as cost about 1 % of the training", "a constant of `moevision.train.health`"),
         Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),
