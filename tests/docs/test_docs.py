@@ -263,6 +263,7 @@ ELSEWHERE = {
     "--pretrained tiny_moe": "made of weights from the hub",
     "runs/dense": "a dense run",
     "birds.yaml": "written by the reader; its keys are checked below",
+    "runs/photos": "docs/tutorial.py ran it; its output is checked by test_tutorial.py",
     "my_fit.py": "above",
     ">": "a shell's redirection",
 }
