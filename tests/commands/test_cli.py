@@ -404,3 +404,12 @@ def test_full_memory_where_the_batch_stays_gets_what_may_change(batch, goes_on):
 def test_other_errors_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError, match="shape"), memory_advice(64, 2):
         raise RuntimeError("shape mismatch")
+
+
+def test_a_terminal_without_greek_letters_gets_the_help(monkeypatch):
+    """As Windows' code page 1252 has neither σ nor ≥; it ended in a UnicodeEncodeError."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    assert moevision.cli.main(["fit", "--help-all"]) == 0
+    sys.stdout.flush()
+    assert "--model.arch" in raw.getvalue().decode("cp1252")
