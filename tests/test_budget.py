@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
-    "moevision": (12, 3_045, 15_950),  # losses.Balance: what a loop of one's own needs, which took a dozen lines before
+    "moevision": (12, 3_055, 16_000),  # losses.Balance: what a loop of one's own needs, which took a dozen lines before
     "moevision/analysis": (16, 8_150, 60_200),
     "moevision/commands": (10, 1_880, 13_250),  # the distance as a column of predict, files of push
     "moevision/data": (14, 5_200, 38_200),  # a drawn scene at another size

@@ -21,7 +21,7 @@ from moevision.errors import UserError
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
-from moevision.words import loading
+from moevision.words import loading, shell_word
 
 
 @pytest.fixture(autouse=True)
@@ -413,3 +413,13 @@ def test_a_terminal_without_greek_letters_gets_the_help(monkeypatch):
     assert moevision.cli.main(["fit", "--help-all"]) == 0
     sys.stdout.flush()
     assert "--model.arch" in raw.getvalue().decode("cp1252")
+
+
+def test_a_printed_path_is_one_word_of_this_systems_shell(monkeypatch):
+    """cmd.exe takes single quotes for a part of the name, and a backslash needs none."""
+    assert shell_word("runs/my pets") == "'runs/my pets'"
+    assert shell_word("runs/pets") == "runs/pets"
+    with monkeypatch.context() as windows:
+        windows.setattr("os.name", "nt")
+        found = [shell_word(path) for path in (r"runs\pets", r"runs\my pets")]
+    assert found == [r"runs\pets", '"runs\\my pets"']
