@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
     )
-    parser.add_argument("--pack", action="store_true", help="store the trained model's weights in eight bits")
+    parser.add_argument("--pack", action="store_true", help="store weights in eight bits")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
     packs_bundled = options.pack and options.run is None and options.examples is None
@@ -242,29 +242,34 @@ def make(options: Namespace) -> None:
 
 
 def pack_bundled(options: Namespace) -> None:
-    """Pack the bundled weights; card, history and atlas then say what the packed model does."""
+    """Pack the bundled weights; card, history and atlases then say what the packed models do."""
     folder, about = options.out / options.name, ABOUT[options.name]
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    variants = [variant for variant in ("trained", "unbalanced", "dense") if (folder / variant).is_dir()]
     model = load_model(str(folder / "trained"))
-    data = options.data or about["data_kind"]
-    test = open_pictures(data, model.image_size, class_names=model.class_names)
+    data, size, names = options.data or about["data_kind"], model.image_size, model.class_names
+    test = open_pictures(data, size, class_names=names)
     if len(test) != card["test_images"]:
         raise UserError(
             f"{data} has {len(test)} test images, and the card speaks of {card['test_images']}: give those."
         )
-    if (folder / "trained" / WEIGHTS).is_file():
-        pack_folder(folder / "trained", data)
-        model = load_model(str(folder / "trained"))
-    for name, found in _accuracies({"moe": _right(model, test)}, _counts(test)).items():
+    for variant in variants:
+        if (folder / variant / WEIGHTS).is_file():
+            pack_folder(folder / variant, data)
+    models = {variant: load_model(str(folder / variant)) for variant in variants}
+    right = {"moe" if variant == "trained" else variant: _right(own, test) for variant, own in models.items()}
+    for name, found in _accuracies(right, _counts(test)).items():
         card[name] |= found
     write_json_atomic(folder / "card.json", card)
     shown, home = None, (folder / SOURCES).parent
     if home.is_dir():
-        shown = open_pictures(home, model.image_size, split="all", class_names=model.class_names)
-    if (history := folder / HISTORIES["trained"]).is_file():
-        _write_history(history, model, test if shown is None else shown, history)
-    pictures = open_pictures(data, model.image_size, limit=options.images, class_names=model.class_names)
-    save_atlas(_atlas(model, pictures, about["title"], shown), folder / "atlas.json")
+        shown = open_pictures(home, size, split="all", class_names=names)
+    pictures = open_pictures(data, size, limit=options.images, class_names=names)
+    for variant in [variant for variant in variants if variant in HISTORIES]:
+        if (history := folder / HISTORIES[variant]).is_file():
+            _write_history(history, models[variant], test if shown is None else shown, history)
+        atlas = _atlas(models[variant], pictures, about["title"], shown)
+        save_atlas(atlas, folder / f"atlas{'' if variant == 'trained' else '_' + variant}.json")
 
 
 def ask_again(options: Namespace) -> None:
