@@ -107,8 +107,9 @@ def test_the_foot_leads_on(visit, server):
     # another model is one click away
     assert foot.locator("[data-action=model]").all_text_contents() == ["The photos"]
     foot.locator("[data-action=model]").click()
-    page.wait_for_selector("[data-box=blank]:visible")
-    assert foot.locator("[data-action=model]").all_text_contents() == ["The pets"]
+    page.wait_for_selector(".mv-footer [data-action=model]:has-text('The pets')")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    assert one.question("route")["model"] == "photos"
     lesson = foot.locator("a").first
     assert lesson.text_content() == "Lesson"
     assert lesson.get_attribute("href") == "lesson.html"  # of a checkout
