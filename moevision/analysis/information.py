@@ -346,6 +346,10 @@ def excess_estimate(
         kappa = delta_variance / plug_in if plug_in > 0 else 0.0
         low = score_interval(excess + min(0.0, bias_surplus), variance, kappa, z)[0]
         high = score_interval(excess + max(0.0, bias_surplus), variance, kappa, z)[1]
+        low, high = (
+            min(low, excess),
+            max(high, excess),
+        )  # of a negative excess the other lies above
     # A difference below the rounding of the sums is no evidence.
     p_value = (1 + int((null >= plug_in - 1e-9).sum())) / (1 + len(null))
     share = excess / entropy if entropy > 0 else 0.0

@@ -20,7 +20,7 @@ and experts that do different things may be no experts of classes. The rules:
   the difference above 0; with two experts: costs any), and "a little" where that is shown of a layer without which no
   accuracy is lost, or where exchanging experts costs log-loss, and the favourite no more than others;
 - 1 and 2 are "a little" where the bits (those beyond the best control) are less than `A_LITTLE` of what the probe
-  tells.
+  tells, and 1 also where the expert guesses right less than `SKILL` of what the majority class gets wrong.
 
 The answers are about first choices of all patches; where no patch chooses (expert choice, Soft MoE) about what patches
 take. What is missing of a recording is said to be not measured. What is recorded and read off it is
@@ -70,6 +70,9 @@ _CONTROLS: Final = {
 }
 A_LITTLE = 0.1
 """Below this share of what the linear probe tells, what is shown is called "a little": a convention, not a test."""
+
+SKILL = 0.02
+"""Below this part of the images that the majority class gets wrong, guessing by the expert is "a little", too."""
 
 _NOTHING = "The layer contributes nothing, so what its experts do can't show"
 _P_VALUE = 0.05
@@ -243,14 +246,15 @@ def experts_answer(found: LayerReadings) -> Answer:
         probe = percent(found.probe.guess.value)
         detail += f", a linear probe of the same input in {layer.num_experts} groups {probe}"
     beside = "" if found.probe is None else (
-        f", {percent(reading.bits.value / found.most_bits)} of the {found.probe.bits.value:.3f} bits of a linear probe "
-        f"in {layer.num_experts} balanced groups"
+        f", {percent(reading.bits.value / found.most_bits)} of the {signed(found.probe.bits.value)} bits of a linear "
+        f"probe in {layer.num_experts} balanced groups"
     )  # fmt: skip
     numbers = [f"{layer.name}: {_bits_words(reading)}{beside}; {found.load.words}."]
     numbers += [_reading_words(each) for each in found.readings[1:]]
     if not (estimate.low > 0 and estimate.p_value <= _P_VALUE):
         return Answer("experts", NOT_SHOWN, detail, numbers)
-    return Answer("experts", _yes(estimate.value_bits, found), detail, numbers)
+    few = reading.guess.value - reading.chance < SKILL * (1 - reading.chance)
+    return Answer("experts", A_LITTLE_WORD if few else _yes(estimate.value_bits, found), detail, numbers)
 
 
 def _yes(bits: float, found: LayerReadings) -> str:
@@ -286,7 +290,8 @@ def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> An
         key=lambda pair: pair[1].bits.value,
     )
     own = controls.same[name][0]
-    detail = f"{_CONTROLS[name][1]} {reading.bits.value:.3f} bits about the class, the router {own.bits.value:.3f}"
+    detail = f"{_CONTROLS[name][1]} {signed(reading.bits.value)} bits about the class, "
+    detail += f"the router {signed(own.bits.value)}"
     if len(above) > 1:
         detail += f"; {sum(above)} of {len(above)} trainings tell more than their own controls"
     return Answer("training", _yes(min(gains), found) if all(above) else NOT_SHOWN, detail, numbers)

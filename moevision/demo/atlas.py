@@ -162,6 +162,47 @@ def counted_name(expert: Json) -> Json | None:
     return None
 
 
+def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
+    """Two classes by the maps of an atlas, in the form of `ClassComparison`; it has no intervals.
+
+    An expert is marked where the share of one of the two stands out. A UserError if no image of one was counted.
+    """
+    names = atlas["class_names"]
+    maps = [layer["map"] for layer in atlas["layers"]]
+    if not all(name in names and maps[0]["n_images"][names.index(name)] for name in (a, b)):
+        raise UserError(f"No images of {a} or of {b} were counted: give some with --data FOLDER.")
+    one, other = names.index(a), names.index(b)
+    layers = [
+        {
+            "name": f"L{of['layer']}",
+            "layer": of["layer"],
+            "experts": [
+                {"expert": expert, "difference": x - y, "low": None, "high": None, "q": None, "significant": marked}
+                for expert, (x, y, *stands) in enumerate(
+                    zip(
+                        of["share"][one],
+                        of["share"][other],
+                        of["significant"][one],
+                        of["significant"][other],
+                        strict=True,
+                    )
+                )
+                for marked in [any(stands)]
+            ],
+        }
+        for of in maps
+    ]
+    every = [(layer["name"], row) for layer in layers for row in layer["experts"]]
+    name, most = max(every, key=lambda found: abs(found[1]["difference"]))
+    n_a, n_b = (int(maps[0]["n_images"][which]) for which in (one, other))
+    sentence = (
+        f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {sum(row['significant'] for _, row in every)} of "
+        f"{len(every)} experts stand out for one of them. The largest difference is {name}·E{most['expert']}, which "
+        f"takes {100 * abs(most['difference']):.1f} percentage points more of {a if most['difference'] > 0 else b}."
+    )
+    return {"class_a": a, "class_b": b, "n_a": n_a, "n_b": n_b, "layers": layers, "sentence": sentence}
+
+
 def save_atlas(atlas: Json, path: str | Path) -> None:
     """Write an atlas, whole or not at all, without white space."""
     write_text_atomic(path, json_text(atlas, separators=(",", ":")) + "\n")

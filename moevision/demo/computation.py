@@ -4,7 +4,7 @@
 residual stream before and after), so that the numbers cost norms and no second pass.
 
 Axes: N tokens of one image (prefix tokens first), P patches, D width, E experts, K choices (E where experts choose
-patches or mix them), R rows, C patches of an expert, S slots of an expert.
+patches or mix them), R rows, C patches of an expert, S slots of an expert, V shown channels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,43 @@ from moevision.demo.wire import packed
 from moevision.layers import ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, routing_lock
 
 Floats = npt.NDArray[np.float32]
+SHOWN = 8  # channels of a vector: as many as can be drawn and read
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A few numbers of each vector as they are, by which a reader can do the layer's sums.
+
+    They are those channels that the layer changes most in this image. A patch gets from the layer
+    `Σ weight · outputs + shared = total`; the stream goes on with `before + scale · total = after`.
+
+    Attributes:
+        of: D.
+        hidden: width of an expert's hidden layer.
+        index: [V] which of the D channels, in order.
+        scale: [V] the block's layer scale, 1 without one; None as `before`.
+        read: [P, V] what the router and the experts read.
+        outputs: [P, K, V] what each chosen expert gave, before its weight; as `Computation.outputs` has its length.
+        shared: [P, V] what the shared experts gave; None without.
+        total: [P, V] the layer's output.
+        before: [P, V] the residual stream that the block's MLP branch reads; None as in `Computation`.
+        after: [P, V] the stream behind the block; None as `before`.
+    """
+
+    of: int
+    hidden: int
+    index: list[int]
+    scale: Floats | None
+    read: Floats
+    outputs: Floats
+    shared: Floats | None
+    total: Floats
+    before: Floats | None
+    after: Floats | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; each array as `wire.packed` writes it."""
+        return {name: packed(one) if isinstance(one, np.ndarray) else one for name, one in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -42,6 +79,7 @@ class Computation:
             behind a norm in a residual branch.
         added: [P] length of what the branch adds to it: the layer's output, after a layer scale if there is one.
         after: [P] length of the stream behind the block.
+        channels: some numbers of these vectors.
     """
 
     scores: Floats
@@ -53,10 +91,15 @@ class Computation:
     before: Floats | None
     added: Floats | None
     after: Floats | None
+    channels: Channels
 
     def to_json(self) -> dict[str, Any]:
-        """Each array by name as `wire.packed` writes it, or None."""
-        return {name: None if value is None else packed(value) for name, value in vars(self).items()}
+        """Each array by name as `wire.packed` writes it, or None; `channels` as an object of its own."""
+        arrays = {name: value for name, value in vars(self).items() if name != "channels"}
+        return {
+            **{name: None if value is None else packed(value) for name, value in arrays.items()},
+            "channels": self.channels.to_json(),
+        }
 
 
 @dataclass
@@ -64,6 +107,7 @@ class Heard:
     """What one MoE layer computed while the scope was open."""
 
     layer: MoEMlp
+    block: nn.Module | None = None
     tokens: Tensor | None = None
     output: Tensor | None = None
     rows: Tensor | None = None
@@ -85,44 +129,69 @@ class Heard:
         first = routing.num_prefix_tokens
         x = self.tokens.flatten(0, -2)  # [N, D]; one image
 
-        def lengths(values: Tensor) -> Floats:
-            return _numpy(_length(values.flatten(0, -2))[first:])
+        def of_patches(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.flatten(0, -2)[first:]
+
+        def lengths(values: Tensor | None) -> Floats | None:
+            return None if values is None else _numpy(_length(values))
+
+        def some(values: Tensor | None) -> Floats | None:
+            return None if values is None else _numpy(values[..., index])
 
         # Behind a norm in a residual branch the norm's output is the layer's very input.
-        before, after = (self.before, self.after) if self.normed is self.tokens else (None, None)
+        in_branch = self.normed is self.tokens
+        before, after = map(of_patches, (self.before, self.after) if in_branch else (None, None))
+        total, shared = self.output.flatten(0, -2)[first:], of_patches(self.shared)
+        outputs = self._expert_outputs(x, routing)[first:]
         bias = getattr(self.layer.router, "bias", None)
+        added = None if before is None or after is None else after - before
+        changed = (total if added is None else added).float().abs().mean(0)
+        index = changed.topk(min(SHOWN, len(changed))).indices.sort().values
+        gamma = getattr(getattr(self.block, "ls2", None), "gamma", None)
+        scale = (torch.ones_like(changed) if gamma is None else gamma) if in_branch else None
         # Jitter shakes the patch itself: the clean logits are those of the router without it.
         clean = self.layer.router(self.tokens).logits if noisy else routing.logits
         return Computation(
             scores=_numpy(clean[0, first:]),
             noise=_numpy((routing.noisy_logits - clean)[0, first:]) if noisy else None,
             bias=_numpy(bias) if isinstance(bias, Tensor) else None,
-            outputs=_numpy(self._expert_lengths(x, routing)[first:]),
-            shared=None if self.shared is None else lengths(self.shared),
-            total=lengths(self.output),
-            before=None if before is None else lengths(before),
-            added=None if before is None or after is None else lengths(after - before),
-            after=None if after is None else lengths(after),
+            outputs=_numpy(_length(outputs)),
+            shared=lengths(shared),
+            total=_numpy(_length(total)),
+            before=lengths(before),
+            added=lengths(added),
+            after=lengths(after),
+            channels=Channels(
+                x.shape[-1],
+                self.layer.experts.fc1.out_features,
+                index.tolist(),
+                some(scale),
+                _numpy(x[first:, index]),
+                _numpy(outputs[..., index]),
+                some(shared),
+                _numpy(total[..., index]),
+                some(before),
+                some(after),
+            ),
         )
 
-    def _expert_lengths(self, x: Tensor, routing: Routing) -> Tensor:
-        """[N, K] lengths of the experts' outputs, in the order of `routing.expert_index`."""
+    def _expert_outputs(self, x: Tensor, routing: Routing) -> Tensor:
+        """[N, K, D] the experts' outputs, in the order of `routing.expert_index`."""
         experts = self.layer.experts
         sent = self.layer.dispatcher.dispatch(x.to(experts.compute_dtype(x)), routing)
         rows: Tensor = experts(sent.rows, sent.counts) if self.rows is None else self.rows  # dense: none were computed
         if isinstance(routing, SoftRouting):
             weight = routing.slot_weight[0].to(rows.dtype)  # [N, E, S]
             slots = rows.view(routing.num_experts, -1, rows.shape[-1])  # [E, S, D]
-            share = weight.sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)  # [N, E]
-            mixed = _length(torch.einsum("nes,esd->ned", weight, slots)) / share
-            return mixed.gather(-1, routing.expert_index[0])
-        length = _length(rows)  # [R]
+            share = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # [N, E, 1]
+            return _of_choices(torch.einsum("nes,esd->ned", weight, slots) / share, routing)
         if isinstance(routing, ExpertChoiceRouting):
-            by_expert = length.new_zeros(routing.logits.shape[2], routing.logits.shape[1])  # [E, N]
-            by_expert.scatter_(1, routing.token_index[0], length.view_as(routing.token_index[0]))
-            return by_expert.mT.gather(-1, routing.expert_index[0])
+            by_expert = rows.new_zeros(routing.logits.shape[2], routing.logits.shape[1], rows.shape[-1])  # [E, N, D]
+            token = routing.token_index[0]  # [E, C]
+            by_expert.scatter_(1, token.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), rows.view(*token.shape, -1))
+            return _of_choices(by_expert.transpose(0, 1), routing)
         assert sent.position is not None  # token choice
-        return length[sent.position]
+        return rows[sent.position]
 
 
 @contextmanager
@@ -132,8 +201,8 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
     Yields:
         One `Heard` per MoE layer, in order of depth; filled while the model runs.
     """
-    heard = [Heard(layer) for layer in moe_layers(net)]
     parents = {child: module for module in net.modules() for child in module.children() if isinstance(child, MoEMlp)}
+    heard = [Heard(layer, parents.get(layer)) for layer in moe_layers(net)]
     thread = threading.get_ident()
     hooks = []
 
@@ -149,17 +218,21 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
 
     with routing_lock(net):
         for one in heard:
-            block = parents.get(one.layer)
             keep(one.layer, one, "output", "tokens")
             keep(one.layer.experts, one, "rows")
             keep(one.layer.shared, one, "shared")
-            keep(getattr(block, "norm2", None), one, "normed", "before")
-            keep(block, one, "after")
+            keep(getattr(one.block, "norm2", None), one, "normed", "before")
+            keep(one.block, one, "after")
         try:
             yield heard
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _of_choices(values: Tensor, routing: Routing) -> Tensor:
+    """[N, K, D] of [N, E, D]."""
+    return values.gather(1, routing.expert_index[0].unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def _length(vectors: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import (
+    MIN_IMAGES,
     class_expert_map,
     compare_classes,
     image_shares,
@@ -25,12 +26,13 @@ from moevision.analysis.describe import (
 )
 from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.information import Pixels
+from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import three_questions
 from moevision.analysis.readings import Recording, choices_of
 from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.atlas import build_atlas, counted_name, load_atlas
+from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
 from moevision.demo.examples import Found, Recent, thumb
 from moevision.demo.facts import ModelFacts
 from moevision.demo.models import OWN, Entry, Variant
@@ -96,6 +98,11 @@ class Gallery:
 
     pictures: PictureSet  # at most `LIMIT`, the same number of each class
     trace: RoutingTrace  # of these images, in their order
+
+    def has(self, count: int, *classes: str) -> bool:
+        """Whether there are as many images of each of these classes."""
+        names, labels = self.trace.class_names, np.asarray(self.trace.labels)
+        return all(name in names and int((labels == names.index(name)).sum()) >= count for name in classes)
 
 
 class Galleries:
@@ -219,7 +226,7 @@ class AtlasPages:
         given = read.fields(request, ("model", "variant", "layer"))
         entry, variant = self.model(given)
         layer = read.whole(given, "layer", variant.facts.layers, variant.facts.layers[-1])
-        atlas = self.galleries.atlas(entry, variant.facts.variant)
+        atlas = self.atlas(entry, variant)
         if atlas is None:
             return _waiting(self.galleries.status(entry), layer=layer, name=f"L{layer}", experts=[])
         key = (entry.card.id, variant.facts.variant, layer, id(atlas))
@@ -231,10 +238,23 @@ class AtlasPages:
             if not self.galleries.stopping.is_set():
                 self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
 
+    def atlas(self, entry: Entry, variant: Variant) -> Json | None:
+        """The atlas of a variant, if it is there by now."""
+        return self.galleries.atlas(entry, variant.facts.variant)
+
+    def without(self, entry: Entry, variant: Variant, change: Intervention | None) -> Json | None:
+        """What the atlas says of an expert's absence; None of any other change, and where it wasn't measured."""
+        atlas = self.atlas(entry, variant)
+        if atlas is None or change is None or (change.kind, change.fill) != ("ablate", "next_best"):
+            return None
+        layer = next(one for one in atlas["layers"] if one["layer"] == change.layer)
+        found: Json | None = layer["experts"][change.expert].get("without")
+        return found
+
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
         entry, variant = self.model(read.fields(request, ("model", "variant")))
-        atlas = self.galleries.atlas(entry, variant.facts.variant)
+        atlas = self.atlas(entry, variant)
         if atlas is None:
             names = list(variant.facts.class_names)
             return _waiting(self.galleries.status(entry), n_images=0, class_names=names, layers=[])
@@ -243,7 +263,6 @@ class AtlasPages:
                 "layer": layer["layer"],
                 "name": layer["name"],
                 **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
-                "information": layer["information"],
                 "answers": layer["answers"],
                 "load_words": layer["load_words"],
             }
@@ -254,14 +273,16 @@ class AtlasPages:
         return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
 
     def compare(self, request: Any) -> Json:
-        """How the images of two classes differ in the experts they use, with intervals."""
+        """How two classes differ in the experts they use: by enough images with intervals, else by the atlas."""
         given = read.fields(request, ("model", "variant", "a", "b"))
         entry, variant = self.model(given)
-        gallery = self._gallery(entry, variant)
-        names = gallery.trace.class_names
-        a, b = read.choice(given, "a", names), read.choice(given, "b", names)
+        a, b = (read.choice(given, name, variant.facts.class_names) for name in ("a", "b"))
         if a == b:
             raise RequestError("Choose two different classes to compare.")
+        gallery, atlas = self.galleries.gallery(entry, variant.facts.variant), self.atlas(entry, variant)
+        if atlas is not None and (gallery is None or not gallery.has(MIN_IMAGES, a, b)):
+            return compare_by_atlas(atlas, a, b)
+        gallery = self._gallery(entry, variant)
         key = (entry.card.id, variant.facts.variant, a, b)
         return self._compared.get(key, lambda: compare_classes(gallery.trace, a, b).to_json())
 

@@ -13,9 +13,12 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import metadata
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from moevision import __version__
 from moevision.errors import json_text
 
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
@@ -31,6 +34,23 @@ _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )",
 DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 """JSDoc above a declaration: for readers and tsc; the page goes without."""
 _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
+
+
+LESSON: Final = Path(__file__).parents[2] / "docs" / "lesson.html"
+"""The lesson of a checkout, which its explorer serves beside the page; an installed package has none."""
+
+
+def links() -> dict[str, str | None]:
+    """Where lesson and code are, as `[project.urls]` has it (null where it names none), and how to cite."""
+    urls = dict(url.split(", ", 1) for url in metadata("moevision").get_all("Project-URL") or ())
+    docs, code = urls.get("Documentation"), urls.get("Repository")
+    title = "moevision: sparse vision transformers whose routing can be seen"  # CITATION.cff
+    where = f"\n  url = {{{code}}}," if code else ""
+    return {
+        "lesson": "lesson.html" if LESSON.is_file() else docs and f"{docs.rstrip('/')}/lesson.html",
+        "code": code,
+        "cite": f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},{where}\n}}",
+    }
 
 
 class Document(NamedTuple):
@@ -97,7 +117,7 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
         '<main class="mv" data-mv></main>',
         script_of("core.js", last, VIEW=view, HISTORY=history),
     )
-    return page if full_page else _framed(page, 1000)
+    return page if full_page else _framed(page, 1420)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from moevision import __version__
@@ -25,7 +24,7 @@ from moevision.demo import requests as read
 from moevision.demo.examples import Found, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
-from moevision.demo.html import view_html
+from moevision.demo.html import links, view_html
 from moevision.demo.models import Entry, Variant
 from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
@@ -59,7 +58,7 @@ class Explorer:
         self.galleries = galleries or Galleries(entries)
         self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
         self.pages = pages = AtlasPages(self.entries, self.galleries)
-        own = (self.boot, self.route, self.shares, self.slots, self.history, self.sharp, self.examples, self.data)
+        own = (self.boot, self.route, self.slots, self.history, self.sharp, self.examples, self.data)
         more = (self.what_if, self.class_effect, self.export_html)
         tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.similar)
         self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
@@ -74,6 +73,7 @@ class Explorer:
             "local": local,
             "models": models,
             "limits": limits,
+            "links": links(),
             "default": {"model": models[0]["id"], "picture": first[0]["id"] if first else None},
         }
 
@@ -136,12 +136,6 @@ class Explorer:
         if not found.id or settings != Settings():
             return view()
         return self._views.get((entry.card.id, variant.facts.variant, found.id), view)  # the same for everybody
-
-    def shares(self, request: Any) -> Json:
-        """What part of an image each expert computes: `route` in a few numbers, for comparing several images."""
-        view = self._view(*self._read(request))
-        layers = [{"layer": layer.facts.layer, "shares": np.round(layer.shares, 4).tolist()} for layer in view.layers]
-        return {"layers": layers}
 
     def slots(self, request: Any) -> Json:
         """What the slots of one expert of a Soft MoE layer read of an image, and what its patches take from them."""
@@ -216,24 +210,26 @@ class Explorer:
         return {**measured.to_json(), "view": self._view(entry, variant, found, settings).to_json()}
 
     def class_effect(self, request: Any) -> Json:
-        """What the same intervention changes over images of a class; null if there are too few of them (yet)."""
+        """What the same intervention changes over images of a class: `class_effect`, null if there are too few.
+
+        For an expert that is taken away, `without` has what the atlas says over test images; null where not measured.
+        """
         given = read.fields(request, ("model", "variant", "top_k", "capacity", "intervention", "class"))
         entry, variant = self.pages.model(given)
         settings = read.settings(given, variant.facts)
         name = read.choice(given, "class", variant.facts.class_names)
         gallery, change = self.galleries.gallery(entry, variant.facts.variant), settings.intervention
-        if gallery is None or change is None or name not in gallery.pictures.class_names:
-            return {"class_effect": None}
-        pictures, label = gallery.pictures, gallery.pictures.class_names.index(name)
-        if sum(pictures.label(index) == label for index in range(len(pictures))) < MIN_CLASS_PICTURES:
-            return {"class_effect": None}
+        without = self.pages.without(entry, variant, change) if settings == Settings(intervention=change) else None
+        if gallery is None or change is None or not gallery.has(MIN_CLASS_PICTURES, name):
+            return {"class_effect": None, "without": without}
+        pictures = gallery.pictures
 
         def measure() -> ClassEffect:
             with settings.conditions_applied(variant.saved.net):
                 return class_effect(variant.saved, pictures, name, change, limit=CLASS_PICTURES)
 
         key = (entry.card.id, variant.facts.variant, settings, name)
-        return {"class_effect": self._class_effects.get(key, measure).to_json()}
+        return {"class_effect": self._class_effects.get(key, measure).to_json(), "without": without}
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""

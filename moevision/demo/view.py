@@ -176,7 +176,7 @@ def intervention_json(change: Intervention) -> dict[str, Any]:
     return {name: getattr(change, name) for name in names}
 
 
-TOP, LENS_TOP = 5, 2
+TOP, LENS_TOP = 10, 2
 
 
 @dataclass(frozen=True)
@@ -230,16 +230,6 @@ class LayerView:
         if self.facts.kind != "token_choice":
             return self.counts
         return np.bincount(self.expert_index.ravel(), minlength=self.facts.num_experts)
-
-    @property
-    def shares(self) -> Floats:
-        """[E] parts of the image that experts compute: of its choices, or of Soft MoE of what its patches take."""
-        weight = self.combine_weight if self.facts.kind == "soft" else np.ones_like(self.combine_weight)
-        parts = np.bincount(
-            self.expert_index[self.kept], weights=weight[self.kept].astype(np.float64), minlength=self.facts.num_experts
-        )
-        shares: Floats = parts / max(parts.sum(), np.finfo(np.float64).tiny)
-        return shares
 
     def to_json(self) -> dict[str, Any]:
         """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""

@@ -204,6 +204,15 @@ def test_only_the_null_of_parts_keeps_a_part_of_the_effect() -> None:
     assert by_class.low + by_class.high > 2 * by_class.value_bits + 1e-6
 
 
+def test_an_interval_holds_its_estimate() -> None:
+    """Choices that tell less than the shuffled ones, all of which tell nearly the same: no score fits so few bits."""
+    (low, high), excess = score_interval(0.01 - 0.024, 1e-8, 0.02, 1.96), 0.01 - 0.024
+    assert excess < low < high
+    found = excess_estimate(0.01, np.array([0.024, 0.0241, 0.0239]), np.array([0.0, 0.01, 0.02]), entropy=1.0)
+    assert found.value_bits == pytest.approx(excess)
+    assert found.low <= found.value_bits <= found.high
+
+
 def test_p_value_counts_ties_and_the_observation() -> None:
     null = np.array([0.1, 0.2, 0.3, 0.4])
     estimate = excess_estimate(0.3, null, np.array([0.0, 0.1, -0.1]), entropy=1.0)

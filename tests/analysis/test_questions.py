@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from moevision.analysis.questions import (
     NOT_SHOWN,
     NOTHING,
     YES,
+    experts_answer,
     headline,
     three_questions,
 )
@@ -33,6 +35,7 @@ from moevision.analysis.readings import (
     paired_interval,
     probe_groups,
     ratio_interval,
+    read_layer,
     recording_of,
     run_forced,
 )
@@ -192,6 +195,27 @@ def test_what_is_missing_is_not_measured() -> None:
     assert "no logit reads these patches" in found.answers[2].sentence
     with pytest.raises(UserError, match="experts 0 to 1"):
         Recording(LABELS, [RecordedLayer("L1", np.full((IMAGES, 4, 1), 2), 2)], ["cat", "dog"])
+
+
+def test_what_guesses_no_better_than_chance_is_at_most_a_little() -> None:
+    """Of 100 images 50 are cats; from the expert 50.9 are guessed: 0.9 of the 50 that the majority gets wrong."""
+    layer = RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, PATCHES, 1)), 2)
+    found = read_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
+    assert experts_answer(found).answer == YES
+    for value, word in ((0.509, A_LITTLE_WORD), (0.5, A_LITTLE_WORD), (0.511, YES)):
+        reading = replace(found.readings[0], guess=found.readings[0].guess._replace(value=value))
+        answer = experts_answer(replace(found, readings=(reading, *found.readings[1:])))
+        assert answer.answer == word, value
+        assert f"guesses {100 * value:.1f} % right, chance 50.0 %" in answer.detail
+
+
+def test_a_negative_number_of_bits_has_a_minus_sign_and_zero_has_none() -> None:
+    rng = np.random.default_rng(0)
+    layer = RecordedLayer("L1", rng.integers(2, size=(IMAGES, PATCHES, 1)), 2, inputs=tokens_of(0))
+    (found,) = three_questions(Recording(LABELS, [layer], ["cat", "dog"]), **OPTIONS)
+    told = json.dumps([answer.to_json() for answer in found.answers], ensure_ascii=False)
+    assert not re.search(r"(?<![\w−])-\d", told)
+    assert "−0.000" not in told
 
 
 def test_a_little_is_a_small_share_of_what_the_input_tells() -> None:

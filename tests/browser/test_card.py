@@ -1,4 +1,4 @@
-"""The computation card: its numbers are the view's, in every step, for every router, without a server.
+"""The picture of the computation: its numbers are the view's and add up as they are shown, for every router, offline.
 
 That the view's numbers are the model's is held by tests/demo/test_computation.py; here they are unpacked anew.
 """
@@ -14,7 +14,6 @@ from tests.demo.test_computation import shaken, unpacked
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-STEPS = ["scores", "shares", "kept", "outputs", "sum"]
 PATCH = 6
 
 
@@ -31,6 +30,7 @@ def card(new_visit, make, pixels, tmp_path):
         page = visits[-1].page
         page.goto(file.as_uri())
         page.click(f".mv-cell[data-patch='{PATCH}']")
+        page.mouse.move(1, 1)  # what the pointer passes over is followed
         return page, view["layers"][-1]
 
     yield begin
@@ -39,75 +39,74 @@ def card(new_visit, make, pixels, tmp_path):
         assert one.strangers("file:") == []
 
 
-def go(page, step):
-    page.click(f"[data-step='{STEPS.index(step)}']")
-    assert page.get_attribute(".mv-box-card", "data-at") == step
-
-
-def rows(page):
-    """Number beside each expert, by expert."""
-    script = "items => items.map(one => [Number(one.dataset.expert), one.querySelector('.mv-num').textContent])"
-    return dict(page.eval_on_selector_all(".mv-card-rows li", script))
+def shown(page, name):
+    """All numbers of that name in the picture, in order."""
+    texts = page.locator(f".mv-box-card [data-n={name}]").all_text_contents()
+    return [float(text.replace("\N{MINUS SIGN}", "-").split()[0].rstrip("%")) for text in texts]
 
 
 def told(page):
-    return page.text_content("[data-part=told]")
+    return " ".join(page.text_content("[data-part=told]").split())
 
 
-def length(value):
-    """Three figures."""
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+def said(page):
+    return " ".join(page.text_content("[data-part=say]").split())
 
 
-def number(text):
-    return float(text.replace("\N{MINUS SIGN}", "-").split()[0])
+def adds_up(page):
+    """The sums of the picture, with the numbers that stand there and nothing else; 0.00051: the last figure rounded."""
+    gates, given, others = shown(page, "gate"), shown(page, "given"), shown(page, "others")
+    (total,) = shown(page, "total")
+    assert total == pytest.approx(sum(g * y for g, y in zip(gates, given, strict=True)) + sum(others), abs=5.1e-4)
+    (before,), (after,) = shown(page, "before"), shown(page, "after")
+    scale = shown(page, "scale") or [1]
+    assert after == pytest.approx(total * scale[0] + before, abs=5.1e-4)
+    return total, after
 
 
-def test_every_step_has_the_numbers_of_the_view(card):
-    page, layer = card()
-    numbers = {name: value if value is None else unpacked(value) for name, value in layer["computation"].items()}
+@pytest.mark.parametrize("arguments", [{}, {"init_values": 0.1}, {"num_shared_experts": 2}, {"top_k": 4}], ids=str)
+def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
+    page, layer = card(arguments)
+    numbers = {name: unpacked(value) for name, value in layer["computation"].items() if value and "data" in value}
+    scores = shown(page, "score")
+    assert scores == pytest.approx(numbers["scores"][PATCH].tolist(), abs=0.0051)
+    shares = np.exp(scores) / np.exp(scores).sum()
+    assert shown(page, "share") == pytest.approx(100 * shares, abs=0.5 + 100 * 0.01)
+    of = layer["computation"]["channels"]
     experts, weights = layer["experts"][PATCH], layer["weights"][PATCH]
-    go(page, "scores")
-    shown = rows(page)
-    assert [number(shown[e]) for e in range(4)] == pytest.approx(numbers["scores"][PATCH].tolist(), abs=0.0051)
-    go(page, "shares")
-    shown = rows(page)
-    assert [number(shown[e]) for e in range(4)] == pytest.approx([100 * p for p in layer["probs"][PATCH]], abs=0.51)
-    go(page, "kept")
-    shown = rows(page)
-    assert [number(shown[e]) for e in experts] == pytest.approx(weights, abs=0.0051)
-    assert [e for e in range(4) if not shown[e]] == sorted({0, 1, 2, 3} - set(experts))
+    order = np.argsort(experts)
+    assert shown(page, "gate") == pytest.approx(np.array(weights)[order], abs=5.1e-4)
+    options = page.locator("[data-change=channel] option").all_text_contents()
+    assert [int(text) for text in options] == of["index"]
+    for place in (0, 5):
+        page.select_option("[data-change=channel]", index=place)
+        total, after = adds_up(page)
+        rows = {name: unpacked(of[name])[PATCH] for name in ("read", "outputs", "total", "before", "after")}
+        assert shown(page, "read") == pytest.approx([rows["read"][place]], abs=5.1e-4)
+        assert shown(page, "given") == pytest.approx(rows["outputs"][order, place], abs=5.1e-4)
+        assert total == pytest.approx(rows["total"][place], abs=3e-3)
+        assert after == pytest.approx(rows["after"][place], abs=3e-3)
+        assert f"Number {of['index'][place]}: " in told(page)
+    assert (len(shown(page, "scale")) == 1) == ("init_values" in arguments)
+    assert f"{len(experts)} of 4 experts ran for this patch" in said(page)
     missing = 1 - sum(weights)
-    assert missing > 0.005
-    assert f"The other {missing:.2f} belongs to experts that weren't kept, and is left out." in told(page)
-    go(page, "outputs")
-    shown = rows(page)
-    assert [number(shown[e]) for e in experts] == pytest.approx(
-        numbers["outputs"][PATCH].tolist(), abs=0.0051, rel=0.0051
-    )
-    go(page, "sum")
-    text = told(page)
-    assert text.startswith(" + ".join(f"{w:.2f}·E{e}(x)" for e, w in zip(experts, weights, strict=True)))
-    assert f"has length {length(numbers['total'][PATCH])}" in text
-    before, after = (length(numbers[name][PATCH]) for name in ("before", "after"))
-    assert f"Added to the residual stream ({before}) that gives {after}." in " ".join(text.split())
-    assert "layer scale" not in text  # these blocks have none
-    assert "2 of 4 experts ran for this patch" in text
-    assert text.endswith("the other two cost memory, no time.")
+    if missing > 0.005:
+        assert f"The other {missing:.2f} belongs to experts that weren't kept, and is left out." in said(page)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_walks_through_all_steps_in_its_own_words(card, router):
+def test_every_router_is_drawn_in_its_own_words_and_adds_up(card, router):
     page, layer = card({"router": router})
     assert page.locator("[data-change=noise]").count() == 0  # nobody is there who could draw it
-    for step in ("scores", "shares", "kept"):
-        go(page, step)
-        assert page.text_content("[data-part=say]").strip() == layer["steps"][step]
-    go(page, "sum")
-    assert page.text_content("[data-part=say]").strip() == layer["steps"]["weights"]
     ran = sum(layer["kept"][PATCH])
+    for step in ("scores", "shares", "kept", *(["weights"] if ran else [])):
+        assert " ".join(layer["steps"][step].split()) in said(page)
     expected = {"soft": "All 4 experts ran, each on its slots"}.get(router, f"{ran or 'None'} of 4 experts ran")
-    assert expected in told(page) or (not ran and "No expert took this patch" in told(page))
+    assert expected in said(page)
+    assert page.locator(".mv-network").count() == ran
+    adds_up(page)
+    assert ran or "No expert took this patch: it goes on as it came" in told(page)
+    assert len(shown(page, "score")) == (4 if layer["learned"] else 0)
 
 
 def test_a_full_expert_is_told_with_the_weight_that_it_turned_away(card, make, pixels):
@@ -116,76 +115,67 @@ def test_a_full_expert_is_told_with_the_weight_that_it_turned_away(card, make, p
     patch = next(p for p, kept in enumerate(layer["kept"]) if kept == [False, True])
     page, _ = card(view=view)
     page.click(f".mv-cell[data-patch='{patch}']")
-    go(page, "kept")
     expert, weight = layer["experts"][patch][0], layer["weights"][patch][0]
-    assert rows(page)[expert] == f"{weight:.2f} full"
-    assert f"{weight:.2f} was L3·E{expert}'s: it was full, and nobody else gets it." in told(page)
-    go(page, "sum")
-    assert "1 of 4 experts ran for this patch" in told(page)
+    assert f"{weight:.2f} full" in page.text_content(".mv-part-kept")
+    assert f"{weight:.2f} was L3·E{expert}'s: it was full, and nobody else gets it." in said(page)
+    assert "1 of 4 experts ran for this patch" in said(page)
+    adds_up(page)
 
 
-def test_keys_pointer_and_play_walk_through_the_steps(card, look):
+def test_many_experts_of_a_patch_are_one_term(card):
+    page, layer = card({"num_experts": 12, "top_k": 6})
+    assert page.locator(".mv-network").count() == 5
+    assert "2 others" in page.text_content(".mv-part-kept")
+    adds_up(page)
+    rows = page.locator(".mv-card-rows [data-expert]").evaluate_all("all => all.map(one => Number(one.dataset.expert))")
+    assert len(rows) == 8
+    assert set(layer["experts"][PATCH]) <= set(rows)
+    assert "4 more experts aren't shown." in page.text_content(".mv-part-rows")
+
+
+def test_pointer_and_keys_choose_patch_and_number(card):
     page, layer = card()
-    page.focus("[data-step='4']")
-    page.keyboard.press("Home")
-    assert page.get_attribute(".mv-box-card", "data-at") == "scores"
+    page.focus("[data-part=pick]")
     page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert page.get_attribute(".mv-box-card", "data-at") == "kept"
-    assert page.evaluate("document.activeElement.dataset.step") == "2"
-    weights = [
-        f"expert {e} {w:.2f}" for e, w in sorted(zip(layer["experts"][PATCH], layer["weights"][PATCH], strict=True))
-    ]
-    assert look.said(page).startswith(f"Kept, step 3 of 5, {', '.join(weights)}.")
-    assert page.locator(".mv-pinned").get_attribute("data-patch") == str(PATCH)  # arrows of the card move no patch
-    page.hover("[data-step='3']")
-    assert page.get_attribute(".mv-box-card", "data-at") == "outputs"
-    page.click("[data-action=play]")
-    page.wait_for_selector(".mv-box-card[data-at=shares]")
-    page.wait_for_selector(".mv-box-card[data-at=sum]")
-    assert (
-        page.locator("[data-step][aria-checked=true]").count() == page.locator("[data-step][tabindex='0']").count() == 1
-    )
+    page.keyboard.press("ArrowDown")
+    assert page.get_attribute(".mv-pinned", "data-patch") == str(PATCH + 1 + 4)  # 4 columns
+    assert page.evaluate("document.activeElement.dataset.part") == "pick"
+    assert "row 3, column 4" in page.get_attribute("[data-part=pick]", "aria-label")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")  # the row ends here
+    assert page.get_attribute(".mv-pinned", "data-patch") == "11"
+    place = page.locator("[data-part=pick]").bounding_box()
+    page.mouse.click(place["x"] + 0.1 * place["width"], place["y"] + 0.6 * place["height"])
+    assert page.get_attribute(".mv-pinned", "data-patch") == "8"
+    page.hover(".mv-part-sum [data-at='3']")
+    assert told(page).startswith(f"Number {layer['computation']['channels']['index'][3]}: ")
+    assert page.locator(".mv-box-card .mv-at").count() == page.locator(".mv-box-card .mv-cells").count() > 4
 
 
-def test_a_step_stays_when_patch_and_layer_change(card):
+def test_a_light_runs_along_the_lines_where_motion_is_wanted(card):
     page, _ = card()
-    go(page, "scores")
-    before = rows(page)
-    page.click(".mv-cell[data-patch='9']")
-    assert page.get_attribute(".mv-box-card", "data-at") == "scores"
-    assert rows(page) != before
-    page.click(".mv-layer[data-index='0']")
-    assert page.get_attribute(".mv-box-card", "data-at") == "scores"
-
-
-def test_calm_where_motion_is_unwanted(card):
+    # patch to numbers, numbers to 4 directions, 2 networks in and out, sum, stream, on
+    assert page.locator(".mv-wires path").count() == 1 + 4 + 2 * 2 + 2
+    page.click("[data-action=play]")
+    running = page.evaluate(
+        "document.getAnimations().filter((one) => one.effect.target.closest('.mv-box-card')).length"
+    )
+    assert running == 7 + 11  # parts and lines
     page, _ = card(reduced_motion="reduce")
     assert page.locator("[data-action=play]:visible").count() == 0
-    assert page.eval_on_selector(".mv-card-bar i", "bar => getComputedStyle(bar).transitionDuration") == "0s"
-
-
-def test_many_experts_show_the_eight_that_matter(card):
-    page, layer = card({"num_experts": 12})
-    shown = rows(page)
-    assert len(shown) == 8
-    assert set(layer["experts"][PATCH]) <= set(shown)
-    assert set(np.argsort(layer["probs"][PATCH])[-6:].tolist()) <= set(shown)
-    assert "(4 more experts aren't shown.)" in page.text_content("[data-part=say]")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(card, look, scheme, width):
     page, _ = card(color_scheme=scheme, viewport={"width": width, "height": 844}, reduced_motion="reduce")
-    for step in STEPS:
-        go(page, step)
-        found = axe(page, ".mv-inspector")
-        assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
-        assert look.no_sideways_scroll(page)
+    found = axe(page, ".mv-box-card")
+    assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
+    assert look.no_sideways_scroll(page)
+    assert (page.locator(".mv-wires path").count() > 0) == (width > 390)
 
 
-def test_a_view_of_an_older_version_has_no_card(card, make, pixels):
+def test_a_view_of_an_older_version_has_no_picture(card, make, pixels):
     view = route_image(make(), pixels).to_json()
     for layer in view["layers"]:
         del layer["computation"]

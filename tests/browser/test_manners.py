@@ -42,6 +42,7 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, sch
 def test_two_pictures_and_warnings_keep_these_manners(visit, look, size):
     page = visit("?picture2=pets/test/5&capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=compare", **size).page
     page.wait_for_selector(".mv-mirror")
+    page.wait_for_selector(".mv-results[role=note]")
     assert page.locator("[role=note]").count() == 3  # two images off the distribution, and changed
     assert page.locator(".mv-results").text_content().count("As much at random") == 2
     assert serious(page) == []
@@ -64,6 +65,57 @@ def test_the_keyboard_reaches_everything(visit):
     assert page.evaluate("document.activeElement.dataset.tab") == "classes"
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('role')") == "tabpanel"
+
+
+CONTRASTS = """() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => {
+    const part = (one) => (one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = rgb.map((one) => part(one / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const marks = [...document.querySelectorAll('.mv-cell .mv-mark')].filter((one) => one.textContent);
+  return marks.filter((one) => one.checkVisibility()).map((one) => {
+    const style = getComputedStyle(one);
+    const [ink, paper] = [style.color, style.backgroundColor].map(numbers);
+    const [high, low] = [ink, paper].map((rgb) => light(rgb.slice(0, 3))).sort((a, b) => b - a);
+    return [(high + 0.05) / (low + 0.05), Number(style.opacity) * (paper[3] ?? 1)];
+  });
+}"""
+
+
+@pytest.mark.parametrize("mode", ["expert", "entropy", "margin"])
+def test_what_stands_on_the_image_can_be_read(visit, mode):
+    """WCAG 2.1's contrast of every number with what lies behind it, which lets nothing of the photo through."""
+    page = visit(f"?mode={mode}").page
+    found = page.evaluate(CONTRASTS)
+    assert len(found) == 16
+    assert min(contrast for contrast, _ in found) >= 4.5
+    assert min(cover for _, cover in found) >= 0.9
+
+
+def test_the_foot_leads_on(visit, server):
+    one = visit(door=False, reduced_motion="reduce")
+    page = one.page
+    foot = page.locator(".mv-footer")
+    assert foot.locator("summary").all_text_contents() == ["Cite", "API"]
+    foot.locator("summary").first.click()
+    assert "@software{moevision" in foot.locator("pre").first.text_content()
+    foot.locator("summary").last.click()
+    assert page.evaluate("location.origin") in foot.locator("pre").last.text_content()
+    assert serious(page, ".mv-footer") == []
+    # another model is one click away
+    assert foot.locator("[data-action=model]").all_text_contents() == ["The photos"]
+    foot.locator("[data-action=model]").click()
+    page.wait_for_selector(".mv-footer [data-action=model]:has-text('The pets')")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    assert one.question("route")["model"] == "photos"
+    lesson = foot.locator("a").first
+    assert lesson.text_content() == "Lesson"
+    assert lesson.get_attribute("href") == "lesson.html"  # of a checkout
+    lesson.click()
+    page.wait_for_selector("h1")
+    assert "Mixture of Experts" in page.title()
 
 
 def test_a_term_is_explained_to_mouse_and_keyboard(visit):

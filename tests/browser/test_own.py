@@ -1,18 +1,18 @@
-"""One's own images: several at once, kept as long as the tab, and which expert they share most."""
+"""One's own images: several at once, kept as long as the tab, and whose route their patches take."""
 
 import base64
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser.conftest import axe
 from tests.demo.serving import asked_for
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
-
-SHARED = ".mv-shared p"
 
 
 @pytest.fixture(scope="module")
@@ -34,30 +34,36 @@ def names(page):
     return page.locator(".mv-own button").evaluate_all("all => all.map(one => one.ariaLabel.slice(11))")
 
 
-def test_several_at_once_share_an_expert_as_counted(visit, files, explorer):
-    one = visit()
+def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit, ask, files, explorer):
+    """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
+    one = visit(door=False, reduced_motion="reduce")
     page = one.page
-    add(page, files[:3])
-    assert names(page) == [file.name for file in files[:3]]
-    page.wait_for_selector(f"{SHARED}:has-text('busiest')")
-    asked = one.questions("shares")
-    assert len(asked) == 3
-    shares = np.array([explorer.answer("shares", question)["layers"][1]["shares"] for question in asked])
-    best = int(shares.mean(0).argmax())
-    first = int((shares.argmax(1) == best).sum())
-    text = " ".join(page.text_content(SHARED).split())
-    assert text == (
-        f"Your 3 images share L3·E{best} {best} most: {100 * shares[:, best].mean():.0f} % of their patch choices "
-        f"(even: 25 %). It is the busiest in {first} of 3."
+    page.set_input_files("[data-box=file]", files[:1])
+    page.wait_for_selector("[data-part=route] p")
+    view = explorer.answer("route", one.question("route"))
+    first, second = ([choices[0] for choices in layer["experts"]] for layer in view["layers"])
+    routes = Counter((first[patch], second[patch]) for patch in (5, 6, 9, 10))  # of 4 x 4
+    route, count = routes.most_common(1)[0]
+    patches = ask("similar", path=list(route))["patches"]
+    if patches:
+        page.wait_for_selector(".mv-route")
+        label, most = Counter(patch["label"] for patch in patches).most_common(1)[0]
+        text = " ".join(page.text_content("[data-part=route] p").split())
+        expected = f"Its middle ({count} squares) takes the route {route[0]} → {route[1]} of these patches"
+        assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(set(routes.values())) < len(routes)
+        assert page.locator(".mv-route img").count() == min(8, len(patches))
+    names = view["model"]["class_names"]
+    assert f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else." in page.text_content(
+        "[data-part=route]"
     )
-    page.click(f"{SHARED} button")
-    assert page.locator(".mv-loadbar[aria-pressed=true]").get_attribute("data-expert") == str(best)
-    # What was counted isn't asked for again; another layer has its own numbers already.
-    page.click(".mv-layer[data-index='0']")
-    assert "L1·E" in page.text_content(SHARED)
-    page.click(".mv-own button >> nth=2")
-    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[2].name}']")
-    assert len(one.questions("shares")) == 3
+    # All classes have a bar, and a stranger is told of in words: noise is none of the pets.
+    bars = page.locator(".mv-flow-answer li > span").all_text_contents()
+    assert sorted(bars) == sorted(names)
+    assert page.text_content("[data-part=said]").startswith(view["picture"]["unlike"][:40])
+    assert axe(page) == []
+    page.click("[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0")
+    page.wait_for_selector("[data-action=put-back]")
+    assert page.text_content("[data-part=route]") == ""  # of the whole model
 
 
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):

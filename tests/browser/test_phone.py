@@ -38,20 +38,19 @@ def test_the_page_is_short_and_a_patch_opens_a_sheet_below_the_stage(visit, look
     page.tap("[data-action=count][data-count='2']")
     page.wait_for_selector("[data-slot='1'] .mv-cell")
     assert look.no_sideways_scroll(page)
-    assert page.locator(".mv-steps:visible").count() == 0
+    assert page.locator(".mv-path:visible").count() == 0
     page.tap("[data-slot='0'] .mv-cell[data-patch='6']")
     assert "row 2, column 3" in page.text_content(".mv-where")
     assert page.get_attribute(".mv-handle", "aria-expanded") == "true"
     assert box(page, ".mv-canvas")[1] <= box(page, ".mv-inspector")[0]  # the stage is seen above it
-    page.tap("[data-step='0']")
-    assert page.get_attribute(".mv-box-card", "data-at") == "scores"
     assert axe(page, ".mv-inspector") == []
+    page.focus(".mv-path-names button")
     page.keyboard.press("Escape")
-    assert page.locator(".mv-steps:visible").count() == 0
+    assert page.locator(".mv-path:visible").count() == 0
     assert page.evaluate("document.activeElement.matches('.mv-handle')")  # what had the focus is hidden
     assert page.locator(".mv-pinned").count() == 1
     page.keyboard.press("Enter")
-    assert page.locator(".mv-steps:visible").count() == 1
+    assert page.locator(".mv-path:visible").count() == 1
     page.tap(".mv-handle")
     page.evaluate("document.querySelector('.mv-box-loads').scrollIntoView()")
     assert 0 <= box(page, ".mv-canvas")[0] < 20  # it stays while the rest is read

@@ -76,7 +76,7 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
     assert "No expert took this patch: it goes on as it came" in card
     assert "full" not in card
     page.click(f".mv-cell[data-patch='{several}']")
-    took = page.locator(".mv-card-rows li:not(.mv-away) .mv-chip").all_text_contents()
+    took = page.locator(".mv-card-rows [data-expert]:not(.mv-away) .mv-chip").all_text_contents()
     assert took == [str(expert) for expert in sorted(layer["experts"][several])]
     assert visible_modes(page) == ["expert", "takers", "entropy", "margin"]
     page.click("[data-mode=takers]")
@@ -113,8 +113,7 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     assert look.numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
     assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
-    page.click("[data-step='1']")
-    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    shown = [float(text.removesuffix(" %")) for text in page.locator("[data-n=share]").all_text_contents()]
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)

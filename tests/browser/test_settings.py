@@ -50,8 +50,7 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, loo
     assert page.locator(".mv-off:visible").text_content() == OFF
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
-    page.click("[data-step='2']")
-    assert page.locator(".mv-lost-row").count() == dropped[patch]
+    assert page.locator(".mv-part-kept .mv-lost-row").count() == dropped[patch]
     assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
@@ -67,7 +66,7 @@ def test_another_k_is_marked(visit, ask, look):
     assert (
         page.text_content("[role=note]").strip() == "Off the training distribution. Trained with top-2, shown is top-3."
     )
-    assert page.locator(".mv-card-rows li:not(.mv-away)").count() == 3
+    assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
     page.click("[data-action=as-trained]")
     page.wait_for_selector("[role=note]", state="detached")
     assert one.question("route")["top_k"] is None
@@ -86,15 +85,13 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     assert one.question("route")["noise"] == 1
     assert "draw 1" in page.text_content("[data-part=noise]")
     assert look.numbers(page) == drawn(1)
-    page.click("[data-step='0']")
     numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
-    shown = [text.replace(MINUS, "-").split() for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    shown = [text.replace(MINUS, "-").split() for text in page.locator("[data-n=score]").all_text_contents()]
     assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
     assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
     assert "As in training, with noise of size 1/4" in page.text_content("[data-part=say]")
-    page.click("[data-step='1']")
     noisy = np.exp(numbers["scores"] + numbers["noise"])
-    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    shown = [float(text.removesuffix(" %")) for text in page.locator("[data-n=share]").all_text_contents()]
     assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
     page.click("[data-action=redraw]")
     page.wait_for_selector("[role=note]:has-text('draw 2')")

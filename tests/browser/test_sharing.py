@@ -101,6 +101,9 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
     assert one.complaints == []
 
 
+VIEW_ENDS = "document.querySelector('.mv-columns').getBoundingClientRect().bottom"
+
+
 @pytest.mark.parametrize("width", [760, 940, 1200, 1440])
 def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
     """The bundled model: with 64 patches, 8 experts and a dense twin there is most to show."""
@@ -109,11 +112,15 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
 
     image = SyntheticPets(1, 64, split="test").image(0)
     view = route_image(bundled_model("pets"), image, dense=bundled_model("pets", "dense"))
-    page = new_visit(offline=True, viewport={"width": width, "height": 1000}).page
+    page = new_visit(offline=True, viewport={"width": width, "height": 1500}).page
     page.set_content(f"<style>body {{ margin: 0 }}</style>{view._repr_html_()}")
     page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
     page_of_view = page.frames[1]
-    assert page_of_view.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
+    seen = (
+        "document.documentElement.scrollHeight" if width >= 1200 else VIEW_ENDS
+    )  # the picture of the sums is scrolled to
+    assert page_of_view.evaluate(f"{seen} <= window.innerHeight")
+    assert page_of_view.evaluate(f"{VIEW_ENDS} <= 1000")
     assert page_of_view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     wide = "elements => elements.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.className)"
     assert page_of_view.eval_on_selector_all(".mv-inspector *, .mv-side div, .mv-side ol", wide) == []
@@ -257,10 +264,26 @@ def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
 def test_a_link_of_an_earlier_version_opens_what_it_names(visit, link):
     """The page asks the server for just that, and its own link still names all of it."""
     one = visit(link)
-    asked = one.questions("route") + one.questions("what_if")
+    asked = one.questions("route")
     for request, named in zip(asked, OLD_LINKS[link], strict=True):
         assert {key: request[key] for key in named} == named
     assert dict(parse_qsl(link[1:])).items() <= dict(parse_qsl(one.page.url.partition("?")[2])).items()
+
+
+def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, server, hold, look, ask):
+    one = new_visit()
+    held = hold(one.page, "what_if")
+    one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
+    held.wait()
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+    layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
+    assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]
+    assert "Measuring it beside as much at random" in one.page.text_content(".mv-results")
+    assert one.page.locator(".mv-flow-box").count() == 4
+    held.release()
+    one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    one.page.wait_for_selector(".mv-stripplot")
+    assert one.complaints == []
 
 
 def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):

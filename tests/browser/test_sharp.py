@@ -32,7 +32,7 @@ def test_an_example_lies_sharp_under_the_patches(photos):
     page = photos.page
     sharp = page.get_attribute(".mv-picture", "src")
     assert size_of(sharp) == (96, 96)
-    zooms = page.eval_on_selector_all(".mv-zoom", "zooms => zooms.map(zoom => zoom.style.backgroundImage)")
+    zooms = page.eval_on_selector_all(".mv-zoom", "all => all.map(one => one.style.backgroundImage)")
     strip = page.eval_on_selector(".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage")
     assert {*zooms, strip} == {f'url("{sharp}")'}
     page.focus("[data-change=as-seen]")

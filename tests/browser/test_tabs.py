@@ -98,34 +98,6 @@ def test_a_class_without_images_has_no_numbers(visit, ask):
     assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == ["0", "1", "2", "3"]
 
 
-def test_a_row_of_dots_tells_the_number_that_the_sentence_turns_on(visit):
-    sentence = "more than shuffled images give, but clusters of the layer's input give 0.501 bits"
-
-    def compare(data):  # as in the atlas of an earlier version
-        entry = {
-            "about": "class", "value_bits": 0.5, "low": 0.4, "high": 0.6, "share_of_entropy": 0.2,
-            "sentence": sentence, "seeds": [0.62, 0.514],
-            "baselines": {"kmeans_input": [0.443, 0.501], "hash": [0.002]},
-        }  # fmt: skip
-        data["layers"][1]["information"] = [entry]
-
-    page = visit().page
-    open_changed_classes(page, compare)
-    shown = dict(
-        zip(
-            *(
-                page.locator(f".mv-measure >> nth=0 >> .mv-lines li > span:{place}-child").all_text_contents()
-                for place in ("first", "last")
-            ),
-            strict=True,
-        )
-    )
-    assert shown["clusters of the layer's input"] == "max 0.501"
-    assert shown["other training seeds"] == "min 0.514"
-    assert shown["hash routing"] == "0.002"
-    assert sentence in page.text_content(".mv-measure >> nth=0")
-
-
 def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
     layer = ask("classes")["layers"][1]
     # Random weights know no class, so nothing stands out: let the service say that every third cell does.
@@ -146,7 +118,10 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
         assert sign == (None if not style else "+" if value > 0 else "−")
     shown = [float(re.match(r"\s*(\d+)", text)[1]) for text in page.locator(".mv-heat td").all_text_contents()]
     assert shown == pytest.approx([100 * share for row in layer["share"] for share in row], abs=0.51)
-    assert page.locator(".mv-measure > p").all_text_contents() == [one["sentence"] for one in layer["information"]]
+    assert page.locator(".mv-answer").all_text_contents() == [one["sentence"] for one in layer["answers"]]
+    assert page.locator(".mv-panel").text_content().count("bits") == sum(
+        one["sentence"].count("bits") for one in layer["answers"]
+    )  # one kind of them
 
 
 def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):

@@ -138,6 +138,29 @@ def test_the_numbers_are_those_of_the_model_and_of_the_reference(make, pixels, w
         assert (numbers["bias"] is None) == (bias is None)
         if bias is not None:
             close(numbers["bias"], bias)
+        of = numbers["channels"]
+        changed = np.abs((after - before).numpy()[first:]).mean(0)
+        assert of["index"] == sorted(np.argsort(-changed)[:8].tolist())
+        assert (of["of"], of["hidden"]) == (before.shape[-1], layer.experts.fc1.out_features)
+        for name, value in (("total", total), ("before", before), ("after", after)):
+            close(of[name], value.numpy()[first:][:, of["index"]])
+        given = np.take_along_axis(outputs.numpy()[first:], index.numpy()[..., None], 1)[..., of["index"]]
+        kept = routing.kept[0, first:].numpy()[..., None] if shown["kind"] == "expert_choice" else 1
+        close(of["outputs"], given * kept)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_channels_add_up(make, pixels, way):
+    """Σ weight · output + shared = total; before + scale · total = after: by the numbers of the view alone."""
+    for layer in route_image(shaken(make(**WAYS[way])), pixels).to_json()["layers"]:
+        of = layer["computation"]["channels"]
+        value = {name: unpacked(one) for name, one in of.items() if isinstance(one, dict)}
+        outputs = value["outputs"]
+        for patch, (weights, kept) in enumerate(zip(layer["weights"], layer["kept"], strict=True)):
+            gates = np.array(weights) * kept
+            total = gates @ outputs[patch, : len(gates)] + value.get("shared", np.zeros((99, 8)))[patch]
+            assert total == pytest.approx(value["total"][patch], abs=2e-3)
+            assert value["before"][patch] + value["scale"] * total == pytest.approx(value["after"][patch], abs=2e-3)
 
 
 def test_scores_and_gates_of_the_default_router_are_the_references(make, pixels):

@@ -18,6 +18,7 @@ from moevision.analysis.intervention import Intervention, ablate
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
+from moevision.demo.atlas import compare_by_atlas
 from moevision.demo.examples import Examples, Found, Recent, photo_files
 from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
@@ -53,7 +54,7 @@ def saved(explorer, variant="trained", model="pets"):
 
 def test_boot_tells_everything_that_the_page_needs(explorer):
     boot = good(explorer, "boot")
-    assert set(boot) == {"version", "local", "models", "limits", "default"}
+    assert set(boot) == {"version", "local", "models", "limits", "links", "default"}
     assert boot["default"] == {"model": "pets", "picture": "pets/test/0"}
     pets, photos = boot["models"]
     assert (pets["id"], photos["id"]) == ("pets", "photos")
@@ -100,27 +101,6 @@ def test_an_example_is_routed_once_for_everybody(explorer, pixels):
         assert len(passes) == 4
     finally:
         handle.remove()
-
-
-def test_shares_are_the_parts_of_the_choices(explorer, pixels):
-    upload = {"kind": "upload", "data": png(pixels)}
-    answer = good(explorer, "shares", model="pets", picture=upload, top_k=3)
-    view = good(explorer, "route", model="pets", picture=upload, top_k=3)
-    for layer, shown in zip(answer["layers"], view["layers"], strict=True):
-        assert layer["layer"] == shown["layer"]
-        assert layer["shares"] == pytest.approx([count / 48 for count in shown["counts"]], abs=5.1e-5)
-
-
-def test_shares_of_soft_moe_are_what_patches_take(routers_home):
-    entries = open_entries(None, DataOptions(), home=routers_home)
-    others = Explorer(entries, Galleries(entries, limit=8))
-    picture = {"kind": "example", "id": entries[0].examples.ids[0]}
-    shares = good(others, "shares", model="soft", picture=picture)["layers"][1]["shares"]
-    layer = good(others, "route", model="soft", picture=picture)["layers"][1]
-    taken = np.zeros(6)
-    for experts, weights in zip(layer["experts"], layer["weights"], strict=True):
-        np.add.at(taken, experts, weights)
-    assert shares == pytest.approx(taken / taken.sum(), abs=2e-4)
 
 
 def test_more_examples_follow_the_first_ones(explorer):
@@ -294,7 +274,7 @@ def test_what_if_answers_what_effect_measures(explorer, pixels):
     assert answer["target"] == alone.class_names[alone.target]
     assert answer["view"] == good(explorer, "route", model="pets", picture=PICTURE, intervention=ABLATE)
     before = good(explorer, "route", model="pets", picture=PICTURE)["prediction"]["moe"]
-    assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before]
+    assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before[:5]]
 
 
 def test_a_swap_is_measured_and_shown(explorer, pixels):
@@ -372,6 +352,28 @@ def test_classes_are_the_atlas(explorer):
         assert layer["load_words"].startswith(f"max/mean load {load.max() / load.mean():.2f}, in effect ")
 
 
+def test_what_the_gallery_is_too_small_for_the_atlas_answers():
+    """The model that opens has three or five photos of a class, and 416 in its atlas."""
+    (entry,) = [entry for entry in open_entries(None, DataOptions()) if entry.card.id == "cats_vs_dogs"]
+    explorer = Explorer([entry], Galleries([entry]))
+    atlas = explorer.galleries.atlas(entry, "trained")
+    page = good(explorer, "compare", a="dog", b="cat")
+    assert (page["n_a"], page["n_b"]) == (416, 416)
+    for layer, of in zip(page["layers"], atlas["layers"], strict=True):
+        cat, dog = of["map"]["share"]
+        rows = layer["experts"]
+        assert [row["difference"] for row in rows] == pytest.approx([y - x for x, y in zip(cat, dog, strict=True)])
+        assert [row["significant"] for row in rows] == of["map"]["significant"][0]
+        assert {row["low"] for row in rows} == {None}
+    change = {"kind": "ablate", "layer": 9, "expert": 0, "fill": "next_best", "seed": 0}
+    answer = good(explorer, "class_effect", intervention=change, **{"class": "cat"})
+    assert answer == {"class_effect": None, "without": atlas["layers"][1]["experts"][0]["without"]}
+    other = good(explorer, "class_effect", intervention={**change, "fill": "zero"}, **{"class": "cat"})
+    assert other == {"class_effect": None, "without": None}  # the atlas measured the next best
+    with pytest.raises(UserError, match="No images of cat or of owl"):
+        compare_by_atlas(atlas, "cat", "owl")
+
+
 def test_compare_is_the_difference_of_shares(explorer):
     page = good(explorer, "compare", model="pets", a="cat", b="owl")
     trace = explorer.galleries.gallery(explorer.entries["pets"], "trained").trace
@@ -434,7 +436,7 @@ def test_before_the_gallery_is_ready(home):
     assert explorer.answer("classes", {"model": "pets"})["status"] == "computing"
     assert explorer.answer("similar", {"model": "pets", "path": [0, 0]})["code"] == "busy"
     request = {"model": "pets", "intervention": ABLATE, "class": "bear"}
-    assert explorer.answer("class_effect", request) == {"class_effect": None}
+    assert explorer.answer("class_effect", request) == {"class_effect": None, "without": None}
 
 
 def test_a_gallery_that_fails_says_why(home, monkeypatch):

@@ -1,18 +1,18 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
 import { choose, chooseCount } from "./app_choice.js";
-import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
+import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { followAddress, goTo } from "./app_history.js";
 import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
-import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
+import { listenForFiles, ownHandlers, ownMemory, tellRoute } from "./app_own.js";
 import { asAskError, Asker, errorBox, server, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
-import { drawSimilar, showSimilar } from "./app_similar.js";
+import { drawSimilar, showLikes, showSimilar } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { nextStep, timeSource, trainedViews } from "./app_time.js";
-import { Core, coreLayout } from "./core.js";
+import { cardLayout, Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { trainedView } from "./core_time.js";
@@ -23,7 +23,7 @@ import { CompareTab } from "./tab_compare.js";
 import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Failure, Intervention, Pending, Shares, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Failure, Intervention, Pending, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
 /** @type {Pending} */
@@ -36,12 +36,13 @@ const appLayout = () => html`
   <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door" aria-expanded="false">Look closer</button></div>
   <div class="mv-depth" data-box="depth" hidden>
-  <header class="mv-header" data-box="header"></header>
+  <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
     <div class="mv-main" data-box="main"><div class="mv-view" data-box="view">${coreLayout(html``)}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
     <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section></div>
+  <footer class="mv-footer" data-box="footer"></footer>
   <div class="mv-toast" role="status" data-box="toast" hidden></div>
   <div class="mv-hidden" aria-live="polite" data-live></div>`;
 
@@ -59,9 +60,6 @@ export class App {
     this.state = null;
     this.own = ownMemory.read();
     this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
-    /** @type {Shares[] | Error | null} */
-    this.shared = null;
-    this.counted = "";
     this.slot = 0;
     this.topK = null;
     this.capacity = null;
@@ -119,6 +117,7 @@ export class App {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
     Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
+      model: (button) => this.chooseModel(button.dataset.id),
       retry: () => (this.pending.wish ? followAddress(this) : this.load([...this.pictures.keys()], [], null, "model")),
       undo: () => this.change(null),
       door: () => this.openDoor(!this.door),
@@ -192,6 +191,7 @@ export class App {
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
+    showLikes(this);
     if (open) this.core.box("depth").scrollIntoView({ block: "start" });
   }
 
@@ -204,6 +204,9 @@ export class App {
 
   /** Nobody is asked about what stands behind a closed door. */
   get closed() { return !this.door; }
+
+  /** @param {View} view */
+  tellRoute(view) { return tellRoute(this, view); }
 
   /** @param {number} layer @param {number} expert */
   toggleAway(layer, expert) {
@@ -335,8 +338,8 @@ export class App {
     }
     if (step !== undefined) this.core.time?.open(step);
     sharpen(this, views);
-    countShared(this);
     drawHand(this);
+    showLikes(this);
     if (first) this.flow.draw(true);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -355,7 +358,7 @@ export class App {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
     if (["views", "active", "layer"].some((name) => changed.has(name))) this.flow.draw();
-    if (changed.has("layer") || changed.has("highlight")) drawShared(this);
+    if (changed.has("layer")) showLikes(this);
     if (changed.has("layer")) this.refreshTab("layer");
     else if (changed.has("highlight")) this.refreshTab("highlight");
     if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
@@ -401,6 +404,7 @@ export class App {
 
   drawFrame() {
     drawHeader(this.core.box("header"), this);
+    drawFooter(this.core.box("footer"), this);
     drawRail(this.core.box("rail"), this);
     const settings = this.core.box("settings");
     if (!settings.querySelector("input[type=range]:active")) drawSettings(settings, this); // it stays in the hand

@@ -101,6 +101,7 @@ export class Flow {
     const moved = before ? this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]) : [];
     Object.assign(this, { away: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
+    app.tellRoute?.(view);
     await this.load();
     if (this.turn !== turn) return undefined; // drawn anew meanwhile
     if (opening && !still()) return this.play();
@@ -274,7 +275,7 @@ function layout(app, view, layer, first) {
           draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
         <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}${layerChoice(view, layer)}</div></div>
       <div class="mv-flow-right"><div class="mv-flow-boxes" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
-        <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div></div></div>
+        <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div><div data-part="route" aria-live="polite"></div></div></div>
     <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
 }
 
@@ -309,8 +310,9 @@ function thumbs(app) {
 function answer(view, usual) {
   const [best, ...others] = view.prediction.moe;
   const second = others.find(({ class: name }) => name === usual) ?? others[0];
+  const rows = view.picture.label === null ? view.prediction.moe : [best, second].filter(Boolean); // of an own image all classes
   const row = ({ class: name, p }) => html`<li><span>${name}</span><i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
-  return html`<div class="mv-flow-answer"><p>The model ${view.moment ? "said" : "says"}</p><ul>${[best, second].filter(Boolean).map(row)}</ul></div>`;
+  return html`<div class="mv-flow-answer"><p>The model ${view.moment ? "said" : "says"}</p><ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul></div>`;
 }
 
 /** @param {View} view @param {Layer} layer */

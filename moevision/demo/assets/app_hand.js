@@ -1,32 +1,45 @@
 // An expert in the hand: chosen under the image, it is taken away, forced or swapped there, and what that does to the
 // answer stands in the same place, beside as many random changes.
 
+import { asAskError } from "./app_server.js";
 import { interventionWords } from "./core_answer.js";
 import { capital } from "./core_kinds.js";
 import { chip, fillBox, html, layerExpert, percent, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { Effect, Intervention, Layer, View } from "./types.js" */
 
-/** @type {WeakMap<View, Effect>} */
+/** @type {WeakMap<View, Effect | Error>} */
 const effects = new WeakMap();
 
 /**
- * What the intervention of a view did to its answer; null where none was measured.
+ * What the intervention of a view did to its answer; null where none was measured, or not yet.
  * @param {View} view
  */
-export const effectOf = (view) => effects.get(view) ?? null;
+export function effectOf(view) {
+  const found = effects.get(view) ?? null;
+  return found instanceof Error ? null : found;
+}
 
 /**
- * The view of an image. Under an intervention its effect is measured on the way, but not under noise.
+ * The view of an image after one pass. The effect of an intervention takes many more: it is measured while the view is
+ * looked at, but not under noise.
  * @param {App} app @param {number} slot @param {(words: string) => unknown} words
  * @returns {Promise<View>}
  */
 export async function askView(app, slot, words) {
   const question = app.question(slot);
-  if (!question.intervention || question.noise !== null) return app.asker.ask("route", question, words);
-  const effect = await app.asker.ask("what_if", question, words);
-  effects.set(effect.view, effect);
-  return effect.view;
+  const view = await app.asker.ask("route", question, words);
+  if (question.intervention && question.noise === null) measure(app, question, view);
+  return view;
+}
+
+/** @param {App} app @param {object} question @param {View} view */
+async function measure(app, question, view) {
+  effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
+  if (!app.state?.views.includes(view)) return;
+  drawHand(app);
+  app.announceResult(view);
+  app.refreshTab("settings");
 }
 
 /** @param {Intervention | null} one @param {Intervention | null} other */
@@ -95,7 +108,8 @@ function results(app) {
     return html`<div class="mv-results"><p role="status">${app.waiting && "Trying it, and as much at random…"}</p><div class="mv-hand-row">${undo}</div></div>`;
   }
   const place = (slot) => views.length > 1 && html`<span class="mv-soft">${["First", "Second"][slot]} image:</span> `;
-  return html`<div class="mv-results" role="note"><p><b>Changed model.</b> ${interventionWords(present(app.intervention), app.model.routers)}</p>
+  const measured = views.every((view) => effects.has(view) || typeof view.settings.noise === "number");
+  return html`<div class="mv-results" role="${measured ? "note" : "status"}"><p><b>Changed model.</b> ${interventionWords(present(app.intervention), app.model.routers)}</p>
     ${views.map((view, slot) => html`<p>${place(slot)}${line(view)}</p>`)}
     <div class="mv-hand-row">${undo}${effectOf(views[0]) && html`<button type="button" class="mv-quiet" data-action="hand-more" data-key="hand-more">All numbers</button>`}</div></div>`;
 }
@@ -103,7 +117,8 @@ function results(app) {
 /** @param {View} view */
 function line(view) {
   const effect = effectOf(view);
-  if (!effect) return "A change is measured without noise: turn the noise off.";
+  if (!effect && typeof view.settings.noise === "number") return "A change is measured without noise: turn the noise off.";
+  if (!effect) return html`<span role="status">${/** @type {Error | undefined} */ (effects.get(view))?.message ?? "Measuring it beside as much at random…"}</span>`;
   const { control } = effect;
   if (!moves(effect) || !control) return html`<b>${answerWords(effect)}</b>. ${controlWords(effect)}`;
   return html`<b>${answerWords(effect)}</b>. <button type="button" class="mv-term mv-soft"

@@ -1,10 +1,11 @@
-// The visitor's own images: a strip of up to a dozen, kept as long as the browser's tab, and which expert they share most.
+// The visitor's own images: a strip of up to a dozen, kept as long as the browser's tab, and whose route their patches take.
 
-import { asAskError, AskError, errorBox } from "./app_server.js";
-import { chip, fillBox, html, layerExpert, percent, pictureSource, present } from "./core_util.js";
+import { AskError, errorBox } from "./app_server.js";
+import { firstExperts } from "./core_mosaic.js";
+import { chip, fillBox, html, pictureSource } from "./core_util.js";
 import { shrinkPicture } from "./own_file.js";
 /** @import { App } from "./app.js" */
-/** @import { Chosen, Own, Shares } from "./types.js" */
+/** @import { Chosen, GalleryPatch, Own, View } from "./types.js" */
 
 const OWN_KEY = "moevision.own";
 export const MOST_OWN = 12;
@@ -45,69 +46,54 @@ export function ownStrip(app) {
   const thumb = ({ id, name, data }) => html`<li><button type="button" data-action="own" data-id="${id}" data-key="own-${id}" aria-pressed="${shown.own === id}"
     aria-label="Your image ${name}"><img src="${pictureSource(data)}" alt=""><span>${name}</span></button></li>`;
   return html`<ul class="mv-examples mv-own" aria-label="Your images">${app.own.map(thumb)}</ul>
-    <div class="mv-shared" data-box="shared">${sharedBox(app)}</div>
     <button type="button" class="mv-quiet" data-action="forget" data-key="forget">Forget ${app.own.length > 1 ? "them" : "it"}</button>`;
 }
 
 /**
- * The expert that computes most of some images, counted: [expert, its mean share, in how many it is the busiest].
- * @param {number[][]} shares of the experts, image by image @returns {[number, number, number]}
+ * The routes through the layers that most patches in the middle half of an image take, the most frequent first.
+ * @param {View} view @returns {{ path: number[], count: number }[]}
  */
-export function mostShared(shares) {
-  const experts = [...shares[0].keys()];
-  const means = experts.map((expert) => shares.reduce((sum, one) => sum + one[expert], 0) / shares.length);
-  const best = means.indexOf(Math.max(...means));
-  return [best, means[best], shares.filter((one) => one[best] === Math.max(...one)).length];
+export function routesOf({ layers, model: { grid: [rows, columns] } }) {
+  const firsts = layers.map(firstExperts);
+  /** @type {Map<string, { path: number[], count: number }>} */
+  const found = new Map();
+  firsts[0].forEach((_, patch) => {
+    const [row, column] = [Math.floor(patch / columns), patch % columns];
+    const path = firsts.map((first) => first[patch]);
+    if (Math.abs(row + 0.5 - rows / 2) > rows / 4 || Math.abs(column + 0.5 - columns / 2) > columns / 4 || path.includes(null)) return;
+    const one = found.get(path.join()) ?? { path: /** @type {number[]} */ (path), count: 0 };
+    found.set(path.join(), { ...one, count: one.count + 1 });
+  });
+  return [...found.values()].sort((one, other) => other.count - one.count);
 }
 
-/** @param {App} app */
-function sharedBox(app) {
-  const { own, shared, state } = app;
-  if (own.length < 2 || !state) return "";
-  // While another model or setting is on its way, the numbers are those of the one before.
-  if (!shared || app.counted !== toCount(app)) return html`<p class="mv-soft">Counting…</p>`;
-  if (shared instanceof Error) return errorBox(asAskError(shared), "count-own");
-  const layer = state.currentLayer;
-  const shares = shared.map(({ layers }) => present(layers.find((one) => one.layer === layer.layer)).shares);
-  const [expert, share, first] = mostShared(shares);
-  const even = percent(1 / layer.num_experts);
-  return html`<p>Your ${own.length} images share <button type="button" class="mv-quiet" data-action="highlight" data-expert="${expert}" data-key="shared"
-    aria-pressed="${state.highlight === expert}">${layerExpert(layer, expert)}</button> ${chip(expert, layer.num_experts)} most: ${percent(share)} of their patch choices (even: ${even}).
-    It is the busiest in ${first} of ${own.length}.</p>`;
-}
+const TRIED = 3; // routes, of which the first that some patch of the model's images takes is told
 
 /**
- * What is counted, as text that can be compared.
- * @param {App} app
+ * Of an own image: what the model knows, and which patches of its images take the route of those in the middle.
+ * @param {App} app @param {View} view
  */
-const toCount = (app) => JSON.stringify([app.settings(), app.own.map(({ id }) => id)]);
-
-/** @param {App} app */
-export const drawShared = (app) => fillBox(app.core.box("shared"), sharedBox(app));
-
-/**
- * Ask for the shares of every own image under the present settings; an answer is asked for once.
- * @param {App} app
- */
-export async function countShared(app) {
-  const question = toCount(app);
-  if (app.counted === question && !(app.shared instanceof Error)) return drawShared(app);
-  Object.assign(app, { counted: question, shared: null });
-  drawShared(app);
-  if (app.own.length < 2) return undefined;
-  try {
-    /** @type {Shares[]} */
-    const shares = [];
-    const settings = app.settings();
-    for (const { id, data } of app.own) {
-      shares.push(await app.asker.remember("shares", { ...settings, picture: { kind: "upload", data } }, JSON.stringify(["shares", settings, id])));
-      if (app.counted !== question) return undefined;
-    }
-    app.shared = shares;
-  } catch (error) {
-    if (app.counted === question) app.shared = asAskError(error);
+export async function tellRoute(app, view) {
+  const tell = (words) => app.state?.view === view && fillBox(app.core.box("flow").querySelector("[data-part=route]"), words);
+  if (view.picture.id !== null || view.moment || view.settings.away?.length) return;
+  const { id: model, variant, class_names: names } = view.model;
+  const knows = html`<p class="mv-soft">It knows ${names.length > 1 ? `${names.slice(0, -1).join(", ")} and ` : ""}${names.at(-1)}, and nothing else.</p>`;
+  tell(knows);
+  if (!app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
+  for (const { path, count } of routesOf(view).slice(0, TRIED)) {
+    const { patches } = await app.asker.remember("similar", { model, variant, path, class: null }).catch(() => ({ patches: [] }));
+    if (app.state?.view !== view) return;
+    if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
   }
-  return drawShared(app);
+}
+
+/** @param {View} view @param {number[]} path @param {number} count @param {GalleryPatch[]} patches */
+function routeWords({ layers }, path, count, patches) {
+  const labels = patches.map(({ label }) => label);
+  const most = [...new Set(labels)].sort((one, other) => labels.filter((each) => each === other).length - labels.filter((each) => each === one).length)[0];
+  const way = path.map((expert, place) => html`${place > 0 && " → "}${chip(expert, layers[place].num_experts)}`);
+  return html`<p>Its middle (${count} squares) takes the route ${way} of these patches, ${labels.filter((each) => each === most).length} of ${patches.length} of ${most}:</p>
+    <div class="mv-route">${patches.slice(0, 8).map(({ crop, label }) => html`<img src="${pictureSource(crop)}" alt="${label}">`)}</div>`;
 }
 
 /**
@@ -168,7 +154,6 @@ export function ownHandlers(app) {
         app.drawFrame();
         app.remember();
       },
-      "count-own": () => countShared(app),
       camera: () => app.core.box("camera").click(),
     },
     changes: { file: (input) => { const files = [...input.files]; input.value = ""; return takeFiles(app, files); } },

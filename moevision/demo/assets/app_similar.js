@@ -32,3 +32,16 @@ export async function showSimilar({ state, asker, core }) {
     if (wanted()) fillBox(place, errorBox(asAskError(error), "similar"));
   }
 }
+
+/**
+ * The patches that each expert likes most, beside its direction in the picture of the computation.
+ * @param {App} app
+ */
+export async function showLikes({ state, asker, core, closed }) {
+  if (!state || closed) return;
+  const { view, currentLayer: layer } = state;
+  const { id: model, variant } = view.model;
+  const wanted = () => state.currentLayer === layer;
+  const answer = await asker.whenReady("experts", { model, variant, layer: layer.layer }, wanted).catch(() => null); // the cards below say why
+  if (wanted() && answer?.experts.some(({ top }) => top.length)) core.card?.like(view, layer, answer.experts.map(({ top }) => top));
+}

@@ -36,7 +36,10 @@ export const coreLayout = (film = box("time")) => html`
   </section>
   <aside class="mv-inspector" aria-label="Patch inspector"><div class="mv-grip">${box("where")}
     <button type="button" class="mv-button mv-handle" data-action="sheet" aria-expanded="false">Details</button></div>
-    ${box("card")}${box("inspector")}${box("similar")}</aside>`;
+    ${box("inspector")}${box("similar")}</aside>`;
+
+/** Where the picture of the computation stands, apart from the rest. */
+export const cardLayout = () => html`<section data-box="card" class="mv-box-card" aria-label="How a patch is computed"></section>`;
 
 const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Colour by">
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
@@ -77,7 +80,7 @@ export class Core {
   /** @param {ViewState} state */
   attach(state) {
     this.state = state;
-    this.card = new Card(this.box("card"), state, (text) => this.announce(text), this.changes);
+    this.card = new Card(this.box("card"), state, this.changes);
     this.time = new Time(this.box("time"), state, this.timeSource);
     this.drawAll();
     if (state.mode === "slots") this.fetchSlots();
@@ -95,7 +98,6 @@ export class Core {
       "soft-side": (button) => this.state.set({ slotSide: button.dataset.side }),
       "soft-slot": (button) => this.state.set({ slot: button.dataset.pick === "all" ? null : Number(button.dataset.pick) }),
       "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
-      step: (button) => this.card?.go(Number(button.dataset.step)),
       play: () => this.card?.play(),
       run: (button) => this.player.toggle(button.dataset.row),
       "to-trained": () => this.time?.go(this.time.last),
@@ -258,8 +260,13 @@ export class Core {
   }
 
   drawPatch() {
-    drawWhere(this.box("where"), this.state);
     this.card?.draw();
+    this.drawPointed();
+  }
+
+  /** What follows the pointer; the picture of the sums stays with the pinned patch. */
+  drawPointed() {
+    drawWhere(this.box("where"), this.state);
     drawInspector(this.box("inspector"), this.state);
   }
 
@@ -298,8 +305,8 @@ export class Core {
     if (has("highlight")) drawWhere(this.box("where"), this.state);
     if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
     if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
-    if (has("layer", "patch", "hover", "active", "mode") || slots) this.drawPatch();
-    else if (has("step")) this.card?.draw();
+    if (has("layer", "patch", "active", "mode") || slots) this.drawPatch();
+    else if (has("hover")) this.drawPointed();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
   }
@@ -308,7 +315,7 @@ export class Core {
   drawPictures() {
     this.stages.forEach((stage) => stage.picture());
     this.drawStrip();
-    drawInspector(this.box("inspector"), this.state);
+    this.drawPatch();
     this.drawControls();
   }
 
@@ -369,7 +376,7 @@ export function startStatic(root, view, moments) {
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
   root.innerHTML = String(html`<header class="mv-header"><h1>Routing of ${pictureTitle(view)}</h1>
       <p class="mv-soft">${about.filter(Boolean).join(" · ")}</p></header>
-    <div class="mv-columns mv-static">${coreLayout()}</div>
+    <div class="mv-columns mv-static">${coreLayout()}</div>${cardLayout()}
     <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
       contribute, nor what caused the prediction. Schema ${view.schema}.</p>
     <div class="mv-hidden" aria-live="polite" data-live></div>`);

@@ -1,187 +1,295 @@
-// The computation card: how the layer computed one patch, in five steps that one plays, points at or walks through.
-// The rows stay while the step or the patch changes, so that bars grow and fade from what they were.
+// One picture of how a layer computed a patch: from its pixels to the residual stream, left to right, in the layer's own
+// numbers. A vector is drawn by a few of its numbers, one of which can be followed: gates, layer scale and stream add up.
 
 import { awayExpert } from "./core_kinds.js";
-import { computedPatch, LAST_STEP, sparsityWords, STEPS } from "./core_numbers.js";
+import { computedPatch, sparsityWords } from "./core_numbers.js";
+import { underlay } from "./core_stage.js";
 import { patchMoments } from "./core_time.js";
-import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, present, signed } from "./core_util.js";
+import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, pictureSource, present, rowColumn, signed } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Choice, Computed, Handlers, Layer, View } from "./types.js" */
+/** @import { Channels, Choice, Computed, Fill, GalleryPatch, Handlers, Layer, View } from "./types.js" */
 
-const STEP_MS = 1600;
 const MOST_ROWS = 8;
-const ROW = 26; // px, the height of a row in the style sheet
-const FLOW = 64; // px, the width of the arrows beside the rows
+const MOST_DRAWN = 4; // networks; the others of a patch are one term of the sum
+const LIGHT_MS = 420; // that the light takes from one part to the next
+/** @param {number} value */
+const figure = (value) => fixed(value, 3);
+/** What a reader gets who calculates with the numbers that are shown. @param {number} value */
+const asShown = (value) => Math.round(value * 1000) / 1000;
 
-/** @param {number} value a length: three figures are enough */
-const long = (value) => fixed(value, value >= 9.995 ? 1 : 2);
+/** Dots of a drawn network and all lines between its three layers, as a path in a box of 84 × 72. */
+const NETWORK = (() => {
+  const dots = [5, 7, 5].map((count, place) => [...Array(count).keys()].map((dot) => [12 + 30 * place, (72 * (dot + 0.5)) / count]));
+  const lines = dots.slice(1).flatMap((next, place) => dots[place].flatMap((from) => next.map((to) => `M${from}L${to}`)));
+  return { lines: lines.join(""), dots: dots.flat() };
+})();
 
 export class Card {
   /**
-   * @param {HTMLElement} box @param {ViewState} state @param {(text: string) => void} announce
+   * @param {HTMLElement} box @param {ViewState} state
    * @param {Handlers} changes what fields do: "noise" where a server can route the image again
    */
-  constructor(box, state, announce, changes) {
+  constructor(box, state, changes) {
     this.box = box;
     this.state = state;
-    this.announce = announce;
     this.changes = changes;
-    this.built = "";
-    /** @type {ReturnType<typeof setTimeout> | undefined} */
-    this.playing = undefined;
-    box.addEventListener("pointerover", (event) => this.point(event));
+    /** @type {number | null} the place of the number that is followed; null: that which changes most */
+    this.at = null;
+    /** @type {Map<string, GalleryPatch[][]>} what the experts of a layer like most */
+    this.likes = new Map();
+    changes.channel = (select) => this.follow(Number(select.value));
+    box.addEventListener("click", (event) => this.pick(event));
     box.addEventListener("keydown", (event) => this.press(event));
+    box.addEventListener("pointermove", (event) => { // not what comes under the pointer because the page scrolls
+      const cell = /** @type {HTMLElement} */ (event.target).closest?.("[data-at]");
+      if (cell) this.follow(Number(/** @type {HTMLElement} */ (cell).dataset.at));
+    });
+    new ResizeObserver(() => this.wire()).observe(box);
   }
 
-  /** @param {PointerEvent} event */
-  point(event) {
-    const button = /** @type {HTMLElement} */ (event.target).closest?.("[data-step]");
-    if (button && event.pointerType !== "touch") this.go(Number(/** @type {HTMLElement} */ (button).dataset.step));
+  /** @param {number} at */
+  follow(at) {
+    if (at === this.at) return;
+    this.at = at;
+    this.draw();
+  }
+
+  /** Another patch, where the small photo is clicked. @param {MouseEvent} event */
+  pick(event) {
+    const photo = /** @type {HTMLElement} */ (event.target).closest("[data-part=pick]");
+    if (!photo || event.detail === 0) return; // a key: which patch it is stays
+    const { left, top, width, height } = photo.getBoundingClientRect();
+    const [rows, columns] = this.state.view.model.grid;
+    const [row, column] = [((event.clientY - top) / height) * rows, ((event.clientX - left) / width) * columns];
+    this.state.set({ patch: clamp(Math.floor(row), 0, rows - 1) * columns + clamp(Math.floor(column), 0, columns - 1) });
   }
 
   /** @param {KeyboardEvent} event */
   press(event) {
-    const at = this.state.step;
-    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: LAST_STEP }[event.key];
-    if (to === undefined || !(/** @type {HTMLElement} */ (event.target).matches("[data-step]"))) return;
+    const { state } = this;
+    const [rows, columns] = state.view.model.grid;
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    if (!step || state.patch === null || !(/** @type {HTMLElement} */ (event.target).matches("[data-part=pick]"))) return;
     event.preventDefault();
-    this.go(clamp(to, 0, LAST_STEP));
-    /** @type {HTMLElement} */ (this.box.querySelector(`[data-step="${this.state.step}"]`)).focus();
-    this.announce(this.spoken());
+    const to = state.patch + step;
+    const sideways = Math.abs(step) === 1 && Math.floor(to / columns) !== Math.floor(state.patch / columns);
+    if (to >= 0 && to < rows * columns && !sideways) state.set({ patch: to });
   }
 
-  /** @param {number} step */
-  go(step) {
-    this.stop();
-    this.state.set({ step });
-  }
-
-  stop() {
-    clearTimeout(this.playing);
-  }
-
-  play() {
-    this.stop();
-    const next = (step) => {
-      this.state.set({ step });
-      this.playing = step < LAST_STEP ? setTimeout(next, STEP_MS, step + 1) : undefined;
-    };
-    next(0);
+  /** The patches that each expert of a layer likes most. @param {View} view @param {Layer} layer @param {GalleryPatch[][]} patches */
+  like(view, layer, patches) {
+    this.likes.set(layerKey(view, layer), patches);
+    this.draw();
   }
 
   draw() {
-    const { state } = this;
-    const { view, currentLayer: layer, shown: patch } = state;
+    const { view, currentLayer: layer, patch } = this.state;
     const computed = patch === null ? null : computedPatch(view, layer, patch);
-    this.box.hidden = !computed && (!view.moment || patch === null);
-    if (!computed) {
-      this.stop();
-      if (view.moment && patch !== null) this.sayPast(view, layer, patch);
-      return;
-    }
-    const rows = rowsOf(layer, computed);
-    // The same experts in the same order keep their rows.
-    const wanted = `${view.model.id} ${layer.name} ${rows}`;
-    if (this.built !== wanted) this.build(layer, rows);
-    this.built = wanted;
-    this.fill(view, layer, patch, computed, rows);
+    const past = view.moment && patch !== null;
+    this.box.hidden = !computed && !past;
+    if (computed && patch !== null) fillBox(this.box, this.picture(view, layer, patch, computed));
+    // At a moment of the training only the gates of a patch are known.
+    else fillBox(this.box, past && patchMoments(view, layer, patch));
+    this.wire();
   }
 
-  /**
-   * At a moment of the training only the gates of a patch are known. The box keeps its height.
-   * @param {View} view @param {Layer} layer @param {number} patch
-   */
-  sayPast(view, layer, patch) {
-    if (this.built) this.box.style.minHeight = `${this.box.offsetHeight}px`;
-    this.built = "";
-    fillBox(this.box, patchMoments(view, layer, patch));
+  /** @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed */
+  picture(view, layer, patch, computed) {
+    const channels = summed(computed);
+    const [row, column] = rowColumn(patch, view.model.grid[1]);
+    const at = this.at ?? strongestOf(channels);
+    const part = (name, title, content) => html`<section class="mv-part mv-part-${name}"><h3>${title}</h3>${content}</section>`;
+    return html`<div class="mv-strip-head"><h2>How ${layer.name} computed this patch</h2>
+        <button type="button" class="mv-quiet mv-play" data-action="play" data-key="play">Let the light run</button></div>
+      <div class="mv-parts-row"><svg class="mv-wires" aria-hidden="true"></svg>
+        ${part("patch", "A patch", this.photo(view, row, column))}
+        ${part("read", html`is ${channels.of} numbers`, html`${vector("read", channels.read, at)}${numberChoice(channels, at)}`)}
+        ${part("rows", layer.learned ? html`are compared with ${layer.num_experts} directions` : html`goes where a rule says`, this.rows(view, layer, computed))}
+        ${part("kept", keptTitle(layer, computed), networks(view, layer, computed, channels, at))}
+        ${part("sum", "their sum", vector("total", channels.total, at))}
+        ${channels.before && channels.after && channels.scale && html`${channels.scale.some((one) => one !== 1) && part("scale", "× layer scale", vector("scale", channels.scale, at))}
+        ${part("before", "+ the stream", vector("before", channels.before, at))}${part("after", "goes on", vector("after", channels.after, at))}`}</div>
+      <p class="mv-told" data-part="told">${sumWords(layer, computed, channels, at)}</p>
+      <p class="mv-note" data-part="say">${words(layer, computed)} ${computed.missing.join(" ")} ${sparsityWords(view, layer, patch)}</p>
+      <div class="mv-card-noise" data-part="noise">${this.noise(view, layer)}</div>`;
   }
 
-  /** @param {Layer} layer @param {number[]} rows */
-  build(layer, rows) {
-    this.box.style.minHeight = "";
-    const steps = STEPS.map(([, label], step) => html`<button type="button" role="radio" data-step="${step}" data-action="step" data-key="step-${step}">${label}</button>`);
-    const row = (expert) => html`<li data-expert="${expert}">${chip(expert, layer.num_experts)}
-      <span class="mv-card-bar"><i style="background:${expertColour(expert, layer.num_experts)}"></i></span><span class="mv-num"></span></li>`;
-    const flow = (expert) => html`<path data-flow="${expert}" pathLength="1" stroke="${expertColour(expert, layer.num_experts)}"/>`;
-    fillBox(this.box, html`<div class="mv-strip-head"><h2>How this patch was computed</h2>
-        <button type="button" class="mv-quiet mv-play" data-action="play" data-key="play">Play</button></div>
-      <div class="mv-switch mv-steps" role="radiogroup" aria-label="Step">${steps}</div>
-      <p class="mv-note mv-card-say" data-part="say"></p>
-      <div class="mv-card-body"><ol class="mv-card-rows">${rows.map(row)}</ol>
-        <svg class="mv-sum" width="${FLOW}" height="${ROW * rows.length + 38}" aria-hidden="true">${rows.map(flow)}</svg>
-        <div class="mv-stream" data-part="stream"><i></i><b></b><span></span></div></div>
-      <p class="mv-card-told" data-part="told"></p><div class="mv-card-noise" data-part="noise"></div>`);
+  /** @param {View} view @param {number} row @param {number} column */
+  photo(view, row, column) {
+    const [rows, columns] = view.model.grid;
+    const { source, sharp } = underlay(this.state, view);
+    const frame = `left:${(100 * (column - 1)) / columns}%;top:${(100 * (row - 1)) / rows}%;width:${100 / columns}%;height:${100 / rows}%`;
+    return html`<button type="button" class="mv-pick-patch ${sharp && "mv-sharp"}" style="aspect-ratio:${columns / rows}" data-part="pick" data-key="pick-patch"
+        aria-label="Patch in row ${row}, column ${column}. Arrow keys choose another."><img src="${source}" alt=""><i style="${frame}"></i></button>
+      <div class="mv-zoom ${sharp && "mv-sharp"}" data-wire="patch" style="background-image:url('${source}');background-size:${100 * columns}% ${100 * rows}%;background-position:${inWindow(column, columns)}% ${inWindow(row, rows)}%"></div>`;
   }
 
-  /**
-   * The switch of the noise, for routers that have some.
-   * @param {View} view @param {Layer} layer
-   */
-  drawNoise(view, layer) {
+  /** Scores and shares of the experts. @param {View} view @param {Layer} layer @param {Computed} computed */
+  rows(view, layer, computed) {
+    const { scores, noise, shares, sigmoid, bias, choices } = computed;
+    const drawn = noise ? scores.map((score, each) => score + noise[each]) : scores;
+    const reach = Math.max(...drawn.map(Math.abs), 1e-6);
+    const likes = this.likes.get(layerKey(view, layer));
+    const shown = rowsOf(layer, computed);
+    const row = (expert) => {
+      const choice = choices.find((one) => one.expert === expert);
+      const half = (50 * Math.abs(drawn[expert])) / reach;
+      const share = sigmoid ? fixed(shares[expert]) : percent(shares[expert], layer.kind === "soft" ? 1 : 0);
+      const lost = (choice && !choice.kept && choice.weight >= 0.005) || awayExpert(view, layer) === expert || view.settings.away?.some(([where, which]) => where === layer.layer && which === expert);
+      return html`<li data-expert="${expert}" data-wire="row-${expert}" class="${choice?.kept || lost ? "" : "mv-away"} ${lost ? "mv-lost-row" : ""}">
+        ${likes && html`<span class="mv-likes">${likes[expert].slice(0, 3).map(({ crop }) => html`<img src="${pictureSource(crop)}" alt="">`)}</span>`}
+        ${chip(expert, layer.num_experts)}${layer.learned ? html`<span class="mv-score"><i style="left:${drawn[expert] < 0 ? 50 - half : 50}%;width:${half}%"></i></span>
+        <span class="mv-num" data-n="score">${fixed(scores[expert])}${noise && html` <small>${signed(noise[expert]).replace(/^(?=\d)/, "+")}</small>`}</span>
+        <span class="mv-share"><i style="width:${100 * clamp(shares[expert], 0, 1)}%;background:${expertColour(expert, layer.num_experts)}"></i></span>
+        <span class="mv-num" data-n="share">${share}${lost && !choice && html` <small>away</small>`}${bias && html` <small>${signed(bias[expert], 3)}</small>`}</span>` : html`<span>${choice ? "the rule" : ""}</span>`}</li>`;
+    };
+    return html`<ol class="mv-card-rows ${likes && "mv-liked"} ${!layer.learned && "mv-ruled"}">${layer.learned && html`<li class="mv-row-head" aria-hidden="true">${likes && html`<span>likes most</span>`}<span></span><span>score</span><span></span><span>share</span><span></span></li>`}
+      ${shown.map(row)}</ol>${layer.num_experts > shown.length && html`<p class="mv-note">${layer.num_experts - shown.length} more experts aren't shown.</p>`}`;
+  }
+
+  /** The switch of the noise, for routers that have some. @param {View} view @param {Layer} layer */
+  noise(view, layer) {
     const draw = view.settings.noise ?? null;
-    const able = "noise" in this.changes && layer.noise && layer.noise !== "none";
-    fillBox(this.box.querySelector("[data-part=noise]"), able && html`<label class="mv-check"><input type="checkbox" data-change="noise" data-key="noise"
-        ${new Markup(draw === null ? "" : "checked")}>Noise, as in training</label>
-      ${draw !== null && html`<span class="mv-soft">draw ${draw}</span>
-        <button type="button" class="mv-quiet" data-action="redraw" data-key="redraw">Draw again</button>`}`);
+    if (!("noise" in this.changes) || !layer.noise || layer.noise === "none") return "";
+    return html`<label class="mv-check"><input type="checkbox" data-change="noise" data-key="noise" ${new Markup(draw === null ? "" : "checked")}>Noise, as in training</label>
+      ${draw !== null && html`<span class="mv-soft">draw ${draw}</span> <button type="button" class="mv-quiet" data-action="redraw" data-key="redraw">Draw again</button>`}`;
   }
 
-  /** @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed @param {number[]} rows */
-  fill(view, layer, patch, computed, rows) {
-    const [name] = STEPS[this.state.step];
-    this.box.dataset.at = name;
-    const buttons = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll("[data-step]"));
-    buttons.forEach((button, step) => {
-      button.setAttribute("aria-checked", String(step === this.state.step));
-      button.tabIndex = step === this.state.step ? 0 : -1;
+  // ---- lines between the parts ------------------------------------------------------------------------------------
+
+  /** Lines as wide as what flows along them; where the parts stand below one another there are none. */
+  wire() {
+    const svg = this.box.querySelector(".mv-wires");
+    if (!svg) return;
+    const home = present(svg.parentElement).getBoundingClientRect();
+    const parts = [...this.box.querySelectorAll(".mv-part")].map((one) => one.getBoundingClientRect());
+    const inRow = home.width > 0 && parts.every(({ top }) => Math.abs(top - parts[0].top) < 2);
+    svg.setAttribute("viewBox", `0 0 ${home.width || 1} ${home.height || 1}`);
+    const place = (name) => this.box.querySelector(`[data-wire="${name}"]`)?.getBoundingClientRect();
+    const line = ([from, to, width, colour, order]) => {
+      const [a, b] = [place(from), place(to)];
+      if (!a || !b) return "";
+      const [x, y, u, v] = [a.right - home.left, a.top + a.height / 2 - home.top, b.left - home.left, b.top + b.height / 2 - home.top];
+      const bend = (u - x) / 2;
+      return html`<path data-order="${order}" pathLength="1" d="M${x} ${y}C${x + bend} ${y} ${u - bend} ${v} ${u} ${v}" stroke="${colour}" stroke-width="${width}"/>`;
+    };
+    fillBox(svg, inRow && html`${this.wires().map(line)}`);
+  }
+
+  /** From, to, width, colour and how far behind the patch. @returns {[string, string, number, string, number][]} */
+  wires() {
+    const soft = "var(--wire)";
+    const rows = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-card-rows [data-expert]"));
+    const kept = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-network"));
+    const each = [...kept].flatMap((one) => {
+      const { expert, gate } = one.dataset;
+      const colour = expert ? expertColour(Number(expert), this.state.currentLayer.num_experts) : soft;
+      const width = 2 + 8 * clamp(Number(gate), 0, 1);
+      const name = `net-${expert ?? "other"}`;
+      return /** @type {[string, string, number, string, number][]} */ ([[expert ? `row-${expert}` : "read", name, width, colour, 2], [name, "total", width, colour, 3]]);
     });
-    const looks = rowLooks(view, layer, computed, name);
-    const running = rows.filter((expert) => computed.kept.some((choice) => choice.expert === expert));
-    rows.forEach((expert, index) => {
-      const item = /** @type {HTMLElement} */ (this.box.querySelector(`li[data-expert="${expert}"]`));
-      const look = looks(expert);
-      const bar = /** @type {HTMLElement} */ (item.querySelector("i"));
-      bar.style.left = `${look.from * 100}%`;
-      bar.style.width = `${look.size * 100}%`;
-      item.classList.toggle("mv-away", look.away);
-      item.classList.toggle("mv-lost-row", look.lost);
-      present(item.querySelector(".mv-num")).textContent = look.text;
-      const flow = present(this.box.querySelector(`[data-flow="${expert}"]`));
-      // Each arrow has a lane of its own on its way down to the stream; the lowest row takes the one nearest to it.
-      const lane = FLOW - 14 - (30 * (running.indexOf(expert) + 0.5)) / Math.max(running.length, 2);
-      const y = ROW * (index + 0.5);
-      flow.setAttribute("d", `M 10 ${y} C ${lane} ${y} ${lane} ${y} ${lane} ${Math.min(y + 26, ROW * rows.length)} V ${ROW * rows.length + 19}`);
-      flow.setAttribute("style", `stroke-width:${look.flow};opacity:${look.flow && name === "sum" ? 1 : 0}`);
+    return [["patch", "read", 3, soft, 0], ...[...rows].map((one) => /** @type {[string, string, number, string, number]} */ (["read", present(one.dataset.wire), 1.5, soft, 1])), ...each,
+      ["total", "scale", 3, soft, 4], [this.box.querySelector(".mv-part-scale") ? "scale" : "total", "before", 3, soft, 5], ["before", "after", 3, soft, 6]];
+  }
+
+  /** A light runs along the lines, and each part is seen when it comes there. */
+  play() {
+    const light = (one, order) => one.animate([{ opacity: 0.15 }, { opacity: 1 }], { duration: LIGHT_MS, delay: LIGHT_MS * order, fill: "backwards" });
+    this.box.querySelectorAll(".mv-part").forEach((one, place) => light(one, place));
+    this.box.querySelectorAll(".mv-wires path").forEach((path) => {
+      const delay = LIGHT_MS * (Number(/** @type {HTMLElement} */ (path).dataset.order) + 0.5);
+      path.animate([{ strokeDasharray: "0 1" }, { strokeDasharray: "1 0" }], { duration: LIGHT_MS, delay, fill: "backwards" });
     });
-    fillBox(this.box.querySelector("[data-part=say]"), this.sentence(layer, name, rows.length));
-    fillBox(this.box.querySelector("[data-part=told]"), told(view, layer, patch, computed, name));
-    this.drawNoise(view, layer);
-    drawStream(/** @type {HTMLElement} */ (this.box.querySelector("[data-part=stream]")), computed, name);
-  }
-
-  /** @param {Layer} layer @param {string} name @param {number} rows */
-  sentence(layer, name, rows) {
-    const hidden = layer.num_experts - rows;
-    const more = hidden > 0 ? ` (${hidden} more experts aren't shown.)` : "";
-    return `${stepWords(layer, name)}${more}`;
-  }
-
-  /** What a screen reader hears of the step. */
-  spoken() {
-    const [name, label] = STEPS[this.state.step];
-    const rows = [...this.box.querySelectorAll("li:not(.mv-away)")].map((item) => `expert ${/** @type {HTMLElement} */ (item).dataset.expert} ${present(item.querySelector(".mv-num")).textContent}`);
-    const parts = [`${label}, step ${this.state.step + 1} of ${STEPS.length}`, ...rows];
-    return `${parts.join(", ")}. ${name === "sum" || name === "kept" ? present(this.box.querySelector("[data-part=told]")).textContent : ""}`;
   }
 }
 
-/** @param {Layer} layer @param {string} name */
-function stepWords(layer, name) {
-  if (name === "outputs") return layer.kind === "soft" ? "What each expert's slots give this patch, as the length of the vector." : "What each kept expert makes of the patch, as the length of its vector.";
-  if (name === "sum") return layer.steps.weights;
-  return layer.steps[name];
+/** A background's position in percent counts in units of image minus window. @param {number} place from 1 @param {number} size */
+const inWindow = (place, size) => (100 * (place - 1)) / Math.max(1, size - 1);
+
+/** @param {View} view @param {Layer} layer */
+const layerKey = ({ model: { id, variant } }, layer) => [id, variant, layer.name].join();
+
+/** The choices that are drawn, in order of number. @param {Computed} computed */
+const drawnOf = ({ kept }) => [...kept].sort((one, other) => other.weight - one.weight).slice(0, MOST_DRAWN).sort((one, other) => one.expert - other.expert);
+
+/**
+ * The numbers as they are shown, and their sums by these: they are the model's to the last figures. `others` is what comes
+ * from networks that aren't drawn, and from the shared ones.
+ * @param {Computed} computed @returns {Channels & { others: number[], given(choice: Choice): number[] }}
+ */
+function summed(computed) {
+  const { choices, kept, channels } = computed;
+  const drawn = drawnOf(computed);
+  const given = (choice) => channels.outputs[choices.indexOf(choice)].map(asShown);
+  const others = channels.total.map((_, place) => asShown(kept.filter((one) => !drawn.includes(one)).reduce((sum, one) => sum + one.weight * given(one)[place], channels.shared?.[place] ?? 0)));
+  const total = others.map((other, place) => asShown(drawn.reduce((sum, one) => sum + asShown(one.weight) * given(one)[place], other)));
+  const [scale, before] = [channels.scale, channels.before].map((values) => values && values.map(asShown));
+  return { ...channels, given, others, total, scale, before, after: before && scale && total.map((value, place) => asShown(value * scale[place] + before[place])) };
 }
+
+/** Where the number stands that the layer changes most. @param {Channels} channels */
+function strongestOf({ total, scale }) {
+  const sizes = total.map((value, place) => Math.abs(value * (scale ? scale[place] : 1)));
+  return sizes.indexOf(Math.max(...sizes));
+}
+
+/**
+ * Some numbers of a vector, and the one that is followed. @param {string} name @param {number[]} values @param {number} at
+ */
+function vector(name, values, at) {
+  const most = Math.max(...values.map(Math.abs), 1e-6);
+  const cell = (value, place) => html`<i data-at="${place}" class="${place === at && "mv-at"}" style="background:color-mix(in srgb, var(${value < 0 ? "--less" : "--more"}) ${Math.round((90 * Math.abs(value)) / most)}%, var(--surface))"></i>`;
+  return html`<div class="mv-vector"><div class="mv-cells" data-wire="${name}" aria-hidden="true">${values.map(cell)}</div><b class="mv-num" data-n="${name}">${figure(values[at])}</b></div>`;
+}
+
+/** @param {Channels} channels @param {number} at */
+const numberChoice = ({ index }, at) => html`<label class="mv-follow"><span class="mv-soft">number</span> <select data-change="channel" data-key="channel">${index.map((channel, place) => html`
+  <option value="${place}" ${new Markup(place === at ? "selected" : "")}>${channel}</option>`)}</select></label>`;
+
+/** @param {Layer} layer @param {Computed} computed */
+function keptTitle(layer, { kept }) {
+  if (layer.kind === "soft") return `all ${layer.num_experts} compute`;
+  return kept.length ? html`${kept.length} of ${layer.num_experts} compute` : "nobody computes";
+}
+
+/**
+ * The networks that ran for a patch, each with what it gave and its gate; beyond a few, and the shared ones, as one term.
+ * @param {View} view @param {Layer} layer @param {Computed} computed @param {ReturnType<typeof summed>} numbers @param {number} at
+ */
+function networks(view, layer, computed, numbers, at) {
+  const { choices, kept, channels } = computed;
+  const drawn = drawnOf(computed);
+  const lost = choices.filter((choice) => !choice.kept && choice.weight >= 0.005);
+  const one = (choice) => html`<div class="mv-network" data-wire="net-${choice.expert}" data-gate="${choice.weight}" data-expert="${choice.expert}">
+    ${drawnNetwork(expertColour(choice.expert, layer.num_experts), channels)}${vector("given", numbers.given(choice), at)}<span class="mv-times">× <b class="mv-num" data-n="gate">${figure(choice.weight)}</b></span></div>`;
+  const names = othersWords(computed);
+  return html`${drawn.map(one)}${names && html`<div class="mv-network" data-wire="net-other" data-gate="0.1"><span class="mv-soft">${names}</span>${vector("others", numbers.others, at)}</div>`}
+    ${lost.map(({ expert, weight }) => html`<p class="mv-lost-row">${chip(expert, layer.num_experts)} <span class="mv-num">${fixed(weight)} ${awayExpert(view, layer) === expert ? "taken away" : "full"}</span></p>`)}
+    ${!kept.length && !channels.shared && html`<p class="mv-soft">It goes on as it came.</p>`}`;
+}
+
+/** Networks that have a part in the sum and aren't drawn. @param {Computed} computed */
+const othersWords = ({ kept, channels }) => [kept.length > MOST_DRAWN && `${kept.length - MOST_DRAWN} others`, channels.shared && "shared"].filter(Boolean).join(" and ");
+
+/** @param {string} colour @param {Channels} channels */
+const drawnNetwork = (colour, { of, hidden }) => html`<figure><svg viewBox="0 0 84 72" aria-hidden="true"><path d="${NETWORK.lines}" stroke="${colour}"/>
+  ${NETWORK.dots.map(([x, y]) => html`<circle cx="${x}" cy="${y}" r="3.4" fill="${colour}"/>`)}</svg><figcaption>${of} → ${hidden} → ${of}</figcaption></figure>`;
+
+/**
+ * The sums of the number that is followed, in a sentence.
+ * @param {Layer} layer @param {Computed} computed @param {ReturnType<typeof summed>} numbers @param {number} at @returns {Fill}
+ */
+function sumWords(layer, computed, { given, others, total, scale, before, after, index, of }, at) {
+  if (!computed.kept.length && computed.channels.shared === null) return `${layer.kind === "expert_choice" ? "No expert took this patch" : "No expert computes this patch"}: it goes on as it came.`;
+  const terms = drawnOf(computed).map((choice) => `${figure(choice.weight)} × ${figure(given(choice)[at])}`);
+  if (othersWords(computed)) terms.push(`${figure(others[at])} (${othersWords(computed)})`);
+  const scaled = scale && (scale.every((one) => one === 1) ? "" : ` × ${figure(scale[at])} (layer scale)`);
+  const stream = scale && before && after && html`;${scaled} + ${figure(before[at])} of the stream = <b>${figure(after[at])}</b>`;
+  return html`Number ${index[at]}: ${terms.join(" + ")} = <b>${figure(total[at])}</b>${stream}. <span class="mv-soft">Shown are the ${index.length} of ${of} numbers that ${layer.name} changes most in this image.</span>`;
+}
+
+/** What the router does, in its own words. @param {Layer} layer @param {Computed} computed */
+const words = ({ steps }, { kept }) => ["scores", "shares", "kept", ...(kept.length ? ["weights"] : [])].map((step) => steps[step]).filter(Boolean).join(" ");
 
 /**
  * The experts that have a row, in order of number; of very many those with the largest shares.
@@ -193,84 +301,4 @@ function rowsOf(layer, { shares, choices }) {
   const chosen = new Set(choices.filter(({ kept }) => kept).map(({ expert }) => expert));
   const first = (expert) => (chosen.has(expert) ? 1 : 0) + shares[expert] / 1e3;
   return all.sort((a, b) => first(b) - first(a)).slice(0, MOST_ROWS).sort((a, b) => a - b);
-}
-
-/**
- * For an expert its bar (`from` and `size` in parts of the row), number, width of its arrow, and whether it fades.
- * @param {View} view @param {Layer} layer @param {Computed} computed @param {string} name
- */
-function rowLooks(view, layer, computed, name) {
-  const { scores, noise, shares, sigmoid, bias, choices } = computed;
-  const drawn = noise ? scores.map((score, each) => score + noise[each]) : scores;
-  const reach = Math.max(...drawn.map(Math.abs), 1e-6);
-  const longest = Math.max(...computed.kept.map(({ length }) => length), 1e-6);
-  const pushed = Math.max(...computed.kept.map(({ length, weight }) => length * weight), 1e-6);
-  const ruled = !layer.learned;
-  return (expert) => {
-    const choice = choices.find((one) => one.expert === expert);
-    const away = !choice?.kept;
-    const base = { from: 0, size: 0, text: "", away: false, lost: false, flow: 0 };
-    if (name === "scores") {
-      if (ruled) return { ...base, size: choice ? 1 : 0, text: choice ? "the rule" : "–", away };
-      const part = Math.abs(drawn[expert]) / reach / 2;
-      const text = `${fixed(scores[expert])}${noise ? ` ${signed(noise[expert]).replace(/^(?=\d)/, "+")}` : ""}`;
-      return { ...base, from: drawn[expert] < 0 ? 0.5 - part : 0.5, size: part, text };
-    }
-    if (name === "shares") {
-      if (ruled) return { ...base, size: choice ? 1 : 0, text: "–", away };
-      const text = sigmoid ? fixed(shares[expert]) : percent(shares[expert], layer.kind === "soft" ? 1 : 0);
-      return { ...base, size: shares[expert], text: bias ? `${text} ${fixed(bias[expert], 3).startsWith("\u2212") ? "" : "+"}${fixed(bias[expert], 3)}` : text };
-    }
-    if (!choice || (away && !(choice.weight >= 0.005))) return { ...base, away: true, size: name === "kept" && !ruled ? shares[expert] : 0 };
-    if (away) {
-      const lost = awayExpert(view, layer) === expert ? "taken away" : "full";
-      return { ...base, away: name !== "kept", lost: true, size: name === "kept" ? choice.weight : 0, text: name === "kept" ? `${fixed(choice.weight)} ${lost}` : "" };
-    }
-    if (name === "kept") return { ...base, size: clamp(choice.weight, 0, 1), text: fixed(choice.weight) };
-    if (name === "outputs") return { ...base, size: choice.length / longest, text: long(choice.length) };
-    const push = choice.weight * choice.length;
-    return { ...base, size: push / longest, text: `${fixed(choice.weight)} × ${long(choice.length)}`, flow: 1.5 + (6 * push) / pushed };
-  };
-}
-
-/** @param {HTMLElement} box @param {Computed} computed @param {string} name */
-function drawStream(box, { before, after }, name) {
-  box.hidden = before === null || after === null;
-  if (before === null || after === null) return;
-  present(box.querySelector("span")).textContent = name === "sum" ? `stream ${long(before)} → ${long(after)}` : `stream ${long(before)}`;
-}
-
-/**
- * What the rows don't say, in this patch's own numbers.
- * @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed @param {string} name
- */
-function told(view, layer, patch, computed, name) {
-  const { kept, missing, total, before, added, after, shared } = computed;
-  if (name === "kept") {
-    if (!kept.length) return nobody(layer, computed);
-    const sum = kept.reduce((all, { weight }) => all + weight, 0);
-    const terms = layer.kind === "soft" ? "" : `${kept.map(({ weight }) => fixed(weight)).join(" + ")}${kept.length > 1 ? ` = ${fixed(sum)}` : ""}`;
-    return html`${terms && html`<b class="mv-num">${terms}</b>`}${terms && missing.length > 0 && ". "}${missing.join(" ")}`;
-  }
-  if (name === "outputs") return kept.length ? `${shared === null ? "" : `Shared experts give ${long(shared)}, for every patch. `}Nothing ran for the others.` : nobody(layer, computed);
-  if (name !== "sum") return "";
-  if (!kept.length && shared === null) return nobody(layer, computed);
-  const parts = layer.kind === "soft" ? "The sum over all slots" : equation(kept, shared);
-  const scaled = added !== null && Math.abs(added - total) > 0.02 * total; // blocks of DINOv2 have one
-  const stream = before === null || added === null || after === null ? "" : html` <span>${scaled && `A layer scale, learned for each channel, makes that ${long(added)}. `}Added to the
-    residual stream (${long(before)}) that gives ${long(after)}.</span>`;
-  return html`<b>${parts}</b><span> has length ${long(total)}</span>.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
-}
-
-/** @param {Choice[]} kept @param {number | null} shared */
-function equation(kept, shared) {
-  const terms = kept.map(({ expert, weight }) => html`<span class="mv-num">${fixed(weight)}·E${expert}(x)</span>`);
-  if (shared !== null) terms.push(html`<span class="mv-num">shared(x)</span>`);
-  return terms.map((one, index) => html`${index > 0 && " + "}${one}`);
-}
-
-/** @param {Layer} layer @param {Computed} computed */
-function nobody(layer, { missing, shared }) {
-  const onward = shared === null ? "it goes on as it came" : "it gets the shared experts' part only";
-  return `${layer.kind === "expert_choice" ? "No expert took this patch" : "No expert computes this patch"}: ${onward}. ${missing.join(" ")}`;
 }

@@ -2,46 +2,8 @@
 
 import { capital, describePatch } from "./core_kinds.js";
 import { slotFacts } from "./core_slots.js";
-import { underlay } from "./core_stage.js";
-import { chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, rowColumn, term } from "./core_util.js";
+import { chip, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, rowColumn, term } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { View } from "./types.js" */
-
-/**
- * A piece of the image around a patch: `around` patches on every side, 0 for the patch alone.
- * @param {View} view @param {string} source @param {number} patch @param {number} around
- */
-function zoomStyle(view, source, patch, around) {
-  const [rows, columns] = view.model.grid;
-  const [row, column] = rowColumn(patch, columns).map((place) => place - 1);
-  const span = 2 * around + 1;
-  // background-position in percent counts in units of (image - window), hence columns - span.
-  const place = (at, size) => (size > span ? clamp((at - around) / (size - span), 0, 1) : 0) * 100;
-  const left = clamp(column - around, 0, Math.max(0, columns - span));
-  const top = clamp(row - around, 0, Math.max(0, rows - span));
-  return {
-    window: `background-image:url("${source}");`
-      + `background-size:${(columns / span) * 100}% ${(rows / span) * 100}%;`
-      + `background-position:${place(column, columns)}% ${place(row, rows)}%`,
-    frame: `left:${((column - left) / span) * 100}%;top:${((row - top) / span) * 100}%;`
-      + `width:${100 / span}%;height:${100 / span}%`,
-  };
-}
-
-/** @param {ViewState} state @param {number} patch */
-function drawZooms(state, patch) {
-  const { view } = state;
-  const { source, sharp } = underlay(state, view);
-  const [rows, columns] = view.model.grid;
-  const whole = (Math.min(rows, columns) - 1) / 2;
-  /** @type {[number, string][]} */
-  const levels = [[0, "patch"], [1, "neighbours"], [whole, "where it sits"]];
-  return html`<div class="mv-zooms">${levels.map(([around, label]) => {
-    const style = zoomStyle(view, source, patch, around);
-    return html`<figure><div class="mv-zoom ${sharp && "mv-sharp"}" style="${style.window}">
-      ${around > 0 && html`<i style="${style.frame}"></i>`}</div><figcaption>${label}</figcaption></figure>`;
-  })}</div>`;
-}
 
 /**
  * The way of a patch through the MoE layers: first choice as a dot, second choice thin. Drawn by hand in SVG.
@@ -108,7 +70,6 @@ export function drawInspector(box, state) {
     [term("entropy", "entropy"), html`${fixed(layer.entropy[patch])} <small>of ${fixed(Math.log2(layer.num_experts), Number.isInteger(Math.log2(layer.num_experts)) ? 0 : 1)} bits</small>`]] : []),
     ...slotFacts(state, layer, patch)];
   fillBox(box, html`
-    ${drawZooms(state, patch)}
     ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view was saved before views carried how a patch was computed.</p>`}
     ${facts.length > 0 && html`<dl class="mv-facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}

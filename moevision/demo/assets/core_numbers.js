@@ -2,11 +2,7 @@
 
 import { lostWords, millions } from "./core_kinds.js";
 import { fixed, layerExpert } from "./core_util.js";
-/** @import { Choice, Computed, Layer, Packed, View } from "./types.js" */
-
-/** The steps from scores to what the layer adds to the residual stream. */
-export const STEPS = [["scores", "Scores"], ["shares", "Shares"], ["kept", "Kept"], ["outputs", "Outputs"], ["sum", "Sum"]];
-export const LAST_STEP = STEPS.length - 1;
+/** @import { Channels, Choice, Computed, Layer, Packed, PackedChannels, View } from "./types.js" */
 
 const unpacked = new WeakMap();
 
@@ -24,14 +20,10 @@ export function unpack(packed) {
 }
 
 /**
- * One row of a packed table, or one number of a packed list; null where there is none.
+ * One row of a packed table; null where there is none.
  * @param {Packed | null} packed @param {number} row @returns {any}
  */
-function rowOf(packed, row) {
-  if (!packed) return null;
-  const width = packed.shape[1];
-  return width === undefined ? unpack(packed)[row] : unpack(packed).slice(row * width, (row + 1) * width);
-}
+const rowOf = (packed, row) => packed && unpack(packed).slice(row * packed.shape[1], (row + 1) * packed.shape[1]);
 
 /**
  * How a layer computed a patch; null if the view doesn't say (an older export).
@@ -39,12 +31,11 @@ function rowOf(packed, row) {
  */
 export function computedPatch(view, layer, patch) {
   const { computation } = layer;
-  if (!computation) return null;
+  if (!computation?.channels) return null;
   const at = (name) => rowOf(computation[name], patch);
-  const outputs = at("outputs");
   /** @type {Choice[]} */
   const choices = layer.experts[patch].map((expert, rank) => ({
-    expert, weight: layer.weights[patch][rank], kept: layer.kept[patch][rank], length: outputs[rank],
+    expert, weight: layer.weights[patch][rank], kept: layer.kept[patch][rank],
   }));
   const scores = at("scores");
   const bias = computation.bias && unpack(computation.bias);
@@ -52,8 +43,20 @@ export function computedPatch(view, layer, patch) {
   const sigmoid = ["sigmoid", "bias_balanced"].includes(layer.router);
   const shares = sigmoid ? scores.map((score) => 1 / (1 + Math.exp(-score)))
     : noise ? softmax(scores.map((score, expert) => score + noise[expert])) : layer.probs[patch];
-  return { scores, noise, shares, sigmoid, bias, choices, kept: choices.filter(({ kept }) => kept), total: at("total"), shared: at("shared"),
-    before: at("before"), added: at("added"), after: at("after"), missing: missingWeight(view, layer, choices) };
+  return { scores, noise, shares, sigmoid, bias, choices, kept: choices.filter(({ kept }) => kept), channels: channelsOf(computation.channels, patch),
+    missing: missingWeight(view, layer, choices) };
+}
+
+/**
+ * The shown numbers of a patch's vectors.
+ * @param {PackedChannels} given @param {number} patch @returns {Channels}
+ */
+function channelsOf({ of, hidden, index, scale, outputs, ...vectors }, patch) {
+  const rows = Object.fromEntries(Object.entries(vectors).map(([name, value]) => [name, rowOf(value, patch)]));
+  const [, choices, width] = outputs.shape;
+  const given = unpack(outputs).slice(patch * choices * width, (patch + 1) * choices * width);
+  const each = Array.from({ length: choices }, (_, rank) => given.slice(rank * width, (rank + 1) * width));
+  return /** @type {any} */ ({ of, hidden, index, scale: scale && unpack(scale), outputs: each, ...rows });
 }
 
 /** @param {number[]} scores */

@@ -1,7 +1,6 @@
 // What is being looked at. Parts of the page subscribe and draw themselves; nobody else is told.
 
 import { modesOf } from "./core_kinds.js";
-import { LAST_STEP } from "./core_numbers.js";
 import { SIDES, SlotMaps } from "./core_slots.js";
 import { clamp } from "./core_util.js";
 /** @import { Fields, Mode, View, Wish } from "./types.js" */
@@ -13,7 +12,6 @@ import { clamp } from "./core_util.js";
  * layer: position in `layers` (0 is the first MoE layer); patch: the pinned one; hover: the one under the pointer;
  * asSeen: whether the stage shows the model's input where it has a sharper original;
  * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
- * step: how far the computation card is.
  * Of Soft MoE: slotExpert, whose slots are shown; slot: one of them, null for their mean; slotSide: "reads" or "takes";
  * slotMaps: what the server said about them, slotsHere: how often it did.
  */
@@ -35,7 +33,6 @@ export class ViewState {
     this.slotSide = "reads";
     this.slotMaps = new SlotMaps();
     this.slotsHere = 0;
-    this.step = LAST_STEP;
     this.listeners = [];
     Object.assign(this, start);
     this.settle();
@@ -53,7 +50,7 @@ export class ViewState {
     Object.assign(this, change);
     this.settle();
     const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength", "asSeen",
-      "slotExpert", "slot", "slotSide", "slotsHere", "step"];
+      "slotExpert", "slot", "slotSide", "slotsHere"];
     const changed = new Set(names.filter((name) => before[name] !== this[name]));
     if (changed.size) this.listeners.forEach((listener) => listener(changed, this));
   }
@@ -68,7 +65,6 @@ export class ViewState {
     this.hover = inside(this.hover, patches);
     this.active = this.views.length > 1 ? clamp(this.active, 0, 1) : 0;
     const layer = this.currentLayer;
-    this.step = inside(this.step, LAST_STEP + 1) ?? LAST_STEP;
     this.highlight = inside(this.highlight, layer.num_experts);
     if (!modesOf(layer).includes(this.mode)) this.mode = "expert";
     if (this.mode !== "slots") return;

@@ -148,7 +148,6 @@ export const TERMS = {
   load: "How many patch choices an expert computes. Ideal is an equal share for each.",
   slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",
   dense: "A model without experts, of the same compute per image, trained by the same recipe on the same images.",
-  bits: "How much knowing the expert tells about the class, in bits. 0 means nothing; the entropy of the classes is the most it could be.",
   excess: "Share of this class's patches that the expert computes, minus its mean share over all classes.",
   logit: "The model's raw score for a class, before scores are turned into probabilities.",
   nextbest: "The patches of the expert go to the best expert that is left for them.",

@@ -1,20 +1,11 @@
-// Tab "Classes": class against expert, only what stands above the null coloured, and every number beside comparisons.
+// Tab "Classes": class against expert, only what stands above the null coloured.
 
 import { asAskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
-import {
-  chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, present, signed, term,
-} from "./core_util.js";
+import { chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, present, signed } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
-/** @import { ClassesAnswer, DotLine, Information, Wanted } from "./types.js" */
+/** @import { ClassesAnswer, Wanted } from "./types.js" */
 
-const COMPARISONS = {
-  untrained: ["untrained router", "The same network with fresh random weights; one dot per start."],
-  hash: ["hash routing", "Experts given out by a fixed hash, blind to the image."],
-  hash_position: ["hash of the position", "Experts given out by a fixed hash of where the patch lies."],
-  kmeans_colour: ["clusters of patch colour", "As many clusters as experts, made from the patches' colours alone."],
-  kmeans_input: ["clusters of the layer's input", "As many clusters as experts, made from what the layer gets."],
-};
 const RESET = "none";
 
 export class ClassesTab {
@@ -72,7 +63,7 @@ export class ClassesTab {
       <h2>Class × expert in ${layer.name}</h2>
       <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes." : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
-        (labels shuffled over ${answer.n_images} images). ${marked ? `${marked} cells stand out.` : "No cell stands out: on these images the experts don't tell the classes apart."}</p>
+        (labels shuffled over ${answer.n_images} images). ${marked ? `${marked} cells stand out.` : "No cell stands out alone."}</p>
       <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
       <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
         aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
@@ -125,42 +116,6 @@ export class ClassesTab {
   information() {
     const { layer } = this;
     return html`<h2>Three questions about ${layer.name}</h2>
-      ${layer.answers.map((answer) => html`<p class="mv-answer ${answer.answer === "yes" ? "mv-right" : ""}">${answer.sentence}</p>`)}
-      ${layer.information.length > 0 && html`<p class="mv-note">Below: what knowing the expert tells, in ${term("bits", "bits")} beyond
-        shuffled labels, beside what tells as much without a trained router.</p>`}
-      ${layer.information.map((entry) => this.measure(entry))}`;
+      ${layer.answers.map((answer) => html`<p class="mv-answer ${answer.answer === "yes" ? "mv-right" : ""}">${answer.sentence}</p>`)}`;
   }
-
-  /** @param {Information} entry */
-  measure(entry) {
-    /** @type {DotLine[]} */
-    const lines = [["this router", [entry.value_bits], [entry.low, entry.high], "The router of this model, with its 95 % interval."]];
-    // Of several dots the number is the one that the sentence below turns on: every other training has to exceed, and
-    // every comparison to be exceeded.
-    if (entry.seeds?.length) lines.push(["other training seeds", entry.seeds, null, "The same training from other random starts.", "min"]);
-    Object.entries(entry.baselines ?? {}).forEach(([name, values]) => {
-      const [label, tip] = COMPARISONS[name] ?? [name.replaceAll("_", " "), ""];
-      lines.push([label, values, null, tip, "max"]);
-    });
-    return html`<section class="mv-measure"><h3>expert ↔ ${entry.about.replaceAll("_", " ")} <b class="mv-num">${fixed(entry.value_bits, 3)} bits</b>
-      <span>(${fixed(entry.low, 3)} to ${fixed(entry.high, 3)}${Number.isFinite(entry.share_of_entropy) && `, ${percent(entry.share_of_entropy, 1)} of what there is to know`})</span></h3>
-      ${dotLines(lines)}<p>${entry.sentence}</p></section>`;
-  }
-}
-
-/**
- * Named rows of dots on one axis: [label, values, interval or null, explanation, "min" or "max": which of several is told].
- * @param {DotLine[]} lines
- */
-function dotLines(lines) {
-  const every = lines.flatMap(([, values, interval]) => [...values, ...(interval ?? [])]).filter(Number.isFinite);
-  const [low, high] = [Math.min(0, ...every), Math.max(1e-3, ...every)];
-  const at = (value) => `${((value - low) / (high - low)) * 96 + 2}%`;
-  const told = (values, which) => html`${values.length > 1 && html`<small>${which}</small> `}${fixed(Math[which](...values), 3)}`;
-  const line = ([label, values, interval, tip, which = "max"], index) => html`<li><span data-tip="${tip}">${label}</span><span class="mv-dots">
-    <i class="mv-zero" style="left:${at(0)}"></i>
-    ${interval && html`<i class="mv-range" style="left:${at(interval[0])};right:calc(100% - ${at(interval[1])})"></i>`}
-    ${values.filter(Number.isFinite).map((value) => html`<i class="mv-dot ${index ? "" : "mv-main"}" style="left:${at(value)}"></i>`)}</span>
-    <span class="mv-num mv-soft">${told(values, which)}</span></li>`;
-  return html`<ul class="mv-lines">${lines.map(line)}</ul>`;
 }

@@ -33,8 +33,7 @@ export class CompareTab {
     const pick = (name, label, chosen) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${names.map((entry) => html`
       <option ${new Markup(entry === chosen ? "selected" : "")}>${entry}</option>`)}</select></label>`;
     fillBox(panel, html`<div class="mv-split"><section><h2>Two classes</h2>
-        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second, over all images of both
-          (at least 20 each), with 95 % intervals from resampling images.</p>
+        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second.</p>
           <div class="mv-form">${pick("compare-a", "Class", this.a)}${pick("compare-b", "against", this.b)}
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
           <div data-part="classes" aria-live="polite"></div>` : emptyBox("No images to compare classes with", NO_PICTURES)}</section>
@@ -77,11 +76,12 @@ export class CompareTab {
   differences(answer) {
     const { class_a: a, class_b: b } = answer;
     const all = answer.layers.flatMap(({ experts }) => experts);
-    const reach = Math.max(...all.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]), 1e-6);
-    const found = all.some(({ significant }) => significant);
+    const reach = Math.max(...all.flatMap(({ difference, low, high }) => [difference, low ?? 0, high ?? 0].map(Math.abs)), 1e-6);
+    const [found, intervals] = [all.some(({ significant }) => significant), all.some(({ low }) => low !== null)];
     return html`<p class="mv-sentence">${answer.sentence}</p>
       ${!found && html`<p class="mv-note">That is a result too: at this number of images, ${a} and ${b} share their experts.</p>`}
-      <p class="mv-note">${answer.n_a} images of ${a}, ${answer.n_b} of ${b}. Filled: stands out after ${term("fdr", "correction")} for looking at ${all.length} experts.</p>
+      <p class="mv-note">${answer.n_a} images of ${a}, ${answer.n_b} of ${b}. ${intervals ? html`Lines: 95 % intervals from resampling images. Filled: stands out after ${term("fdr", "correction")} for looking at ${all.length} experts.`
+    : "Filled: the share of one of the two stands out beyond labels shuffled over images, as under Classes."}</p>
       ${answer.layers.map((layer) => html`<h3>L${layer.layer}</h3><ul class="mv-forest">${layer.experts.map((entry) => this.interval(entry, layer, reach))}</ul>`)}
       <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
   }
@@ -89,9 +89,10 @@ export class CompareTab {
   /** @param {ExpertDifference} given @param {DifferenceLayer} layer @param {number} reach */
   interval({ expert, difference, low, high, q, significant }, layer, reach) {
     const at = (value) => 50 + (value / reach) * 48;
-    const words = `L${layer.layer}·E${expert}: ${signed(difference * 100, 1)} points, ${signed(low * 100, 1)} to ${signed(high * 100, 1)}, q ${fixed(q, 3)}`;
+    const span = low === null || high === null || q === null ? null : `, ${signed(low * 100, 1)} to ${signed(high * 100, 1)}, q ${fixed(q, 3)}`;
+    const words = `L${layer.layer}·E${expert}: ${signed(difference * 100, 1)} points${span ?? ""}`;
     return html`<li class="${significant ? "mv-stands" : ""}">${chip(expert, layer.experts.length)}
-      <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i><i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>
+      <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i>${span && html`<i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>`}
       <i class="mv-dot ${significant ? "mv-main" : ""}" style="left:${at(difference)}%"></i></span>
       <span class="mv-num">${signed(difference * 100, 1)} pts</span></li>`;
   }

@@ -4,6 +4,7 @@
 import { effectOf, NO_CONTROL } from "./app_hand.js";
 import { asAskError, errorBox } from "./app_server.js";
 import { FILL_WORDS, predictionColumn, RANDOM_WORDS } from "./core_answer.js";
+import { withoutWords } from "./tab_experts_words.js";
 import { expertColour, fillBox, fixed, html, inkOn, Markup, present, signed, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassEffect, Effect, Intervention, Wanted } from "./types.js" */
@@ -26,14 +27,14 @@ export class WhatIfTab {
     const { app } = this;
     const [view] = present(app.state).views;
     const effect = effectOf(view);
-    fillBox(panel, html`${this.choices()}<div data-part="result">${effect ? this.story(effect) : html`<p class="mv-note mv-lead">Click an expert under the image to take it
+    fillBox(panel, html`${this.choices()}<div data-part="result">${effect ? this.story(effect) : view.settings.intervention ? "" : html`<p class="mv-note mv-lead">Click an expert under the image to take it
       away, to send every patch to it, or to swap it with another. The answer then stands there beside a control, and all its numbers here.</p>`}</div>`);
     if (!effect) return;
     const told = panel.querySelector("[data-part=class]");
     try {
       const { picture, noise, ...asked } = app.questionOf(view);
-      const { class_effect: byClass } = await app.asker.ask("class_effect", { ...asked, class: effect.target });
-      if (wanted()) fillBox(told, byClass ? classWords(byClass) : "No effect over the class: there are too few images of it here.");
+      const { class_effect: byClass, without } = await app.asker.ask("class_effect", { ...asked, class: effect.target });
+      if (wanted()) fillBox(told, byClass ? classWords(byClass) : withoutWords({ without }));
     } catch (error) {
       if (wanted()) fillBox(told, errorBox(asAskError(error)));
     }

@@ -36,10 +36,25 @@ export interface Router {
 /** Numbers as demo/wire.py packs them: base64 of little-endian int16, times a unit. */
 export interface Packed { unit: number; shape: number[]; data: string }
 
-/** An expert that a patch chose: its weight, whether it ran, and the length of what it gave. */
-export interface Choice { expert: number; weight: number; kept: boolean; length: number }
+/** An expert that a patch chose: its weight, and whether it ran. */
+export interface Choice { expert: number; weight: number; kept: boolean }
 
-/** How a layer computed one patch; lengths are those of vectors. */
+/** Some numbers of a patch's vectors: of what the router reads, each choice's network, and the stream. */
+export interface Channels {
+  of: number;
+  hidden: number;
+  index: number[];
+  scale: number[] | null;
+  read: number[];
+  outputs: number[][];
+  shared: number[] | null;
+  total: number[];
+  before: number[] | null;
+  after: number[] | null;
+}
+export type PackedChannels = Pick<Channels, "of" | "hidden" | "index"> & Record<"read" | "outputs" | "total", Packed> & Record<"scale" | "shared" | "before" | "after", Packed | null>;
+
+/** How a layer computed one patch. */
 export interface Computed {
   scores: number[];
   /** What was added to them, as in training. */
@@ -50,11 +65,7 @@ export interface Computed {
   bias: number[] | null;
   choices: Choice[];
   kept: Choice[];
-  total: number;
-  shared: number | null;
-  before: number | null;
-  added: number | null;
-  after: number | null;
+  channels: Channels;
   missing: string[];
 }
 
@@ -70,7 +81,7 @@ export interface Layer extends Omit<Router, "refused"> {
   requested: number[];
   slowest: number;
   /** demo/computation.py; null where nobody listened. */
-  computation: Record<string, Packed | null> | null;
+  computation: (Record<string, Packed | null> & { channels?: any }) | null;
   /** [E][P] of Soft MoE. */
   reads: number[][] | null;
   /** A moment of the training: only experts, weights and what follows from them is known. */
@@ -184,7 +195,6 @@ export interface Fields {
   slot?: number | null;
   slotSide?: string;
   slotsHere?: number;
-  step?: number;
 }
 
 /** How one patch is drawn on the stage. */
@@ -233,6 +243,8 @@ export interface Boot {
   models: BootModel[];
   limits: Limits;
   default: { model: string; picture: string | null };
+  /** Addresses, null where there is none, and an entry for a bibliography. */
+  links: { lesson: string | null; code: string | null; cite: string };
   /** Whether all models have their examples. */
   whole?: boolean;
 }
@@ -243,8 +255,6 @@ export interface Limits { max_bytes: number; max_pixels: number; min_side: numbe
 export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string; own?: number }
 /** A visitor's image as a data address. */
 export interface Own { id: number; name: string; data: string }
-/** What part of an image each expert of each layer computes. */
-export interface Shares { layers: { layer: number; shares: number[] }[] }
 
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
@@ -263,6 +273,7 @@ export interface FlowHost {
   asker?: { ask(name: string, question: unknown): Promise<any> };
   questionOf?(view: View): Record<string, unknown>;
   toggleAway(layer: number, expert: number): unknown;
+  tellRoute?(view: View): unknown;
 }
 
 /** Slots whose views aren't shown yet, and what of the page they change; `wish`: of an address that is followed. */
@@ -306,16 +317,6 @@ export interface ExpertCard {
   without: { images_per_class: number; delta_logit: number; control_delta_logit: number | null; strongest_class: string; strongest_delta_logit: number } | null;
 }
 export interface ExpertsAnswer { status: string; layer: number; name: string; note: string; experts: ExpertCard[] }
-export interface Information {
-  about: string;
-  value_bits: number;
-  low: number;
-  high: number;
-  share_of_entropy: number;
-  seeds?: number[];
-  baselines?: Record<string, number[]>;
-  sentence: string;
-}
 export interface ClassLayer {
   layer: number;
   name: string;
@@ -325,10 +326,10 @@ export interface ClassLayer {
   threshold: number;
   load_words: string;
   answers: { answer: string; sentence: string }[];
-  information: Information[];
 }
 export interface ClassesAnswer { status: string; note: string; n_images: number; class_names: string[]; layers: ClassLayer[] }
-export interface ExpertDifference { expert: number; difference: number; low: number; high: number; q: number; significant: boolean }
+/** Intervals are null where the atlas alone answers. */
+export interface ExpertDifference { expert: number; difference: number; low: number | null; high: number | null; q: number | null; significant: boolean }
 export interface DifferenceLayer { layer: number; experts: ExpertDifference[] }
 export interface CompareAnswer {
   class_a: string;
@@ -373,5 +374,3 @@ export interface RankedImage {
   problem: string | null;
 }
 export interface DataAnswer { images: number; entries: RankedImage[] }
-/** A row of dots: label, values, interval, explanation, which of several values is told. */
-export type DotLine = [string, number[], [number, number] | null, string, ("min" | "max")?];

@@ -1,4 +1,4 @@
-// The numbers of the computation card: unpacked as the server packed them, and where missing weight went.
+// The numbers of the picture of the computation: unpacked as the server packed them, and where missing weight went.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
@@ -22,8 +22,9 @@ function view(change = {}) {
     layer: 3, name: "L3", kind: "token_choice", router: "vmoe_top_k", learned: true, num_experts: 4, expert_parameters: 1_000_000,
     experts: [[2, 0], [1, 3]], weights: [[0.86, 0.11], [0.5, 0.2]], kept: [[true, true], [false, true]],
     probs: [[0.11, 0.02, 0.86, 0.01], [0.2, 0.5, 0.1, 0.2]], steps: { weights: LEFT_OUT },
-    computation: { scores: packed([[1, -2, 3, -4], [0.5, 1.5, -0.25, 0]]), noise: null, bias: null, outputs: packed([[7, 2], [3, 4]]), shared: null,
-      total: packed([6, 1]), before: packed([10, 20]), added: packed([5, 1]), after: packed([12, 20.5]) },
+    computation: { scores: packed([[1, -2, 3, -4], [0.5, 1.5, -0.25, 0]]), noise: null, bias: null, 
+      channels: { of: 6, hidden: 12, index: [1, 4], scale: packed([2, 0.5]), read: packed([[1, 2], [3, 4]]), shared: null, total: packed([[5, -6], [7, 8]]),
+        before: packed([[1, 1], [2, 2]]), after: packed([[11, -2], [16, 6]]), outputs: { ...packed([[7, 2, 3, 4], [5, 6, -7, 8]]), shape: [2, 2, 2] } } },
     ...change,
   };
   return { model: { parameters: 9_000_000 }, layers: [layer], settings: { intervention: null } };
@@ -37,10 +38,14 @@ test("a patch has its own row of every number", () => {
   const one = view();
   const first = computedPatch(one, one.layers[0], 0);
   near(first.scores, [1, -2, 3, -4]);
-  near(first.choices.map(({ length }) => length), [7, 2]);
-  near([first.total, first.before, first.added, first.after], [6, 10, 5, 12]);
-  assert.deepEqual([first.shared, first.bias, first.shares], [null, null, one.layers[0].probs[0]]);
-  near(computedPatch(one, one.layers[0], 1).scores, [0.5, 1.5, -0.25, 0]);
+  const { total, before, after, scale, outputs, shared, index, of } = first.channels;
+  near([...total, ...before, ...after, ...scale], [5, -6, 1, 1, 11, -2, 2, 0.5]);
+  near(outputs.flat(), [7, 2, 3, 4]);
+  assert.deepEqual([shared, index, of, first.bias, first.shares], [null, [1, 4], 6, null, one.layers[0].probs[0]]);
+  const second = computedPatch(one, one.layers[0], 1);
+  near(second.scores, [0.5, 1.5, -0.25, 0]);
+  near(second.channels.outputs[1], [-7, 8]);
+  near(second.channels.read, [3, 4]);
 });
 
 test("sigmoids are taken one by one", () => {

@@ -1,28 +1,17 @@
-// The visitor's own images: which expert they share most, by hand.
+// The visitor's own images: which routes their patches take, by hand.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { countShared, mostShared } from "../../../moevision/demo/assets/app_own.js";
-import { Asker } from "../../../moevision/demo/assets/app_server.js";
+import { routesOf } from "../../../moevision/demo/assets/app_own.js";
 
-test("the expert with the largest mean share, and in how many images it is the busiest", () => {
-  const [expert, share, first] = mostShared([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.3, 0.4, 0.3]]);
-  assert.deepEqual([expert, first], [1, 2]);
-  assert.ok(Math.abs(share - 1.25 / 3) < 1e-12);
-  assert.deepEqual(mostShared([[0.2, 0.8]]), [1, 0.8, 1]);
-});
-
-test("an answer is asked for once under each setting, and no image is kept with it", async () => {
-  let asked = 0;
-  const asker = new Asker({ shares: async () => { asked += 1; return { layers: [] }; } });
-  const data = (letter) => `data:image/png;base64,${letter.repeat(100_000)}`;
-  const app = { own: [{ id: 1, name: "a", data: data("A") }, { id: 2, name: "b", data: data("B") }], asker, topK: null, settings() { return { top_k: this.topK }; },
-    core: { box: () => null }, state: null, counted: "", shared: null };
-  for (const topK of [1, 2, 3, 1]) {
-    app.topK = topK;
-    await countShared(app);
-    assert.equal(app.shared.length, 2);
-  }
-  assert.equal(asked, 6);
-  assert.deepEqual([...asker.answers.keys()].filter((key) => key.length > 1000), []);
+test("routes through the layers are counted in the middle half, the most frequent first", () => {
+  // 4 x 4 patches, of which 5, 6, 9 and 10 lie in the middle; the first layer is all expert 1 but for patch 10.
+  const layer = (experts) => ({ experts: experts.map((expert) => (expert === null ? [] : [expert])), kept: experts.map(() => [true]) });
+  const first = layer(Array.from({ length: 16 }, (_, patch) => (patch === 10 ? 3 : 1)));
+  const second = layer(Array.from({ length: 16 }, (_, patch) => ({ 5: 2, 6: 0, 9: 2, 10: 2 })[patch] ?? 7));
+  const view = { layers: [first, second], model: { grid: [4, 4] } };
+  assert.deepEqual(routesOf(view)[0], { path: [1, 2], count: 2 });
+  assert.deepEqual(routesOf(view).map(({ count }) => count), [2, 1, 1]);
+  // A patch that no expert computes is on no route.
+  assert.deepEqual(routesOf({ ...view, layers: [first, layer(Array(16).fill(null))] }), []);
 });
