@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from moevision.errors import json_text
@@ -73,6 +74,13 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
         '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
         f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
     )
+
+
+def lesson_page() -> str | None:
+    """The lesson: inside the package in a wheel, in a checkout beside it; None where neither is."""
+    home = Path(str(files("moevision")))
+    found = [at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()]
+    return found[0].read_text(encoding="utf-8") if found else None
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:

@@ -39,7 +39,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moevision.demo.gate import EACH, MAX_CONNECTIONS, WAITING, Connection, Gate, Serving, client_address, in_url
-from moevision.demo.html import app_page, login_page
+from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
 from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
 from moevision.limits import usable_cores
@@ -126,6 +126,7 @@ class Door:
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
+                Route("/lesson", self._teach),
                 Route("/login", self._log_in, methods=["POST"]),
                 Route("/api/{name}", self._answer, methods=["POST"]),
                 Route(f"{API}/upload", self._upload, methods=["POST"]),
@@ -196,7 +197,7 @@ class Door:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             raise _too_large(most)
-        if path == "/":
+        if path in ("/", "/lesson"):
             return
         # A script of another website, which the browser tells by one header or the other.
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
@@ -221,6 +222,16 @@ class Door:
             return self._form(request)
         policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}".strip()
         return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+    async def _teach(self, request: Request) -> Response:
+        if not self._is_logged_in(request):
+            return self._form(request)
+        if (page := lesson_page()) is None:
+            raise HTTPException(404)
+        return HTMLResponse(
+            page,
+            headers={"content-security-policy": f"{OFFLINE}; frame-ancestors 'self' {self.serving.frames()}".strip()},
+        )
 
     def _form(self, request: Request, wrong: bool = False) -> Response:
         headers = {"content-security-policy": (POLICY + self.serving.frames()).strip(), "cache-control": "no-store"}
