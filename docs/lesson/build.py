@@ -191,7 +191,7 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
 
 
 def _routes() -> dict[str, Any]:
-    """Drawn pets that are classified correctly: by the model's routes, random ones, one expert for all in each layer."""
+    """Drawn pets classified correctly by the model's routes, random ones, and one expert for all in each layer."""
     saved = bundled_model("pets")
     pets = SyntheticPets(PETS, saved.image_size, split="test")
     images = np.stack([pets.image(index) for index in range(PETS)])

@@ -25,15 +25,14 @@ export function startLesson(root, numbers, photos) {
   new Lesson(root);
 }
 
-/**
- * The explorer serves this page at `lesson`; the site has an exported view; a file alone can only name the command.
- * @param {HTMLElement} root
- */
+/** Of the site; the explorer, where it serves this page, puts its own address in the place. */
+const EXPLORER = "explorer/cat.html";
+
+/** A file alone can only name the command. @param {HTMLElement} root */
 function linkExplorer(root) {
-  const address = /\/lesson$/.test(location.pathname) ? "./" : "explorer/cat.html";
   root.querySelectorAll("a[data-explore]").forEach((link) => {
     if (location.protocol === "file:") link.outerHTML = String(html`<span>${link.textContent} (<code>moevision demo</code>)</span>`);
-    else link.setAttribute("href", address);
+    else link.setAttribute("href", EXPLORER);
   });
 }
 

@@ -897,8 +897,8 @@ def doubts(known: Known, labels: Ints) -> list[str]:
     looks = int(known.visits.max(initial=0))
     if looks < _FEW_LOOKS:
         told.append(
-            f"The training looked at each image {looks} {'time' if looks == 1 else 'times'}: spread, forgetting and the "
-            f"map need {_FEW_LOOKS} or more."
+            f"The training looked at each image {looks} {'time' if looks == 1 else 'times'}: spread, forgetting and "
+            f"the map need {_FEW_LOOKS} or more."
         )
     return told
 

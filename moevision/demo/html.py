@@ -77,10 +77,10 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
 
 
 def lesson_page() -> str | None:
-    """The lesson: inside the package in a wheel, in a checkout beside it; None where neither is."""
+    """The lesson, with a link back here: inside the package in a wheel, in a checkout beside it; None without."""
     home = Path(str(files("moevision")))
     found = [at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()]
-    return found[0].read_text(encoding="utf-8") if found else None
+    return found[0].read_text(encoding="utf-8").replace('"explorer/cat.html"', '"./"') if found else None
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:

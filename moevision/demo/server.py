@@ -126,7 +126,7 @@ class Door:
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
-                Route("/lesson", self._teach),
+                Route("/lesson.html", self._lesson),
                 Route("/login", self._log_in, methods=["POST"]),
                 Route("/api/{name}", self._answer, methods=["POST"]),
                 Route(f"{API}/upload", self._upload, methods=["POST"]),
@@ -197,7 +197,7 @@ class Door:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             raise _too_large(most)
-        if path in ("/", "/lesson"):
+        if path in ("/", "/lesson.html"):
             return
         # A script of another website, which the browser tells by one header or the other.
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
@@ -223,7 +223,7 @@ class Door:
         policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}".strip()
         return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
-    async def _teach(self, request: Request) -> Response:
+    async def _lesson(self, request: Request) -> Response:
         if not self._is_logged_in(request):
             return self._form(request)
         if (page := lesson_page()) is None:

@@ -146,7 +146,7 @@ def test_a_layer_that_no_logit_reads_is_named(report):
 def test_the_page_loads_nothing(report):
     for address in Page(report[2]).loads:
         assert address.startswith(("data:image/png;base64,", "#", "http://127.0.0.1:7860/")), address[:60]
-    page = re.sub(r'srcdoc="[^"]*"|<a href="http://127.0.0.1:7860/[a-z]*">', "", report[2])  # frames: OFFLINE
+    page = re.sub(r'srcdoc="[^"]*"|<a href="http://127.0.0.1:7860/[a-z.]*">', "", report[2])  # frames: OFFLINE
     assert not re.search(r"https?://|url\(|@import|<script|<link", page)
 
 
