@@ -162,7 +162,7 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
     """
     net, label = saved.net, saved.class_names.index(photo.parent.name)
     images = network_input(saved, np.stack([model_input(photo, saved.image_size)]))
-    weight, bias = ((way[label] - way[1 - label]) for way in (net.head.weight, net.head.bias))
+    weight, bias = ((way[label] - way[1 - label]).detach() for way in (net.head.weight, net.head.bias))
     rows, columns = net.patch_embed.grid_size
 
     def by_piece(patches: torch.Tensor) -> npt.NDArray[np.float64]:
@@ -171,7 +171,7 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
 
     def parts(*changes: Intervention) -> torch.Tensor:  # [patches] whose mean and the bias are the score
         with torch.inference_mode(), intervene(net, *changes):
-            return (net.forward_features(images)[0, net.num_prefix_tokens :] @ weight).detach()
+            return (net.forward_features(images)[0, net.num_prefix_tokens :] @ weight)
 
     with torch.inference_mode():
         routing = forward_routing(net, images)[1][-1]
