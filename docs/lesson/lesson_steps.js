@@ -64,7 +64,7 @@ export function lessonSteps(lesson, sources) {
       choices: ["All of them", `A quarter: ${model.top_k} of ${experts}`, "About 70 %"],
       right: 2,
       answer: html`<p><b>${millions(model.active_parameters)} of ${millions(model.parameters)}, ${percent(share)}.</b> In L${earlier} and L${layer} only ${model.top_k} of ${experts} experts run for a patch. Everything else (attention, the other layers) runs for every patch.</p>
-        <p>The other ${experts - model.top_k} take memory, and no computation. The model says ${cat.answer}, ${percent(cat.probability)}.</p>`,
+        <p>The other ${experts - model.top_k} take up memory but no computation. The model says ${cat.answer}, ${percent(cat.probability)}.</p>`,
     },
     {
       title: "More parameters, the same work",
@@ -129,7 +129,7 @@ export function lessonSteps(lesson, sources) {
       note: "Press Train, wait for the bands to close, then move the slider to the right while it trains. New start for each group, and collect what they see.",
       text: html`<p>Black and white points lie in two arms. Each of four experts can draw <b>one straight line</b>; the router decides who is responsible where. Both learn at once, here in the page.</p>
         <p>At the start each expert gets about a quarter. Train, and watch the bands. When they stand still, move the slider to the right <b>while it trains</b>.</p>
-        <p>Background and number: the expert. Red ring: misclassified. The thin line in the bars is a fair share.</p>`,
+        <p>Background and number: the expert. Red ring: misclassified. The thin line in the bars is an equal share.</p>`,
       figure: playgroundBox(),
       question: "Train with balance 0. How many of the four experts have work after 800 steps?",
       choices: ["All four, as at the start", "One or two, mostly", "Always exactly one"],
