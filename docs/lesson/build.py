@@ -171,7 +171,7 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
 
     def parts(*changes: Intervention) -> torch.Tensor:  # [patches] whose mean and the bias are the score
         with torch.inference_mode(), intervene(net, *changes):
-            return (net.forward_features(images)[0, net.num_prefix_tokens :] @ weight)
+            return net.forward_features(images)[0, net.num_prefix_tokens :] @ weight
 
     with torch.inference_mode():
         routing = forward_routing(net, images)[1][-1]
