@@ -53,7 +53,7 @@ VERBS = {
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.analyze:run"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }

@@ -46,6 +46,8 @@ PHOTOS: Final = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/gcompris_she
 GATE_PATCH: Final = 66  # of the first photo, in the layer below: on the cat's nose
 LAYER: Final = 9
 PETS: Final = 400  # drawn images of each split
+GAME: Final = "dog/gcompris_shepherd.jpg"  # its pieces are given to experts by hand
+SIDE: Final = 4  # pieces in a row
 _BATCH = 100
 Pixels = npt.NDArray[np.uint8]
 
@@ -84,6 +86,7 @@ def measure() -> dict[str, Any]:
     cost = measure_cost(saved.net, saved.image_size)
     before, after = (history.first_choice(LAYER)[moment].reshape(-1, *history.grid) for moment in (0, -1))
     facts = route_image(saved, folder / "examples" / PHOTOS[0]).model
+    _, hidden, width = numbered_layers(saved.net)[LAYER].experts.fc1.weight.shape
     return {
         "schema": "moevision.lesson/1",
         "model": {
@@ -94,11 +97,14 @@ def measure() -> dict[str, Any]:
             "layer": LAYER,
             "experts": facts.router(LAYER).num_experts,
             "top_k": facts.router(LAYER).top_k,
+            "width": width,
+            "hidden": hidden,
             "parameters": cost.total_parameters,
             "active_parameters": cost.active_parameters,
         },
         "photos": [_photo(saved, folder, name, history, credits[name]) for name in PHOTOS],
         "gate": _gate(saved, folder / "examples" / PHOTOS[0]),
+        "game": _game(saved, folder / "examples" / GAME),
         "classes": {
             "images": atlas["n_images"],
             "names": shares["class_names"],
@@ -113,6 +119,7 @@ def measure() -> dict[str, Any]:
         },
         "without": _without(),
         "photos_without": _photos_without(saved, folder / "examples"),
+        "routes": _routes(),
     }
 
 
@@ -145,6 +152,64 @@ def _gate(saved: SavedModel, photo: Path) -> dict[str, Any]:
         "experts": layer.expert_index[GATE_PATCH].tolist(),
         "weights": np.round(layer.combine_weight[GATE_PATCH].astype(float), 4).tolist(),
     }
+
+
+def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
+    """What each of 16 pieces of a photo adds to the score of its label, by the expert that gets the piece first.
+
+    The layer is the last and the classifier reads the mean over patches, so that the score is a sum over patches, and a
+    patch's part in it depends on its own experts alone. The four experts are those that get most of the photo.
+    """
+    net, label = saved.net, saved.class_names.index(photo.parent.name)
+    images = network_input(saved, np.stack([model_input(photo, saved.image_size)]))
+    weight, bias = ((way[label] - way[1 - label]).detach() for way in (net.head.weight, net.head.bias))
+    rows, columns = net.patch_embed.grid_size
+
+    def by_piece(patches: torch.Tensor) -> npt.NDArray[np.float64]:
+        grid = patches.double().numpy().reshape(SIDE, rows // SIDE, SIDE, columns // SIDE, -1)
+        return grid.sum((1, 3)).reshape(SIDE * SIDE, -1)
+
+    def parts(*changes: Intervention) -> torch.Tensor:  # [patches] whose mean and the bias are the score
+        with torch.inference_mode(), intervene(net, *changes):
+            return net.forward_features(images)[0, net.num_prefix_tokens :] @ weight
+
+    with torch.inference_mode():
+        routing = forward_routing(net, images)[1][-1]
+    first = routing.expert_index[0, net.num_prefix_tokens :, 0]
+    experts = torch.bincount(first, minlength=routing.num_experts).argsort(descending=True, stable=True)[:4].tolist()
+    forced = torch.stack([parts(Intervention("force", layer=LAYER, expert=expert)) for expert in experts], -1)
+    scores = by_piece(routing.logits[0, net.num_prefix_tokens :])[:, experts]
+    return {
+        "photo": GAME,
+        "label": photo.parent.name,
+        "side": SIDE,
+        "experts": experts,
+        "parts": np.round(by_piece(forced) / len(first), 5).tolist(),
+        "bias": round(float(bias), 5),
+        "own": {"choice": scores.argmax(1).tolist(), "answer": round(float(torch.sigmoid(parts().mean() + bias)), 4)},
+    }
+
+
+def _routes() -> dict[str, Any]:
+    """Drawn pets classified correctly by the model's routes, random ones, and one expert for all in each layer."""
+    saved = bundled_model("pets")
+    pets = SyntheticPets(PETS, saved.image_size, split="test")
+    images = np.stack([pets.image(index) for index in range(PETS)])
+    labels = np.array([pets.label(index) for index in range(PETS)])
+    layers = numbered_layers(saved.net)
+    ways = {
+        "own": [[]],
+        "random": [[Intervention("random", seed=seed)] for seed in range(5)],
+        "one": [
+            [Intervention("force", layer=layer, expert=expert) for layer in layers]
+            for expert in range(next(iter(layers.values())).router.num_experts)
+        ],
+    }
+    right = {
+        name: [int((_changed(saved, images, *changes) == labels).sum()) for changes in each]
+        for name, each in ways.items()
+    }
+    return {"images": PETS, "right": right}
 
 
 def _neighbours(maps: npt.NDArray[np.int64]) -> float:
@@ -227,10 +292,14 @@ def _experts(saved: SavedModel) -> list[tuple[int, int]]:
     return [(number, expert) for number, layer in layers for expert in range(layer.router.num_experts)]
 
 
-@torch.inference_mode()
 def _answers(saved: SavedModel, images: Pixels, *place: int) -> npt.NDArray[np.int64]:
     """Predicted class of each image [I], without the expert of `place` (layer, expert) if one is given."""
-    changes = [Intervention("ablate", layer=place[0], expert=place[1])] if place else []
+    return _changed(saved, images, *([Intervention("ablate", layer=place[0], expert=place[1])] if place else []))
+
+
+@torch.inference_mode()
+def _changed(saved: SavedModel, images: Pixels, *changes: Intervention) -> npt.NDArray[np.int64]:
+    """Predicted class of each image [I] under changes of the routing."""
     with intervene(saved.net, *changes):
         batches = [saved.net(batch).argmax(1) for batch in network_input(saved, images).split(_BATCH)]
     return torch.cat(batches).numpy()

@@ -1,7 +1,9 @@
 // The lesson as a page: steps with a prediction and an answer that waits, and a projector mode that shows one step at a
 // time in large type. Nothing is asked of a server, and nothing is kept.
 
+import { startHero, startSizes } from "./lesson_hero.js";
 import { Playground } from "./lesson_playground.js";
+import { RouterGame } from "./lesson_router.js";
 import { lessonSteps } from "./lesson_steps.js";
 import { clamp, html, present } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
@@ -14,40 +16,73 @@ export function startLesson(root, numbers, photos) {
   root.innerHTML = String(html`${head(steps)}${steps.map(section)}${foot(numbers)}
     <nav class="ls-bar" aria-label="Projector"><button type="button" class="mv-button" data-go="back">Back</button><span class="mv-num" data-place></span>
       <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`);
+  linkExplorer(root);
+  const { model, photos: [cat], game } = numbers;
+  startHero(root, photos[cat.name], cat.first[model.layer], /** @type {[number, number]} */ (model.grid));
+  startSizes(root, model);
   new Playground(root);
+  new RouterGame(root, game);
   new Lesson(root);
 }
 
+/** Of the site; the explorer, where it serves this page, puts its own address in the place. */
+const EXPLORER = "explorer/cat.html";
+
+/** A file alone can only name the command. @param {HTMLElement} root */
+function linkExplorer(root) {
+  root.querySelectorAll("a[data-explore]").forEach((link) => {
+    if (location.protocol === "file:") link.outerHTML = String(html`<span>${link.textContent} (<code>moevision demo</code>)</span>`);
+    else link.setAttribute("href", EXPLORER);
+  });
+}
+
+/** @param {LessonStep[]} steps @param {(step: LessonStep) => number} of */
+const total = (steps, of) => steps.reduce((sum, step) => sum + of(step), 0);
+
 /** @param {LessonStep[]} steps */
-const head = (steps) => html`<header class="ls-head"><h1>Mixture of Experts in ${steps.reduce((sum, step) => sum + step.minutes, 0)} minutes</h1>
-  <p>Predict first, then look. Every number on this page is counted from the two models that moevision carries; no network is needed.</p>
-  <p><button type="button" class="mv-primary" data-projector>Projector</button> <span class="mv-soft">large type, one step at a time; <kbd>→</kbd> shows the answer, then the next step, <kbd>Esc</kbd> leaves</span></p>
-  <ol class="ls-plan">${steps.map(({ title, minutes }, index) => html`<li><a href="#step-${index + 1}">${title}</a> <span class="mv-soft mv-num">${minutes} min</span></li>`)}</ol></header>`;
+const head = (steps) => html`<nav class="mv-site" aria-label="Pages"><a data-explore>Explorer</a><a aria-current="page" href="#step-1">Lesson</a></nav>
+  <header class="ls-head"><h1>Mixture of Experts in ${total(steps, ({ minutes }) => minutes)} minutes</h1>
+  <p>Predict first, then look. Every number on this page comes from the two models that moevision carries; no network is needed.</p>
+  <p class="ls-row"><button type="button" class="mv-primary" data-projector>Projector</button><button type="button" class="mv-button" data-alone aria-pressed="false">Alone, in ${total(steps, ({ alone = 0 }) => alone)} minutes</button>
+    <span class="mv-soft">Projector: large type, one step at a time; <kbd>→</kbd> shows the answer, then the next step, <kbd>Esc</kbd> leaves</span></p>
+  <ol class="ls-plan">${steps.map(({ title, minutes, alone }, index) => html`<li data-number="${index + 1}" class="${alone ? "" : "ls-class"}"><a href="#step-${index + 1}">${title}</a> <span class="mv-soft mv-num">${minutes} min</span></li>`)}</ol>${teacher(steps)}</header>`;
+
+/** @param {LessonStep[]} steps */
+const teacher = (steps) => html`<details class="ls-teacher"><summary>For teachers</summary>
+  <p><b>Goals.</b> Say why a model has more parameters than it uses. Compute one choice of a router by hand. Explain collapse and the balance loss. Know what to ask when somebody shows a coloured photo.</p>
+  <p><b>Needed.</b> Weighted means, e to a power, and that a network has weights which are trained; no programming. A projector; this file works without a network.</p>
+  <p><b>Printed</b>, this page is the answer key: all answers are open on paper.</p>
+  <div class="ls-wide"><table class="ls-table"><thead><tr><th scope="col">step</th><th scope="col">min</th><th scope="col">answer</th><th scope="col">in class</th></tr></thead>
+    <tbody>${steps.map(({ title, minutes, choices, right, note }, index) => html`<tr><th scope="row">${index + 1}. ${title}</th><td>${minutes}</td><td>${choices[right] ?? "open"}</td><td>${note}</td></tr>`)}</tbody></table></div></details>`;
 
 /** @param {LessonStep} step @param {number} index */
-const section = ({ title, minutes, text, figure, question, choices, right, answer }, index) => html`<section class="ls-step" id="step-${index + 1}" aria-labelledby="title-${index + 1}">
-  <p class="ls-kicker">Step ${index + 1} · ${minutes} min</p><h2 id="title-${index + 1}" tabindex="-1">${title}</h2>
-  <div class="ls-body"><div class="ls-text">${text}
-    <div class="ls-ask" role="group" aria-labelledby="question-${index + 1}"><p class="ls-question" id="question-${index + 1}">${question}</p>
-      ${choices.map((choice, place) => html`<button type="button" class="ls-choice" data-choice="${place}" aria-pressed="false"><span>${choice}</span>${place === right && html`<em data-right hidden>✓ right</em>`}</button>`)}
-      <button type="button" class="mv-primary" data-reveal aria-expanded="false" aria-controls="answer-${index + 1}">Show the answer</button></div></div>
-    <div class="ls-look">${figure}</div></div>
-  <div class="ls-answer" id="answer-${index + 1}" hidden>${answer}</div></section>`;
+const ask = ({ question, choices, right }, index) => html`<div class="ls-ask" role="group" aria-labelledby="question-${index + 1}"><p class="ls-question" id="question-${index + 1}">${question}</p>
+  ${choices.map((choice, place) => html`<button type="button" class="ls-choice" data-choice="${place}" aria-pressed="false"><span>${choice}</span>${place === right && html`<em data-right hidden>✓ right</em>`}</button>`)}
+  <button type="button" class="mv-primary" data-reveal aria-expanded="false" aria-controls="answer-${index + 1}">Show the answer</button></div>`;
+
+/** @param {LessonStep} step @param {number} index */
+const section = (step, index) => html`<section class="ls-step ${step.alone ? "" : "ls-class"}" id="step-${index + 1}" aria-labelledby="title-${index + 1}">
+  <p class="ls-kicker">Step ${index + 1} · ${step.minutes} min</p><h2 id="title-${index + 1}" tabindex="-1">${step.title}</h2>
+  <div class="ls-body ${step.broad ? "ls-broad" : ""}"><div class="ls-text">${step.text}${!step.broad && ask(step, index)}</div>
+    ${step.broad && ask(step, index)}<div class="ls-look">${step.figure}</div></div>
+  <div class="ls-answer" id="answer-${index + 1}" hidden>${step.answer}</div></section>`;
 
 /** @param {LessonNumbers} numbers */
 const foot = ({ photos, model, classes, without }) => html`<footer class="ls-foot mv-note"><h2>Where this comes from</h2>
   <p>Photos: ${photos.map(({ name, credit }) => `${name} (${credit})`).join("; ")}.</p>
-  <p>Model of photos: ${model.data}; ${classes.images} of the test photos are counted in step 5. Model of step 8: ${without.data} of moevision, drawn by code. One training each: another one deals other numbers.</p></footer>`;
+  <p>Model of photos: ${model.data}; ${classes.images} of the test photos are counted in step 7. Model of step 10: ${without.data} of moevision, drawn by code. One training each: another one deals other numbers.</p></footer>`;
 
 class Lesson {
   /** @param {HTMLElement} root */
   constructor(root) {
     this.root = root;
     this.sections = [...root.querySelectorAll(".ls-step")];
+    this.all = this.sections;
     this.place = 0;
     this.projecting = false;
     root.addEventListener("click", (event) => this.onClick(/** @type {HTMLElement} */ (event.target)));
     document.addEventListener("keydown", (event) => this.onKey(event));
+    if (location.hash === "#alone") this.shorten(true);
     const wish = /^#(step|projector)-(\d+)$/.exec(location.hash);
     if (!wish) return;
     this.place = clamp(Number(wish[2]) - 1, 0, this.sections.length - 1);
@@ -59,12 +94,22 @@ class Lesson {
   onClick(target) {
     const button = target.closest("button");
     if (!button) return;
-    const { choice, reveal, go, projector } = button.dataset;
+    const { choice, reveal, go, projector, alone } = button.dataset;
+    if (alone !== undefined) this.shorten(button.getAttribute("aria-pressed") !== "true");
     if (projector !== undefined) this.project(!this.projecting);
     if (go) this.go(go === "on" ? 1 : -1);
     const step = present(button.closest(".ls-step") ?? this.sections[this.place]);
     if (choice !== undefined) step.querySelectorAll("[data-choice]").forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
     if (reveal !== undefined) this.reveal(step, button.getAttribute("aria-expanded") !== "true");
+  }
+
+  /** The steps of ten minutes alone, or all of them. @param {boolean} on */
+  shorten(on) {
+    this.root.classList.toggle("ls-short", on);
+    present(this.root.querySelector("[data-alone]")).setAttribute("aria-pressed", String(on));
+    this.sections = this.all.filter((step) => !on || !step.classList.contains("ls-class"));
+    this.place = 0;
+    history.replaceState(null, "", on ? "#alone" : "#");
   }
 
   /** @param {KeyboardEvent} event */
@@ -121,7 +166,7 @@ class Lesson {
   show() {
     this.sections.forEach((step, place) => step.classList.toggle("ls-now", place === this.place));
     present(this.root.querySelector("[data-place]")).textContent = `${this.place + 1} of ${this.sections.length}`;
-    history.replaceState(null, "", `#${this.projecting ? "projector" : "step"}-${this.place + 1}`);
+    history.replaceState(null, "", `#${this.projecting ? "projector" : "step"}-${this.all.indexOf(this.sections[this.place]) + 1}`);
     const step = this.sections[this.place];
     /** @type {HTMLElement} */ (present(step.querySelector("h2"))).focus({ preventScroll: true });
     if (this.projecting) scrollTo(0, 0);

@@ -1,7 +1,7 @@
-// The toy of the lesson on a canvas: background and number say which expert a place goes to, points are told right or
-// wrong, and a slider sets the weight of the balance loss while the router trains.
+// The toy of the lesson on two canvases: which expert each place goes to, and each expert's load over time. A slider
+// sets the weight of the balance loss, also while the router trains.
 
-import { expertMark, table } from "./lesson_figures.js";
+import { expertMark } from "./lesson_figures.js";
 import { fresh, lossOf, route, sharing, spiral, train } from "./lesson_toy.js";
 import { brush, clamp, fillBox, fixed, html, percent, present, rgba } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
@@ -10,11 +10,14 @@ import { PALETTE } from "../../moevision/demo/assets/palette.js";
 const EXPERTS = 4;
 const BALANCES = [0, 0.01, 0.03, 0.1, 0.3];
 const SIDE = 480; // px of the canvas
+const HIGH = 150; // px of the curve
 const SPAN = 1.15; // the plane is shown from -SPAN to SPAN
-const TILES = 60; // in which the plane is coloured
-const STEPS_PER_FRAME = 4;
-const LAST_STEP = 800;
-const STARTS = 8;
+const TILES = 48; // in which the plane is coloured
+// Most happens in the first steps, and in those after the slider was moved: these are shown slowly.
+const PACES = [[40, 1 / 4], [160, 1], [Infinity, 5]]; // until so many steps since then: steps per frame
+const FRAMES = 288; // that have a step, up to 800 steps: the width of the curve
+const SOME_STEPS = 800; // what the answer counts after; made at once where motion is unwanted
+const LAST_STEP = 2400;
 
 export const playgroundBox = () => html`<div class="ls-play" data-playground>
   <div class="ls-plane"><canvas width="${SIDE}" height="${SIDE}" role="img" data-plane></canvas></div>
@@ -23,25 +26,27 @@ export const playgroundBox = () => html`<div class="ls-play" data-playground>
       <span class="mv-soft mv-num" data-play-box="steps"></span></div>
     <label class="ls-slider"><span>Weight of the balance loss: <output data-play-box="balance"></output></span>
       <input type="range" min="0" max="${BALANCES.length - 1}" step="1" value="0" data-play="balance"></label>
-    <div class="ls-row"><span id="ls-experts-per-point">Experts per point</span><div class="mv-switch" role="group" aria-labelledby="ls-experts-per-point">
-      ${[1, 2].map((number) => html`<button type="button" data-play="top-k" data-number="${number}" aria-pressed="${number === 1}">${number}</button>`)}</div></div>
+    <figure><canvas width="${SIDE}" height="${HIGH}" role="img" aria-label="Share of the points that each expert gets, step by step" data-curve></canvas>
+      <figcaption>Share of the points that each expert gets, over the training; the first steps, and those after a move of the slider (dashed), are drawn wider. Black line: points right.</figcaption></figure>
     <div data-play-box="loads"></div><p class="ls-facts" data-play-box="facts"></p><p class="mv-hidden" role="status" data-play-box="said"></p></div></div>`;
 
-/** Where the eight-starts table appears, in the answer. */
-export const startsBox = () => html`<div data-starts><button type="button" class="mv-button" data-play="starts">Train ${STARTS} fresh starts each</button><div data-play-box="starts"></div></div>`;
-
 export class Playground {
-  /** @param {HTMLElement} root holds `playgroundBox()` and `startsBox()` */
+  /** @param {HTMLElement} root holds `playgroundBox()` */
   constructor(root) {
     this.root = root;
     this.points = spiral(240, 1);
     this.rules = { experts: EXPERTS, topK: 1, balance: 0 };
-    this.seed = 1;
     this.running = false;
+    this.seed = 1;
     this.net = fresh(EXPERTS, this.seed);
+    /** @type {{ load: number[], right: number, balance: number }[]} at each frame */
+    this.past = [];
+    this.moved = 0; // the step at which the slider was moved last
+    this.due = 0; // part of a step that is waiting for its frame
     root.addEventListener("click", (event) => this.onClick(/** @type {HTMLElement} */ (event.target)));
     this.find("[data-play=balance]").addEventListener("input", (event) => {
       this.rules.balance = BALANCES[Number(/** @type {HTMLInputElement} */ (event.target).value)];
+      this.moved = this.net.steps;
       this.draw();
     });
     this.draw();
@@ -55,71 +60,103 @@ export class Playground {
 
   /** @param {HTMLElement} target */
   onClick(target) {
-    const button = /** @type {HTMLButtonElement | null} */ (target.closest("button[data-play]"));
-    if (!button) return;
-    if (button.dataset.play === "run") this.toggle();
-    if (button.dataset.play === "again") this.start(this.seed + 1);
-    if (button.dataset.play === "top-k") {
-      this.rules.topK = Number(button.dataset.number);
-      this.root.querySelectorAll("[data-play=top-k]").forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
-      this.start(this.seed);
-    }
-    if (button.dataset.play === "starts") void this.manyStarts(button);
+    const { play } = target.closest("button")?.dataset ?? {};
+    if (play === "run") this.toggle();
+    if (play === "again") this.start(this.seed + 1);
   }
 
   /** @param {number} seed */
   start(seed) {
     this.seed = seed;
     this.net = fresh(EXPERTS, seed);
+    this.past = [];
+    this.moved = 0;
     this.draw();
   }
 
   toggle() {
     if (!this.running && this.net.steps >= LAST_STEP) this.start(this.seed);
     this.running = !this.running;
-    // Where motion is unwanted, all steps are made before anything is drawn again.
-    if (matchMedia("(prefers-reduced-motion: reduce)").matches) this.advance(LAST_STEP);
-    else if (this.running) requestAnimationFrame(() => this.frame());
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
+      const end = Math.min(LAST_STEP, this.net.steps + SOME_STEPS);
+      while (this.net.steps < end) this.advance();
+      this.running = false;
+      this.draw();
+    } else if (this.running) requestAnimationFrame(() => this.frame());
     this.settle();
   }
 
   frame() {
     if (!this.running) return;
-    this.advance(STEPS_PER_FRAME);
+    this.advance();
+    this.draw();
     if (this.running) requestAnimationFrame(() => this.frame());
     else this.settle();
   }
 
-  /** @param {number} steps */
-  advance(steps) {
-    for (let step = 0; step < steps && this.net.steps < LAST_STEP; step += 1) train(this.net, this.points, this.rules);
+  /** What one frame is worth. */
+  advance() {
+    const since = this.net.steps - this.moved;
+    this.due += present(PACES.find(([until]) => since < until))[1];
+    for (; this.due >= 1; this.due -= 1) {
+      const { load, right } = train(this.net, this.points, this.rules);
+      if (this.due < 2) this.past.push({ load, right, balance: this.rules.balance });
+    }
     if (this.net.steps >= LAST_STEP) this.running = false;
-    this.draw();
   }
 
   /** What a button and a screen reader say when training begins or ends. */
   settle() {
     this.find("[data-play=run]").textContent = this.running ? "Pause" : "Train";
-    this.fill("said", this.running ? "" : `${this.net.steps} steps. ${this.words()}`);
-  }
-
-  words() {
-    const { right, load } = lossOf(this.net.weights, this.points, this.rules);
-    const { busiest, atWork } = sharing(load);
-    return `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(right)} of points right.`;
+    this.fill("said", this.running ? "" : `${this.net.steps} steps. ${this.find("[data-play-box=facts]").textContent}`);
   }
 
   draw() {
-    const { load } = lossOf(this.net.weights, this.points, this.rules);
-    this.drawPlane();
+    const { load, right } = lossOf(this.net.weights, this.points, this.rules);
+    const { busiest, atWork } = sharing(load);
+    const words = `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(right)} of points right.`;
+    this.drawPlane(words);
+    this.drawCurve();
     this.fill("balance", String(this.rules.balance));
-    this.fill("steps", `${this.net.steps} of ${LAST_STEP} steps`);
+    this.fill("steps", `${this.net.steps} steps`);
     this.fill("loads", html`<ul class="ls-bars ls-fair" style="--fair:${100 / EXPERTS}%">${load.map((share, expert) => html`<li><span>${expertMark(expert)}</span>
       <span class="mv-bar mv-accent"><i style="width:${(share * 100).toFixed(1)}%;background:${PALETTE[expert]}"></i></span><span class="mv-num">${percent(share)}</span></li>`)}</ul>`);
-    this.fill("facts", this.words());
+    this.fill("facts", words);
   }
 
-  drawPlane() {
+  /** The loads so far as bands that fill the height, and the share of points that are told right. */
+  drawCurve() {
+    const pen = brush(/** @type {HTMLCanvasElement} */ (this.find("[data-curve]")));
+    const wide = SIDE / Math.max(FRAMES, this.past.length);
+    pen.fillStyle = "#ffffff";
+    pen.fillRect(0, 0, SIDE, HIGH);
+    this.past.forEach(({ load }, frame) => {
+      let top = 0;
+      load.forEach((share, expert) => {
+        pen.fillStyle = PALETTE[expert];
+        pen.fillRect(Math.floor(frame * wide), top * HIGH, Math.ceil(wide), share * HIGH + 0.5);
+        top += share;
+      });
+    });
+    pen.strokeStyle = "#111111";
+    pen.lineWidth = 2.5;
+    pen.beginPath();
+    this.past.forEach(({ right }, frame) => pen.lineTo((frame + 0.5) * wide, (1 - right) * HIGH + 1));
+    pen.stroke();
+    pen.lineWidth = 1.5;
+    pen.setLineDash([5, 4]);
+    this.past.forEach(({ balance }, frame) => {
+      if (balance === (this.past[frame - 1]?.balance ?? balance)) return;
+      pen.beginPath();
+      pen.moveTo(frame * wide, 0);
+      pen.lineTo(frame * wide, HIGH);
+      pen.stroke();
+    });
+    pen.setLineDash([]);
+  }
+
+  /** @param {string} words */
+  drawPlane(words) {
     const canvas = /** @type {HTMLCanvasElement} */ (this.find("[data-plane]"));
     const pen = brush(canvas);
     const tile = SIDE / TILES;
@@ -159,32 +196,6 @@ export class Playground {
       pen.fillStyle = "#111111";
       pen.fillText(String(expert), x / tiles, y / tiles);
     });
-    canvas.setAttribute("aria-label", `240 points in two spiral arms, and which of ${EXPERTS} experts each place goes to. ${this.words()}`);
-  }
-
-  /**
-   * Without and with balance from the same fresh starts; the page stays alive between two of them.
-   * @param {HTMLButtonElement} button
-   */
-  async manyStarts(button) {
-    button.disabled = true;
-    const rows = [];
-    for (const balance of [0, 0.1]) {
-      const ends = [];
-      for (let seed = 1; seed <= STARTS; seed += 1) {
-        const net = fresh(EXPERTS, seed);
-        const rules = { experts: EXPERTS, topK: 1, balance };
-        for (let step = 0; step < LAST_STEP; step += 1) train(net, this.points, rules);
-        const { load, right } = lossOf(net.weights, this.points, rules);
-        ends.push({ ...sharing(load), right });
-        await new Promise((resume) => { setTimeout(resume); });
-        this.fill("starts", html`<p class="mv-soft">${rows.length * STARTS + ends.length} of ${2 * STARTS} trained</p>`);
-      }
-      /** @param {(end: { busiest: number, atWork: number, right: number }) => number} of */
-      const mean = (of) => ends.reduce((total, end) => total + of(end), 0) / STARTS;
-      rows.push([`weight ${balance}`, fixed(mean((end) => end.atWork), 1), `${fixed(mean((end) => end.busiest), 1)}×`, percent(mean((end) => end.right), 1)]);
-    }
-    this.fill("starts", table(["mean of 8 starts", "experts at work", "busiest", "points right"], rows));
-    button.disabled = false;
+    canvas.setAttribute("aria-label", `240 points in two spiral arms, and which of ${EXPERTS} experts each place goes to. ${words}`);
   }
 }

@@ -1,23 +1,33 @@
-// What the lesson says: nine steps of 45 minutes. Each asks for a prediction, and its answer is made from the numbers
+// What the lesson says: eleven steps of 45 minutes, four of which make ten minutes alone. Each asks for a prediction, and its answer is made from the numbers
 // that `python docs/lesson/build.py docs/lesson.html --measure` wrote (lesson_numbers.json); no number of a model is typed in here.
 
 import { bars, expertMark, patchesOf, photoFigure, sameNumber, table } from "./lesson_figures.js";
-import { playgroundBox, startsBox } from "./lesson_playground.js";
+import { costOf, heroBox, millions, sizesBox } from "./lesson_hero.js";
+import { playgroundBox } from "./lesson_playground.js";
+import { routerBox } from "./lesson_router.js";
+import { COMMON } from "./lesson_toy.js";
 import { fixed, html, layerExpert, percent, rowColumn, signed } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
 
 const LETTERS = { 52: "A", 18: "B", 103: "C", 98: "D" }; // patches of the first photo: eye, forehead, nose, cheek
 const MARKED = 52;
 
-/** @param {number} count */
-const millions = (count) => `${(count / 1e6).toFixed(1)} M`;
+/**
+ * What the toy of step 6 does from 30 fresh starts: starts that have 1, 2, 3 and 4 experts at work, and the mean share of
+ * points that are told right. tests/docs/page/lesson.test.js counts them.
+ */
+export const TOY = {
+  start: { atWork: [0, 0, 0, 30], right: 0.5 },
+  without: { atWork: [4, 21, 5, 0], right: 0.71 },
+  balanced: { atWork: [0, 0, 0, 30], right: 0.94 },
+};
 
 /**
  * @param {LessonNumbers} lesson @param {Record<string, string>} sources data address of each photo, by name
  * @returns {LessonStep[]}
  */
 export function lessonSteps(lesson, sources) {
-  const { model, photos, gate, classes, neighbours, without } = lesson;
+  const { model, photos, gate, classes, neighbours, without, game, routes } = lesson;
   const [cat, kitten, dog] = photos;
   const { layer, grid, experts } = model;
   const [earlier] = model.layers;
@@ -36,22 +46,61 @@ export function lessonSteps(lesson, sources) {
   const rowOf = (which) => without.experts.find((expert) => expert.name === which.name);
   const mostChanged = Math.max(...without.experts.map((expert) => expert.changed_test));
 
+  const [few, many] = [8, 64].map((count) => costOf(count, model));
+  const extreme = (most) => 1 / (1 + Math.exp(-game.parts.reduce((sum, piece) => sum + most(...piece), game.bias)));
+  const random = routes.right.random.reduce((sum, right) => sum + right) / routes.right.random.length;
+
   return [
     {
-      title: "Eight networks, one photo",
-      minutes: 4,
-      text: html`<p>A vision transformer cuts a photo into ${grid[0]} × ${grid[1]} patches. In two layers of this one, L${earlier} and L${layer}, stand ${experts} small networks, the <b>experts</b>, and a <b>router</b> that sends each patch to ${model.top_k} of them.</p>
-        <p>All ${millions(model.parameters)} parameters lie in memory.</p>`,
-      figure: figure(cat, `${patches} patches; the model says ${cat.answer}, ${percent(cat.probability)}.`, { first: " ".repeat(patches), only: -1 }),
-      question: "How many of the parameters compute one patch?",
+      title: "Few of many",
+      minutes: 3,
+      alone: 2,
+      broad: true,
+      note: "Let the class guess before anybody explains. “A quarter” is a good mistake: attention and the other layers have no experts.",
+      text: html`<p>The language model DeepSeek-V3 computes each word with 37 of its 671 billion parameters (arXiv:2412.19437). Which ones, and who decides?</p>
+        <p>The same on a photo: it is cut into ${grid[0]} × ${grid[1]} patches. In two layers of this model, L${earlier} and L${layer}, a <b>router</b> sends each patch to ${model.top_k} of ${experts} small networks, the <b>experts</b>. Here each patch flies to its first one.</p>`,
+      figure: heroBox(`The ${patches} patches of a cat’s photo, in the boxes of the ${experts} experts of L${layer} that they go to first`),
+      question: `The model has ${millions(model.parameters)} parameters. How many of them compute one patch?`,
       choices: ["All of them", `A quarter: ${model.top_k} of ${experts}`, "About 70 %"],
       right: 2,
       answer: html`<p><b>${millions(model.active_parameters)} of ${millions(model.parameters)}, ${percent(share)}.</b> In L${earlier} and L${layer} only ${model.top_k} of ${experts} experts run for a patch. Everything else (attention, the other layers) runs for every patch.</p>
-        <p>The other ${experts - model.top_k} take up memory but no computation. That is the idea: more parameters at the same cost.</p>`,
+        <p>The other ${experts - model.top_k} take up memory but no computation. The model says ${cat.answer}, ${percent(cat.probability)}.</p>`,
+    },
+    {
+      title: "More parameters, the same work",
+      minutes: 4,
+      alone: 2,
+      note: "Draw one column of the row as the network on the left. Ask what the other columns cost: memory, and the traffic to fetch them.",
+      text: html`<p>An expert is a small network of its own: a patch’s ${model.width} numbers go in, ${model.width} come out. A layer can have as many as memory holds.</p><p>Below it the same number of parameters as one <b>dense</b> network: every patch uses all of it. Move the slider.</p>`,
+      figure: sizesBox(model),
+      question: `From 8 to 64 experts, with ${model.top_k} per patch: how does the work for one patch grow?`,
+      choices: ["8 times, as the parameters", "It doubles", `By about ${Math.round((many.sparse / few.sparse - 1) * 100)} %`],
+      right: 2,
+      answer: html`<p><b>By ${percent(many.sparse / few.sparse - 1, 1)}.</b> Still ${model.top_k} experts run; only the router has more scores to compute, ${model.width} multiplications for each expert.</p>
+        ${table(["layer", "parameters", "multiply-adds per patch"], [["8 experts", millions(few.parameters), millions(few.sparse)], ["64 experts", millions(many.parameters), millions(many.sparse)], ["dense, as large as 64", millions(many.parameters), millions(many.dense)]])}
+        <p>Equal arithmetic is not equal time: patches have to be sorted to their experts, and all of them must fit into memory.</p>`,
+    },
+    {
+      title: "You are the router",
+      minutes: 6,
+      alone: 3,
+      broad: true,
+      note: "In groups, on paper or at the board: most sort by what the pieces show. Compare two groups’ ways before you show the model’s. The answer hardly depends on the way: say so, it is the honest surprise.",
+      text: html`<p>Four experts share this photo; choose one and click the pieces that it should compute. What should go together? Nobody told the router either.</p>`,
+      figure: routerBox(game, sources[game.photo]),
+      question: "First guess: what does sharing out at random cost?",
+      choices: ["The answer: the model no longer says dog", "Hardly anything for this answer", "Half the certainty"],
+      right: 1,
+      answer: html`<p><b>Hardly anything, on this photo.</b> Each piece’s part in the answer was measured with the piece forced to each expert (intervention <code>force</code>), and however you share out, the sum stays a ${game.label}: ${percent(extreme(Math.min))} at the worst, ${percent(extreme(Math.max))} at the best. With its own ${model.top_k} choices for each of ${patches} patches the model says ${game.label}, ${percent(game.own.answer, 1)}.</p>
+        <p>One photo is no count. Of ${routes.images} drawn pets the small model of step 10 gets</p>
+        ${table(["every patch goes", "right"], [["where its router sends it", `${routes.right.own[0]} of ${routes.images}`], [`to random experts, mean of ${routes.right.random.length}`, `${fixed(random, 0)} of ${routes.images}`], [`first to one expert, the best and the worst of ${routes.right.one.length}`, `${Math.max(...routes.right.one)} and ${Math.min(...routes.right.one)}`]])}
+        <p>So routes matter, by ${fixed(((routes.right.own[0] - random) / routes.images) * 100, 0)} points, and experts are much alike. What a bad router always costs is <b>time</b>: experts run side by side, and all wait for the fullest.</p>
+        <p class="mv-note">Boxes are named as they fit the model’s experts best, for you and for chance alike. Your 16 pieces have ${patches / game.parts.length} patches each.</p>`,
     },
     {
       title: "Which patches go together?",
-      minutes: 5,
+      minutes: 4,
+      note: "Ask for reasons before the answer: fur, brightness, place? The map rules out some of them.",
       text: html`<p>Nobody told the router what to look for. It was trained together with the rest, to get cats and dogs right and to keep all experts busy.</p><p>Four patches are marked. Patch A goes to one expert of L${layer}.</p>`,
       figure: figure(cat, "Four of its patches.", { marks: LETTERS }),
       question: "Which patch goes to the same expert as A?",
@@ -62,7 +111,8 @@ export function lessonSteps(lesson, sources) {
     },
     {
       title: "One choice, by hand",
-      minutes: 6,
+      minutes: 5,
+      note: "Pocket calculators. e to the score for the largest three is enough; the others hardly count.",
       text: html`<p>The patch in row ${row}, column ${column} of the same photo. The router compares it with one learned direction per expert and gets ${experts} scores. Then:</p>
         <ol class="ls-list"><li>softmax turns scores into shares: e to the score, divided by the sum of all;</li><li>the ${model.top_k} largest are kept;</li><li>they are divided by their sum: the weights.</li></ol>`,
       figure: table(["expert", "score"], gate.scores.map((score, expert) => [expertMark(expert), fixed(score, 2)])),
@@ -74,20 +124,25 @@ export function lessonSteps(lesson, sources) {
     },
     {
       title: "Train a router",
-      minutes: 10,
+      minutes: 8,
+      alone: 3,
+      note: "Press Train, wait for the bands to close, then move the slider to the right while it trains. New start for each group, and collect what they see.",
       text: html`<p>Black and white points lie in two arms. Each of four experts can draw <b>one straight line</b>; the router decides who is responsible where. Both learn at once, here in the page.</p>
+        <p>At the start each expert gets about a quarter. Train, and watch the bands. When they stand still, move the slider to the right <b>while it trains</b>.</p>
         <p>Background and number: the expert. Red ring: misclassified. The thin line in the bars is an equal share.</p>`,
       figure: playgroundBox(),
-      question: "Train with balance 0. How many of the four experts will have work in the end?",
-      choices: ["Always all four", "Often one, but it depends on the start", "Always exactly one"],
+      question: "Train with balance 0. How many of the four experts have work after 800 steps?",
+      choices: ["All four, as at the start", "One or two, mostly", "Always exactly one"],
       right: 1,
-      answer: html`<p><b>It depends on the start.</b> Of the starts 1 to 30, 17 end with one expert at work, 5 with two, 5 with three and 3 with all four. Scores are uneven from the start here, as they may be by chance, so most begin with nearly all points at one expert. An expert that is never chosen learns nothing about its line. The <b>balance loss</b> adds <i>weight × E × Σ f·P</i>: f is the share of points that an expert gets, P its mean share by softmax. It is smallest when all get the same.</p>
-        <p>Set it to 0.1 and train again. Does balance help the answers, or only the bars? One start proves nothing:</p>${startsBox()}
-        <p class="mv-note">Here a kept share is not divided by the sum: with one expert per point its weight would always be 1, and the router would learn nothing from the answers.</p>`,
+      answer: html`<p><b>One or two, mostly.</b> Counted over the starts 1 to 30, 800 steps with the weight 0, then 800 more with 0.3:</p>
+        ${table(["starts with … experts at work", "1", "2", "3", "4", "points right"], [["at the start", ...TOY.start.atWork.map(String), "–"], ["after 800 steps, weight 0", ...TOY.without.atWork.map(String), percent(TOY.without.right)], ["after 800 more, weight 0.3", ...TOY.balanced.atWork.map(String), percent(TOY.balanced.right)]])}
+        <p>An expert that is chosen learns, so it answers better, so its score rises; and since inputs have much in common, it rises for nearly all points. An expert that gets none learns nothing: the <b>collapse</b>. The <b>balance loss</b> adds <i>weight × E × Σ f·P</i>: f is the share of points that an expert gets, P its mean share by softmax. It is smallest when all get the same.</p>
+        <p class="mv-note">Here a kept share is not divided by the sum: with one expert per point its weight would always be 1, and the router would learn nothing from the answers. What all inputs have in common is a constant, ${COMMON}, beside a point’s two coordinates.</p>`,
     },
     {
       title: "Misconception 1: experts are object detectors",
-      minutes: 4,
+      minutes: 3,
+      note: "Let somebody defend the claim first: the photo is convincing.",
       text: html`<p>Here are only the patches of ${name(face)}. It looks like the expert for cat faces.</p>`,
       figure: figure(cat, `Patches that go first to ${name(face)}: ${patchesOf(map, face)} of ${patches}.`, { first: map, only: face }),
       question: `In ${classes.images} test photos, what does ${name(face)} get?`,
@@ -101,7 +156,8 @@ export function lessonSteps(lesson, sources) {
     },
     {
       title: "Misconception 2: the same colour is the same expert",
-      minutes: 4,
+      minutes: 3,
+      note: "Count ten patches together, then let them extrapolate.",
       text: html`<p>The same photo in both layers. Both use the numbers 0 to ${experts - 1} and the same colours.</p>`,
       figure: html`<div class="ls-two">${figure(cat, `L${earlier}`, { first: cat.first[earlier] })}${figure(cat, `L${layer}`, { first: map })}</div>`,
       question: `How many of the ${patches} patches have the same number in L${earlier} and L${layer}?`,
@@ -111,7 +167,8 @@ export function lessonSteps(lesson, sources) {
     },
     {
       title: "Misconception 3: tidy maps come from training",
-      minutes: 4,
+      minutes: 3,
+      note: "Vote by hands. Many take A for trained or can’t tell, which is the point.",
       text: html`<p>Two maps of L${layer}: one router was trained, the other has random weights. The layers before it are pretrained for both.</p>`,
       figure: html`<div class="ls-two">${figure(cat, "A", { first: cat.before })}${figure(cat, "B", { first: map })}</div>`,
       question: "Which router was trained?",
@@ -123,7 +180,8 @@ export function lessonSteps(lesson, sources) {
     },
     {
       title: "Take one away",
-      minutes: 6,
+      minutes: 4,
+      note: "Ask what the column of random choices is for before you explain it.",
       text: html`<p>A smaller model, ${without.data}, two layers of eight experts. It says <b>${shown.label}</b>, ${percent(telling.before)}. Take an expert away, and its patches go to their next-best.</p>
         <p>Two experts. <b>${telling.name}</b>: of all ${without.experts.length}, the one without which most answers changed on ${without.images} <i>validation</i> images. <b>${quiet.name}</b>: the busiest of those without which none changed there.</p>`,
       figure: html`<figure class="ls-figure"><img class="ls-pet" src="${shown.src}" alt="Drawn ${shown.label}"><figcaption>A test image. ${telling.name} gets ${telling.patches} of its patches, ${quiet.name} ${quiet.patches}.</figcaption></figure>`,
@@ -138,6 +196,7 @@ export function lessonSteps(lesson, sources) {
     {
       title: "What can you say now?",
       minutes: 2,
+      note: "Exit ticket: each writes one of the three questions in own words.",
       text: html`<p>Somebody shows you one photo, coloured by experts, and makes a claim.</p>`,
       figure: html`<blockquote class="ls-quote">“Expert 3 recognises the cat.”</blockquote>`,
       question: "Which three questions do you ask? Say them aloud first.",
@@ -145,7 +204,7 @@ export function lessonSteps(lesson, sources) {
       right: -1,
       answer: html`<ol class="ls-list"><li><b>Which layer, and over how many images?</b> One photo is no count, and E3 is another network in every layer.</li>
         <li><b>What does an untrained router show?</b> And plain clusters of the same input?</li><li><b>Does the answer change without it,</b> more than without as much at random, on images that had no part in choosing it?</li></ol>
-        <p>And still: attention and the residual path carry information past the experts, so where a patch goes is not why the model answers as it does. Try it on your own photos: <code>moevision demo</code>.</p>`,
+        <p>And still: attention and the residual path carry information past the experts, so where a patch goes is not why the model answers as it does. Try it on your own photos in the <a data-explore>explorer</a>.</p>`,
     },
   ];
 }

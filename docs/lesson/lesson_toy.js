@@ -8,8 +8,9 @@
 /** @typedef {{ weights: Float64Array, mean: Float64Array, square: Float64Array, steps: number }} Net */
 
 const PER_EXPERT = 3; // weight of x, weight of y, constant
-const BIAS_SPREAD = 2; // uneven scores at the start, as a router may have by chance
-const RATE = 0.03;
+/** Of what a router compares, a large part is the same in all inputs: what it learns from one moves its scores for all. */
+export const COMMON = 8;
+const RATE = 0.005;
 
 /**
  * Random numbers from 0 to 1 that start the same way for the same seed (mulberry32).
@@ -43,15 +44,18 @@ export function spiral(count, seed) {
 }
 
 /**
- * A fresh network: `weights` has the router's [E, 3], then the experts' [E, 3].
+ * A fresh network: `weights` has the router's [E, 3], then the experts' [E, 3]. The router's directions stand at equal
+ * angles, so that all experts get nearly the same number of points; where the first stands, and the experts, are drawn.
  * @param {number} experts @param {number} seed @returns {Net}
  */
 export function fresh(experts, seed) {
   const draw = random(seed);
   const size = 2 * experts * PER_EXPERT;
+  const first = draw();
   const weights = Float64Array.from({ length: size }, (_, place) => {
-    const bias = place < size / 2 && place % PER_EXPERT === 2;
-    return normal(draw) * (bias ? BIAS_SPREAD : 0.5);
+    if (place >= size / 2) return 0.1 * normal(draw);
+    const angle = 2 * Math.PI * (first + Math.floor(place / PER_EXPERT) / experts);
+    return 0.5 * [Math.cos(angle), Math.sin(angle), 0][place % PER_EXPERT];
   });
   return { weights, mean: new Float64Array(size), square: new Float64Array(size), steps: 0 };
 }
@@ -63,15 +67,15 @@ export function fresh(experts, seed) {
  *   chosen experts [K], best first, what each expert says [E], and the sum of the chosen, weighted by their shares.
  */
 export function route(weights, { experts, topK }, { x, y }) {
-  const line = (row) => weights[row] * x + weights[row + 1] * y + weights[row + 2];
+  const line = (row, constant) => weights[row] * x + weights[row + 1] * y + weights[row + 2] * constant;
   const all = Array.from({ length: experts }, (_, expert) => expert);
-  const scores = all.map((expert) => line(expert * PER_EXPERT));
+  const scores = all.map((expert) => line(expert * PER_EXPERT, COMMON));
   const top = Math.max(...scores);
   const powers = scores.map((score) => Math.exp(score - top));
   const sum = powers.reduce((left, right) => left + right);
   const shares = powers.map((power) => power / sum);
   const chosen = all.sort((left, right) => shares[right] - shares[left] || left - right).slice(0, topK);
-  const outputs = shares.map((_, expert) => line((experts + expert) * PER_EXPERT));
+  const outputs = shares.map((_, expert) => line((experts + expert) * PER_EXPERT, 1));
   return { shares, chosen, outputs, score: chosen.reduce((total, expert) => total + shares[expert] * outputs[expert], 0) };
 }
 
@@ -92,11 +96,11 @@ export function lossOf(weights, points, rules) {
   }
   let [entropy, right] = [0, 0];
   const gradient = new Float64Array(weights.length);
-  /** @param {number} row @param {number} slope @param {Point} point */
-  const add = (row, slope, { x, y }) => {
+  /** @param {number} row @param {number} slope @param {Point} point @param {number} constant */
+  const add = (row, slope, { x, y }, constant) => {
     gradient[row] += slope * x;
     gradient[row + 1] += slope * y;
-    gradient[row + 2] += slope;
+    gradient[row + 2] += slope * constant;
   };
   points.forEach((point, index) => {
     const { shares, chosen, outputs, score } = passes[index];
@@ -106,11 +110,11 @@ export function lossOf(weights, points, rules) {
     const byShare = load.map((share) => (balance * experts * share) / points.length); // d loss / d shares
     for (const expert of chosen) {
       byShare[expert] += slope * outputs[expert];
-      add((experts + expert) * PER_EXPERT, slope * shares[expert], point);
+      add((experts + expert) * PER_EXPERT, slope * shares[expert], point, 1);
     }
     // Through the softmax: share · (own slope - mean slope).
     const middle = shares.reduce((total, share, expert) => total + share * byShare[expert], 0);
-    shares.forEach((share, expert) => add(expert * PER_EXPERT, share * (byShare[expert] - middle), point));
+    shares.forEach((share, expert) => add(expert * PER_EXPERT, share * (byShare[expert] - middle), point, COMMON));
   });
   const uneven = experts * load.reduce((total, share, expert) => total + share * mean[expert], 0);
   return { loss: entropy / points.length + balance * uneven, right: right / points.length, load, gradient };

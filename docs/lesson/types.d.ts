@@ -28,7 +28,7 @@ export interface LessonEffect {
 
 /** The numbers of the lesson, as build.py measures them. */
 export interface LessonNumbers {
-  model: { title: string; data: string; grid: number[]; layers: number[]; layer: number; experts: number; top_k: number; parameters: number; active_parameters: number };
+  model: { title: string; data: string; grid: number[]; layers: number[]; layer: number; experts: number; top_k: number; parameters: number; active_parameters: number; width: number; hidden: number };
   photos: LessonPhoto[];
   gate: { patch: number; scores: number[]; shares: number[]; experts: number[]; weights: number[] };
   classes: { images: number; names: string[]; share: number[][] };
@@ -42,13 +42,32 @@ export interface LessonNumbers {
     telling: LessonEffect;
     quiet: LessonEffect;
   };
+  game: LessonGame;
+  routes: { images: number; right: { own: number[]; random: number[]; one: number[] } };
   photos_without: { photos: number; removals: number; changed: number };
+}
+
+/** Pieces of a photo that are given to four experts: what each adds to the score of the label [16, 4]. */
+export interface LessonGame {
+  photo: string;
+  label: string;
+  side: number;
+  experts: number[];
+  parts: number[][];
+  bias: number;
+  own: { choice: number[]; answer: number };
 }
 
 /** A step of the lesson; `right` is the place of the right choice, -1 where there is none to choose. */
 export interface LessonStep {
   title: string;
   minutes: number;
+  /** Of ten minutes alone. */
+  alone?: number;
+  /** Its figure needs the whole width. */
+  broad?: boolean;
+  /** For a teacher. */
+  note: string;
   text: Fill;
   figure: Fill;
   question: string;

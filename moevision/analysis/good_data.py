@@ -1,7 +1,7 @@
 """`moevision data score`: what is known about the images of a run, as a table and as a page of ranked lists.
 
 images.csv   a row for each image of every split: scores, what the model says, its file, its doubles
-page.html    ranked lists with the images themselves, a map, tables of classes and experts; one file, nothing fetched
+page.html    ranked lists, a map, tables of classes and experts; its images are in thumbs/, nothing is fetched elsewhere
 
 One pass opens each image once: its pixels are measured (`look_at`), and the run's own model says what it sees. Then
 near-duplicates are looked for (`nearest_by_hash`, `nearest_by_features`). Numbers lie in arrays with a row per image,
@@ -43,7 +43,7 @@ from scipy.special import log_softmax
 
 from moevision import __version__
 from moevision.analysis.collect import network_input
-from moevision.analysis.images import data_settings
+from moevision.analysis.images import EXPLORER, data_settings
 from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
@@ -56,12 +56,12 @@ from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.words import shell_word
 
-TABLE, PAGE = "images.csv", "page.html"
-EXPLORER: Final = "http://127.0.0.1:7860"
-"""Where `moevision demo` is, unless the port is taken."""
+TABLE, PAGE, THUMBS = "images.csv", "page.html", "thumbs"
 THUMB: Final = 112  # px, the longer side of an image on the page
 _CELLS = (24, 16)  # of the map: mean p, spread
 _MOST_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
+_WEAK = 0.6  # share of images that a model must have right for its lists to be about the images
+_FEW_LOOKS = 3
 _MOST_ROWS = 1000  # of a table of the page
 _OF_EACH = 5  # images of a class or an expert
 _MOST_GROUPS = 64  # classes or experts that are shown with images
@@ -101,7 +101,7 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         write_text_atomic(out / TABLE, _table(images, known, names))
-        write_text_atomic(out / PAGE, render(facts, Thumbnails(images)))
+        write_text_atomic(out / PAGE, render(facts, Thumbnails(images, out / THUMBS)))
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): give --out another folder.") from error
     return facts
@@ -678,6 +678,7 @@ def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int)
     return {
         "counts": {split: len(images.samples[split]) for split in images.splits},
         "unreadable": len(known.problems),
+        "doubts": doubts(known, images.labels),
         "lists": told([each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]),
         "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
         "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
@@ -856,10 +857,10 @@ def of_experts(known: Known) -> list[Ranked]:
 
 
 class Thumbnails:
-    """Small copies of images as addresses that hold them; each is opened once."""
+    """Small copies of images as files beside the page, which a browser loads as one scrolls; each is made once."""
 
-    def __init__(self, images: RunImages) -> None:
-        self.images = images
+    def __init__(self, images: RunImages, folder: Path) -> None:
+        self.images, self.folder = images, folder
         self._known: dict[int, Json] = {}
 
     def __call__(self, index: int) -> Json:
@@ -877,12 +878,33 @@ class Thumbnails:
             scale, kind = THUMB / max(image.size), "jpeg"
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
             image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
-        src = Markup(f"data:image/{kind};base64,") + base64.b64encode(file.getvalue()).decode("ascii")
-        return self._known.setdefault(index, {"src": src})
+        name = f"{index}.{kind}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_bytes(file.getvalue())
+        return self._known.setdefault(index, {"src": f"{self.folder.name}/{name}"})
+
+
+def doubts(known: Known, labels: Ints) -> list[str]:
+    """Why the lists may be noise: a model that is often wrong, or scores of few looks at each image."""
+    told = []
+    asked = known.prediction >= 0
+    right = float((known.prediction == labels)[asked].mean() if asked.any() else known.scores["correct"].mean())
+    if right < _WEAK:
+        told.append(
+            f"The model is right on {100 * right:.0f} % of these images: the lists rank its mistakes more than the "
+            "images'. Train it for longer first."
+        )
+    looks = int(known.visits.max(initial=0))
+    if looks < _FEW_LOOKS:
+        told.append(
+            f"The training looked at each image {looks} {'time' if looks == 1 else 'times'}: spread, forgetting and "
+            f"the map need {_FEW_LOOKS} or more."
+        )
+    return told
 
 
 def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
-    """The page: one file, in which only its own script runs."""
+    """The page, in which only its own script runs."""
     from moevision.analysis.report import environment  # figures come along
 
     script = files("moevision.analysis").joinpath("templates/good_data.js").read_text(encoding="utf-8")

@@ -68,6 +68,8 @@ class PictureSet(Protocol):
         """The part seen at each pixel, uint8 [S, S], an index into `part_names`; None without parts."""
 
 
+EXPLORER = "http://127.0.0.1:7860"
+"""Where `moevision demo` is, unless the port is taken."""
 Data = str | Path | Dataset[Any] | PictureSet
 
 

@@ -74,6 +74,7 @@ A_LITTLE = 0.1
 SKILL = 0.02
 """Below this part of the images that the majority class gets wrong, guessing by the expert is "a little", too."""
 
+_MEASURES = "`moevision analyze MODEL` measures it"
 _NOTHING = "The layer contributes nothing, so what its experts do can't show"
 _P_VALUE = 0.05
 
@@ -270,7 +271,7 @@ def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> An
     if found.layer.cluster_start:
         return Answer("training", NOT_SHOWN, "the router started from clusters, which is no training", numbers)
     if "clusters" not in controls.readings:
-        what = "not compared with clusters of the same input"
+        what = "not compared with clusters of the same input" if found.layer.inputs is not None else _MEASURES
         return Answer("training", NOT_SHOWN if controls.readings else NOT_MEASURED, what, numbers)
     if not {"before", "untrained"} & set(controls.readings):
         numbers.append("The router before training: not recorded.")
@@ -300,7 +301,7 @@ def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> An
 def function_answer(swap: Swap | None, why: str | None) -> Answer:
     """The third question's answer; `why` it wasn't measured."""
     if swap is None:
-        return Answer("function", NOT_MEASURED, why or "the swap test was not made")
+        return Answer("function", NOT_MEASURED, why or _MEASURES)
     without, whole, favourite, two, more = swap.without, swap.whole, swap.favourite, swap.any_two, swap.more
     numbers = _swap_words(swap)
     lost = f"{signed(without.points.value, 1)} points of accuracy, {_interval(without.points, 1)}"

@@ -21,10 +21,10 @@ import platform
 import struct
 import time
 import warnings
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +56,8 @@ from moevision.analysis.describe import (
     position_share,
 )
 from moevision.analysis.effects import class_effect
-from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
-from moevision.analysis.information import Array, Floats, Json, as_json
+from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
+from moevision.analysis.information import Array, Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
 from moevision.analysis.readings import recording_of
@@ -75,6 +75,7 @@ SCHEMA = "moevision.report/1"
 
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
+HERE: Final = Path(__file__).parent
 _SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
 _PICTURES_SHOWN = 3
 _LEAST, _MOST = 3, 40  # images of a class
@@ -124,28 +125,16 @@ class ReportSettings:
                 raise UserError(f"--{name} is {getattr(self, name)}: it must be at least {least}.")
 
 
-_OPTIONS: Final = {field.name for field in fields(ReportSettings)}
+Live = Callable[[SavedModel, Pixels, str, str | None], str]
+"""A live view of an image, of this name and label, as HTML."""
 
 
-def run(chosen: Namespace) -> None:
-    """`moevision analyze MODEL`: write the report, and print the three answers and what it says of each layer."""
-    given = {name: value for name, value in vars(chosen).items() if name in _OPTIONS and value is not None}
-    if chosen.quick:
-        given = {"limit": 300, "permutations": 200} | given
-    settings = ReportSettings(**given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)})
-    numbers = analyze(settings)
-    for answer in numbers["verdict"]["answers"]:
-        print(shown(answer["sentence"]))
-    for layer in numbers["verdict"]["layers"]:
-        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
-    print(f"The report is {shown(str(settings.out / 'report.html'))}")
-
-
-def analyze(settings: ReportSettings) -> Json:
+def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     """Analyze a model and write the report.
 
     Args:
         settings: what, and how thoroughly.
+        live: makes the live views of the page; None leaves them out.
 
     Returns:
         What `report.json` holds.
@@ -184,6 +173,8 @@ def analyze(settings: ReportSettings) -> Json:
             for kind, file, title, figure in draw_figures(trace, pictures, results, layers, settings.seed):
                 figures.append({"file": file, "kind": kind, "title": title})
                 pngs[file] = plots.figure_png(figure)
+        wrong = wrong_routes(trace)
+        views = live_views(model, trace, pictures, wrong, settings.seed, live) if live else []
     numbers: Json = as_json(
         {
             "schema": SCHEMA,
@@ -195,6 +186,7 @@ def analyze(settings: ReportSettings) -> Json:
             "data": data_numbers(trace),
             "layers": [{**layer, "read": read} for layer, read in zip(layers, routes_read(model.net), strict=True)],
             **results.to_json(trace),
+            "wrong": wrong,
             "figures": figures,
             # What a reader needs to repeat the report; no path, user or host beyond what the command itself contains.
             "provenance": {
@@ -212,7 +204,7 @@ def analyze(settings: ReportSettings) -> Json:
             },
         }
     )  # fmt: skip
-    write_report(folder, numbers, render(numbers, pngs), pngs)
+    write_report(folder, numbers, render(numbers, pngs, views), pngs)
     return numbers
 
 
@@ -522,6 +514,67 @@ def layer_numbers(layer: LayerTrace) -> Json:
     }
 
 
+def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Json]:
+    """Of images that are called another class most often: whose routes theirs are more like, by layer.
+
+    Routes of a group of images are the shares of its patches that each expert has first. Their distance is half the sum
+    of the absolute differences: 0 for equal shares, 1 for no expert in common. Pairs with fewer than `least` images in
+    one of the three groups are left out.
+    """
+    if trace.prediction_names != trace.class_names:
+        return []
+    labels, said = trace.labels, trace.predictions
+    pairs = Counter(zip(labels[labels != said].tolist(), said[labels != said].tolist(), strict=True))
+    found: list[Json] = []
+    for (label, other), count in pairs.most_common():
+        groups = [
+            np.flatnonzero((labels == of) & (said == as_))
+            for of, as_ in ((label, other), (label, label), (other, other))
+        ]
+        if len(found) == most or label < 0 or min(map(len, groups)) < least:
+            continue
+        layers = []
+        for layer in trace.layers:
+            if layer.kind != "token_choice":
+                continue
+            first = np.asarray(layer.expert_index)[..., 0]  # [I, P]
+            wrong, own, its = (
+                np.bincount(first[group].ravel(), minlength=layer.num_experts) / first[group].size for group in groups
+            )
+            layers.append(
+                {
+                    "name": layer.name,
+                    "to_label": float(abs(wrong - own).sum() / 2),
+                    "to_other": float(abs(wrong - its).sum() / 2),
+                }
+            )
+        found.append(
+            {
+                "label": trace.class_names[label],
+                "called": trace.class_names[other],
+                "images": count,
+                "index": groups[0].tolist(),
+                "layers": layers,
+            }
+        )
+    return found
+
+
+def live_views(
+    model: SavedModel, trace: RoutingTrace, pictures: PictureSet, wrong: Sequence[Json], seed: int, live: Live
+) -> list[tuple[str, str]]:
+    """An image drawn at random, and one of the most frequent mistake, each beside what it is."""
+    if any(layer.kind != "token_choice" for layer in trace.layers):
+        return []  # the view's boxes are of networks that patches choose
+    asked = [(shown_pictures(trace, seed, 1)[0], "An image drawn at random")]
+    asked += [(each["index"][0], f"{each['label']}, called {each['called']}") for each in wrong[:1]]
+    names = [trace.class_names[label] if label >= 0 else None for label in (trace.labels[index] for index, _ in asked)]
+    return [
+        (title, live(model, pictures.image(index), shown(trace.picture_names[index]), name))
+        for (index, title), name in zip(asked, names, strict=True)
+    ]
+
+
 # ---- figures
 
 
@@ -618,16 +671,18 @@ def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
 # ---- the page and the folder
 
 
-def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()) -> str:
     """The page: everything inside it, nothing fetched, readable on screen, in the dark and on paper.
 
     Args:
         numbers: what `report.json` holds.
         pictures: file name -> PNG of every figure that it lists.
+        live: what each live view shows, and its HTML.
     """
     page = environment()
     page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
-    return page.get_template("report.html.jinja").render(numbers)
+    views = [(title, Markup(view)) for title, view in live]
+    return page.get_template("report.html.jinja").render({"wrong": [], **numbers}, explorer=EXPLORER, live=views)
 
 
 def _image(png: bytes) -> Json:
@@ -643,7 +698,7 @@ def _image(png: bytes) -> Json:
 def environment() -> jinja2.Environment:
     """Templates with autoescape: an unknown name is an error, and names from outside are shown harmless."""
     page = jinja2.Environment(
-        loader=jinja2.PackageLoader("moevision.analysis"),
+        loader=jinja2.FileSystemLoader([HERE / "templates", HERE.parent / "demo" / "assets"]),
         autoescape=True,
         finalize=lambda value: value if isinstance(value, Markup) else shown(str(value)),  # names from outside
         undefined=jinja2.StrictUndefined,

@@ -36,10 +36,6 @@ DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 
 
-LESSON: Final = Path(__file__).parents[2] / "docs" / "lesson.html"
-"""The lesson of a checkout, which its explorer serves beside the page; an installed package has none."""
-
-
 def links() -> dict[str, str | None]:
     """Where lesson and code are, as `[project.urls]` has it (null where it names none), and how to cite."""
     urls = dict(url.split(", ", 1) for url in metadata("moevision").get_all("Project-URL") or ())
@@ -47,7 +43,7 @@ def links() -> dict[str, str | None]:
     title = "moevision: sparse vision transformers whose routing can be seen"  # CITATION.cff
     where = f"\n  url = {{{code}}}," if code else ""
     return {
-        "lesson": "lesson.html" if LESSON.is_file() else docs and f"{docs.rstrip('/')}/lesson.html",
+        "lesson": "lesson.html" if lesson_file() else docs and f"{docs.rstrip('/')}/lesson.html",
         "code": code,
         "cite": f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},{where}\n}}",
     }
@@ -93,6 +89,18 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
         '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
         f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
     )
+
+
+def lesson_file() -> Path | None:
+    """The lesson: inside the package in a wheel, in a checkout beside it; None without."""
+    home = Path(str(files("moevision")))
+    return next((at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()), None)
+
+
+def lesson_page() -> str | None:
+    """The lesson with a link back here; None without."""
+    file = lesson_file()
+    return file.read_text(encoding="utf-8").replace('"explorer/cat.html"', '"./"') if file else None
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:

@@ -39,7 +39,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moevision.demo.gate import EACH, MAX_CONNECTIONS, WAITING, Connection, Gate, Serving, client_address, in_url
-from moevision.demo.html import LESSON, OFFLINE, app_page, login_page
+from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
 from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
 from moevision.limits import usable_cores
@@ -224,9 +224,14 @@ class Door:
         return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     async def _lesson(self, request: Request) -> Response:
-        if not LESSON.is_file():
+        if not self._is_logged_in(request):
+            return self._form(request)
+        if (page := lesson_page()) is None:
             raise HTTPException(404)
-        return HTMLResponse(LESSON.read_text(encoding="utf-8"), headers={"content-security-policy": OFFLINE})
+        return HTMLResponse(
+            page,
+            headers={"content-security-policy": f"{OFFLINE}; frame-ancestors 'self' {self.serving.frames()}".strip()},
+        )
 
     def _form(self, request: Request, wrong: bool = False) -> Response:
         headers = {"content-security-policy": (POLICY + self.serving.frames()).strip(), "cache-control": "no-store"}

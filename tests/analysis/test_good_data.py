@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +22,7 @@ from moevision.analysis.good_data import (
     _margins,
     _table,
     class_rows,
+    doubts,
     examine,
     expert_rows,
     map_cells,
@@ -159,6 +161,23 @@ def test_tables_of_classes_and_experts_by_hand():
     assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [[0, 0, 0, 1], [0, 23, 15, 1], [1, 23, 8, 1]]
 
 
+def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
+    """16 of 24 right is enough, 2 looks are not; 12 of 24 right is not."""
+    images, known = planted
+    labels = images.labels
+    wrong = lambda count: np.where(np.arange(len(labels)) < count, 1 - labels, labels)  # noqa: E731
+    assert len(labels) == 24
+    assert doubts(replace(known, prediction=wrong(8)), labels) == []
+    few = replace(known, prediction=wrong(8), visits=np.full_like(known.visits, 2))
+    assert doubts(few, labels) == [
+        "The training looked at each image 2 times: spread, forgetting and the map need 3 or more."
+    ]
+    (weak,) = doubts(replace(known, prediction=wrong(12)), labels)
+    assert weak.startswith("The model is right on 50 % of these images")
+    facts = page_facts(images, replace(known, prediction=wrong(12)), images.class_names, 5) | ABOUT
+    assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
+
+
 def test_one_image_and_none_with_a_score(tmp_path):
     draw(tmp_path, "a/1.png", 0)
     images = images_in(tmp_path, ["a"], train=[("a/1.png", 0)])
@@ -172,7 +191,7 @@ def test_one_image_and_none_with_a_score(tmp_path):
         assert [each["key"] for each in facts["lists"]] == (
             ["doubtful", "hardest", "unsteady", "easiest"] if visits else []
         )
-        assert "<h2" in render(facts | ABOUT, Thumbnails(images))
+        assert "<h2" in render(facts | ABOUT, Thumbnails(images, tmp_path / "thumbs"))
     with pytest.raises(UserError, match="of other images"):
         examine(images_in(tmp_path, ["a"], train=[("a/2.png", 0)]), scores, None)
 
@@ -212,11 +231,14 @@ def hostile(tmp_path_factory):
     images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
     scores = scores_of(images)
     facts = page_facts(images, examine(images, scores, None), CLASSES, 8) | ABOUT | {"title": "<u>run" + 200 * "x"}
-    return images, scores, render(facts, Thumbnails(images))
+    home = tmp_path_factory.mktemp("hostile_page")
+    page = render(facts, Thumbnails(images, home / "thumbs"))
+    (home / "page.html").write_text(page)
+    return images, scores, page, home
 
 
 def test_no_name_becomes_an_element(hostile):
-    images, scores, page = hostile
+    images, scores, page, _ = hostile
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
     assert {"b", "i", "u"} & found.tags.keys() == set()
@@ -236,15 +258,15 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
 
     from tests.needs import chromium
 
-    images, scores, page = hostile
-    (tmp_path / "page.html").write_text(page)
+    images, scores, _, home = hostile
     complaints: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(accept_downloads=True)
-        for event in ("console", "pageerror", "dialog", "request"):
+        tab.on("request", lambda asked: asked.url.startswith(home.as_uri()) or complaints.append(asked.url))
+        for event in ("console", "pageerror", "dialog"):
             tab.on(event, lambda found, event=event: complaints.append(f"{event} {found}"))
-        tab.goto((tmp_path / "page.html").as_uri())
+        tab.goto((home / "page.html").as_uri())
         assert tab.locator("#map rect.cell").count() > 0
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # however long the run's name
         cards = tab.locator("#doubtful .card")
@@ -277,8 +299,8 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
             tab.locator("#save").click()
         download.value.save_as(tmp_path / "decisions.csv")
         again = browser.new_page()
-        again.goto((tmp_path / "page.html").as_uri())
-        again.locator("#load").set_input_files(tmp_path / "page.html")
+        again.goto((home / "page.html").as_uri())
+        again.locator("#load").set_input_files(home / "page.html")
         again.locator("#load-said", has_text="page.html can't be read: it does not begin with image,label").wait_for()
         again.locator("#load").set_input_files(tmp_path / "decisions.csv")
         again.locator("#count", has_text="3 decisions").wait_for()
@@ -399,7 +421,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
                         {block: np.nan * value for block, value in scores.experts.items()})  # fmt: skip
     known = examine(images, scores, tiny_model)
     facts = page_facts(images, known, tiny_model.class_names, 8)
-    page = render(facts | ABOUT | {"title": name}, Thumbnails(images))
+    page = render(facts | ABOUT | {"title": name}, Thumbnails(images, tmp_path / "thumbs"))
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
     assert found.tags.keys() <= KNOWN_TAGS
@@ -439,6 +461,10 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     assert 'id="doubtful"' in page
     assert 'id="leaks"' in page
     assert "moevision data score" in page
+    sources = re.findall(r'<img src="([^"]+)"', page)
+    assert len(page) < 1_000_000  # images come as one scrolls
+    assert sources
+    assert {(tmp_path / "found" / source).is_file() for source in sources} == {True}
     quick = score(tiny_run, tmp_path / "quick", quick=True, show=3)
     assert [each["key"] for each in quick["lists"]] == [
         "doubtful",

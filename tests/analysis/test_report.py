@@ -1,9 +1,11 @@
 """`moevision analyze`: one tiny model analysed once; the page against report.json, its verdicts, what it refuses."""
 
+import html
 import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ import yaml
 from markupsafe import escape
 
 from moevision.analysis.questions import A_LITTLE_WORD, LEADS, NOT_MEASURED, NOT_SHOWN, NOTHING, YES
-from moevision.analysis.report import ReportSettings, analyze, claim_folder, render
+from moevision.analysis.report import ReportSettings, analyze, claim_folder, render, wrong_routes
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
+from moevision.demo.html import OFFLINE
 from moevision.layers.moe import moe_layers
 from moevision.models.io import SavedModel, save_model
 
@@ -142,14 +145,39 @@ def test_a_layer_that_no_logit_reads_is_named(report):
 
 def test_the_page_loads_nothing(report):
     for address in Page(report[2]).loads:
-        assert address.startswith(("data:image/png;base64,", "#")), address[:60]
-    assert not re.search(r"https?://|url\(|@import|<script|<link", report[2])
+        assert address.startswith(("data:image/png;base64,", "#", "http://127.0.0.1:7860/")), address[:60]
+    page = re.sub(r'srcdoc="[^"]*"|<a href="http://127.0.0.1:7860/[a-z.]*">', "", report[2])  # frames: OFFLINE
+    assert not re.search(r"https?://|url\(|@import|<script|<link", page)
+
+
+def test_live_views_are_frames_that_may_load_nothing(report):
+    """One of an image drawn at random, and one of the most frequent mistake."""
+    _, numbers, page, _ = report
+    frames = [html.unescape(text) for text in re.findall(r'srcdoc="([^"]*)"', page)]
+    assert len(frames) == 1 + bool(numbers["wrong"])
+    for frame in frames:
+        assert f'content="{OFFLINE}"' in frame
+        assert "startFlow(" in frame
+
+
+def test_mistakes_have_the_distance_of_their_routes_by_hand():
+    """Two layers would be alike: one of 2 experts. Wrong ones go 3/4 to expert 0, right cats all, right dogs none."""
+    labels = np.array([0] * 6 + [1] * 3)
+    said = np.array([1, 1, 1, 0, 0, 0, 1, 1, 1])
+    first = np.array([[0, 0, 0, 1]] * 3 + [[0, 0, 0, 0]] * 3 + [[1, 1, 1, 1]] * 3)
+    layer = SimpleNamespace(kind="token_choice", name="L1", num_experts=2, expert_index=first[..., None])
+    names = ("cat", "dog")
+    trace = SimpleNamespace(labels=labels, predictions=said, class_names=names, prediction_names=names, layers=[layer])
+    (found,) = wrong_routes(trace)
+    assert (found["label"], found["called"], found["images"], found["index"]) == ("cat", "dog", 3, [0, 1, 2])
+    assert found["layers"] == [{"name": "L1", "to_label": 0.25, "to_other": 0.75}]
+    assert wrong_routes(trace, least=4) == []
 
 
 def test_every_anchor_of_the_contents_exists(report):
     anchors = re.findall(r'href="#([^"]+)"', report[2])
     assert anchors[0] == "verdict"
-    assert len(anchors) == 10
+    assert len(anchors) == 10 + bool(report[1]["wrong"])
     for anchor in anchors:
         assert report[2].count(f'id="{anchor}"') == 1
 

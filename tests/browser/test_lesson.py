@@ -28,49 +28,111 @@ def shown(page):
 def test_the_projector_goes_through_the_lesson_by_arrow_keys(lesson):
     one = lesson()
     page = one.page
-    assert len(shown(page)) == 9
+    assert len(shown(page)) == 11
     assert page.locator(".ls-answer:visible").count() == 0
     page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # the first button is the projector
-    for step in range(1, 10):
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # behind the link to this page, the projector
+    for step in range(1, 12):
         assert shown(page) == [f"step-{step}"]
         assert page.evaluate("document.activeElement.id") == f"title-{step}"
         page.keyboard.press("ArrowRight")
         assert page.locator(".ls-answer:visible").count() == 1
         page.keyboard.press("PageDown" if step % 2 else "ArrowRight")
-    assert shown(page) == ["step-9"]
+    assert shown(page) == ["step-11"]
     page.keyboard.press("ArrowLeft")
-    assert page.url.endswith("#projector-8")
+    assert page.url.endswith("#projector-10")
     assert page.locator("[aria-expanded=true]:visible").text_content() == "Hide the answer"
     page.keyboard.press("Escape")
-    assert len(shown(page)) == 9
+    assert len(shown(page)) == 11
     assert one.complaints == []
     assert one.strangers(PAGE) == []
 
 
-def test_the_toy_trains_and_balance_shares_the_work(lesson):
-    """Where motion is unwanted, all 800 steps are made at once. The slider keeps its arrow keys on the projector."""
-    page = lesson("#projector-4", reduced_motion="reduce").page
+def test_the_toy_collapses_and_recovers_as_the_slider_moves(lesson):
+    """Where motion is unwanted, 800 steps are made at once. The slider keeps its arrow keys on the projector."""
+    page = lesson("#projector-6", reduced_motion="reduce").page
     facts = page.locator("[data-play-box=facts]")
+    assert facts.text_content().startswith("4 of 4 experts at work")
     page.click("[data-play=run]")
-    assert page.text_content("[data-play-box=steps]") == "800 of 800 steps"
-    without = facts.text_content()
+    assert page.text_content("[data-play-box=steps]") == "800 steps"
+    assert facts.text_content().startswith("1 of 4")
     page.focus("[data-play=balance]")
-    for _ in range(3):
+    for _ in range(4):
         page.keyboard.press("ArrowRight")
-    assert page.text_content("[data-play-box=balance]") == "0.1"
-    assert shown(page) == ["step-4"]
+    assert page.text_content("[data-play-box=balance]") == "0.3"
+    assert shown(page) == ["step-6"]
     assert page.locator(".ls-answer:visible").count() == 0
     page.click("[data-play=run]")
+    assert page.text_content("[data-play-box=steps]") == "1600 steps"
     assert facts.text_content().startswith("4 of 4 experts at work")
-    assert not without.startswith("4 of 4")
-    assert page.text_content("[role=status]") == f"800 steps. {facts.text_content()}"
+    assert page.text_content(".ls-play [role=status]") == f"1600 steps. {facts.text_content()}"
+
+
+def test_a_slider_that_moves_while_the_router_trains_ends_the_collapse(lesson):
+    page = lesson("#step-6").page
+    page.click("[data-play=run]")
+    page.wait_for_function("document.querySelector('[data-play-box=facts]').textContent.startsWith('1 of 4')")
+    page.locator("[data-play=balance]").fill("4")
+    page.wait_for_function("document.querySelector('[data-play-box=facts]').textContent.startsWith('4 of 4')")
+    assert page.text_content("[data-play=run]") == "Pause"
+
+
+def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
+    one = lesson("#step-3", reduced_motion="reduce")
+    page = one.page
+    said = page.locator("[data-game-said]")
+    for piece in range(16):
+        page.click(f"[data-box='{piece // 4}']")
+        page.click(f"[data-piece='{piece}']")
+        if piece == 14:
+            assert said.text_content() == "Expert D in hand: 1 of 16 pieces are not given."
+    assert page.get_attribute("[data-piece='5']", "aria-label") == "Row 2, column 2: B"
+    assert said.text_content().endswith("the fullest expert has 1.0 times its fair share.")
+    rows = page.locator("[data-game-costs] tbody th")
+    assert rows.all_text_contents() == ["your choice", "the model’s choice", "at random, mean of 1000"]
+    page.click("[data-deal=own]")
+    assert page.locator("[data-game-costs] tbody tr").first.text_content().endswith("16 of 16")
+    page.click("[data-deal=none]")
+    assert rows.count() == 0
+    assert one.complaints == []
+
+
+def test_the_explorer_serves_the_lesson_which_links_back(new_visit, server):
+    one = new_visit(door=False, reduced_motion="reduce")
+    one.page.goto(f"{server.url}lesson.html")
+    assert one.page.locator(".ls-step").count() == 11
+    one.page.click("nav a[data-explore]")
+    one.page.wait_for_selector(".mv-flow-box")
+    assert one.page.url.startswith(f"{server.url}?model=")
+    assert one.complaints == []
+
+
+def test_alone_it_takes_four_steps_of_ten_minutes(lesson):
+    page = lesson().page
+    page.click("[data-alone]")
+    assert shown(page) == ["step-1", "step-2", "step-3", "step-6"]
+    assert page.url.endswith("#alone")
+    page.reload()
+    assert len(shown(page)) == 4
+    page.click("[data-alone]")
+    assert len(shown(page)) == 11
+
+
+def test_the_row_of_experts_grows_and_two_are_lit(lesson):
+    page = lesson("#step-2").page
+    page.locator("[data-size]").fill("6")
+    assert page.text_content("[data-sizes-box=count]") == "64"
+    assert page.locator(".ls-sizes > .ls-columns >> nth=0").locator(".ls-lit").count() == 2
+    assert page.locator(".ls-sizes > .ls-columns >> nth=1").locator(".ls-lit").count() == 64
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390)])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(lesson, look, scheme, width):
     page = lesson(color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
     page.click("[data-choice='0'] >> nth=0")
+    page.click("[data-deal=random]")
+    page.click(".ls-teacher summary")
     for button in page.locator("[data-reveal]").all():
         button.click()
     found = axe(page)

@@ -2,10 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from moevision.demo.html import modules
 from moevision.demo.models import bundled_model, bundled_photos
@@ -39,15 +42,16 @@ def test_every_source_is_used():
 def test_the_page_can_load_nothing():
     text = PAGE.read_text(encoding="utf-8")
     assert "default-src 'none'; img-src data:;" in text
-    assert re.findall(r"""(?:src|href)=["'](?!#|\$|data:)[^"']*""", text) == []
+    assert re.findall(r"""(?:src|href)=["'](?!#|\$|data:)[^"']*""", text) == []  # links to the explorer: linkExplorer
     assert "@import" not in text
     assert "url(" not in text
 
 
 def test_steps_take_45_minutes():
     minutes = re.findall(r"^      minutes: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M)
-    assert len(minutes) == 9
+    assert len(minutes) == 11
     assert sum(map(int, minutes)) == 45
+    assert sum(map(int, re.findall(r"^      alone: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M))) == 10
 
 
 @pytest.mark.needs("photos")
@@ -75,3 +79,29 @@ def test_the_ablation_was_chosen_on_validation(numbers):
     assert quiet["changed_validation"] == 0
     assert quiet["work"] == max(row["work"] for row in without["experts"] if not row["changed_validation"])
     assert without["telling"]["answer"] != without["shown"]["label"] == without["quiet"]["answer"]
+
+
+@pytest.mark.needs("photos")
+def test_the_router_game_adds_up_to_what_the_model_says(numbers):
+    """Pieces shared out in one forward pass, each patch forced on its own, give the sum of the recorded parts."""
+    game, model = numbers["game"], bundled_model("cats_vs_dogs")
+    photo = lesson.bundled_folder("cats_vs_dogs") / "examples" / game["photo"]
+    images = lesson.network_input(model, np.stack([lesson.model_input(photo, model.image_size)]))
+    layer = lesson.numbered_layers(model.net)[lesson.LAYER]
+    choice = np.random.default_rng(0).integers(0, 4, 16)
+    row, column = np.divmod(np.arange(144), 12)
+    wanted = torch.tensor([game["experts"][choice[piece]] for piece in row // 3 * 4 + column // 3])
+
+    def each_its_own(_module, _inputs, routing):  # the expert first, the patch's best other one second; gates by rank
+        index = routing.expert_index.clone()
+        first, second = index[0, 1:].unbind(-1)  # behind the class token
+        index[0, 1:] = torch.stack([wanted, torch.where(first == wanted, second, first)], -1)
+        return replace(routing, expert_index=index)
+
+    handle = layer.router.register_forward_hook(each_its_own)
+    with torch.inference_mode():
+        logits = model.net(images)[0]
+    handle.remove()
+    label = model.class_names.index(game["label"])
+    parts = game["bias"] + sum(game["parts"][piece][expert] for piece, expert in enumerate(choice))
+    assert float(logits[label] - logits[1 - label]) == pytest.approx(parts, abs=0.02)

@@ -3,11 +3,14 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { fresh, lossOf, route, sharing, spiral, train } from "../../../docs/lesson/lesson_toy.js";
+import { costOf } from "../../../docs/lesson/lesson_hero.js";
+import { bestNames, costOfChoice, randomCost } from "../../../docs/lesson/lesson_router.js";
+import { TOY } from "../../../docs/lesson/lesson_steps.js";
+import { COMMON, fresh, lossOf, route, sharing, spiral, train } from "../../../docs/lesson/lesson_toy.js";
 
 test("the gate is a softmax of which the top k are kept", () => {
   // Scores 0, ln 2 and ln 5 at the origin: shares 1/8, 2/8, 5/8. Experts say 1, 2 and 3 there.
-  const weights = Float64Array.from([[0, 0, 0], [0, 0, Math.log(2)], [0, 0, Math.log(5)], [0, 0, 1], [0, 0, 2], [0, 0, 3]].flat());
+  const weights = Float64Array.from([[0, 0, 0], [0, 0, Math.log(2) / COMMON], [0, 0, Math.log(5) / COMMON], [0, 0, 1], [0, 0, 2], [0, 0, 3]].flat());
   const at = { x: 0, y: 0 };
   const two = route(weights, { experts: 3, topK: 2, balance: 0 }, at);
   two.shares.forEach((share, expert) => assert.ok(Math.abs(share - [1, 2, 5][expert] / 8) < 1e-12));
@@ -48,35 +51,58 @@ for (const topK of [1, 2]) {
   });
 }
 
-test("with the balance loss more experts work, and more points are told right", () => {
-  const points = spiral(160, 1);
-  const [without, balanced] = [0, 0.1].map((balance) => {
-    const ends = [1, 2, 3, 4].map((seed) => {
-      const net = fresh(4, seed);
-      const rules = { experts: 4, topK: 1, balance };
-      for (let step = 0; step < 500; step += 1) train(net, points, rules);
-      const { load, right } = lossOf(net.weights, points, rules);
-      return { ...sharing(load), right };
-    });
-    const mean = (of) => ends.reduce((total, end) => total + of(end), 0) / ends.length;
-    return { atWork: mean((end) => end.atWork), busiest: mean((end) => end.busiest), right: mean((end) => end.right) };
-  });
-  assert.ok(without.atWork < 3 && balanced.atWork === 4, JSON.stringify([without, balanced]));
-  assert.ok(without.busiest > 2 && balanced.busiest < 1.7, JSON.stringify([without, balanced]));
-  assert.ok(balanced.right > without.right, JSON.stringify([without, balanced]));
-});
-
-test("the answer of step 4 counts what the toy does", () => {
-  // The playground's points, its last step, and one expert per point without a balance loss.
+test("the answer of step 6 counts what the toy does: it starts even, collapses, and recovers", () => {
   const points = spiral(240, 1);
-  const ends = [0, 0, 0, 0];
+  const found = ["start", "without", "balanced"].map((name) => ({ name, atWork: [0, 0, 0, 0], right: 0, busiest: 0 }));
   for (let seed = 1; seed <= 30; seed += 1) {
     const net = fresh(4, seed);
     const rules = { experts: 4, topK: 1, balance: 0 };
+    const look = (at) => {
+      const { load, right } = lossOf(net.weights, points, rules);
+      const { atWork, busiest } = sharing(load);
+      found[at].atWork[atWork - 1] += 1;
+      found[at].right += right / 30;
+      found[at].busiest = Math.max(found[at].busiest, busiest);
+    };
+    look(0);
     for (let step = 0; step < 800; step += 1) train(net, points, rules);
-    ends[sharing(lossOf(net.weights, points, rules).load).atWork - 1] += 1;
+    look(1);
+    rules.balance = 0.3; // the slider's last place
+    for (let step = 0; step < 800; step += 1) train(net, points, rules);
+    look(2);
   }
-  const [one, two, three, four] = ends;
-  const steps = readFileSync(new URL("../../../docs/lesson/lesson_steps.js", import.meta.url), "utf8");
-  assert.ok(steps.includes(`Of the starts 1 to 30, ${one} end with one expert at work, ${two} with two, ${three} with three and ${four} with all four.`), String(ends));
+  for (const { name, atWork, right } of found) {
+    assert.deepEqual(atWork, TOY[name].atWork, name);
+    assert.ok(Math.abs(right - TOY[name].right) < 0.005, `${name}: ${right}`);
+  }
+  assert.ok(found[0].busiest < 4 / 3 && found[1].atWork[3] === 0, JSON.stringify(found));
+});
+
+test("the router game adds up pieces, counts the fullest expert, and names boxes kindly", () => {
+  // Two pieces for two of four experts: the score is 0.5 + 1 + ln 3 - 1.5, of which the sigmoid is 3/4.
+  const parts = [[1, 0, 0, 0], [0, Math.log(3) - 1.5, 0, 0]];
+  const game = { photo: "", label: "dog", side: 1, experts: [0, 5, 6, 2], parts, bias: 0.5, own: { choice: [0, 0], answer: 0.5 } };
+  const cost = costOfChoice(game, [0, 1]);
+  assert.ok(Math.abs(cost.answer - 0.75) < 1e-12);
+  assert.deepEqual([cost.busiest, cost.alike], [2, 1]);
+  assert.deepEqual(bestNames([3, 3, 1, 0], [0, 0, 2, 1]), [0, 0, 2, 1]); // the same groups by other letters
+  assert.ok(randomCost(game).alike > 1); // chance is named as kindly
+});
+
+test("of 64 experts two run: 8 times the parameters of 8, and 1.8 % more work", () => {
+  const model = /** @type {any} */ ({ width: 384, hidden: 768, top_k: 2 });
+  const [few, many] = [8, 64].map((experts) => costOf(experts, model));
+  assert.equal(few.parameters, 8 * (384 * 768 * 2 + 768 + 384) + 384 * 8);
+  assert.equal(many.parameters / few.parameters, 8);
+  assert.equal(many.sparse - few.sparse, 56 * 384);
+  assert.equal(Math.round((many.sparse / few.sparse - 1) * 1000), 18);
+  assert.equal(many.dense, 64 * 2 * 384 * 768);
+});
+
+test("the game's numbers: the model's own 16 pieces and every other way keep the answer", () => {
+  const { game } = JSON.parse(readFileSync(new URL("../../../docs/lesson/lesson_numbers.json", import.meta.url), "utf8"));
+  const worst = game.parts.map((piece) => piece.indexOf(Math.min(...piece)));
+  const [least, own] = [worst, game.own.choice].map((choice) => costOfChoice(game, choice).answer);
+  assert.ok(least > 0.5 && own > least, String([least, own]));
+  assert.ok(Math.abs(randomCost(game).answer - own) < 0.05);
 });
