@@ -25,9 +25,9 @@ SIZE = {
     "moevision/analysis": (16, 8_150, 60_200),
     "moevision/commands": (10, 1_880, 13_250),  # the distance as a column of predict, files of push
     "moevision/data": (14, 5_200, 38_200),  # a drawn scene at another size
-    "moevision/demo": (15, 4_080, 28_900),  # the Gradio app; several experts away at once; what a shared link shows
+    "moevision/demo": (15, 4_080, 28_950),  # the Gradio app; several experts away at once; what a shared link shows
     "moevision/layers": (11, 2_835, 16_700),  # LayerLoad, from the root; few rows without gradients: equal groups
-    "moevision/models": (12, 3_720, 22_950),  # strangers.py and its file; weights in eight bits
+    "moevision/models": (12, 3_760, 23_450),  # an exported file tells routes and takes experts away
     "moevision/train": (24, 7_380, 50_800),  # what a finished run measures for strangers
 }
 LARGEST_FOLDER = 18  # modules
