@@ -7,6 +7,7 @@
   (`"help:data prune"`: `moevision data prune --help`).
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
+- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm.
 - In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
 """
 
@@ -16,6 +17,8 @@ import ast
 import os
 import posixpath
 import re
+import subprocess
+import sys
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -72,6 +75,12 @@ def _exported() -> dict[str, str]:
         name: explorer.export_html({"model": "cats_vs_dogs", "picture": photo, "intervention": change})["html"]
         for name, change in asked.items()
     }
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """The explorer without a server, where it is wanted."""
+    if os.environ.get("MOEVISION_LIVE"):
+        subprocess.run([sys.executable, DOCS / "live" / "build.py", Path(config.site_dir) / "live"], check=True)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:

@@ -233,6 +233,8 @@ export interface Boot {
   default: { model: string; picture: string | null };
   /** Whether all models have their examples. */
   whole?: boolean;
+  /** Whether the answers are made in the browser (docs/live): not everything can be asked. */
+  device?: boolean;
 }
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }
