@@ -177,6 +177,7 @@ def main() -> None:
             page = opened(browser, address, door=True)
             models[model] = {
                 "cold_s": [round(value, 2) for value in sorted(cold)],
+                "cold_median_s": round(statistics.median(cold), 2),
                 "cold_cpu_s": [round(value, 2) for value in sorted(ran)],
                 "cold_cpu_median_s": round(statistics.median(ran), 2),
                 "next_median_s": round(statistics.median(more), 2),
