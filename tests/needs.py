@@ -39,6 +39,7 @@ NEEDS = {
     "npm": Need("npm", "apt-get install npm", lambda: shutil.which("npm") or os.environ.get("MOEVISION_ORT")),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "accelerate": Need("accelerate", 'pip install ".[test]"', lambda: _has("accelerate")),
     "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),
     "datasets": Need("datasets", 'pip install ".[test]"', lambda: _has("datasets")),
     "mkdocs": Need(
