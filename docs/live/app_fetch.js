@@ -104,6 +104,11 @@ async function route(question) {
   if (known && (known.error || (known.schema && !away.length))) return known;
   const model = boot.models.find((one) => one.id === id);
   const { mean, std, unlike, view } = model.device;
+  const settings = { ...view.settings, away, off_distribution: away.length > 0 };
+  if (away.length === 1 && boot.recorded.includes(keyOf("without", id, picture.id))) {
+    const { layers, moe } = (await recall("without", id, picture.id))[away[0].join(".")];
+    return { ...known, layers: layers.map((own, place) => ({ ...view.layers[place], ...own })), lens: null, prediction: { ...known.prediction, moe }, settings };
+  }
   const side = model.image_size;
   const image = await pixelsOf(known ? known.picture.src : picture.data);
   const pixels = squarePixels(image, side);
@@ -117,7 +122,7 @@ async function route(question) {
   return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
     picture: known?.picture ?? { id: null, name: "your image", label: null, src: sourceOf(pixels, side), unlike: far ? unlike : null, credit: null },
     prediction: { moe: guesses(model.class_names, outputs.logits.data), dense: known?.prediction?.dense ?? null },
-    settings: { ...view.settings, away, off_distribution: away.length > 0 } });
+    settings });
 }
 
 /**

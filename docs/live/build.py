@@ -159,6 +159,8 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         if one["id"] in (about["history"] or {"images": []})["images"]:
             asked = {"model": model, "picture": one["id"]}
             answers[key("history", model, one["id"])] = _answer(explorer, "history", asked)
+        if is_packed(entry):  # large: the first expert that a visitor takes away shouldn't wait for it
+            answers[key("without", model, one["id"])] = _without(explorer, entry, one["id"])
     for layer in about["layers"]:
         asked = {"model": model, "variant": "trained", "layer": layer}
         answers[key("experts", model, layer)] = _answer(explorer, "experts", asked)
@@ -172,6 +174,20 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
             for one in found
         }
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
+
+
+def _without(explorer: Explorer, entry: Entry, id: str) -> Json:
+    """What a view of an example says without each one expert, by layer and expert as in "9.3"."""
+    answers = {}
+    for router in entry.facts.routers:
+        for expert in range(router.num_experts):
+            picture = {"kind": "example", "id": id}
+            asked = {"model": entry.card.id, "picture": picture, "away": [[router.layer, expert]]}
+            view = _answer(explorer, "route", asked)
+            known = {name for layer in view["layers"] for name in _facts(layer)}
+            layers = [{name: layer[name] for name in layer if name not in known} for layer in view["layers"]]
+            answers[f"{router.layer}.{expert}"] = {"layers": layers, "moe": view["prediction"]["moe"]}
+    return answers
 
 
 def _answer(explorer: Explorer, name: str, request: Json) -> Json:
@@ -196,13 +212,17 @@ class _Unpacked(nn.Module):
         return (whole.float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
 
 
+def is_packed(entry: Entry) -> bool:
+    """Whether the package carries the model in eight bits."""
+    return (bundled_folder(entry.card.id) / "trained" / PACKED).is_file()
+
+
 def stored(entry: Entry) -> SavedModel:
     """The trained model of an entry; one that is packed in eight bits keeps them, and multiplies out as it runs."""
     saved = entry.variants["trained"].saved
-    file = bundled_folder(entry.card.id) / "trained" / PACKED
-    if not file.is_file():
+    if not is_packed(entry):
         return saved
-    net, weights = copy.deepcopy(saved.net), load_file(file)
+    net, weights = copy.deepcopy(saved.net), load_file(bundled_folder(entry.card.id) / "trained" / PACKED)
     for name in [name.removesuffix(SCALE) for name in weights if name.endswith(SCALE)]:
         owner, _, last = name.rpartition(".")
         module = net.get_submodule(owner)
