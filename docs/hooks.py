@@ -8,6 +8,7 @@
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 - Notebooks become pages with their saved outputs, under notebooks/, and their files lie beside them.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
+- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm.
 - In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
 """
 
@@ -19,6 +20,7 @@ import json
 import os
 import posixpath
 import re
+import subprocess
 import sys
 import textwrap
 from functools import cache
@@ -93,6 +95,12 @@ def _exported() -> dict[str, str]:
         name: explorer.export_html({"model": "cats_vs_dogs", "picture": photo, "intervention": change})["html"]
         for name, change in asked.items()
     }
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """The explorer without a server, where it is wanted."""
+    if os.environ.get("MOEVISION_LIVE"):
+        subprocess.run([sys.executable, DOCS / "live" / "build.py", Path(config.site_dir) / "live"], check=True)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:

@@ -311,6 +311,7 @@ def _export(add: Add) -> None:
     add("--root", help=_ROOT)
     add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
     add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
+    add("--routes", action="store_true", help="ONNX: tell each patch's experts and gates too, and take experts away")
     add("--force", action="store_true", help="replace FILE")
 
 

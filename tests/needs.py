@@ -36,6 +36,7 @@ NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
     "playwright": Need("Playwright", 'pip install ".[test]"', lambda: _has("playwright", "axe_playwright_python")),
     "node": Need("node", "apt-get install nodejs", lambda: shutil.which("node")),
+    "npm": Need("npm", "apt-get install npm", lambda: shutil.which("npm") or os.environ.get("MOEVISION_ORT")),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
     "accelerate": Need("accelerate", 'pip install ".[test]"', lambda: _has("accelerate")),

@@ -1,5 +1,6 @@
 """benchmarks/demo/README.md."""
 
+from statistics import median
 from typing import Any
 
 from benchmarks.records import Claim, Definition
@@ -7,7 +8,7 @@ from benchmarks.records import Claim, Definition
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
-PACKED = "benchmarks/demo/packed.json"
+PACKED, LIVE = "benchmarks/demo/packed.json", "benchmarks/demo/live.json"
 STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
 CROWDS = {  # as the page calls them
     "png_49_megapixels": "PNG of 49 megapixels in 381 KB",
@@ -66,6 +67,23 @@ def packings(record: Json) -> list[Json]:
     return rows
 
 
+def live(record: Json) -> list[Json]:
+    """Seconds to the first answer of each model in the browser, of processors and by the clock, and to the next one."""
+    names = {"pets": "drawn pets", "cifar10": "CIFAR-10 photos", "cats_vs_dogs": "cats and dogs"}
+    rows = []
+    for model, name in names.items():
+        own = record["models"][model]
+        times = {"ran": own["cold_cpu_median_s"], "cold": median(own["cold_s"]), "next": own["next_median_s"]}
+        rows.append({"name": name, **{key: f"{value:.1f}" for key, value in times.items()}})
+    return rows
+
+
+def of_all(record: Json) -> Json:
+    """Own images of all models in the browser, counted."""
+    own: Json = record["all"]
+    return own
+
+
 def _megabytes(arm: Json) -> Json:
     return {"file": f"{arm['bytes'] / 1e6:.1f} MB", "compressed": f"{arm['compressed'] / 1e6:.1f} MB"}
 
@@ -74,6 +92,15 @@ CLAIMS = [
     Claim(PACKED, "| {name} | {file} | {compressed} | {cells}", packings),
     Claim(PACKED, "The {images} test photos, in float32"),
     Claim(PACKED, "at most {max_probability_change:.2f}", lambda record: record["packed"][1]),
+    Claim(LIVE, "has {mb:.1f} MB, and beside them {photos_mb:.1f} MB of the photo model"),
+    Claim(
+        LIVE,
+        "Of {images} own images, drawn pets and photos, {same_class} have Python's class, and {same_first:,} of "
+        "{choices:,} first choices are Python's",
+        of_all,
+    ),
+    Claim(LIVE, "(load average {load_average_before:.0f})", lambda record: record["machine"]),
+    Claim(LIVE, "| {name} | {ran} | {cold} | {next} |", live),
     Claim(WHEEL, "the wheel of this checkout, {mb:.1f} MB,", installed),
     Claim(WHEEL, "{total} test photos, which no training saw", installed),
     Claim(WHEEL, "balanced accuracy {balanced}, {cat} and {dog}", installed),

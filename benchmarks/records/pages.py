@@ -66,6 +66,7 @@ CLAIMS = {
         Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images", analysis.answers),
     ],
     "docs/guides/serve.md": [
+        Claim(demo.LIVE, "On {images} images all classes and first choices are Python's", demo.of_all),
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
     ],
     "docs/reference/models.md": [

@@ -57,6 +57,8 @@ def run(chosen: Namespace) -> None:
         raise UserError(f"{out} is no name for the format {form}: end it in {SUFFIX[form]}.")
     if form != "onnx" and chosen.opset is not None:
         raise UserError(f"--opset is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
+    if form != "onnx" and chosen.routes:
+        raise UserError(f"--routes is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
     if out.exists() and not chosen.force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
     with Console(stderr=True).status("loading the model") as status:
@@ -65,7 +67,7 @@ def run(chosen: Namespace) -> None:
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=chosen.opset or OPSET, pictures=pictures)
+                report = export_onnx(saved, out, opset=chosen.opset or OPSET, pictures=pictures, routes=chosen.routes)
             else:
                 report = export_torch(saved, out, pictures=pictures)
         except OSError as error:

@@ -56,14 +56,23 @@ class Document(NamedTuple):
     policy: str
 
 
-def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> Document:
+def app_page(
+    boot: Mapping[str, Any],
+    views: Sequence[Mapping[str, Any]],
+    *,
+    read: Callable[[str], str] | None = None,
+    style: str = "",
+) -> Document:
     """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
 
-    `boot` is what the request of that name answers, `views` are those of the images that the page opens with.
+    `boot` is what the request of that name answers, `views` are those of the images that the page opens with; `read`
+    is as for `script_of`, and `style` is added.
     """
-    script = script_of("app.js", "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);", BOOT=boot, VIEWS=views)
+    start = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);"
+    script = script_of("app.js", start, read=read, BOOT=boot, VIEWS=views)
     body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
-    text = document("See inside a Mixture of Experts", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
+    css = read_css((*CORE_STYLES, *APP_STYLES)) + style
+    text = document("See inside a Mixture of Experts", css, body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Document(text, f"script-src 'sha256-{digest}'")
 

@@ -297,13 +297,16 @@ class Upload(NamedTuple):
 
 def unlike(entry: Entry, found: Found) -> str | None:
     """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
-    model, recognized = entry.variants["trained"].saved, entry.card.recognized
+    model = entry.variants["trained"].saved
     if model.strangers is None or found.label in model.class_names:
         return None
     with torch.inference_mode(), routing_lock(model.net):
         _, distance = answers(model.net, model.strangers, network_input(model, found.pixels[None]))
-    if float(distance) <= 1:
-        return None
+    return None if float(distance) <= 1 else stranger_words(entry.card.recognized)
+
+
+def stranger_words(recognized: float | None) -> str:
+    """What is said of a stranger by a model that recognizes that share of them."""
     if recognized is not None and recognized >= SURE:
         return f"This doesn't look like the images it learned from. {FARTHER}, so its answer may mean little."
     known = "was not measured" if recognized is None else f"is {percent(recognized, 0)}"

@@ -1,13 +1,14 @@
 """A finished model as one file, checked against the model that it came from: ONNX, or a torch.export program.
 
 A model that knows how far an image lies from its classes (`moevision.models.strangers`) tells that beside the logits.
+With `routes` an ONNX file also tells where the patches went, and takes experts away (`_WithRoutes`).
 
 ONNX (https://onnx.ai) is run by onnxruntime and many others; a torch.export program by torch alone. Both hold the
 network in fp32 and eval mode for any batch size, and what is needed to use it: class names and the preparation of an
 image. Experts are computed by the `dense` backend, all E of them for every token, since neither format has an operation
 for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
 
-Axes: B images, C classes, S side of an image in pixels.
+Axes: B images, C classes, S side of an image in pixels; M MoE layers, P patches, E experts, K choices of a patch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,12 +32,12 @@ from torch.export import Dim, ExportedProgram
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.layers import Backend, moe_layers, routing_lock
+from moevision.layers import Backend, Routing, moe_layers, record_routing, routing_lock
 from moevision.models.io import SavedModel
 from moevision.models.strangers import REFUSED, Strangers, answers
 
 Format = Literal["onnx", "torch"]
-Runner = Callable[[Tensor], Any]
+Runner = Callable[..., Any]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 20  # by default
 METADATA_FILE = "moevision.json"
@@ -71,11 +73,20 @@ class ExportReport:
 
 
 def export_onnx(
-    model: SavedModel, path: str | Path, *, opset: int = OPSET, pictures: Tensor | None = None
+    model: SavedModel,
+    path: str | Path,
+    *,
+    opset: int = OPSET,
+    pictures: Tensor | None = None,
+    routes: bool = False,
 ) -> ExportReport:
     """Write the model as ONNX: input `image` float32 [B, 3, S, S], outputs `logits` [B, C] and `distance` [B], any B.
 
-    The distance is left out of a model that was saved without.
+    The distance is left out of a model that was saved without. With `routes` there are three more outputs for the MoE
+    layer of each block, of which 3 is an example: `experts.3` int64 [B, P, K], best first, their gates `weights.3`
+    [B, P, K], and the router's affinities `probs.3` [B, P, E]. A second input then takes experts away from all images:
+    `away` bool [M, E], one row per MoE layer in order of depth, E of the layer that has most. Their tokens go to the
+    next best, as `moevision.analysis.ablate` sends them; a choice for which no expert is left has the weight 0.
 
     What `exported_facts(model)` gives are the file's `metadata_props`, each as JSON. The file is run by onnxruntime and
     compared with the model before it gets its name; the model itself is not changed.
@@ -85,6 +96,7 @@ def export_onnx(
         path: file to write; an existing one is replaced.
         opset: version of ONNX's operators, 18 to 23; from 20 on GELU is one of them.
         pictures: [n, 3, S, S] prepared images to compare too, besides four of seeded noise.
+        routes: whether the file tells routes and takes experts away; only where patches choose.
 
     Raises:
         UserError: if the extra `export` is not installed, the model can't be exported, or the file would answer
@@ -97,7 +109,7 @@ def export_onnx(
         raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
     if sum(4 * tensor.numel() for tensor in model.net.state_dict().values()) > _MAX_ONNX_BYTES:
         raise UserError("The model is larger than the 2 GB that one ONNX file can hold: export it as torch.")
-    return _export(model, Path(path), "onnx", opset, pictures)
+    return _export(model, Path(path), "onnx", opset, pictures, routes)
 
 
 def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None = None) -> ExportReport:
@@ -133,8 +145,12 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
     }
 
 
-def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures: Tensor | None) -> ExportReport:
+def _export(
+    model: SavedModel, path: Path, format: Format, opset: int, pictures: Tensor | None, routes: bool = False
+) -> ExportReport:
     for layer in moe_layers(model.net):
+        if routes and layer.router.kind != "token_choice":
+            raise UserError("Routes are exported where patches choose experts: leave them out for this model.")
         options = getattr(layer.router, "options", None)
         if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
             raise UserError(
@@ -146,10 +162,14 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
     net = net.cpu().float().eval().requires_grad_(False)
     if model.strangers is not None:
         net = _WithDistance(net, model.strangers)
+    inputs: list[Tensor] = []  # behind the image
+    if routes:
+        net = _WithRoutes(net)
+        inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
     generator = torch.Generator().manual_seed(0)
     given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
     try:
-        data = _to_bytes(_with_backend(net, "dense"), exported_facts(model), format, opset)
+        data = _to_bytes(_with_backend(net, "dense"), inputs, exported_facts(model), format, opset)
         run = load_exported(data, format)
         _with_backend(net, "loop")
         for _ in range(_DRAWS):
@@ -157,14 +177,15 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
             # One image alone, then several together: the file is for any batch size.
             parts = [noise[:1], noise[1:], *(given.split(32) if len(given) else ())]
             logits, told = (
-                torch.cat([_columns(each(part)) for part in parts]) for each in (torch.no_grad()(net.__call__), run)
+                torch.cat([_columns(each(part, *inputs), model) for part in parts])
+                for each in (torch.no_grad()(net.__call__), run)
             )  # [n, C], or [n, C + 1] with the distance
             delta = float((told - logits)[:_NOISE].abs().max())
             if delta <= TOLERANCE:  # NaN isn't
                 break
     except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
         raise UserError(
-            f"{type(net).__name__} can't be exported as {format} ({type(error).__name__}: "
+            f"{type(model.net).__name__} can't be exported as {format} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): try the other format."
         ) from error
     if not delta <= TOLERANCE:
@@ -189,8 +210,47 @@ class _WithDistance(nn.Module):
         return answers(self.net, self.strangers, image)
 
 
-def _columns(found: Any) -> Tensor:
-    return found if isinstance(found, Tensor) else torch.cat([found[0], found[1][:, None]], 1)
+class _WithRoutes(nn.Module):
+    """A network that also tells the routes of the patches, and from which experts can be taken away."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.layers = net, moe_layers(net)
+        named = {str(layer.layer_index): layer for layer in self.layers}
+        self.outputs = [f"{what}.{number}" for number in named for what in ("experts", "weights", "probs")]
+
+    def forward(self, image: Tensor, away: Tensor) -> tuple[Tensor, ...]:
+        first = int(getattr(getattr(self.net, "net", self.net), "num_prefix_tokens", 0))
+        for layer, gone in zip(self.layers, away, strict=True):
+            layer.intervention = partial(_without, layer.router, gone[: layer.router.num_experts])
+        try:
+            with record_routing(self.net) as routings:
+                found = self.net(image)
+        finally:
+            for layer in self.layers:
+                layer.intervention = None
+        told = [(one.expert_index, one.combine_weight * one.kept, one.probs) for one in routings]
+        answer = (found,) if isinstance(found, Tensor) else found
+        return (*answer, *(values[:, first:] for layer in told for values in layer))
+
+
+def _without(router: Any, away: Tensor, routing: Routing) -> Routing:
+    """A decision of tokens without some experts, away bool [E]: the next best take their places, at their own gates."""
+    index = routing.noisy_logits.masked_fill(away, -torch.inf).topk(routing.top_k).indices  # [B, N, K]
+    gate_logits = router.gate_logits(routing)
+    top_logits = gate_logits.gather(-1, index).masked_fill(away[index], -torch.inf)
+    left = ~away[index]  # fewer than K may be
+    gates = router.gates(gate_logits, top_logits).masked_fill(~left, 0.0)
+    if hasattr(router, "keep"):  # a rule knows no capacity
+        left = left & router.keep(index, gate_logits, top_logits)
+    return replace(routing, expert_index=index, combine_weight=gates, kept=left)
+
+
+def _columns(found: Any, model: SavedModel) -> Tensor:
+    """The logits [B, C] of an answer, with the distance behind them [B, C + 1] if the model tells one."""
+    if isinstance(found, Tensor):
+        return found
+    return found[0] if model.strangers is None else torch.cat([found[0], found[1][:, None]], 1)
 
 
 def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
@@ -199,14 +259,14 @@ def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
     return net
 
 
-def _to_bytes(net: nn.Module, facts: dict[str, Any], format: Format, opset: int) -> bytes:
+def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], format: Format, opset: int) -> bytes:
     texts = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
     side = int(facts["image_size"])
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             net,
-            (torch.zeros(2, 3, side, side),),  # two images: a batch of 1 would be taken for a constant
-            dynamic_shapes=({0: Dim("batch", min=1)},),
+            (torch.zeros(2, 3, side, side), *inputs),  # two images: a batch of 1 would be taken for a constant
+            dynamic_shapes=({0: Dim("batch", min=1)}, *(None for _ in inputs)),
             strict=False,
             # Soft MoE's reshapes hold for every batch, but torch can't prove it.
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -216,8 +276,9 @@ def _to_bytes(net: nn.Module, facts: dict[str, Any], format: Format, opset: int)
                 node.meta.pop("stack_trace", None)  # it holds paths of this machine
         if format == "torch":
             return _to_torch(program, facts)
-        names = ["logits", "distance"] if isinstance(net, _WithDistance) else ["logits"]
-        return _to_onnx(program, names, texts, opset)
+        told = ["logits", "distance"] if facts["distance"] else ["logits"]
+        more = net.outputs if isinstance(net, _WithRoutes) else []
+        return _to_onnx(program, ["image", "away"][: 1 + len(inputs)], [*told, *more], texts, opset)
 
 
 def _to_torch(program: ExportedProgram, facts: dict[str, Any]) -> bytes:
@@ -226,13 +287,15 @@ def _to_torch(program: ExportedProgram, facts: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _to_onnx(program: ExportedProgram, outputs: list[str], texts: dict[str, str], opset: int) -> bytes:
+def _to_onnx(
+    program: ExportedProgram, inputs: list[str], outputs: list[str], texts: dict[str, str], opset: int
+) -> bytes:
     onnx_program = torch.onnx.export(
         program,
         dynamo=True,
-        input_names=["image"],
+        input_names=inputs,
         output_names=outputs,
-        dynamic_shapes=({0: "batch"},),
+        dynamic_shapes=({0: "batch"}, *(None for _ in inputs[1:])),
         opset_version=opset,
         custom_translation_table=_translations(),
         verbose=False,
@@ -263,7 +326,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 def load_exported(source: bytes | str | Path, format: Format) -> Runner:
     """The function that a file computes, on the CPU with torch's thread count.
 
-    It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B].
+    It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B]; of a file with
+    routes it also takes who is `away`, and gives the routes.
 
     Loading a torch program can run code that is hidden in it: open only files of people you trust.
     """
@@ -277,8 +341,9 @@ def load_exported(source: bytes | str | Path, format: Format) -> Runner:
     data = source if isinstance(source, bytes) else str(source)
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Any:
-        found = [torch.from_numpy(each) for each in session.run(None, {"image": images.numpy()})]
+    def run(*inputs: Tensor) -> Any:
+        feeds = {one.name: given.numpy() for one, given in zip(session.get_inputs(), inputs, strict=True)}
+        found = [torch.from_numpy(each) for each in session.run(None, feeds)]
         return found[0] if len(found) == 1 else tuple(found)
 
     return run

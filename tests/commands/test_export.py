@@ -48,6 +48,7 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
         (("--out", "model.pt2", "--format", "onnx"), "end it in .onnx"),
         (("--out", "there.onnx"), "--force to replace it"),
         (("--out", "model.pt2", "--opset", "20"), "--opset is for ONNX"),
+        (("--out", "model.pt2", "--routes"), "--routes is for ONNX"),
         (("--out", "model.pt2", "--data", "nothing.jpg"), "nothing.jpg"),
         (("--out", "model.pt2", "--data", "there.onnx"), "there.onnx can't be read"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 import moevision
+from moevision.analysis import Intervention
+from moevision.analysis.intervention import intervene
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
@@ -135,6 +138,73 @@ def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> 
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
     with torch.no_grad():  # with gradients few rows go another way, and round otherwise
         assert torch.equal(model.net(pictures(5)), expected)
+
+
+ROUTED = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
+
+
+@pytest.mark.needs("onnx")
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param([{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}], id="two layers"),
+        pytest.param({"router": ROUTED}, id="all routers", marks=pytest.mark.deep),
+        pytest.param(
+            [{"router": "vmoe_top_k", "eval_capacity_factor": 0.75}, {"router": "sigmoid", "route_by": "image"}],
+            id="capacity, and by image",
+            marks=pytest.mark.deep,
+        ),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["distance", "no distance"])
+def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known: bool, tmp_path: Path) -> None:
+    """Choices, gates, affinities and logits: as trained, without one expert, without several, and with one left."""
+    model, path = tiny(**layers) if isinstance(layers, dict) else tiny(*layers), tmp_path / "model.onnx"
+    model = with_distances(model) if known else model
+    for number, layer in enumerate(moe_layers(model.net)):
+        layer.layer_index = number
+    assert export_onnx(model, path, routes=True).max_logit_delta <= 1e-4
+    run = export_module.load_exported(path, "onnx")
+    sizes = [layer.router.num_experts for layer in moe_layers(model.net)]
+    last = len(sizes) - 1
+    for gone in ([], [(0, 1)], [(0, 0), (0, 2), (last, 1)], [(last, expert) for expert in range(sizes[last] - 1)]):
+        away = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
+        for layer, expert in gone:
+            away[layer, expert] = True
+        changes = [Intervention("ablate", layer=layer, expert=expert) for layer, expert in gone]
+        with torch.no_grad(), intervene(model.net, *changes):
+            logits, routings = moevision.forward_routing(model.net, pictures(3))
+        answer = run(pictures(3), away)
+        torch.testing.assert_close(answer[0], logits, rtol=0, atol=1e-4)
+        routes = answer[2 if known else 1 :]
+        assert len(routes) == 3 * len(sizes)
+        for place, routing in enumerate(routings):
+            index, weights, probs = routes[3 * place : 3 * place + 3]
+            first = routing.num_prefix_tokens
+            assert index.shape == routing.expert_index[:, first:].shape
+            full = torch.zeros_like(probs).scatter(-1, index, weights)
+            torch.testing.assert_close(full, routing.expert_weights()[:, first:], rtol=0, atol=1e-5)
+            torch.testing.assert_close(probs, routing.probs[:, first:], rtol=0, atol=1e-5)
+            chosen = weights > 0
+            assert torch.equal(index[chosen], routing.expert_index[:, first:][chosen])
+            assert not any(bool((index[chosen] == expert).any()) for layer, expert in gone if layer == place)
+    if not known:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        assert [(one.name, one.shape) for one in session.get_inputs()] == [
+            ("image", ["batch", 3, 32, 32]),
+            ("away", [len(sizes), max(sizes)]),
+        ]
+        assert [one.name for one in session.get_outputs()][:4] == ["logits", "experts.0", "weights.0", "probs.0"]
+
+
+@pytest.mark.needs("onnx")
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_routes_are_refused_where_no_patch_chooses(router: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="where patches choose experts"):
+        export_onnx(tiny(router=router), tmp_path / "model.onnx", routes=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.deep

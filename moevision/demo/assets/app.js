@@ -4,9 +4,10 @@ import { choose, chooseCount } from "./app_choice.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { followAddress, goTo } from "./app_history.js";
+import { server } from "./app_fetch.js";
 import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
 import { listenForFiles, ownHandlers, ownMemory, tellRoute } from "./app_own.js";
-import { asAskError, Asker, errorBox, server, slide } from "./app_server.js";
+import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showLikes, showSimilar } from "./app_similar.js";
@@ -26,6 +27,7 @@ import { WhatIfTab } from "./tab_whatif.js";
 /** @import { Boot, Chosen, Failure, Intervention, Pending, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
+const SERVERLESS = ["ExpertsTab", "AboutTab"];
 /** @type {Pending} */
 const NOTHING = { slots: [], kind: null, wish: null };
 
@@ -91,8 +93,9 @@ export class App {
     this.core.timeSource = timeSource(this);
     this.swapping = false;
     this.waiting = false;
+    const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || boot.models.some(({ score_lists: lists }) => lists.length)));
     /** @type {Tab[]} */
-    this.tabs = TABS.filter((Tab) => Tab !== DataTab || boot.models.some(({ score_lists: lists }) => lists.length)).map((Tab) => new Tab(this));
+    this.tabs = able.map((Tab) => new Tab(this));
     this.flow = new Flow(this);
     this.connect();
     this.drawDoor();
@@ -436,6 +439,11 @@ export class App {
   /** @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
     if (!this.state) return undefined;
+    if (this.boot.device) {
+      this.core.box("flow").scrollIntoView({ block: "start" });
+      this.state.set({ layer: this.model.layers.indexOf(layer) });
+      return this.toggleAway(layer, expert);
+    }
     this.state.set({ layer: this.model.layers.indexOf(layer), highlight: expert, mode: "expert" });
     this.core.box("main").scrollIntoView({ block: "start" });
     return this.change({ kind: "ablate", layer, expert, fill: "next_best", seed: 0 });

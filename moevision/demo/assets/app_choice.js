@@ -28,7 +28,7 @@ export function choose(app, wish) {
   const limited = wish.capacity !== undefined && limitable(app.model).length > 0;
   app.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
   app.noise = readNoise(wish.noise, app.model);
-  app.intervention = readIntervention(wish.do, app.model);
+  app.intervention = app.boot.device ? null : readIntervention(wish.do, app.model);
   app.ranked = { key: wish.list ?? null, only: wish.class ?? null };
   app.tab = app.tabs.find(({ id }) => id === wish.tab)?.id ?? app.tab;
 }

@@ -14,19 +14,6 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 const BUSY_TRIES = 4;
 const READY_TRIES = 80;
 
-/**
- * What the server answers: `server.route(question)`.
- * @type {Server}
- */
-export const server = new Proxy({}, {
-  get: (_, name) => async (question = {}) => {
-    const home = location.pathname.replace(/\/?$/, "/"); // below a proxy's path, too
-    const headers = { "content-type": "application/json" };
-    const answer = await fetch(`${home}api/${String(name)}`, { method: "POST", headers, body: JSON.stringify(question) });
-    return answer.json();
-  },
-});
-
 export class Asker {
   /** @param {Server} asked */
   constructor(asked) { this.server = asked; this.answers = new Map(); }

@@ -75,6 +75,6 @@ export class AboutTab {
           <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
           <div><dt>experts</dt><dd>in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}</dd></div>
           ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
-        <p class="mv-note">moevision ${boot.version}. Nothing leaves this server; no image is kept.</p></section></div>`);
+        <p class="mv-note">moevision ${boot.version}. Nothing leaves this ${boot.device ? "device" : "server"}; no image is kept.</p></section></div>`);
   }
 }

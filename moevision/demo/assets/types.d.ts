@@ -247,6 +247,8 @@ export interface Boot {
   links: { lesson: string | null; code: string | null; cite: string };
   /** Whether all models have their examples. */
   whole?: boolean;
+  /** Whether the answers are made in the browser (docs/live): not everything can be asked. */
+  device?: boolean;
 }
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }

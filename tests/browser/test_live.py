@@ -1,0 +1,163 @@
+"""The explorer without a server: built, served by `http.server`, and asked what Python answers of the same images."""
+
+import os
+import socket
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.demo.live import (
+    BOX,
+    OWN,
+    SAID,
+    bring,
+    compared,
+    first_answer,
+    first_choices,
+    own_images,
+    served,
+    view_of,
+)
+from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.service import Explorer
+from tests.browser.conftest import no_sideways_scroll
+from tests.docs.test_live import live
+
+pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")
+
+COLD_S = 3.0  # from the address to the first answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The build; MOEVISION_ORT names a folder with onnxruntime-web's files where npm shouldn't be asked."""
+    out, ort = tmp_path_factory.mktemp("live") / "moe", os.environ.get("MOEVISION_ORT")
+    live.build(out, None if ort is None else Path(ort))
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(folder):
+    """Its address, below a path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(folder, port) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The explorer with the same models."""
+    explorer = Explorer(open_entries(None, DataOptions()))
+    yield explorer
+    explorer.close()
+
+
+@pytest.fixture
+def visit_live(new_visit, home):
+    """Opens visits that ask the folder only, by GET, and have nothing to complain about."""
+    visits = []
+
+    def begin(query="", **options):
+        visits.append(new_visit(**options))
+        visits[-1].open(home + query)
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        assert one.complaints == []
+        assert one.strangers(home) == []
+        assert {request.method for request in one.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("model", OWN)
+def test_own_images_are_decided_as_by_python(model, visit_live, whole):
+    """40 in all: the same class for each, and as good as all first choices of their patches."""
+    one = visit_live(f"?model={model}")
+    found = compared(one.page, whole, model)
+    print(model, found)
+    assert found["same_class"] == found["images"] == OWN[model]
+    assert found["same_first"] >= 0.995 * found["choices"] > 0
+    assert found["probability_difference"] <= 0.02
+    assert one.page.locator(".mv-older").locator("visible=true").count() == 0
+    stranger = bring(one.page, own_images("pets" if model == "cats_vs_dogs" else "cats_vs_dogs")[0])
+    expected = whole.answer("route", {"model": model, "picture": {"kind": "upload", "data": stranger}})
+    assert view_of(one.page)["picture"]["unlike"] == expected["picture"]["unlike"]
+
+
+@pytest.mark.parametrize("model", ["pets", "cifar10", "cats_vs_dogs"])
+def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
+    """One, then another: routes and answer are Python's; put back, the recorded view is there again."""
+    about = next(one for one in whole.boot({})["models"] if one["id"] == model)
+    layers = about["layers"]
+    one = visit_live(f"?model={model}&away={layers[-1]}.3")
+    page = one.page
+    for away in ([[layers[-1], 3]], [[layers[-1], 3], [layers[0], 1]]):
+        if len(away) > 1:
+            one.open(f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1")
+        page.wait_for_selector(f"{SAID}:has-text('{len(away)} of ')")
+        found = view_of(page)
+        picture = {"kind": "example", "id": found["picture"]["id"]}
+        expected = whole.answer("route", {"model": model, "picture": picture, "away": away})
+        assert found["settings"]["away"] == away
+        assert np.mean(first_choices(found, expected)) >= 0.995
+        best, own = (view["prediction"]["moe"][0] for view in (found, expected))
+        assert best["class"] == own["class"]
+        assert best["p"] == pytest.approx(own["p"], abs=0.005)
+        for layer, other in zip(found["layers"], expected["layers"], strict=True):
+            assert set(other) == set(layer)
+            assert np.allclose(layer["counts"], other["counts"], atol=2)
+            assert np.allclose(layer["margin"], other["margin"], atol=1e-2)
+            assert np.allclose(layer["entropy"], other["entropy"], atol=1e-2)
+            assert [len(row) for row in layer["weights"]] == [len(row) for row in other["weights"]]
+            assert {(layer["layer"], expert) for row in layer["experts"] for expert in row}.isdisjoint(map(tuple, away))
+    page.click("[data-action=put-back]")
+    page.wait_for_selector("[data-part=said]:has-text('Click networks away')")
+    assert view_of(page)["layers"][0]["computation"] is not None
+
+
+def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live, whole):
+    cards = {one["id"]: one["card"]["matters"] for one in whole.boot({})["models"]}
+    one = visit_live()
+    page = one.page
+    page.click("[data-action=matters]")
+    page.wait_for_selector(f"{SAID}:has-text('1 of 16 away: now')")
+    telling = next(found for found in cards.values() if found)
+    assert f"now {telling['after']['class']}" in page.text_content(SAID)
+    assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == ["experts", "about"]
+    page.click("[data-tab=experts]")
+    page.wait_for_selector(".mv-cards .mv-crop")
+    for absent in ("[data-action=export-page]", "[data-action=hand]", "[data-change=topk]", "[data-action=more]"):
+        assert page.locator(absent).locator("visible=true").count() == 0, absent
+    page.click(".mv-cards .mv-crop button >> nth=0")  # an image of which pixels alone are there, or an example
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    assert page.locator("[data-box=trouble] .mv-state").count() == 0
+    assert "stay on this device" in page.text_content("[data-box=rail]")
+
+
+def test_on_a_phone_nothing_is_cut_off(visit_live):
+    one = visit_live("?model=pets", viewport={"width": 390, "height": 844}, door=False)
+    page = one.page
+    page.click(f"{BOX} >> nth=0")
+    page.wait_for_selector(f"{SAID}:has-text('1 of 16 away')")
+    assert no_sideways_scroll(page)
+
+
+def test_what_lies_there_is_small(folder):
+    """35 MB for drawn pets, CIFAR-10 and the runtime; the model of photos lies beside them and is asked for by need."""
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    photos = sizes.pop("cats_vs_dogs.onnx.bin")
+    assert sum(sizes.values()) <= 35e6
+    assert photos <= 30e6
+    assert sizes["index.html"] <= 1e6
+    assert "onnxruntime-web" in (folder / "NOTICE.txt").read_text("utf-8")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("model", OWN)
+def test_the_first_answer_comes_soon(model, browser, home):
+    """From an empty browser: the page, the runtime, the model, and one expert away; the median of three."""
+    assert statistics.median(first_answer(browser, f"{home}?model={model}")[0] for _ in range(3)) < COLD_S
