@@ -33,7 +33,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from moevision.config import EarlyStoppingConfig, RecordRoutingConfig
+from moevision.config import EarlyStoppingConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
@@ -458,7 +458,7 @@ class RecordRouting(L.Callback):
         folder, total = Path(cast(str, self.config.images)), trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
-        names, pixels = _read(folder, data.image_size)
+        names, pixels = _read(folder, data.image_size, data.framing)
         self._images = normalize(pixels, data.mean, data.std)
         self._planned = planned_moments(int(total), self.config.moments)
         self._history = RoutingHistory(names, tuple(data.class_names), int(total))
@@ -494,7 +494,7 @@ class RecordRouting(L.Callback):
         self._history.save(self.file)
 
 
-def _read(folder: Path, image_size: int) -> tuple[tuple[str, ...], Tensor]:
+def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
     """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
     if not files or len(files) > MAX_IMAGES:
@@ -502,7 +502,7 @@ def _read(folder: Path, image_size: int) -> tuple[tuple[str, ...], Tensor]:
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_IMAGES}."
         )
     try:
-        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size) for file in files])
+        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
     except BadImageError as error:
         raise UserError(f"An image below --record_routing.images can't be used: {error}") from error
     names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
