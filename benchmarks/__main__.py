@@ -51,6 +51,7 @@ STUDY = {
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
     "ideas": ("docs/concepts/what-sparsity-buys.md: what all these say of each idea, from their records", "ideas"),
+    "fits": ("crop, pad or squash: a linear head on the frozen features of photos that aren't square", "fits"),
     "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }
 PROVE = {
