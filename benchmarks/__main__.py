@@ -25,6 +25,7 @@ MEASURE = {
 STUDY = {
     "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),
     "airbench": ("what a convolutional net from outside reaches on the copy of CIFAR-10", "accuracy.airbench"),
+    "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
     "head": ("what it is worth that a fine-tuning's classifier starts as a linear probe", "accuracy.head"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "small": ("heads that read places, instability, large batches: three questions to one small model", "small"),

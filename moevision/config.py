@@ -828,7 +828,7 @@ _SHORT = (
 )
 _RARE = re.compile(
     r"trainer\.(num_sanity|enable_model|use_dist)|data\.(mean|std|order_seed|max_bad_fraction|check_duplicates|hflip)"
-    r"|data\.(val|test)_size|guard\.(snap|spike|max_skips)|ema\.warmup|model\.(num_classes|image_size)|ckpt_path"
+    r"|data\.(val|test)_size|data\.cache_mb|guard\.(snap|spike|max_skips)|ema\.warmup|model\.(num_classes|image_size)|ckpt_path"
     r"|model\.arch\.(backend|upcycle_|proj_drop|patch_drop|expert_drop|mlp_ratio|slots|bias_rate|normalize|batch_prio)"
     r"|model\.(arch\.twin|optim\.beta2|aux\.rule)|record_routing\.moments|parallel\.offload|check_memory|runs_root"
 )
