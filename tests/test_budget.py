@@ -33,7 +33,7 @@ SIZE = {
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
-DOCS_WORDS = 33_010  # README.md and docs/**/*.md; "When do experts pay?"
+DOCS_WORDS = 33_070  # README.md and docs/**/*.md; --data.fit, classes_test.csv, what the first run costs
 
 FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 16, 80, 40, 4
 
