@@ -20,7 +20,7 @@ from moevision.models.export import OPSET, SUFFIX, TOLERANCE, Format, Runner, ex
 from moevision.models.io import SavedModel
 from moevision.train.resume import load_trained
 
-_FITS = {
+FITS = {
     "crop": 'ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)',
     "pad": 'ImageOps.pad(image, size, method, color=tuple(round(255 * each) for each in about["mean"]))',
     "squash": "image.resize(size, method)",
@@ -98,7 +98,7 @@ def run(chosen: Namespace) -> None:
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
     outputs = "logits" if saved.strangers is None else "logits, distance"
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs, fit=_FITS[saved.fit])}")
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs, fit=FITS[saved.fit])}")
 
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from moevision.analysis.images import open_pictures
-from moevision.commands.export import _FITS
+from moevision.commands.export import FITS
 from moevision.config import Framing
 from moevision.data import SyntheticPets
 from moevision.data.images import safe_open
@@ -63,7 +63,7 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
         about = exported_facts(model)
         from PIL import ImageOps
 
-        told = eval(_FITS[about["fit"]], {"ImageOps": ImageOps} | locals())  # the line that export prints
+        told = eval(FITS[about["fit"]], {"ImageOps": ImageOps} | locals())  # the line that export prints
         assert np.array_equal(np.asarray(told), pixels)
 
     # Saved again, as upcycle and surgery do, it stays.
