@@ -5,7 +5,7 @@ import numpy as np
 from benchmarks.fits import TESTED, head, parts_of
 
 
-def test_the_table_by_hand():
+def test_the_table_by_hand() -> None:
     """Per seed 2, 0 and 1 points: their mean is 1, their deviation 1, and t of two degrees of freedom 4.303."""
     right = {"crop": (80, 80, 80), "pad": (82, 80, 81)}
     records = [
@@ -17,7 +17,7 @@ def test_the_table_by_hand():
     assert f"| `pad` | 82.0% | 80.0% | 81.0% | 81.0% | +1.00 ± {4.303 / 3**0.5:.2f} |" in found
 
 
-def test_a_head_finds_what_features_hold():
+def test_a_head_finds_what_features_hold() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, TESTED + 200)
     features = rng.normal(size=(len(labels), 4))

@@ -8,7 +8,8 @@ from moevision.stats import accuracy_interval
 
 Json = dict[str, Any]
 RUNS = "benchmarks/quickstart/runs.jsonl"
-NOW, BEFORE = ([f"{RUNS}#{name}-s{seed}" for seed in range(3)] for name in ("now", "before"))
+NOW, BEFORE = [f"{RUNS}#now-s{seed}" for seed in range(3)], f"{RUNS}#before-s0"
+BEFORE_BF16 = [f"benchmarks/accuracy/places.jsonl#quickstart-micro-s{seed}" for seed in range(3)]
 QUICKSTART = NOW[0]
 CIFAR_CARD = CARD.replace("pets", "cifar10")
 CATS_CARD, CATS_ATLAS = CARD.replace("pets", "cats_vs_dogs"), ATLAS.replace("pets", "cats_vs_dogs")
@@ -63,7 +64,12 @@ CLAIMS = [
     Claim(CATS_ATLAS, "| bundled, cats and dogs | {images:,} | {slowest} | {spread} |", loads),
     Claim(ATLAS, "| bundled, drawn pets | {images:,} | {slowest} | {spread} |", loads),
     Claim(tuple(NOW), "| now | {images:,} | {seconds} | {tests} |", of_command),
-    Claim(tuple(BEFORE), "| before | {images:,} | {seconds} | {tests} |", of_command),
+    Claim(BEFORE, "| before | {images:,} | {seconds} | {tests} |", of_command),
+    Claim(
+        tuple(BEFORE_BF16),
+        "{tests} in bf16",
+        lambda *runs: {"tests": ", ".join(f"{run['test']['correct'] / run['test']['total']:.1%}" for run in runs)},
+    ),
 ]
 
 DEFINITIONS = [
