@@ -95,8 +95,10 @@ def collect_routing(
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
     known = saved.class_names or None
-    place = {"split": split, "root": root, "run_dir": run_dir, "framing": saved.framing}
-    pictures = open_pictures(data, saved.image_size, limit=limit, seed=seed, class_names=known, **place)
+    pictures = open_pictures(
+        data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed, class_names=known,
+        root=root, run_dir=run_dir,
+    )  # fmt: skip
     settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
