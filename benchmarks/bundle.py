@@ -47,7 +47,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 
 from benchmarks.demo.packed import pack_folder
@@ -63,15 +62,13 @@ from moevision.analysis.readings import recording_of
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
-from moevision.demo.examples import Examples
-from moevision.demo.models import SOURCES
+from moevision.demo.models import HISTORIES, SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.safe_files import WEIGHTS
 from moevision.stats import accuracy_interval
-from moevision.train.checkpoint import BEST, read_manifest
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
 EFFECTS_S = 1800.0  # for taking each expert away, over images of each class
@@ -169,6 +166,8 @@ def main() -> None:
         ask_again(options)
     elif packs_bundled:
         pack_bundled(options)
+    elif options.examples is not None and options.photos is None:
+        parser.error("--examples goes with --photos: of drawn images fit records the first by itself")
     elif options.examples is not None:
         write_examples(options)
     elif options.run is None or options.dense is None:
@@ -211,11 +210,9 @@ def make(options: Namespace) -> None:
     write_json_atomic(folder / "provenance.json", {name: _origin(run) for name, run in runs.items()})
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)
-    if (options.run / FILE).is_file():
-        history = RoutingHistory.load(options.run / FILE)
-        best = [entry.step for entry in read_manifest(options.run / "checkpoints") if entry.name == BEST]
-        last = best[-1] if best else history.steps[-1]
-        _write_history(history, last, trained, test if shown is None else shown, folder / "history.safetensors")
+    for variant, name in HISTORIES.items():
+        if variant in runs and (file := runs[variant] / FILE).is_file():
+            _write_history(file, models[variant], test if shown is None else shown, folder / name)
     seeds, before = ([load_model(str(path)) for path in paths] for paths in (options.seeds, options.before))
     save_atlas(_atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json")
     if "unbalanced" in models:
@@ -246,9 +243,8 @@ def pack_bundled(options: Namespace) -> None:
     shown, home = None, (folder / SOURCES).parent
     if home.is_dir():
         shown = open_pictures(home, model.image_size, split="all", class_names=model.class_names)
-    if (history := folder / "history.safetensors").is_file():
-        before = RoutingHistory.load(history)
-        _write_history(before, before.steps[-1], model, test if shown is None else shown, history)
+    if (history := folder / HISTORIES["trained"]).is_file():
+        _write_history(history, model, test if shown is None else shown, history)
     pictures = open_pictures(data, model.image_size, limit=options.images, class_names=model.class_names)
     save_atlas(_atlas(model, pictures, about["title"], shown), folder / "atlas.json")
 
@@ -322,20 +318,9 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
 
 
 def write_examples(options: Namespace) -> None:
-    """The images that the explorer will show of a model, in files that are named as it names them."""
-    if options.photos is not None:
-        classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
-        _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
-        return
-    size = load_model(str(MODELS / options.name / "trained")).image_size
-    pictures = open_pictures(options.data or ABOUT[options.name]["data_kind"], size)
-    examples = Examples(pictures, size)
-    ids = set(examples.all_ids[: len(pictures.class_names)])  # the first of each class
-    for row in range(len(pictures)):
-        if examples.id_of(pictures, row) in ids:
-            file = options.examples / f"{pictures.picture_name(row)}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pictures.image(row)).save(file)
+    """The photos that the explorer will show of a model; of drawn images `fit` itself records the first ones."""
+    classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
+    _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
 
 
 def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
@@ -366,8 +351,10 @@ def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel
     return shown
 
 
-def _write_history(history: RoutingHistory, last: int, model: SavedModel, pictures: PictureSet, out: Path) -> None:
-    """The moments before the step `last`, and as the last one the model as it is carried."""
+def _write_history(file: Path, model: SavedModel, pictures: PictureSet, out: Path) -> None:
+    """A history with the model as it is carried in the place of its last moment, the model of the run."""
+    history = RoutingHistory.load(file)
+    last = history.steps[-1]
     rows = {pictures.picture_name(row): row for row in range(len(pictures))}
     names = {name: name if name in rows else name.removesuffix(".png") for name in history.image_names}
     strange = sorted(name for name, own in names.items() if own not in rows)

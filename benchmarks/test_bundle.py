@@ -25,7 +25,6 @@ from moevision.models.history import FILE, RoutingHistory
 from moevision.models.io import load_model
 from moevision.models.strangers import FILE as STRANGERS
 from moevision.stats import accuracy_interval
-from moevision.train.checkpoint import read_manifest
 
 # file, author, licence, path inside, quotation, grade
 PHOTOS = [
@@ -182,11 +181,9 @@ def test_the_atlas_answers_three_questions_and_shows_photos_only(folder):
 
 def test_the_history_ends_with_the_model_that_is_carried(made, folder):
     whole, history = RoutingHistory.load(made / "runs/moe" / FILE), RoutingHistory.load(folder / "history.safetensors")
-    (best,) = {entry.step for entry in read_manifest(made / "runs/moe/checkpoints") if entry.name == "best.ckpt"}
-    earlier = [step for step in whole.steps if step < best]
-    assert history.steps == (*earlier, best)
+    assert history.steps == whole.steps
     assert list(history.image_names) == TAKEN
-    assert np.array_equal(history.weights[1][:-1], whole.weights[1][: len(earlier)])
+    assert np.array_equal(history.weights[1][:-1], whole.weights[1][:-1])
     trained = load_model(str(folder / "trained"))
     pictures = open_pictures(folder / "examples", 32, split="all")
     pixels = torch.from_numpy(pictures.image(2)).permute(2, 0, 1)[None]
@@ -198,7 +195,7 @@ def test_the_history_ends_with_the_model_that_is_carried(made, folder):
 
 def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made, folder):
     (entry,) = open_entries(None, DataOptions(), home=made / "models")
-    assert entry.history == folder / "history.safetensors"
+    assert entry.histories == {"trained": folder / "history.safetensors"}
     explorer = Explorer([entry])
     assert sorted(entry.examples.ids) == [f"data/{name}" for name in TAKEN]  # no other photos beside them
     assert explorer.boot({})["models"][0]["has_dense"]
@@ -219,7 +216,7 @@ def test_one_own_images_take_the_place_of_the_photos(made):
     (entry,) = open_entries(None, DataOptions(str(made / "data")), home=made / "models")
     assert not entry.examples.credits
     assert entry.dense_answers == {}
-    assert entry.history is None
+    assert entry.histories == {}
 
 
 def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import ast
 import os
 import posixpath
 import re
+import sys
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,9 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
+from address import address
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -36,6 +40,14 @@ _CELL = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
 _UNIT = re.compile(r"(?<=\d) (?=(?:[MGT]|[kM]i?B|GB|ms|px|%)(?![\w-]))")
 _JOINT = re.compile(r"(?<=[A-Za-z])([._])(?=\w)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """The site's own address and a link to the repository, once pyproject.toml has them."""
+    there = address()
+    config["site_url"] = there.site or None
+    config["repo_url"], config["repo_name"] = (there.repository, there.name) if there.repository else (None, None)
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

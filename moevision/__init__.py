@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moevision.models import VisionTransformerMoE, convert_to_moe, dense_twin
     from moevision.models.upcycle import upcycle
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MoEMlp",
     "Routing",

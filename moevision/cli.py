@@ -448,7 +448,7 @@ surgery.json.""", """\
 Write a model as one file that runs without moevision: ONNX (for onnxruntime and others), or a torch.export program.
 Any batch size, float32; class names and preprocessing travel in the file, which is run on seeded images and compared
 with the model: if a logit differs by more than 1e-4, no file is left. It computes ALL experts for every token, so
-that it saves no computation; what that costs is printed. ONNX needs: pip install "moevision[export]".""", """\
+that it saves no computation; what that costs is printed. ONNX needs: pip install onnx onnxscript onnxruntime.""", """\
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.pt2                          the file's ending says which format
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),

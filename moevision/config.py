@@ -409,21 +409,27 @@ class EarlyStoppingConfig:
         check_ranges(self, [(*AT_LEAST_1, ("patience",))], "--early_stopping.")
 
 
+MAX_RECORDED = 64  # images
+
+
 @dataclass(frozen=True)
 class RecordRoutingConfig:
-    """Routing of some images of yours at moments of the training, to see how it formed.
+    """Routing of some images at moments of the training, to see how it formed.
 
     Attributes:
-        images: a folder of at most 64 images; their routing is written to routing_history.safetensors in the run
-            folder. null records nothing.
-        moments: how many, the first before the training and the last at its end, closer together at first.
+        images: how many test images, classes in turn, or a folder of images; at most 64. Their routing is written to
+            routing_history.safetensors in the run folder. null records nothing.
+        moments: how many, the first before the training and the last at its end, closer together at first. null: 24,
+            or fewer, so that they take no more than about 1 % of a short training.
     """
 
-    images: str | None = None
-    moments: int = 8
+    images: int | str | None = 12
+    moments: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
+        ranges: Ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
+        if isinstance(self.images, int):
+            ranges = [*ranges, (f"1 to {MAX_RECORDED}", lambda x: 1 <= x <= MAX_RECORDED, ("images",))]
         check_ranges(self, ranges, "--record_routing.")
 
 

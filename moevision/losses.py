@@ -1,4 +1,4 @@
-"""Balance losses: pure functions of a `Routing`, and `AuxLoss`, which weights and sums them for training.
+"""Balance losses: pure functions of a `Routing`, `AuxLoss`, which weights and sums them, and `Balance`, for any loop.
 
 - importance and load: Shazeer et al. 2017, arXiv:1701.06538, §4 and appendix A; V-MoE's variants of both
   (arXiv:2106.05974, appendix A) under `rule="vmoe"`.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moevision.config import AuxLossWeights
 from moevision.config import Rule as Rule
 from moevision.errors import UserError
-from moevision.layers import Routing, moe_layers
+from moevision.layers import Routing, moe_layers, update_router_bias
 
 
 def importance_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
@@ -216,6 +216,61 @@ class AuxLoss:
             sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
         self._window[name, layer] = sums.detach()
         return sums
+
+
+class Balance:
+    """All that MoE layers ask of a training loop: `loss` before every backward pass, `step` after the optimizer's.
+
+    Over several processes (`torch.distributed`) and micro-batches the statistics are those of the whole step, as
+    `AuxLoss` says; call both on every process.
+
+    Args:
+        model: any module with MoE layers; also wrapped in `DistributedDataParallel`.
+        weights: the weight of each loss; those that are left out are the routers' own.
+
+    Raises:
+        UserError: if a weighted loss can't be supplied by one of the routers.
+
+    Examples:
+        >>> from moevision import MoEMlp, record_routing
+        >>> layer = MoEMlp(32, 64, router="bias_balanced")
+        >>> balance = Balance(layer)
+        >>> with record_routing(layer) as routings:
+        ...     loss = layer(torch.randn(2, 9, 32)).square().mean()
+        >>> (loss + balance.loss(routings)).backward()  # then optimizer.step()
+        >>> balance.step()
+        >>> int(layer.router.bias.count_nonzero())  # every bias has moved once
+        8
+    """
+
+    def __init__(self, model: nn.Module, weights: AuxLossWeights | None = None) -> None:
+        self.model = model
+        self._losses = AuxLoss(weights or AuxLossWeights())
+        self._losses.check(model)
+        self.values: dict[str, Tensor] = {}
+        self._counts: list[Tensor] = []
+
+    def loss(self, routings: Sequence[Routing]) -> Tensor:
+        """The weighted sum of the balance losses, a scalar; `values` then has each of them, for a log.
+
+        Args:
+            routings: what the MoE layers decided, by `forward_routing` or `record_routing`.
+        """
+        counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+        total, self.values = self._losses(routings)
+        return torch.zeros((), device=counts[0].device if counts else None) if total is None else total
+
+    def step(self, applied: bool = True) -> None:
+        """Let routers act on the step's load, and begin the next one.
+
+        Args:
+            applied: False where the update was left out, as a loss scaler does: then no router moves.
+        """
+        if applied and self._counts and any(layer.router.needs_load for layer in moe_layers(self.model)):
+            update_router_bias(self.model, _sum_over_ranks(self._counts))
+        self._counts = []
+        self._losses.start_window()
 
 
 def _positive(weights: dict[str, float]) -> dict[str, float]:

@@ -38,6 +38,7 @@ NEEDS = {
     "node": Need("node", "apt-get install nodejs", lambda: shutil.which("node")),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "accelerate": Need("accelerate", 'pip install ".[test]"', lambda: _has("accelerate")),
     "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),
     "datasets": Need("datasets", 'pip install ".[test]"', lambda: _has("datasets")),
     "mkdocs": Need(

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -279,6 +280,14 @@ def check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], wh
         raise UserError(f"{where} has {len(used[train])} classes, and a classifier needs two: add images of another.")
     for split, found in used.items():
         check_same_classes(f"the {train} split of {where}", used[train], f"its {split} split", found)
+
+
+def in_turn(labels: Sequence[int]) -> list[int]:
+    """Indices of images of these classes, such that classes take turns."""
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    return [index for turn in zip_longest(*of_class.values()) for index in turn if index is not None]
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -251,9 +251,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            "A Hugging Face dataset needs the package datasets: pip install 'moevision[datasets]'."
-        ) from error
+        raise UserError("A Hugging Face dataset needs the package datasets: pip install datasets.") from error
     return datasets
 
 

@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -25,7 +24,7 @@ from PIL import Image
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.images import Collected, PictureSet, open_pictures, original_image, run_folder
 from moevision.config import CROP, Framing
-from moevision.data.collection import SPLITS
+from moevision.data.collection import SPLITS, in_turn
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
@@ -117,7 +116,9 @@ class Examples:
     @cached_property
     def all_ids(self) -> list[str]:
         """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
-        return [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
+        if (pictures := self.pictures) is None:
+            return []
+        return [self.id_of(pictures, index) for index in in_turn(list(map(pictures.label, range(len(pictures)))))]
 
     def on_first_screen(self) -> list[Found]:
         """The images of `ids` that can be used."""
@@ -222,13 +223,6 @@ def photo_files() -> dict[str, Path]:
         return {}
     folder = Path(spec.origin).parent / "media_assets" / "images"
     return {name: folder / file for name, file in _PHOTOS.items() if (folder / file).is_file()}
-
-
-def _spread(pictures: PictureSet) -> list[int]:
-    of_class: dict[int, list[int]] = {}
-    for index in range(len(pictures)):
-        of_class.setdefault(pictures.label(index), []).append(index)
-    return [index for turn in zip_longest(*of_class.values()) for index in turn if index is not None]
 
 
 class ScoredRun:

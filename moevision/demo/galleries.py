@@ -33,7 +33,7 @@ from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, counted_name, load_atlas
 from moevision.demo.examples import Found, Recent, thumb
 from moevision.demo.facts import ModelFacts
-from moevision.demo.models import Entry, Variant
+from moevision.demo.models import OWN, Entry, Variant
 from moevision.demo.view import top_classes
 from moevision.demo.wire import RequestError, data_uri, halves
 from moevision.errors import UserError
@@ -344,38 +344,49 @@ class AtlasPages:
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """The recorded moments of a model's training; T moments, P patches, E experts.
+    """The recorded moments of a model's training, and of that without the balance loss where it was recorded, too.
 
-    The last moment is the model as it is carried, which the page shows with all numbers of a view; of the others there
-    are weights and predictions only.
+    T moments, P patches, E experts. The last moment is the model as it is carried, which the page shows with all
+    numbers of a view; of the others there are weights and predictions only.
     """
 
-    history: RoutingHistory  # of images that are among the model's examples
-    rows: dict[str, int]  # place of each image in it, by the example's id
+    histories: dict[str, RoutingHistory]  # by variant, `trained` first; of images that are among the model's examples
+    rows: dict[str, int]  # place of each image in them, by the example's id
+    about: Json  # what the page knows before it asks for an image
 
     @classmethod
     def of(cls, entry: Entry) -> Times | None:
         """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
-        if entry.history is None:
+        if "trained" not in entry.histories:
             return None
-        history, examples = RoutingHistory.load(entry.history), entry.examples
-        if not set(history.image_names) <= examples.names or history.grid != entry.facts.grid:
-            raise UserError(f"{entry.history} doesn't fit the model beside it: put back the package's own file.")
-        return cls(history, {examples.id_of_name(name): row for row, name in enumerate(history.image_names)})
+        histories = {variant: RoutingHistory.load(file) for variant, file in entry.histories.items()}
+        trained, examples = histories["trained"], entry.examples
+        for variant, history in histories.items():
+            own = history.image_names == trained.image_names and history.grid == entry.facts.grid
+            if not own or not set(history.image_names) <= examples.names:
+                if entry.card.id == OWN:  # it recorded images of another folder
+                    return None
+                file = entry.histories[variant]
+                raise UserError(f"{file} doesn't fit the model beside it: put back the package's own file.")
+        rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
+        labels = [examples.find(id).label for id in rows]
+        about = {
+            "images": list(rows),
+            "total_steps": trained.total_steps,
+            "pretrained": trained.pretrained,
+            "tracks": {variant: _track(history, labels) for variant, history in histories.items()},
+        }
+        return cls(histories, rows, about)
 
-    def about(self) -> dict[str, Any]:
-        """Which images were recorded, and after how many optimizer steps."""
-        return {"images": list(self.rows), "steps": list(self.history.steps), "total_steps": self.history.total_steps}
-
-    def of_image(self, id: str) -> dict[str, Any]:
+    def of_image(self, id: str, variant: str = "trained") -> Json:
         """All moments of one image: the likeliest classes, and of each layer `weights` [T, P, E] as `halves` packs."""
-        if id not in self.rows:
+        if id not in self.rows or variant not in self.histories:
             raise RequestError(f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}.")
-        history, row = self.history, self.rows[id]
+        history, row = self.histories[variant], self.rows[id]
         return {
+            **self.about,
             "picture": id,
             "steps": list(history.steps),
-            "total_steps": history.total_steps,
             "predictions": [
                 top_classes(history.class_names, moment[row].astype("float32")) for moment in history.probabilities
             ],
@@ -383,6 +394,18 @@ class Times:
                 {"layer": layer, "weights": halves(weights[:, row])} for layer, weights in history.weights.items()
             ],
         }
+
+
+def _track(history: RoutingHistory, labels: Sequence[str | None]) -> Json:
+    """Over all images of a history: `right` [T] of `of`, and `loads` [L, T, E], the share of the choices of patches."""
+    said = np.array(history.class_names)[history.probabilities.argmax(-1)]  # [T, I]
+    taken = [np.count_nonzero(weights, axis=(1, 2)) for weights in history.weights.values()]  # each [T, E]
+    return {
+        "steps": list(history.steps),
+        "right": (said == np.array([label or "" for label in labels])).sum(1).tolist(),
+        "of": sum(label is not None for label in labels),
+        "loads": [np.round(own / np.maximum(own.sum(1, keepdims=True), 1), 3).tolist() for own in taken],
+    }
 
 
 def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Json:

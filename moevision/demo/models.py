@@ -9,7 +9,8 @@ comes from its run folder.
 
 It may also have
 
-- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
+- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`), and beside it
+  `history_unbalanced.safetensors`;
 
 and a model of photos
 
@@ -36,12 +37,15 @@ from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
 from moevision.errors import DataWarning, UserError, shown
+from moevision.models.history import FILE
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
 from moevision.words import percent
 
 Floats = npt.NDArray[np.float32]
 SOURCES: Final = Path("examples/SOURCES.json")
+HISTORIES: Final = {"trained": "history.safetensors", "unbalanced": "history_unbalanced.safetensors"}
+OWN: Final = "own"  # the id of a user's model
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
     if run is None or not (run / "summary.json").is_file():
-        return Card(id="own", title=title_of(address) or shown(address), subtitle="your model")
+        return Card(id=OWN, title=title_of(address) or shown(address), subtitle="your model")
     file = run / "summary.json"
     try:
         summary = read_json(file)
@@ -103,7 +107,7 @@ def card_of_run(address: str) -> Card:
             accuracy["dense"] = twin["correct"] / test["total"]
         seed = summary["seed"]
         return Card(
-            id="own",
+            id=OWN,
             title=shown(str(summary["name"])),
             subtitle=str(summary["model"]),
             data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
@@ -135,7 +139,7 @@ class Entry:
     examples: Examples
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    history: Path | None = None  # the file with the routing of the examples while the model was trained
+    histories: Mapping[str, Path] = field(default_factory=dict)  # by variant: routing of examples while it was trained
     shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
     @property
@@ -244,13 +248,13 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
-    history = folder / "history.safetensors"
+    histories = {variant: folder / name for variant, name in HISTORIES.items()}
     own = credits is not None or card.data_kind == SYNTHETIC  # else the images are others than those of the history
     return replace(
         entry,
         shown=_named(options, entry.examples.pictures),
         dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
-        history=history if own and history.is_file() else None,
+        histories={variant: file for variant, file in histories.items() if own and variant in nets and file.is_file()},
     )
 
 
@@ -291,7 +295,9 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     own = images is None or images.run is not None
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
-    return replace(entry, shown=_named(options, pictures, held_out=own))
+    history = None if run is None or images is None or images.run is None else run / FILE
+    histories = {"trained": history} if history is not None and history.is_file() else {}
+    return replace(entry, shown=_named(options, pictures, held_out=own), histories=histories)
 
 
 def _entry(

@@ -461,6 +461,10 @@ def _gradio(
     with gr.Blocks(title="moevision explorer", analytics_enabled=False) as blocks:
         # gradio's queue knows no addresses: it hands every call on at once, and the gates say whose turn it is.
         gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=None)
+    # Clients are told that an image is a file, or text; by its annotation alone it would be text.
+    (called,) = blocks.fns.values()
+    picture: Any = called.inputs[0]
+    picture._api_info = {"anyOf": [gr.Image(type="filepath").api_info(), {"type": "string"}]}
     # At "auto" the loop that starts the calls also tells who waits how long they will, and ends for good if it can't.
     blocks.queue(max_size=32, status_update_rate=2.0)
     blocks._queue.max_thread_count = 2 * WAITING + 32  # more than the gates take, so that none waits in its queue

@@ -164,11 +164,11 @@ class Explorer:
 
     def history(self, request: Any) -> Json:
         """Where the patches of an example went at moments of the training, and what the model then made of it."""
-        given = read.fields(request, ("model", "picture"))
-        entry, _ = self.pages.model(given)
+        given = read.fields(request, ("model", "variant", "picture"))
+        entry, variant = self.pages.model(given)
         if entry.card.id not in self.times:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
-        return self.times[entry.card.id].of_image(read.image_id(given, "picture"))
+        return self.times[entry.card.id].of_image(read.image_id(given, "picture"), variant.facts.variant)
 
     def examples(self, request: Any) -> Json:
         """The next examples of a model after the first `start` ones, classes in turn, and how many there are in all."""
@@ -252,9 +252,9 @@ class Explorer:
             view["picture"]["sharp"] = entry.examples.sharp(found.id)
         else:
             view["picture"]["sharp"] = request["picture"]["data"].sharp
-        times = self.times.get(entry.card.id)
-        as_trained = variant.facts.variant == "trained" and settings == Settings()
-        history = times.of_image(found.id) if times is not None and as_trained and found.id in times.rows else None
+        times, kind = self.times.get(entry.card.id), variant.facts.variant
+        recorded = times is not None and settings == Settings() and found.id in times.rows and kind in times.histories
+        history = times.of_image(found.id, kind) if times is not None and recorded else None
         name = re.sub(r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()).strip("-")
         return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True, history=history)}
 
@@ -367,7 +367,7 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": vars(card),
-        "history": None if times is None else times.about(),
+        "history": None if times is None else times.about,
         "shown": entry.shown,
         "num_examples": len(entry.examples.all_ids),
         "score_lists": [

@@ -334,7 +334,8 @@ def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
     if fc2.bias is not None:
         fc2.bias.copy_(cast(torch.Tensor, mlp.fc2.bias))
     rows = moe.router.rows
-    if not rows.any():  # where noise is learned rows start at zero, and every group would tie with every other
+    # Where noise is learned rows start at zero, and every group would tie with every other.
+    if not rows.is_meta and not rows.any():
         nn.init.normal_(rows, std=rows.shape[1] ** -0.5)
     rows.copy_(rows[::parts].repeat_interleave(parts, 0))
 

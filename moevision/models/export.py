@@ -327,4 +327,6 @@ def require_extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f'ONNX needs {name}, which is not installed: pip install "moevision[export]".') from error
+        raise UserError(
+            f"ONNX needs {name}, which is not installed: pip install onnx onnxscript onnxruntime."
+        ) from error

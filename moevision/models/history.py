@@ -1,11 +1,11 @@
 """How routing formed: what a model did with a few fixed images at some moments of its training.
 
-`fit --record_routing.images FOLDER` writes `routing_history.safetensors` into the run folder; bundled models carry the
-history of the images that the explorer shows. One safetensors file:
+`fit` writes `routing_history.safetensors` into the run folder, of test images or of those in a folder; bundled models
+carry the history of the images that the explorer shows. The last moment is the saved model. One safetensors file:
 
 - metadata `history`, a JSON object: `schema` (`moevision.history/1`), `steps` ([T] optimizer steps done at each moment,
   0 before the training), `total_steps` (of the whole training), `image_names` ([I]), `class_names` ([C]), `layers` ([L]
-  block numbers), `grid` ([rows, columns] of patches);
+  block numbers), `grid` ([rows, columns] of patches), `pretrained` (whether layers had been trained before the step 0);
 - `probabilities` [T, I, C] float16, and for each layer `L<block>.weights` [T, I, P, E] float16: the weight that each
   patch gives to each expert, 0 where it is not routed.
 
@@ -80,6 +80,7 @@ class RoutingHistory:
         image_names: [I] names, such as paths below a folder.
         class_names: [C] names.
         total_steps: optimizer steps of the whole training.
+        pretrained: whether the training began with pretrained layers.
         steps: [T] optimizer steps done at each moment.
         grid: rows and columns of patches; (0, 0) as long as there is no moment.
         probabilities: [T, I, C].
@@ -89,6 +90,7 @@ class RoutingHistory:
     image_names: tuple[str, ...]
     class_names: tuple[str, ...]
     total_steps: int
+    pretrained: bool = False
     steps: tuple[int, ...] = ()
     grid: tuple[int, int] = (0, 0)
     probabilities: Half = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False)
@@ -150,9 +152,9 @@ class RoutingHistory:
             read_header(path)  # within limits, and no more than the file holds
             metadata = read_metadata(path)
         except FileNotFoundError as error:
-            raise UserError(f"There is no {path}: record one with fit --record_routing.images FOLDER.") from error
+            raise UserError(f"There is no {path}: record one with moevision fit.") from error
         if _KEY not in metadata:
-            raise UserError(f"{path} is no routing history: give one that fit --record_routing.images wrote.")
+            raise UserError(f"{path} is no routing history: give one that moevision fit wrote.")
         words = parse_json(metadata[_KEY].encode(), _KEY)
         schema = words.get("schema") if isinstance(words, dict) else None
         if schema != SCHEMA:
@@ -170,6 +172,7 @@ class RoutingHistory:
             image_names=tuple(map(shown, words["image_names"])),
             class_names=tuple(map(shown, words["class_names"])),
             total_steps=int(words["total_steps"]),
+            pretrained=bool(words.get("pretrained")),
             steps=tuple(map(int, words["steps"])),
             grid=(int(rows), int(columns)),
             probabilities=tensors["probabilities"],
@@ -186,7 +189,7 @@ class RoutingHistory:
 
 
 _KEY: Final = "history"
-_WORDS: Final = ("steps", "total_steps", "image_names", "class_names", "layers", "grid")
+_WORDS: Final = ("steps", "total_steps", "pretrained", "image_names", "class_names", "layers", "grid")
 
 
 def _joined(earlier: Half | None, new: Half) -> Half:

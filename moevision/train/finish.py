@@ -29,10 +29,10 @@ from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import calibration_error, paired_difference
-from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, sha256_of
+from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, read_manifest, sha256_of
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
+from moevision.train.health import RecordRouting, StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import gather, parallel_strategy, tell
 from moevision.train.provenance import collect_provenance, device_name
@@ -159,6 +159,10 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     net, side = task.net, data.image_size
     model = SavedModel(net, classes, side, mean, std, temperature, _strangers(training), data.fit)
     save_model(model, run_dir / "model")
+    for each in cast(Any, trainer).callbacks:
+        if isinstance(each, RecordRouting):
+            steps_of = {entry.name: entry.step for entry in read_manifest(checkpoint.parent)}
+            each.finish(trainer, task, steps_of.get(checkpoint.name, trainer.global_step))
     rows = (
         (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
         for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)

@@ -460,7 +460,7 @@ def _build(training: Training) -> None:
             net = build_model(twin, *sizes, load_pretrained=False, kept=kept)
             freeze_parameters(net, task.optim.freeze)
     if training.divided is not None:
-        records = settings.record_routing.images is not None
+        records = isinstance(settings.record_routing.images, str)
         training.divided.check_fit(training.trainer, task, training.data, records=records)
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
@@ -33,8 +34,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from moevision.config import EarlyStoppingConfig, Framing, RecordRoutingConfig
+from moevision.config import MAX_RECORDED, EarlyStoppingConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
+from moevision.data.collection import in_turn
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, shown
@@ -43,7 +45,7 @@ from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
-from moevision.train.processes import gather, sums_over_processes, tell
+from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -428,16 +430,18 @@ def condensed(metrics: Mapping[str, float], *, per_layer: bool) -> dict[str, flo
     return kept
 
 
-# ---- how routing forms: `fit --record_routing.images FOLDER`; its file is described in `models.history`
+# ---- how routing forms: `fit --record_routing`; its file is described in `models.history`
 
-MAX_IMAGES = 64
+MOMENTS: Final = 24
+_COST = 0.01  # of the training's work: the most that moments take whose number nobody gave
 
 
 class RecordRouting(L.Callback):
-    """Records with the weights in training (not their moving average), in evaluation mode.
+    """Records with the weights in training (not their moving average), in evaluation mode; at last the saved model.
 
     A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
-    uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record.
+    uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record,
+    nor has one that several processes share.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
@@ -452,54 +456,97 @@ class RecordRouting(L.Callback):
         return [] if config.images is None else [RecordRouting(config, run_dir)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net, data = cast(ClassificationTask, pl_module).net, cast(Any, trainer).datamodule
-        if not moe_layers(net) or not trainer.is_global_zero or bool(cast(Any, trainer).fast_dev_run):
-            return
-        folder, total = Path(cast(str, self.config.images)), trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
-        names, pixels = _read(folder, data.image_size, data.framing)
-        self._images = normalize(pixels, data.mean, data.std)
-        self._planned = planned_moments(int(total), self.config.moments)
-        self._history = RoutingHistory(names, tuple(data.class_names), int(total))
-        if trainer.global_step and self.file.is_file():
-            earlier = RoutingHistory.load(self.file).until(trainer.global_step)
-            if earlier.image_names == names and earlier.class_names == self._history.class_names:
-                self._history = earlier
-        self._record(trainer, pl_module)
+        if self._begin(trainer, cast(ClassificationTask, pl_module)):
+            self._record(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._record(trainer, pl_module)
+        if self._images is not None and any(self._last < each <= trainer.global_step for each in self._planned):
+            self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the end, also of a training that was stopped early."""
-        self._record(trainer, pl_module, ends=True)
+        if self._images is not None:
+            self._record(trainer, pl_module)
 
-    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, ends: bool = False) -> None:
-        if self._images is None:
-            return
-        task, step = cast(ClassificationTask, pl_module), trainer.global_step
-        last = self._history.steps[-1] if len(self._history) else -1
-        due = any(last < planned <= step for planned in self._planned)
-        if step <= last or not (due or ends):
-            return
-        dtype = next(task.net.parameters()).dtype
+    @property
+    def _last(self) -> int:
+        return self._history.steps[-1] if len(self._history) else -1
+
+    def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
+        """Read the images, and what was recorded before the step that the run goes on from; False: none to record."""
+        data, total = cast(Any, trainer).datamodule, trainer.estimated_stepping_batches
+        asked, divided = self.config.images, parallel_strategy(trainer) is not None
+        trial = bool(cast(Any, trainer).fast_dev_run)
+        if not moe_layers(task.net) or not trainer.is_global_zero or trial or divided:
+            return False
+        if total == float("inf"):
+            if isinstance(asked, str):
+                raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
+            return False
+        if isinstance(asked, str):
+            names, pixels = _read(Path(asked), data.image_size, data.framing)
+        else:
+            names, pixels = _of_test(data, cast(int, asked))
+        if not names:
+            return False
+        self._images = normalize(pixels, data.mean, data.std)
+        batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        moments = self.config.moments or moments_for(int(total), batch, len(names))
+        self._planned = planned_moments(int(total), moments)
+        self._history = RoutingHistory(names, tuple(data.class_names), int(total), task.arch.pretrained is not None)
+        if trainer.global_step and self.file.is_file():
+            earlier = RoutingHistory.load(self.file).until(trainer.global_step)
+            if earlier.image_names == names and earlier.class_names == self._history.class_names:
+                self._history = earlier
+        return True
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._last:
+            with trainer.precision_plugin.forward_context():
+                self._add(cast(ClassificationTask, pl_module), trainer.global_step)
+
+    def _add(self, task: ClassificationTask, step: int) -> None:
+        some = next(task.net.parameters())
         set_fused_attention(task.net, True)
-        with trainer.precision_plugin.forward_context():
-            moment = moment_of(task.net, self._images.to(task.device, dtype))
+        # A compiled block would be compiled again for this batch.
+        with torch.compiler.set_stance("force_eager") if task.compile_blocks else nullcontext():
+            moment = moment_of(task.net, cast(Tensor, self._images).to(some.device, some.dtype))
         task.choose_attention()
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)
+
+    def finish(self, trainer: L.Trainer, task: ClassificationTask, step: int) -> None:
+        """Close with the model that is saved, which is of that step, in the place of all that came after it."""
+        if self._images is not None or self._begin(trainer, task):
+            self._history = self._history.until(step - 1)
+            self._add(task, step)
+
+
+def moments_for(steps: int, batch_size: int, images: int) -> int:
+    """How many moments take about 1 % of a training of so many steps, at most 24.
+
+    Forward and backward of a training image take about three times what its forward pass takes.
+    """
+    return max(2, min(MOMENTS, int(_COST * 3 * steps * batch_size / images)))
+
+
+def _of_test(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor]:
+    """Names and pixels, as `_read` has them, of the first test images, classes in turn: those the explorer shows."""
+    dataset = data.contents.datasets["test"]
+    rows = in_turn([sample.label for sample in dataset.samples])[:count]
+    found = {row: own for row, own in zip(rows, dataset.pixels(rows), strict=True) if not isinstance(own, str)}
+    names = tuple(shown(dataset.samples[row].sample_id) for row in found)
+    return names, torch.from_numpy(np.stack([*found.values()])) if found else torch.empty(0)
 
 
 def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
     """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
-    if not files or len(files) > MAX_IMAGES:
+    if not files or len(files) > MAX_RECORDED:
         raise UserError(
-            f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_IMAGES}."
+            f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
     try:
         pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])

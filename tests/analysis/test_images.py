@@ -16,6 +16,7 @@ from moevision.analysis import PictureSet, open_pictures, patch_crop
 from moevision.analysis.images import labels_in, pictures_for
 from moevision.config import CROP
 from moevision.data import BadImageError, ImageDataModule, SyntheticPets
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 
 CLASSES = SyntheticPets.classes

@@ -14,6 +14,7 @@ from tests.demo.conftest import STEPS
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 SLIDER = "[data-change=moment]"
+WHEN = ["before training", "after 10 of 100 steps", "trained"]
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +87,17 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     assert page.locator("[data-mode]:visible").count() > 1
     scrub(page, "Home", "before training")
     image = image_of(page, recorded)
-    # The card's scores and lengths are the trained model's: the patch at every moment stands in their place.
+    # The card's scores and lengths are the trained model's: what the patch's experts weighed stands in their place.
     assert page.locator("[data-step]").count() == 0
-    told = page.locator(".mv-patch-moments button").evaluate_all("rows => rows.map(row => row.ariaLabel)")
-    for moment, (step, words) in enumerate(zip(STEPS, told, strict=True)):
-        weights = recorded.weights[3][moment, image, patch].astype(float)
-        best = np.argsort(-weights)[:2]
-        assert words == f"Step {step}: " + "; ".join(f"expert {e}, weight {weights[e]:.2f}" for e in best)
+    assert page.text_content(".mv-box-card h2") == "This patch before training"
+    weights = recorded.weights[3][0, image, patch].astype(float)
+    told = page.locator(".mv-then li").evaluate_all("rows => rows.map(row => row.textContent)")
+    assert told == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
     assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
     assert page.locator("[data-mode]:visible").all_text_contents() == ["Expert"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
     height = page.locator(".mv-box-card").bounding_box()["height"]
-    page.click("[data-action=to-moment][data-place='1']")
-    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
-    assert page.evaluate("document.activeElement.dataset.key") == "moment-1"
     page.click("[data-action=to-trained]")
     page.wait_for_selector("[data-step]")
     assert page.locator(".mv-box-card").bounding_box()["height"] == pytest.approx(height, abs=1)
@@ -118,6 +115,61 @@ def test_the_boxes_follow_the_moment(photos, recorded):
         "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
         arg=",".join(expected),
     )
+
+
+def told(page):
+    return page.locator(".mv-film [data-part=told]").all_text_contents()
+
+
+def words(history, moment, layer=1):
+    """By hand, over all recorded images: a choice is a weight above 0, the class is the first part of a name."""
+    best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
+    right = sum(name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True))
+    taken = np.count_nonzero(history.weights[(1, 3)[layer]][moment], axis=(0, 1))
+    return f"{right} of 3 right, busiest network {100 * taken.max() / taken.sum():.0f} %"
+
+
+def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
+    """10 of the 40 steps to the end are a quarter of the axis, in both trainings; keys go from moment to moment."""
+    other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
+    page = photos(reduced_motion="reduce", door=False).page
+    page.wait_for_selector(SLIDER)
+    tracks = page.locator(".mv-film > p").all_text_contents()
+    assert [track.split(":")[0] for track in tracks] == ["With balance loss", "Without balance loss"]
+    assert told(page) == [words(recorded, 2), words(other, 2)]
+    where = ".mv-chart > i"
+    for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
+        page.focus(SLIDER)
+        page.keyboard.press(key)
+        page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
+        assert page.eval_on_selector_all(where, "all => all.map(one => one.style.left)") == [f"{left}%"] * 2
+        assert told(page) == [words(recorded, moment), words(other, moment)]
+        thumb = page.locator(SLIDER).bounding_box()
+        line = page.locator(where).first.bounding_box()
+        at = thumb["x"] + 8 + (thumb["width"] - 16) * left / 100  # a thumb is 16 px wide
+        assert line["x"] + line["width"] / 2 == pytest.approx(at, abs=1.5)
+    # By the pointer: the moment that lies nearest, wherever it is let go.
+    page.mouse.click(thumb["x"] + 0.4 * thumb["width"], thumb["y"] + thumb["height"] / 2)
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[1]}']")
+    # The bands of each chart are one per expert; their heights at the first moment add up to all of it.
+    first = page.eval_on_selector_all(
+        ".mv-chart:first-child polygon",
+        "all => all.map(one => [one.points[0].y, one.points.getItem(one.points.numberOfItems - 1).y])",
+    )
+    loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
+    assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
+    page.select_option("[data-change=flow-layer]", "0")
+    page.wait_for_function("document.querySelector('.mv-film').textContent.includes('network of L1')")
+    assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
+
+
+def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home, look):
+    other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
+    one = photos("?variant=unbalanced")
+    page = one.page
+    page.wait_for_function("location.search.includes('picture=')")
+    scrub(page, "Home", "before training")
+    assert look.numbers(page) == first_choices(other, 0, image_of(page, recorded))
 
 
 def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded, look):

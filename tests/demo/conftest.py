@@ -18,7 +18,7 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import HISTORIES, DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.models.history import RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
@@ -86,9 +86,9 @@ PHOTOS, PHOTO_PX = 3, 96
 
 
 def write_photos(home: Path, id="snaps") -> Path:
-    """A bundled model with drawn images in the place of photos, larger than its input, and a recorded training.
+    """A bundled model with drawn images in the place of photos, larger than its input, and two recorded trainings.
 
-    At the moments of the training before the last one stand models of other seeds.
+    At the moments of a training before the last one stand models of other seeds.
     """
     folder = write_bundle(home, id, "cats_vs_dogs", seed=20, twins=False)
     pets = SyntheticPets(PHOTOS, PHOTO_PX, split="val")
@@ -99,15 +99,16 @@ def write_photos(home: Path, id="snaps") -> Path:
         Image.fromarray(pets.image(index)).save(folder / "examples" / name)
         sources[name] = {"author": "Ann", "licence": "CC0", "source": "drawn", "changes": ""}
     (folder / "examples" / "SOURCES.json").write_text(json.dumps(sources))
-    model = load_model(str(folder / "trained"))
+    save_model(make_model(21), folder / "unbalanced")
     pictures = open_pictures(folder / "examples", SIZE, split="all", class_names=CLASSES)
-    images = network_input(model, read_images(pictures, range(PHOTOS)))
-    history = RoutingHistory(
-        tuple(map(pictures.picture_name, range(PHOTOS))), tuple(model.class_names), total_steps=TOTAL_STEPS
-    )
-    for step, other in zip(STEPS, (make_model(31), make_model(32), model), strict=True):
-        history = history.plus(step, moment_of(other.net, images))
-    history.save(folder / "history.safetensors")
+    names = tuple(map(pictures.picture_name, range(PHOTOS)))
+    for variant, seed in (("trained", 31), ("unbalanced", 33)):
+        model = load_model(str(folder / variant))
+        images = network_input(model, read_images(pictures, range(PHOTOS)))
+        history = RoutingHistory(names, tuple(model.class_names), total_steps=TOTAL_STEPS)
+        for step, other in zip(STEPS, (make_model(seed), make_model(seed + 1), model), strict=True):
+            history = history.plus(step, moment_of(other.net, images))
+        history.save(folder / HISTORIES[variant])
     return folder
 
 

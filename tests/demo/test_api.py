@@ -41,6 +41,7 @@ def test_route_is_the_only_endpoint_and_documents_itself(client):
     names = [parameter["parameter_name"] for parameter in route["parameters"]]
     assert names == ["picture", "example", "model", "variant", "top_k", "capacity", "intervention"]
     assert "moevision.view/2" in route["description"]
+    assert route["parameters"][0]["python_type"]["type"] == "filepath | str"
 
 
 def test_gradio_client_gets_what_route_image_computes(client, explorer, pixels, picture):

@@ -88,8 +88,9 @@ def test_several_experts_are_seen_in_every_bundled_photo(name):
 @pytest.mark.deep
 def test_every_bundled_model_has_recorded_moments_of_the_first_examples():
     for entry in open_entries(None, DataOptions()):
-        history = RoutingHistory.load(entry.history)
-        assert 6 <= len(history) <= 8
+        history = RoutingHistory.load(entry.histories["trained"])
+        assert 8 <= len(history) <= 24
+        assert history.pretrained == ("--pretrained" in entry.card.recipe)
         first = {entry.examples.id_of_name(name) for name in history.image_names}
         assert len(first) >= 8
         assert first == set(entry.examples.all_ids[: len(first)])

@@ -26,6 +26,11 @@ def recorded(photos_home):
     return RoutingHistory.load(photos_home / "snaps" / "history.safetensors")
 
 
+@pytest.fixture(scope="module")
+def without_balance(photos_home):
+    return RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
+
+
 def weights_of(layer):
     """[T, P, E]"""
     packed = layer["weights"]
@@ -34,13 +39,34 @@ def weights_of(layer):
 
 def test_boot_says_what_was_recorded(photos, recorded, explorer):
     (snaps,) = photos.answer("boot", {})["models"]
-    assert snaps["history"] == {
-        "images": [f"data/{name}" for name in recorded.image_names],
-        "steps": [0, 10, 40],
-        "total_steps": 100,
-    }
+    history = snaps["history"]
+    assert history["images"] == [f"data/{name}" for name in recorded.image_names]
+    assert (history["total_steps"], history["pretrained"]) == (100, False)
+    assert list(history["tracks"]) == ["trained", "unbalanced"]
     assert set(snaps["history"]["images"]) == {example["id"] for example in snaps["examples"]}
     assert [model["history"] for model in explorer.answer("boot", {})["models"]] == [None, None]
+
+
+def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded, without_balance):
+    """By hand: a choice is a weight above 0; an image's class is the first part of its name."""
+    tracks = photos.answer("boot", {})["models"][0]["history"]["tracks"]
+    for history, track in ((recorded, tracks["trained"]), (without_balance, tracks["unbalanced"])):
+        assert track["steps"] == [0, 10, 40]
+        assert track["of"] == len(history.image_names) == 3
+        for moment in range(3):
+            best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
+            pairs = zip(best, history.image_names, strict=True)
+            assert track["right"][moment] == sum(name.startswith(f"{said}/") for said, name in pairs)
+            for place, layer in enumerate(history.layers):
+                taken = [(history.weights[layer][moment, ..., expert] > 0).sum() for expert in range(4)]
+                assert track["loads"][place][moment] == pytest.approx((np.array(taken) / sum(taken)).tolist(), abs=6e-4)
+
+
+def test_the_training_without_balance_loss_has_its_own_numbers(photos, without_balance):
+    name = without_balance.image_names[1]
+    answer = photos.answer("history", {"picture": f"data/{name}", "variant": "unbalanced"})
+    for layer in answer["layers"]:
+        assert np.array_equal(weights_of(layer), without_balance.weights[layer["layer"]][:, 1])
 
 
 def test_an_image_has_the_numbers_of_the_file(photos, recorded):

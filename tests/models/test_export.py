@@ -320,7 +320,7 @@ def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None if name == package else json)
-    words = f'{package}, which is not installed: pip install "moevision[export]"'
+    words = f"{package}, which is not installed: pip install onnx onnxscript onnxruntime"
     with pytest.raises(UserError, match=re.escape(words)):
         export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

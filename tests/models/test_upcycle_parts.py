@@ -88,6 +88,13 @@ def test_each_group_divides_all_hidden_units_its_own_way(vit: nn.Module) -> None
     assert len(rows.unique(dim=0)) == 3
 
 
+def test_parts_are_shared_out_where_no_number_can_be_read() -> None:
+    """`fit` builds a model on the meta device before memory is taken for it."""
+    with torch.device("meta"):
+        moe = upcycle(timm.create_model("vit_tiny_patch16_224", **SMALL), num_experts=4, expert_hidden=64, top_k=2)
+    assert all(parameter.is_meta for parameter in moe.parameters())
+
+
 def test_parts_save_and_load(vit: nn.Module, tmp_path: Path) -> None:
     moe = upcycle(vit, num_experts=4, expert_hidden=64, top_k=2).float().eval()
     save_model(describe(moe), tmp_path)

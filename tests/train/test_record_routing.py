@@ -1,5 +1,6 @@
 """How routing formed: which moments are recorded, that they are the model's own, that a resumed run has the same."""
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import torch
 
 from moevision.data.images import safe_open
 from moevision.data.transforms import normalize, square_pixels
+from moevision.demo.galleries import Galleries
+from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
-from moevision.train.health import RecordRoutingConfig
+from moevision.train.checkpoint import BEST, read_manifest
+from moevision.train.health import RecordRoutingConfig, moments_for
 
 # Two epochs of three or four batches of 8.
 OPTIONS = ("--record_routing.moments=4",)
@@ -45,15 +50,16 @@ def test_moments_lie_closer_together_at_first():
     assert planned_moments(2, 8) == [0, 1, 2]  # no step twice
 
 
-def test_the_last_moment_is_the_trained_model(run, shown):
-    """By hand: each image through the weights of the last step, patch by patch."""
+def test_the_last_moment_is_the_saved_model(run, shown):
+    """By hand: each image through the weights of the best step, patch by patch."""
     history = RoutingHistory.load(run / FILE)
-    assert history.steps == tuple(planned_moments(history.total_steps, 4))
+    (best,) = (entry.step for entry in read_manifest(run / "checkpoints") if entry.name == BEST)
+    assert history.total_steps == 6
+    assert history.steps == (*(step for step in planned_moments(6, 4) if step < best), best)
+    assert not history.pretrained
     names = [path.relative_to(shown).as_posix() for path in sorted(shown.rglob("*.png"))]
     assert (list(history.image_names), history.class_names) == (names, ("cat", "dog"))
     saved = load_model(str(run))
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    saved.net.load_state_dict({name.removeprefix("net."): each for name, each in weights.items() if "net." in name})
     for row, name in enumerate(names):
         pixels = torch.from_numpy(square_pixels(safe_open(shown / name), 32)).permute(2, 0, 1)[None]
         with torch.no_grad():
@@ -68,10 +74,54 @@ def test_the_last_moment_is_the_trained_model(run, shown):
 
 
 def test_recording_changes_no_training(run, cli, tiny, drawn_pets, tmp_path):
-    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={tmp_path}")
+    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={tmp_path}", "--record_routing.images=null")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "pets/model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
     assert not (tmp_path / "pets" / FILE).exists()
+
+
+@pytest.fixture(scope="module")
+def plain(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
+    """A run that says nothing about recording."""
+    root = tmp_path_factory.mktemp("plain")
+    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={root}")
+    assert outcome.code == 0, outcome.err
+    return root / "pets"
+
+
+def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
+    """Classes in turn, in the order of splits.csv: what the explorer shows first."""
+    history = RoutingHistory.load(plain / FILE)
+    with (plain / "splits.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    cats, dogs = ([row["path"] for row in rows if row["class"] == kind] for kind in ("cat", "dog"))
+    in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
+    assert list(history.image_names) == in_turn[:12]
+    (entry,) = open_entries(str(plain), DataOptions())
+    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.ids[:12]
+    # Six steps of eight images are soon over: 1 % of that isn't a pass of 12 images, and beginning and end are kept.
+    assert history.steps[0] == 0
+    assert len(history) == 2
+
+
+def test_what_an_own_run_recorded_is_shown(plain):
+    entries = open_entries(str(plain), DataOptions())
+    explorer = Explorer(entries, Galleries(entries, limit=3))
+    history, (own,) = RoutingHistory.load(plain / FILE), explorer.answer("boot", {})["models"]
+    track = own["history"]["tracks"]["trained"]
+    labels = [history.class_names.index(name.split("/")[0]) for name in history.image_names]
+    assert track["right"] == (history.probabilities.argmax(-1) == labels).sum(1).tolist()
+    assert track["of"] == len(labels)
+    first = own["history"]["images"][0]
+    view = explorer.answer("route", {"picture": {"kind": "example", "id": first}})
+    last = explorer.answer("history", {"picture": first})["predictions"][-1]
+    assert last[0]["p"] == pytest.approx(view["prediction"]["moe"][0]["p"], abs=1e-3)
+
+
+def test_moments_take_a_hundredth_of_the_work():
+    """Twelve images forward, a training image forward and backward for three: 24 x 12 of 3 x 9 600 are 1 %."""
+    steps = {total: moments_for(total, 32, 12) for total in (20, 50, 100, 300, 10_000)}
+    assert steps == {20: 2, 50: 4, 100: 8, 300: 24, 10_000: 24}
 
 
 def test_a_dense_twin_has_nothing_to_record(run):

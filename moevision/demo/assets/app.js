@@ -33,11 +33,12 @@ const appLayout = () => html`
   <div class="mv-progress" data-box="progress" hidden><i></i></div>
   <div data-box="trouble"></div><div data-box="own-error"></div><div data-box="blank" hidden></div>
   <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
+  <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door" aria-expanded="false">Look closer</button></div>
   <div class="mv-depth" data-box="depth" hidden>
   <header class="mv-header" data-box="header"></header>
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
-    <div class="mv-main" data-box="main"><div class="mv-view" data-box="view">${coreLayout()}</div></div>
+    <div class="mv-main" data-box="main"><div class="mv-view" data-box="view">${coreLayout(html``)}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
     <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section></div>
@@ -387,7 +388,7 @@ export class App {
   /** The image and its routing, or what asks for an image. @param {boolean} is */
   showStage(is) {
     this.core.box("blank").hidden = is;
-    ["flow", "view"].forEach((name) => { this.core.box(name).hidden = !is; });
+    ["flow", "time", "view"].forEach((name) => { this.core.box(name).hidden = !is; });
   }
 
   /** @param {boolean} is */

@@ -4,7 +4,6 @@ import { answerWords, controlWords } from "./app_hand.js";
 import { capital } from "./core_kinds.js";
 import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic.js";
 import { underlay } from "./core_stage.js";
-import { momentWords } from "./core_time.js";
 import { brush, chip, expertColour, fillBox, html, Markup, percent, pictureSource, present } from "./core_util.js";
 /** @import { BootModel, Effect, FlowHost, Layer, View, Wish } from "./types.js" */
 
@@ -311,7 +310,7 @@ function answer(view, usual) {
   const [best, ...others] = view.prediction.moe;
   const second = others.find(({ class: name }) => name === usual) ?? others[0];
   const row = ({ class: name, p }) => html`<li><span>${name}</span><i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
-  return html`<div class="mv-flow-answer"><p>${view.moment ? capital(momentWords(view.moment)) : "The model says"}</p><ul>${[best, second].filter(Boolean).map(row)}</ul></div>`;
+  return html`<div class="mv-flow-answer"><p>The model ${view.moment ? "said" : "says"}</p><ul>${[best, second].filter(Boolean).map(row)}</ul></div>`;
 }
 
 /** @param {View} view @param {Layer} layer */

@@ -5,19 +5,19 @@ import { trainedView } from "./core_time.js";
 /** @import { TimeSource, View } from "./types.js" */
 
 /** @param {View} given */
-const asTrained = ({ settings }) => !settings.off_distribution && settings.capacity === null && typeof settings.noise !== "number";
+const asTrained = ({ settings }) => !settings.off_distribution && settings.capacity === null && typeof settings.noise !== "number" && !settings.away?.length;
 
 /** @param {App} app @returns {TimeSource} */
 export const timeSource = (app) => ({
   about: (views) => {
     const { id: shown, variant } = views[0].model; // another model may be chosen, and on its way
     const history = app.boot.models.find(({ id }) => id === shown)?.history;
-    if (!history || variant !== "trained") return null;
+    if (!history?.tracks[variant]) return null;
     if (!views.every(asTrained)) return "The training was recorded without changes of the routing.";
     if (!views.every(({ picture: { id } }) => id !== null && history.images.includes(id))) return `The training was recorded for the first ${history.images.length} examples only.`;
     return history;
   },
-  get: (view) => app.asker.remember("history", { model: view.model.id, picture: view.picture.id }),
+  get: ({ model: { id, variant }, picture }) => app.asker.remember("history", { model: id, variant, picture: picture.id }),
 });
 
 /**

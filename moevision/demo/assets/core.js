@@ -19,8 +19,8 @@ import { clamp, fillBox, html, present, TERMS } from "./core_util.js";
 /** @param {string} name @param {string} [extra] */
 const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
 
-/** The places that `Core` fills: the stage column and the inspector. */
-export const coreLayout = () => html`
+/** The places that `Core` fills: the stage column and the inspector. The film may stand elsewhere. */
+export const coreLayout = (film = box("time")) => html`
   <section class="mv-center" aria-label="Image and routing">
     ${box("verdict")}
     <div class="mv-work">
@@ -29,7 +29,7 @@ export const coreLayout = () => html`
           <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
-        ${box("legend")}${box("hand")}${box("slots")}${box("time")}${box("strip")}
+        ${box("legend")}${box("hand")}${box("slots")}${film}${box("strip")}
       </div>
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens")}</div>
     </div>
@@ -58,8 +58,8 @@ export class Core {
     /** @type {TimeSource} where recorded moments of the training come from; whoever has some says so. */
     this.timeSource = { about: () => null, get: () => Promise.reject(new Error("nothing was recorded")) };
     this.player = new Player(root, {
-      layers: { size: () => this.state.view.layers.length, at: () => this.state.layer, go: (index) => this.goToLayer(index) },
-      training: { size: () => this.time?.steps.length ?? 0, at: () => this.time?.at ?? 0, go: (place) => this.time?.go(place) },
+      layers: { ms: 1000, size: () => this.state.view.layers.length, at: () => this.state.layer, go: (index) => this.goToLayer(index) },
+      training: { ms: 500, size: () => this.time?.steps.length ?? 0, at: () => this.time?.at ?? 0, go: (place) => this.time?.go(place) },
     });
     this.sheet = new Sheet(root);
     /** @type {Handlers} what a click on `data-action` does. */
@@ -68,7 +68,7 @@ export class Core {
     this.changes = {
       strength: (input) => this.state.set({ strength: input.value / 100 }),
       "as-seen": (input) => this.state.set({ asSeen: input.checked }),
-      moment: (input) => this.time?.go(Number(input.value)),
+      moment: (input) => this.time?.slide(input),
     };
     this.listen();
     if (state) this.attach(state);
@@ -98,7 +98,6 @@ export class Core {
       step: (button) => this.card?.go(Number(button.dataset.step)),
       play: () => this.card?.play(),
       run: (button) => this.player.toggle(button.dataset.row),
-      "to-moment": (button) => this.time?.go(Number(button.dataset.place)),
       "to-trained": () => this.time?.go(this.time.last),
       sheet: () => this.sheet.open(!this.sheet.isOpen),
       unpin: () => this.state.set({ patch: null }),

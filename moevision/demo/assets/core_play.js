@@ -3,8 +3,6 @@
 import { html } from "./core_util.js";
 /** @import { Row } from "./types.js" */
 
-const PLACE_MS = 1000;
-
 /** @param {string} row @param {string} what runs, as in "Play the layers" */
 export const playButton = (row, what) => html`<button type="button" class="mv-quiet mv-play" data-action="run" data-row="${row}" data-key="run-${row}"
   aria-label="Play ${what}">Play</button>`;
@@ -37,14 +35,14 @@ export class Player {
    * @param {string} row
    */
   async run(row) {
-    const { size, at, go } = this.rows[row];
+    const { size, at, go, ms } = this.rows[row];
     const turn = Symbol(row);
     this.turn = turn;
     this.playing = row;
     this.mark();
     for (let next = at() === size() - 1 ? 0 : at() + 1; next < size(); next += 1) {
       await go(next);
-      if (next < size() - 1) await new Promise((resolve) => setTimeout(resolve, PLACE_MS));
+      if (next < size() - 1) await new Promise((resolve) => setTimeout(resolve, ms));
       if (this.turn !== turn) return;
       if (at() !== next) break;
     }

@@ -1,12 +1,13 @@
-// Time: where the patches of a recorded image went at moments of the training. The last moment is the trained model, whose
-// view has all numbers; of the others weights and predictions were recorded, so everything else is left out there.
+// The training as a film: where the patches of a recorded image went at moments of it, on a true axis of steps, with loads
+// and right answers over all recorded images, and beside it the same training without balance loss. The last moment is the
+// trained model, whose view has all numbers; of the others weights and predictions were recorded: all else is left out.
 
 import { playButton } from "./core_play.js";
-import { chip, expertColour, fillBox, fixed, html, present } from "./core_util.js";
+import { chip, clamp, expertColour, fillBox, fixed, html, percent, present } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, Moments, PastLayer, TimeSource, View } from "./types.js" */
+/** @import { Layer, Moments, PastLayer, TimeSource, Track, View } from "./types.js" */
 
-const MOST = 3; // experts of a patch that a row has room for
+const MOST = 3; // experts of a patch that there is room for
 
 /**
  * When a moment was, as in "after 40 of 640 steps".
@@ -78,24 +79,41 @@ export function pastView(view, moments, index) {
 const recorded = (moments, { layer }) => present(moments.layers.find((past) => past.layer === layer));
 
 /**
- * A patch at all moments, in the place of its computation, which is known of the trained model only.
+ * A patch at a moment, in the place of its computation, which is known of the trained model only.
  * @param {View} past @param {Layer} layer @param {number} patch
  */
-export function patchMoments(past, layer, patch) {
-  const { moments } = origins.get(past);
-  const experts = layer.num_experts;
-  const part = ([expert, weight]) => html`<i style="width:${100 * weight}%;background:${expertColour(expert, experts)}"></i>`;
-  const row = (step, place) => {
-    const choices = pastChoices(recorded(moments, layer), place, patch).slice(0, MOST);
-    const words = choices.map(([expert, weight]) => `expert ${expert}, weight ${fixed(weight)}`).join("; ") || "no expert";
-    return html`<li><button type="button" data-action="to-moment" data-place="${place}" data-key="moment-${place}" aria-pressed="${step === past.moment?.step}"
-      aria-label="Step ${step}: ${words}"><span class="mv-num">${step}</span><span class="mv-parts">${choices.map(part)}</span>
-      <span>${choices.map(([expert]) => chip(expert, experts))}</span></button></li>`;
+export const patchMoments = (past, layer, patch) => html`<h2>This patch ${momentWords(present(past.moment))}</h2>
+  <ul class="mv-then">${layer.experts[patch].slice(0, MOST).map((expert, rank) => html`<li>${chip(expert, layer.num_experts)} weight ${fixed(layer.weights[patch][rank])}</li>`)}</ul>
+  <p class="mv-note">How it was computed is known of the trained model.
+    <button type="button" class="mv-quiet" data-action="to-trained" data-key="to-trained">Show that</button></p>`;
+
+/** Over all recorded images, of one layer: how many patches each expert took, and how often the answer was right. */
+/** @typedef {{ name: string, track: Track, loads: number[][] }} Shown */
+
+const BALANCE = { trained: "With balance loss", unbalanced: "Without balance loss" };
+
+/**
+ * Loads as bands that add up to all, over the steps, and the share of right answers as a line.
+ * @param {Shown} shown @param {number} end the last step
+ */
+function chart({ track: { steps, right, of }, loads }, end) {
+  const experts = loads[0].length;
+  const point = (place, share) => `${(1000 * steps[place]) / end},${100 - 100 * share}`;
+  /** @type {number[][]} the top of each band */
+  const tops = [];
+  loads[0].forEach((_, expert) => { tops.push(loads.map((row, place) => row[expert] + (tops[expert - 1]?.[place] ?? 0))); });
+  const band = (top, expert) => {
+    const under = tops[expert - 1] ?? top.map(() => 0);
+    const points = [...top.map((share, place) => point(place, share)), ...under.map((share, place) => point(place, share)).reverse()];
+    return html`<polygon points="${points.join(" ")}" fill="${expertColour(expert, experts)}"/>`;
   };
-  return html`<h2>This patch at each step</h2><ol class="mv-patch-moments">${moments.steps.map(row)}</ol>
-    <p class="mv-note">How it was computed is known of the trained model.
-      <button type="button" class="mv-quiet" data-action="to-trained" data-key="to-trained">Show that</button></p>`;
+  const line = of ? right.map((count, place) => point(place, count / of)).join(" ") : "";
+  return html`<div class="mv-chart"><svg viewBox="0 0 1000 100" preserveAspectRatio="none" aria-hidden="true">${tops.map(band)}
+    <polyline class="mv-halo" points="${line}"/><polyline points="${line}"/></svg><i data-part="now"></i></div>`;
 }
+
+/** The last place that lies at or before a step. @param {number[]} steps @param {number} step */
+const placeAt = (steps, step) => steps.filter((one) => one <= step).length - 1;
 
 export class Time {
   /** @param {HTMLElement} box @param {ViewState} state @param {TimeSource} source */
@@ -107,46 +125,79 @@ export class Time {
     /** @type {number[]} */
     this.steps = [];
     this.total = 0;
+    this.pretrained = false;
+    /** @type {Shown[]} */
+    this.shown = [];
     this.turn = Symbol("now");
   }
 
-  /** The place on the scrubber. */
+  /** The place in the film. */
   get at() { return this.steps.indexOf(this.state.view.moment?.step ?? this.steps[this.last]); }
   get last() { return this.steps.length - 1; }
+  /** Of the axis. */
+  get end() { return Math.max(...this.shown.map(({ track }) => present(track.steps.at(-1)))); }
 
   /** The control stays while only the moment changes: a slider in somebody's hand must not go away. */
   draw() {
-    const about = this.source.about(this.state.views.map(trainedView));
-    const built = JSON.stringify(about);
+    const { state } = this;
+    const about = this.source.about(state.views.map(trainedView));
+    const { variant } = state.view.model;
+    const built = JSON.stringify([about, variant, state.layer]);
     if (this.built !== built) {
       this.built = built;
-      this.steps = typeof about === "object" && about ? about.steps : [];
-      this.total = typeof about === "object" && about ? about.total_steps : 0;
-      fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : about && this.control());
+      const known = typeof about === "object" ? about : null;
+      this.shown = Object.entries(known?.tracks ?? {}).map(([name, track]) => ({ name, track, loads: track.loads[state.layer] }));
+      Object.assign(this, { steps: known?.tracks[variant].steps ?? [], total: known?.total_steps, pretrained: known?.pretrained });
+      fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : known && this.film());
     }
     this.mark();
   }
 
-  control() {
-    const stop = (_, place) => html`<i style="left:${(100 * place) / this.last}%"></i>`;
-    return html`<div class="mv-strip-head"><h2>Training</h2><output class="mv-soft" data-part="when"></output>${playButton("training", "the training")}</div>
-      <div class="mv-moments"><span class="mv-stops" aria-hidden="true">${this.steps.map(stop)}</span>
-        <input type="range" min="0" max="${this.last}" step="1" value="${this.last}" data-change="moment" data-key="moment" aria-label="Moment of the training"></div>
-      <p class="mv-ends"><span>before</span><span>after</span></p>`;
+  film() {
+    const several = this.shown.length > 1;
+    const { name, num_experts: experts } = this.state.currentLayer;
+    const row = (one) => html`${chart(one, this.end)}<p>${several && html`<b>${BALANCE[one.name]}:</b> `}<span data-part="told"></span></p>`;
+    return html`<div class="mv-film-head"><h2>How ${several ? "they" : "it"} learned</h2><output class="mv-soft" data-part="when"></output></div>
+      <div class="mv-film">${this.shown.map(row)}
+        <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training">
+        <div>${playButton("training", "the training")}<p>Bands: the share of patches that each network of ${name} takes, ${percent(1 / experts)} if all take alike.
+          Line: right answers. Both over ${this.shown[0].track.of} images.</p></div></div>`;
   }
 
   /** @param {string} [words] in place of when it is */
   mark(words) {
-    const slider = /** @type {HTMLInputElement | null} */ (this.box.querySelector("input"));
+    const slider = this.box.querySelector("input");
     if (!slider) return;
-    const when = words ?? (this.at === this.last ? "trained" : momentWords({ step: this.steps[this.at], total_steps: this.total }));
-    slider.value = String(this.at);
+    const step = this.steps[this.at];
+    const begins = step === 0 && this.pretrained ? ", from pretrained layers" : "";
+    const when = words ?? (this.at === this.last ? "trained" : momentWords({ step, total_steps: this.total }) + begins);
+    slider.value = String(step);
     slider.setAttribute("aria-valuetext", when);
     present(this.box.querySelector("[data-part=when]")).textContent = when;
+    const [nows, told] = ["now", "told"].map((part) => this.box.querySelectorAll(`[data-part=${part}]`));
+    this.shown.forEach(({ track, loads }, row) => {
+      const place = placeAt(track.steps, step);
+      /** @type {HTMLElement} */ (nows[row]).style.left = `${(100 * step) / this.end}%`;
+      told[row].textContent = `${track.right[place]} of ${track.of} right, busiest network ${percent(Math.max(...loads[place]))}`;
+    });
   }
 
   /**
-   * Show what was recorded at a place of the scrubber; it is asked for once per image.
+   * The recorded moment next to where the slider is; a key goes on to the next one.
+   * @param {HTMLInputElement} slider
+   */
+  slide(slider) {
+    const step = Number(slider.value);
+    const away = this.steps.map((one) => Math.abs(one - step));
+    const near = away.indexOf(Math.min(...away));
+    const byKey = near === this.at && !slider.matches(":active");
+    const place = byKey ? clamp(near + Math.sign(step - this.steps[near]), 0, this.last) : near;
+    if (place === this.at) return this.mark();
+    return this.go(place);
+  }
+
+  /**
+   * Show what was recorded at a place of the film; it is asked for once per image.
    * @param {number} place
    */
   async go(place) {

@@ -140,19 +140,21 @@ export interface View {
   moment?: { step: number; total_steps: number };
 }
 
-/** Which images were recorded while the model was trained, and after how many optimizer steps. */
-export interface Recorded { images: string[]; steps: number[]; total_steps: number }
+/** Over all recorded images, at T moments: right answers, and of each layer each expert's share of the patches [T][E]. */
+export interface Track { steps: number[]; right: number[]; of: number; loads: number[][][] }
+/** Which images were recorded while the model was trained, and what came of it in each variant. */
+export interface Recorded { images: string[]; total_steps: number; pretrained: boolean; tracks: Record<string, Track> }
 /** [T][P][E] as float16. */
 export interface PastLayer { layer: number; weights: { shape: number[]; data: string } }
 /** The T moments of one image. */
-export interface Moments { picture: string; steps: number[]; total_steps: number; predictions: Guess[][]; layers: PastLayer[] }
+export interface Moments extends Recorded { picture: string; steps: number[]; predictions: Guess[][]; layers: PastLayer[] }
 export interface TimeSource {
   /** What was recorded of these images; a sentence if there is something to say instead, null if not. */
-  about(views: View[]): Pick<Recorded, "steps" | "total_steps"> | string | null;
+  about(views: View[]): Recorded | string | null;
   get(view: View): Promise<Moments>;
 }
 /** Places in a row that can be played. */
-export interface Row { size(): number; at(): number; go(place: number): unknown }
+export interface Row { ms: number; size(): number; at(): number; go(place: number): unknown }
 
 /** The single slots of one expert, or why they aren't here. */
 export interface SlotAnswer {

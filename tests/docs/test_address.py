@@ -1,0 +1,109 @@
+"""The repository's address has one place, and without one no file pretends to have it; versions agree."""
+
+import json
+import re
+import runpy
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import moevision
+from tests.docs.test_docs import FRONT, NOTES, ROOT
+
+MODULE = runpy.run_path(str(ROOT / "docs" / "address.py"))
+Address, address, fill = MODULE["Address"], MODULE["address"], MODULE["fill"]
+THERE = Address("https://github.com/owner/moe", "https://owner.github.io/moe/", "")
+NAMES = ("pyproject.toml", "README.md", "CITATION.cff")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that name the address, elsewhere."""
+    for name in NAMES:
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "index.md", tmp_path / "docs")
+    return tmp_path
+
+
+def test_every_file_says_what_pyproject_says() -> None:
+    expected = MODULE["filled"](address())
+    assert [path for path, text in expected.items() if path.read_text(encoding="utf-8") != text] == []
+
+
+def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
+    before = {path: path.read_text(encoding="utf-8") for path in copy.rglob("*") if path.is_file()}
+    here = address(copy)
+    changed = fill(THERE, copy)
+    assert len(changed) == len(before)
+    urls = tomllib.loads((copy / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Repository"] == "https://github.com/owner/moe"
+    assert urls["Issues"] == "https://github.com/owner/moe/issues"
+    assert "git clone https://github.com/owner/moe && cd moe\npython3 -m venv" in (copy / "docs/index.md").read_text()
+    assert yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"] == "https://github.com/owner/moe"
+    for path in (copy / "notebooks").iterdir():
+        head, install, *_ = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert f"colab.research.google.com/github/owner/moe/blob/main/notebooks/{path.name})" in "".join(head["source"])
+        assert 'REPOSITORY = "https://github.com/owner/moe"  #' in "".join(install["source"])
+    assert fill(address(copy), copy) == []  # read again from the one place
+    assert fill(here, copy)
+    assert {path: path.read_text(encoding="utf-8") for path in before} == before
+
+
+def test_on_pypi_readme_names_the_package(copy: Path) -> None:
+    fill(THERE._replace(pypi="https://pypi.org/project/moevision/"), copy)
+    assert "`pip install moevision`" in (copy / "README.md").read_text()
+
+
+def test_no_page_has_a_made_up_address() -> None:
+    """Until there is one: neither a placeholder, nor a name on PyPI that nobody owns."""
+    if address().pypi:
+        return
+    pages = [*FRONT, *NOTES, ROOT / "SECURITY.md", *(ROOT / "moevision").rglob("*.py"), *(ROOT / "notebooks").iterdir()]
+    wrong = re.compile(r"""git clone REPOSITORY|pip install ["']?moevision""")
+    assert [path.name for path in pages if wrong.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_versions_agree() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == moevision.__version__
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    numbers = [tuple(map(int, version.split("."))) for version in (moevision.__version__, *released)]
+    assert numbers == sorted(numbers, reverse=True)  # the next release, or the newest
+
+
+def test_the_changelog_of_the_next_release_is_short() -> None:
+    found = re.search(r"^## \[Unreleased\]\n(.*?)^## \[", (ROOT / "CHANGELOG.md").read_text(), re.M | re.DOTALL)
+    assert found is not None
+    assert len(found[1].split()) <= 450
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_few_rights_and_an_end(path: Path) -> None:
+    """Read-only by default; only the jobs that publish may ask for a token; every job has a limit of time."""
+    flow = yaml.safe_load(path.read_text())
+    assert flow["permissions"] == {"contents": "read"}
+    for name, job in flow["jobs"].items():
+        assert set(job.get("permissions", {})) <= ({"id-token", "pages"} if name in ("publish", "deploy") else set())
+        assert "uses" in job or job["timeout-minutes"] <= 90
+        checkouts = [step for step in job.get("steps", ()) if step.get("uses", "").startswith("actions/checkout")]
+        assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+        for step in job.get("steps", ()):
+            assert "${{" not in step.get("run", ""), "an expression in a script is code of whoever can set it"
+
+
+def test_workflows_train_with_options_that_exist() -> None:
+    from tests.docs.test_docs import check_command
+
+    called = re.compile(r"^ +(?:- run: )?(moevision [a-z]+ .*)$", re.M)
+    commands = [line for path in WORKFLOWS for line in called.findall(path.read_text())]
+    assert len(commands) >= 4
+    for command in commands:
+        check_command(command)
