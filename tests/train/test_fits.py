@@ -1,12 +1,13 @@
 """Images that aren't square: what `--data.fit` does, from training to every use of the model."""
 
+import base64
 import csv
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from moevision.analysis.images import open_pictures
 from moevision.commands.export import FITS
@@ -15,6 +16,8 @@ from moevision.data import SyntheticPets
 from moevision.data.images import safe_open
 from moevision.data.transforms import square_pixels
 from moevision.demo.facts import sharp_square
+from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.service import Explorer, _open
 from moevision.demo.view import route_image
 from moevision.models.export import exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
@@ -61,10 +64,13 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
 
         image, size, method = safe_open(wide / name), (32, 32), Image.Resampling.BICUBIC
         about = exported_facts(model)
-        from PIL import ImageOps
-
         told = eval(FITS[about["fit"]], {"ImageOps": ImageOps} | locals())  # the line that export prints
         assert np.array_equal(np.asarray(told), pixels)
+
+    entry = open_entries("runs/wide", DataOptions())[0]
+    assert Explorer([entry]).boot({})["limits"]["fit"] == fit  # the page squares a visitor's image by it
+    upload = "data:image/png;base64," + base64.b64encode((wide / name).read_bytes()).decode()
+    assert np.array_equal(_open(upload, entry.examples).pixels, pixels)
 
     # Saved again, as upcycle and surgery do, it stays.
     save_model(model, tmp_path / "again")
