@@ -9,7 +9,6 @@ import pytest
 
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import axe
-from tests.demo.conftest import STEPS
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
