@@ -34,7 +34,7 @@ MORE_ACCURATE = [
 CLAIMS = [
     Claim(
         quickstart.NOW,
-        "{seconds} CPU seconds of plain, busy cores (float32, AVX2) and gets {tests} % of its test images right",
+        "{seconds} CPU seconds of plain, busy cores and gets {tests} % of its test images right",
         quickstart.of_command,
     ),
     Claim(
