@@ -51,7 +51,8 @@ STUDY = {
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
-    "ideas": ("docs/concepts/what-sparsity-buys.md: what all these say of each idea, from their records", "ideas"),
+    "balance": ("each expert's load over a training, without and with a balance loss", "balance.load"),
+    "ideas": ("docs/results.md: what all these say of each idea, from their records", "ideas"),
     "fits": ("crop, pad or squash: a linear head on the frozen features of photos that aren't square", "fits"),
     "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }

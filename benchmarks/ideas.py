@@ -1,4 +1,4 @@
-"""The table of docs/concepts/what-sparsity-buys.md: each idea, whether it holds, and what the records say.
+"""The table of docs/results.md: each idea, whether it holds, and what the records say.
 
     python -m benchmarks ideas
 
@@ -29,7 +29,7 @@ from benchmarks.study import Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
 
-PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
+PAGE = HERE.parent / "docs" / "results.md"
 NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
 REACHED = 0.85  # of validation accuracy, for the sentence of equal time
@@ -68,13 +68,16 @@ def ideas(records: Records) -> str:
         ("Uneven experts make others wait", said(records, "waiting", waits)),
         ("Sparse training is unstable", said(records, "small", small.rates_answer)),
         ("Sparse training wants large batches", said(records, "small", small.batches_answer)),
-        ("[Experts improve a trained dense model](../guides/dense-sparse.md)", said(records, "upcycling", upcycled)),
+        ("[Experts improve a trained dense model](guides/dense-sparse.md)", said(records, "upcycling", upcycled)),
         ("It saves energy", said(records, "performance", work)),
-        ("[Fewer images, well chosen, are enough](../guides/good-data.md)", said(records, "curve", fewer_images)),
+        ("[Fewer images, well chosen, are enough](guides/good-data.md)", said(records, "curve", fewer_images)),
     ]  # fmt: skip
-    return "\n".join(["| idea | holds | what the records say |", "|---|---|---|", *(
+    table = "\n".join(["| idea | holds | what the records say |", "|---|---|---|", *(
         f"| {idea} | {verdict} | {text} |" for idea, (verdict, text) in rows
     )])  # fmt: skip
+    return table.replace("not told apart from", "not shown to differ from").replace(
+        "not told apart", "no difference shown"
+    )
 
 
 def said(records: Records, *parts: Any) -> Answer:
@@ -86,7 +89,7 @@ def said(records: Records, *parts: Any) -> Answer:
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
         verdict, text = ask(records[study]) if records[study] else ("", NOT_RUN)
         verdicts += [verdict] * bool(verdict)
-        texts.append(f"{text.rstrip('.')} ([{study}](../../benchmarks/{study}/README.md)).")
+        texts.append(f"{text.rstrip('.')} ([{study}](../benchmarks/{study}/README.md)).")
     verdicts.sort(key=lambda verdict: verdict == UNDECIDED)
     measured = [text for text in texts if not text.startswith(NOT_RUN)]
     return (verdicts or [NOT_RUN.lower()])[0], " ".join(measured or texts)

@@ -76,7 +76,7 @@ def _exported() -> dict[str, str]:
     from moevision.demo.models import DataOptions, open_entries
     from moevision.demo.service import Explorer
 
-    explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.history is not None])
+    explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.histories])
     photo = {"kind": "example", "id": "data/cat/chelsea.jpg"}
     gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
     asked = {"cat": None, "without": gone}

@@ -40,7 +40,7 @@ VERBS = {
         "moevision.commands.info:run",
     ),
     "compare": Verb(
-        "are two trainings told apart on the same test images, and at what cost", "moevision.commands.compare:run"
+        "compare two runs, or several seeds of two recipes, on the same test images", "moevision.commands.compare:run"
     ),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
@@ -53,7 +53,7 @@ VERBS = {
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report:run"),
-    "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
+    "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
@@ -66,7 +66,7 @@ MOVED = {
     "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
     "has and the installed package has not: clone it, and give the same options there.",
     "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
-    "its own, as docs/guides/batch.md shows.",
+    "its own, as docs/guides/serve.md shows.",
     "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
     "doctor": "`moevision doctor` is now `moevision info --machine`.",
     "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
@@ -90,11 +90,11 @@ begin with
 
 exit codes
   0    done
-  2    something that you can mend; the last line says what to do
-  3    fit: the training diverged and was given up, see divergence.md in its folder
+  2    user error; the last line explains the fix
+  3    fit: the training diverged, see divergence.md in its folder
   130  stopped by Ctrl-C
        fit: also 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1; saved, unless nothing was trained yet; the
-       last line goes on with it
+       last line is the command that resumes
 """
 
 
@@ -408,13 +408,13 @@ _TAKES: dict[str, tuple[Callable[[Add], None], str, str]] = {
 Classify images with a saved model: one row per image with the path, the class in words, its probability, the five most
 likely classes, and the distance: above 1 the image is unlike the training images (empty if fit stored none). A file
 that can't be read gets a row that says why. Probabilities are calibrated if fit stored a temperature with the model; if
-not, a line says so. --unsure is no failure: the exit code stays 0.""", """\
+not, a line says so. With --unsure the exit code stays 0.""", """\
   moevision predict runs/pets/model image.jpg
   moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
     "info": (_info, """\
 Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the plain
 ViT. With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
-few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.""", """\
+few or too many threads, little memory, a tiny /dev/shm. Findings are not errors; the exit code stays 0.""", """\
   moevision info runs/pets --format json
   moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
   moevision info --machine"""),
@@ -422,7 +422,7 @@ few or too many threads, little memory, a tiny /dev/shm. Findings are no errors:
 Compare finished runs of fit on the test images that all of them were tested on: accuracy, the difference with its
 interval, what would have been found with 80 % power, and cost. Two runs are compared image by image (McNemar's exact
 test, Tango's interval); more are sorted into two recipes by their config.yaml, equal but for the seed, and compared
-seed by seed (paired t). The first run's recipe is A. Not told apart is not the same as equal.""", """\
+seed by seed (paired t). The first run's recipe is A. "No difference found" does not mean that they are equal.""", """\
   moevision compare runs/pets runs/pets/twin                    a Mixture of Experts and its dense twin
   moevision compare runs/moe-* runs/dense-* --json out.json   several seeds of two recipes"""),
     "upcycle": (_upcycle, """\

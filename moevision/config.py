@@ -873,9 +873,9 @@ _EXAMPLES = """\
 _BELOW = """\
 --help-all shows the other options; all keys of a configuration, also those of Lightning's Trainer, may be given so.
 
-exit codes: 0 done; 2 something that you can mend, the last line says what; 3 diverged, see divergence.md; 130 Ctrl-C,
-129 terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line goes on with it."""
-_BELOW_EVALUATION = "exit codes: 0 done; 2 something that you can mend, the last line says what; 130 stopped by Ctrl-C."
+exit codes: 0 done; 2 user error, the last line explains the fix; 3 diverged, see divergence.md; 130 Ctrl-C,
+129 terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line is the command that resumes."""
+_BELOW_EVALUATION = "exit codes: 0 done; 2 user error, the last line explains the fix; 130 stopped by Ctrl-C."
 
 
 def shown(verb: str, *, everything: bool) -> list[str]:

@@ -113,7 +113,11 @@ def batch_trip(folder: Path) -> Trip:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
     with Trip("training_step") as trip:
-        options = (*_TINY, "--record_routing.images=null", f"--runs_root={folder / 'runs'}")  # few batches have a moment
+        options = (
+            *_TINY,
+            "--record_routing.images=null",
+            f"--runs_root={folder / 'runs'}",
+        )  # few batches have a moment
         moevision_command(["fit", str(folder / "images"), *options])
     return trip
 

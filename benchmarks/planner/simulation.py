@@ -6,7 +6,7 @@
 
 Two models of 224 px with 32 experts of which 1 is active, in every other block, 64 images on each GPU; the functions of
 `benchmarks.planner.formulas` with its data sheet of an H100. README.md says what to read off the figure. Beside it the
-trainings of docs/guides/imagenet.md, as `python -m benchmarks plan` recommends them.
+trainings of ImageNet, as `python -m benchmarks plan` recommends them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,16 @@ CLAIMS = {
             "| {processes} | {layout} | {planned_ms:.1f} | {measured_ms:.1f} | {error:+.0%} |",
             lambda record: record["rows"],
         ),
+        Claim(
+            "benchmarks/planner/record.json",
+            "{epochs} epochs of {images:,} images",
+            lambda record: record["imagenet"],
+        ),
+        Claim(
+            "benchmarks/planner/record.json",
+            "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
+            lambda record: record["imagenet"]["trainings"],
+        ),
     ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
     "configs/imagenette.yaml": [
@@ -49,18 +59,6 @@ CLAIMS = {
             accuracy.of_folders,
         ),
     ],
-    "docs/guides/imagenet.md": [
-        Claim(
-            "benchmarks/planner/record.json",
-            "{epochs} epochs of {images:,} images",
-            lambda record: record["imagenet"],
-        ),
-        Claim(
-            "benchmarks/planner/record.json",
-            "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
-            lambda record: record["imagenet"]["trainings"],
-        ),
-    ],
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,
@@ -69,7 +67,7 @@ CLAIMS = {
             "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than",
             analysis.answers,
         ),
-        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images)", analysis.answers),
+        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images", analysis.answers),
     ],
     "docs/guides/serve.md": [
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
@@ -81,6 +79,7 @@ CLAIMS = {
     ],
 }
 _MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
+_APACHE = ("few-shot and zero-shot", "a free course and book")
 DEFINITIONS = {
     "benchmarks/planner/README.md": [
         Definition("at most 5 % longer than the fastest", "a rule of `recommend`, formulas.SIMPLER"),
@@ -88,16 +87,8 @@ DEFINITIONS = {
         Definition("are gathered in 16 bits", "a precision"),
         Definition("a bias of 1,000 classes", "an example"),
         Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
-        Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
-    ],
-    "docs/guides/imagenet.md": [
-        Definition("Five minutes before its time ends", "300 s in the script"),
         Definition("A GPU that computes 3,000 images/s", "an example"),
-    ],
-    "docs/guides/batch.md": [
-        Definition("Run with 0.2.19", "a version"),
-        Definition("Run with nginx 1.26 and two", "a version, and how it was tried"),
-        Definition("Run with Ray 2.60 on two", "a version"),
+        Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
     ],
     "configs/cats_vs_dogs.yaml": [
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
@@ -108,7 +99,12 @@ DEFINITIONS = {
         Definition("4 of 32", "a setting"),
         Definition("a hundred times larger", "by the paper"),
     ],
-    "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
+    "docs/alternatives.md": [
+        Definition("| AGPL-3.0, or a paid enterprise licence", "a licence"),
+        Definition("| AGPL-3.0, a commercial or", "a licence"),
+        *(Definition(f"{name} | Apache-2.0", "a licence") for name in _APACHE),
+        Definition("| Apache-2.0 (weights vary)", "a licence"),
+    ],
     "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
     "docs/concepts/five-looks.md": [
         Definition("12 × 12 patches", "a size"),
@@ -121,14 +117,17 @@ DEFINITIONS = {
     "docs/faq.md": [
         Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
         Definition("A max/mean load of 1.2", "an example"),
-        Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
     ],
-    "docs/guides/serve.md": [Definition("A lesson of 45 minutes", "a plan")],
-    "docs/guides/several-gpus.md": [Definition("Five minutes before the end the run saves", "--signal=USR1@300")],
+    "docs/guides/serve.md": [
+        Definition("lesson of 45 minutes", "a plan"),
+        Definition("with nginx 1.26 and two processes", "a version, and how it was tested"),
+        Definition("tested with 0.2.19", "a version"),
+    ],
+    "docs/guides/several-gpus.md": [Definition("Five minutes before its time ends the job", "--signal=USR1@300")],
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
         Definition("(p ≥ .05)", "the level of the tests"),
-        Definition("tell apart with 80 % power", "POWER of `moevision.stats`"),
+        Definition("would detect with 80 % power", "POWER of `moevision.stats`"),
         Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
     ],
     "docs/guides/tables-and-logs.md": [
@@ -141,18 +140,9 @@ DEFINITIONS = {
         Definition("MLflow 3.17", "a version"),
         Definition("trackio 0.43", "a version"),
     ],
-    "docs/guides/good-data.md": [
-        Definition("90, 70, 50 and 30 %", "defaults of `python -m benchmarks curve of`"),
-        Definition("and prints whether 70 %", "the share that its sentence is about"),
-        Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
-    ],
     "docs/guides/keep-alive.md": [
         Definition("32 with a moving average (2.1 GB for 86 M parameters", "24 bytes × 86 M"),
         Definition("every ten minutes", "a default of `CheckpointConfig`"),
-    ],
-    "docs/guides/laptop.md": [
-        Definition("has 8 × 8 pixels", "a size"),
-        Definition("at most ten minutes are lost", "a default of `CheckpointConfig`"),
     ],
     "docs/guides/more-than-chance.md": [
         Definition("3 bits would determine one of 8 classes", "log2 8"),
@@ -163,18 +153,24 @@ DEFINITIONS = {
         Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`"),
         Definition("a DINOv2 ViT-S (88 MB) on a CPU", "the size of the download that is named"),
         Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),
-        Definition("112 px on a CPU, 224 px on a GPU; layer decay 0.75", "what `moevision/train/start.py` chooses"),
+        Definition("112 px on a CPU and 224 px on a GPU, layer decay 0.75", "what `moevision/train/start.py` chooses"),
     ],
-    "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
+    "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("A lesson of 45 minutes", "a plan")],
+    "docs/guides/many-images.md": [Definition("256 MiB is the default", "a default of `moevision data shard`")],
+    "docs/tutorial.md": [
+        Definition("downloads one (88 MB)", "the size of the download that is named"),
+        Definition("answers `unsure` below 90 %", "the example's `--unsure 0.9`"),
+        Definition("about four times the time of 112", "224² over 112²"),
+    ],
     "docs/reference/files.md": [
         Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
-        Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("with 1 where 5 % of the validation images lie beyond", "`moevision.models.strangers.REFUSED`"),
         Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),
     ],
     "docs/reference/config.md": [
         Definition("(Docker gives 64 MB)", "Docker's default"),
+        Definition("as many as cost about 1 % of the training", "a constant of `moevision.train.health`"),
         Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),
@@ -189,8 +185,5 @@ DEFINITIONS = {
     "docs/reference/routers.md": [
         Definition("importance 0.05, load 0.05", "defaults of `moevision/layers/routers.py`"),
         Definition("load balancing 0.05", "default of `moevision/layers/routers.py`"),
-        Definition("(0.2 to 0.4 where data are few", "the cited paper"),
-        Definition("(V-MoE, §4.1)", "a section of the cited paper"),
-        Definition("γ of `bias_balanced`, 0.001", "default of `moevision/layers/routers.py`"),
     ],
 }

@@ -47,7 +47,7 @@ export function lessonSteps(lesson, sources) {
       choices: ["All of them", `A quarter: ${model.top_k} of ${experts}`, "About 70 %"],
       right: 2,
       answer: html`<p><b>${millions(model.active_parameters)} of ${millions(model.parameters)}, ${percent(share)}.</b> In L${earlier} and L${layer} only ${model.top_k} of ${experts} experts run for a patch. Everything else (attention, the other layers) runs for every patch.</p>
-        <p>The other ${experts - model.top_k} cost memory and no arithmetic. That is the idea: more parameters at the same cost.</p>`,
+        <p>The other ${experts - model.top_k} take up memory but no computation. That is the idea: more parameters at the same cost.</p>`,
     },
     {
       title: "Which patches go together?",
@@ -76,7 +76,7 @@ export function lessonSteps(lesson, sources) {
       title: "Train a router",
       minutes: 10,
       text: html`<p>Black and white points lie in two arms. Each of four experts can draw <b>one straight line</b>; the router decides who is responsible where. Both learn at once, here in the page.</p>
-        <p>Background and number: the expert. Red ring: told wrong. The thin line in the bars is a fair share.</p>`,
+        <p>Background and number: the expert. Red ring: misclassified. The thin line in the bars is an equal share.</p>`,
       figure: playgroundBox(),
       question: "Train with balance 0. How many of the four experts will have work in the end?",
       choices: ["Always all four", "Often one, but it depends on the start", "Always exactly one"],

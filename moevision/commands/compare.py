@@ -315,7 +315,7 @@ def sentences(found: Comparison) -> list[str]:
     else:
         sure = f"p = {p}" if known else "equal differences have no interval and no p"
         said.append(f"Paired t-test over {seeds} seeds: {sure}.")
-    said.append(f"{found.verdict}." if found.told_apart else f"Not told apart{reach}.")
+    said.append(f"{found.verdict}." if found.told_apart else f"No difference found{reach}.")
     what = images if seeds == 1 else f"{seeds} seeds with this spread"
     if not math.isnan(found.detectable):
         size = f"{100 * found.detectable:.1f} points"

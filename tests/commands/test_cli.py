@@ -231,7 +231,7 @@ def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):
 def test_a_task_or_an_option_that_left_says_what_to_use(cli):
     for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
         refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
-    refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/batch.md")
+    refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/serve.md")
     for fault in (["--fault", "nan_loss@7"], ["--fault=nan_loss@7"]):
         refused(cli("fit", "pets", *fault), "python -m benchmarks guard-accuracy")
     refused(cli("data", "score", "curve"), "curve is no run folder")  # not the task

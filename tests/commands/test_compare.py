@@ -69,7 +69,7 @@ def test_two_runs_by_hand(cli):
     assert (outcome.code, outcome.err) == (0, "")
     assert "A − B: −28.6 points of accuracy (95 % interval −51.7 to −2.6), on the same 21 test images." in outcome.out
     assert "Only A is right on 1 of them, only B on 7: McNemar's exact p = 0.070." in outcome.out
-    assert "Not told apart: this cannot exclude ±51.7 points." in outcome.out
+    assert "No difference found: this cannot exclude ±51.7 points." in outcome.out
     assert "A and B differ in model.arch.router (null, hash)." in outcome.out
     low, high = stats.binomtest(2, 21).proportion_ci(method="wilson")
     assert f"9.5 % ({100 * low:.1f} % to {100 * high:.1f} %)" in outcome.out
@@ -119,7 +119,7 @@ def test_several_seeds_are_scipys_paired_t_test(cli):
     assert "seed 2: dense-2 − moe-2 = −25.0 (−" in outcome.out
     assert "Left out, without a partner of the same seed: dense-5, moe-7." in outcome.out
     widest = 100 * max(abs(end) for end in expected.confidence_interval())
-    assert f"Not told apart: this cannot exclude ±{widest:.1f} points." in outcome.out
+    assert f"No difference found: this cannot exclude ±{widest:.1f} points." in outcome.out
 
 
 def test_equal_differences_have_no_interval(cli):
@@ -159,7 +159,7 @@ def test_one_image_of_a_class_tells_no_models_apart(cli):
     outcome = cli("compare", make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}), make("two", b, dogs=1))
     assert outcome.code == 0, outcome.err
     assert "+50.0 points of balanced accuracy" in outcome.out
-    assert "Not told apart" in outcome.out
+    assert "No difference found" in outcome.out
 
 
 def test_the_detectable_difference_has_its_power_by_enumeration():

@@ -1,4 +1,4 @@
-"""The docs: examples run, commands exist, links lead somewhere, pages are short and in plain words, the site builds.
+"""The docs: examples run, commands exist, links lead somewhere, pages are in plain words, the site builds.
 
 The commands of Start and the guides are run, and the site is built.
 """
@@ -41,17 +41,17 @@ BANNED = {
     r"\brefus\w+ update|\bupdates? (?:is|are|was|were) refused": "skipped update",
     r"\bmatrix units?\b": "AMX",
     r"all there is to tell": "a share of the entropy",
+    r"\btold apart|\btells? apart": "no difference was found, distinguish",
+    r"\btold wrong": "misclassified",
+    r"\bgo(?:es)? on\b": "continues",
+    r"\bstands? (?:beside|above|below|there)|\bbeside (?:it|them|that) (?:stands?|lies?)": "is, are",
+    r"\bin the place of": "instead of",
     r"\bworktree|\bhelper agent|\bissue #?\d+": "nothing",
 }
 
 
 def page_id(path: Any) -> str:
     return str(path.relative_to(ROOT)) if isinstance(path, Path) else str(path)[:60]
-
-
-def words(path: Path) -> int:
-    """As `wc -w` counts them, code included."""
-    return len(path.read_text().split())
 
 
 def prose(path: Path) -> str:
@@ -102,14 +102,6 @@ def check_command(command: str) -> None:
 
 
 # ---- words
-
-
-SHORT = [*sorted((DOCS / "guides").glob("*.md")), DOCS / "concepts" / "what-sparsity-buys.md"]
-
-
-@pytest.mark.parametrize("path", SHORT, ids=page_id)
-def test_guides_are_short(path: Path) -> None:
-    assert words(path) <= 700
 
 
 @pytest.mark.parametrize("path", FRONT, ids=page_id)
@@ -271,6 +263,7 @@ ELSEWHERE = {
     "--pretrained tiny_moe": "made of weights from the hub",
     "runs/dense": "a dense run",
     "birds.yaml": "written by the reader; its keys are checked below",
+    "runs/photos": "docs/tutorial.py ran it; its output is checked by test_tutorial.py",
     "my_fit.py": "above",
     ">": "a shell's redirection",
 }

@@ -1,16 +1,12 @@
-"""What the README shows works: its Python runs, its commands exist, its config names are shipped, and it is short."""
+"""What the README shows works: its Python runs, its commands exist, its config names are shipped."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.docs.test_docs import ROOT, check_command, commands, python_blocks, run, words
+from tests.docs.test_docs import ROOT, check_command, commands, python_blocks, run
 
 README = ROOT / "README.md"
-
-
-def test_it_is_short() -> None:
-    assert words(README) <= 700
 
 
 @pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: block.splitlines()[-1][:30])
@@ -42,7 +38,7 @@ def test_there_is_something_to_test() -> None:
     assert len(commands(README)) >= 4
 
 
-def test_its_first_two_commands_are_those_of_a_newcomer() -> None:
+def test_it_has_the_commands_of_a_newcomer_and_of_a_developer() -> None:
     text = Path(README).read_text()
-    first = text.index("```sh\npip install . && moevision fit --config quickstart\n```")
-    assert text.index('```sh\npip install ".[test]" && pytest\n```') > first == text.index("```sh")
+    assert "```sh\npip install . && moevision fit --config quickstart\n```" in text
+    assert '```sh\npip install ".[test]" && pytest\n```' in text

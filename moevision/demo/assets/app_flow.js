@@ -98,13 +98,13 @@ export class Flow {
     Object.assign(this, { picture: view.picture.src, grid: String(view.model.grid), shown: layer.name, lit: null });
     fillBox(this.box, layout(app, view, layer, this.first));
     this.compare(view);
+    const moved = before ? this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]) : [];
+    Object.assign(this, { away: new Set(still() ? [] : moved), veil: 1 });
+    if (before) this.paint(); // the same image is there at once: nothing blinks
     await this.load();
     if (this.turn !== turn) return undefined; // drawn anew meanwhile
     if (opening && !still()) return this.play();
-    const moved = before && this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]);
-    Object.assign(this, { away: new Set(), veil: 1 });
-    this.paint();
-    if (!before || !moved || still()) return undefined;
+    if (!before || still()) return undefined;
     const to = this.places();
     return this.fly(moved.filter((patch) => to[patch]).map((patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS })));
   }

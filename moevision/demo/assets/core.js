@@ -285,7 +285,10 @@ export class Core {
     if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
-    if (has("layer")) frameStrip(this.box("strip"), this.state);
+    if (has("layer")) {
+      frameStrip(this.box("strip"), this.state);
+      this.time?.draw();
+    }
     if (has("active")) {
       if (!has("hover")) this.bringImage(state.active); // what the pointer passes over moves nothing
       this.drawStrip();

@@ -1,4 +1,4 @@
-"""docs/guides/many-images.md."""
+"""benchmarks/data/README.md."""
 
 from typing import Any
 
@@ -36,4 +36,4 @@ CLAIMS = [
     Claim(tuple(RECORDS.values()), "{steps} training steps leave the same bytes", equal),
     Claim(tuple(RECORDS.values()), "| {title} | {cells} |", rows),
 ]
-DEFINITIONS = [Definition("256 MiB is the default", "a default of `moevision data shard`")]
+DEFINITIONS: list[Definition] = []

@@ -1,4 +1,4 @@
-"""docs/architecture.md."""
+"""benchmarks/house/README.md."""
 
 from typing import Any
 
@@ -69,6 +69,4 @@ CLAIMS.append(
     )
 )
 
-DEFINITIONS = [
-    Definition("CPU time of every answer at 0.3 s", "a bound that a test asserts"),
-]
+DEFINITIONS: list[Definition] = []

@@ -1,0 +1,1 @@
+"""Load over a training, without and with a balance loss."""

@@ -1,0 +1,61 @@
+"""docs/results.md: its table is what `python -m benchmarks ideas` makes of the records."""
+
+from typing import Any
+
+from benchmarks.ideas import ideas, read_all
+from benchmarks.records import (
+    Claim,
+    Definition,
+    accuracy,
+    label_noise,
+    performance,
+    quickstart,
+    reliability,
+    small,
+    sparsity,
+    specialization,
+    upcycling,
+    waiting,
+)
+from benchmarks.records.studies import shown
+
+TRAIN = performance.TRAIN.format("cifar10")
+FILES = (
+    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, waiting.RUNS),
+    *(TRAIN, accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES),
+)
+
+
+def _rows(*_: Any) -> list[dict[str, str]]:
+    return shown(line for line in ideas(read_all()).splitlines() if "--" not in line)
+
+
+CLAIMS = [
+    Claim(FILES, "{text}", _rows),
+    Claim(FILES, "with {moe:.0%} of a model's FLOPs in experts", sparsity.shares),
+    Claim(FILES, "the shipped models have {least_percent:.0f} to {most:.0%}.", sparsity.shares),
+    Claim(quickstart.QUICKSTART, "The quickstart's model reaches {moe} on {total:,} test images", quickstart.of_run),
+    Claim(
+        quickstart.QUICKSTART,
+        "with {most:.2f} times the mean load on its busiest expert",
+        lambda record: {"most": max(float(value) for value in quickstart.loads(record)["slowest"].split(", "))},
+    ),
+    Claim(tuple(accuracy.CIFAR), "CIFAR-10 from scratch reaches {mean:.1%} (mean of three seeds)", accuracy.mean),
+    Claim(tuple(accuracy.FOLDERS), "photos of cats and dogs reaches {mean:.1%} (three seeds)", accuracy.mean),
+    Claim(performance.INFER, "has {fp32_speed} times its dense twin's speed in float32", performance.inference),
+    Claim(TRAIN, "A training step runs at {twin} times the twin's speed", performance.moe),
+    Claim(TRAIN, "takes {moe_mib:.0f} MiB, the twin's {twin_mib:.0f}", performance.side_by_side),
+    Claim(
+        label_noise.FILES,
+        "has an area under the ROC curve of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
+        "{similar_aum:.2f} where similar classes were mixed up, {cats_aum:.2f} on photos of cats and dogs and "
+        "{folder_aum:.2f} on a folder of drawn animals",
+        label_noise.of_moe,
+    ),
+    Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
+    Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
+]
+DEFINITIONS = [
+    Definition("Brackets are 95 % intervals over seeds", "the level of `benchmarks/study.py`"),
+    Definition("`fit FOLDER` on 2,048 photos", "the data"),
+]
