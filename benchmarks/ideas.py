@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cats_and_dogs import report as cats_and_dogs
 from benchmarks.curve.shares import is_as_good
 from benchmarks.curve.shares import table as curve_table
 from benchmarks.harness import HERE, argument_parser
@@ -45,7 +46,7 @@ Answer = tuple[str, str]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     lists = {"scratch": "specialization/scratch.jsonl"}
-    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch")
+    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch", "cats_and_dogs")
     found: dict[str, Any] = {name: read_records(root / lists.get(name, f"{name}/runs.jsonl")) for name in names}
     single = {"curve": "curve/record", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
@@ -60,6 +61,7 @@ def ideas(records: Records) -> str:
     """The table as Markdown."""
     rows: list[tuple[str, Answer]] = [
         ("Experts specialize", said(records, "specialization", partial(specialization, trained=records["scratch"]))),
+        ("Expert 1 focuses on cats, expert 2 on dogs", said(records, "cats_and_dogs", cats_and_dogs.answer)),
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
         ("They help at equal time too", said(records, "sparsity", hypothesis("H2"), "accuracy", reached)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),

@@ -18,7 +18,7 @@ def row(table: str, idea: str) -> str:
 def test_without_records_every_idea_is_not_run(tmp_path: Path) -> None:
     table = ideas(read_all(tmp_path))
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert {verdict for _, verdict, _ in rows} == {"not run yet"}
     assert all(NOT_RUN in answer for *_, answer in rows)
     assert not any(word in table for word in ("points", "times", "better", "worse"))

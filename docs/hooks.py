@@ -6,6 +6,7 @@
   `--8<-- "help:predict"` what `moevision predict --help` prints
   (`"help:data prune"`: `moevision data prune --help`).
 - Formulas become MathML when the site is built; browsers draw that by themselves.
+- Notebooks become pages with their saved outputs, under notebooks/, and their files lie beside them.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
 - In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
 """
@@ -13,6 +14,8 @@
 from __future__ import annotations
 
 import ast
+import html as markup
+import json
 import os
 import posixpath
 import re
@@ -52,11 +55,17 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files outside docs/ that pages link to, and those that these link to."""
-    waiting = [DOCS / file.src_uri for file in files.documentation_pages()]
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for notebook in notebooks:
+        files.append(File.generated(config, _uri(notebook), content=_page_of(notebook)))
+        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
+    waiting = [DOCS / file.src_uri for file in files.documentation_pages() if not _is_notebook(file.src_uri)]
+    waiting += notebooks
     known: set[str] = set()
     while waiting:
         page = waiting.pop()
-        for link in _LINK.findall(_CODE.sub("", page.read_text())):
+        text = _page_of(page) if page.suffix == ".ipynb" else page.read_text()
+        for link in _LINK.findall(_CODE.sub("", text)):
             target = _target(page, link)
             uri = _uri(target)
             if uri in known or not uri.startswith("repo/") or not target.is_file():
@@ -89,7 +98,8 @@ def _exported() -> dict[str, str]:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Point links at where the files are in the site, and put named sources in."""
     uri = page.file.src_uri
-    here = ROOT / uri.removeprefix("repo/") if uri.startswith("repo/") else DOCS / uri
+    outside = uri.startswith("repo/") or _is_notebook(uri)
+    here = ROOT / uri.removeprefix("repo/") if outside else DOCS / uri
 
     def moved(link: re.Match[str]) -> str:
         return posixpath.relpath(_uri(_target(here, link[1])), posixpath.dirname(uri) or ".")
@@ -101,8 +111,59 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return "".join([*parts, _LINK.sub(moved, markdown[last:])])
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML; cells of tables that break where a reader would."""
+# ---- notebooks
+
+
+def _is_notebook(uri: str) -> bool:
+    return uri.startswith("notebooks/")
+
+
+def _page_of(notebook: Path) -> str:
+    """A notebook as Markdown: its texts, its code but for the cell that installs, and a mark where each output goes."""
+    title, _, *cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    parts = ["".join(title["source"]), f'<p><a href="../{notebook.name}" download>The notebook as a file</a></p>']
+    for number, cell in enumerate(cells, 2):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text.replace("<details>", '<details markdown="1">'))
+            continue
+        parts.append(f"```python\n{text}\n```")
+        parts += [f"<p>{_OUTPUT}{number}.{place}</p>" for place, _ in enumerate(cell["outputs"])]
+    return "\n\n".join(parts) + "\n"
+
+
+_OUTPUT = "output of cell "
+_PLACE = re.compile(rf"<p>{_OUTPUT}(\d+)\.(\d+)</p>")
+
+
+def _outputs(html: str, notebook: Path) -> str:
+    """The page of a notebook with its saved outputs in their places."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+    def output(place: re.Match[str]) -> str:
+        found = cells[int(place[1])]["outputs"][int(place[2])]
+        data = found.get("data", {"text/plain": found.get("text", "")})
+        for kind in ("text/html", "image/png", "image/jpeg", "text/plain"):
+            if kind in data:
+                break
+        text = "".join(data[kind])
+        if kind == "text/html":
+            return f'<div class="output">{text}</div>'
+        if kind == "text/plain":
+            return f'<pre class="output">{markup.escape(text)}</pre>'
+        image = f"data:{kind};base64,{text.strip()}"
+        return f'<p class="output"><img alt="a figure; the text around it says what it shows" src="{image}"></p>'
+
+    return _PLACE.sub(output, html)
+
+
+# ---- pages as they are shown
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Formulas as MathML; cells of tables that break where a reader would; a notebook's outputs."""
+    if _is_notebook(page.file.src_uri):
+        html = _outputs(html, (ROOT / page.file.src_uri).with_suffix(".ipynb"))
     html = _FORMULA.sub(lambda found: convert(_plain(found[2]), display=_DISPLAY[found[1]]), html)
     return _CELL.sub(_cell, html)
 
@@ -118,6 +179,8 @@ def _target(page: Path, link: str) -> Path:
 
 def _uri(target: Path) -> str:
     """Where a file of the repository is in the site's sources."""
+    if target.parent == ROOT / "notebooks":
+        return f"notebooks/{target.stem}.md"
     if target.is_relative_to(DOCS):
         return target.relative_to(DOCS).as_posix()
     return f"repo/{target.relative_to(ROOT).as_posix()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shlex
 import sys
@@ -107,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as `moevision --help` lists them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a σ or an arrow that Windows' code pages lack becomes a "?"
+        sys.stdout.reconfigure(errors="replace")
     rest = list(sys.argv[1:] if arguments is None else arguments)
     if rest[:1] == ["help"] and len(rest) > 1:
         rest = [rest[1], "--help"]

@@ -1,5 +1,8 @@
 """Numbers as people read them, in the same spelling on every page; and what a terminal says while one waits."""
 
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +34,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def shell_word(text: str) -> str:
+    """A path or option as one word of a command that a reader may copy into this system's shell.
+
+    Windows' know no single quotes, in which POSIX' rules put every backslash.
+    """
+    return shlex.quote(text) if os.name == "posix" else subprocess.list2cmdline([text])
 
 
 @contextmanager

@@ -33,10 +33,11 @@ from benchmarks.harness import about, argument_parser, positive, write_result
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.images import Data, PictureSet, open_pictures, read_images
 from moevision.analysis.trace import RoutingTrace
-from moevision.models.io import SavedModel, load_model
-from moevision.models.safe_files import PACKED, SCALE, WEIGHTS
+from moevision.models.io import SavedModel, load_model, unpack
+from moevision.models.safe_files import PACKED, REST, SCALE, WEIGHTS
 
 LEVELS = 127  # steps on either side of 0: what an int8 holds
+COARSE = 31  # of a model that shares most of its weights with another
 GROUP = 64  # inputs that share a factor: one large weight makes the steps of few others coarse
 SMALLEST = 2**14  # elements; smaller matrices, such as a router, are not worth an error
 CALIBRATION = 128  # training images
@@ -44,7 +45,11 @@ LOADS = 9
 
 
 def pack(
-    state: Mapping[str, Tensor], products: Mapping[str, Tensor] | None = None, *, group: int | None = GROUP
+    state: Mapping[str, Tensor],
+    products: Mapping[str, Tensor] | None = None,
+    *,
+    group: int | None = GROUP,
+    levels: int = LEVELS,
 ) -> dict[str, Tensor]:
     """Round the weights of linear layers, [out, in] and [E, out, in], to whole steps s q.
 
@@ -52,6 +57,7 @@ def pack(
         state: weights by name, in any floating dtype.
         products: of `input_products`; the weights of a layer without them go to the nearest step.
         group: inputs that share a factor; None: all of a row.
+        levels: steps on either side of 0; fewer are smaller once they are compressed, as in a wheel.
 
     Returns:
         For each large matrix q (int8, same shape) under its name and s (bfloat16, [..., out, in / group]) under
@@ -68,21 +74,23 @@ def pack(
         ):
             weight = value.float()
             largest = weight.unflatten(-1, (-1, size)).abs().amax(-1)
-            packed[name + SCALE] = scale = (largest / LEVELS).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+            packed[name + SCALE] = scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
             steps = scale.float().repeat_interleave(size, -1)
             product = (products or {}).get(name)
-            packed[name] = nearest(weight, steps) if product is None else compensated(weight, steps, product)
+            packed[name] = (
+                nearest(weight, steps, levels) if product is None else compensated(weight, steps, product, levels)
+            )
         else:
             packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value
     return packed
 
 
-def nearest(weight: Tensor, steps: Tensor) -> Tensor:
+def nearest(weight: Tensor, steps: Tensor, levels: int = LEVELS) -> Tensor:
     """Each weight's nearest whole step, int8."""
-    return (weight / steps).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return (weight / steps).round().clamp(-levels, levels).to(torch.int8)
 
 
-def compensated(weight: Tensor, steps: Tensor, product: Tensor) -> Tensor:
+def compensated(weight: Tensor, steps: Tensor, product: Tensor, levels: int = LEVELS) -> Tensor:
     """Whole steps, int8 [out, in], whose layer answers as the weights did: GPTQ.
 
     Input after input is rounded, and the inputs still to come take over its error as far as they go along with it.
@@ -91,13 +99,14 @@ def compensated(weight: Tensor, steps: Tensor, product: Tensor) -> Tensor:
         weight: [out, in].
         steps: [out, in], the size of a step.
         product: [in, in], X^T X of the layer's inputs X.
+        levels: whole steps on either side of 0.
     """
     damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(product))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # row i: what input i tells of those behind it
     left, found = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
     for column in range(weight.shape[1]):
-        found[:, column] = nearest(left[:, column], steps[:, column])
+        found[:, column] = nearest(left[:, column], steps[:, column], levels)
         error = (left[:, column] - found[:, column] * steps[:, column]) / upper[column, column]
         left[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])
     return found
@@ -124,9 +133,21 @@ def input_products(model: SavedModel, pictures: PictureSet) -> dict[str, Tensor]
     return products
 
 
-def pack_folder(folder: Path, data: Data) -> None:
-    """Replace model.safetensors of a saved model by its packed file, made on training images of its data."""
-    save_file(pack(load_file(folder / WEIGHTS), products_of(folder, data)), folder / PACKED)
+def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
+    """Replace model.safetensors of a saved model by its packed file, made on training images of its data.
+
+    Args:
+        folder: of the saved model.
+        data: its images.
+        rest: a packed model beside it that holds the same weights in part: these are left out, and the others, which
+            must fit into the wheel with it, get coarser steps.
+    """
+    state, products, about_it = load_file(folder / WEIGHTS), products_of(folder, data), {}
+    if rest is not None:
+        known, about_it = unpack(rest / "trained" / PACKED), {REST: rest.name}
+        state = {name: own for name, own in state.items() if name not in known or not torch.equal(own, known[name])}
+    packed = pack(state, products, levels=LEVELS if rest is None else COARSE)
+    save_file(packed, folder / PACKED, metadata=about_it)
     (folder / WEIGHTS).unlink()
 
 

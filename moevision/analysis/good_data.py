@@ -21,7 +21,6 @@ import csv
 import hashlib
 import io
 import math
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +54,7 @@ from moevision.files import refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
+from moevision.words import shell_word
 
 TABLE, PAGE = "images.csv", "page.html"
 EXPLORER: Final = "http://127.0.0.1:7860"
@@ -97,7 +97,7 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     names = images.class_names if model is None else model.class_names
     facts = page_facts(images, known, names, show)
     facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
-    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shlex.quote(shown(str(run_dir)))}"}
+    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shell_word(shown(str(run_dir)))}"}
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         write_text_atomic(out / TABLE, _table(images, known, names))

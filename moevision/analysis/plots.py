@@ -152,7 +152,8 @@ def heading(figure: Figure, text: str, note: str = "") -> None:
     Lines are broken to the figure's width. Call it once, after the figure has its size.
     """
     width, height = figure.get_size_inches()
-    measure = min(width, PAGE_INCHES) - 0.15  # a longer line is hard to read
+    # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
+    measure = (min(width, PAGE_INCHES) - 0.15) / 1.075
     bold = wrap(text, measure, FontProperties(size=LARGE, weight="bold"))
     plain = wrap(note, measure, FontProperties(size=NORMAL - 0.5))
     room = 0.1 + _LINE_INCHES * (len(bold) + len(plain))
@@ -360,7 +361,8 @@ def plot_load(
     if any(load.sum() <= 0 for load in (*loads, *wanted)):
         raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
     experts, layers = max(len(load) for load in loads), len(loads)
-    columns = min(layers, 2 if experts > 8 else 4)
+    # a long name needs room beside its ratio
+    columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
     figure, axes_of = panels(layers, columns, PAGE_INCHES if experts > 8 else None)
     highest = max(float((each / each.sum()).max()) for each in wanted)
     for place, (axes, name, load, kind) in enumerate(zip(axes_of, layer_names, loads, kinds, strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
 from moevision.train.recipe import find_config
+from moevision.words import shell_word
 
 _HARDEST = 0.1  # of --hardest where it isn't given
 
@@ -90,7 +90,7 @@ def write_list(chosen: Namespace) -> None:
     for sentence in (each for shares, what in found for each in starved(shares, what)):
         print(f"warning: {shown(sentence)}")
     print(f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {shown(str(out))}")
-    file = shlex.quote(shown(str(out)))
+    file = shell_word(shown(str(out)))
     relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
 
@@ -129,7 +129,7 @@ def shard(chosen: Namespace) -> None:
     sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in index.splits.items())
     total_mb = sum(each.bytes for each in index.shards) / 2**20
     print(f"{sizes} images in {len(index.shards)} shards, {total_mb:,.1f} MiB: {shown(str(chosen.out))}")
-    print(f"train on them: moevision fit {shlex.quote(shown(str(chosen.out)))}")
+    print(f"train on them: moevision fit {shell_word(shown(str(chosen.out)))}")
 
 
 def _collection(what: str, root: str | None) -> Collection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.reading import unread_layers
 from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
-from moevision.words import loading
+from moevision.words import loading, shell_word
 
 GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
@@ -77,7 +76,7 @@ def run(chosen: Namespace) -> None:
             "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
             soft_wrap=True,
         )
-    command = f"moevision fit FOLDER --pretrained {shlex.quote(str(out))} --data.image_size {saved.image_size}"
+    command = f"moevision fit FOLDER --pretrained {shell_word(str(out))} --data.image_size {saved.image_size}"
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):  # what `fit` takes by itself
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     console.print(f"\nnext: {shown(command)}", markup=False, soft_wrap=True)

@@ -7,7 +7,6 @@ test), ``splits.py`` cuts one from the training images.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from moevision.data.collection import (
 )
 from moevision.data.folder import read_folder
 from moevision.errors import UserError, shown
+from moevision.words import shell_word
 
 SYNTHETIC: Final = "synthetic_pets"
 HF: Final = "hf:"
@@ -75,7 +75,7 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
 
 def fetching(name: str, root: str | Path = "data") -> str:
     """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
-    where = "" if str(root) == "data" else f" --data.root {shlex.quote(str(root))}"
+    where = "" if str(root) == "data" else f" --data.root {shell_word(str(root))}"
     return f"`moevision fit {name} --data.download true{where}`"
 
 

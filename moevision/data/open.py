@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -16,6 +15,7 @@ from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETI
 from moevision.data.shards import INDEX, find_index, open_shards, tars_in
 from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
+from moevision.words import shell_word
 
 DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
 UNKNOWN_COUNT: Final = 10_000
@@ -98,7 +98,7 @@ def open_collection(
 
 def _convert(path: str) -> str:
     return (
-        f"{path} holds tars that moevision didn't write: convert them by `moevision data shard {shlex.quote(path)} "
+        f"{path} holds tars that moevision didn't write: convert them by `moevision data shard {shell_word(path)} "
         "--out SHARDS`, and give SHARDS."
     )
 

@@ -38,6 +38,7 @@ from moevision.models.safe_files import (
     WEIGHTS,
     check_model_folder,
     check_types,
+    parts_of,
     read_config,
     read_header,
     read_metadata,
@@ -444,9 +445,10 @@ def unpack(file: Path) -> dict[str, Tensor]:
 
     A safetensors file: a large matrix is q, int8 [..., out, in], under its name and s, bfloat16 [..., out, G], under
     `NAME.scale`; its weight is q s, with one s for each of G equal parts of a row. All else is as the model has it.
+    Where its header names another bundled model, what isn't stored is that model's (`parts_of`).
     What is multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
     """
-    stored = load_file(file)
+    stored = {name: value for part in parts_of(file) for name, value in load_file(part).items()}
     for name in [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]:
         scale = stored.pop(name + SCALE).float()[..., None]  # [..., out, G, 1]
         stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)

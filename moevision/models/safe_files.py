@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
 # numbers for weights: hence the name.
-PACKED, SCALE = "model.int8", ".scale"
+PACKED, SCALE, REST = "model.int8", ".scale", "rest"
 MAX_JSON_BYTES: Final = 16 * 2**20  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
 MAX_JSON_VALUES: Final = 1_000_000
 MAX_YAML_BYTES: Final = 2**20
@@ -205,7 +205,8 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     if weights:
         file = weights_of(folder)
         try:
-            entries = read_header(file)
+            parts = parts_of(file) if file.name == PACKED else [file]
+            entries = {name: entry for part in parts for name, entry in read_header(part).items()}
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles.") from error
         if file.name == PACKED:
@@ -218,6 +219,15 @@ def weights_of(folder: Path) -> Path:
     """The file with the weights of a saved model: `model.int8` where that is the only one."""
     packed = folder / PACKED
     return packed if packed.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The packed files that make up a model, a later one in place of an earlier one's tensors.
+
+    A header that says `rest: NAME` holds only what the model doesn't share with the bundled model NAME beside it.
+    """
+    rest = read_metadata(file).get(REST, "")
+    return [file.parents[2] / rest / "trained" / PACKED, file] if re.fullmatch(r"\w+", rest) else [file]
 
 
 def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

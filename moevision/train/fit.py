@@ -14,7 +14,6 @@ import errno
 import logging
 import re
 import secrets
-import shlex
 import shutil
 import warnings
 from argparse import ArgumentError
@@ -97,6 +96,7 @@ from moevision.train.resume import (
 from moevision.train.scores import ExampleScores
 from moevision.train.start import fit_probe, start_with
 from moevision.train.task import ClassificationTask, check_trainer
+from moevision.words import shell_word
 
 # A disk without room, or one on which this user may have no more; Windows lacks the latter.
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -147,7 +147,7 @@ def fit(given: Given) -> None:
         if result is not None:
             tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
             if result.summary.layers:
-                run = shlex.quote(str(run_dir))
+                run = shell_word(str(run_dir))
                 tell(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
                 if not training.settings.with_twin:
                     tell("Whether they pay on these images: --with-twin also trains a dense model of the same cost.")
@@ -671,7 +671,7 @@ def evaluate(verb: str, given: Given) -> None:
                 table, config = origin / "splits.csv", newest_config(origin)
                 path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
                 if path and not data.is_of_run(table, path):
-                    saved, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), data.path))
+                    saved, folder = (shell_word(str(each)) for each in (table.with_name("model"), data.path))
                     raise UserError(
                         f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
                         f"neither: leave it out, or see what the model says about it by moevision predict {saved} "

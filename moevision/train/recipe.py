@@ -13,7 +13,6 @@ import copy
 import difflib
 import math
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +44,7 @@ from moevision.train.processes import has_gpu, tell, trains_on
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 from moevision.train.task import ClassificationTask
+from moevision.words import shell_word
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
@@ -199,7 +199,7 @@ def chosen(
         typed["data.path"] = path
     found = {**recipe, **configured, **typed}
     if verb == "fit" and found.get("ckpt_path") is not None:
-        folder = shlex.quote(str(Path(found["ckpt_path"]).parent.parent))
+        folder = shell_word(str(Path(found["ckpt_path"]).parent.parent))
         raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
     return found
 

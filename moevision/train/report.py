@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.train.provenance import LIBRARIES
-from moevision.words import duration, flops, percent, points
+from moevision.words import duration, flops, percent, points, shell_word
 
 BALANCED = "val/balanced_acc"
 """Macro recall, what goes before accuracy where classes are unbalanced."""
@@ -340,7 +339,7 @@ def write_summary(summary: RunSummary, out: Path) -> None:
     text = template("summary.md.jinja").render(
         summary=summary,
         present={file.name for file in run.iterdir()} if run.is_dir() else set(),
-        path=lambda name: shlex.quote(str(run / name)),
+        path=lambda name: shell_word(str(run / name)),
         tested=tested,
     )
     write_text_atomic(out, text)
@@ -469,7 +468,7 @@ def _origin(run: Path | None) -> tuple[str, dict[str, str]]:
         words = [shown(without_path(word)) for word in known.get("command", [])]
         versions = {"moevision": known.get("moevision"), **dict(known.get("libraries") or {})}
         versions["Python"] = (known.get("python") or {}).get("version")
-    command = " ".join(word if "…" in word else shlex.quote(word) for word in words)
+    command = " ".join(word if "…" in word else shell_word(word) for word in words)
     return command, {name: str(version) for name, version in versions.items() if version}
 
 

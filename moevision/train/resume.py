@@ -12,7 +12,6 @@ them during setup; the order of the images and their augmentation don't depend o
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +50,7 @@ from moevision.train.processes import (
 from moevision.train.recipe import chosen, find_config, read_config, refuse_among_images, run_name
 from moevision.train.start import PROBE_FILE, Probe
 from moevision.train.task import ClassificationTask
+from moevision.words import shell_word
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -396,7 +396,7 @@ def _plain(value: Any) -> str:
 
 def resume_command(run_dir: Path) -> str:
     """The command that resumes a run, to be typed as it is."""
-    return f"moevision fit {OPTION} {shlex.quote(str(run_dir))}"
+    return f"moevision fit {OPTION} {shell_word(str(run_dir))}"
 
 
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
@@ -488,7 +488,7 @@ class Session:
             return None
         # The run's config.yaml stays as it is, so that a change must be said each time.
         again = without_resume(self.command[2:]) if self.notes else []
-        return " ".join([resume_command(self.run_dir), *map(shlex.quote, again)])
+        return " ".join([resume_command(self.run_dir), *map(shell_word, again)])
 
     def close(self) -> None:
         """Leave the other processes, and release the claimed folders."""

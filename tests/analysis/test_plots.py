@@ -107,7 +107,17 @@ def ticks_out_of_view(axis: Axis) -> set[Text]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """Every word lies inside the figure, and no two lines of the heading on each other."""
+    """Every word lies inside the figure, and neither two lines of the heading nor a panel's titles on each other.
+
+    In a file, and as coarse as in a notebook, where letters are wider.
+    """
+    sharp = figure.get_dpi()
+    for dots_per_inch in (plots.NOTEBOOK_DPI, sharp):
+        figure.set_dpi(dots_per_inch)
+        assert_readable_now(figure)
+
+
+def assert_readable_now(figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     width, height = canvas.get_width_height()
@@ -118,6 +128,11 @@ def assert_readable(figure: Figure) -> None:
             box = text.get_window_extent(renderer)
             assert -2 <= box.x0 <= box.x1 <= width + 2, text.get_text()
             assert -2 <= box.y0 <= box.y1 <= height + 2, text.get_text()
+    for axes in figure.axes:
+        name, note = axes.title, axes._right_title
+        name = axes._left_title if axes._left_title.get_text() else name
+        if name.get_text() and note.get_text():
+            assert name.get_window_extent(renderer).x1 < note.get_window_extent(renderer).x0, name.get_text()
     lines = [text.get_window_extent(renderer) for text in figure.texts]
     assert all(lower.y1 <= upper.y0 + 3 for upper, lower in itertools.pairwise(lines))
 
@@ -341,6 +356,7 @@ def test_threads_draw_the_same_picture() -> None:
 
 
 def test_a_saved_figure_is_a_png_of_its_size(tmp_path) -> None:
+    assert_readable(plots.plot_load([[30, 10]] * 4, ["L1, balanced", "L3, balanced", "L1, not balanced", "L3"]))
     figure = plots.plot_load([[1, 1]], ["L1"])
     plots.save_figure(figure, tmp_path / "load.png")
     with Image.open(tmp_path / "load.png") as picture:

@@ -21,7 +21,7 @@ from moevision.errors import UserError
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
-from moevision.words import loading
+from moevision.words import loading, shell_word
 
 
 @pytest.fixture(autouse=True)
@@ -404,3 +404,22 @@ def test_full_memory_where_the_batch_stays_gets_what_may_change(batch, goes_on):
 def test_other_errors_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError, match="shape"), memory_advice(64, 2):
         raise RuntimeError("shape mismatch")
+
+
+def test_a_terminal_without_greek_letters_gets_the_help(monkeypatch):
+    """As Windows' code page 1252 has neither σ nor ≥; it ended in a UnicodeEncodeError."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    assert moevision.cli.main(["fit", "--help-all"]) == 0
+    sys.stdout.flush()
+    assert "--model.arch" in raw.getvalue().decode("cp1252")
+
+
+def test_a_printed_path_is_one_word_of_this_systems_shell(monkeypatch):
+    """cmd.exe takes single quotes for a part of the name, and a backslash needs none."""
+    assert shell_word("runs/my pets") == "'runs/my pets'"
+    assert shell_word("runs/pets") == "runs/pets"
+    with monkeypatch.context() as windows:
+        windows.setattr("os.name", "nt")
+        found = [shell_word(path) for path in (r"runs\pets", r"runs\my pets")]
+    assert found == [r"runs\pets", '"runs\\my pets"']

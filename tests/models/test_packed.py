@@ -24,7 +24,7 @@ EXPERTS, ROUTER = "blocks.1.mlp.experts.fc1.weight", "blocks.1.mlp.router.weight
 def folder(saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny run's model, packed down to its small matrices."""
     monkeypatch.setattr(packed, "SMALLEST", 256)
-    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
+    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8, "levels": 127})
     pack_folder(saved_model, str(drawn_pets))
     return saved_model
 
@@ -146,6 +146,28 @@ def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
     assert torch.equal(
         load_model(str(folder)).net.state_dict()[EXPERTS], load_model(str(tiny_run)).net.state_dict()[EXPERTS]
     )
+
+
+def test_what_two_models_share_is_stored_once(folder: Path, tiny_run: Path, drawn_pets: Path, tmp_path: Path) -> None:
+    """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
+    one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
+    shutil.copytree(folder, one)
+    model = load_model(str(one))
+    changed = {name for name, _ in model.net.named_parameters() if name.startswith(("blocks.1.mlp.", "head."))}
+    for name in changed:
+        model.net.get_parameter(name).data.mul_(1.1)
+    save_model(model, two)
+    pack_folder(two, str(drawn_pets), rest=one.parent)
+    stored = load_file(two / PACKED)
+    assert {name.removesuffix(SCALE) for name in stored} == changed
+    assert int(stored[EXPERTS].abs().max()) == 31
+    first, second = (load_model(str(where)).net.state_dict() for where in (one, two))
+    assert torch.equal(second[EXPERTS], unpack(two / PACKED)[EXPERTS])
+    assert (second[EXPERTS] - 1.1 * first[EXPERTS]).abs().max() < first[EXPERTS].abs().max() / 31
+    assert all(torch.equal(value, first[name]) for name, value in second.items() if name not in changed)
+    (one / PACKED).unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_model(str(two))
 
 
 BF16 = torch.bfloat16
