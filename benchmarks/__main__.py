@@ -25,6 +25,7 @@ MEASURE = {
 STUDY = {
     "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),
     "airbench": ("what a convolutional net from outside reaches on the copy of CIFAR-10", "accuracy.airbench"),
+    "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
     "head": ("what it is worth that a fine-tuning's classifier starts as a linear probe", "accuracy.head"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "small": ("heads that read places, instability, large batches: three questions to one small model", "small"),
@@ -52,6 +53,7 @@ STUDY = {
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
     "balance": ("each expert's load over a training, without and with a balance loss", "balance.load"),
     "ideas": ("docs/results.md: what all these say of each idea, from their records", "ideas"),
+    "fits": ("crop, pad or squash: a linear head on the frozen features of photos that aren't square", "fits"),
     "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }
 PROVE = {

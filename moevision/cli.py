@@ -238,6 +238,7 @@ def _predict(add: Add) -> None:
         default="fp32",
         help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
     )
+    add("--features", metavar="FILE.npy", help="also write the pooled features, records of path and feature")
     add("--unsure", type=float, metavar="P", help='answer "unsure" where the likeliest class is less probable than P')
 
 
@@ -307,6 +308,7 @@ def _export(add: Add) -> None:
     add("model", help=TRAINED)
     add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
     add("--format", choices=("onnx", "torch"), help="by default what FILE's ending says")
+    add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic (%(default)s)")
     add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
     add("--root", help=_ROOT)
     add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")

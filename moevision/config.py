@@ -39,6 +39,17 @@ RouteBy = Literal["token", "image"]
 Rule = Literal["shazeer", "vmoe"]
 OptimizerName = Literal["adamw", "muon"]
 FreezeAllBut = Literal["all_but_experts", "all_but_head"]
+Fit = Literal["crop", "pad", "squash"]
+
+
+class Framing(NamedTuple):
+    """How an image that isn't square becomes so: `fit`, and the mean colour in [0, 1], with which `pad` fills."""
+
+    fit: Fit = "crop"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+
+
+CROP = Framing()
 
 
 @dataclass
@@ -54,6 +65,8 @@ class Data:
         download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
         image_size: Side of the square images the model sees, in pixels [64; from pretrained weights about 112, on a GPU
             224].
+        fit: How an image that isn't square becomes so: its central square (crop), the whole in borders of the mean
+            colour (pad), or the whole squashed. The model keeps it: predict, demo and export do the same.
         batch_size: Images per batch and process, at most those of the training set [64, on a GPU 256; from pretrained
             weights 32, on a GPU 64; at most a twentieth of the images].
         num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0 prepares them
@@ -102,6 +115,7 @@ class Data:
     root: str = "data"
     download: bool = False
     image_size: int = 64
+    fit: Fit = "crop"
     batch_size: int = 64
     num_workers: int = 0
     seed: int = 0
@@ -820,7 +834,7 @@ _SHORT = (
 )
 _RARE = re.compile(
     r"trainer\.(num_sanity|enable_model|use_dist)|data\.(mean|std|order_seed|max_bad_fraction|check_duplicates|hflip)"
-    r"|data\.(val|test)_size|guard\.(snap|spike|max_skips)|ema\.warmup|model\.(num_classes|image_size)|ckpt_path"
+    r"|data\.(val|test)_size|data\.cache_mb|guard\.(snap|spike|max_skips)|ema\.warmup|model\.(num_classes|image_size)|ckpt_path"
     r"|model\.arch\.(backend|upcycle_|proj_drop|patch_drop|expert_drop|mlp_ratio|slots|bias_rate|normalize|batch_prio)"
     r"|model\.(arch\.twin|optim\.beta2|aux\.rule)|record_routing\.moments|parallel\.offload|check_memory|runs_root"
 )

@@ -18,7 +18,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["test"]["total"] == 2000
     assert summary["test"]["correct"] >= 0.95 * 2000
-    assert [layer["layer"] for layer in summary["layers"]] == [1, 3]
+    assert [layer["layer"] for layer in summary["layers"]] == [1, 2]
     for layer in summary["layers"]:
         assert len(layer["counts"]) == 8
         assert sum(layer["counts"]) == 2000 * 64 * 2  # images x patches x choices

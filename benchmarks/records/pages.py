@@ -37,7 +37,11 @@ CLAIMS = {
     ],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
-        Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
+        Claim(
+            quickstart.NOW,
+            "{tests} % of {total:,} test images, {seconds} CPU seconds",
+            quickstart.of_command,
+        ),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
     ],
     "docs/guides/dense-sparse.md": [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.records import Claim, Definition, accuracy, infer, sparsity, specialization
+from benchmarks.records import Claim, Definition, accuracy, infer, quickstart, sparsity, specialization
 from benchmarks.records.performance import TRAIN, side_by_side
 
 STEP = TRAIN.format("cifar10")
@@ -32,6 +32,11 @@ MORE_ACCURATE = [
     ),
 ]
 CLAIMS = [
+    Claim(
+        quickstart.NOW,
+        "{seconds} CPU seconds of plain, busy cores and gets {tests} % of its test images right",
+        quickstart.of_command,
+    ),
     Claim(
         tuple(accuracy.FOLDERS),
         "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread, from pretrained weights, and {mean:.1%} of the "

@@ -15,7 +15,7 @@ def _parts(*records: Any) -> list[dict[str, str]]:
 
 CLAIMS = [Claim(FILE, "{text}", _parts)]
 DEFINITIONS = [
-    Definition("2,000 at most", "`moevision.models.strangers.IMAGES`"),
+    Definition("2,000 at most", "`benchmarks.strangers.IMAGES`"),
     Definition("5 % of at most 2,000 validation images", "`REFUSED` and `IMAGES`"),
     Definition("eight classes of CIFAR-10", "without cat and dog"),
     Definition("29 photos of other animals (20 for CIFAR-10", "the folder's"),

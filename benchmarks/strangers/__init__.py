@@ -39,7 +39,7 @@ from moevision.errors import DataWarning
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import CONFIG, read_json
-from moevision.models.strangers import FILE, IMAGES, REFUSED, Strangers, fit_strangers, pooled
+from moevision.models.strangers import FILE, REFUSED, Strangers, fit_strangers, pooled
 from moevision.stats import accuracy_interval
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -54,6 +54,7 @@ CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "tru
 KINDS_OF_CIFAR = ("eagle", "duck", "kingfisher", "owl", "macaw", "chicken", "moose", "horse")  # photos of its classes
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
 PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")  # that are reported
+IMAGES = 2_000  # of training and of validation that a model is fitted to, here; `fit` takes half of it
 MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
 DRAWS = 1_000
 

@@ -96,8 +96,9 @@ def collect_routing(
     saved = as_saved_model(model)
     known = saved.class_names or None
     pictures = open_pictures(
-        data, saved.image_size, split=split, limit=limit, seed=seed, class_names=known, root=root, run_dir=run_dir
-    )
+        data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed, class_names=known,
+        root=root, run_dir=run_dir,
+    )  # fmt: skip
     settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)

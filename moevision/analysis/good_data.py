@@ -482,7 +482,7 @@ def examine(
             image = images.collection.open(sample, max(SIDE, side))
         except BadImageError as error:
             return error.reason
-        return look_at(image), square_pixels(image, side)
+        return look_at(image), square_pixels(image, side, model.framing)
 
     with ThreadPoolExecutor(min(16, usable_cores())) as pool, evaluating(net), torch.inference_mode():
         for start in range(0, n, _BATCH):

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.analysis.information import Pixels
+from moevision.config import CROP, Framing
 from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileCollection, Sample
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
@@ -77,6 +78,7 @@ def open_pictures(
     data: Data,
     image_size: int,
     *,
+    framing: Framing = CROP,
     split: str = "test",
     limit: int | None = None,
     seed: int = 0,
@@ -93,6 +95,7 @@ def open_pictures(
             inside train/, val/, test/), tar shards, a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset
             of (PIL image, label), or a `PictureSet`.
         image_size: S, side of the square images in pixels.
+        framing: how the model makes them square.
         split: `test`, `val`, `train`, or `all`; cut as `ImageDataModule` cuts it where the data came unsplit. A torch
             dataset or a `PictureSet` is taken as it is.
         limit: take at most so many images, the same number of each class as far as there are enough. They are drawn
@@ -115,15 +118,16 @@ def open_pictures(
         pets = SyntheticPets(len(data), image_size, data.seed, data.split)
         pictures = Collected.of_drawn(pets, f"synthetic_pets, {data.split} set, seed {data.seed}")
     elif isinstance(data, str | Path):
-        pictures = _from_collection(data, image_size, split, seed, root, download, run_dir, columns)
+        pictures = _from_collection(data, image_size, framing, split, seed, root, download, run_dir, columns)
     else:
-        pictures = FromDataset(data, image_size, class_names)
+        pictures = FromDataset(data, image_size, class_names, framing)
     return _viewed(pictures, limit, seed, class_names)
 
 
 def _from_collection(
     data: str | Path,
     image_size: int,
+    framing: Framing,
     split: str,
     seed: int,
     root: str | Path,
@@ -156,7 +160,8 @@ def _from_collection(
     of_files = isinstance(collection, FileCollection | ShardCollection)
     what = shown(Path(data).expanduser().resolve().name) if of_files else str(data)
     which = "all images" if split == "all" else f"{split} set"
-    return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
+    name = f"{what}, {which}, seed {seed}"
+    return Collected(collection, samples, image_size, tuple(class_names), name, framing)
 
 
 def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
@@ -184,8 +189,9 @@ class Collected:
         image_size: int,
         class_names: tuple[str, ...],
         name: str,
+        framing: Framing = CROP,
     ) -> None:
-        self.collection, self.samples, self.image_size = collection, samples, image_size
+        self.collection, self.samples, self.image_size, self.framing = collection, samples, image_size, framing
         self.class_names, self.name = class_names, name
         self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(collection, DrawnCollection) else ()
 
@@ -201,7 +207,7 @@ class Collected:
 
     def image(self, index: int) -> Pixels:
         """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size)
+        return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size, self.framing)
 
     def label(self, index: int) -> int:
         """The class."""
@@ -228,14 +234,16 @@ class FromDataset:
 
     part_names: tuple[str, ...] = ()
 
-    def __init__(self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None, framing: Framing
+    ) -> None:
         size = getattr(dataset, "__len__", None)
         if size is None:
             raise UserError(
                 f"{type(dataset).__name__} is no set of images: give a folder, a dataset's name, or a torch dataset "
                 "with a length whose items are (PIL image, label)."
             )
-        self.dataset, self.image_size, self._size = dataset, image_size, int(size())
+        self.dataset, self.image_size, self.framing, self._size = dataset, image_size, framing, int(size())
         self.name = type(dataset).__name__
         targets = getattr(dataset, "targets", None)
         self._labels: dict[int, int] = {}
@@ -251,7 +259,7 @@ class FromDataset:
 
     def image(self, index: int) -> Pixels:
         """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self.original(index), self.image_size)
+        return square_pixels(self.original(index), self.image_size, self.framing)
 
     def label(self, index: int) -> int:
         """The class; -1 where the image can't be read and nothing else tells."""
@@ -496,9 +504,8 @@ class FoundImages:
         where = root or str(self.settings.get("root") or "data")
         columns = (None, None) if self.run is None else _columns(self.settings)
         try:
-            pictures = _from_collection(
-                self.path, model.image_size, split, seed, where, False, self.run, columns, self.collection
-            )
+            of_model = self.path, model.image_size, model.framing
+            pictures = _from_collection(*of_model, split, seed, where, False, self.run, columns, self.collection)
             return _viewed(pictures, limit, seed, model.class_names)
         except UserError as error:
             trained = self.run is not None and self.collection is None

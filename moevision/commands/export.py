@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
-from moevision.models.export import OPSET, SUFFIX, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.export import OPSET, SUFFIX, TOLERANCE, Format, Runner, export_onnx, export_torch, load_exported
 from moevision.models.io import SavedModel
 from moevision.train.resume import load_trained
 
+FITS = {
+    "crop": 'ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)',
+    "pad": 'ImageOps.pad(image, size, method, color=tuple(round(255 * each) for each in about["mean"]))',
+    "squash": "image.resize(size, method)",
+}
 _PREPARE = """
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
 image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
-image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
+image = {fit}
 pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 """
 SNIPPETS: dict[Format, str] = {
@@ -67,9 +72,11 @@ def run(chosen: Namespace) -> None:
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=chosen.opset or OPSET, pictures=pictures, routes=chosen.routes)
+                report = export_onnx(
+                    saved, out, opset=chosen.opset or OPSET, dtype=chosen.dtype, pictures=pictures, routes=chosen.routes
+                )
             else:
-                report = export_torch(saved, out, pictures=pictures)
+                report = export_torch(saved, out, dtype=chosen.dtype, pictures=pictures)
         except OSError as error:
             raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
         status.update("measuring")
@@ -82,7 +89,8 @@ def run(chosen: Namespace) -> None:
     print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
     print(
         f"compared on {report.pictures} images: logits of noise differ by at most {report.max_logit_delta:.1g} "
-        f"(1e-4 passes), same class for {report.top1_agreement:.1%}\n\n{experts_sentence(saved.net)}\n"
+        f"({TOLERANCE[chosen.dtype]:g} passes), same class for {report.top1_agreement:.1%}\n\n"
+        f"{experts_sentence(saved.net)}\n"
     )
     table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in BATCHES))
     for column in table.columns[1:]:
@@ -94,7 +102,7 @@ def run(chosen: Namespace) -> None:
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
     outputs = "logits" if saved.strangers is None else "logits, distance"
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs)}")
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs, fit=FITS[saved.fit])}")
 
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
@@ -106,7 +114,7 @@ def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
     data, pixels = chosen.data, []
     if Path(data).is_file():
         try:
-            pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size)]
+            pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size, saved.framing)]
         except BadImageError as error:
             raise UserError(f"{data} can't be read ({error.reason}): give another image.") from error
     elif (pictures := pictures_for(chosen.model, saved, data, limit=chosen.limit, root=chosen.root)) is not None:

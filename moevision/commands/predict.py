@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -9,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -21,16 +24,17 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.open import kind_of, open_collection
 from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError, csv_name, json_text
-from moevision.files import csv_text, refuse_foreign, write_text_atomic, written_beside
+from moevision.errors import UserError, csv_name, json_text, shown
+from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
-from moevision.models.strangers import answers
+from moevision.models.strangers import linear_head, pooled
 from moevision.train.processes import tell
 from moevision.train.resume import load_trained
 from moevision.words import loading
 
 UNSURE = "unsure"
 JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote
+NPY_HEAD = b"('feature', '<f4', ("
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Prediction:
         probabilities: their probabilities, calibrated where the model has a temperature.
         error: why the file could not be read; the other fields are empty then.
         distance: from the nearest class, above 1 for a stranger (`moevision.models.strangers`); None: not measured.
+        feature: what the classifier reads, float32 [D], where it was asked for.
     """
 
     path: str
@@ -50,6 +55,7 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
     error: str = ""
     distance: float | None = None
+    feature: npt.NDArray[np.float32] | None = None
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
@@ -67,14 +73,19 @@ def run(chosen: Namespace) -> None:
         raise UserError(f"--unsure is {chosen.unsure:g}: it must be a probability above 0, at most 1.")
     with loading("loading the model"):
         model = load_trained(chosen.model)
+    if chosen.features is not None and linear_head(model.net) is None:
+        raise UserError(f"{chosen.model} has no linear classifier, and so no features before it: leave --features out.")
     files = list(images_at(chosen.paths))
-    if chosen.out is not None:  # before hours of classifying
-        refuse_foreign(Path(chosen.out), to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD)
-        with _writing(chosen.out), written_beside(Path(chosen.out), b""):
-            pass
+    heads = {"--out": to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD, "--features": NPY_HEAD}
+    for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
+        if out is not None:  # before hours of classifying
+            refuse_foreign(Path(out), head, option)
+            with _writing(out, option), written_beside(Path(out), b""):
+                pass
     batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
-    rows = [row for batch in progress for row in predict_batch(model, batch, chosen.precision)]
+    wanted = chosen.features is not None
+    rows = [row for batch in progress for row in predict_batch(model, batch, chosen.precision, features=wanted)]
     calibrated = model.temperature is not None
     text = to_csv(rows, chosen.unsure)
     if chosen.format == "json":
@@ -84,6 +95,9 @@ def run(chosen: Namespace) -> None:
     else:
         with _writing(chosen.out):
             write_text_atomic(chosen.out, text)
+    if wanted:
+        with _writing(chosen.features, "--features"):
+            write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
     if doubted := sum(row.is_unsure(chosen.unsure) for row in rows):
@@ -98,11 +112,11 @@ def run(chosen: Namespace) -> None:
 
 
 @contextmanager
-def _writing(out: str) -> Iterator[None]:
+def _writing(out: str, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
+        raise UserError(f"{out} can't be written ({error.strerror}): give {option} another place.") from error
 
 
 # ---- images in, rows out
@@ -149,7 +163,11 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
 
 @torch.inference_mode()
 def predict_batch(
-    model: SavedModel, files: Sequence[Path | ShardImage], precision: Literal["fp32", "bf16"] = "fp32"
+    model: SavedModel,
+    files: Sequence[Path | ShardImage],
+    precision: Literal["fp32", "bf16"] = "fp32",
+    *,
+    features: bool = False,
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device, side = best_device(), model.image_size
@@ -158,31 +176,35 @@ def predict_batch(
     for file in files:
         try:
             image = file.collection.open(file.sample, side) if isinstance(file, ShardImage) else safe_open(file, side)
-            pixels.append(torch.from_numpy(square_pixels(image, side)).permute(2, 0, 1))
+            pixels.append(torch.from_numpy(square_pixels(image, side, model.framing)).permute(2, 0, 1))
             errors.append(None)
         except BadImageError as error:
             errors.append(error.reason)
-    top: Iterator[tuple[list[float], list[int], float | None]] = iter(())
+    top: Iterator[tuple[list[float], list[int], float | None, npt.NDArray[np.float32] | None]] = iter(())
     if pixels:
         images = normalize(torch.stack(pixels), model.mean, model.std).to(device)  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            net, distances = model.net.to(device), cast(list[float | None], [None] * len(images))
-            if model.strangers is None:
+            net, distances, rows_of = model.net.to(device), [None] * len(images), [None] * len(images)
+            if model.strangers is None and not features:
                 logits = net(images)  # [B, C]
             else:
-                logits, far = answers(net, model.strangers, images)  # [B, C], [B]
-                distances = far.tolist()
+                read = pooled(net, images)  # [B, D]
+                logits = cast(Any, net).get_classifier()(read)  # [B, C]
+                if model.strangers is not None:
+                    distances = model.strangers(read).tolist()  # [B]
+                if features:
+                    rows_of = list(read.float().cpu().numpy())
         probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
         values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
-        top = zip(values.tolist(), indices.tolist(), distances, strict=True)
+        top = zip(values.tolist(), indices.tolist(), distances, rows_of, strict=True)
     rows = []
     for file, reason in zip(files, errors, strict=True):
         if reason is not None:
             rows.append(Prediction(str(file), error=reason))
         else:
-            likeliest, classes, distance = next(top)
+            likeliest, classes, distance, feature = next(top)
             names = tuple(model.class_names[each] for each in classes)
-            rows.append(Prediction(str(file), names, tuple(likeliest), distance=distance))
+            rows.append(Prediction(str(file), names, tuple(likeliest), distance=distance, feature=feature))
     return rows
 
 
@@ -200,6 +222,17 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
         top5 = "; ".join(f"{name}={share}" for name, share in pairs)
         rows.append((csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error), distance))
     return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
+
+
+def to_npy(predictions: Sequence[Prediction]) -> bytes:
+    """Records `path` (text) and `feature` (float32 [D]) of the images that could be read, as an .npy file."""
+    read = [(row.path, row.feature) for row in predictions if row.feature is not None]
+    paths, width = [shown(path) for path, _ in read], len(read[0][1]) if read else 0
+    table = np.zeros(len(read), [("path", f"U{max(map(len, paths), default=1)}"), ("feature", np.float32, (width,))])
+    table["path"], table["feature"] = paths, np.array([each for _, each in read]).reshape(len(read), width)
+    file = io.BytesIO()
+    np.save(file, table, allow_pickle=False)
+    return file.getvalue()
 
 
 def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False) -> str:

@@ -56,9 +56,8 @@ def run(chosen: Namespace) -> None:
     start: dict[str, Any] = {}
     if chosen.router_start == "cluster":
         data = {} if chosen.root is None else {"root": chosen.root}
-        pictures = open_pictures(
-            chosen.data, saved.image_size, split="train", limit=START_IMAGES, seed=chosen.seed, **data
-        )
+        sizes = {"framing": saved.framing, "limit": START_IMAGES, "seed": chosen.seed}
+        pictures = open_pictures(chosen.data, saved.image_size, split="train", **sizes, **data)
         reader = PictureReader(pictures, saved, batch_size=64)
         with loading("clustering the routers' input"):
             batches = (batch.images for batch in reader.batches(progress=True))

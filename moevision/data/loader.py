@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moevision.config import CROP, Framing
 from moevision.data.collection import Collection, Sample
 from moevision.data.images import BadImageError
 from moevision.data.transforms import (
@@ -205,6 +206,7 @@ class ImageDataset(Dataset[RawBatch]):
         samples: Sequence[Sample],
         *,
         image_size: int,
+        framing: Framing = CROP,
         square: bool,
         seed: int = 0,
         transform: TrainTransform | None = None,
@@ -216,12 +218,14 @@ class ImageDataset(Dataset[RawBatch]):
             collection: where images are opened.
             samples: the split's images.
             image_size: side of the images, S.
+            framing: how images become square.
             square: whether images are prepared to S x S, or kept larger for random resized crops.
             seed: seed of the augmentation.
             transform: augmentation; None for evaluation.
         """
         self.split, self.collection, self.samples = split, collection, samples
         self.image_size, self.square, self.seed, self.transform = image_size, square, seed, transform
+        self.framing = framing
         self.cache: PixelCache | None = None
 
     def __len__(self) -> int:
@@ -231,7 +235,7 @@ class ImageDataset(Dataset[RawBatch]):
     def decode(self, index: int) -> Pixels:
         """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
         prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
-        return prepare(self.collection.open(self.samples[index], side), self.image_size)
+        return prepare(self.collection.open(self.samples[index], side), self.image_size, self.framing)
 
     def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.

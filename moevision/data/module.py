@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 
-from moevision.config import Data
+from moevision.config import Data, Framing
 from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
 from moevision.data.images import BadImageError
 from moevision.data.loader import (
@@ -195,6 +195,7 @@ class ImageDataModule(Data, LightningDataModule):
                 collection,
                 samples,
                 image_size=self.image_size,
+                framing=self.framing,
                 square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
                 seed=self._order_seed,
                 transform=transform if split == "train" else None,
@@ -219,6 +220,11 @@ class ImageDataModule(Data, LightningDataModule):
                 "out (start the container with --shm-size=2g)"
             )
             self.num_workers = workers
+
+    @property
+    def framing(self) -> Framing:
+        """How images become square."""
+        return Framing(self.fit, self.mean)
 
     @property
     def contents(self) -> Contents:

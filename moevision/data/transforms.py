@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
+from moevision.config import CROP, Framing
 from moevision.data.images import full_size
 
 Augment = Literal["none", "light", "randaugment", "trivialaugment"]
@@ -68,20 +69,31 @@ def base_side(image_size: int) -> int:
     return round(BASE_SCALE * image_size)
 
 
-def square_pixels(image: Image.Image, image_size: int) -> Pixels:
-    """The image as evaluation sees it: its central square, resized to S x S (bicubic, antialiased).
+def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
+    """The image as evaluation sees it: its central square, or the whole padded or squashed, resized to S x S.
 
-    Equal to resizing the short side and then cropping the centre, but an image of 10 x 10 000 pixels never
-    becomes a huge one in between. An image that is S x S already is returned as it is.
+    Bicubic, antialiased. `crop` equals resizing the short side and then cropping the centre, but an image of
+    10 x 10 000 pixels never becomes a huge one in between. An image that is S x S already is returned as it is.
+    The three are the `crop_mode`s of timm's transforms: center, border, squash.
 
     Args:
         image: an RGB image of any size, perhaps decoded at a reduced size by `safe_open`.
         image_size: side of the result, S, in pixels.
+        framing: what to do if it isn't square.
 
     Returns:
         uint8 [S, S, 3].
     """
     (width, height), reduction = full_size(image)
+    if framing.fit != "crop" and width != height:
+        size, whole = (image_size, image_size), (0, 0, width, height)
+        if framing.fit == "squash":
+            return np.array(_resized(image, size, whole, reduction))
+        inner = [max(1, round(image_size * side / max(width, height))) for side in (width, height)]
+        padded = Image.new("RGB", size, tuple(round(255 * channel) for channel in framing.mean))
+        left, top = ((image_size - side) // 2 for side in inner)
+        padded.paste(_resized(image, (inner[0], inner[1]), whole, reduction), (left, top))
+        return np.array(padded)
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     if side == image_size:
@@ -91,14 +103,17 @@ def square_pixels(image: Image.Image, image_size: int) -> Pixels:
     return np.array(image)
 
 
-def base_pixels(image: Image.Image, image_size: int) -> Pixels:
+def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
     """The image as random resized crops are cut from it: short side at most 1.15 S, never enlarged.
 
-    A long side beyond four times the short one is cut off around the centre (a strip would fill the memory).
+    A long side beyond four times the short one is cut off around the centre (a strip would fill the memory). What is to
+    be padded or squashed is so before it is cropped, to a square of 1.15 S.
 
     Returns:
         uint8 [H, W, 3].
     """
+    if framing.fit != "crop":
+        return square_pixels(image, base_side(image_size), framing)
     (full_width, full_height), reduction = full_size(image)
     short = min(full_width, full_height)
     width, height = min(full_width, 4 * short), min(full_height, 4 * short)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.images import Collected, PictureSet, open_pictures, original_image, run_folder
+from moevision.config import CROP, Framing
 from moevision.data.collection import SPLITS, in_turn
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.scores import FILE, Scores
@@ -90,8 +91,9 @@ class Examples:
         image_size: int,
         credits: Mapping[str, str] | None = None,
         scored: ScoredRun | None = None,
+        framing: Framing = CROP,
     ) -> None:
-        self.pictures, self.image_size, self.scored = pictures, image_size, scored
+        self.pictures, self.image_size, self.scored, self.framing = pictures, image_size, scored, framing
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
         self._index = {} if pictures is None else {self.id_of(pictures, index): index for index in range(len(pictures))}
@@ -161,7 +163,7 @@ class Examples:
 
         def opened() -> str | None:
             image = self.original(id)
-            return None if image is None else sharp(image, self.image_size)
+            return None if image is None else sharp(image, self.image_size, self.framing)
 
         return self._sharp.get(id, opened)
 
@@ -179,7 +181,7 @@ class Examples:
     def _open(self, id: str) -> Found:
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
-            return Found(id, rest, None, model_input(self.photos[rest], self.image_size))
+            return Found(id, rest, None, model_input(self.photos[rest], self.image_size, self.framing))
         pictures, index = self._place(id)
         label = pictures.label(index)
         word = pictures.class_names[label] if label >= 0 else None
@@ -200,9 +202,9 @@ class Examples:
         raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
 
 
-def sharp(image: Image.Image, image_size: int) -> str | None:
-    """The central square of an image as a data URI, a JPEG of quality 85; None if it isn't larger than S."""
-    square = sharp_square(image, image_size)
+def sharp(image: Image.Image, image_size: int, framing: Framing) -> str | None:
+    """What the model sees of an image as a data URI, a JPEG of quality 85; None if the image isn't larger than S."""
+    square = sharp_square(image, image_size, framing)
     return None if square is None else data_uri(square, "jpeg", quality=85, subsampling=2)
 
 
@@ -227,7 +229,7 @@ class ScoredRun:
     """A run folder with scores, and its images as its model sees them; nothing is opened before somebody asks."""
 
     def __init__(self, run: Path, model: SavedModel) -> None:
-        self.run, self._class_names, self._image_size = run, model.class_names, model.image_size
+        self.run, self._model = run, model
 
     @classmethod
     def of(cls, address: str, model: SavedModel) -> ScoredRun | None:
@@ -279,8 +281,9 @@ class ScoredRun:
             images = images_of(self.run)
         listed = [sample for _, sample in images.each()]
         index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
-        pictures = Collected(images.collection, listed, self._image_size, tuple(images.class_names), "the run's images")
-        return open_pictures(pictures, self._image_size, class_names=self._class_names), index
+        names, size = tuple(images.class_names), self._model.image_size
+        pictures = Collected(images.collection, listed, size, names, "the run's images", self._model.framing)
+        return open_pictures(pictures, size, class_names=self._model.class_names), index
 
 
 def gone(name: str) -> RequestError:

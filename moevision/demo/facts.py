@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
+from moevision.config import CROP, Framing
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
 from moevision.demo.wire import data_uri
@@ -296,8 +297,8 @@ def title_of(address: str | Path) -> str:
     return shown(path.parent.name if path.name == "model" and path.parent.name else path.name)
 
 
-def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pixels:
-    """The central square of an image as the model sees it, uint8 [S, S, 3].
+def model_input(image: Image.Image | Pixels | str | Path, image_size: int, framing: Framing = CROP) -> Pixels:
+    """An image as the model sees it, uint8 [S, S, 3].
 
     Raises:
         BadImageError: if it can't be read, or is too small or too narrow to show anything.
@@ -313,21 +314,22 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
         image = safe_open(image, image_size)
     image = upright_rgb(image)
     _check_shape(image, image_size)
-    return square_pixels(image, image_size)
+    return square_pixels(image, image_size, framing)
 
 
 SHARP_PX: Final = 672
 """Most pixels on a side of what lies under the patches: enough for a stage of 560 px on a sharper screen."""
 
 
-def sharp_square(image: Image.Image, image_size: int) -> Pixels | None:
+def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels | None:
     """The part of an image that a model sees, uint8 [Q, Q, 3], in more pixels than the model's S; never enlarged.
 
     Returns:
-        The central square with S < Q <= `SHARP_PX`; None where the image isn't larger than the model's input.
+        With S < Q <= `SHARP_PX`; None where the image isn't larger than the model's input.
     """
-    side = min(*full_size(image)[0], SHARP_PX)
-    return square_pixels(image, side) if side > image_size else None
+    size = full_size(image)[0]
+    side = min(max(size) if framing.fit == "pad" else min(size), SHARP_PX)
+    return square_pixels(image, side, framing) if side > image_size else None
 
 
 def _check_shape(image: Image.Image, image_size: int) -> None:

@@ -85,7 +85,7 @@ def route(entries: dict[str, Entry], image: Image.Image | None, model: str, away
     gone = [one.removeprefix("L").partition("·E") for one in away if one in experts(entries[model])]
     settings = Settings(away=tuple(Intervention("ablate", int(layer), int(expert)) for layer, _, expert in gone))
     view = route_image(trained.saved, photo, settings=settings, facts=trained.facts).to_json()
-    view["picture"] |= {"name": "your photo", "sharp": sharp(photo, trained.saved.image_size)}
+    view["picture"] |= {"name": "your photo", "sharp": sharp(photo, trained.saved.image_size, trained.saved.framing)}
     return {one["class"]: one["p"] for one in view["prediction"]["moe"]}, flow_html(view)
 
 

@@ -205,7 +205,8 @@ def bundled_photos(name: str) -> PictureSet:
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:
-    return open_pictures(folder / SOURCES.parent, model.image_size, split="all", class_names=model.class_names)
+    home = folder / SOURCES.parent
+    return open_pictures(home, model.image_size, framing=model.framing, split="all", class_names=model.class_names)
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
@@ -317,7 +318,8 @@ def _entry(
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:
         dense.net.to(best_device())
-    examples = Examples(pictures, nets["trained"][0].image_size, credits, scored)
+    trained = nets["trained"][0]
+    examples = Examples(pictures, trained.image_size, credits, scored, trained.framing)
     return Entry(card, variants, dense, examples)
 
 
@@ -328,6 +330,7 @@ def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
     return open_pictures(
         options.data,
         saved.image_size,
+        framing=saved.framing,
         split="test" if options.data in DATASET_NAMES else "all",
         class_names=saved.class_names,
         root=options.root or "data",

@@ -21,7 +21,7 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.examples import Found, Recent, sharp, thumb
+from moevision.demo.examples import Examples, Found, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
@@ -67,7 +67,15 @@ class Explorer:
         self._unlike: Recent[str | None] = Recent(KEPT_VIEWS)  # by pixels: every control asks for the image again
         models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
         first = models[0]["examples"][:1]
-        limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS, "min_side": MIN_SIDE, "max_aspect": MAX_ASPECT}
+        fit, mean = entries[0].examples.framing  # an own model is alone, and the bundled ones crop
+        limits = {
+            "max_bytes": MAX_BYTES,
+            "max_pixels": MAX_PIXELS,
+            "min_side": MIN_SIDE,
+            "max_aspect": MAX_ASPECT,
+            "fit": fit,
+            "fill": f"rgb({' '.join(str(round(255 * channel)) for channel in mean)})",
+        }
         self._boot: Json = {
             "version": __version__,
             "local": local,
@@ -93,7 +101,7 @@ class Explorer:
             return request
         entry, _ = self.pages.model(request)
         picture = request["picture"]
-        upload = _open(picture["data"], entry.facts.image_size, with_sharp=name == "export_html")
+        upload = _open(picture["data"], entry.examples, with_sharp=name == "export_html")
         return {**request, "picture": {**picture, "data": upload}}
 
     def warm(self) -> None:
@@ -263,7 +271,7 @@ class Explorer:
         data = picture.get("data")
         if not isinstance(data, str | Upload) or not data:
             raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
-        upload = data if isinstance(data, Upload) else _open(data, entry.facts.image_size)
+        upload = data if isinstance(data, Upload) else _open(data, entry.examples)
         return Found("", "your image", None, upload.pixels)
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
@@ -322,9 +330,10 @@ def brings_image(request: Any) -> bool:
     return isinstance(data, str) and data != ""
 
 
-def _open(data: str, image_size: int, *, with_sharp: bool = False) -> Upload:
-    image = open_data_uri(data, max(SHARP_PX, image_size))
-    return Upload(model_input(image, image_size), sharp(image, image_size) if with_sharp else None)
+def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
+    size, framing = examples.image_size, examples.framing
+    image = open_data_uri(data, max(SHARP_PX, size))
+    return Upload(model_input(image, size, framing), sharp(image, size, framing) if with_sharp else None)
 
 
 def told(error: Exception, name: str) -> Json:

@@ -324,7 +324,7 @@ def route_image(
 
     Args:
         model: a MoE model, or its folder or timm address.
-        image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; its central square is used.
+        image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; made square as the model does it.
         dense: the dense twin, whose prediction then stands beside the MoE's.
         dense_probabilities: [C] what the dense twin said about this image, where the twin itself isn't here.
         settings: other top-k, a capacity, or an intervention; as trained if None.
@@ -337,7 +337,7 @@ def route_image(
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
     settings = settings or Settings()
     facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
-    pixels = model_input(image, saved.image_size)
+    pixels = model_input(image, saved.image_size, saved.framing)
     with routing_lock(saved.net):  # the layers' clean scores too: another thread's noise would be in them
         with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
             logits, routings = route_batch(saved, pixels[None])
@@ -366,7 +366,7 @@ def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32], co
 
 def _dense(dense: SavedModel, image: Image.Image | Pixels | str | Path, pixels: Pixels) -> npt.NDArray[np.float32]:
     if dense.image_size != len(pixels):
-        pixels = model_input(image, dense.image_size)
+        pixels = model_input(image, dense.image_size, dense.framing)
     probabilities: npt.NDArray[np.float32] = softmax(route_batch(dense, pixels[None])[0])[0]
     return probabilities
 

@@ -37,14 +37,15 @@ from moevision.models.io import SavedModel
 from moevision.models.strangers import REFUSED, Strangers, answers
 
 Format = Literal["onnx", "torch"]
+Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 20  # by default
 METADATA_FILE = "moevision.json"
 """Name of the description among the `extra_files` of a torch.export program."""
 
-TOLERANCE = 1e-4
-"""Largest difference of a logit that passes."""
+TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
+"""Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
 
 _NOISE, _DRAWS = 4, 3  # images of seeded noise; draws of them, in case rounding chooses another expert in one
 _OPSETS = range(18, 24)  # what torch 2.13 writes
@@ -77,6 +78,7 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int = OPSET,
+    dtype: Dtype = "fp32",
     pictures: Tensor | None = None,
     routes: bool = False,
 ) -> ExportReport:
@@ -95,12 +97,13 @@ def export_onnx(
         model: a loaded model.
         path: file to write; an existing one is replaced.
         opset: version of ONNX's operators, 18 to 23; from 20 on GELU is one of them.
+        dtype: of weights and arithmetic; images, logits, distance and routers are float32 in fp16 too.
         pictures: [n, 3, S, S] prepared images to compare too, besides four of seeded noise.
         routes: whether the file tells routes and takes experts away; only where patches choose.
 
     Raises:
         UserError: if the extra `export` is not installed, the model can't be exported, or the file would answer
-            differently by more than 1e-4; no file is left then.
+            differently by more than `TOLERANCE`; no file is left then.
         OSError: if the file can't be written.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -109,23 +112,32 @@ def export_onnx(
         raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
     if sum(4 * tensor.numel() for tensor in model.net.state_dict().values()) > _MAX_ONNX_BYTES:
         raise UserError("The model is larger than the 2 GB that one ONNX file can hold: export it as torch.")
-    return _export(model, Path(path), "onnx", opset, pictures, routes)
+    return _export(model, Path(path), "onnx", opset, dtype, pictures, routes)
 
 
-def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None = None) -> ExportReport:
+def export_torch(
+    model: SavedModel, path: str | Path, *, dtype: Dtype = "fp32", pictures: Tensor | None = None
+) -> ExportReport:
     """Write the model as a torch.export program, which runs with torch alone (neither timm nor moevision).
 
     It gives the logits, and as a second output the distance where the model knows it.
 
     `exported_facts(model)` is the JSON of the extra file `moevision.json`. The rest is as for `export_onnx`.
     """
-    return _export(model, Path(path), "torch", OPSET, pictures)
+    return _export(model, Path(path), "torch", OPSET, dtype, pictures)
 
 
 def exported_facts(model: SavedModel) -> dict[str, Any]:
     """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
     # As `square_pixels` does for training and predict; timm's configuration tells what others did with its weights.
     side, crop, interpolation = model.image_size, 1.0, "bicubic"
+    resized = {
+        "crop": f"resize the short side to {side} px ({interpolation}, antialiased); cut out the central {side} x "
+        f"{side} px",
+        "pad": f"resize the long side to {side} px ({interpolation}, antialiased); center it on {side} x {side} px of "
+        "the colour mean",
+        "squash": f"resize to {side} x {side} px ({interpolation}, antialiased)",
+    }
     return {
         "class_names": model.class_names,
         "image_size": side,
@@ -133,9 +145,9 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "std": list(model.std),
         "interpolation": interpolation,
         "crop_pct": crop,
-        "preprocessing": f"Upright RGB; resize the short side to {side} px ({interpolation}, antialiased); cut out the "
-        f"central {side} x {side} px; divide by 255; subtract mean and divide by std, one number per channel; float32 "
-        f"[batch, 3, {side}, {side}].",
+        "fit": model.fit,
+        "preprocessing": f"Upright RGB; {resized[model.fit]}; divide by 255; subtract mean and divide by std, one "
+        f"number per channel; float32 [batch, 3, {side}, {side}].",
         "distance": None
         if model.strangers is None
         else "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
@@ -146,7 +158,13 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
 
 
 def _export(
-    model: SavedModel, path: Path, format: Format, opset: int, pictures: Tensor | None, routes: bool = False
+    model: SavedModel,
+    path: Path,
+    format: Format,
+    opset: int,
+    dtype: Dtype,
+    pictures: Tensor | None,
+    routes: bool = False,
 ) -> ExportReport:
     for layer in moe_layers(model.net):
         if routes and layer.router.kind != "token_choice":
@@ -160,16 +178,20 @@ def _export(
     with routing_lock(model.net):
         net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
     net = net.cpu().float().eval().requires_grad_(False)
-    if model.strangers is not None:
-        net = _WithDistance(net, model.strangers)
+
+    def wrapped(own: nn.Module) -> nn.Module:
+        told = _Exported(own, model.strangers)
+        return _WithRoutes(told) if routes else told
+
+    written, tolerance = wrapped(copy.deepcopy(net).half() if dtype == "fp16" else net), TOLERANCE[dtype]
+    net = wrapped(net)
     inputs: list[Tensor] = []  # behind the image
-    if routes:
-        net = _WithRoutes(net)
+    if isinstance(net, _WithRoutes):
         inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
     generator = torch.Generator().manual_seed(0)
     given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
     try:
-        data = _to_bytes(_with_backend(net, "dense"), inputs, exported_facts(model), format, opset)
+        data = _to_bytes(_with_backend(written, "dense"), inputs, exported_facts(model), format, opset)
         run = load_exported(data, format)
         _with_backend(net, "loop")
         for _ in range(_DRAWS):
@@ -181,16 +203,16 @@ def _export(
                 for each in (torch.no_grad()(net.__call__), run)
             )  # [n, C], or [n, C + 1] with the distance
             delta = float((told - logits)[:_NOISE].abs().max())
-            if delta <= TOLERANCE:  # NaN isn't
+            if delta <= tolerance:  # NaN isn't
                 break
     except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
         raise UserError(
             f"{type(model.net).__name__} can't be exported as {format} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): try the other format."
         ) from error
-    if not delta <= TOLERANCE:
+    if not delta <= tolerance:
         raise UserError(
-            f"The exported file differs from the model by {delta:.2g} in a logit, more than {TOLERANCE:g}, and was not "
+            f"The exported file differs from the model by {delta:.2g} in a logit, more than {tolerance:g}, and was not "
             "kept: try the other format, or another opset."
         )
     write_bytes_atomic(path, data)
@@ -199,15 +221,19 @@ def _export(
     return ExportReport(path, format, len(data), len(logits), delta, agreement)
 
 
-class _WithDistance(nn.Module):
-    """A network whose second output is the distance from the nearest class."""
+class _Exported(nn.Module):
+    """A network between images and logits in float32; a second output is the distance from the nearest class."""
 
-    def __init__(self, net: nn.Module, strangers: Strangers) -> None:
+    def __init__(self, net: nn.Module, strangers: Strangers | None) -> None:
         super().__init__()
-        self.net, self.strangers = net, strangers
+        self.net, self.strangers, self.dtype = net, strangers, next(net.parameters()).dtype
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        return answers(self.net, self.strangers, image)
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        image = image.to(self.dtype)
+        if self.strangers is None:
+            return cast(Tensor, self.net(image)).float()
+        logits, distance = answers(self.net, self.strangers, image)
+        return logits.float(), distance
 
 
 class _WithRoutes(nn.Module):
@@ -276,7 +302,7 @@ def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], forma
                 node.meta.pop("stack_trace", None)  # it holds paths of this machine
         if format == "torch":
             return _to_torch(program, facts)
-        told = ["logits", "distance"] if facts["distance"] else ["logits"]
+        told = ["logits"] if facts["distance"] is None else ["logits", "distance"]
         more = net.outputs if isinstance(net, _WithRoutes) else []
         return _to_onnx(program, ["image", "away"][: 1 + len(inputs)], [*told, *more], texts, opset)
 

@@ -27,6 +27,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
+from moevision.config import Fit, Framing
 from moevision.errors import UserError, shown
 from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
@@ -48,6 +49,7 @@ from moevision.models.strangers import Strangers, read_strangers
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+_CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}  # in timm's words
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class SavedModel:
         std: per channel, of pixels in [0, 1].
         temperature: what logits are divided by for calibrated probabilities; None: not calibrated.
         strangers: how far images may lie from the classes that the model knows; None: not measured.
+        fit: how an image that isn't square becomes so.
     """
 
     net: nn.Module
@@ -71,6 +74,12 @@ class SavedModel:
     std: tuple[float, float, float]
     temperature: float | None = None
     strangers: Strangers | None = None
+    fit: Fit = "crop"
+
+    @property
+    def framing(self) -> Framing:
+        """How images become square."""
+        return Framing(self.fit, self.mean)
 
 
 def load_model(address: str) -> SavedModel:
@@ -105,7 +114,8 @@ def describe(net: nn.Module) -> SavedModel:
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
     if size[-1] != size[-2]:
         raise UserError(f"The model takes images of {size[-2]} x {size[-1]} px: only square ones are supported.")
-    return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]))
+    fit = {mode: fit for fit, mode in _CROP_MODES.items()}.get(config["crop_mode"], "crop")
+    return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]), fit=fit)
 
 
 def _class_names(config: dict[str, Any], classes: int) -> list[str]:
@@ -178,7 +188,7 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
             "std": model.std,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "crop_mode": "center",
+            "crop_mode": _CROP_MODES[model.fit],
         },
         safe_serialization=True,
     )

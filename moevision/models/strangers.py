@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 FILE: Final = "strangers.safetensors"
 REFUSED: Final = 0.05
 """Share of the validation images beyond the threshold."""
-IMAGES: Final = 2_000  # of training (10 of a class, if that is more) and of validation that are enough
+IMAGES: Final = 1_000  # of training (10 of a class, if that is more) and of validation that `fit` measures
 MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
 
 

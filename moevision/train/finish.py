@@ -34,11 +34,12 @@ from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import gather, parallel_strategy
+from moevision.train.processes import gather, parallel_strategy, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
+    ClassScores,
     ComparedModel,
     RunSummary,
     TestScores,
@@ -155,7 +156,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
     mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
-    model = SavedModel(task.net, classes, data.image_size, mean, std, temperature, _strangers(training))
+    net, side = task.net, data.image_size
+    model = SavedModel(net, classes, side, mean, std, temperature, _strangers(training), data.fit)
     save_model(model, run_dir / "model")
     for each in cast(Any, trainer).callbacks:
         if isinstance(each, RecordRouting):
@@ -183,6 +185,16 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     train, metrics = data.class_counts["train"], trainer.callback_metrics
     majority = max(train, key=lambda name: train[name])
     of_class = [labels == label for label in range(len(classes))]
+    per_class = []
+    for label, (name, own) in enumerate(zip(classes, of_class, strict=True)):
+        more = {key: values[label] if own.any() else None for key, values in task.test_by_class.items()}
+        if own.all():
+            more["auroc"] = None
+        per_class.append(ClassScores(name, int((correct & own).sum()), int(own.sum()), **more))
+    shares = ("precision", "recall", "f1", "auroc")
+    told = [["" if (x := getattr(each, name)) is None else f"{x:.4f}" for name in shares] for each in per_class]
+    table = ((csv_name(each.name), each.images, *values) for each, values in zip(per_class, told, strict=True))
+    write_text_atomic(run_dir / "classes_test.csv", csv_text(("class", "images", *shares), table))
     calibrated = temperature is not None and bool(np.isfinite(confidence).all())
     test = TestScores(
         correct=int(correct.sum()),
@@ -196,9 +208,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         calibrated_on=0 if task.calibration is None else task.calibration.images,
         calibrated_ece=calibration_error(confidence, correct) if calibrated else None,
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
-        per_class=[
-            (name, int((correct & own).sum()), int(own.sum())) for name, own in zip(classes, of_class, strict=True)
-        ],
+        per_class=per_class,
         weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
     )
     summary = RunSummary(
@@ -256,6 +266,8 @@ def _strangers(training: Training) -> Strangers | None:
     if training.divided or linear_head(net) is None:  # a divided model may not fit one device
         return None
     most = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
+    count = sum(min(most[split], len(data.contents.datasets[split])) for split in most)
+    tell(f"measuring on {count:,} images what is unlike them, for the distance that predict tells")
     found = features_of(net, data, most, training.trainer.strategy.root_device)
     (features, labels, *_), validation = found["train"], found["val"][0]
     return fit_strangers(features, labels, validation)

@@ -34,7 +34,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from moevision.config import MAX_RECORDED, EarlyStoppingConfig, RecordRoutingConfig
+from moevision.config import MAX_RECORDED, EarlyStoppingConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
 from moevision.data.collection import in_turn
 from moevision.data.images import BadImageError, is_image_path, safe_open
@@ -485,8 +485,10 @@ class RecordRouting(L.Callback):
             if isinstance(asked, str):
                 raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
             return False
-        found = _read(Path(asked), data.image_size) if isinstance(asked, str) else _of_test(data, cast(int, asked))
-        names, pixels = found
+        if isinstance(asked, str):
+            names, pixels = _read(Path(asked), data.image_size, data.framing)
+        else:
+            names, pixels = _of_test(data, cast(int, asked))
         if not names:
             return False
         self._images = normalize(pixels, data.mean, data.std)
@@ -539,7 +541,7 @@ def _of_test(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor
     return names, torch.from_numpy(np.stack([*found.values()])) if found else torch.empty(0)
 
 
-def _read(folder: Path, image_size: int) -> tuple[tuple[str, ...], Tensor]:
+def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
     """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
     if not files or len(files) > MAX_RECORDED:
@@ -547,7 +549,7 @@ def _read(folder: Path, image_size: int) -> tuple[tuple[str, ...], Tensor]:
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
     try:
-        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size) for file in files])
+        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
     except BadImageError as error:
         raise UserError(f"An image below --record_routing.images can't be used: {error}") from error
     names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)

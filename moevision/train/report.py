@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -43,6 +43,26 @@ BALANCED = "val/balanced_acc"
 """Macro recall, what goes before accuracy where classes are unbalanced."""
 
 
+class ClassScores(NamedTuple):
+    """Test results of a class: `recognised` of its `images`.
+
+    The others are None without test images of the class, and in summaries of earlier versions. `auroc` is that of the
+    class against all others, and None without images of others.
+    """
+
+    name: str
+    recognised: int
+    images: int
+    precision: float | None = None
+    f1: float | None = None
+    auroc: float | None = None
+
+    @property
+    def recall(self) -> float | None:
+        """Share recognised."""
+        return self.recognised / self.images if self.images else None
+
+
 @dataclass(frozen=True)
 class TestScores:
     """Results on the test images, each seen once by the finished model.
@@ -53,7 +73,7 @@ class TestScores:
         balanced_accuracy: mean over classes of the share recognised.
         ece: expected calibration error, without the temperature.
         top5: share with the right class among the five likeliest; None with five classes or fewer.
-        per_class: (class in words, recognised test images, test images) in class order.
+        per_class: of each class, in class order.
         temperature: of the calibrated confidence, that of `predict`; None: not calibrated.
         calibrated_on: validation images that the temperature was fitted on.
         calibrated_ece: `ece` with the temperature; None too where a probability isn't finite.
@@ -70,7 +90,7 @@ class TestScores:
     balanced_accuracy: float
     ece: float
     top5: float | None = None
-    per_class: Sequence[tuple[str, int, int]] = ()
+    per_class: Sequence[ClassScores] = ()
     temperature: float | None = None
     calibrated_on: int = 0
     calibrated_ece: float | None = None
@@ -86,9 +106,9 @@ class TestScores:
         """95 % interval of the accuracy."""
         return accuracy_interval(self.correct, self.total)
 
-    def weakest(self, count: int) -> list[tuple[str, int, int]]:
+    def weakest(self, count: int) -> list[ClassScores]:
         """The classes of which the smallest share was recognised, as in `per_class`."""
-        return sorted((row for row in self.per_class if row[2]), key=lambda row: row[1] / row[2])[:count]
+        return sorted((row for row in self.per_class if row.images), key=lambda row: row.recall or 0)[:count]
 
 
 @dataclass(frozen=True)
@@ -294,6 +314,8 @@ def read_summary(file: Path) -> RunSummary:
         given: dict[str, Any] = read_json(file)
         given.pop("next_commands", None)  # of earlier versions, always empty
         given["test"] = made(TestScores, given["test"], "loss")
+        rows = [ClassScores(*row) for row in given["test"].per_class]
+        given["test"] = replace(given["test"], per_class=rows)
         given["layers"] = [made(LayerLoad, layer, "entropy_bits") for layer in given["layers"]]
         if given.get("twin") is not None:
             given["twin"] = made(TwinComparison, given["twin"])

@@ -11,6 +11,7 @@ Axes: B images, C classes, E experts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,13 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+    MulticlassPrecision,
+)
 
 from moevision.config import AuxLossWeights, Model, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
@@ -120,6 +127,7 @@ class ClassificationTask(L.LightningModule):
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
+        self.test_by_class: dict[str, list[float]] = {}  # precision, f1, auroc: [C] each
         self.calibration: Any = None  # a `stats.Calibration`, once the temperature is fitted
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
@@ -145,6 +153,8 @@ class ClassificationTask(L.LightningModule):
         self.routing_statistics = RoutingStatistics(numbers, experts) if layers else None
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
+        kinds = {"precision": MulticlassPrecision, "f1": MulticlassF1Score, "auroc": MulticlassAUROC}
+        self.class_metrics = MetricCollection({name: kind(num_classes, average="none") for name, kind in kinds.items()})
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
         # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
         self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
@@ -269,6 +279,7 @@ class ClassificationTask(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
+        self.class_metrics.update(logits.float().softmax(-1), batch["label"])
         temperature = 1.0 if self.calibration is None else self.calibration.temperature
         probability, prediction = (logits.float() / temperature).softmax(-1).max(-1)  # [B], [B]
         rows = {**batch, "prediction": prediction, "probability": probability}
@@ -277,6 +288,10 @@ class ClassificationTask(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No (positive|negative) samples in targets")
+            self.test_by_class = {name: found.tolist() for name, found in self.class_metrics.compute().items()}
+        self.class_metrics.reset()
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
         set_fused_attention(self.net, True)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from moevision.analysis import PictureSet, open_pictures, patch_crop
 from moevision.analysis.images import labels_in, pictures_for
+from moevision.config import CROP
 from moevision.data import BadImageError, ImageDataModule, SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
@@ -108,7 +109,7 @@ def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
     (run / "splits.csv").write_text("\n".join(["split,class,path", *rows]) + "\n")
 
     def tested(data):
-        model = SimpleNamespace(image_size=16, class_names=["cat", "dog"])
+        model = SimpleNamespace(image_size=16, class_names=["cat", "dog"], framing=CROP)
         return set(names_of(pictures_for(str(run), model, str(data))))
 
     copy = shutil.copytree(pets, tmp_path / "copy")

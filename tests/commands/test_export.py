@@ -8,7 +8,7 @@ import pytest
 import timm
 from PIL import Image, ImageOps
 
-from moevision.commands.export import SNIPPETS, experts_sentence, measure_latency
+from moevision.commands.export import FITS, SNIPPETS, experts_sentence, measure_latency
 from moevision.commands.predict import predict_batch
 from moevision.data.images import safe_open
 from moevision.efficiency import measure_cost
@@ -32,7 +32,7 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
     # Two MoE layers of 16 tokens, D 32, H 64; two more experts of 2·(D·H + H·D) FLOPs per token.
     assert dense - sparse == pytest.approx(2 * 16 * 2 * 2 * (32 * 64 + 64 * 32) / 1e6, abs=0.11)
 
-    lines = SNIPPETS[form].format(file=f"pets{suffix}", outputs="logits")
+    lines = SNIPPETS[form].format(file=f"pets{suffix}", outputs="logits", fit=FITS["crop"])
     assert outcome.out.endswith(f"{lines}\n")
     picture = next(drawn_pets.rglob("*.png"))
     (tmp_path / "image.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost

@@ -166,6 +166,22 @@ def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
     assert cli("predict", tiny_run, drawn_pets, "--out", out).code == 0
 
 
+def test_features_are_what_the_classifier_reads(cli, tiny_run, drawn_pets, tmp_path):
+    files = sorted(drawn_pets.rglob("*.png"))[:5]
+    (tmp_path / "bad.png").write_bytes(b"x")
+    out = tmp_path / "features.npy"
+    told = cli("predict", tiny_run, files[0], tmp_path / "bad.png", *files[1:], "--batch-size=2", "--features", out)
+    assert (told.code, len(table(told.out))) == (0, 6)
+    found, model = np.load(out), load_model(str(tiny_run))
+    assert found["path"].tolist() == list(map(str, files))
+    with torch.no_grad():
+        expected = pooled(model.net, network_input(model, np.stack([np.asarray(Image.open(file)) for file in files])))
+    np.testing.assert_allclose(found["feature"], expected.numpy(), rtol=0, atol=1e-5)
+    assert cli("predict", tiny_run, files[0], "--features", out).code == 0  # its own file may be replaced
+    np.save(tmp_path / "mine.npy", np.zeros(3))
+    refused(cli("predict", tiny_run, files[0], "--features", tmp_path / "mine.npy"), "give --features another place")
+
+
 def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
     """And only answers are replaced: `--out a.png b.png` names an image."""
     monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch: pytest.fail("too late"))

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import v2
+from timm.data import create_transform
+from torchvision.transforms import Normalize, v2
 from torchvision.transforms.v2 import functional
 
+from moevision.config import Framing
 from moevision.data import transforms
 from moevision.data.transforms import (
     TRIES,
@@ -277,6 +279,32 @@ def test_square_pixels_equals_resize_then_centre_crop(size, target):
     left, top = (resized.width - target) // 2, (resized.height - target) // 2
     expected = np.asarray(resized.crop((left, top, left + target, top + target))).astype(int)
     assert np.abs(square_pixels(image, target).astype(int) - expected)[2:-2, 2:-2].max() <= 5
+
+
+@pytest.mark.parametrize("size", [(40, 30), (31, 77), (20, 20)])
+@pytest.mark.parametrize(("fit", "mode"), [("pad", "border"), ("squash", "squash")])
+def test_whole_images_are_prepared_as_timm_prepares_them(fit, mode, size):
+    y, x = np.mgrid[: size[1], : size[0]]
+    image = Image.fromarray(np.stack([3 * x, 3 * y, 2 * (x + y)], axis=2).astype(np.uint8))
+    mean = (0.5, 0.25, 0.75)
+    timms = create_transform((3, 16, 16), mean=mean, interpolation="bicubic", crop_pct=1.0, crop_mode=mode)
+    timms.transforms = [each for each in timms.transforms if not isinstance(each, Normalize)]
+    expected = (255 * timms(image)).permute(1, 2, 0).round().numpy()
+    assert np.array_equal(square_pixels(image, 16, Framing(fit, mean)), expected)
+
+
+def test_padding_by_hand():
+    """20 x 10 px become 8 x 4, in the middle of 8 x 8 of the mean colour."""
+    padded = square_pixels(Image.new("RGB", (20, 10), (9, 9, 9)), 8, Framing("pad", (0.2, 0.4, 1.0)))
+    assert (padded[2:6] == 9).all()
+    assert (padded[[0, 1, 6, 7]] == (51, 102, 255)).all()
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_random_crops_are_cut_from_the_whole_squared_image(fit):
+    """So that training sees what evaluation sees; 1.15 x 64 = 73.6."""
+    image = Image.fromarray(np.arange(90 * 40 * 3, dtype=np.uint8).reshape(40, 90, 3))
+    assert np.array_equal(base_pixels(image, 64, Framing(fit)), square_pixels(image, 74, Framing(fit)))
 
 
 def test_a_thin_strip_stays_small():

@@ -207,6 +207,22 @@ def test_routes_are_refused_where_no_patch_chooses(router: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_fp16_halves_the_file_and_answers_nearly_the_same(form: str, tmp_path: Path) -> None:
+    """Eleven bits of a number are left: logits of a few units move by less than a hundredth."""
+    model, path = tiny(router="vmoe_top_k"), tmp_path / "model"
+    whole = EXPORTERS[form](model, tmp_path / "whole").size_bytes
+    report = EXPORTERS[form](model, path, dtype="fp16")
+    weights = sum(value.numel() for value in model.net.parameters())
+    assert whole - report.size_bytes == pytest.approx(2 * weights, rel=0.1)
+    assert 0 < report.max_logit_delta < 0.01
+    images = pictures(5)
+    logits = RUN[form](path, images)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.net(images).detach(), rtol=0, atol=0.01)
+    assert next(model.net.parameters()).dtype == torch.float32
+
+
 @pytest.mark.deep
 def test_a_wrong_expert_would_be_noticed() -> None:
     """What the tests above rest on: sending one token of an image elsewhere changes a logit by more than they allow."""

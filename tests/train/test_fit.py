@@ -178,6 +178,25 @@ def test_predict_says_the_same(cli, tiny_run):
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
 
 
+def test_scores_by_class_are_scikit_learns(cli, tiny_run):
+    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    pets = tiny_run.parent.parent / "pets"
+    said = json.loads(cli("predict", tiny_run, *(pets / name for name in known), "--format=json").out)
+    of_dog = [next(each["probability"] for each in row["top5"] if each["class"] == "dog") for row in said]
+    labels, answers = ([row[name] for row in known.values()] for name in ("label", "prediction"))
+    names = ["cat", "dog"]
+    expected = precision_recall_fscore_support(labels, answers, labels=names, zero_division=0)
+    auroc = roc_auc_score([label == "dog" for label in labels], of_dog)
+    summary = (tiny_run / "summary.md").read_text()
+    for row, name, *shares, images in zip(rows(tiny_run / "classes_test.csv"), names, *expected, strict=True):
+        assert (row["class"], int(row["images"])) == (name, images)
+        found = [float(row[column]) for column in ("precision", "recall", "f1", "auroc")]
+        assert found == pytest.approx([*shares, auroc], abs=1e-4)
+        assert f"| {name} | {100 * shares[1]:.1f} % | {100 * shares[0]:.1f} % | {100 * shares[2]:.1f} % |" in summary
+
+
 def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     outcome = cli("fit", "--config", tiny_run / "config.yaml", "--without-twin")

@@ -25,6 +25,7 @@ from moevision.train.plots import (
     row_normalised_confusion,
 )
 from moevision.train.report import (
+    ClassScores,
     ComparedModel,
     RunSummary,
     TestScores,
@@ -173,7 +174,7 @@ def summary() -> RunSummary:
             loss=0.5,
             balanced_accuracy=0.71,
             ece=0.034,
-            per_class=[("cat", 100, 120), ("dog", 50, 80)],
+            per_class=[ClassScores("cat", 100, 120, 100 / 130, 0.8, 0.75), ClassScores("dog", 50, 80)],
         ),
         cost=ModelCost(5_310_000, 2_650_000, 345_000_000, 1_200_000),
         epochs=5,
@@ -222,7 +223,8 @@ def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_pa
     assert "800 train, 200 test; 2 classes" in text
     assert "1 h 2 min" in text
     assert "top-5" not in text  # two classes
-    assert "| dog | 62.5 % | 50 of 80 |" in text
+    assert "| cat | 83.3 % | 76.9 % | 80.0 % | 0.750 | 100 of 120 |" in text
+    assert "| dog | 62.5 % | – | – | – | 50 of 80 |" in text
 
 
 def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_path: Path) -> None:
@@ -270,7 +272,7 @@ def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) ->
 
 def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: RunSummary, tmp_path: Path) -> None:
     names = [f"a|b\n<i>{i}" for i in range(30)]
-    per_class = [(name, i, 30) for i, name in enumerate(names)]
+    per_class = [ClassScores(name, i, 30) for i, name in enumerate(names)]
     many = replace(
         summary,
         class_counts={"train": dict.fromkeys(names, 5)},
@@ -279,7 +281,7 @@ def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: Ru
     lines = _lines(many, tmp_path)
     recalls = [line for line in lines if " of 30 |" in line]
     assert len(recalls) == 10
-    assert recalls[0] == r"| a\|b &lt;i>0 | 0.0 % | 0 of 30 |"
+    assert recalls[0] == r"| a\|b &lt;i>0 | 0.0 % | – | – | – | 0 of 30 |"
     assert any(line.startswith("| top-5 accuracy | 90.0 % |") for line in lines)
 
 

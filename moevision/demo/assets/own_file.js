@@ -7,10 +7,10 @@ import { brush } from "./core_util.js";
 const LONGEST_SIDE = 512;
 
 /**
- * The part of the image that the model sees, its central square, as a data address of at most 512 px: quick to send.
+ * The image as the model sees it, square, as a data address of at most 512 px: quick to send.
  * @param {File} file @param {Limits} given
  */
-export async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
+export async function shrinkPicture(file, { min_side: side, max_aspect: aspect, fit, fill }) {
   const bitmap = await createImageBitmap(file);
   const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);
   // Asked here, where the image has its own size still; the server asks the same of what it gets.
@@ -19,15 +19,21 @@ export async function shrinkPicture(file, { min_side: side, max_aspect: aspect }
       at least ${side} px, and its longer side at most ${aspect} times as many.`);
   }
   const canvas = document.createElement("canvas");
-  canvas.width = Math.min(short, LONGEST_SIDE);
+  canvas.width = Math.min(fit === "pad" ? long : short, LONGEST_SIDE);
   canvas.height = canvas.width;
   const context = brush(canvas);
   context.imageSmoothingQuality = "high";
   // Transparent parts become white, as on paper, and not black.
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  const [left, top] = [bitmap.width, bitmap.height].map((length) => Math.floor((length - short) / 2)); // as the server cuts
-  context.drawImage(bitmap, left, top, short, short, 0, 0, canvas.width, canvas.height);
+  const square = fit === "pad" ? long : short;
+  const scale = canvas.width / square;
+  const [[left, width], [top, height]] = [bitmap.width, bitmap.height].map((length) =>
+    fit === "squash" ? [0, canvas.width] : [Math.trunc((square - length) / 2) * scale, length * scale]);
+  context.drawImage(bitmap, left, top, width, height); // what lies outside is cut off, as the server does it
+  context.fillStyle = fill; // and the borders of `pad`
+  if (top > 0) [top - canvas.width, top + height].forEach((y) => context.fillRect(0, y, canvas.width, canvas.width));
+  if (left > 0) [left - canvas.width, left + width].forEach((x) => context.fillRect(x, 0, canvas.width, canvas.width));
   bitmap.close();
   // PNG adds no traces of compression; a photo is sent as JPEG, of which a dozen fit into the browser's session.
   const exact = canvas.toDataURL("image/png");

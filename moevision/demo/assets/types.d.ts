@@ -251,7 +251,7 @@ export interface Boot {
   device?: boolean;
 }
 
-export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }
+export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number; fit: "crop" | "pad" | "squash"; fill: string }
 
 /** What stands on a stage: an example of the model's data, a visitor's own image (`own` is its id), or nothing yet. */
 export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string; own?: number }

@@ -1,0 +1,48 @@
+"""What the first run costs on plain cores: CPU seconds of all of `moevision fit --config quickstart`, and its accuracy.
+
+    python -m benchmarks quickstart --seeds 0 1 2                              # a line each in runs.jsonl
+    python -m benchmarks quickstart --seeds 0 --checkout OTHER --name before   # the same of an earlier commit
+
+float32 and no instructions beyond AVX2, on one thread: what a processor without bfloat16 does. CPU seconds are those of
+the whole process, from `import torch` to the summary; other work on the machine moves them far less than it moves the
+time on the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.accuracy import record_of
+from benchmarks.harness import HERE, argument_parser
+from benchmarks.queue import write_run
+
+FOLDER = HERE / "quickstart"
+RUNS = FOLDER / "runs.jsonl"
+PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+
+
+def main() -> None:
+    """Run with command-line arguments."""
+    parser = argument_parser("quickstart", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--checkout", type=Path, default=HERE.parent, help="whose code runs (%(default)s)")
+    parser.add_argument("--name", default="now", help="what its records begin with (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/quickstarts"), help="run folders (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
+    options = parser.parse_args()
+    environment = {**os.environ, **PLAIN, "PYTHONPATH": str(options.checkout.resolve())}
+    for seed in options.seeds:
+        name = f"{options.name}-s{seed}"
+        words = ("fit", "--config", "quickstart", "--trainer.precision", "32-true", "--seed_everything", str(seed))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        places = ("--name", name, "--runs_root", str(options.work))
+        subprocess.run([sys.executable, "-m", "moevision", *words, *places], check=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        record = record_of(options.work / name) | {"command_cpu_s": round(command_s, 1), "environment": PLAIN}
+        write_run(options.out, record.pop("name"), record)
+        print(f"{name}: {command_s:.0f} CPU s, {record['test']['correct']} of {record['test']['total']}", flush=True)
