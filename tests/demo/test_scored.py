@@ -133,7 +133,7 @@ def test_a_file_that_is_gone_is_said_to_be_gone(moved):
 def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path):
     score(scored_run, tmp_path, show=40)
     page = (tmp_path / "page.html").read_text()
-    links = [unescape(link) for link in re.findall(r'<a href="(http[^"]*)"', page)]
+    links = [unescape(link) for link in re.findall(r'<a href="(http[^"]*[?][^"]*)"', page)]
     asked = [parse_qs(urlsplit(link).query, strict_parsing=True) for link in links]
     assert {urlsplit(link).netloc for link in links} == {"127.0.0.1:7860"}
     assert all(each["tab"] == ["data"] for each in asked)

@@ -170,7 +170,7 @@ def test_what_is_lost_is_what_the_records_say() -> None:
         f"{100 * sum(test['correct'] for test in of) / sum(test['total'] for test in of):.0f} %"
         for of in tests.values()
     )
-    assert f"got {pretrained} right, a model from scratch {scratch}." in choose_start(None, IMAGES).line
+    assert f"reached {pretrained}, training from scratch {scratch}." in choose_start(None, IMAGES).line
     assert choose_start(NONE, IMAGES) == (None, "")
 
 
