@@ -167,12 +167,12 @@ def test_the_flight_is_smooth(visit):
         assert frames[len(frames) // 2] <= 20
 
 
-def test_an_own_photo_gets_an_answer_with_two_classes(newcomer, tmp_path):
+def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page = newcomer.page
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
     page.set_input_files("[data-box=file]", tmp_path / "own.png")
     page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
-    assert page.locator(".mv-flow-answer li").count() == 2
+    assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
 
 
