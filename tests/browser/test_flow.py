@@ -78,11 +78,11 @@ def test_a_phone_shows_the_photo_first(visit, look):
 def test_each_box_has_its_patches(newcomer, ask):
     page = newcomer.page
     _, each = experts(ask)
-    assert counts(page) == [count or "" for count in each]
+    assert counts(page) == [count or "none" for count in each]
     page.select_option("[data-change=flow-layer]", "0")
     _, each = experts(ask, 0)
     page.wait_for_function("document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')")
-    assert counts(page) == [count or "" for count in each]
+    assert counts(page) == [count or "none" for count in each]
 
 
 def test_pointing_at_a_box_leaves_its_part_of_the_photo(newcomer, ask):
@@ -113,7 +113,7 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page.wait_for_selector(f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]")
     _, moved = experts(ask, away=[[3, gone]])
     assert moved[gone] == 0
-    assert counts(page) == ["away" if expert == gone else count or "" for expert, count in enumerate(moved)]
+    assert counts(page) == ["away" if expert == gone else count or "none" for expert, count in enumerate(moved)]
     page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
     measured = ask("what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone})
     assert page.text_content(".mv-flow-say p") == f"1 of 8 away: {result(measured)}."
@@ -128,7 +128,7 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     link = page.url
     page.click("[data-action=put-back]")
     page.wait_for_selector(".mv-flow-box[aria-pressed=true]", state="detached")
-    assert counts(page) == [count or "" for count in each]
+    assert counts(page) == [count or "none" for count in each]
     page.goto(link)
     page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
     assert page.locator(".mv-flow-box[aria-pressed=true]").count() == 2

@@ -284,11 +284,10 @@ export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => 
 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {
-  const learned = "Nobody told it what a face is.";
-  if (unit === "image") return `A router sends the whole image to ${k === 1 ? "one" : `${numberWord(k)}; you see the first`}.`;
+  if (unit === "image") return `A router sends the whole image to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
   if (kind === "soft") return `Each of ${patches} squares takes something from all; you see the network that gives it most.`;
-  if (kind === "expert_choice") return `Each picks some of ${patches} squares; you see who weighs most. ${learned}`;
-  return `A router sends each of ${patches} squares to ${k === 1 ? "one" : `${numberWord(k)}; you see the first`}. ${learned}`;
+  if (kind === "expert_choice") return `Each picks some of ${patches} squares; you see who weighs most.`;
+  return `A router sends each of ${patches} squares to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
 }
 
 /** @param {FlowHost} app */
@@ -325,7 +324,7 @@ function oneBox(app, layer, expert, first) {
   const gone = isAway(app, layer.layer, expert);
   return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}" style="--own:${expertColour(expert, layer.num_experts)}"
     ${app.asker && html`aria-pressed="${gone}"`} ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches${app.asker && `. ${gone ? "Put it back" : "Take it away"}`}">
-    <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${gone ? "away" : count || ""}</small></span><canvas aria-hidden="true"></canvas></button>`;
+    <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${gone ? "away" : count || "none"}</small></span><canvas aria-hidden="true"></canvas></button>`;
 }
 
 // ---- the door to everything below -------------------------------------------------------------------------------
@@ -359,8 +358,8 @@ function say(app, view, control) {
   const label = view.picture.label ?? usual;
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
   if (view.picture.unlike && !gone) return html`<p>${view.picture.unlike}</p>`;
-  if (!gone) return html`<p>Click networks away: how many before this ${label} becomes ${article(other)}?</p>
-    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Show me one that matters</button>`}`;
+  if (!gone) return html`<p>Click a box to take it away: how many before this ${label} becomes ${article(other)}?</p>
+    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
   return html`<p><b>${gone} of ${all} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>

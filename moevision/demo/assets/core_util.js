@@ -15,7 +15,8 @@ const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "
 const escapeText = (value) => String(value).replace(/[&<>"']/g, (character) => ENTITIES[character]);
 
 /**
- * Template tag: everything that is put in is escaped unless it came out of `html` itself (or an array of that).
+ * Template tag: everything that is put in is escaped unless it came out of `html` itself (or an array of that). False
+ * leaves a place empty, but a state such as aria-pressed says it: without a value a button wouldn't be a toggle.
  * @param {TemplateStringsArray} strings @param {...Fill} values
  */
 export function html(strings, ...values) {
@@ -24,7 +25,7 @@ export function html(strings, ...values) {
     if (value instanceof Markup) return value.text;
     return Array.isArray(value) ? value.map(fill).join("") : escapeText(value);
   };
-  return new Markup(strings.reduce((text, part, index) => text + fill(values[index - 1]) + part));
+  return new Markup(strings.reduce((text, part, index) => text + (values[index - 1] === false && /aria-(pressed|expanded|selected|checked)="$/.test(text) ? "false" : fill(values[index - 1])) + part));
 }
 
 /**

@@ -12,6 +12,7 @@ test("what is put into markup is text, unless it is markup", () => {
   const name = `<img src=x onerror="alert('1')">&`;
   const escaped = "&lt;img src=x onerror=&quot;alert(&#39;1&#39;)&quot;&gt;&amp;";
   assert.equal(String(html`<b title="${name}">${name}</b>`), `<b title="${escaped}">${escaped}</b>`);
+  assert.equal(String(html`<b aria-pressed="${false}" title="${false}">${false}</b>`), `<b aria-pressed="false" title=""></b>`);
   assert.equal(String(html`<p>${html`<b>${1}</b>`}${[html`<i></i>`, "<"]}${null}${undefined}${false}${0}</p>`), "<p><b>1</b><i></i>&lt;0</p>");
 });
 
