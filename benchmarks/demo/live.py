@@ -21,19 +21,21 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Page, sync_playwright
 
 from benchmarks.demo import browser_path
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.data import SyntheticPets
 from moevision.demo.models import DataOptions, bundled_folder, open_entries
 from moevision.demo.service import Explorer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, FilePayload, Page
 
 OWN = {"pets": 16, "cifar10": 16, "cats_vs_dogs": 8}  # images
 BOX = ".mv-flow-box:not([disabled]):not([aria-pressed=true])"
@@ -70,11 +72,11 @@ def own_images(model: str) -> list[FilePayload]:
         for index, buffer in enumerate(buffers):
             Image.fromarray(drawn.image(index)).save(buffer, "PNG")
         return [
-            FilePayload(name=f"{index}.png", mimeType="image/png", buffer=buffer.getvalue())
+            {"name": f"{index}.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
             for index, buffer in enumerate(buffers)
         ]
     files = sorted((bundled_folder(model) / "examples").glob("*/*.jpg"))
-    return [FilePayload(name=file.name, mimeType="image/jpeg", buffer=file.read_bytes()) for file in files]
+    return [{"name": file.name, "mimeType": "image/jpeg", "buffer": file.read_bytes()} for file in files]
 
 
 def bring(page: Page, file: FilePayload) -> str:
@@ -163,6 +165,8 @@ def main() -> None:
     photos = sizes["cats_vs_dogs.onnx.bin"]
     explorer = Explorer(open_entries(None, DataOptions()))
     models: dict[str, Any] = {}
+    from playwright.sync_api import sync_playwright
+
     with served(options.folder.resolve()) as home, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         version = browser.version

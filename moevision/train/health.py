@@ -476,9 +476,9 @@ class RecordRouting(L.Callback):
 
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
         """Read the images, and what was recorded before the step that the run goes on from; False: none to record."""
-        data, total = cast(Any, trainer).datamodule, trainer.estimated_stepping_batches
-        asked, divided = self.config.images, parallel_strategy(trainer) is not None
+        data, asked, divided = cast(Any, trainer).datamodule, self.config.images, parallel_strategy(trainer) is not None
         trial = bool(cast(Any, trainer).fast_dev_run)
+        total = trainer.estimated_stepping_batches  # asks all processes
         if not moe_layers(task.net) or not trainer.is_global_zero or trial or divided:
             return False
         if total == float("inf"):
@@ -518,8 +518,11 @@ class RecordRouting(L.Callback):
         self._history.save(self.file)
 
     def finish(self, trainer: L.Trainer, task: ClassificationTask, step: int) -> None:
-        """Close with the model that is saved, which is of that step, in the place of all that came after it."""
-        if self._images is not None or self._begin(trainer, task):
+        """Close with the model that is saved, which is of that step, in the place of all that came after it.
+
+        The first process is alone here, and a training that ended in an earlier command can't be begun by it.
+        """
+        if self._images is not None or (trainer.world_size == 1 and self._begin(trainer, task)):
             self._history = self._history.until(step - 1)
             self._add(task, step)
 
