@@ -107,7 +107,7 @@ def test_the_boxes_follow_the_moment(photos, recorded):
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
-    expected = [str(first.count(expert) or "") for expert in range(recorded.weights[3].shape[-1])]
+    expected = [str(first.count(expert) or "none") for expert in range(recorded.weights[3].shape[-1])]
     page.wait_for_function(
         "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
         arg=",".join(expected),
