@@ -712,7 +712,7 @@ def test_every_argument_is_documented_and_parses_from_text():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
     options = {action.dest: action.help for action in parser._actions if action.dest.startswith("data.")}
-    assert len(options) == 33
+    assert len(options) == 34
     assert not [name for name, text in options.items() if not text or len(text) < 20]
     config = parser.parse_args(['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"])
     data = ImageDataModule(**config.data)
