@@ -527,11 +527,13 @@ def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Jso
     pairs = Counter(zip(labels[labels != said].tolist(), said[labels != said].tolist(), strict=True))
     found: list[Json] = []
     for (label, other), count in pairs.most_common():
+        if len(found) == most:
+            break
         groups = [
             np.flatnonzero((labels == of) & (said == as_))
             for of, as_ in ((label, other), (label, label), (other, other))
         ]
-        if len(found) == most or label < 0 or min(map(len, groups)) < least:
+        if label < 0 or min(map(len, groups)) < least:
             continue
         layers = []
         for layer in trace.layers:

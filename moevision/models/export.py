@@ -239,14 +239,14 @@ class _Exported(nn.Module):
 class _WithRoutes(nn.Module):
     """A network that also tells the routes of the patches, and from which experts can be taken away."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: _Exported) -> None:
         super().__init__()
         self.net, self.layers = net, moe_layers(net)
         named = {str(layer.layer_index): layer for layer in self.layers}
         self.outputs = [f"{what}.{number}" for number in named for what in ("experts", "weights", "probs")]
 
     def forward(self, image: Tensor, away: Tensor) -> tuple[Tensor, ...]:
-        first = int(getattr(getattr(self.net, "net", self.net), "num_prefix_tokens", 0))
+        first = int(getattr(self.net.net, "num_prefix_tokens", 0))
         for layer, gone in zip(self.layers, away, strict=True):
             layer.intervention = partial(_without, layer.router, gone[: layer.router.num_experts])
         try:
