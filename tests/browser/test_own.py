@@ -70,10 +70,10 @@ def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     page = visit().page
     add(page, files[:2])
     # The address is written a moment later, and one moment has one place in the history.
-    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.wait_for_function("history.state['moevision.own'] === 1")
     page.click(".mv-own button >> nth=1")
     page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']")
-    page.wait_for_function("history.state['moevision.own']?.[0] === 2")
+    page.wait_for_function("history.state['moevision.own'] === 2")
     shown = page.get_attribute(".mv-picture", "src")
     page.reload()
     page.wait_for_selector(".mv-cell")
@@ -90,7 +90,7 @@ def test_what_is_forgotten_does_not_come_back(visit, files):
     one = visit()
     page = one.page
     add(page, files[:1])
-    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.wait_for_function("history.state['moevision.own'] === 1")
     page.click("[data-action=example][data-id='pets/test/4']")
     page.wait_for_function("location.search.includes('test%2F4')")
     page.click("[data-action=forget]")

@@ -1,6 +1,6 @@
 // The opening: the patches of a photo fly to the networks that compute them, and a click takes a network away.
 
-import { answerWords, controlWords } from "./app_hand.js";
+import { answerWords, controlWords, effectOf } from "./app_hand.js";
 import { capital } from "./core_kinds.js";
 import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic.js";
 import { underlay } from "./core_stage.js";
@@ -33,8 +33,6 @@ export class Flow {
     /** @type {Set<number>} patches in the air */
     this.away = new Set();
     this.veil = 1; // how much of the contours is there
-    /** @type {WeakMap<View, Promise<Effect | null>>} of a view without one network, beside as much at random */
-    this.controls = new WeakMap();
     this.turn = Symbol("none");
     this.listen();
   }
@@ -97,7 +95,7 @@ export class Flow {
     this.first = firstExperts(layer);
     Object.assign(this, { picture: view.picture.src, grid: String(view.model.grid), shown: layer.name, lit: null });
     fillBox(this.box, layout(app, view, layer, this.first));
-    this.compare(view);
+    this.dots(effectOf(view));
     const moved = before ? this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]) : [];
     Object.assign(this, { away: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
@@ -110,25 +108,18 @@ export class Flow {
     return this.fly(moved.filter((patch) => to[patch]).map((patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS })));
   }
 
-  /**
-   * With one network away the same number of patches is moved at random, which takes longer than the answer.
-   * @param {View} view
-   */
-  async compare(view) {
-    const { app } = this;
-    const one = view.settings.away ?? [];
-    const { asker, questionOf } = app;
-    if (!asker || !questionOf || one.length !== 1 || view.moment || view.settings.intervention || typeof view.settings.noise === "number") return;
-    if (!this.controls.has(view)) {
-      const { away: _, ...question } = questionOf.call(app, view);
-      const [[layer, expert]] = one;
-      this.controls.set(view, asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null));
-    }
-    const effect = await this.controls.get(view);
-    if (!effect || app.state?.view !== view) return;
-    fillBox(this.part("said"), say(app, view, effect));
-    const bar = [...this.box.querySelectorAll(".mv-flow-answer li")].find((row) => present(row.firstElementChild).textContent === effect.target)?.querySelector(".mv-bar");
-    effect.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(html`<em style="left:${100 * (effect.before[0].p + delta)}%"></em>`)));
+  /** What one network less did was measured meanwhile, beside the same number of patches moved at random. */
+  tell() {
+    fillBox(this.part("said"), say(this.app, this.view));
+    this.dots(effectOf(this.view));
+  }
+
+  /** The answers after moves at random, on the bar of the class. @param {Effect | null} effect */
+  dots(effect) {
+    const rows = [...this.box.querySelectorAll(".mv-flow-answer li")];
+    const bar = rows.find((row) => present(row.firstElementChild).textContent === effect?.target)?.querySelector(".mv-bar");
+    const at = (delta) => html`<em style="left:${100 * (present(effect).before[0].p + delta)}%"></em>`;
+    effect?.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(at(delta))));
   }
 
   /** The image, which may be there in more pixels by now. */
@@ -275,7 +266,7 @@ function layout(app, view, layer, first) {
           draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
         <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}${layerChoice(view, layer)}</div></div>
       <div class="mv-flow-right"><div class="mv-flow-boxes" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
-        <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div><div data-part="route" aria-live="polite"></div></div></div>
+        <div class="mv-flow-say" role="status" data-part="said">${say(app, view)}</div><div data-part="route" aria-live="polite"></div></div></div>
     <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
 }
 
@@ -292,7 +283,7 @@ function sentence({ kind, top_k: k, route_by: unit }, patches) {
 
 /** @param {FlowHost} app */
 function thumbs(app) {
-  const chosen = app.pictures[app.slot];
+  const chosen = app.picture;
   const own = app.own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: chosen.own === id }));
   const known = app.model.examples;
   const labels = [...new Set(known.map(({ label }) => label))];
@@ -331,7 +322,7 @@ function oneBox(app, layer, expert, first) {
 
 const DOOR_KEY = "moevision.door";
 /** What only the details show: a link that names it opens them. */
-const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+export const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
 
 /** Private windows may refuse storage; then it lasts as long as the page. */
 export const doorMemory = {
@@ -348,8 +339,9 @@ export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined)
 /** @param {FlowHost} app @param {number} layer @param {number} expert */
 export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);
 
-/** @param {FlowHost} app @param {View} view @param {Effect | null} control */
-function say(app, view, control) {
+/** @param {FlowHost} app @param {View} view */
+function say(app, view) {
+  const control = effectOf(view);
   const all = view.layers.reduce((sum, { num_experts: experts }) => sum + experts, 0);
   if (!app.asker) return "";
   const { length: gone } = view.settings.away ?? [];

@@ -1,5 +1,6 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
+import { handButton } from "./app_hand.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
@@ -48,10 +49,7 @@ export function drawRail(box, app) {
   const lists = () => [...box.querySelectorAll(".mv-examples")];
   const places = lists().map(({ scrollTop, scrollLeft }) => ({ scrollTop, scrollLeft }));
   fillBox(box, html`
-    <div class="mv-rail-head"><h2>Images</h2>
-      <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
-        data-count="${number}" data-key="count-${number}" aria-pressed="${number === app.pictures.length}">${["One", "Two"][number - 1]}</button>`)}</div></div>
-    ${app.pictures.length > 1 && slotSwitch(app)}
+    <h2>Images</h2>
     ${ownStrip(app)}
     ${examples(app)}
     <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own images</b><span>Drop them, paste them, or choose files</span></button>
@@ -69,16 +67,12 @@ export const blankBox = (model) => html`<div class="mv-state mv-tall"><p><b>Brin
   <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`;
 
 /** @param {App} app */
-const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
-  <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;
-
-/** @param {App} app */
 function examples(app) {
   if (!app.model.examples.length) {
     return html`<p class="mv-note mv-none">This model comes without images. Bring your own, or start with
       <code>moevision demo --data FOLDER</code>.</p>`;
   }
-  const shown = app.pictures[app.slot];
+  const shown = app.picture;
   const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
     aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
@@ -95,7 +89,8 @@ export function drawSettings(box, app) {
     ${changeable(model, "top_k").length > 0 && kControl(model, topK)}
     ${limitable(model).length > 0 && capacityControl(model, capacity)}
     ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}
-    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}`);
+    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}
+    ${!app.boot.device && randomControl(app)}`);
 }
 
 /**
@@ -114,6 +109,11 @@ function refusals(routers, names) {
   const where = (sentence) => routers.filter(({ refused }) => Object.values(refused).includes(sentence)).map(({ name }) => name);
   return sentences.map((sentence) => (where(sentence).length < routers.length ? `${where(sentence).join(", ")}: ${sentence}.` : `${capital(sentence)}.`));
 }
+
+/** @param {App} app */
+const randomControl = (app) => html`<div class="mv-hand-row" role="group" aria-label="Random experts"><span>Random experts in</span>
+  ${app.model.routers.map(({ layer, name }) => handButton(app, name, { kind: "random", layer }))}
+  ${app.model.routers.length > 1 && handButton(app, "all", { kind: "random", layer: null })}</div>`;
 
 /** @param {BootModel} model @param {number | null} topK */
 function kControl(model, topK) {
@@ -183,9 +183,7 @@ export function railHandlers(app) {
     actions: {
       example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
       variant: (button) => app.chooseVariant(button.dataset.variant),
-      count: (button) => app.choosePictureCount(Number(button.dataset.count)),
       more: () => moreExamples(app),
-      slot: (button) => app.chooseSlot(Number(button.dataset.index)),
       choose: () => app.core.box("file").click(),
       "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),
     },

@@ -23,12 +23,10 @@ export function drawPrediction(box, view) {
 }
 
 /**
- * One line per image that answers the first question before anything else is read.
- * @param {HTMLElement} box @param {ViewState} state @param {boolean} elsewhere whether another part of the page says how the model was changed
+ * The answer in a line, and what makes it less than the model's own.
+ * @param {HTMLElement} box @param {View} view @param {boolean} elsewhere whether another part of the page says how the model was changed
  */
-export function drawVerdict(box, state, elsewhere) {
-  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view, elsewhere)}</div>`)}`);
-}
+export const drawVerdict = (box, view, elsewhere) => fillBox(box, html`${verdictLine(view)}${verdictNotes(view, elsewhere)}`);
 
 /** @param {View} view */
 function verdictLine(view) {
@@ -99,4 +97,19 @@ export function drawLoads(box, state) {
     <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${done.map(bar)}
       <div class="mv-ideal" aria-hidden="true"></div></div>
     <p class="mv-note">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
+}
+
+/**
+ * What the classifier would say after each block (the logit lens, demo/lens.py).
+ * @param {HTMLElement} box @param {View} view
+ */
+export function drawLens(box, view) {
+  const { lens } = view;
+  const experts = new Map(view.layers.map(({ layer, name }) => [layer, name]));
+  const row = (top, block) => html`<li><span class="${experts.has(block) ? "mv-strong" : ""}">${experts.get(block) ?? `block ${block}`}</span>
+    <span class="mv-class">${top[0].class}</span><span class="mv-bar mv-accent"><i style="width:${top[0].p * 100}%"></i></span>
+    <span class="mv-num">${percent(top[0].p)}</span></li>`;
+  fillBox(box, lens && lens.length > 0 && html`<h2>After each block</h2><ol class="mv-lens">${lens.map(row)}</ol>
+    <p class="mv-note">An untrained readout (logit lens): the last norm and the classifier are put on each block's output, though
+      they were trained for the last one only.</p>`);
 }

@@ -13,7 +13,7 @@ export function startFlow(root, view) {
   const state = new ViewState(view, { layer: null });
   const model = /** @type {any} */ ({ examples: [], class_names: view.model.class_names, card: {} });
   /** @type {FlowHost} */
-  const host = { core: { box: (name) => present(root.querySelector(`[data-box="${name}"]`)) }, state, pictures: [], slot: 0, own: [], away: view.settings.away ?? [], usual: null,
+  const host = { core: { box: (name) => present(root.querySelector(`[data-box="${name}"]`)) }, state, picture: { kind: "none" }, own: [], away: view.settings.away ?? [], usual: null,
     model, boot: { models: [] }, toggleAway: () => undefined };
   const flow = new Flow(host);
   root.addEventListener("click", (event) => /** @type {Element} */ (event.target).closest("[data-action=fly]") && flow.play());

@@ -1,9 +1,9 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
+import { withoutWords } from "./app_hand.js";
 import { asAskError, emptyBox, waitingBox } from "./app_server.js";
 import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
-import { saveExpert } from "./tab_experts_image.js";
-import { calledWords, withoutWords } from "./tab_experts_words.js";
+import { calledWords, saveExpert } from "./tab_experts_image.js";
 /** @import { App } from "./app.js" */
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model, Router, ShareRow, Wanted } from "./types.js" */
 
