@@ -135,12 +135,6 @@ async function example(model, id) {
   return picture ? { picture } : UNANSWERED;
 }
 
-/** @param {any} question */
-async function shares(question) {
-  const answer = await route(question);
-  return answer.error ? answer : { layers: answer.layers.map(({ layer, counts }) => ({ layer, shares: counts.map((count) => round(count / (sum(counts) || 1))) })) };
-}
-
 // ---- what was recorded
 
 /** The name of a recorded answer, as `key` in build.py. @param {...unknown} words */
@@ -158,7 +152,6 @@ async function recall(...words) {
 export const server = {
   boot: async () => boot,
   route,
-  shares,
   sharp: async (/** @type {any} */ { model, picture }) => (boot.recorded.includes(keyOf("sharp", model, picture)) ? recall("sharp", model, picture) : { src: null }),
   history: async (/** @type {any} */ { model, picture }) => recall("history", model, picture),
   experts: async (/** @type {any} */ { model, layer }) => recall("experts", model, layer),

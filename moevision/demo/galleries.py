@@ -263,7 +263,7 @@ class AtlasPages:
                 "layer": layer["layer"],
                 "name": layer["name"],
                 **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
-                "answers": layer["answers"],
+                "answers": [_with_command(answer, entry) for answer in layer["answers"]],
                 "load_words": layer["load_words"],
             }
             for layer in atlas["layers"]
@@ -449,6 +449,11 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
     label = pictures.label(index)
     word = pictures.class_names[label] if label >= 0 else None
     return Found(entry.examples.id_of(pictures, index), "", word, pictures.image(index))
+
+
+def _with_command(answer: Json, entry: Entry) -> Json:
+    """What wasn't measured names the command that measures it of this model."""
+    return {**answer, "sentence": answer["sentence"].replace("analyze MODEL", f"analyze {entry.address}")}
 
 
 def _waiting(status: str, **empty: Any) -> Json:

@@ -3,6 +3,9 @@
 import pytest
 from PIL import Image
 
+from moevision.demo.html import app_page
+from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.service import Explorer
 from tests.browser.conftest import SERVER_CALL, axe
 from tests.browser.test_hand import result
 
@@ -66,6 +69,37 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
     assert look.no_sideways_scroll(page)
     assert page.locator(".mv-cell:visible").count() == 0
     assert {"experts", "classes", "what_if"}.isdisjoint(newcomer.asked)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The document that each bundled model would open with."""
+    entries = open_entries(None, DataOptions())
+    explorer = Explorer(entries)
+    boot = explorer.boot({})
+
+    def document(model):
+        ordered = sorted(boot["models"], key=lambda one: one["id"] != model)
+        picture = {"kind": "example", "id": ordered[0]["examples"][0]["id"]}
+        view = explorer.answer("route", {"model": model, "picture": picture})
+        first = {"model": model, "picture": picture["id"]}
+        return app_page({**boot, "models": ordered, "default": first, "whole": True}, [view]).text
+
+    yield document
+    explorer.close()
+
+
+@pytest.mark.parametrize("model", ["cats", "cifar10", "pets"])
+@pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
+def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
+    page = new_visit(door=False, reduced_motion="reduce", **size).page
+    page.set_content(bundled(model))
+    page.wait_for_selector(LANDED, state="attached")
+    text = page.evaluate(READ)
+    assert len([word for word in text.split() if any(map(str.isalnum, word))]) <= WORDS, text
+    controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
+    assert 5 < len(controls) <= CONTROLS, controls
+    assert page.locator(".mv-flow-box").count() == 8
 
 
 def test_a_phone_shows_the_photo_first(visit, look):
@@ -174,6 +208,7 @@ def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
     assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
+    assert page.is_disabled("[data-key^=flow-own]")  # what is shown is no choice
 
 
 def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_path):

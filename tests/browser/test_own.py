@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import axe
+from tests.browser.conftest import SERVER_CALL, axe
 from tests.demo.serving import asked_for
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -64,6 +64,20 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit,
     page.click("[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0")
     page.wait_for_selector("[data-action=put-back]")
     assert page.text_content("[data-part=route]") == ""  # of the whole model
+
+
+def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, files):
+    page = new_visit(door=False).open(server.url)
+
+    def fail(route):
+        if asked_for(route.request) == "similar":
+            return route.fulfill(json={"error": "The explorer stumbled over this.", "code": "internal"})
+        return route.continue_()
+
+    page.route(SERVER_CALL, fail)
+    page.set_input_files("[data-box=file]", files[:1])
+    page.wait_for_selector("[data-part=route] [role=alert]:has-text('stumbled over this')")
+    assert "and nothing else" in page.text_content("[data-part=route]")
 
 
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):

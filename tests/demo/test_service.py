@@ -288,6 +288,17 @@ def test_a_swap_is_measured_and_shown(explorer, pixels):
     assert swapped == [[{1: 2, 2: 1}.get(expert, expert) for expert in choices] for choices in plain]
 
 
+def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch):
+    entry = replace(explorer.entries["pets"], address="'runs/my run'")
+    monkeypatch.setitem(explorer.entries, "pets", entry)
+    atlas = explorer.pages.atlas(entry, entry.variants["trained"])
+    sentence = "The experts do different things: not measured (`moevision analyze MODEL` measures it)."
+    layers = [{**layer, "answers": [{"answer": "not measured", "sentence": sentence}]} for layer in atlas["layers"]]
+    monkeypatch.setattr(explorer.pages, "atlas", lambda *_: {**atlas, "layers": layers})
+    told = good(explorer, "classes", model="pets")["layers"][0]["answers"][0]["sentence"]
+    assert "`moevision analyze 'runs/my run'` measures it" in told
+
+
 def test_an_effect_over_a_class_is_class_effect(explorer):
     gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
     change = Intervention("ablate", layer=3, expert=1)

@@ -281,16 +281,16 @@ function sentence({ kind, top_k: k, route_by: unit }, patches) {
   return `A router sends each of ${patches} squares to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
 }
 
-/** @param {FlowHost} app */
-function thumbs(app) {
-  const chosen = app.picture;
-  const own = app.own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: chosen.own === id }));
-  const known = app.model.examples;
-  const labels = [...new Set(known.map(({ label }) => label))];
-  const some = [...labels.map((label) => present(known.find((one) => one.label === label))), ...known].filter((one, place, all) => all.indexOf(one) === place);
-  const shown = some.slice(0, THUMBS - own.length).map(({ id, name, label, thumb }) => ({ action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: chosen.id === id }));
-  return [...own, ...shown].map(({ action, id, name, thumb, on }) => html`<button type="button" data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}"
-    aria-pressed="${on}" aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`);
+/** Other photos; the one that is shown is no choice. @param {FlowHost} app */
+function thumbs({ picture, own, model: { examples } }) {
+  const mine = own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
+  const labels = [...new Set(examples.map(({ label }) => label))];
+  const first = labels.map((label) => present(examples.find((one) => one.label === label)));
+  const known = [...new Set([...first, ...examples])].map(({ id, name, label, thumb }) => ({
+    action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: picture.id === id }));
+  return [...mine, ...known].slice(0, THUMBS).map(({ action, id, name, thumb, on }) => html`<button type="button"
+    data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
+    aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`);
 }
 
 /**
@@ -350,8 +350,8 @@ function say(app, view) {
   const label = view.picture.label ?? usual;
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
   if (view.picture.unlike && !gone) return html`<p>${view.picture.unlike}</p>`;
-  if (!gone) return html`<p>Click a box to take it away: how many before this ${label} becomes ${article(other)}?</p>
-    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
+  if (!gone) return html`<p>Click a box to remove it: how many before this ${label} becomes ${article(other)}?</p>
+    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Remove one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
   return html`<p><b>${gone} of ${all} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>

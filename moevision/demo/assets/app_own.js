@@ -1,6 +1,6 @@
 // The visitor's own images: a strip of up to a dozen, kept as long as the browser's tab, and whose route their patches take.
 
-import { AskError, errorBox } from "./app_server.js";
+import { asAskError, AskError, errorBox } from "./app_server.js";
 import { firstExperts } from "./core_mosaic.js";
 import { chip, fillBox, html, pictureSource } from "./core_util.js";
 import { shrinkPicture } from "./own_file.js";
@@ -65,13 +65,17 @@ export async function tellRoute(app, view) {
   const tell = (words) => app.state?.view === view && fillBox(app.core.box("flow").querySelector("[data-part=route]"), words);
   if (view.picture.id !== null || view.moment || view.settings.away?.length) return;
   const { id: model, variant, class_names: names } = view.model;
-  const knows = html`<p class="mv-soft">It knows ${names.length > 1 ? `${names.slice(0, -1).join(", ")} and ` : ""}${names.at(-1)}, and nothing else.</p>`;
+  const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)},
+    and nothing else.</p>`;
   tell(knows);
-  if (!app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
-  for (const { path, count } of routesOf(view).slice(0, TRIED)) {
-    const { patches } = await app.asker.remember("similar", { model, variant, path, class: null }).catch(() => ({ patches: [] }));
-    if (app.state?.view !== view) return;
-    if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
+  if (app.boot.device || !app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
+  try {
+    for (const { path, count } of routesOf(view).slice(0, TRIED)) {
+      const { patches } = await app.asker.remember("similar", { model, variant, path, class: null });
+      if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
+    }
+  } catch (error) {
+    tell(html`${errorBox(asAskError(error))}${knows}`);
   }
 }
 
