@@ -33,6 +33,8 @@ SIZE = {
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
+PAGE_LINES = 6_000  # the pages' scripts and style sheets: the package's, and those of the build without a server
+LONG_PAGE_LINES = 390  # of these, over 120 characters: none in style sheets; 678 in all before the page was cut down
 DOCS_WORDS = 24_910  # README.md and docs/**/*.md: lab notes left; a tutorial, own-loop.md, a page without a server came
 
 FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 16, 80, 48, 4  # analyze embeds live views
@@ -79,6 +81,18 @@ def test_fit_has_few_options(cli) -> None:
 def test_docs_keep_to_their_words() -> None:
     pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md")]
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= DOCS_WORDS
+
+
+def test_the_pages_keep_to_their_lines() -> None:
+    """moevision/**/*.js and *.css, docs/live/*.js and *.css; types (*.d.ts) are no lines of the page."""
+    files = [file for folder in (ROOT / "moevision", CHECKOUT / "docs" / "live")
+             for kind in ("js", "css") for file in sorted(folder.rglob(f"*.{kind}"))]  # fmt: skip
+    lines = {file.name: file.read_text(encoding="utf-8").splitlines() for file in files}
+    assert {"app.js", "core.js", "explorer.css", "good_data.js", "page.css", "worker.js"} <= lines.keys()
+    assert sum(map(len, lines.values())) <= PAGE_LINES
+    long = {name: sum(len(line) > 120 for line in text) for name, text in lines.items()}
+    assert sum(long.values()) <= LONG_PAGE_LINES
+    assert not any(count for name, count in long.items() if name.endswith(".css")), long
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])

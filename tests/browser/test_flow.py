@@ -1,9 +1,11 @@
 """The opening: few words, one photo, its patches in the boxes of their networks; one network away, and several."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from moevision.demo.html import app_page
+from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import SERVER_CALL, axe
@@ -11,6 +13,7 @@ from tests.browser.test_hand import result
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
+ROOT = Path(__file__).parents[2]
 FIRST = {"kind": "example", "id": "pets/test/0"}
 WORDS, CONTROLS = 70, 12
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
@@ -89,7 +92,7 @@ def bundled():
     explorer.close()
 
 
-@pytest.mark.parametrize("model", ["cats", "cifar10", "pets"])
+@pytest.mark.parametrize("model", ["cats_vs_dogs", "cifar10", "pets"])
 @pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
 def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
     page = new_visit(door=False, reduced_motion="reduce", **size).page
@@ -189,6 +192,24 @@ def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
         photo = card.convert("RGB").crop((0, 0, 630, 630))
         assert len(photo.getcolors(2**20)) > 10_000  # sharp
         assert card.convert("RGB").getpixel((1190, 10)) == (251, 251, 249)  # paper
+
+
+REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [360, 390, 600, 780, 830, 1100, 1280])
+def test_a_reports_live_view_is_seen_whole_at_any_width(new_visit, ask, width):
+    """In the report's column, whose frame can't ask its view how high it is; and it doesn't grow by itself."""
+    view = flow_html(ask("route", picture=FIRST))
+    page = new_visit(door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
+    style = f"<style>{read_css(('explorer_base.css',))}{REPORT}</style>"
+    page.set_content(f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>')
+    page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
+    height = "[document.documentElement.scrollHeight, innerHeight]"
+    for _ in range(3):
+        page.wait_for_timeout(300)
+        needed, given = page.frames[1].evaluate(height)
+        assert needed <= given
 
 
 @pytest.mark.alone

@@ -108,7 +108,9 @@ def test_the_foot_leads_on(visit, server):
     page.wait_for_selector(".mv-footer [data-action=model]:has-text('The pets')")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     assert one.question("route")["model"] == "photos"
-    lesson = foot.locator("a").first
+    here, lesson = foot.locator(".mv-site a").all()  # as in lesson, report and data page
+    assert here.text_content() == "Explorer"
+    assert here.get_attribute("aria-current") == "page"
     assert lesson.text_content() == "Lesson"
     assert lesson.get_attribute("href") == "lesson.html"  # of a checkout
     lesson.click()

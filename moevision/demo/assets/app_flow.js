@@ -72,8 +72,9 @@ export class Flow {
     return this.first[row * columns + column] ?? null;
   }
 
-  /** Fade everything but one network's part. @param {number | null} expert */
-  light(expert) {
+  /** Fade everything but one network's part, if it has one. @param {number | null} wanted */
+  light(wanted) {
+    const expert = this.first.includes(wanted) ? wanted : null;
     if (expert === this.lit) return;
     this.lit = expert;
     this.boxes().forEach((one) => one.classList.toggle("mv-lit", Number(one.dataset.expert) === expert));
@@ -347,10 +348,11 @@ function say(app, view) {
   const { length: gone } = view.settings.away ?? [];
   const best = view.prediction.moe[0].class;
   const usual = app.usual ?? best;
-  const label = view.picture.label ?? usual;
+  const { label, unlike } = view.picture;
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
-  if (view.picture.unlike && !gone) return html`<p>${view.picture.unlike}</p>`;
-  if (!gone) return html`<p>Click a box to remove it: how many before this ${label} becomes ${article(other)}?</p>
+  if (unlike && !gone) return html`<p>${unlike}</p>`;
+  const change = label ? `this ${label} becomes ${article(other)}` : "the answer changes";
+  if (!gone) return html`<p>Click a box to remove it: how many before ${change}?</p>
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Remove one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;

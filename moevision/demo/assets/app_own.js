@@ -65,8 +65,8 @@ export async function tellRoute(app, view) {
   const tell = (words) => app.state?.view === view && fillBox(app.core.box("flow").querySelector("[data-part=route]"), words);
   if (view.picture.id !== null || view.moment || view.settings.away?.length) return;
   const { id: model, variant, class_names: names } = view.model;
-  const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)},
-    and nothing else.</p>`;
+  const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)}, and
+    nothing else.</p>`;
   tell(knows);
   if (app.boot.device || !app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
   try {

@@ -31,17 +31,20 @@ export function drawHeader(box, app) {
 }
 
 /**
- * The other models, one click away, and where lesson, code, citation and API are.
+ * The other models, one click away; the pages of the product, and where code, citation and API are.
  * @param {HTMLElement} box @param {App} app
  */
 export function drawFooter(box, { boot, model }) {
   const { lesson, code, cite } = boot.links;
   const others = boot.models.filter(({ id }) => id !== model.id);
-  const call = `from gradio_client import Client, handle_file\n\nclient = Client("${location.origin}")\nclient.predict(picture=handle_file("cat.jpg"), model="${model.id}", api_name="/route")`;
+  const call = `from gradio_client import Client, handle_file\n\nclient = Client("${location.origin}")
+client.predict(picture=handle_file("cat.jpg"), model="${model.id}", api_name="/route")`;
   const fold = (name, text) => html`<details><summary data-key="footer-${name}">${name}</summary><pre tabindex="0">${text}</pre></details>`;
-  fillBox(box, html`${others.length > 0 && html`<p><span class="mv-soft">Other models:</span> ${others.map(({ id, title }) => html`<button type="button" class="mv-button" data-action="model" data-id="${id}"
-      data-key="model-${id}">${title}</button> `)}</p>`}
-    <nav aria-label="About moevision">${lesson && html`<a href="${lesson}">Lesson</a>`}${code && html`<a href="${code}">Code</a>`}${fold("Cite", cite)}${fold("API", call)}</nav>`);
+  const other = ({ id, title }) => html`<button type="button" class="mv-button" data-action="model" data-id="${id}"
+    data-key="model-${id}">${title}</button> `;
+  fillBox(box, html`${others.length > 0 && html`<p><span class="mv-soft">Other models:</span> ${others.map(other)}</p>`}
+    <nav class="mv-site" aria-label="Pages"><a aria-current="page">Explorer</a>${lesson && html`<a href="${lesson}">Lesson</a>`}
+      ${code && html`<a href="${code}">Code</a>`}${fold("Cite", cite)}${!boot.device && fold("API", call)}</nav>`);
 }
 
 /** @param {HTMLElement} box @param {App} app */

@@ -24,9 +24,9 @@ export const coreLayout = (film = box("time")) => html`
           <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div data-box="stage"></div>
-        ${box("legend")}${box("where")}${box("hand")}${film}${box("strip")}
+        ${box("legend")}${box("where")}${box("hand")}${film}
       </div>
-      <div class="mv-side">${box("prediction")}${box("loads")}${box("similar")}${box("lens")}</div>
+      <div class="mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("similar")}${box("lens")}</div>
     </div>
   </section>`;
 

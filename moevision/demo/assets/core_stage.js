@@ -237,8 +237,8 @@ export function drawStrip(box, state) {
     <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
       <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across
-      layers<span>: ${others} are different networks</span>.</p>
+    <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across layers<span>:
+      ${others} are different networks</span>.</p>
     <p class="mv-note mv-silent">${silentWords(state.view)}</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
   box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
