@@ -32,7 +32,7 @@ const appLayout = () => html`
   <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
   <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
-    aria-expanded="false">Look closer</button></div>
+    aria-expanded="false">Look closer</button><span data-box="layer"></span></div>
   <div class="mv-depth" data-box="depth" hidden>
   <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>

@@ -8,7 +8,8 @@ import { html, present } from "./core_util.js";
 
 /** @param {HTMLElement} root @param {View} view */
 export function startFlow(root, view) {
-  root.innerHTML = String(html`<section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>`);
+  root.innerHTML = String(html`<section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
+    <div class="mv-flow-end" data-box="layer"></div>`);
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
   const state = new ViewState(view, { layer: null });
   const model = /** @type {any} */ ({ examples: [], class_names: view.model.class_names, card: {} });
