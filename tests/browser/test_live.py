@@ -115,7 +115,7 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             assert [len(row) for row in layer["weights"]] == [len(row) for row in other["weights"]]
             assert {(layer["layer"], expert) for row in layer["experts"] for expert in row}.isdisjoint(map(tuple, away))
     page.click("[data-action=put-back]")
-    page.wait_for_selector("[data-part=said]:has-text('Click a box to remove it')")
+    page.wait_for_selector("[data-part=said]:has-text('Click a box to take it away')")
     assert view_of(page)["layers"][0]["computation"] is not None
 
 

@@ -1,6 +1,6 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { chooseAnother, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
+import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
@@ -222,7 +222,7 @@ export class App {
       return this.load("picture", { again: false });
     }
     const { picture } = this;
-    chooseAnother(this, id);
+    choose(this, { model: id });
     // A visitor's own image goes along; an example belongs to its model.
     if (picture.kind === "upload") this.picture = picture;
     return this.load("model");

@@ -61,7 +61,7 @@ function readNoise(word, model) {
  * Take over what the address asks for, as far as this server has it.
  * @param {App} app @param {Wish} wish
  */
-function choose(app, wish) {
+export function choose(app, wish) {
   const { models, default: first } = app.boot;
   const find = (id) => models.find((model) => model.id === id);
   const model = find(wish.model) ?? find(first?.model) ?? models[0];
@@ -88,9 +88,6 @@ function choose(app, wish) {
   const tab = { whatif: "experts", compare: "classes" }[wish.tab ?? ""] ?? wish.tab; // tabs of an earlier version
   app.tab = app.tabs.find((one) => one.id === tab)?.id ?? app.tab;
 }
-
-/** What another model is chosen for begins as it is. @param {App} app @param {string} model */
-export const chooseAnother = (app, model) => choose(app, { model });
 
 // ---- following it -------------------------------------------------------------------------------------------
 

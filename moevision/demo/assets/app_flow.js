@@ -353,8 +353,8 @@ function say(app, view) {
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
   if (unlike && !gone) return html`<p>${unlike}</p>`;
   const change = label ? `this ${label} becomes ${article(other)}` : "the answer changes";
-  if (!gone) return html`<p>Click a box to remove it: how many before ${change}?</p>
-    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Remove one that matters</button>`}`;
+  if (!gone) return html`<p>Click a box to take it away: how many before ${change}?</p>
+    ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
   return html`<p><b>${gone} of ${all} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>
