@@ -22,7 +22,7 @@ IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
-READS = "?layer=3&patch=36&mode=reads&expert=L3.E6"
+READS = "?layer=2&patch=36&mode=reads&expert=L2.E6"
 SOFT = Path("runs/soft")
 TRAIN = "fit --config quickstart --name soft --model.arch.router soft --data.train_size 4000"
 

@@ -31,7 +31,9 @@ MORE_ACCURATE = [
         "when both train for as long {shown}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
         sparsity.at_equal_time,
     ),
-    Claim((*accuracy.CIFAR, accuracy.TWIN), "after ten epochs ({moe:.1%} and {twin:.1%}; three trainings", accuracy.ends),
+    Claim(
+        (*accuracy.CIFAR, accuracy.TWIN), "after ten epochs ({moe:.1%} and {twin:.1%}; three trainings", accuracy.ends
+    ),
 ]
 CLAIMS = [
     Claim(
@@ -59,7 +61,11 @@ CLAIMS = [
         "fine-tuned on cats and dogs: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",
         accuracy.moe_less_dense,
     ),
-    Claim(infer.BEFORE, "{one:.2f} times the time for one image in float32 on one core, {many:.2f} times for 64", few_and_many),
+    Claim(
+        infer.BEFORE,
+        "{one:.2f} times the time for one image in float32 on one core, {many:.2f} times for 64",
+        few_and_many,
+    ),
     Claim(
         STEP,
         "training {moe:.0f} against {twin:.0f} images/s and {moe_mib:.0f} against {twin_mib:.0f} MiB",

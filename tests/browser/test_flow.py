@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moevision.demo.html import app_page, flow_html, read_css
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import DataOptions, bundled_folders, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import SERVER_CALL, axe
 from tests.browser.test_hand import result
@@ -92,7 +92,7 @@ def bundled():
     explorer.close()
 
 
-@pytest.mark.parametrize("model", ["cats_vs_dogs", "cifar10", "pets"])
+@pytest.mark.parametrize("model", [folder.name for folder in bundled_folders()])
 @pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
 def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
     page = new_visit(door=False, reduced_motion="reduce", **size).page
@@ -101,8 +101,7 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     text = page.evaluate(READ)
     assert len([word for word in text.split() if any(map(str.isalnum, word))]) <= WORDS, text
     controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
-    assert 5 < len(controls) <= CONTROLS, controls
-    assert page.locator(".mv-flow-box").count() == 8
+    assert 3 < len(controls) <= CONTROLS, controls
 
 
 def test_a_phone_shows_the_photo_first(visit, look):

@@ -97,9 +97,10 @@ def test_what_may_be_changed_where_experts_choose(visit, look):
     assert one.question("route")["top_k"] == 2
     assert "Trained with 1 expert per patch on average, shown is 2." in page.text_content("[role=note]")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click("[data-kind=ablate]")
-    page.wait_for_selector(".mv-stripplot")
-    assert "keep the other experts that took them" in page.text_content(".mv-results")
+    page.click(".mv-box-hand [data-action=take]")
+    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
+    assert one.question("route")["away"] == [[3, 1]]
+    assert one.question("what_if")["intervention"] == {"kind": "ablate", "layer": 3, "expert": 1}
 
 
 def test_soft_patches_take_from_every_expert(visit, ask, look):

@@ -176,7 +176,8 @@ export class Time {
     const when = words ?? (this.at === this.last ? "trained" : momentWords({ step, total_steps: this.total }) + begins);
     slider.value = String(step);
     slider.setAttribute("aria-valuetext", when);
-    present(this.box.querySelector("[data-part=when]")).textContent = when;
+    const said = present(this.box.querySelector("[data-part=when]"));
+    if (said.textContent !== when) said.textContent = when; // said anew only where it changed
     const play = /** @type {HTMLElement} */ (this.box.querySelector(".mv-play"));
     play.textContent = this.playing ? "Pause" : "Play";
     this.box.classList.toggle("mv-playing", this.playing !== null);
