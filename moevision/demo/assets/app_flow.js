@@ -267,7 +267,7 @@ function layout(app, view, layer, first) {
       <div class="mv-flow-left"><div class="mv-flow-photo" data-part="photo" style="--aspect:${columns / rows}"><img data-part="image" alt="${what}, ${rows} × ${columns} patches" src="${pictureSource(view.picture.src)}"
           draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
         <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}</div></div>
-      <div class="mv-flow-right"><div class="mv-flow-boxes" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
+      <div class="mv-flow-right"><div class="mv-flow-boxes" style="--across:${Math.min(4, layer.num_experts)}" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
         <div class="mv-flow-say" role="status" data-part="said">${say(app, view)}</div><div data-part="route" aria-live="polite"></div></div></div>
     <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
 }
