@@ -150,7 +150,8 @@ def flow_html(view: Mapping[str, Any]) -> str:
 def _framed(page: str, height: int, rows: float = 0) -> str:
     """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it.
 
-    `rows` of boxes that stand below one another on a phone, in quarters of its width, are for that page's style sheet (analysis/templates/page.css).
+    `rows` of boxes that stand below one another on a phone, each a third of its width high, are for the style sheet
+    of that page (analysis/templates/page.css).
     """
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
