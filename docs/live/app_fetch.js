@@ -1,5 +1,5 @@
-// Who answers a page without a server: what was recorded of the examples, and for all else the model itself, run here in
-// the browser (worker.js). An own image goes to that worker and nowhere else. It stands in for the explorer's own
+// Who answers a page without a server: what was recorded of the examples, and for all else the model itself, run here
+// in the browser (worker.js). An own image goes to that worker and nowhere else. It stands in for the explorer's own
 // app_fetch.js, and answers as demo/service.py does; the views are those of demo/view.py.
 
 import { pictureSource } from "../../moevision/demo/assets/core_util.js";

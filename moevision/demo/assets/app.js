@@ -212,7 +212,7 @@ export class App {
 
   /** @param {string} id */
   async chooseModel(id) {
-    if (id === this.model.id) return this.load("picture", { again: false }); // in place of another one that is waited for
+    if (id === this.model.id) return this.load("picture", { again: false }); // another one is waited for
     const current = this.takeTurn();
     this.busy(true);
     const error = await this.fetchExamples().catch(asAskError);
@@ -257,9 +257,9 @@ export class App {
   /**
    * Get the view of what is chosen, and show it. What an older question still waits for is dropped.
    * @param {string} [kind] of what changes by it
-   * @param {{ ready?: View, wish?: Wish | null, again?: boolean }} [how] `wish`: of an address that is followed; `again`:
+   * @param {{ ready?: View, wish?: Wish | null, again?: boolean }} [how] `wish`: of an address; `again`:
    *   also where nothing is waited for
-   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of the error on the page
+   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of an error
    */
   async load(kind = "picture", { ready, wish = null, again = true } = {}) {
     this.drawFrame();

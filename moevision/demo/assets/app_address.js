@@ -24,7 +24,7 @@ export function readAddress() {
 // ---- words of a link ----------------------------------------------------------------------------------------
 
 /**
- * An intervention as one word, "force.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null where it makes no sense.
+ * An intervention as a word, "force.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null where it has no sense.
  * @param {Intervention} given
  */
 const interventionWord = ({ kind, layer, expert, other, fill, seed }) =>
@@ -35,16 +35,16 @@ export function readIntervention(word, model) {
   const [kind, layerText, expertText, fill, seedText] = (word ?? "").split(".");
   const [layer, seed] = [layerText, seedText].map(Number);
   const [expert, other] = (expertText ?? "").split("-").map(Number);
-  const random = kind === "random";
-  const every = random && layerText === "all";
+  const any = kind === "random";
+  const every = any && layerText === "all";
   const experts = model.routers.find((router) => router.layer === layer)?.num_experts ?? 0;
   const within = (number) => Number.isInteger(number) && number >= 0 && number < experts;
   const known = ["ablate", "force", "swap", "random"].includes(kind) && ["next_best", "zero"].includes(fill);
-  const sound = known && Number.isInteger(seed) && seed >= 0 && (every || experts > 0) && (random || within(expert))
+  const sound = known && Number.isInteger(seed) && seed >= 0 && (every || experts > 0) && (any || within(expert))
     && (kind !== "swap" || (within(other) && other !== expert));
   if (!sound) return null;
   const both = kind === "swap" ? { other } : {};
-  return /** @type {any} */ ({ kind, layer: every ? null : layer, expert: random ? null : expert, ...both, fill, seed });
+  return /** @type {any} */ ({ kind, layer: every ? null : layer, expert: any ? null : expert, ...both, fill, seed });
 }
 
 /**
@@ -102,8 +102,8 @@ export function goTo(app, place) {
 }
 
 /**
- * Show what the address says, now or when that failed and is tried again. Until it is shown, or something else is chosen,
- * the address stays as it is.
+ * Show what the address says, now or when that failed and is tried again. Until it is shown, or something else is
+ * chosen, the address stays as it is.
  * @param {App} app @param {View} [first] that comes with the page
  */
 export async function followAddress(app, first) {
@@ -175,8 +175,8 @@ const placeWords = ({ view, currentLayer: layer, highlight, mode }) => ({
 });
 
 /**
- * Write the view into the address; foreign keys stay. Another image, model, expert, intervention or tab is a new entry in
- * the browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
+ * Write the view into the address; foreign keys stay. Another image, model, expert, intervention or tab is a new entry
+ * in the browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
  * @param {App} app
  */
 export function writeAddress(app) {

@@ -11,7 +11,7 @@ const FLIGHT_MS = 900;
 const SPREAD_MS = 1100; // from the first patch that leaves to the last one
 const SHORT_MS = 500; // of patches whose network is taken away
 const THUMBS = 2;
-const NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
+const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
 /** @param {number} count */
 const numberWord = (count) => NUMBERS[count] ?? String(count);
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -135,7 +135,7 @@ export class Flow {
     this.paint();
   }
 
-  /** Where each patch lies among the networks, in CSS pixels of the section: [x, y, side]; null of a patch without one. */
+  /** Where each patch lies among the networks, in CSS pixels of the section: [x, y, side]; null without one. */
   places() {
     const home = this.box.getBoundingClientRect();
     /** @type {(number[] | null)[]} */
@@ -278,7 +278,7 @@ export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {
   if (unit === "image") return `A router sends the whole image to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
-  if (kind === "soft") return `Each of ${patches} squares takes something from all; you see the network that gives it most.`;
+  if (kind === "soft") return `Each of ${patches} squares takes something from all; you see who gives it most.`;
   if (kind === "expert_choice") return `Each picks some of ${patches} squares; you see who weighs most.`;
   return `A router sends each of ${patches} squares to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
 }

@@ -1,4 +1,4 @@
-// The visitor's own images: a strip of up to a dozen, kept as long as the browser's tab, and whose route their patches take.
+// The visitor's own images: up to a dozen, kept as long as the browser's tab, and whose route their patches take.
 
 import { asAskError, AskError, errorBox } from "./app_server.js";
 import { firstExperts } from "./core_mosaic.js";

@@ -12,7 +12,7 @@ import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.j
 const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
-  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
+  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep experts balanced." },
   untrained: { label: "Random weights", tip: "The same network with random weights everywhere, also where the training began with pretrained ones." },
 };
 

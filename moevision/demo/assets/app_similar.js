@@ -1,5 +1,5 @@
-// What comes when a view is there already, so that nobody waits for it: the image in more pixels, what experts like most,
-// moments of the training; and, by a button, patches of the model's images that take the same path.
+// What comes when a view is there already, so that nobody waits for it: the image in more pixels, what experts like
+// most, moments of the training; and, by a button, patches of the model's images that take the same path.
 
 import { asAskError, errorBox, waitingBox } from "./app_server.js";
 import { hasOriginal, keepOriginal } from "./core_stage.js";

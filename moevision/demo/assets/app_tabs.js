@@ -23,7 +23,7 @@ export function pressTab(app, event) {
 }
 
 /**
- * Draw the open tab again if what changed matters to it (null: it was just opened). Nothing is asked behind a closed door.
+ * Draw the open tab again if what changed matters to it (null: it was just opened). Behind a closed door nothing is asked.
  * @param {App} app @param {string | null} kind
  */
 export async function drawPanel(app, kind) {

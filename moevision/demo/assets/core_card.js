@@ -213,8 +213,8 @@ const layerKey = ({ model: { id, variant } }, layer) => [id, variant, layer.name
 const drawnOf = ({ kept }) => [...kept].sort((one, other) => other.weight - one.weight).slice(0, MOST_DRAWN).sort((one, other) => one.expert - other.expert);
 
 /**
- * The numbers as they are shown, and their sums by these: they are the model's to the last figures. `others` is what comes
- * from networks that aren't drawn, and from the shared ones.
+ * The numbers as they are shown, and their sums by these: they are the model's to the last figures. `others` is what
+ * comes from networks that aren't drawn, and from the shared ones.
  * @param {Computed} computed @returns {Channels & { others: number[], given(choice: Choice): number[] }}
  */
 function summed(computed) {

@@ -6,8 +6,8 @@ import { modesOf } from "./core_kinds.js";
 /**
  * State of the shared view.
  *
- * view: a `moevision.view/2` object; layer: position in `layers` (0 is the first MoE layer); patch: the pinned one; hover: the one under the pointer;
- * asSeen: whether the stage shows the model's input where it has a sharper original;
+ * view: a `moevision.view/2` object; layer: position in `layers` (0 is the first MoE layer); patch: the pinned one;
+ * hover: the one under the pointer; asSeen: whether the stage shows the model's input where it has a sharper original;
  * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
  */
 export class ViewState {

@@ -150,6 +150,8 @@ export class Time {
       const known = typeof about === "object" ? about : null;
       this.shown = Object.entries(known?.tracks ?? {}).map(([name, track]) => ({ name, track, loads: track.loads[state.layer] }));
       Object.assign(this, { steps: known?.tracks[variant].steps ?? [], total: known?.total_steps, pretrained: known?.pretrained });
+      // What stands below doesn't jump while the film gives way to a sentence.
+      this.box.style.minHeight = typeof about === "string" ? `${this.box.offsetHeight}px` : "";
       fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : known && this.film());
     }
     this.mark();
@@ -226,8 +228,8 @@ export class Time {
   }
 
   /**
-   * From the present moment, or from the first one where that is the last, to the last one; once more: pause. Who chooses
-   * another one meanwhile has it.
+   * From the present moment, or from the first one where that is the last, to the last one; once more: pause. Who
+   * chooses another one meanwhile has it.
    */
   async play() {
     const turn = this.playing ? null : Symbol("play");

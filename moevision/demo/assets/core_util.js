@@ -142,7 +142,7 @@ export const TERMS = {
   taken: "Experts choose patches here, not patches experts. One patch may have several experts, or none; then it goes on as it came.",
   margin: "Highest minus second-highest router probability. Near 0 the choice could easily have been another one.",
   entropy: "How undecided the router is, in bits: 0 when one expert gets everything, log2 of the number of experts when all are equal.",
-  capacity: "A limit on how many patches an expert takes. What comes too late is dropped: that expert adds nothing for it.",
+  capacity: "A limit on how many patches an expert takes. What comes too late is dropped: the expert adds nothing to it.",
   topk: "How many experts compute each patch.",
   load: "How many patch choices an expert computes. Ideal is an equal share for each.",
   slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",

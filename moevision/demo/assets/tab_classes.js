@@ -45,9 +45,9 @@ export class ClassesTab {
     fillBox(panel, waitingBox("Counting which class goes where…"));
     const answer = await app.asker.whenReady("classes", { model, variant }, wanted);
     if (!wanted()) return;
-    if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
+    if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count in", answer.note || NO_PICTURES));
     this.panel = panel;
-    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own rows and columns
+    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own table
     this.variant = variant;
     /** @type {ClassesAnswer} */
     this.answer = answer;

@@ -89,7 +89,7 @@ export class ExpertsTab {
     const answer = await app.asker.whenReady("experts", question, wanted);
     if (!wanted()) return;
     Object.assign(this, { answer, model });
-    if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
+    if (!answer.experts.length) return fillBox(panel, emptyBox("No images of experts", answer.note || NO_PICTURES));
     this.fetchOtherLayers(model, layer.layer);
     const router = present(model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
