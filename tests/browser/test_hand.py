@@ -126,6 +126,7 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     one.page.wait_for_selector(".mv-results:has-text('As much at random')")
     text = " ".join(one.page.text_content(".mv-results").split())
     assert "Without L3·E1" in text
+    assert "changed model" in one.page.text_content(".mv-verdict")
     assert result(ask("what_if", picture=FIRST, intervention={**FIELDS, "kind": "ablate"})) in text
     one.page.click("[data-action=hand-class]")
     over = ask("class_effect", **{"class": "cat", "intervention": {**FIELDS, "kind": "ablate"}})["class_effect"]

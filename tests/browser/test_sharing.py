@@ -74,6 +74,14 @@ def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_pat
     assert alone.strangers(file.as_uri()) == []
 
 
+def test_the_saved_page_says_that_an_expert_is_away(visit, export, new_visit, tmp_path):
+    saved = export(visit("?away=3.1").page, "page")
+    saved.save_as(tmp_path / "away.html")
+    page = new_visit(offline=True).page
+    page.goto((tmp_path / "away.html").as_uri())
+    assert "Changed model. Without L3·E1." in page.text_content("[role=note]")
+
+
 def test_the_saved_page_is_of_the_image_on_the_stage(visit, export, hold):
     """Another one may have been chosen, and not be here yet."""
     one = visit()

@@ -2,7 +2,7 @@
 // change does to the answer, beside as many random changes. Taking experts away is the opening's (app_flow.js).
 
 import { asAskError } from "./app_server.js";
-import { interventionWords } from "./core_answer.js";
+import { changedWords } from "./core_answer.js";
 import { capital } from "./core_kinds.js";
 import { chip, fillBox, fixed, html, layerExpert, percent, present, signed } from "./core_util.js";
 /** @import { App } from "./app.js" */
@@ -85,7 +85,7 @@ export function drawHand(app) {
   // While another model is on its way, the expert is still one of the model before.
   const row = state.view.model.id !== app.model.id ? ""
     : expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
-  fillBox(app.core.box("hand"), html`<div class="mv-hand-row">${row}</div>${result(app, state.view)}`);
+  fillBox(app.core.box("hand"), html`<div class="mv-hand-row">${row}</div>${result(state.view)}`);
 }
 
 /**
@@ -108,17 +108,12 @@ function picked(app, layer, expert) {
     chip(other, layer.num_experts)))}</span>`;
 }
 
-/**
- * What was changed, and before → after beside the control.
- * @param {App} app @param {View} view
- */
-function result(app, view) {
-  const { intervention, away } = view.settings;
-  if (!intervention && !away?.length) return "";
+/** What was changed, and before → after beside the control. @param {View} view */
+function result(view) {
+  const { intervention } = view.settings;
+  if (!changedWords(view)) return "";
   const known = effects.has(view) && effects.get(view) !== null;
-  const what = intervention ? interventionWords(intervention, app.model.routers)
-    : `Without ${(away ?? []).map(([layer, expert]) => `L${layer}·E${expert}`).join(", ")}.`;
-  return html`<div class="mv-results" role="${known ? "note" : "status"}"><p><b>Changed model.</b> ${what}</p>
+  return html`<div class="mv-results" role="${known ? "note" : "status"}"><p><b>Changed model.</b> ${changedWords(view)}</p>
     <p>${line(view)}</p><div class="mv-hand-row"><button type="button" class="mv-button"
       data-action="${intervention ? "undo" : "put-back"}" data-key="hand-undo">Undo</button>
     ${effectOf(view) && html`<button type="button" class="mv-quiet" data-action="hand-class" data-key="hand-class">
@@ -179,9 +174,7 @@ export function withoutWords({ without }) {
  */
 export function spokenResult(view) {
   const effect = effectOf(view);
-  const { intervention } = view.settings;
-  const words = intervention ? interventionWords(intervention, view.model.routers) : "";
-  return effect && `${words} ${answerWords(effect)}. ${controlWords(effect)}`.trim();
+  return effect && `${changedWords(view)} ${answerWords(effect)}. ${controlWords(effect)}`;
 }
 
 /** What stands where a control would be the change itself. */

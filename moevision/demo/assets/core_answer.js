@@ -36,7 +36,7 @@ function verdictLine(view) {
   const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span> matches the label</span></span>`
     : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
   return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${view.settings.intervention && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
+    ${tag}${changedWords(view) && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
 /**
@@ -45,19 +45,25 @@ function verdictLine(view) {
  */
 function verdictNotes(view, elsewhere) {
   const { unlike } = view.picture;
-  const { intervention, noise } = view.settings;
+  const { noise } = view.settings;
   const off = view.settings.off_reason;
   return [
     unlike && html`<p class="mv-warn" role="note">${unlike}</p>`,
     off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
     typeof noise === "number" && html`<p class="mv-warn" role="note"><b>Noise of training is on.</b> The routers drew it once (draw ${noise}); predictions are made without.
       <button type="button" class="mv-quiet" data-action="calm" data-key="calm">Turn it off</button></p>`,
-    intervention && !elsewhere && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention, view.model.routers)}</p>`,
+    !elsewhere && changedWords(view) && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${changedWords(view)}</p>`,
   ];
 }
 
+/** What was changed about the model; empty where nothing was. @param {View} view */
+export function changedWords({ settings: { intervention, away = [] }, model: { routers } }) {
+  if (intervention) return interventionWords(intervention, routers);
+  return away.length ? `Without ${away.map(([layer, expert]) => `L${layer}·E${expert}`).join(", ")}.` : "";
+}
+
 /** @param {Intervention} given @param {Router[]} routers */
-export function interventionWords({ kind, layer, expert, other, fill }, routers) {
+function interventionWords({ kind, layer, expert, other, fill }, routers) {
   const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
   if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
