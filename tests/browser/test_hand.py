@@ -119,6 +119,8 @@ def test_the_expert_of_the_pinned_patch_comes_into_the_hand(visit, ask):
 
 
 def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
+    change = {**FIELDS, "kind": "ablate"}
+    effect = ask("what_if", picture=FIRST, intervention=change)
     one = visit()
     one.page.click(".mv-card >> nth=1 >> [data-action=take-away]")
     one.page.wait_for_selector(".mv-flow-box[data-expert='1'][aria-pressed=true]")
@@ -127,7 +129,7 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     text = " ".join(one.page.text_content(".mv-results").split())
     assert "Without L3·E1" in text
     assert "changed model" in one.page.text_content(".mv-verdict")
-    assert result(ask("what_if", picture=FIRST, intervention={**FIELDS, "kind": "ablate"})) in text
+    assert result(effect) in text
     one.page.click("[data-action=hand-class]")
-    over = ask("class_effect", **{"class": "cat", "intervention": {**FIELDS, "kind": "ablate"}})["class_effect"]
-    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of cat')")
+    over = ask("class_effect", **{"class": effect["target"], "intervention": change})["class_effect"]
+    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')")
