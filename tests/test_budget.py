@@ -25,7 +25,7 @@ SIZE = {
     "moevision/analysis": (16, 8_215, 60_990),  # routes of mistakes, live views, doubts about a weak model
     "moevision/commands": (11, 1_935, 13_890),  # predict --features, export --dtype fp16
     "moevision/data": (14, 5_215, 38_550),  # images padded or squashed
-    "moevision/demo": (15, 4_240, 30_240),  # numbers by which a layer's sums are done; single slots went
+    "moevision/demo": (15, 4_265, 30_400),  # single slots went, mistakes came
     "moevision/layers": (11, 2_835, 16_700),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (12, 3_810, 23_860),  # an exported file tells routes and takes experts away
     "moevision/train": (24, 7_470, 51_700),  # the simplest model within a standard error

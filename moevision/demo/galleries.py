@@ -308,6 +308,27 @@ class AtlasPages:
         ]
         return {"pictures": pictures}
 
+    def mistakes(self, request: Any) -> Json:
+        """Images that are called another class most often, and whose routes theirs are more like (`wrong_routes`)."""
+        from moevision.analysis.report import wrong_routes  # brings the figures, which no other answer needs
+
+        entry, variant = self.model(read.fields(request, ("model", "variant")))
+        gallery = self._gallery(entry, variant)
+        groups = [
+            {
+                **{name: group[name] for name in ("label", "called", "images", "layers")},
+                "pictures": [
+                    {
+                        "id": entry.examples.id_of(gallery.pictures, index),
+                        "thumb": thumb(gallery.pictures.image(index)),
+                    }
+                    for index in group["index"][:CELL_PICTURES]
+                ],
+            }
+            for group in wrong_routes(gallery.trace)
+        ]
+        return {"groups": groups}
+
     def similar(self, request: Any) -> Json:
         """Patches of other images that took the same path of first choices."""
         given = read.fields(request, ("model", "variant", "path", "class"))

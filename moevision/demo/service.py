@@ -60,7 +60,7 @@ class Explorer:
         self.pages = pages = AtlasPages(self.entries, self.galleries)
         own = (self.boot, self.route, self.history, self.sharp, self.examples, self.data)
         more = (self.what_if, self.class_effect, self.export_html)
-        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.similar)
+        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.mistakes, pages.similar)
         self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)

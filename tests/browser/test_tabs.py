@@ -180,3 +180,24 @@ def test_a_late_comparison_does_not_stand_for_another(visit, hold):
     held.release()
     page.wait_for_selector(".mv-forest")
     assert "more in pig" in page.text_content(".mv-forest-axis")
+
+
+def test_mistakes_are_shown_with_their_routes(visit):
+    """The model of the tests says one class for all: let the service say that it made a mistake."""
+    layers = [{"name": "L1", "to_label": 0.25, "to_other": 0.1}]
+
+    def answer(route):
+        if asked_for(route.request) != "mistakes":
+            return route.continue_()
+        thumb = "data:image/png;base64,AA=="
+        group = {"label": "cat", "called": "<b>dog", "images": 4, "layers": layers}
+        return route.fulfill(json={"groups": [{**group, "pictures": [{"id": "pets/test/8", "thumb": thumb}]}]})
+
+    page = visit("?tab=classes").page
+    page.route(SERVER_CALL, answer)
+    page.click("[data-action=mistakes]")
+    page.wait_for_selector("[data-part=cell]:has-text('4 of cat, called <b>dog')")
+    text = " ".join(page.text_content("[data-part=cell]").split())
+    assert "right ones of cat and of <b>dog (0: equal, 1: no expert in common): L1 0.25 and 0.10." in text
+    page.click("[data-part=cell] [data-action=example]")
+    page.wait_for_function("location.search.includes('test%2F8')")

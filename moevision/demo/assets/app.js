@@ -112,7 +112,7 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       model: (button) => this.chooseModel(button.dataset.id),
       retry: () => (this.pending.wish ? followAddress(this) : this.load("model")),
-      undo: () => this.change(null),
+      undo: () => this.chooseSettings({ intervention: null }),
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
@@ -228,23 +228,11 @@ export class App {
     return this.load("model");
   }
 
-  /** @param {string} variant */
-  chooseVariant(variant) {
-    this.variant = variant;
-    return this.load("model");
-  }
-
   /** @param {Partial<App>} change */
   chooseSettings(change) {
     Object.assign(this, change);
     return this.load("settings");
   }
-
-  /**
-   * Change the routing, or undo that.
-   * @param {Intervention | null} intervention
-   */
-  change(intervention) { return this.chooseSettings({ intervention }); }
 
   // ---- views --------------------------------------------------------------------------------------------------
 
@@ -390,8 +378,6 @@ export class App {
     clearTimeout(this.toasting);
     this.toasting = setTimeout(() => { toast.hidden = true; }, 4000);
   }
-
-  // ---- tabs ---------------------------------------------------------------------------------------------------
 
   drawTabs() { drawTabs(this); }
 

@@ -59,7 +59,7 @@ export const handActions = (app) => ({
   // What is on already goes off by the same button.
   hand: (button) => {
     const wished = wish(button.dataset);
-    return app.change(same(wished, app.intervention) ? null : wished);
+    return app.chooseSettings({ intervention: same(wished, app.intervention) ? null : wished });
   },
   "hand-swap": () => { app.swapping = !app.swapping; drawHand(app); },
   "hand-class": () => tellClass(app),

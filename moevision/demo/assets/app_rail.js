@@ -185,7 +185,7 @@ export function railHandlers(app) {
   return {
     actions: {
       example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
-      variant: (button) => app.chooseVariant(button.dataset.variant),
+      variant: (button) => { app.variant = button.dataset.variant; return app.load("model"); },
       more: () => moreExamples(app),
       choose: () => app.core.box("file").click(),
       "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),

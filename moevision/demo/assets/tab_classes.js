@@ -35,6 +35,7 @@ export class ClassesTab {
       "sort-class": (button) => sort("byClass", Number(button.dataset.class)),
       cell: (button) => this.showCell(button.dataset.class, Number(button.dataset.expert)),
       "compare-run": () => this.compare(),
+      mistakes: () => this.mistakes(),
     };
   }
 
@@ -57,8 +58,9 @@ export class ClassesTab {
     const [first, second] = answer.class_names;
     if (!answer.class_names.includes(this.a)) this.a = first;
     if (!answer.class_names.includes(this.b)) this.b = second;
-    fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
-      <div><h2>Three questions about ${shown.name}</h2>
+    fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div>
+      <button type="button" class="mv-button" data-action="mistakes" data-key="mistakes">Mistakes and routes</button>
+      </div><div><h2>Three questions about ${shown.name}</h2>
         ${shown.answers.map((one) => html`<p class="mv-answer ${one.answer === "yes" && "mv-right"}">${one.sentence}</p>`)}
         <h2>Two classes</h2><p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second.</p>
         <div class="mv-form">${this.pick("a", "Class")}${this.pick("b", "against")}
@@ -142,7 +144,19 @@ export class ClassesTab {
   ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No image of ${name} has patches there.</p>`}`);
   }
 
-  // ---- two classes --------------------------------------------------------------------------------------------
+  /** Images that are called another class most often, and whose routes theirs are more like. */
+  mistakes() {
+    const open = ({ id, thumb }) => html`<li><button type="button" data-action="example" data-id="${id}"
+      aria-label="Open ${id}"><img src="${pictureSource(thumb)}" alt=""></button></li>`;
+    const way = ({ name, to_label: own, to_other: other }) => `${name} ${fixed(own)} and ${fixed(other)}`;
+    const group = ({ label, called, images, layers, pictures }) => html`<h3>${images} of ${label}, called ${called}</h3>
+      <ul class="mv-thumbs">${pictures.map(open)}</ul><p class="mv-note">How far their routes are from those of right
+        ones of ${label} and of ${called} (0: equal, 1: no expert in common): ${layers.map(way).join("; ")}.</p>`;
+    const none = html`<p class="mv-note">Fewer than three images of any class are called another.</p>`;
+    const tell = ({ groups }) => (groups.length ? groups.map(group) : none);
+    return this.ask("cell", "Looking for mistakes…", "mistakes", {}, tell);
+  }
+
 
   /** @param {"a" | "b"} side @param {string} label */
   pick(side, label) {
