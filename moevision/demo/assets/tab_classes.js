@@ -9,6 +9,7 @@ import { NO_PICTURES } from "./tab_experts.js";
 /** @import { ClassesAnswer, CompareAnswer, DifferenceLayer, ExpertDifference, Wanted } from "./types.js" */
 
 const RESET = "none";
+const ENOUGH = 50; // images: of fewer, hardly any class has three mistakes of one kind
 
 export class ClassesTab {
   /** @param {App} app */
@@ -59,8 +60,8 @@ export class ClassesTab {
     if (!answer.class_names.includes(this.a)) this.a = first;
     if (!answer.class_names.includes(this.b)) this.b = second;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div>
-      <button type="button" class="mv-button" data-action="mistakes" data-key="mistakes">Mistakes and routes</button>
-      </div><div><h2>Three questions about ${shown.name}</h2>
+      ${app.model.num_examples >= ENOUGH && html`<button type="button" class="mv-button" data-action="mistakes"
+        data-key="mistakes">Mistakes and routes</button>`}</div><div><h2>Three questions about ${shown.name}</h2>
         ${shown.answers.map((one) => html`<p class="mv-answer ${one.answer === "yes" && "mv-right"}">${one.sentence}</p>`)}
         <h2>Two classes</h2><p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second.</p>
         <div class="mv-form">${this.pick("a", "Class")}${this.pick("b", "against")}
