@@ -90,7 +90,7 @@ def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
     assert path.stat().st_size < SMALL
     cells = code_cells(read(path))
     silent = [cell for cell in cells if not cell.outputs]  # what installs, what is imported, and the layer from scratch
-    assert len(silent) == (3 if path.stem.startswith("00") else 2)
+    assert len(silent) <= (3 if path.stem.startswith("00") else 2)
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
