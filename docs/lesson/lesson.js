@@ -15,7 +15,7 @@ export function startLesson(root, numbers, pictures) {
   const steps = lessonSteps(numbers, pictures);
   root.innerHTML = String(html`${head(steps, numbers)}${steps.map(section)}${foot(numbers)}
     <nav class="ls-bar" aria-label="Projector"><button type="button" class="mv-button" data-go="back">Back</button><span class="mv-num" data-place></span>
-      <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`);
+      <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`).replace(/(?<=\d) (?=[%M])/g, "\u00a0"); // a number stays with its unit
   linkExplorer(root);
   const { model, photos: [cat], game } = numbers;
   startHero(root, pictures[cat.name], cat.first[model.layer], /** @type {[number, number]} */ (model.grid));

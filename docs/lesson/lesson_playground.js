@@ -117,7 +117,7 @@ export class Playground {
   draw() {
     const { load, right } = lossOf(this.net.weights, this.points, this.rules);
     const { busiest, atWork } = sharing(load);
-    const words = `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(right)} of points right.`;
+    const words = `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(Math.floor(right * 100) / 100)} of points right.`;
     this.drawPlane(words);
     this.drawCurve();
     this.fill("balance", String(this.rules.balance));
