@@ -99,7 +99,7 @@ export function lessonSteps(lesson, sources) {
       choices: ["The answer: the model no longer says dog", "Hardly anything for this answer", "Half the certainty"],
       right: 1,
       answer: html`<p><b>Hardly anything, on this photo.</b> However you share out, the model says ${game.label}: ${percent(extreme(Math.min))} at the worst, ${percent(extreme(Math.max))} at the best. One photo is no count.</p>
-        <p>What it can cost is <b>time</b>: experts run side by side, and all wait for the fullest. Random is well balanced, with ${randomLoad} times a fair share in the fullest, better here than the model’s ${ownLoad}. Everything to one expert is 4 times.</p>`,
+        <p>What it can cost is <b>time</b>: experts run side by side, and all wait for the fullest. Random is well balanced, with ${randomLoad} times a fair share in the fullest, better here than the model’s ${ownLoad}. Everything to one expert is ${game.experts.length} times.</p>`,
     },
     {
       title: "Which patches go together?",
