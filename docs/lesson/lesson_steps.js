@@ -182,7 +182,7 @@ export function lessonSteps(lesson, sources) {
       choices: [...pair.map((one) => `${one.name} alone`), "Both", "Neither"],
       right: pair.indexOf(telling),
       answer: html`${table(["without", "it says", `${shown.label}`, "taking as many random choices away"], [telling, quiet].map((one) => [one.name, one.answer, `${percent(one.before)} → ${percent(one.after)}`, `${signed(one.random_mean * 100, 1)} ± ${fixed(one.random_sd * 100, 1)} points`]))}
-        <p>On ${without.images} test images <b>${rowOf(telling).changed_test}</b> answers change without ${telling.name}, <b>${rowOf(quiet).changed_test}</b> without ${quiet.name}, at most ${others} without any other. The two were chosen on other images; this one is the first whose right answer is lost.</p>
+        <p>On ${without.images} test images <b>${rowOf(telling).changed_test}</b> answers change without ${telling.name}, <b>${rowOf(quiet).changed_test}</b> without ${quiet.name}, at most ${others} without any other: one expert less is rarely missed. The two were chosen on other images; this one is the first whose right answer is lost.</p>
         <p>${rowOf(quiet).work > rowOf(telling).work && "Being busy isn’t being needed. "}In the photo model, one expert less changes ${lesson.photos_without.changed || "none"} of ${lesson.photos_without.removals} answers.</p>`,
     },
     {
