@@ -133,8 +133,8 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
     )
     arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1} | setting.arch
     task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(**setting.optim))
-    files, interruption = SafeCheckpointIO(), Interruption()
-    point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption)
+    interruption = Interruption()
+    point = ResumePoint(folder / "checkpoints", CheckpointConfig(), interruption)
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)
     average = [WeightEMA(EmaConfig(setting.ema))] if setting.ema else []
     ours = [point, Stopwatch(), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
@@ -143,7 +143,7 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
         **({"max_epochs": EPOCHS, "log_every_n_steps": 1} | setting.trainer),
         callbacks=[*ours, EpochEnd(point)],
         logger=RunLogger(folder),
-        plugins=[files],
+        plugins=[SafeCheckpointIO()],
         default_root_dir=folder,
         enable_checkpointing=True,
     )

@@ -25,7 +25,7 @@ from moevision.data.open import kind_of, open_collection
 from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, csv_name, json_text, shown
-from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic, written_beside
+from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
 from moevision.models.io import SavedModel, best_device
 from moevision.models.strangers import linear_head, pooled
 from moevision.train.processes import tell
@@ -80,8 +80,6 @@ def run(chosen: Namespace) -> None:
     for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
-            with _writing(out, option), written_beside(Path(out), b""):
-                pass
     batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     wanted = chosen.features is not None

@@ -24,12 +24,12 @@ from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import csv_name
-from moevision.files import csv_text, write_json_atomic, write_text_atomic
+from moevision.files import csv_text, file_sha256, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import calibration_error, paired_difference
-from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, read_manifest, sha256_of
+from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, data_wait_advice
@@ -68,7 +68,6 @@ class Training:
     task: ClassificationTask
     data: ImageDataModule
     trainer: L.Trainer
-    files: SafeCheckpointIO
     stopwatch: Stopwatch
     started: datetime
     expected_s: float | None = None
@@ -142,7 +141,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     stopped_early = [
         each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
     ]
-    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", training.files)
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints")
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     names = ("index", "label", "prediction", "probability")
     own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
@@ -161,8 +160,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     save_model(model, run_dir / "model")
     for each in cast(Any, trainer).callbacks:
         if isinstance(each, RecordRouting):
-            steps_of = {entry.name: entry.step for entry in read_manifest(checkpoint.parent)}
-            each.finish(trainer, task, steps_of.get(checkpoint.name, trainer.global_step))
+            each.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
     rows = (
         (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
         for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
@@ -171,13 +169,13 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     write_text_atomic(run_dir / "predictions_test.csv", csv_text(columns, rows))
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(labels, predictions, classes, run_dir / "confusion.png")
-    weights_sha256 = sha256_of(run_dir / "model" / "model.safetensors")
+    weights_sha256 = file_sha256(run_dir / "model" / "model.safetensors")
     chosen: dict[str, Any] = {
         "backend": task.arch.backend or "auto", "compile": task.compile_blocks, "model_sha256": weights_sha256,
     }  # fmt: skip
     if task.arch.pretrained is not None:
         origin = weights_file(task.arch.pretrained)
-        chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
+        chosen["pretrained_sha256"] = None if origin is None else file_sha256(origin)
     provenance = collect_provenance(
         command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
     )

@@ -13,7 +13,6 @@ the loss does.
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 import time
@@ -40,7 +39,7 @@ from moevision.data.collection import in_turn
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, shown
-from moevision.files import append_bytes, sync_file, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
@@ -60,7 +59,6 @@ class RunLogger(CSVLogger):
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir, name="", version="")
-        self._path = run_dir / "metrics.csv"
 
     @property
     @rank_zero_experiment
@@ -72,81 +70,33 @@ class RunLogger(CSVLogger):
     def file(self) -> MetricsFile:
         """The file behind it."""
         if self._experiment is None:
-            self._experiment = MetricsFile(self._path)
+            self._experiment = MetricsFile(self.log_dir)
         return cast(MetricsFile, self._experiment)
 
 
 class MetricsFile(ExperimentWriter):
-    """A CSV file of metrics that is appended to, row by row.
+    """metrics.csv, to which a run that goes on adds its rows."""
 
-    A column that comes later is added by writing the file anew, whole or not at all. Rows that a full disk refuses are
-    kept, and written with the next ones.
-    """
+    def _check_log_dir_exists(self) -> None:
+        """Know the columns that are there; Lightning's own would delete the file."""
+        self.metrics_keys = next(csv.reader(self._lines()), [])
 
-    def __init__(self, path: Path) -> None:
-        # not ExperimentWriter's: it deletes the file
-        self.path, self.log_dir, self.hparams = path, str(path.parent), {}
-        whole = self._read() if path.is_file() else ""
-        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
-        if kept != whole:
-            write_text_atomic(path, kept)
-        known = list(csv.reader(io.StringIO(kept)))
-        self.columns: list[str] = known[0] if known else []
-        self.rows = max(0, len(known) - 1)
-        self._unwritten: list[dict[str, Any]] = []
-        self._failed = False
+    def _lines(self) -> list[str]:
+        path = Path(self.metrics_file_path)
+        return path.read_bytes().decode().splitlines(keepends=True) if path.is_file() else []
 
     def cut(self, rows: int) -> None:
         """Drop all rows after the first `rows`."""
-        if self.rows > rows:
-            write_text_atomic(self.path, "".join(self._read().splitlines(keepends=True)[: rows + 1]))
-            self.rows = rows
-
-    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
-        self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
+        if len(lines := self._lines()) > rows + 1:
+            write_text_atomic(self.metrics_file_path, "".join(lines[: rows + 1]))
 
     def save(self) -> None:
-        """Append the rows that are not in the file yet."""
-        if not self._unwritten:
-            return
-        columns, new = self.columns, set().union(*self._unwritten) - set(self.columns)
-        text = io.StringIO()
-        try:
-            if new:
-                columns = sorted([*columns, *new])
-                earlier = list(csv.DictReader(io.StringIO(self._read()))) if self.rows else []
-                writer = csv.DictWriter(text, columns)
-                writer.writeheader()
-                writer.writerows([*earlier, *self._unwritten])
-                write_text_atomic(self.path, text.getvalue())
-            else:
-                csv.DictWriter(text, columns).writerows(self._unwritten)
-                append_bytes(self.path, text.getvalue().encode("utf-8"))
-        except OSError as error:
-            self._warn(error)
-            return
-        self.columns, self.rows = columns, self.rows + len(self._unwritten)
-        self._unwritten, self._failed = [], False
+        super(ExperimentWriter, self).save()  # without hparams.yaml
 
-    def sync(self) -> int:
-        """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
+    def count(self) -> int:
+        """Write what is left to write; the number of rows."""
         self.save()
-        try:
-            if self.path.is_file():
-                sync_file(self.path)
-        except OSError as error:
-            self._warn(error)
-        return self.rows + len(self._unwritten)
-
-    def _read(self) -> str:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return file.read()
-
-    def _warn(self, error: OSError) -> None:
-        if not self._failed:
-            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
-        self._failed = True
+        return max(0, len(self._lines()) - 1)
 
 
 def cpu_s() -> float:

@@ -9,6 +9,8 @@ and nothing of the next one begun. Random generators are restored in `on_train_s
 them during setup; the order of the images and their augmentation don't depend on them (`data/sampler.py`).
 """
 
+# ruff: noqa: D102 (Lightning's hooks)
+
 from __future__ import annotations
 
 import json
@@ -35,9 +37,15 @@ from moevision.files import remove_leftovers, write_json_atomic
 from moevision.models.config import build_model
 from moevision.models.io import SavedModel, load_model, saying_what_fails
 from moevision.models.safe_files import check_arguments
-from moevision.train.archive import load_rest
-from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_checkpoint, newest_valid
-from moevision.train.health import RunLogger
+from moevision.train.checkpoint import (
+    LAST,
+    START,
+    SafeCheckpointIO,
+    check_checkpoint,
+    load_archive,
+    newest_valid,
+)
+from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,
     decide,
@@ -77,27 +85,12 @@ _PATIENCE_S = 10.0  # for the lock of a training that has just ended
 class ResumePoint(L.Callback):
     """Saves `last.ckpt` between steps, stops there when asked to, and restores what Lightning doesn't.
 
-    It must be the first callback, and `EpochEnd` the last.
-
-    Args:
-        folder: where checkpoints lie.
-        files: what writes them.
-        config: how often.
-        interruption: listens to signals.
-
-    Attributes:
-        fingerprint: what the numbers depend on, for the checkpoint.
-        began: whether training has begun, so that setup can't fail any more.
+    It must be the first callback, and `EpochEnd` the last. `fingerprint` is what the numbers depend on; training has
+    `began` when setup can't fail any more.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: SafeCheckpointIO,
-        config: CheckpointConfig,
-        interruption: Interruption,
-    ) -> None:
-        self.path, self.files, self.config, self.interruption = folder / LAST, files, config, interruption
+    def __init__(self, folder: Path, config: CheckpointConfig, interruption: Interruption) -> None:
+        self.path, self.config, self.interruption = folder / LAST, config, interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
         self._saved_s, self._saved_step = time.monotonic(), -1
@@ -109,8 +102,9 @@ class ResumePoint(L.Callback):
 
         A training that begins drops what an attempt without a checkpoint left in metrics.csv.
         """
-        if not self._goes_on and trainer.is_global_zero:
-            _cut_metrics(trainer, 0)
+        if not self._goes_on:
+            for file in _metrics(trainer):
+                file.cut(0)
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
@@ -123,21 +117,17 @@ class ResumePoint(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, and stop if a signal asked for it.
-
-        Raises:
-            Interrupted: if so.
-        """
+        """Save if it is time to, and stop if a signal asked for it."""
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
-        wanted, stop = self._decide(trainer)
+        wanted, stop = self.decide(trainer)
         if (wanted or stop) and trainer.global_step != self._saved_step:
             with _between_batches(trainer):
                 self.save(trainer)
         if stop:
             self.interruption.stop()
 
-    def _decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
+    def decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
         """Whether to save and whether to stop, the same on every process."""
         since = trainer.global_step - self._saved_step
         due = self.config.every_steps is not None and since >= self.config.every_steps
@@ -153,13 +143,6 @@ class ResumePoint(L.Callback):
         trainer.save_checkpoint(self.path)
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
 
-    def end_of_epoch(self, trainer: L.Trainer) -> None:
-        """Save after an epoch and its validation, and stop if a signal asked for it."""
-        self.save(trainer)
-        _, stop = self._decide(trainer)
-        if stop:
-            self.interruption.stop()
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on signals act at once: everything is saved."""
         self.interruption.training = False
@@ -167,7 +150,6 @@ class ResumePoint(L.Callback):
             self.interruption.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end."""
         self.interruption.training = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -176,7 +158,7 @@ class ResumePoint(L.Callback):
         known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)]}
         checkpoint[MARK] = {
             "random": gather(random_state()),
-            "metrics_rows": _logged_rows(trainer),
+            "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
             "fingerprint": self.fingerprint,
             "data": known,
         }
@@ -192,15 +174,13 @@ class ResumePoint(L.Callback):
         _find_place(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
-        rows = ours.get("metrics_rows")
-        if rows is not None and trainer.is_global_zero:
-            _cut_metrics(trainer, rows)
+        for file in _metrics(trainer):
+            file.cut(ours.get("metrics_rows") or 0)
 
 
-def _cut_metrics(trainer: L.Trainer, rows: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            logger.file.cut(rows)
+def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
+    """metrics.csv, which the first process writes."""
+    return [each.file for each in trainer.loggers if isinstance(each, RunLogger) and trainer.is_global_zero]
 
 
 class EpochEnd(Checkpoint):
@@ -210,8 +190,9 @@ class EpochEnd(Checkpoint):
         self.point = point
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
-        self.point.end_of_epoch(trainer)
+        self.point.save(trainer)
+        if self.point.decide(trainer)[1]:
+            self.point.interruption.stop()
 
 
 @contextmanager
@@ -238,7 +219,7 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Where batches are of other sizes now, let Lightning count those that hold the images of this epoch so far."""
+    """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
@@ -252,15 +233,6 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batch)
     progress["is_last_batch"] = False
-
-
-def _logged_rows(trainer: L.Trainer) -> int | None:
-    if not trainer.is_global_zero:
-        return None
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            return logger.file.sync()
-    return None
 
 
 def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -279,20 +251,11 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins.
-
-    Attributes:
-        run_dir: its folder.
-        checkpoint: what it resumes from; None for a fresh start.
-        step: optimizer steps that the checkpoint has done.
-        sha256: hash of the checkpoint.
-        fingerprint: what its numbers depended on (`fingerprint.py`).
-    """
+    """Where a training begins: its folder, and the checkpoint (None: afresh) with its steps and its fingerprint."""
 
     run_dir: Path
     checkpoint: Path | None = None
     step: int = 0
-    sha256: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
@@ -328,20 +291,9 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
         raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
-    saved = _read_mark(found.path)
+    saved = load_archive(found.path, mmap=True).get(MARK, {})
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
-    return Start(run_dir, found.path, found.step, found.sha256, saved.get("fingerprint", {}))
-
-
-def _read_mark(path: Path) -> dict[str, Any]:
-    """What `ResumePoint` has added to a checkpoint; nothing in the file is run."""
-    try:
-        return dict(load_rest(path).get(MARK, {}))
-    except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
-        raise UserError(
-            f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
-            "although manifest.json lists it: moevision has not written it. Remove it to resume from another one."
-        ) from error
+    return Start(run_dir, found.path, found.step, saved.get("fingerprint", {}))
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
@@ -395,7 +347,7 @@ def _plain(value: Any) -> str:
 
 
 def resume_command(run_dir: Path) -> str:
-    """The command that resumes a run, to be typed as it is."""
+    """The command that resumes a run."""
     return f"moevision fit {OPTION} {shell_word(str(run_dir))}"
 
 
@@ -404,7 +356,7 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
     file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
     origin = None
     if start.checkpoint is not None:
-        origin = {"checkpoint": start.checkpoint.name, "sha256": start.sha256, "step": start.step}
+        origin = {"checkpoint": start.checkpoint.name, "step": start.step}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json_atomic(
         file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
@@ -429,28 +381,20 @@ def claim(run_dir: Path) -> FileLock:
     Raises:
         UserError: if another process has it. Workers of a killed one keep its lock for some seconds, so it waits.
     """
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / ".lock", timeout=_PATIENCE_S)
     try:
-        lock.acquire(timeout=_PATIENCE_S)
+        lock.acquire()
     except Timeout:
         raise UserError(f"Another process is training in {run_dir}: wait for it, or end it first.") from None
-    except NotImplementedError:  # a file system without locks
-        pass
     return lock
 
 
 class Session:
     """This process's share of a training: what stops it, where it may write, and how to go on with it.
 
-    Args:
-        command: the command line as typed, the program first.
-
-    Attributes:
-        interruption: listens to signals.
-        notes: what differs from the run that is resumed, a phrase each.
-        lines: to be told when the model stands and the training can begin: what it starts from.
-        run_dir: the run's folder, also while its twin trains; None before it is known.
-        probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
+    `command` is the command line as typed, the program first; `notes` are phrases on what differs from the run that is
+    resumed, `lines` are to be told when the training can begin. `run_dir` is the run's, also while its twin trains, and
+    `probe` that of the weights that both start from.
     """
 
     probe: Probe | None = None
@@ -466,18 +410,9 @@ class Session:
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
 
-        Returns:
-            The folder, which is made if need be.
-
-        Raises:
-            UserError: if another process trains in it, or it can't be made.
+        The folder is made if need be.
         """
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"The run folder {run_dir} can't be made ({error.strerror}): start where you may write."
-            ) from error
+        run_dir.mkdir(parents=True, exist_ok=True)
         self._claims.append(claim(run_dir))
         return run_dir
 
@@ -512,12 +447,8 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
 def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]:
     """Find out what a `fit` is asked for, and where its training begins.
 
-    Returns:
-        The options by their dotted names, and the start; None for a run with a folder of its own.
-
-    Raises:
-        UserError: if there is nothing to go on from, or an option can't be changed.
-        SystemExit: if the run is finished; its exit code is 0.
+    The options by their dotted names, and the start; None for a run with a folder of its own. A run that is finished
+    ends the command here.
     """
     options = dict(given.options)
     target = options.pop("resume", None)
