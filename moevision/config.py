@@ -458,6 +458,14 @@ class GuardConfig:
     spike_updates: int = 10
     spike_warmup: int = 20
 
+    def __post_init__(self) -> None:
+        ranges = (
+            (*AT_LEAST_1, ("snapshot_every", "snapshots", "spike_updates")),
+            (*AT_LEAST_0, ("max_skips", "max_rollbacks", "spike_sigmas")),
+            ("at least 2", lambda x: x >= 2, ("spike_warmup",)),
+        )
+        check_ranges(self, ranges, "--guard.")
+
 
 @dataclass
 class EmaConfig:
@@ -470,6 +478,9 @@ class EmaConfig:
 
     decay: float | None = None
     warmup: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, [("between 0 and 1, such as 0.999", lambda x: 0 < x < 1, ("decay",))], "--ema.")
 
 
 @dataclass

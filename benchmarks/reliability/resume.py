@@ -33,10 +33,9 @@ from moevision.config import EmaConfig
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
-from moevision.train.ema import WeightEMA
 from moevision.train.fit import quiet_lightning
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RunLogger, Stopwatch
+from moevision.train.health import RunLogger, Stopwatch, WeightEMA
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint

@@ -18,7 +18,6 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from torch import nn
 
 from moevision.config import Settings
 from moevision.data import ImageDataModule
@@ -30,9 +29,8 @@ from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import calibration_error, paired_difference
 from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
-from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RecordRouting, StopEarly, Stopwatch, data_wait_advice
+from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import gather, parallel_strategy, tell
 from moevision.train.provenance import collect_provenance, device_name
@@ -56,10 +54,7 @@ from moevision.train.task import ClassificationTask
 
 @dataclass
 class Training:
-    """A training and what it is made of.
-
-    `start` is None afresh, in a folder of its own; `started` is in UTC; `expected_s` is what was said before.
-    """
+    """A training and what it is made of; `start` is None afresh, in a folder of its own, `started` in UTC."""
 
     settings: Settings
     session: Session
@@ -128,14 +123,13 @@ class RunResult:
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
-    Several processes test together; the first one writes, and the others get None. `command` is what the run began
-    with.
+    Several processes test together; the first one writes, and the others get None. The run began with `command`.
     """
     task, data, trainer = training.task, training.data, training.trainer
     run_dir, stopwatch = training.run_dir, training.stopwatch
     monitor = training.settings.checkpoint.monitor
-    asked = training.settings.seed_everything
-    seed: int | None = None if asked is False else asked
+    seed: int | None = training.settings.seed_everything
+    seed = None if seed is False else seed
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     stopped_early = [
@@ -155,8 +149,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
     mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
-    net, side = task.net, data.image_size
-    model = SavedModel(net, classes, side, mean, std, temperature, _strangers(training), data.fit)
+    model = SavedModel(task.net, classes, data.image_size, mean, std, temperature, _strangers(training), data.fit)
     save_model(model, run_dir / "model")
     for each in cast(Any, trainer).callbacks:
         if isinstance(each, RecordRouting):
@@ -234,10 +227,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         bad_images=bad_images,
         expected_s=training.expected_s,
         monitor=monitor,
-        # A divided model may not fit one device.
-        ms_per_image=None
-        if training.divided
-        else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
+        ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
@@ -301,10 +291,13 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
 
 
 @torch.no_grad()
-def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> float:
+def _ms_per_image(training: Training) -> float | None:
     """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
-    net = net.to(device).eval()
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    if training.divided:  # it may not fit one device
+        return None
+    side, device = training.data.image_size, training.trainer.strategy.root_device
+    net = training.task.net.to(device).eval()
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     image = image.to(device, next(net.parameters()).dtype)  # of a training in bf16-true or 64-true, its own
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):

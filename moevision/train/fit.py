@@ -46,10 +46,18 @@ from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
-from moevision.train.ema import WeightEMA
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, log_routers
+from moevision.train.health import (
+    Calibrate,
+    RecordRouting,
+    RouterHealth,
+    RunLogger,
+    StopEarly,
+    Stopwatch,
+    WeightEMA,
+    log_routers,
+)
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,

@@ -37,11 +37,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
-from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges, csv_name
+from moevision.errors import DIVERGED, UserError, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
-from moevision.train.ema import WeightEMA
-from moevision.train.health import is_logged
+from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -79,17 +78,10 @@ class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
 class StabilityGuard(L.Callback):
     """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
 
-    `record` is what it found and did, `snapshots` are states to return to, the newest last. A UserError says which
-    number of the config can't be used.
+    `record` is what it found and did, `snapshots` are states to return to, the newest last.
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
-        ranges = (
-            (*AT_LEAST_1, ("snapshot_every", "snapshots", "spike_updates")),
-            ("at least 0", lambda x: x >= 0, ("max_skips", "max_rollbacks", "spike_sigmas")),
-            ("at least 2", lambda x: x >= 2, ("spike_warmup",)),
-        )
-        check_ranges(config, ranges, "--guard.")
         self.config = config
         self.record = GuardRecord()
         self.snapshots: deque[TrainingSnapshot] = deque(maxlen=config.snapshots)
@@ -113,9 +105,8 @@ class StabilityGuard(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, ClassificationTask):
-            raise UserError("StabilityGuard watches a ClassificationTask: leave it out for other modules.")
-        pl_module.update_gate = lambda norm: self._refuses(trainer, pl_module, norm)
+        task = cast(ClassificationTask, pl_module)
+        task.update_gate = lambda norm: self._refuses(trainer, task, norm)
         self.snapshots.clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -228,7 +219,6 @@ class StabilityGuard(L.Callback):
     # -- the way back
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Return to a snapshot, outside of a training step, if the state isn't finite; whether that was done."""
         task, average = cast(ClassificationTask, pl_module), WeightEMA.of(trainer)
         swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
         alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
@@ -243,11 +233,7 @@ class StabilityGuard(L.Callback):
         self.snapshots.append(TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict())))
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
-        """Return to the newest snapshot, or to an older one if that did not help.
-
-        Raises:
-            TrainingDiverged: over the budget; the state that was returned to is saved, and a diagnosis beside it.
-        """
+        """Return to the newest snapshot, or to an older one if that did not help; over the budget, give up."""
         if self.snapshots[-1].restored and len(self.snapshots) > 1:
             self.snapshots.pop()
         self.snapshots[-1].restore(trainer, task)
@@ -317,9 +303,8 @@ class LossHistory:
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
-    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images;
-    and `extra`, kept as it is. `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the
-    optimizer use the ones it is given (torch 2.13), so everything is copied on the way in and on the way out.
+    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
+    given (torch 2.13), so everything is copied on the way in and on the way out. `extra` is kept as it is.
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
@@ -361,7 +346,6 @@ def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.n
 
 
 def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
-    """All weights and buffers, as far as this process holds them."""
     networks = _networks(trainer, task).values()
     return [local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())]
 
@@ -401,7 +385,6 @@ class GuardRecord:
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: Event) -> None:
-        """Count it and keep it."""
         self.skipped += event.kind == "skip"
         self.rollbacks += event.kind == "rollback"
         self.sources[event.source] += 1

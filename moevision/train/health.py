@@ -31,9 +31,11 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
-from moevision.config import MAX_RECORDED, EarlyStoppingConfig, Framing, RecordRoutingConfig
+from moevision.config import MAX_RECORDED, EarlyStoppingConfig, EmaConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
 from moevision.data.collection import in_turn
 from moevision.data.images import BadImageError, is_image_path, safe_open
@@ -312,6 +314,115 @@ class RouterHealth(L.Callback):
 
 def _learning(module: L.LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+# ---- a moving average of the weights
+
+
+class WeightEMA(L.Callback):
+    """Keeps `ema = decay · ema + (1 - decay) · weights` over every *applied* update, by timm's `ModelEmaV3`.
+
+    Floating-point buffers (BatchNorm statistics, router biases) are averaged like weights, counters are copied. With
+    the warm-up the decay grows as `1 - (1 + updates)^-0.75`, so that a short training soon forgets its first weights.
+    Lightning's `EMAWeightAveraging` (2.6) counts refused steps too, and copies the module, which FSDP2 refuses.
+
+    Validation sees the average in place of the weights, which come back afterwards. A checkpoint holds it as
+    `state_dict`, so that test and export use it without knowing of it, and the weights as `current_model_state`, as
+    Lightning's has. After `fit` the model *is* the average.
+
+    In the list of callbacks it stands in front of the `StabilityGuard`. `updates` are in the average; while `swapped`,
+    the network holds the average and `network` the weights.
+    """
+
+    def __init__(self, config: EmaConfig) -> None:
+        self.config = config
+        self.updates = 0
+        self.swapped = False
+        self._average: ModelEmaV3 | None = None
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> WeightEMA | None:
+        """The average of this training, if it has one."""
+        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The averaged network (the weights in training, while `swapped`); None before the training."""
+        return None if self._average is None else cast(nn.Module, self._average.module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average is None:
+            self._begin(trainer, pl_module)
+        cast(nn.Module, self.network).to(pl_module.device)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net, divided = cast(ClassificationTask, pl_module).net, parallel_strategy(trainer)
+        self._average = ModelEmaV3(
+            net if divided is None else divided.copy_of(net),  # of the own part; FSDP2 has no copies
+            decay=cast(float, self.config.decay),
+            use_warmup=self.config.warmup,
+            warmup_power=0.75,
+            foreach=divided is None,  # torch's functions on lists of tensors want one mesh
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        task = cast(ClassificationTask, pl_module)
+        if task.update_applied:
+            self.updates += 1
+            cast(ModelEmaV3, self._average).update(task.net, self.updates)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.swapped:
+            self._swap(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the weights back if a validation was interrupted, before anything saves them."""
+        if self.swapped:
+            self._swap(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        cast(ClassificationTask, pl_module).net.load_state_dict(cast(nn.Module, self.network).state_dict())
+        self._average = None  # another fit begins with what the model then holds
+
+    @torch.no_grad()
+    def _swap(self, pl_module: L.LightningModule) -> None:
+        ours, theirs = cast(nn.Module, self.network), cast(ClassificationTask, pl_module).net
+        for one, other in zip(
+            (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()), strict=True
+        ):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+        self.swapped = not self.swapped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = int(state_dict["updates"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average is None:
+            return
+        other = {f"net.{name}": value for name, value in cast(nn.Module, self.network).state_dict().items()}
+        current = checkpoint["state_dict"]
+        average = {**current, **other}
+        checkpoint["state_dict"], checkpoint["current_model_state"] = (
+            (current, average) if self.swapped else (average, current)
+        )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The model has just loaded the average.
+        if trainer.state.fn is not TrainerFn.FITTING:
+            return
+        self._begin(trainer, pl_module)
+        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
 
 
 class Calibrate(L.Callback):

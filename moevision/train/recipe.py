@@ -38,7 +38,7 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
-from moevision.train.ema import WeightEMA
+from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of
 from moevision.train.processes import has_gpu, tell, trains_on
 from moevision.train.provenance import device_name

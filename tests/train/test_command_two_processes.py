@@ -294,19 +294,6 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
     assert not list((work / "runs").glob(f"{name}*")), "nothing of worth was in it"
 
 
-def test_processes_end_with_the_command_that_started_them(work: Path) -> None:
-    """It is killed as soon as both are there, new interpreters: they would wait for half an hour to meet."""
-    process = start(work, "synthetic_pets", *TWO, "--name=orphans", others=0)
-    wait_until(process, lambda: len(others(process)) == 2)
-    left = others(process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    until = time.monotonic() + SILENT_S
-    while any(Path(f"/proc/{each}").exists() for each in left):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "first", "says"),
     [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],

@@ -23,7 +23,7 @@ from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.ema import WeightEMA
+from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.layout import Layout, shard
 from moevision.train.parallel.parts import clip, divide, full, gathered, is_sharded, like_these, total_norm

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.task import ClassificationTask
 from tests.train.guarded import Epochs, Run, batches, tiny_task
 

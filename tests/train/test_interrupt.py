@@ -2,9 +2,6 @@
 
 import os
 import signal
-import sys
-import time
-import weakref
 
 import pytest
 
@@ -35,52 +32,6 @@ def test_outside_training_a_signal_ends_at_once(name, code):
         send(name)
     assert (stopped.value.code, stopped.value.signal_name) == (code, name)
     assert signal.getsignal(getattr(signal, name)) == before
-
-
-@pytest.mark.parametrize("times", [1, 3])
-def test_a_signal_inside_a_weak_reference_is_not_lost(times, capsys):
-    """Python drops what its callback raises, and prints "Exception ignored in"."""
-
-    class Thing:
-        pass
-
-    things = [Thing() for _ in range(times)]
-    gone = []
-
-    def callback(reference):
-        gone.append(reference)
-        send("SIGTERM")
-        for _ in range(1000):  # where the handler is called
-            pass
-
-    references = [weakref.ref(thing, callback) for thing in things]
-
-    def go_on():
-        while things:
-            things.pop()
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            time.sleep(0.001)
-
-    with pytest.raises(Interrupted) as stopped, Interruption():
-        go_on()
-    assert (stopped.value.code, len(gone), len(references)) == (143, times, times)
-    assert "ignored" not in capsys.readouterr().err
-
-
-def test_what_others_drop_is_still_told(monkeypatch):
-    told = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(str(dropped.exc_value)))
-
-    class Thing:
-        def __del__(self):
-            raise ValueError("by others")
-
-    before = sys.unraisablehook
-    with Interruption():
-        Thing()
-    assert told == ["by others"]
-    assert sys.unraisablehook is before
 
 
 def test_in_training_it_is_noted_and_the_second_one_does_not_wait(capsys):

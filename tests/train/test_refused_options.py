@@ -15,8 +15,8 @@ from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
 from moevision.models.upcycle import upcycle
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig
 from moevision.train.recipe import new_run_folder
 from moevision.train.resume import CheckpointConfig
