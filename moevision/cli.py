@@ -45,11 +45,11 @@ VERBS = {
     ),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.upcycle:run",
+        "moevision.commands.transform:run_upcycle",
     ),
     "surgery": Verb(
         "prune or merge experts, or collapse a model to a dense one, with what it costs",
-        "moevision.commands.surgery:run",
+        "moevision.commands.transform:run_surgery",
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
@@ -217,6 +217,7 @@ _positive = _number(int, lambda x: x >= 1, "number of at least 1")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
 _at_least_0 = _number(float, lambda x: 0 <= x < math.inf, "number of at least 0")
 _share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
+_probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at most 1")
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
@@ -231,7 +232,7 @@ def _predict(add: Add) -> None:
     add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders, folders of tar shards")
     add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     add("--out", metavar="FILE", help="write to FILE instead of standard output")
-    add("--batch-size", type=int, default=64, metavar="N", help="images per pass (%(default)s)")
+    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
     add(
         "--precision",
         choices=("fp32", "bf16"),
@@ -239,7 +240,12 @@ def _predict(add: Add) -> None:
         help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
     )
     add("--features", metavar="FILE.npy", help="also write the pooled features, records of path and feature")
-    add("--unsure", type=float, metavar="P", help='answer "unsure" where the likeliest class is less probable than P')
+    add(
+        "--unsure",
+        type=_probability,
+        metavar="P",
+        help='answer "unsure" where no class reaches P',
+    )
 
 
 def _info(add: Add) -> None:
@@ -537,11 +543,7 @@ TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("
 
 
 def understood(name: str, arguments: list[str]) -> Namespace:
-    """The arguments of a verb that isn't one of the three of training.
-
-    Raises:
-        SystemExit: for the help, and for arguments that it doesn't take, which are said.
-    """
+    """The arguments of a verb that isn't one of the three of training."""
     from moevision.config import spelled
 
     command, parser, task = shlex.join(["moevision", name, *arguments]), parser_of(name), None

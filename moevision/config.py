@@ -561,7 +561,7 @@ MORE: dict[str, Any] = {
     "fast_dev_run": int | bool,
     "max_time": str | dict[str, int] | None,
     "deterministic": bool | Literal["warn"] | None,
-    **dict.fromkeys(("gradient_clip_algorithm", "default_root_dir", "model_registry"), str | None),
+    **dict.fromkeys(("default_root_dir", "model_registry"), str | None),
 }
 
 
@@ -580,7 +580,7 @@ class Settings:
         check_memory: refuse a model whose weights, gradients and moments alone are larger than the memory; --force
             doesn't.
         log_routers: what a logger of `trainer.logger` gets about the routers: brief (worst load, mean entropy, dead
-            experts over all layers) or layers (each of them, up to 100 numbers). metrics.csv always has all.
+            experts over all layers) or layers (each of them too). metrics.csv always has all.
         resume: resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very command,
             if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, label and
             file size, not by content. On the command line only.
@@ -652,11 +652,7 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with these options, by their dotted names, and the defaults of the others.
-
-    Raises:
-        UserError: for a value that no training can use.
-    """
+    """The settings with these options, by their dotted names, and the defaults of the others."""
 
     def make(cls: type, prefix: str) -> Any:
         kinds, values = get_type_hints(cls), {}
@@ -689,9 +685,6 @@ def checked(content: Any, where: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
-
-    Raises:
-        UserError: for an unknown key, or a value of another type than its key's.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{where} is no configuration: it must have keys, such as data: {{path: ...}}.")
@@ -708,29 +701,17 @@ def checked(content: Any, where: str) -> dict[str, Any]:
 
 
 class Given(NamedTuple):
-    """A command line, understood.
+    """A command line, understood."""
 
-    Attributes:
-        folder: what stands right after the verb.
-        configs: what follows --config.
-        options: the others by their dotted names.
-        prints: whether the settings are to be printed and nothing else is to be done.
-        command: the command line as typed, the program first.
-    """
-
-    folder: str | None
-    configs: list[str]
-    options: dict[str, Any]
-    prints: bool
-    command: list[str]
+    folder: str | None  # what stands right after the verb
+    configs: list[str]  # what follows --config
+    options: dict[str, Any]  # the others by their dotted names
+    prints: bool  # whether the settings are to be printed and nothing else is to be done
+    command: list[str]  # the command line as typed, the program first
 
 
 def read(verb: str, arguments: Sequence[str]) -> Given:
-    """Understand a command line of `fit`, `validate` or `test`.
-
-    Raises:
-        UserError: for an option that isn't there, or a value of another type.
-    """
+    """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
     try:
         found = vars(parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat())

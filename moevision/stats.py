@@ -55,20 +55,16 @@ class PairedDifference:
 
     Attributes:
         low, high: interval of the difference.
-        only_a: images that a classifies correctly and b doesn't.
-        only_b: the other way round.
-        p_value: exact McNemar test of "both are right equally often".
-        level: of the interval.
     """
 
     difference: float
     low: float
     high: float
     n: int
-    only_a: int
-    only_b: int
-    p_value: float
-    level: float = 1 - LEVEL
+    only_a: int  # images that a classifies correctly and b doesn't
+    only_b: int  # the other way round
+    p_value: float  # exact McNemar test of "both are right equally often"
+    level: float = 1 - LEVEL  # of the interval
 
 
 def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:

@@ -76,11 +76,7 @@ def load_any(address: str) -> SavedModel:
 
 
 def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
-    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs, untrained.
-
-    Raises:
-        UserError: if the model was not created under a registered name.
-    """
+    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs, untrained."""
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs

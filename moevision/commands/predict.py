@@ -42,20 +42,15 @@ class Prediction:
     """What a model says about one image.
 
     Attributes:
-        path: the file.
-        classes: the most likely classes in words, best first, at most five.
-        probabilities: their probabilities, calibrated where the model has a temperature.
-        error: why the file could not be read; the other fields are empty then.
         distance: from the nearest class, above 1 for a stranger (`moevision.models.strangers`); None: not measured.
-        feature: what the classifier reads, float32 [D], where it was asked for.
     """
 
     path: str
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
     probabilities: tuple[float, ...] = ()
-    error: str = ""
+    error: str = ""  # why the file could not be read; the other fields are empty then
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = None
+    feature: npt.NDArray[np.float32] | None = None  # what the classifier reads, float32 [D], where it was asked for
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
@@ -67,10 +62,6 @@ def run(chosen: Namespace) -> None:
 
     A file that can't be read gets a row that says why; the others are classified all the same.
     """
-    if chosen.batch_size < 1:
-        raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")
-    if chosen.unsure is not None and not 0 < chosen.unsure <= 1:
-        raise UserError(f"--unsure is {chosen.unsure:g}: it must be a probability above 0, at most 1.")
     with loading("loading the model"):
         model = load_trained(chosen.model)
     if chosen.features is not None and linear_head(model.net) is None:
@@ -80,6 +71,8 @@ def run(chosen: Namespace) -> None:
     for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
+            with _writing(out, option):
+                Path(out).parent.mkdir(parents=True, exist_ok=True)
     batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     wanted = chosen.features is not None
@@ -98,15 +91,16 @@ def run(chosen: Namespace) -> None:
             write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
-    if doubted := sum(row.is_unsure(chosen.unsure) for row in rows):
-        print(f"{doubted} of {len(rows)} images are unsure: no class reaches {chosen.unsure:g}.", file=sys.stderr)
-    if strange := sum((row.distance or 0) > 1 for row in rows):
-        print(
-            f"{strange} of {len(rows)} images are unlike the training images: their distance is above 1.",
-            file=sys.stderr,
-        )
-    if unread := sum(bool(row.error) for row in rows):
-        print(f"{unread} of {len(rows)} files could not be read; their rows say why.", file=sys.stderr)
+    for count, what in (
+        (sum(row.is_unsure(chosen.unsure) for row in rows), "images are unsure: no class reaches {chosen.unsure:g}"),
+        (
+            sum((row.distance or 0) > 1 for row in rows),
+            "images are unlike the training images: their distance is above 1",
+        ),
+        (sum(bool(row.error) for row in rows), "files could not be read; their rows say why"),
+    ):
+        if count:
+            print(f"{count} of {len(rows)} {what.format(chosen=chosen)}.", file=sys.stderr)
 
 
 @contextmanager
@@ -136,9 +130,6 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
 
     Links are followed; each folder is entered once. A folder of tar shards yields all images in them.
-
-    Raises:
-        UserError: if a path does not exist or a folder holds no image.
     """
     for name in paths:
         path = Path(name)

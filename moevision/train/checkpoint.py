@@ -80,11 +80,7 @@ def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
 
 
 def load_archive(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What torch.save wrote, as data; with `mmap` tensors stay on the disk until they are used.
-
-    Raises:
-        ValueError: if it is no such file. Other errors if it is damaged.
-    """
+    """What torch.save wrote, as data; with `mmap` tensors stay on the disk until they are used."""
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no regular file")
     with zipfile.ZipFile(path) as archive:
@@ -150,9 +146,6 @@ class SafeCheckpointIO(CheckpointIO):
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake, `mmap` as above.
 
         Every process of a training must call it; the first one compares the checksums.
-
-        Raises:
-            UserError: if the file is missing, damaged or no checkpoint.
         """
         path = Path(path)
         fault = "is missing" if not path.exists() else verify(path).fault if is_first() else None

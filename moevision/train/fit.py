@@ -175,11 +175,11 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             stopwatch,
             LearningRateMonitor("step"),
             best,
-            *StopEarly.of(settings.early_stopping),
+            *([StopEarly(settings.early_stopping)] if settings.early_stopping.patience else []),
             Calibrate(),
             ExampleScores(),
             *watching(ema=settings.ema, guard=settings.guard),
-            *RecordRouting.of(settings.record_routing, run_dir),
+            *([RecordRouting(settings.record_routing, run_dir)] if settings.record_routing.images else []),
             EpochEnd(point),
         ]
         strategy = _strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")

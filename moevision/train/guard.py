@@ -370,17 +370,12 @@ class Event:
 
 @dataclass
 class GuardRecord:
-    """Counters and events of one training; they survive a resume and are never turned back by a rollback.
-
-    Attributes:
-        not_applied: optimizer steps without an update, for whichever reason.
-        lost: updates that rollbacks took back.
-    """
+    """Counters and events of one training; they survive a resume and are never turned back by a rollback."""
 
     skipped: int = 0
     rollbacks: int = 0
-    not_applied: int = 0
-    lost: int = 0
+    not_applied: int = 0  # optimizer steps without an update, for whichever reason
+    lost: int = 0  # updates that rollbacks took back
     events: list[Event] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
 

@@ -108,22 +108,17 @@ def cpu_s() -> float:
 
 
 class Stopwatch(L.Callback):
-    """Seconds and images of training proper, over all sessions of a run: validation is left out.
+    """Seconds of training proper (`train_s`, without validation) and images seen, over all sessions of a run.
 
-    Attributes:
-        train_s: seconds of training without validation.
-        images: training images seen, over all processes.
-        data_wait_s: seconds of `train_s` in which this process waited for a batch; None where the loader doesn't say
-            (`moevision.data.loader.ImageLoader` does).
+    `data_wait_s` are those in which this process waited for a batch; None where the loader doesn't say.
     """
 
     def __init__(self) -> None:
         self.train_s = 0.0
         self.images = 0
         self.data_wait_s: float | None = 0.0
-        self._started = 0.0
+        self._started, self._advised = 0.0, False
         self._waited: float | None = 0.0
-        self._advised = False
         self._run_started, self._earlier_s = time.monotonic(), 0.0
         self._cpu_started = cpu_s()
         self._earlier_cpu_s: float | None = 0.0
@@ -144,7 +139,7 @@ class Stopwatch(L.Callback):
         return None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s() - self._cpu_started
 
     def add(self, run_s: float, cpu_s: float) -> None:
-        """Count what another run has done for this one, in seconds of the run and of the CPU."""
+        """Count what another run has done for this one."""
         self._earlier_s += run_s
         self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
 
@@ -178,29 +173,23 @@ class Stopwatch(L.Callback):
             self.data_wait_s += self._waited - waited
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on after validation."""
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
-            return
-        self._advised = True
-        for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
-            tell(sentence)
+        if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
+            self._advised = True
+            for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+                tell(sentence)
 
 
 class StopEarly(EarlyStopping):
     """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
 
-    def __init__(self, monitor: str | None, patience: int) -> None:
+    def __init__(self, config: EarlyStoppingConfig) -> None:
+        monitor, patience = config.monitor or "val/top1", cast(int, config.patience)
         mode = "min" if monitor == "val/loss" else "max"
         # not finite is not better, and the guard's business
-        super().__init__(monitor or "val/top1", patience=patience, mode=mode, check_finite=False, strict=False)
-
-    @staticmethod
-    def of(config: EarlyStoppingConfig) -> list[L.Callback]:
-        """The callback that the config asks for, if it does."""
-        return [] if config.patience is None else [StopEarly(config.monitor, config.patience)]
+        super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Train no further epoch if the checkpoint was saved after the decision to stop."""
@@ -226,12 +215,7 @@ class StopEarly(EarlyStopping):
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
-    """A sentence that says what to change, if training waited for data longer than it should.
-
-    Args:
-        share: part of the training time spent waiting, in [0, 1]; None if it wasn't measured.
-        data: what was waited for.
-    """
+    """A sentence that says what to change, if training waited for data for too large a share of its time."""
     if share is None or share <= MAX_DATA_WAIT:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
@@ -293,7 +277,6 @@ class RouterHealth(L.Callback):
         task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
-        """Warn of experts without work; not where balance is by construction or by hand."""
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
         losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
         biased = getattr(layer.router, "bias_rate", None) is not None
@@ -446,8 +429,6 @@ class Calibrate(L.Callback):
 
 # ---- what loggers besides metrics.csv get: a tracker draws a chart for every key (NeMo-Automodel#1232)
 
-MAX_KEYS: Final = 100
-"""Numbers of single layers that a logger gets at once."""
 # Over all layers: the slowest expert, how decided a token is on average, experts without work.
 _BRIEF: Final[dict[str, Callable[[Iterable[float]], float]]] = {
     "load_max": max,
@@ -469,25 +450,12 @@ def log_routers(logger: Logger, *, per_layer: bool) -> Logger:
 
 
 def condensed(metrics: Mapping[str, float], *, per_layer: bool) -> dict[str, float]:
-    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are, of evenly chosen layers."""
-    layers: dict[str, dict[str, float]] = {}  # layer -> what -> value
-    kept: dict[str, float] = {}
-    for name, value in metrics.items():
-        kind, _, rest = name.partition("/")
-        layer, _, what = rest.partition("/")
-        if kind == "moe" and what:
-            layers.setdefault(layer, {})[what] = float(value)
-        else:
-            kept[name] = value
+    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are."""
+    of_layers = {name: value for name, value in metrics.items() if name.startswith("moe/")}
+    kept = dict(metrics) if per_layer else {name: value for name, value in metrics.items() if name not in of_layers}
     for what, over in _BRIEF.items():
-        values = [found[what] for found in layers.values() if what in found]
-        if values:
+        if values := [value for name, value in of_layers.items() if name.endswith(f"/{what}")]:
             kept[f"moe/{what}"] = float(over(values))
-    if per_layer:
-        most = max(1, MAX_KEYS // max(map(len, layers.values()), default=1))
-        for place, (layer, found) in enumerate(layers.items()):
-            if place * most // len(layers) != (place - 1) * most // len(layers):  # `most` of them, evenly spread
-                kept |= {f"moe/{layer}/{what}": value for what, value in found.items()}
     return kept
 
 
@@ -500,9 +468,8 @@ _COST = 0.01  # of the training's work: the most that moments take whose number 
 class RecordRouting(L.Callback):
     """Records with the weights in training (not their moving average), in evaluation mode; at last the saved model.
 
-    A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
-    uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record,
-    nor has one that several processes share.
+    A resumed run drops what was recorded after the checkpoint that it goes on from. Of several processes the first one
+    records; a model without MoE layers has nothing to record, nor has one that several processes share.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
@@ -510,11 +477,6 @@ class RecordRouting(L.Callback):
         self._images: Tensor | None = None
         self._history = RoutingHistory((), (), 0)
         self._planned: list[int] = []
-
-    @staticmethod
-    def of(config: RecordRoutingConfig, run_dir: Path) -> list[L.Callback]:
-        """The callback that the config asks for, if it does."""
-        return [] if config.images is None else [RecordRouting(config, run_dir)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._begin(trainer, cast(ClassificationTask, pl_module)):
@@ -527,7 +489,6 @@ class RecordRouting(L.Callback):
             self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the end, also of a training that was stopped early."""
         if self._images is not None:
             self._record(trainer, pl_module)
 
@@ -536,7 +497,6 @@ class RecordRouting(L.Callback):
         return self._history.steps[-1] if len(self._history) else -1
 
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
-        """Read the images, and what was recorded before the step that the run goes on from; False: none to record."""
         data, asked, divided = cast(Any, trainer).datamodule, self.config.images, parallel_strategy(trainer) is not None
         trial = bool(cast(Any, trainer).fast_dev_run)
         total = trainer.estimated_stepping_batches  # asks all processes

@@ -105,11 +105,7 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
-    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place.
-
-    Raises:
-        UserError: if there are fewer blocks, no experts or no such choice.
-    """
+    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place."""
     if freeze is None:
         return net
     model, named = cast(Any, net), list(net.named_parameters())

@@ -63,33 +63,23 @@ class ClassScores(NamedTuple):
 
 @dataclass(frozen=True)
 class TestScores:
-    """Results on the test images, each seen once by the finished model.
-
-    Attributes:
-        majority_class: the class with the most training images; `majority_correct` test images are of it.
-        ece: expected calibration error, without the temperature.
-        top5: share with the right class among the five likeliest; None with five classes or fewer.
-        temperature: of the calibrated confidence, that of `predict`; None: not calibrated.
-        calibrated_on: validation images that the temperature was fitted on.
-        calibrated_ece: `ece` with the temperature; None too where a probability isn't finite.
-        weights: which weights were tested and exported.
-    """
+    """Results on the test images, each seen once by the finished model."""
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
     correct: int
     total: int
-    majority_class: str
+    majority_class: str  # the class with the most training images; `majority_correct` test images are of it
     majority_correct: int
     loss: float
     balanced_accuracy: float
-    ece: float
-    top5: float | None = None
+    ece: float  # expected calibration error, without the temperature
+    top5: float | None = None  # share with the right class among the five likeliest; None with five classes or fewer
     per_class: Sequence[ClassScores] = ()
-    temperature: float | None = None
-    calibrated_on: int = 0
-    calibrated_ece: float | None = None
-    weights: str = "the weights of the best validation epoch"
+    temperature: float | None = None  # of the calibrated confidence, that of `predict`; None: not calibrated
+    calibrated_on: int = 0  # validation images that the temperature was fitted on
+    calibrated_ece: float | None = None  # `ece` with the temperature; None too where a probability isn't finite
+    weights: str = "the weights of the best validation epoch"  # which weights were tested and exported
 
     @property
     def accuracy(self) -> float:
@@ -181,53 +171,39 @@ class RunSummary:
     """Everything that summary.md says about one finished run.
 
     Attributes:
-        model: name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)".
-        split_note: which images were train, validation and test, and where they come from.
-        class_counts: images per split and class in words.
-        steps: optimizer steps that were applied; `refused` are those that weren't.
-        batch_size: images per optimizer step, over all devices and accumulation.
-        images_per_s: training images per second, validation left out.
-        seed: None: drawn anew each time, and not known.
-        cpu_s: CPU seconds over all threads of this process; None if a part of it wasn't counted.
         data_wait: share of the training time in which the process waited for data; None where it wasn't measured.
-        gpu_peak_bytes: most memory of tensors on the GPU; None on a CPU.
-        bad_images: (path, reason, split) of files that could not be read.
-        notes: whatever was skipped, stopped early or otherwise not as asked, a sentence each.
         choice: beside a linear probe, the dense fine-tune, or both; None where there was neither.
-        ms_per_image: one image at a time, on the device of the training.
-        mbytes: of the weights as a file.
-        expected_s: how long the training was expected to take; None where nothing was said.
         monitor: what best.ckpt had the highest of; None in summaries of earlier versions, which was val/top1.
     """
 
     name: str
-    model: str
+    model: str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
     data: str
     image_size: int
-    split_note: str
-    class_counts: Mapping[str, Mapping[str, int]]
+    split_note: str  # which images were train, validation and test, and where they come from
+    class_counts: Mapping[str, Mapping[str, int]]  # images per split and class in words
     test: TestScores
     cost: ModelCost
     epochs: int
-    steps: int
-    batch_size: int
+    steps: int  # optimizer steps that were applied; `refused` are those that weren't
+    batch_size: int  # images per optimizer step, over all devices and accumulation
     duration_s: float
-    images_per_s: float
+    images_per_s: float  # training images per second, validation left out
     device: str
     precision: str
-    seed: int | None
+    seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
-    cpu_s: float | None = None
+    cpu_s: float | None = None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
     data_wait: float | None = None
-    gpu_peak_bytes: int | None = None
+    gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
-    bad_images: Sequence[tuple[str, str, str]] = ()
-    notes: Sequence[str] = ()
+    bad_images: Sequence[tuple[str, str, str]] = ()  # (path, reason, split) of files that could not be read
+    notes: Sequence[str] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
     twin: TwinComparison | None = None
     choice: Recommendation | None = None
-    ms_per_image: float | None = None
-    mbytes: float | None = None
-    expected_s: float | None = None
+    ms_per_image: float | None = None  # one image at a time, on the device of the training
+    mbytes: float | None = None  # of the weights as a file
+    expected_s: float | None = None  # how long the training was expected to take; None where nothing was said
     monitor: str | None = None
 
     @property

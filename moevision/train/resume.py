@@ -260,11 +260,7 @@ class Start:
 
 
 def recorded_config(run_dir: Path) -> Path:
-    """The config that a run began with.
-
-    Raises:
-        UserError: if this is no run folder.
-    """
+    """The config that a run began with."""
     config = run_dir / "config.yaml"
     if not config.is_file():
         hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
@@ -273,11 +269,7 @@ def recorded_config(run_dir: Path) -> Path:
 
 
 def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
-    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why.
-
-    Raises:
-        UserError: if there is none and `fresh_if_none` isn't set, or it holds something else than data.
-    """
+    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):  # where training writes; twin/ has its turn
         remove_leftovers(folder)
     found, refused = newest_valid(run_dir / "checkpoints")
@@ -306,11 +298,7 @@ def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
 
 
 def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Phrases for the options that differ from the recorded ones and may.
-
-    Raises:
-        UserError: for one that would make another training.
-    """
+    """Phrases for the options that differ from the recorded ones and may."""
     before, now = complete(recorded), complete(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
@@ -376,11 +364,7 @@ def _sessions(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def claim(run_dir: Path) -> FileLock:
-    """Keep other processes from training in the same folder, until the lock is released or this process has ended.
-
-    Raises:
-        UserError: if another process has it. Workers of a killed one keep its lock for some seconds, so it waits.
-    """
+    """Keep other processes from training in the same folder, until the lock is released or this process has ended."""
     lock = FileLock(run_dir / ".lock", timeout=_PATIENCE_S)
     try:
         lock.acquire()
@@ -518,9 +502,6 @@ def load_trained(address: str) -> SavedModel:
 
     Args:
         address: of a saved model, or `runs/NAME/checkpoints/NAME.ckpt`, a file or a folder. No process group is needed.
-
-    Raises:
-        UserError: if there is no model, its files are damaged or foreign, or an earlier version wrote the checkpoint.
     """
     path = Path(address)
     if path.suffix != SUFFIX:

@@ -256,7 +256,6 @@ MISTAKES = {
     "choice": (["--data.augment=strong"], ["--data.augment is 'strong'", "'trivialaugment'"]),
     "out of range": (["--data.batch_size=0"], ["--data.batch_size is 0", "at least 1"]),
     "accelerator": (["--trainer.accelerator=quantum"], ["quantum", "cpu"]),
-    "clipping": (["--trainer.gradient_clip_algorithm=value"], ["global norm", "leave out"]),
     "no end": (["--trainer.max_epochs=-1"], ["--trainer.max_epochs or --trainer.max_steps"]),
     "nothing to train on": (["--trainer.limit_train_batches=0"], ["limit_train_batches 0"]),
     "second folder": (["more"], ["'more'", "right after the verb"]),

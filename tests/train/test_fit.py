@@ -445,7 +445,7 @@ def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch)
 def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     """Beside a GPU of 80 GB, which must not be asked for anything."""
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
-    monkeypatch.setattr(recipe, "_free_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     alone = asked("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
