@@ -53,25 +53,13 @@ VERBS = {
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.analyze:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
-
-MOVED = {
-    "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
-    "installed package has not: clone it, and run `python -m benchmarks --help` there.",
-    "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
-    "has and the installed package has not: clone it, and give the same options there.",
-    "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
-    "its own, as docs/guides/serve.md shows.",
-    "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
-    "doctor": "`moevision doctor` is now `moevision info --machine`.",
-    "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
-}
 
 USAGE = """\
 moevision: train sparse vision transformers and see which experts every patch goes to
@@ -121,16 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = {"train": "fit"}.get(rest[0], rest[0])
     rest = rest[1:]
-    # In the place of a verb, a task (the word after it) or an option that is gone.
-    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
-    keys = (name, *(f"{name} {word}" for word in words))
-    moved = next((MOVED[key] for key in keys if key in MOVED), None)
-    if moved or name not in VERBS:
+    if name not in VERBS:
         from difflib import get_close_matches
 
         meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
-        moved = moved or f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
-        print(f"moevision: {moved}", file=sys.stderr)
+        print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -154,28 +137,34 @@ def versions() -> str:
 def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
     try:
         _call(name, arguments)
-    except UserError as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        sentence = _sentence(name, error)
+        if sentence is None:
+            raise
         if show_traceback:
             import traceback
 
             traceback.print_exc()
-        print(f"moevision: {error}", file=sys.stderr)
-        return error.exit_code
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)) or show_traceback:
-            raise
-        print(
-            f"moevision: there is not enough memory for {name} here: use a smaller model, smaller images or smaller "
-            "batches. (--traceback shows where it ended.)",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        print(f"moevision: {sentence}", file=sys.stderr)
+        return getattr(error, "exit_code", USER_ERROR)
     except KeyboardInterrupt:
         print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # the argument parser has said what is wrong
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
+
+
+def _sentence(name: str, error: Exception) -> str | None:
+    """What a user can mend: what a verb has found, a file that can't be used, too little memory."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; give another place, or mend it." if error.filename else None
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return (
+            f"there is not enough memory for {name} here: use a smaller model, smaller images or smaller batches. "
+            "(--traceback shows where it ended.)"
+        )
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _call(name: str, arguments: list[str]) -> None:

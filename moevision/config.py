@@ -562,6 +562,7 @@ MORE: dict[str, Any] = {
     "max_time": str | dict[str, int] | None,
     "deterministic": bool | Literal["warn"] | None,
     **dict.fromkeys(("default_root_dir", "model_registry"), str | None),
+    "gradient_clip_algorithm": Literal["norm"] | None,
 }
 
 
@@ -775,8 +776,6 @@ def _kinds(kind: Any) -> str:
 
 
 def _unknown(name: str) -> str:
-    if name in LEFT:
-        return f"there is no option {name!r} any more: {LEFT[name]}"
     if name.startswith(tuple(f"trainer.{argument}." for argument in CLASSES)):
         argument = name.split(".")[1]
         return (
@@ -812,10 +811,6 @@ FLAGS = {
     "dense": ("model.arch.twin", "active_flops", "fine-tune or train the dense model, without experts"),
     "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
     "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
-}
-LEFT = {
-    "fault": "`python -m benchmarks guard-accuracy`, in a checkout of the repository, trains with injected faults.",
-    "guard.snapshots_in": "the guard's snapshots lie in main memory.",
 }
 WRITTEN = ("guard.snapshots_in",)  # into every config.yaml before it left
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.

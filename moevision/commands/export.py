@@ -70,15 +70,11 @@ def run(chosen: Namespace) -> None:
         saved = load_trained(chosen.model)
         pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
-        try:
-            if form == "onnx":
-                report = export_onnx(
-                    saved, out, opset=chosen.opset or OPSET, dtype=chosen.dtype, pictures=pictures, routes=chosen.routes
-                )
-            else:
-                report = export_torch(saved, out, dtype=chosen.dtype, pictures=pictures)
-        except OSError as error:
-            raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
+        options = {"dtype": chosen.dtype, "pictures": pictures}
+        if form == "onnx":
+            report = export_onnx(saved, out, opset=chosen.opset or OPSET, routes=chosen.routes, **options)
+        else:
+            report = export_torch(saved, out, **options)
         status.update("measuring")
         net = saved.net.cpu().float()
         latency_ms = measure_latency(

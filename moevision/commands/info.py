@@ -1,6 +1,7 @@
 """`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with.
 
-`moevision info --machine`: what limits a training on this machine, and what to change.
+`moevision info --machine`: what limits a training on this machine, and what to change. `moevision analyze MODEL`: what
+its experts do, as one report with live views in it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,6 +110,35 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{cost['router_flops_per_image'] / 1e6:,.2f}",
         )
     return table
+
+
+# ---- what its experts do
+
+
+def analyze(chosen: Namespace) -> None:
+    """Write the report, and print the three answers and what it says of each layer."""
+    from moevision.analysis import report  # scikit-learn and matplotlib come along
+
+    options = {field.name for field in fields(report.ReportSettings)}
+    given = {name: value for name, value in vars(chosen).items() if name in options and value is not None}
+    if chosen.quick:
+        given = {"limit": 300, "permutations": 200} | given
+    settings = report.ReportSettings(**given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)})
+    numbers = report.analyze(settings, live=live_view)
+    for answer in numbers["verdict"]["answers"]:
+        print(shown(answer["sentence"]))
+    for layer in numbers["verdict"]["layers"]:
+        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
+    print(f"The report is {shown(str(settings.out / 'report.html'))}")
+
+
+def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> str:
+    """The explorer's opening for one image, uint8 [S, S, 3], as a frame that needs no server."""
+    from moevision.demo.facts import PictureFacts
+    from moevision.demo.html import flow_html
+    from moevision.demo.view import route_image
+
+    return flow_html(route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json())
 
 
 # ---- the machine

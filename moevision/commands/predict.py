@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -71,8 +70,7 @@ def run(chosen: Namespace) -> None:
     for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
-            with _writing(out, option):
-                Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
     batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     wanted = chosen.features is not None
@@ -84,11 +82,9 @@ def run(chosen: Namespace) -> None:
     if chosen.out is None:
         print(text, end="")
     else:
-        with _writing(chosen.out):
-            write_text_atomic(chosen.out, text)
+        write_text_atomic(chosen.out, text)
     if wanted:
-        with _writing(chosen.features, "--features"):
-            write_bytes_atomic(Path(chosen.features), to_npy(rows))
+        write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
     for count, what in (
@@ -101,14 +97,6 @@ def run(chosen: Namespace) -> None:
     ):
         if count:
             print(f"{count} of {len(rows)} {what.format(chosen=chosen)}.", file=sys.stderr)
-
-
-@contextmanager
-def _writing(out: str, option: str = "--out") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} can't be written ({error.strerror}): give {option} another place.") from error
 
 
 # ---- images in, rows out

@@ -123,11 +123,8 @@ def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
             f"{folder} exists already: give --out another place"
             + ("." if foreign else ", or --force to write it anew.")
         )
-    try:
-        for name, content in files.items():
-            write_bytes_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}): make room or give another place.") from error
+    for name, content in files.items():
+        write_bytes_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
     seen = "everyone" if chosen.public else "you alone"
     print(f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:")
     for name in files:

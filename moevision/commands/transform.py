@@ -60,11 +60,8 @@ def check_folder(out: Path, *, force: bool) -> None:
 
 def write_model(saved: SavedModel, out: Path, name: str, record: dict[str, Any]) -> None:
     """Write the model, and `record` as the JSON file `name`; other files in the folder are left alone."""
-    try:
-        save_model(saved, out)
-        write_json_atomic(out / name, record)
-    except OSError as error:
-        raise UserError(f"{out} can't be written to ({error.strerror}): give --out another place.") from error
+    save_model(saved, out)
+    write_json_atomic(out / name, record)
 
 
 # ---- a dense model becomes a Mixture of Experts that computes the same

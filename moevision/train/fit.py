@@ -33,17 +33,15 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, ParallelConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
-from moevision.files import newest_config, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
-from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
 from moevision.train.finish import RunResult, Training, finish, write_comparison
@@ -108,7 +106,6 @@ ALLOWED = (
 )
 # Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
 _CHATTER = (
-    "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
     "The '.*dataloader' does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
@@ -280,9 +277,7 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
                 f"{foreign[1]!r} is not imported: configurations name only parts of Lightning and of moevision.train; "
                 "use your own classes from Python."
             ) from error
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [line[2:] for line in lines if line.startswith("- ")] or lines
-        raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)[:300]}") from error
+        raise UserError(f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}") from error
     return {name: made[name] for name in asked}
 
 
@@ -356,9 +351,7 @@ def start_one_each(options: Mapping[str, Any]) -> None:
 
 
 def _check_processes(trainer: L.Trainer) -> None:
-    """Refuse a Trainer that expects other processes than there are, or such as can't agree on a run folder."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise UserError("Several processes train with --trainer.strategy ddp here; spawned or forked ones can't.")
+    """Refuse a Trainer that expects other processes than there are."""
     met = dist.get_world_size() if several_processes() else 1
     expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
     if met != expected:
@@ -607,16 +600,7 @@ def evaluate(verb: str, given: Given) -> None:
             trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
             origin = run_of_checkpoint(checkpoint)
             if (origin / "splits.csv").is_file():
-                table, config = origin / "splits.csv", newest_config(origin)
-                path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
-                if path and not data.is_of_run(table, path):
-                    saved, folder = (shell_word(str(each)) for each in (table.with_name("model"), data.path))
-                    raise UserError(
-                        f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
-                        f"neither: leave it out, or see what the model says about it by moevision predict {saved} "
-                        f"{folder}."
-                    )
-                shutil.copy(table, run_dir / "splits.csv")
+                shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
             data.run_dir = run_dir
             _read_data(data, trainer, session, verb, moved=True)
             classes, side = (

@@ -16,7 +16,7 @@ are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.models import group_parameters
@@ -76,8 +76,6 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
 
     Under Muon, groups with `matrices: True` hold what it moves. A UserError if nothing is left to learn.
     """
-    if config.name not in get_args(OptimizerName):
-        raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
     spared = cast(Any, net).no_weight_decay()
     groups: list[dict[str, Any]]
     if config.layer_decay is None:
@@ -116,7 +114,7 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
         # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
         layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
         learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
-    elif freeze in get_args(FreezeAllBut):
+    else:
         modules: list[nn.Module] = _heads(net)
         if freeze == "all_but_experts":
             if not (layers := moe_layers(net)):
@@ -125,10 +123,6 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
                 )
             modules += layers
         learning = {id(parameter) for module in modules for parameter in module.parameters()}
-    else:
-        raise UserError(
-            f"There is no freeze={freeze!r}: give a number of blocks, {' or '.join(get_args(FreezeAllBut))}."
-        )
     for _, parameter in named:
         if id(parameter) not in learning:
             parameter.requires_grad_(False)

@@ -275,7 +275,9 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
-    whole_epochs, more = divmod(steps, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
+    whole_epochs, more = divmod(
+        steps, max(1, math.ceil(epoch / window))
+    )  # an epoch's last step takes what is left of it
     if steps and (not epochs or whole_epochs < epochs):
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
     whole = epoch == data.train_batches(trainer.world_size)
@@ -340,7 +342,7 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
             f"use --data.batch_size {batch_size // 2} --trainer.accumulate_grad_batches {2 * accumulated}, which "
             "trains nearly alike (balance losses and BatchNorm see the batch in parts)."
         )
-        if goes_on:
+        if goes_on or batch_size == 1:
             advice = "use --model.grad_checkpointing true, which takes more time, or a device with more memory."
         raise UserError(f"Memory is too small for a batch of {batch_size}: {advice}") from error
 

@@ -74,8 +74,7 @@ _FREE = (
     *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
-_FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
-_LAYOUT = "parallel."  # how processes share the weights rounds differently too
+_FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy", "parallel.")
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
 _LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
@@ -302,36 +301,24 @@ def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> li
     before, now = complete(recorded), complete(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if name.split(".")[0] in _SILENT or _same(name, old, new):
+        old, new = ("null" if each.get(name) is None else str(each.get(name)) for each in (before, now))
+        same = old == new or (name == "data.path" and Path(old).resolve() == Path(new).resolve())
+        drawn = name == "seed_everything" and new == "True" and old != "False"  # what was drawn for it is recorded
+        if name.split(".")[0] in _SILENT or same or drawn:
             continue
         if not is_free(name):
             raise UserError(
-                f"--{name} is {_plain(old)} in this run and can't become {_plain(new)} when it goes on: leave it out, "
-                "or start a new run from its weights with --pretrained runs/NAME/model."
+                f"--{name} is {old} in this run and can't become {new} when it goes on: leave it out, or start a new "
+                "run from its weights with --pretrained runs/NAME/model."
             )
-        rounds = name in _FLOATING or name.startswith(_LAYOUT)
-        rounding = ", which may round differently" if rounds else ""
-        changed.append(f"--{name} was {_plain(old)}, now {_plain(new)}{rounding}")
+        rounding = ", which may round differently" if name.startswith(_FLOATING) else ""
+        changed.append(f"--{name} was {old}, now {new}{rounding}")
     return changed
 
 
 def is_free(option: str) -> bool:
     """Whether an option leaves the training what it is, up to rounding and what the guard prevents."""
-    names = (*_SILENT, *_FREE)
-    return any(option == free or option.startswith(free + ".") for free in names)
-
-
-def _same(name: str, old: Any, new: Any) -> bool:
-    if name == "data.path" and isinstance(old, str) and isinstance(new, str):
-        return Path(old).resolve() == Path(new).resolve()
-    if name == "seed_everything" and new is True:  # what was drawn for it is recorded
-        return old is not False
-    return str(old) == str(new)
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return f"{option}.".startswith(tuple(f"{free}." for free in (*_SILENT, *_FREE)))
 
 
 def resume_command(run_dir: Path) -> str:
@@ -509,12 +496,7 @@ def load_trained(address: str) -> SavedModel:
     check_checkpoint(address)
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
     with saying_what_fails(address):
-        known = checkpoint.get(MARK, {}).get("data")
-        if known is None:
-            raise UserError(
-                f"{address} doesn't name its classes, as those of this version do: go on with the run first."
-            )
-        options = dict(checkpoint["hyper_parameters"])
+        known, options = checkpoint[MARK]["data"], dict(checkpoint["hyper_parameters"])
         sizes = options.pop("num_classes"), options.pop("image_size")
         task = ClassificationTask(**options)
         state = checkpoint["state_dict"].items()

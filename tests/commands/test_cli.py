@@ -140,11 +140,9 @@ def test_options_in_short():
 
 
 def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
-    """Every config.yaml of then names where snapshots of the guard lay; on the command line the key is an error."""
+    """Every config.yaml of then names where snapshots of the guard lay."""
     written = {"guard": {"snapshots_in": "auto", "snapshots": 3}, "fault": None}
     assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
-    with pytest.raises(UserError, match="snapshots_in' any more"):
-        config.read("fit", ["x", "--guard.snapshots_in", "disk"])
 
 
 def test_settings_survive_their_file():
@@ -212,29 +210,6 @@ def test_no_argument_prints_the_usage_and_fails(cli):
 def test_unknown_verb(cli):
     refused(cli("learn"), "'learn'", "fit, validate, test, predict, info")
     refused(cli("anlyze"), "Did you mean analyze?")
-
-
-@pytest.mark.parametrize(
-    ("verb", "arguments", "words"),
-    [
-        ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
-        ("completion", ("bash",), ("moevision VERB --help",)),
-        ("plan", ("quickstart", "--gpus", "2"), ("python -m benchmarks plan", "checkout")),
-        ("doctor", ("--format", "json"), ("moevision info --machine",)),
-    ],
-)
-def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):
-    for given in ((), arguments):
-        refused(cli(verb, *given), f"moevision {verb}", *words)
-
-
-def test_a_task_or_an_option_that_left_says_what_to_use(cli):
-    for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
-        refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
-    refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/serve.md")
-    for fault in (["--fault", "nan_loss@7"], ["--fault=nan_loss@7"]):
-        refused(cli("fit", "pets", *fault), "python -m benchmarks guard-accuracy")
-    refused(cli("data", "score", "curve"), "curve is no run folder")  # not the task
 
 
 def test_traceback_on_demand(cli):

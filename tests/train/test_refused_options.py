@@ -144,5 +144,4 @@ def test_memory_that_is_not_there(cli, monkeypatch, error):
     outcome = cli("predict", "model", "images")
     assert outcome.code == 2
     assert outcome.err.startswith("moevision: there is not enough memory for predict here: use a smaller model")
-    with pytest.raises(type(error)):
-        cli("predict", "model", "images", "--traceback")
+    assert "Traceback" in cli("predict", "model", "images", "--traceback").err
