@@ -1,11 +1,8 @@
 """Every option of `fit`, `validate` and `test`: dataclasses without torch, which jsonargparse reads live.
 
-What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help.
-
-An option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
-`--data.image_size`. `read` takes a command line, `checked` the content of a YAML file; both give the options that were
-given, by their dotted names. `settings` completes them. What a file gives comes before what `fit` chooses for the
-images, and the command line before both.
+What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help. An
+option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
+`--data.image_size`. The command line comes before a file, and a file before what `fit` chooses for the images.
 
 A configuration is data, not a program: nothing that it names is imported here (`train.fit.instantiated` looks at the
 classes of Lightning's that `trainer` may name).

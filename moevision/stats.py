@@ -1,21 +1,18 @@
 """How sure a result is: intervals of accuracies and of differences, what a test could detect, calibrated confidence.
 
-Two sources of chance, never mixed. Over test images: Wilson's and Tango's intervals and McNemar's exact test say how
-far a result depends on which images were drawn, and nothing about the luck of a training. Over seeds: Student's t of
-one difference per seed.
+Over test images, Wilson's and Tango's intervals and McNemar's exact test say how far a result depends on which images
+were drawn, and nothing about the luck of a training. Over seeds: Student's t of one difference per seed.
 
 Sources
-    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion; honest near 0 % and 100 % too.
-    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions. It is
-    asymptotic: summed over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100 images and falls to 93.0 %
-    for 40 of which 2 % and 20 % are right in one model only (enumerated in its test).
-    McNemar, Psychometrika 12 (1947) 153-157: only images that one model alone gets right tell the two apart; the exact
-    p-value is a two-sided sign test on them. Its power: Duffy, Biometrics 40 (1984) 1005-1015.
+    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion.
+    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions. Summed
+    over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100 images and falls to 93.0 % for 40 of which 2 %
+    and 20 % are right in one model only (enumerated in its test).
+    McNemar, Psychometrika 12 (1947) 153-157: a two-sided sign test on the images that one model alone gets right. Its
+    power: Duffy, Biometrics 40 (1984) 1005-1015.
     Over seeds, the noncentral t: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), chapter 2.
-    Guo et al., On Calibration of Modern Neural Networks (arXiv:1706.04599, 4.2): softmax(logits / T), with the T of the
-    smallest negative log-likelihood on the validation images. It changes no answer, only how sure it sounds.
-    Platt, Probabilistic outputs for support vector machines (1999): a target of (n + 1) / (n + 2) in the place of 1, so
-    that n images which are all right don't make the model certain of everything.
+    Guo et al., arXiv:1706.04599, 4.2: softmax(logits / T), with the T of the smallest negative log-likelihood.
+    Platt (1999): a target of (n + 1) / (n + 2) in the place of 1.
 
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """

@@ -1,12 +1,8 @@
 """`moevision compare RUN RUN…`: two trainings, or several seeds of two recipes, on the same test images.
 
-Nothing is computed with a model: fit leaves every test image's answer in the run folder, in predictions_test.csv.
-
 Two runs are compared image by image (McNemar's exact test, Tango's interval): that covers the choice of test images,
 and not the luck of a training. Several seeds are compared seed by seed (Student's t of the differences): that covers
-the luck of training, and not the choice of test images, which all runs share.
-
-All accuracies are shares in [0, 1]; `Gap` is in points.
+the luck of training, and not the choice of test images, which all runs share. Accuracies are shares in [0, 1].
 """
 
 from __future__ import annotations
@@ -46,7 +42,7 @@ from moevision.stats import (
     paired_difference,
     paired_macro_difference,
 )
-from moevision.train.report import RunSummary, read_summary
+from moevision.train.report import RunSummary, read_summary, template
 from moevision.train.resume import is_finished, is_free, resume_command
 from moevision.words import duration, flops, percent, points
 
@@ -252,53 +248,12 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, told_apart, float(detectable))
 
 
-def sentences(found: Comparison) -> list[str]:
-    """What was found, how sure it is, and what the interval doesn't cover."""
-    seeds, pair, known = len(found.a), found.by_seed[0], not math.isnan(found.low)
-    bounds = f" (95 % interval {points(found.low)} to {points(found.high)})" if known else ""
-    images = f"{pair.n:,} test images"
-    p = f"{found.p_value:.3f}" if found.p_value >= 0.001 else f"{found.p_value:.0e}"
-    reach = f": this cannot exclude ±{100 * max(abs(found.low), abs(found.high)):.1f} points" if known else ""
-    said = [f"A − B: {points(found.difference)} points of {found.measure}{bounds}, on the same {images}."]
-    if seeds == 1:
-        said.append(
-            f"Only A is right on {pair.only_a:,} of them, only B on {pair.only_b:,}: McNemar's exact p = {p}"
-            f"{', of plain accuracy' if found.unbalanced else ''}."
-        )
-    else:
-        sure = f"p = {p}" if known else "equal differences have no interval and no p"
-        said.append(f"Paired t-test over {seeds} seeds: {sure}.")
-    said.append(f"{found.verdict}." if found.told_apart else f"No difference found{reach}.")
-    what = images if seeds == 1 else f"{seeds} seeds with this spread"
-    if not math.isnan(found.detectable):
-        size = f"{100 * found.detectable:.1f} points"
-        said.append(f"A difference of {size} would have been found with 80 % power ({what}, level 5 %).")
-    elif seeds == 1:
-        said.append(f"No difference would have been found with 80 % power ({what}): test on more.")
-    said.append(
-        "One training each: another seed moves both, which the interval doesn't cover. Give several seeds."
-        if seeds == 1
-        else "The interval covers the luck of training, not the choice of test images, which all runs share."
-    )
-    return said
-
-
-def notes_on(found: Comparison) -> list[str]:
-    """What else the reader should know."""
-    runs, first, second = [*found.a, *found.b], found.a[0], found.b[0]
-    options = differing(first, second)
-    listed = [f"{name} ({one}, {other})" for name, (one, other) in options.items()]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    if listed:
-        notes = [f"A and B differ in {'; '.join(listed[:_LISTED])}{more}."]
-    else:
-        notes = [f"A and B are one recipe, with the seeds {first.summary.seed} and {second.summary.seed}."]
-    if "data.path" in options:
-        notes.append("The test images have the same names in both folders; their pixels were not compared.")
-    machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in runs})
-    if len(machines) > 1:
-        notes.append(f"Times are not comparable, they are of {'; '.join(machines)}.")
-    return notes
+def told(found: Comparison) -> list[list[str]]:
+    """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
+    machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]})
+    names = {"found": found, "options": differing(found.a[0], found.b[0]), "machines": machines}
+    parts = template("compare.txt.jinja").render(**names).split("---\n")
+    return [part.splitlines() for part in parts]
 
 
 # ---- what is printed and written
@@ -325,11 +280,12 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
                 f"seed {one.summary.seed}: {shown(one.name)} − {shown(other.name)} = {points(pair.difference)} "
                 f"({points(pair.low)} to {points(pair.high)}, over images)"
             )
-    for sentence in sentences(found):
+    sentences, notes = told(found)
+    for sentence in sentences:
         say(sentence)
     console.print()
     left = [f"Left out, without a partner of the same seed: {', '.join(left_out)}."] if left_out else []
-    for note in [*notes_on(found), *left]:
+    for note in [*notes, *left]:
         say(f"note: {shown(note)}")
 
 
@@ -403,6 +359,5 @@ def facts(found: Comparison) -> dict[str, Any]:
         "a": [of_run(run) for run in found.a],
         "b": [of_run(run) for run in found.b],
         "differ_in": differing(found.a[0], found.b[0]),
-        "sentences": sentences(found),
-        "notes": notes_on(found),
+        **dict(zip(("sentences", "notes"), told(found), strict=True)),
     }

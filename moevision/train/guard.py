@@ -1,20 +1,15 @@
 """The stability guard: no update from numbers that aren't finite, and a way back when the state itself went bad.
 
-- Tier 1, as GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update, on
-  every process alike and before clipping (which would spread one NaN over all gradients). A refused update leaves
-  weights, optimizer, schedule, moving average and router biases as they were, and restores buffers and random
-  generators to their state before the first micro-batch.
-- Tier 2, as PaLM (arXiv:2204.02311, §5.1) restarted ~100 steps before a spike and left the data behind it out: when
-  weights or buffers aren't finite, or a loss spike lasts, training returns to the last good snapshot in memory while
-  the data goes on forward; to an older one if the newest was returned to in vain. After a budget it stops with a
-  diagnosis and a finite checkpoint.
+- As GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update of the whole
+  accumulation window, on every process alike and before clipping (which would spread one NaN over all gradients). It
+  leaves weights, optimizer, schedule, average and router biases, and restores buffers and random generators.
+- As PaLM (arXiv:2204.02311, §5.1) restarted before a spike and left its data out: when weights or buffers aren't
+  finite, or a loss spike lasts, training returns to the last good snapshot in memory while the data goes on; to an
+  older one if that was in vain. After a budget it stops with a diagnosis and a finite checkpoint.
 
-Everything is judged where an accumulation window ends; a window is applied or refused as a whole.
-
-A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones. The window is
-OLMo-core's (SkipStepOptimizer, 128 steps, 6 σ) with two repairs: neither a number that isn't finite (the deviation
-would be NaN) nor a suspicious one (the spike would soon look normal) enters it. The two floors keep a flat curve,
-whose deviation is tiny, from false alarms.
+A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones: OLMo-core's
+window (SkipStepOptimizer), which neither numbers that aren't finite nor suspicious ones enter. The two floors keep a
+flat curve, whose deviation is tiny, from false alarms.
 """
 
 # ruff: noqa: D102 (Lightning's hooks)
@@ -42,6 +37,7 @@ from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.report import template
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
@@ -56,17 +52,6 @@ _SAID = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
 }
-_ADVICE = """
-## What to try
-
-- Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.
-- For a router: give --model.aux.z a small weight (0.001): it keeps router logits small.
-- For a cross-entropy: look at the images that guard.csv names. For a gradient: --trainer.gradient_clip_val 0.5.
-- For a weight, a buffer or the average, which turned bad without a bad update: suspect the memory or the accelerator if
-  it happens again.
-
-## The last cases
-"""
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
@@ -251,16 +236,8 @@ class StabilityGuard(L.Callback):
         checkpoint = folder / "checkpoints" / "diverged.ckpt"
         trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
-            record = self.record
-            lines = [
-                f"# This training diverged\n\nIt was given up at step {trainer.global_step:,}, after "
-                f"{record.rollbacks:,} returns to an earlier state. The last good state is {checkpoint}; its weights "
-                "are finite.\n",
-                *(f"- {sentence}" for sentence in record.sentences()),
-                _ADVICE,
-                *(f"- {event.kind} at step {event.step}: {event.source}" for event in record.events[-20:]),
-            ]
-            write_text_atomic(folder / DIAGNOSIS, "\n".join(lines) + "\n")
+            names = {"step": trainer.global_step, "checkpoint": checkpoint, "record": self.record}
+            write_text_atomic(folder / DIAGNOSIS, template("divergence.md.jinja").render(**names))
         raise TrainingDiverged(
             f"The training diverged ({cause}) and returning to an earlier state did not help: read "
             f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."

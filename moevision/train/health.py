@@ -1,11 +1,10 @@
-"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, how routing forms.
+"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, averages, how routing forms.
 
 Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
 
-Router health (axes: E experts, K choices): `max_violation` is max load / mean load - 1 of one layer in one update
-(MaxVio, Wang et al. 2024, arXiv:2408.15664, §2.2): 0 for perfect balance, E/K - 1 for all tokens on K experts.
-`update_norm` is ‖Δw‖ of one applied update over all weights that learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before
-the loss does.
+`max_violation` is max load / mean load - 1 of one layer in one update (MaxVio, arXiv:2408.15664, §2.2): 0 for perfect
+balance, E/K - 1 for all tokens on K of E experts. `update_norm` is ‖Δw‖ of one applied update over all weights that
+learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before the loss does.
 """
 
 # ruff: noqa: D102 (Lightning's hooks)
@@ -108,57 +107,49 @@ def cpu_s() -> float:
 
 
 class Stopwatch(L.Callback):
-    """Seconds of training proper (`train_s`, without validation) and images seen, over all sessions of a run.
-
-    `data_wait_s` are those in which this process waited for a batch; None where the loader doesn't say.
-    """
+    """Seconds and images of training proper, over all sessions of a run: validation is left out."""
 
     def __init__(self) -> None:
         self.train_s = 0.0
-        self.images = 0
-        self.data_wait_s: float | None = 0.0
-        self._started, self._advised = 0.0, False
-        self._waited: float | None = 0.0
-        self._run_started, self._earlier_s = time.monotonic(), 0.0
-        self._cpu_started = cpu_s()
-        self._earlier_cpu_s: float | None = 0.0
+        self.images = 0  # over all processes
+        self.data_wait_s = 0.0  # of `train_s`: this process waited for a batch
+        self._started, self._waited, self._advised = 0.0, 0.0, False
+        self._run_started, self._cpu_started = time.monotonic(), cpu_s()
 
     @property
     def data_wait(self) -> float | None:
-        """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""
-        return None if self.data_wait_s is None or not self.train_s else self.data_wait_s / self.train_s
+        """Share of the training time in which the process waited for data, in [0, 1]; None before the training."""
+        return self.data_wait_s / self.train_s if self.train_s else None
 
     @property
     def run_s(self) -> float:
         """Seconds since the run began, reading and validation included, interruptions left out."""
-        return self._earlier_s + time.monotonic() - self._run_started
+        return time.monotonic() - self._run_started
 
     @property
-    def cpu_s(self) -> float | None:
-        """CPU seconds over the same time, all threads of this process and of workers that have ended; None: unknown."""
-        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s() - self._cpu_started
+    def cpu_s(self) -> float:
+        """CPU seconds over the same time, all threads of this process and of workers that have ended."""
+        return cpu_s() - self._cpu_started
 
     def add(self, run_s: float, cpu_s: float) -> None:
-        """Count what another run has done for this one."""
-        self._earlier_s += run_s
-        self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
+        """Count what was done before: by an earlier session, or by another run for this one."""
+        self._run_started -= run_s
+        self._cpu_started -= cpu_s
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
-        self._earlier_s = float(state_dict["run_s"])
-        # Earlier versions counted neither of these.
-        self._earlier_cpu_s = state_dict.get("cpu_s")
-        self.data_wait_s = state_dict.get("data_wait_s")
+        self.train_s, self.images = state_dict["train_s"], state_dict["images"]
+        self.data_wait_s = state_dict.get("data_wait_s") or 0.0  # version 0.1 had neither this nor the next
+        self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", None)
+        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", 0.0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -167,10 +158,7 @@ class Stopwatch(L.Callback):
         began, waited = self._started, self._waited
         self._start(trainer)
         self.train_s += self._started - began
-        if self.data_wait_s is None or waited is None or self._waited is None:
-            self.data_wait_s = None
-        else:
-            self.data_wait_s += self._waited - waited
+        self.data_wait_s += self._waited - waited
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer)

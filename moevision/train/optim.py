@@ -1,16 +1,12 @@
 """The optimizer under a one-cycle schedule: AdamW, or Muon for matrices with AdamW for the rest; and what is frozen.
 
-Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form (`param_groups_layer_decay`): with L blocks,
-the classifier learns at lr, block i (from 0) at lr · layer_decay^(L - i), the patch and position embeddings at
-lr · layer_decay^(L + 1). A norm after the last block counts as part of it; routers and experts of block i as block i.
+Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form: with L blocks, the classifier learns at lr,
+block i (from 0) at lr · layer_decay^(L - i), the embeddings at lr · layer_decay^(L + 1).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
-nearest semi-orthogonal matrix, so that every direction moves equally far. A step is scaled by 0.2 · sqrt(max(out, in))
-(Liu et al. 2025, arXiv:2502.16982, §2.2): it is then about as large as one of AdamW at the same learning rate.
-
-A matrix is one linear map [out, in]. A convolution [out, in, h, w] is the map [out, in · h · w]; experts [E, out, in]
-are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a stack of experts for one map
-[E, out · in], hence this class around timm's iterations.
+nearest semi-orthogonal matrix. A step is scaled by 0.2 · sqrt(max(out, in)) (Liu et al. 2025, arXiv:2502.16982, §2.2):
+it is then about as large as one of AdamW. A matrix is one linear map [out, in]; a convolution is [out, in · h · w],
+experts [E, out, in] are E maps, where timm's own `Muon` (1.0.31) takes them for one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The processes and devices of a training: what they agree on, how they start, and the signals that stop one.
 
-Stopping: before and after training a signal ends the process at once. During training it is only noted;
-`resume.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
-code is 128 plus the signal's number, as in a shell: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM, 138 SIGUSR1 (Linux).
-
-Several processes are started by torchrun, by SLURM's srun, or here, by torchrun's own launcher. All begin with the same
-command, meet before the first decision, and take the first one's.
+During training a signal is only noted; `resume.ResumePoint` saves and stops between two optimizer steps, and a second
+one doesn't wait for that. The exit code is 128 plus the signal's number: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM,
+138 SIGUSR1 (Linux). Several processes are started by torchrun, by SLURM's srun, or here, by torchrun's own launcher.
+All begin with the same command, meet before the first decision, and take the first one's.
 """
 
 from __future__ import annotations

@@ -275,9 +275,8 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
-    whole_epochs, more = divmod(
-        steps, max(1, math.ceil(epoch / window))
-    )  # an epoch's last step takes what is left of it
+    per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
+    whole_epochs, more = divmod(steps, per_epoch)
     if steps and (not epochs or whole_epochs < epochs):
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
     whole = epoch == data.train_batches(trainer.world_size)

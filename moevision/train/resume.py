@@ -1,12 +1,11 @@
 """`moevision fit --resume RUN|auto`: saving a point to resume from, finding it, and going on in the same run folder.
 
-RUN is a run folder; its own config.yaml says everything. `auto` is for job scripts that repeat one command: the folder
-follows from the command's own --name, and where there is no valid checkpoint yet, training starts afresh.
+`auto` is for job scripts that repeat one command: the folder follows from its --name, and where there is no valid
+checkpoint yet, training starts afresh.
 
 A point is saved between two optimizer steps, at the start of the next batch and before any other callback sees it: only
-there is everything of a step done, its rows in metrics.csv included (Lightning logs them after `on_train_batch_end`),
-and nothing of the next one begun. Random generators are restored in `on_train_start`, after everything that draws from
-them during setup; the order of the images and their augmentation don't depend on them (`data/sampler.py`).
+there is everything of a step done, its rows in metrics.csv included, and nothing of the next one begun. Random
+generators are restored in `on_train_start`, after everything that draws from them during setup.
 """
 
 # ruff: noqa: D102 (Lightning's hooks)

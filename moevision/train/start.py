@@ -1,19 +1,11 @@
 """Which weights a training on few images starts from, and the linear probe of them: `fit FOLDER --pretrained ...`.
 
-| `--pretrained` | what happens |
-| --- | --- |
-| nothing | few images: weights that fit the device, from the hub's cache; on a terminal it asks before a download; |
-|  | without a terminal nothing is downloaded, so that a script never differs by surprise |
-| `auto` | the same, downloaded without asking |
-| a timm name, a file, a folder | these weights, or an error |
-| `none` | from scratch |
+Without `--pretrained` few images start from weights that fit the device, from the hub's cache; on a terminal it asks
+before a download, elsewhere nothing is downloaded. `auto` downloads without asking; a timm name, a file or a folder are
+these weights, or an error; `none` is from scratch. Only weights under a free licence are chosen unasked.
 
-Only weights under a free licence are chosen unasked (`moevision.models.io.FREE_LICENCES`). A computer without a
-network is noticed within three seconds.
-
-The probe, logistic regression on the frozen features from one pass over the images, says what the features alone are
-worth, before anything is fine-tuned, and its weights are the classifier that the fine-tuning starts with: head first,
-then all (Kumar et al. 2022, arXiv:2202.10054, who found that a random head spoils features on the way). The strength of
+The probe, logistic regression on the frozen features, says what the features alone are worth, and its weights are the
+classifier that the fine-tuning starts with: head first, then all (Kumar et al. 2022, arXiv:2202.10054). The strength of
 its penalty is chosen on the validation images; the test images are only reported.
 
 Axes: n images, D width of a feature, C classes.

@@ -1,20 +1,16 @@
 """One network over several processes: experts divided among them, everything else sharded by FSDP2.
 
 - **Expert parallelism** (GShard, arXiv:2006.16668): the W processes form a mesh (efsdp, ep). Each row of `ep` processes
-  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all, and back. All W
-  processes read images of their own: expert parallelism is carved out of data parallelism.
+  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all. All W processes read images
+  of their own: expert parallelism is carved out of data parallelism.
 - **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
-  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones, each
-  along a dimension that they divide evenly. A block's weights are gathered while it computes.
-- **Divided experts beside replicated weights** (`Layout.replicated`): what would be divided over all W or over efsdp
-  processes is on all of them, and gradients are summed by all-reduce. For `fully_shard` that is a mesh whose second
-  dimension, over which it shards, has one process.
+  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones.
+- **Divided experts beside replicated weights** (`Layout.replicated`): the rest is on all processes, and gradients are
+  summed by all-reduce: for `fully_shard` a mesh whose second dimension, over which it shards, has one process.
 
-What a network's parameters are then: DTensors at the boundary (state dict, optimizer), plain local tensors in forward
-(`PackedLinear.local_weights`). FSDP2 gathers dense weights into plain tensors by itself.
-
-Gradients are *summed* over processes, everywhere, and the loss is divided by W. Dividing by a factor instead is wrong
-for experts where efsdp = 1: torch 2.13 divides twice on a mesh of one process with a forced sum.
+Parameters are DTensors at the boundary (state dict, optimizer) and plain local tensors in forward. Gradients are
+*summed* over processes, and the loss is divided by W: a divide factor is wrong for experts where efsdp = 1, since torch
+2.13 divides twice on a mesh of one process with a forced sum.
 
 Axes: D width, E experts, W processes, E' = E / W experts of this one, R rows that a process sends, R' that it gets.
 """
