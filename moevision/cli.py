@@ -88,14 +88,7 @@ exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the verb that the arguments name.
-
-    Args:
-        arguments: the command line without the program's name; `sys.argv[1:]` if None.
-
-    Returns:
-        The exit code, as `moevision --help` lists them.
-    """
+    """Run the verb that the arguments (`sys.argv[1:]`) name; the exit code, as `moevision --help` lists them."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a σ or an arrow that Windows' code pages lack becomes a "?"
         sys.stdout.reconfigure(errors="replace")
     rest = list(sys.argv[1:] if arguments is None else arguments)

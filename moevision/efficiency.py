@@ -175,12 +175,7 @@ _aten = torch.ops.aten
 def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
     """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
 
-    Args:
-        a_shape: [R, K] (rows in groups), [E, M, K], or [M, R] (a gradient's columns in groups).
-        b_shape: [E, K, N], [K, R] (columns in groups), or [R, N] (rows in groups).
-
-    Returns:
-        2 · R · K · N for rows by weights and for the weights' gradient alike; 2 · E · M · K · N for two batches.
+    Rows by weights and the weights' gradient alike take 2 · R · K · N; two batches, of E groups, E times as many.
     """
     if len(a_shape) == len(b_shape) == 3:
         return int(bmm_flop(a_shape, b_shape))

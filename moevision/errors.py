@@ -44,15 +44,10 @@ SEED: Range = ("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32)  # Nu
 
 
 def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
-    """Refuse numbers that no training can use.
+    """Refuse numbers that no training can use: a UserError for the first one that is out of its range.
 
-    Args:
-        options: has the options as attributes, each a number, a list of numbers, or None.
-        ranges: what they must be.
-        prefix: in front of an option's name as it is typed, such as `--data.`.
-
-    Raises:
-        UserError: for the first number that is out of its range.
+    `options` has them as attributes, each a number, a list of numbers, or None; `prefix` stands in front of an option's
+    name as it is typed, such as `--data.`.
     """
     for words, fits, names in ranges:
         for name in names:
@@ -63,14 +58,7 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
-    """Two trainings of one seed tell less of the luck of a training than a reader would think.
-
-    Args:
-        runs: name and seed of each; None or false: not known.
-
-    Raises:
-        UserError: if two have one seed.
-    """
+    """Refuse two runs (name and seed; None or false: unknown) of one seed, which tell less of luck than they seem."""
     known: dict[int, str] = {}
     for name, seed in runs:
         if seed is None or isinstance(seed, bool):  # false: drawn anew each time
@@ -124,16 +112,7 @@ def csv_name(name: str) -> str:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON that reads back exactly and steers no terminal.
-
-    Args:
-        value: JSON primitives.
-        options: of `json.dumps`, such as `indent`.
-
-    Raises:
-        TypeError: `value` holds something other than JSON primitives.
-        ValueError: it holds NaN or infinity, which JSON can't say.
-    """
+    """JSON that reads back exactly and steers no terminal; `options` are those of `json.dumps`. NaN is a ValueError."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return _UNSHOWN_IN_JSON.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 

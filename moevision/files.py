@@ -93,13 +93,7 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
 def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
     """Keep a file that somebody else made from being replaced.
 
-    Args:
-        path: what will be written; it need not be there.
-        mark: bytes that stand in the first 4 KiB of every file that the caller writes.
-        option: what names another place.
-
-    Raises:
-        UserError: if something without them lies there.
+    `mark` stands in the first 4 KiB of every file that the caller writes, `option` names another place.
     """
     if not os.path.exists(path):
         return
@@ -113,21 +107,12 @@ def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly.
-
-    Raises:
-        TypeError: `obj` holds something other than JSON primitives.
-        ValueError: `obj` holds NaN or infinity, which JSON can't say.
-    """
+    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly."""
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
-
-    Raises:
-        csv.Error: if it is none.
-    """
+    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file, restval="", strict=True))
 

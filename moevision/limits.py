@@ -99,14 +99,10 @@ _kept = False
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for the rest of this process.
+    """Ask glibc to keep freed memory for the rest of this process; whether that was done.
 
-    For programs that do the same thing over and over, such as a training: what was once needed is held until the
-    process ends. GPU memory is not concerned.
-
-    Returns:
-        Whether it was done: not without glibc (musl, macOS, Windows), nor where `MOEVISION_KEEP_MEMORY=0` asks for the
-        library's own behaviour.
+    For programs that do the same thing over and over, such as a training. Not without glibc (musl, macOS, Windows), nor
+    where `MOEVISION_KEEP_MEMORY=0` asks for the library's own behaviour.
     """
     global _kept
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):

@@ -72,9 +72,7 @@ class PairedDifference:
 def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:
     """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.
 
-    Args:
-        correct_a: [n] whether model a classified image i correctly.
-        correct_b: [n] the same for model b, in the same order of images.
+    `correct_a` and `correct_b` [n] say whether each model classified image i correctly.
     """
     n = correct_a.size
     only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
@@ -98,12 +96,7 @@ def paired_macro_difference(
     The 95 % interval is Price and Bonett's (Computational Statistics & Data Analysis 45, 2004, 449-456) for a mean of
     proportions, here of paired differences as in Agresti and Min (Statistics in Medicine 24, 2005, 729-740): two images
     are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
-    p-value is McNemar's, of the plain accuracies.
-
-    Args:
-        correct_a: [n] whether model a classified image i correctly.
-        correct_b: [n] the same for model b.
-        labels: [n] the class of image i.
+    p-value is McNemar's, of the plain accuracies. Arguments as above, with the class `labels` [n].
     """
     plain = paired_difference(correct_a, correct_b)
     means, centres, variances = [], [], []
@@ -143,13 +136,8 @@ def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
 def detectable_on(images: int, discordant: int) -> float:
     """Difference of two accuracies on the same images that McNemar's exact test finds at 5 % with 80 % power.
 
-    Args:
-        images: n.
-        discordant: those that one model alone classified correctly. Their share is taken to stay; a difference above
-            it needs as many as itself.
-
-    Returns:
-        A share in [0, 1]; NaN where n images can't tell any difference apart.
+    `discordant` are those that one model alone classified correctly; their share is taken to stay, and a difference
+    above it needs as many as itself. A share in [0, 1]; NaN where so many images can't tell any difference apart.
     """
 
     def excess(difference: float) -> float:
@@ -233,14 +221,9 @@ class Calibration(NamedTuple):
 
 
 def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calibration | None:
-    """The temperature, 0.05 to 20, of the smallest negative log-likelihood.
+    """The temperature, 0.05 to 20, of the smallest negative log-likelihood of logits [n, C] and labels [n].
 
-    Args:
-        logits: [n, C].
-        labels: [n].
-
-    Returns:
-        None without images or with logits that aren't finite.
+    None without images or with logits that aren't finite.
     """
     n, classes = logits.shape
     logits = logits.astype(np.float64)

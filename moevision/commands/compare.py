@@ -194,9 +194,7 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
 class Comparison:
     """A minus B; differences are shares, NaN where one isn't known.
 
-    Attributes:
-        a, b: the runs of either side, those of one seed at the same place.
-        low, high: 95 % of the difference: over seeds, or of two runs over images.
+    `low` and `high` are 95 % of the difference: over seeds, or of two runs over images.
     """
 
     a: Sequence[FinishedRun]

@@ -38,11 +38,7 @@ NPY_HEAD = b"('feature', '<f4', ("
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image.
-
-    Attributes:
-        distance: from the nearest class, above 1 for a stranger (`moevision.models.strangers`); None: not measured.
-    """
+    """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.strangers`)."""
 
     path: str
     classes: tuple[str, ...] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`

@@ -142,15 +142,8 @@ def hold_frozen_statistics(net: nn.Module) -> None:
 class Muon(AdamW):
     """Muon for groups with `matrices: True`, AdamW for the others.
 
-    An expert without a gradient, which no token chose, only decays.
-
-    Args:
-        params: parameter groups.
-        lr: learning rate of both.
-        betas: decay of AdamW's moments.
-        momentum: decay of Muon's momentum, with Nesterov's look ahead.
-        bfloat16: multiply in bfloat16 on a CPU, too, as a training under its autocast does; a GPU always does.
-        **kwargs: what `torch.optim.AdamW` takes besides.
+    An expert without a gradient, which no token chose, only decays. `betas` are AdamW's, `momentum` is Muon's, with
+    Nesterov's look ahead; `bfloat16` multiplies in it on a CPU, too, as a training under its autocast does.
     """
 
     bfloat16 = False  # also of a copy, which keeps groups and state alone
@@ -215,11 +208,9 @@ def as_matrices(weight: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, up to a few percent of its singular values.
+    """The nearest semi-orthogonal matrix of each [out, in] or [E, out, in], up to a few percent of its singular values.
 
-    Args:
-        matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
-        bfloat16: see `Muon`.
+    Those that are zero, such as an unused expert's gradient, stay zero.
     """
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices

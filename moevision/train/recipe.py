@@ -307,7 +307,7 @@ def describe_plan(
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
     time_it_takes = "how long they take isn't known before"
-    if expected_s is not None:
+    if expected_s:
         images = batches * data.batch_size * trainer.world_size
         time_it_takes = (
             f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "

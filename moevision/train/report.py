@@ -163,7 +163,8 @@ class Recommendation:
 
         why = f"nothing here has a higher {measure}"
         if chosen.behind.difference != best.behind.difference:
-            why = f"its {measure} is within a standard error of that of the {best.name} ({less(chosen)}), and it is simpler"
+            error = f"a standard error of that of the {best.name} ({less(chosen)})"
+            why = f"its {measure} is within {error}, and it is simpler"
         elif near := [each for each in self.contenders if each is not chosen and each.behind.low <= 0]:
             why += f". That the {near[0].name} is worse ({less(near[0])}) may be chance"
         return f"Use {model}: {why}. One seed; another one moves all of them."

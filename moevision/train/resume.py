@@ -484,11 +484,7 @@ SUFFIX = ".ckpt"
 
 
 def load_trained(address: str) -> SavedModel:
-    """Load a model as `load_model` does, or the weights of a checkpoint (with a moving average: those).
-
-    Args:
-        address: of a saved model, or `runs/NAME/checkpoints/NAME.ckpt`, a file or a folder. No process group is needed.
-    """
+    """Load a model as `load_model` does, or the weights of a checkpoint of a run (with a moving average: those)."""
     path = Path(address)
     if path.suffix != SUFFIX:
         return load_model(address)

@@ -123,12 +123,7 @@ class ExampleScores(L.Callback):
 
 
 def visit_measures(logits: Tensor, label: Tensor) -> Tensor:
-    """[B, 5] float32: what one visit says of each image, in the order of `MEASURES`.
-
-    Args:
-        logits: [B, C].
-        label: [B].
-    """
+    """[B, 5] float32: what one visit with logits [B, C] says of each image and its label [B], as `MEASURES` has it."""
     z, own = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
     log_p = z.log_softmax(1)
     margin = z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)

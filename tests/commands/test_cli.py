@@ -235,7 +235,7 @@ MISTAKES = {
     "nothing to train on": (["--trainer.limit_train_batches=0"], ["limit_train_batches 0"]),
     "second folder": (["more"], ["'more'", "right after the verb"]),
     "pretrained": (["--pretrained=deit_tny_patch16_224"], ["deit_tiny_patch16_224"]),
-    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "where you may write"]),
+    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "Make room, or give access"]),
 }
 
 
@@ -290,7 +290,6 @@ def test_config_that_does_not_exist(cli):
         ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
         ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
         ("data:\n  batch_size: many\n", ["mine.yaml", "--data.batch_size is 'many'", "must be int"]),
-        ("fault: nan_loss@7\n", ["'fault'", "guard-accuracy"]),
         ("resume: auto\n", ["resume belongs on the command line"]),
         ("- data\n", ["mine.yaml is no configuration"]),
         ("data: [\n", ["mine.yaml", "line 2"]),

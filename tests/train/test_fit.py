@@ -228,8 +228,8 @@ def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeyp
     given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
     assert cli("test", other, *given).code == 0
-    picture = next((other / "cat").iterdir())
-    picture.rename(picture.with_stem("another"))
+    for picture in [*other.rglob("*.png")]:
+        picture.rename(picture.with_stem(f"another {picture.stem}"))
     outcome = cli("test", other, *given)
     assert outcome.code == 2
     assert "splits.csv" in outcome.err

@@ -195,12 +195,7 @@ def divide(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
 
 
 def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Like:
-    """Weights and moments divided as these parameters are.
-
-    Args:
-        weights: the parameters by their names in `state_dict`.
-        learning: those of the optimizer, in its order.
-    """
+    """Weights and moments divided as these parameters, by their names and in the optimizer's order, are."""
 
     def like(place: Place) -> Tensor | None:
         found = None
