@@ -73,15 +73,10 @@ def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
 
 # ---- names from outside
 #
-# Names from outside (of files, folders and classes): how they are shown, written into CSV and JSON, and hashed.
-#
-# A file name may hold anything but a slash: bytes that are no UTF-8 (Python keeps each as a lone surrogate), escape
-# sequences that steer a terminal, signs that turn the order of the text, line breaks, a spreadsheet's formula. The
-# program works with the exact name; a person and a CSV file get the shown one, and JSON says the exact name in its own
-# escapes. Class names are words for people: they are shown from the moment they are read, from a folder as from a saved
-# model, so that both sides compare equal.
-#
-# Sources: Unicode Standard Annex 9 (bidirectional controls); OWASP, "CSV Injection".
+# A name of a file, folder or class may hold anything: bytes that are no UTF-8 (Python keeps each as a lone surrogate),
+# escape sequences that steer a terminal, signs that turn the order of the text (Unicode Annex 9), line breaks, a
+# spreadsheet's formula (OWASP, "CSV Injection"). The program works with the exact name of a file; a person and a CSV
+# get the shown one, and JSON the exact one in its own escapes. Class names are shown from the moment they are read.
 
 # C0, DEL and C1 controls; Arabic letter mark; zero-width space; marks, embeddings, overrides and isolates of direction;
 # line and paragraph separator; word joiner and other invisible signs; lone surrogates; byte order mark. The zero-width

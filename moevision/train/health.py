@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from moevision.config import MAX_RECORDED, EarlyStoppingConfig, EmaConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
 from moevision.data.collection import in_turn
-from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.data.images import is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
@@ -297,12 +297,9 @@ class WeightEMA(L.Callback):
     the warm-up the decay grows as `1 - (1 + updates)^-0.75`, so that a short training soon forgets its first weights.
     Lightning's `EMAWeightAveraging` (2.6) counts refused steps too, and copies the module, which FSDP2 refuses.
 
-    Validation sees the average in place of the weights, which come back afterwards. A checkpoint holds it as
-    `state_dict`, so that test and export use it without knowing of it, and the weights as `current_model_state`, as
-    Lightning's has. After `fit` the model *is* the average.
-
-    In the list of callbacks it stands in front of the `StabilityGuard`. `updates` are in the average; while `swapped`,
-    the network holds the average and `network` the weights.
+    Validation, test and export use the average: a checkpoint holds it as `state_dict`, and the weights that training
+    goes on with as `current_model_state`, as Lightning's has. After `fit` the model *is* the average. While `swapped`,
+    the network holds the average and `network` the weights. It stands in front of the `StabilityGuard`.
     """
 
     def __init__(self, config: EmaConfig) -> None:
@@ -485,14 +482,10 @@ class RecordRouting(L.Callback):
         return self._history.steps[-1] if len(self._history) else -1
 
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
-        data, asked, divided = cast(Any, trainer).datamodule, self.config.images, parallel_strategy(trainer) is not None
-        trial = bool(cast(Any, trainer).fast_dev_run)
+        data, asked = cast(Any, trainer).datamodule, self.config.images
         total = trainer.estimated_stepping_batches  # asks all processes
-        if not moe_layers(task.net) or not trainer.is_global_zero or trial or divided:
-            return False
-        if total == float("inf"):
-            if isinstance(asked, str):
-                raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
+        alone = trainer.is_global_zero and parallel_strategy(trainer) is None
+        if not moe_layers(task.net) or not alone or bool(cast(Any, trainer).fast_dev_run) or total == float("inf"):
             return False
         if isinstance(asked, str):
             names, pixels = _read(Path(asked), data.image_size, data.framing)
@@ -502,8 +495,7 @@ class RecordRouting(L.Callback):
             return False
         self._images = normalize(pixels, data.mean, data.std)
         batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        moments = self.config.moments or moments_for(int(total), batch, len(names))
-        self._planned = planned_moments(int(total), moments)
+        self._planned = planned_moments(int(total), self.config.moments or moments_for(int(total), batch, len(names)))
         self._history = RoutingHistory(names, tuple(data.class_names), int(total), task.arch.pretrained is not None)
         if trainer.global_step and self.file.is_file():
             earlier = RoutingHistory.load(self.file).until(trainer.global_step)
@@ -560,9 +552,6 @@ def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, .
         raise UserError(
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
-    try:
-        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
-    except BadImageError as error:
-        raise UserError(f"An image below --record_routing.images can't be used: {error}") from error
+    pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
     names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
     return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)

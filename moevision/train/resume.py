@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +26,8 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
-from moevision.config import CheckpointConfig, Given, MoEConfig, complete
+from moevision.config import CheckpointConfig, Given, complete
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -497,23 +495,16 @@ def load_trained(address: str) -> SavedModel:
         state = checkpoint["state_dict"].items()
         weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
         kept = path.parent / START
-        _check_size(task.arch, sizes, kept, weights)
+        # Options that describe a larger model than the weights are get no memory for it.
+        given = {name: value for name, value in asdict(task.arch).items() if name != "pretrained" and value is not None}
+        check_arguments({**given, "num_classes": sizes[0], "img_size": sizes[1]})
+        with torch.device("meta"):
+            outline = build_model(task.arch, *sizes, load_pretrained=False, kept=kept)
+        if sum(x.numel() for x in outline.parameters()) > sum(x.numel() for x in weights.values()):
+            raise ValueError("it describes more weights than it holds")
         task.build(*sizes, load_pretrained=False, kept=kept)
         task.net.load_state_dict(weights)
         names, (mean, std) = known["class_names"], ((float(r), float(g), float(b)) for r, g, b in known["mean_std"])
         if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
             raise ValueError("its classes have no names")
-        if not all(map(isfinite, (*mean, *std))) or min(std) <= 0:
-            raise ValueError("its mean and deviation of pixels are none")
         return SavedModel(task.net.eval(), list(names), sizes[1], mean, std)
-
-
-def _check_size(arch: MoEConfig, sizes: tuple[int, int], kept: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuse options that describe a larger model than the weights are; nothing is allocated to find out."""
-    options = {name: value for name, value in asdict(arch).items() if name != "pretrained" and value is not None}
-    check_arguments({**options, "num_classes": sizes[0], "img_size": sizes[1]})
-    with torch.device("meta"):
-        outline = build_model(arch, *sizes, load_pretrained=False, kept=kept)
-    described, held = (sum(x.numel() for x in each) for each in (outline.parameters(), weights.values()))
-    if described > held:
-        raise ValueError(f"it describes {described:,} weights and holds {held:,}")

@@ -141,15 +141,13 @@ class ClassificationTask(L.LightningModule):
             if data is None:
                 raise UserError("Give ClassificationTask num_classes and image_size, or train it with ImageDataModule.")
             self.build(data.num_classes, data.image_size, load_pretrained=stage == "fit")
-        elif data is not None and data.num_classes != self.hparams["num_classes"]:
-            raise UserError(
-                f"The model knows {self.hparams['num_classes']} classes, the data has {data.num_classes}: "
-                "use the data that it was trained on, or train a new model."
-            )
-        elif data is not None and data.image_size != (size := self.hparams["image_size"]):
-            raise UserError(
-                f"The model takes images of {size} px, the data has {data.image_size}: use --data.image_size {size}."
-            )
+        elif data is not None:
+            known = self.hparams["num_classes"], self.hparams["image_size"]
+            if (data.num_classes, data.image_size) != known:
+                raise UserError(
+                    f"The model is of {known[0]} classes and images of {known[1]} px, the data has {data.num_classes} "
+                    f"and {data.image_size} px: use the data that it was trained on, with --data.image_size {known[1]}."
+                )
         if data is not None:
             self.class_weight = data.class_weight_tensor()
         if self.compile_blocks and stage == "fit":
