@@ -30,7 +30,6 @@ from moevision.models.convert import dense_twin, one_or_list
 from moevision.models.io import SavedModel, load_model
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.train.provenance import cpu_model, gpu_names
-from moevision.train.recipe import default_precision
 from moevision.words import loading
 
 
@@ -186,6 +185,8 @@ def findings(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def look() -> dict[str, Any]:
     """What this process can use; None where the system doesn't say."""
+    from moevision.train.recipe import default_precision  # Lightning comes along
+
     memory, shm = memory_available_bytes(), Path("/dev/shm")
     return {
         "cpu": cpu_model(),

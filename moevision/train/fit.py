@@ -643,7 +643,7 @@ def _in_sentences(session: Session) -> Iterator[None]:
             raise
         command = session.resume_command or "the same command"
         what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        raise UserError(f"{what}. Make room, or give access, then go on with {command}.") from error
+        raise UserError(f"{what}: mend that, then go on with {command}.") from error
     except RuntimeError as error:
         # The second: gloo's words for a connection that has gone.
         if not several_processes() or not (isinstance(error, dist.DistError) or "by peer" in str(error)):

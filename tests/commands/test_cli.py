@@ -235,7 +235,7 @@ MISTAKES = {
     "nothing to train on": (["--trainer.limit_train_batches=0"], ["limit_train_batches 0"]),
     "second folder": (["more"], ["'more'", "right after the verb"]),
     "pretrained": (["--pretrained=deit_tny_patch16_224"], ["deit_tiny_patch16_224"]),
-    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "Make room, or give access"]),
+    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "mend that"]),
 }
 
 

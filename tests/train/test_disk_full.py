@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     assert "Traceback" not in outcome.err
     *_, last = outcome.err.splitlines()
     assert last.startswith("moevision: No space left on device")
-    assert last.endswith("Make room, or give access, then go on with moevision fit --resume runs/full.")
+    assert last.endswith("mend that, then go on with moevision fit --resume runs/full.")
     assert not list(small_disk.rglob("*.tmp"))
     assert not Path("runs/full/summary.json").exists()
 

@@ -385,7 +385,7 @@ def test_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
         outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1] == (
-        "moevision: No space left on device: runs/pets/checkpoints/last.ckpt. Make room, or give access, then go on "
+        "moevision: No space left on device: runs/pets/checkpoints/last.ckpt: mend that, then go on "
         "with moevision fit --resume runs/pets."
     )
     assert cli("fit", "--resume", "runs/pets").code == 0
