@@ -12,7 +12,7 @@ experts [E, out, in] are E maps, where timm's own `Muon` (1.0.31) takes them for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from timm.models import group_parameters
@@ -111,6 +111,8 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
         layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
         learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
     else:
+        if freeze not in get_args(FreezeAllBut):
+            raise UserError(f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}.")
         modules: list[nn.Module] = _heads(net)
         if freeze == "all_but_experts":
             if not (layers := moe_layers(net)):
