@@ -1,72 +1,57 @@
 """benchmarks/analysis/README.md."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.records import Claim, Definition
 
 Json = dict[str, Any]
 ATLAS, CARD = "moevision/demo/models/pets/atlas.json", "moevision/demo/models/pets/card.json"
 COVERAGE = "benchmarks/analysis/coverage.json"
-QUESTIONS = {
-    "class": "class", "class_given_position": "class at a place", "position": "place",
-    "part": "drawn part, beyond place",
-}  # fmt: skip
-
-
-def of_layer(record: Json, number: int, about: str) -> Json:
-    """What one layer's experts tell about something, with each baseline's largest value."""
-    layer = next(layer for layer in record["layers"] if layer["layer"] == number)
-    entry = next(entry for entry in layer["information"] if entry["about"] == about)
-    baselines = {name: max(*values, 0.0) for name, values in entry["baselines"].items()}
-    return {
-        **entry,
-        **baselines,
-        "about": QUESTIONS[about],
-        "above": "yes" if all(entry["above"][name] for name in ("null", "baselines")) else "no",
-    }
 
 
 def table(record: Json) -> list[Json]:
-    """Every layer and question."""
-    return [of_layer(record, layer["layer"], about) for layer in record["layers"] for about in QUESTIONS]
+    """What every layer's first choices tell about the class, beside its controls."""
+    rows = []
+    for layer in record["layers"]:
+        (first, _, every, *_), (fresh, clusters, trainings, *_) = (answer["numbers"] for answer in layer["answers"][:2])
+        found = re.match(r"\w+: ([\d.]+) bits above shuffled labels \(95 % CI ([\d.]+ to [\d.]+)\)", first)
+        both = re.match(r"All choices: .*?, ([\d.]+) bits \(95 % CI ([\d.]+ to [\d.]+)\)", every)
+        ranges = [re.search(r": ([\d.]+ to [\d.]+) bits \(router", words) for words in (fresh, clusters)]
+        beyond = re.search(r"by training: (.*) bits", trainings)
+        assert found and both and all(ranges) and beyond  # noqa: PT018
+        untrained, split = (cast(re.Match[str], found)[1] for found in ranges)
+        rows.append(
+            {"name": layer["name"], "first": found[1], "of_first": found[2], "all": both[1], "of_all": both[2],
+             "untrained": untrained, "clusters": split, "beyond": beyond[1]}
+        )  # fmt: skip
+    return rows
 
 
 def answers(record: Json) -> Json:
-    """What block 3 answers to the first two questions, of first choices, and block 1 to the third."""
-    first, last = (next(layer for layer in record["layers"] if layer["layer"] == number) for number in (1, 3))
-    experts, training, _ = last["answers"]
-    function = first["answers"][2]
-    bits = re.match(r"L3: ([\d.]+) bits", experts["numbers"][0])
+    """What the last MoE layer answers to the three questions, of first choices."""
+    experts, training, function = record["layers"][-1]["answers"]
+    bits = re.match(r"L2: ([\d.]+) bits", experts["numbers"][0])
     clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
-    points = re.search(r"any other costs ([\d.]+) points", function["detail"])
-    assert bits
-    assert clusters
-    assert points
-    assert (experts["answer"], function["answer"]) == ("yes", "a little")
-    assert function["detail"].startswith("a class's favourite no more than others")
-    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "n_images": record["n_images"]}
-    return {**found, "training": training["answer"]}
+    points = re.match(r"exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", function["detail"])
+    others = re.search(r"any two other experts ([−\d.]+)", function["detail"])
+    assert bits and clusters and points and others  # noqa: PT018
+    assert (experts["answer"], function["answer"]) == ("yes", "yes")
+    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "interval": points[2], "others": others[1]}
+    return {**found, "n_images": record["n_images"], "training": training["answer"]}
 
 
 CLAIMS = [
     Claim(CARD, "seed {seed}; {accuracy[moe]:.1%} of {test_images:,} test images right"),
     Claim(ATLAS, "{n_images:,} of the test images"),
-    Claim(ATLAS, "first choices: {bits} bits in L3, clusters {clusters}", answers),
+    Claim(ATLAS, "first choices: {bits} bits in L2, clusters {clusters}", answers),
     Claim(
         ATLAS,
-        "| {name}, {about} | **{value_bits:.3f}** ({low:.3f} to {high:.3f}) | {share_of_entropy:.1%} | {null_mean:.3f} "
-        "| {untrained:.3f} | {hash:.3f} | {hash_position:.3f} | {kmeans_colour:.3f} | {kmeans_input:.3f} "
-        "| {seeds[0]:.3f}, {seeds[1]:.3f} | {above} |",
+        "| {name} | **{first}** ({of_first}) | {all} ({of_all}) | {untrained} | {clusters} | {beyond} |",
         table,
     ),
-    Claim(
-        ATLAS,
-        "In L3 seed 0 tells {value_bits:.2f} bits about the class, the other trainings {seeds[0]:.2f} and "
-        "{seeds[1]:.2f}",
-        lambda record: of_layer(record, 3, "class"),
-    ),
-    Claim(ATLAS, "A little: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
+    Claim(ATLAS, "A little in L1: {detail}.", lambda record: record["layers"][0]["answers"][2]),
+    Claim(ATLAS, "Yes in L2: {detail}.", lambda record: record["layers"][1]["answers"][2]),
     Claim(
         COVERAGE,
         "Lowest coverage over {settings} settings: {score:.1%} for the interval in use; for class, {basic:.1%} for the "
