@@ -22,8 +22,8 @@ def few_and_many(*rows: dict[str, Any]) -> dict[str, float]:
 MORE_ACCURATE = [
     Claim(
         sparsity.FILES,
-        "After one epoch of CIFAR-10 a MoE has {right:.1%}, its dense twin {twin:.1%}: {mean:+.1f} points ({low:+.1f} to "
-        "{high:+.1f}; {seeds} seeds) at equal steps",
+        "After one epoch of CIFAR-10 a MoE has {right:.1%}, its dense twin {twin:.1%}: {mean:+.1f} points "
+        "({low:+.1f} to {high:+.1f}; {seeds} seeds) at equal steps",
         sparsity.accuracy,
     ),
     Claim(
@@ -31,12 +31,15 @@ MORE_ACCURATE = [
         "when both train for as long {shown}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
         sparsity.at_equal_time,
     ),
-    Claim((*accuracy.CIFAR, accuracy.TWIN), "after ten epochs ({moe:.1%} and {twin:.1%}; three trainings", accuracy.ends),
+    Claim(
+        (*accuracy.CIFAR, accuracy.TWIN), "after ten epochs ({moe:.1%} and {twin:.1%}; three trainings", accuracy.ends
+    ),
 ]
 CLAIMS = [
     Claim(
         quickstart.NOW,
-        "one CPU core ({seconds} s without bfloat16) and gets {mean:.1%} of its test images right (mean of three seeds)",
+        "one CPU core ({seconds} s without bfloat16) and gets {mean:.1%} of its test images right (mean of three "
+        "seeds)",
         quickstart.of_command,
     ),
     Claim(
@@ -59,7 +62,11 @@ CLAIMS = [
         "fine-tuned on cats and dogs: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",
         accuracy.moe_less_dense,
     ),
-    Claim(infer.BEFORE, "{one:.2f} times the time for one image in float32 on one core, {many:.2f} times for 64", few_and_many),
+    Claim(
+        infer.BEFORE,
+        "{one:.2f} times the time for one image in float32 on one core, {many:.2f} times for 64",
+        few_and_many,
+    ),
     Claim(
         STEP,
         "training {moe:.0f} against {twin:.0f} images/s and {moe_mib:.0f} against {twin_mib:.0f} MiB",
