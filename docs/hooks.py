@@ -128,10 +128,12 @@ def _is_notebook(uri: str) -> bool:
 
 def _page_of(notebook: Path) -> str:
     """A notebook as Markdown: its texts, its code but for the cell that installs, and a mark where each output goes."""
-    title, _, *cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    title, *cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     parts = ["".join(title["source"]), f'<p><a href="../{notebook.name}" download>The notebook as a file</a></p>']
-    for number, cell in enumerate(cells, 2):
+    for number, cell in enumerate(cells, 1):
         text = "".join(cell["source"])
+        if text.startswith("# Where moevision is missing"):
+            continue
         if cell["cell_type"] == "markdown":
             parts.append(text.replace("<details>", '<details markdown="1">'))
             continue

@@ -19,9 +19,7 @@ from moevision.layers import Routing
 class RoutingStatistics(Metric):
     """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
 
-    Args:
-        layers: block index of each MoE layer, in order of depth.
-        num_experts: E, one for all layers or one for each.
+    `layers` are block indices in order of depth, `num_experts` is E, one for all layers or one for each.
     """
 
     full_state_update = False

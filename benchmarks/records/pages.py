@@ -64,8 +64,8 @@ CLAIMS = {
             analysis.ATLAS,
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
             "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things, yes: "
-            "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}), any two "
-            "other experts {others}",
+            "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}), "
+            "any two other experts {others}",
             analysis.answers,
         ),
         Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),

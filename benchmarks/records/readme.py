@@ -22,8 +22,8 @@ def few_and_many(*rows: dict[str, Any]) -> dict[str, float]:
 MORE_ACCURATE = [
     Claim(
         sparsity.FILES,
-        "After one epoch of CIFAR-10 a MoE has {right:.1%}, its dense twin {twin:.1%}: {mean:+.1f} points ({low:+.1f} to "
-        "{high:+.1f}; {seeds} seeds) at equal steps",
+        "After one epoch of CIFAR-10 a MoE has {right:.1%}, its dense twin {twin:.1%}: {mean:+.1f} points "
+        "({low:+.1f} to {high:+.1f}; {seeds} seeds) at equal steps",
         sparsity.accuracy,
     ),
     Claim(
@@ -38,7 +38,8 @@ MORE_ACCURATE = [
 CLAIMS = [
     Claim(
         quickstart.NOW,
-        "one CPU core ({seconds} s without bfloat16) and gets {mean:.1%} of its test images right (mean of three seeds)",
+        "one CPU core ({seconds} s without bfloat16) and gets {mean:.1%} of its test images right (mean of three "
+        "seeds)",
         quickstart.of_command,
     ),
     Claim(

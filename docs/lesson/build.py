@@ -4,9 +4,10 @@
     python docs/lesson/build.py docs/lesson.html --measure    # its numbers anew first: 2 minutes on one core
 
 Text, toy and style lie beside this file; the page's base and a few helpers are the explorer's. `measure` makes all
-numbers, from the bundled models alone: routing of three bundled photos as `route_image` exports it, recorded routing
-before the training, counts over all test photos (atlas.json), and what happens to drawn pets when an expert is taken
-away. Which expert that is was chosen on validation images; what is reported was counted on test images.
+numbers: routing of three bundled photos as `route_image` exports it, recorded routing before the training, counts over
+all test photos (atlas.json), what happens to drawn pets when an expert is taken away, and the accuracies of
+benchmarks/sparsity. Which expert is taken away was chosen on validation images; what is reported was counted on test
+images.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import base64
 import io
 import json
+import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -40,9 +43,11 @@ from moevision.models.history import RoutingHistory
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_json
 
-HERE: Final = Path(__file__).parent
+HERE: Final = Path(__file__).resolve().parent
+ROOT: Final = HERE.parents[1]
 NUMBERS: Final = "lesson_numbers.json"
 PHOTOS: Final = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/gcompris_shepherd.jpg")
+BLOCK: Final = "moe-block.svg"  # of docs/img/
 GATE_PATCH: Final = 66  # of the first photo, in the layer below: on the cat's nose
 LAYER: Final = 9
 PETS: Final = 400  # drawn images of each split
@@ -62,12 +67,13 @@ def lesson_html() -> str:
     """The page."""
     home = bundled_folder("cats_vs_dogs") / "examples"
     photos = {name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS}
+    block = f"data:image/svg+xml;base64,{_base64((ROOT / 'docs' / 'img' / BLOCK).read_bytes())}"
     script = script_of(
         "lesson.js",
-        "startLesson(document.querySelector('[data-lesson]'), LESSON, PHOTOS);",
+        "startLesson(document.querySelector('[data-lesson]'), LESSON, PICTURES);",
         read=read_module,
         LESSON=json.loads(read_module(NUMBERS)),
-        PHOTOS=photos,
+        PICTURES={**photos, BLOCK: block},
     )
     style = f"{read_css(CORE_STYLES[:1])}\n{without_comments(read_module('lesson.css'))}"
     body = (
@@ -93,6 +99,7 @@ def measure() -> dict[str, Any]:
             "title": card.title,
             "data": card.data,
             "grid": list(facts.grid),
+            "depth": len(saved.net.blocks),
             "layers": list(numbered_layers(saved.net)),
             "layer": LAYER,
             "experts": facts.router(LAYER).num_experts,
@@ -119,7 +126,7 @@ def measure() -> dict[str, Any]:
         },
         "without": _without(),
         "photos_without": _photos_without(saved, folder / "examples"),
-        "routes": _routes(),
+        "sparsity": sparsity(),
     }
 
 
@@ -190,26 +197,23 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
     }
 
 
-def _routes() -> dict[str, Any]:
-    """Drawn pets classified correctly by the model's routes, random ones, and one expert for all in each layer."""
-    saved = bundled_model("pets")
-    pets = SyntheticPets(PETS, saved.image_size, split="test")
-    images = np.stack([pets.image(index) for index in range(PETS)])
-    labels = np.array([pets.label(index) for index in range(PETS)])
-    layers = numbered_layers(saved.net)
-    ways = {
-        "own": [[]],
-        "random": [[Intervention("random", seed=seed)] for seed in range(5)],
-        "one": [
-            [Intervention("force", layer=layer, expert=expert) for layer in layers]
-            for expert in range(next(iter(layers.values())).router.num_experts)
-        ],
-    }
-    right = {
-        name: [int((_changed(saved, images, *changes) == labels).sum()) for changes in each]
-        for name, each in ways.items()
-    }
-    return {"images": PETS, "right": right}
+def sparsity() -> dict[str, Any]:
+    """Test accuracy with experts and of the dense twin after equal steps, and the difference at equal time."""
+    sys.path[:0] = [str(ROOT)]  # benchmarks/ is outside the package
+    from benchmarks.records.sparsity import at_equal_time
+    from benchmarks.sparsity.verdict import finished, runs_of
+
+    lines = (ROOT / "benchmarks" / "sparsity" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    runs = {arm: finished(runs_of(records, "cpu", arm)) for arm in ("moe", "twin")}
+    equal_time = at_equal_time(*records)
+    return {
+        "seeds": {arm: len(found) for arm, found in runs.items()},
+        "right": {arm: round(statistics.fmean(run["test_top1"] for run in found.values()), 4)
+                  for arm, found in runs.items()},
+        "equal_time": {name: round(equal_time[name], 2) for name in ("mean", "low", "high")},  # points
+        "verdict": equal_time["verdict"],
+    }  # fmt: skip
 
 
 def _neighbours(maps: npt.NDArray[np.int64]) -> float:
@@ -241,7 +245,7 @@ def _without() -> dict[str, Any]:
     flipped = (after["test", *telling] != plain["test"]) & (plain["test"] == labels)
     shown = int(np.flatnonzero(flipped)[0])
     return {
-        "data": "drawn pets",
+        "title": read_card(bundled_folder("pets") / "card.json").title,
         "images": PETS,
         "experts": [
             {

@@ -9,16 +9,16 @@ import { clamp, html, present } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
 
 /**
- * @param {HTMLElement} root @param {LessonNumbers} numbers @param {Record<string, string>} photos data address by name
+ * @param {HTMLElement} root @param {LessonNumbers} numbers @param {Record<string, string>} pictures data address by name
  */
-export function startLesson(root, numbers, photos) {
-  const steps = lessonSteps(numbers, photos);
-  root.innerHTML = String(html`${head(steps)}${steps.map(section)}${foot(numbers)}
+export function startLesson(root, numbers, pictures) {
+  const steps = lessonSteps(numbers, pictures);
+  root.innerHTML = String(html`${head(steps, numbers)}${steps.map(section)}${foot(numbers)}
     <nav class="ls-bar" aria-label="Projector"><button type="button" class="mv-button" data-go="back">Back</button><span class="mv-num" data-place></span>
-      <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`);
+      <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`).replace(/(?<=\d) (?=[%M])/g, "\u00a0"); // a number stays with its unit
   linkExplorer(root);
   const { model, photos: [cat], game } = numbers;
-  startHero(root, photos[cat.name], cat.first[model.layer], /** @type {[number, number]} */ (model.grid));
+  startHero(root, pictures[cat.name], cat.first[model.layer], /** @type {[number, number]} */ (model.grid));
   startSizes(root, model);
   new Playground(root);
   new RouterGame(root, game);
@@ -39,38 +39,40 @@ function linkExplorer(root) {
 /** @param {LessonStep[]} steps @param {(step: LessonStep) => number} of */
 const total = (steps, of) => steps.reduce((sum, step) => sum + of(step), 0);
 
-/** @param {LessonStep[]} steps */
-const head = (steps) => html`<nav class="mv-site" aria-label="Pages"><a data-explore>Explorer</a><a aria-current="page" href="#step-1">Lesson</a></nav>
-  <header class="ls-head"><h1>Mixture of Experts in ${total(steps, ({ minutes }) => minutes)} minutes</h1>
-  <p>Predict first, then look. Every number on this page comes from the two models that moevision carries; no network is needed.</p>
-  <p class="ls-row"><button type="button" class="mv-primary" data-projector>Projector</button><button type="button" class="mv-button" data-alone aria-pressed="false">Alone, in ${total(steps, ({ alone = 0 }) => alone)} minutes</button>
-    <span class="mv-soft">Projector: large type, one step at a time; <kbd>→</kbd> shows the answer, then the next step, <kbd>Esc</kbd> leaves</span></p>
-  <ol class="ls-plan">${steps.map(({ title, minutes, alone }, index) => html`<li data-number="${index + 1}" class="${alone ? "" : "ls-class"}"><a href="#step-${index + 1}">${title}</a> <span class="mv-soft mv-num">${minutes} min</span></li>`)}</ol>${teacher(steps)}</header>`;
+const QUESTIONS = 5; // minutes
+
+/** @param {LessonStep[]} steps @param {LessonNumbers} numbers */
+const head = (steps, { model, without }) => html`<nav class="mv-site" aria-label="Pages"><a data-explore>Explorer</a><a aria-current="page" href="#step-1">Lesson</a></nav>
+  <header class="ls-head"><h1>Mixture of Experts in ${total(steps, ({ minutes }) => minutes) + QUESTIONS} minutes</h1>
+  <p>Predict first, then look. The numbers are those of two models that moevision carries, ${model.title} and ${without.title}, and of a toy that trains in this page; others name their source. No network is needed.</p>
+  <ol class="ls-plan">${steps.map(({ title, minutes, alone }, index) => html`<li data-number="${index + 1}" class="${alone ? "" : "ls-class"}"><a href="#step-${index + 1}">${title}</a> <span class="mv-soft mv-num">${minutes} min</span></li>`)}
+    <li class="ls-class" data-number=""><span>Questions</span> <span class="mv-soft mv-num">${QUESTIONS} min</span></li></ol>
+  <p class="ls-row"><button type="button" class="mv-button" data-alone aria-pressed="false">Alone, in ${total(steps, ({ alone = 0 }) => alone)} minutes</button>
+    <button type="button" class="mv-button" data-projector>Projector</button><span class="mv-soft"><kbd>→</kbd> answer, then next step; <kbd>Esc</kbd> leaves</span></p>${teacher(steps)}</header>`;
 
 /** @param {LessonStep[]} steps */
 const teacher = (steps) => html`<details class="ls-teacher"><summary>For teachers</summary>
   <p><b>Goals.</b> Say why a model has more parameters than it uses. Compute one choice of a router by hand. Explain collapse and the balance loss. Know what to ask when somebody shows a coloured photo.</p>
-  <p><b>Needed.</b> Weighted means, e to a power, and that a network has weights which are trained; no programming. A projector; this file works without a network.</p>
-  <p><b>Printed</b>, this page is the answer key: all answers are open on paper.</p>
+  <p><b>Needed.</b> Weighted means, e to a power, dot products, and that a network has weights which are trained; no programming.</p>
+  <p><b>Printed</b>, this page is a worksheet: answers closed, lines to write on. With this box open the key comes first.</p>
   <div class="ls-wide"><table class="ls-table"><thead><tr><th scope="col">step</th><th scope="col">min</th><th scope="col">answer</th><th scope="col">in class</th></tr></thead>
     <tbody>${steps.map(({ title, minutes, choices, right, note }, index) => html`<tr><th scope="row">${index + 1}. ${title}</th><td>${minutes}</td><td>${choices[right] ?? "open"}</td><td>${note}</td></tr>`)}</tbody></table></div></details>`;
 
 /** @param {LessonStep} step @param {number} index */
 const ask = ({ question, choices, right }, index) => html`<div class="ls-ask" role="group" aria-labelledby="question-${index + 1}"><p class="ls-question" id="question-${index + 1}">${question}</p>
   ${choices.map((choice, place) => html`<button type="button" class="ls-choice" data-choice="${place}" aria-pressed="false"><span>${choice}</span>${place === right && html`<em data-right hidden>✓ right</em>`}</button>`)}
-  <button type="button" class="mv-primary" data-reveal aria-expanded="false" aria-controls="answer-${index + 1}">Show the answer</button></div>`;
+  <button type="button" class="mv-primary" data-reveal aria-expanded="false" aria-controls="answer-${index + 1}">Show the answer</button><div class="ls-lines" aria-hidden="true">${choices.length ? "Because" : ""}</div></div>`;
 
 /** @param {LessonStep} step @param {number} index */
-const section = (step, index) => html`<section class="ls-step ${step.alone ? "" : "ls-class"}" id="step-${index + 1}" aria-labelledby="title-${index + 1}">
+const section = (step, index) => html`<section class="ls-step ${step.alone ? "" : "ls-class"} ${step.stays ? "ls-stays" : ""}" id="step-${index + 1}" aria-labelledby="title-${index + 1}">
   <p class="ls-kicker">Step ${index + 1} · ${step.minutes} min</p><h2 id="title-${index + 1}" tabindex="-1">${step.title}</h2>
-  <div class="ls-body ${step.broad ? "ls-broad" : ""}"><div class="ls-text">${step.text}${!step.broad && ask(step, index)}</div>
-    ${step.broad && ask(step, index)}<div class="ls-look">${step.figure}</div></div>
-  <div class="ls-answer" id="answer-${index + 1}" hidden>${step.answer}</div></section>`;
+  <div class="ls-body"><div class="ls-text">${step.text}${ask(step, index)}</div><div class="ls-look">${step.figure}</div>
+    <div class="ls-answer" id="answer-${index + 1}" hidden>${step.answer}</div></div></section>`;
 
 /** @param {LessonNumbers} numbers */
 const foot = ({ photos, model, classes, without }) => html`<footer class="ls-foot mv-note"><h2>Where this comes from</h2>
   <p>Photos: ${photos.map(({ name, credit }) => `${name} (${credit})`).join("; ")}.</p>
-  <p>Model of photos: ${model.data}; ${classes.images} of the test photos are counted in step 7. Model of step 10: ${without.data} of moevision, drawn by code. One training each: another one deals other numbers.</p></footer>`;
+  <p>${model.title}: ${model.data}; step 7 counts ${classes.images} of the test photos. ${without.title}, of step 9: drawn by moevision’s code. One training each: another one deals other numbers. DeepSeek-V3: its report. CIFAR-10, in step 10: <code>benchmarks/sparsity</code> of moevision.</p></footer>`;
 
 class Lesson {
   /** @param {HTMLElement} root */

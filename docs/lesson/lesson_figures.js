@@ -1,4 +1,4 @@
-// Figures of the lesson: a photo with its routing, bars, tables. All of it is markup made from the lesson's numbers.
+// Figures of the lesson: a photo with its routing, tables. All of it is markup made from the lesson's numbers.
 
 import { chip, html, inkOn, rgba } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
@@ -23,13 +23,6 @@ export function photoFigure({ src, grid, about, caption }, { first, only, marks 
   return html`<figure class="ls-figure"><div class="ls-photo" style="--columns:${grid[1]};aspect-ratio:${grid[1]}/${grid[0]}">
     <img src="${src}" alt="${about}"><div class="ls-cells" aria-hidden="true">${cells}</div></div><figcaption>${caption}</figcaption></figure>`;
 }
-
-/**
- * Rows with a bar each.
- * @param {{ name: Fill, value: number, text: Fill, colour?: string }[]} rows @param {number} most value of a full bar
- */
-export const bars = (rows, most) => html`<ul class="ls-bars">${rows.map(({ name, value, text, colour }) => html`<li><span>${name}</span>
-  <span class="mv-bar mv-accent"><i style="width:${((value / most) * 100).toFixed(1)}%${colour ? `;background:${colour}` : ""}"></i></span><span class="mv-num">${text}</span></li>`)}</ul>`;
 
 /**
  * A number stays with its unit.

@@ -10,8 +10,13 @@ const FLIGHT_MS = 900;
 const SPREAD_MS = 1300; // from the first patch that leaves to the last one
 const smooth = (share) => share * share * (3 - 2 * share);
 
-export const heroBox = (about) => html`<figure class="ls-hero"><canvas role="img" aria-label="${about}" data-hero></canvas>
-  <figcaption><button type="button" class="mv-quiet" data-fly>Play again</button></figcaption></figure>`;
+/** @param {string} about @param {string} caption */
+export const heroBox = (about, caption) => html`<figure class="ls-hero"><canvas role="img" aria-label="${about}" data-hero></canvas>
+  <figcaption>${caption} <button type="button" class="mv-quiet" data-fly>Play again</button></figcaption></figure>`;
+
+/** The layers in a row, those with experts in their colours. @param {LessonNumbers["model"]} model @param {string} answer */
+export const layersStrip = ({ depth, layers, experts }, answer) => html`<p class="ls-strip" role="img" aria-label="${depth} layers in a row; L${layers.join(" and L")} have ${experts} experts each">patches →
+  ${Array.from({ length: depth }, (_, layer) => html`<b>L${layer}<span>${Array.from({ length: layers.includes(layer) ? experts : 1 }, (__, expert) => html`<i style="background:${layers.includes(layer) ? PALETTE[expert] : "var(--soft)"}"></i>`)}</span></b>`)} → ${answer}</p>`;
 
 /**
  * Draw the patches on their way, and again whenever the page is asked to.
@@ -40,8 +45,8 @@ export function startHero(root, source, first, grid) {
  */
 function drawSorting(canvas, photo, first, grid, ms) {
   const width = canvas.clientWidth;
-  const narrow = width < 620;
-  const [columns, rows] = narrow ? [4, 2] : [4, 2];
+  const narrow = width < 480;
+  const [columns, rows] = [4, 2];
   const gap = 12;
   const photoSide = narrow ? width : Math.round(width * 0.42);
   const [left, top] = narrow ? [0, photoSide + gap] : [photoSide + 3 * gap, 0];
@@ -115,7 +120,7 @@ export function expertDrawing({ width, hidden }) {
 }
 
 /** @param {LessonNumbers["model"]} model */
-export const sizesBox = (model) => html`<figure data-sizes>${expertDrawing(model)}<figcaption>One expert: an MLP of two layers, ${millions(costOf(1, model).parameters)} parameters. A few of its numbers are drawn.</figcaption></figure>
+export const sizesBox = (model) => html`<figure class="ls-one" data-sizes>${expertDrawing(model)}<figcaption>One expert: an MLP of ${millions(costOf(1, model).parameters)} parameters. A few of its numbers are drawn.</figcaption></figure>
   <label class="ls-slider"><span>Experts in the layer: <output data-sizes-box="count"></output></span>
     <input type="range" min="1" max="${SIZES.length - 1}" step="1" value="3" data-size></label>
   <div data-sizes-box="rows"></div>`;

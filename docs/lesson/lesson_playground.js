@@ -1,7 +1,6 @@
 // The toy of the lesson on two canvases: which expert each place goes to, and each expert's load over time. A slider
 // sets the weight of the balance loss, also while the router trains.
 
-import { expertMark } from "./lesson_figures.js";
 import { fresh, lossOf, route, sharing, spiral, train } from "./lesson_toy.js";
 import { brush, clamp, fillBox, fixed, html, percent, present, rgba } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
@@ -16,19 +15,21 @@ const TILES = 48; // in which the plane is coloured
 // Most happens in the first steps, and in those after the slider was moved: these are shown slowly.
 const PACES = [[40, 1 / 4], [160, 1], [Infinity, 5]]; // until so many steps since then: steps per frame
 const FRAMES = 288; // that have a step, up to 800 steps: the width of the curve
-const SOME_STEPS = 800; // what the answer counts after; made at once where motion is unwanted
-const LAST_STEP = 2400;
+// After a press of Train and after a move of the slider: what the answer counts after; made at once where motion is unwanted.
+const SOME_STEPS = 800;
 
 export const playgroundBox = () => html`<div class="ls-play" data-playground>
-  <div class="ls-plane"><canvas width="${SIDE}" height="${SIDE}" role="img" data-plane></canvas></div>
+  <figure class="ls-plane"><canvas width="${SIDE}" height="${SIDE}" role="img" data-plane></canvas><figcaption>Background and number: the expert. Red ring: wrong.</figcaption></figure>
   <div class="ls-knobs">
     <div class="ls-row"><button type="button" class="mv-primary" data-play="run">Train</button><button type="button" class="mv-button" data-play="again">New start</button>
       <span class="mv-soft mv-num" data-play-box="steps"></span></div>
     <label class="ls-slider"><span>Weight of the balance loss: <output data-play-box="balance"></output></span>
       <input type="range" min="0" max="${BALANCES.length - 1}" step="1" value="0" data-play="balance"></label>
-    <figure><canvas width="${SIDE}" height="${HIGH}" role="img" aria-label="Share of the points that each expert gets, step by step" data-curve></canvas>
-      <figcaption>Share of the points that each expert gets, over the training; the first steps, and those after a move of the slider (dashed), are drawn wider. Black line: points right.</figcaption></figure>
-    <div data-play-box="loads"></div><p class="ls-facts" data-play-box="facts"></p><p class="mv-hidden" role="status" data-play-box="said"></p></div></div>`;
+    <p class="ls-facts" data-play-box="facts"></p><p class="mv-hidden" role="status" data-play-box="said"></p></div>
+  <figure class="ls-curve"><canvas width="${SIDE}" height="${HIGH}" role="img" aria-label="Share of the points that each expert gets, step by step" data-curve></canvas>
+      <figcaption>Bands: each expert’s share of the points, from left to right. Dashed: a move of the slider, after which steps are drawn wider, as at the start. Black line: points right.</figcaption></figure></div>`;
+
+const stillWanted = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export class Playground {
   /** @param {HTMLElement} root holds `playgroundBox()` */
@@ -42,12 +43,14 @@ export class Playground {
     /** @type {{ load: number[], right: number, balance: number }[]} at each frame */
     this.past = [];
     this.moved = 0; // the step at which the slider was moved last
+    this.last = 0; // the step at which the training stops
     this.due = 0; // part of a step that is waiting for its frame
     root.addEventListener("click", (event) => this.onClick(/** @type {HTMLElement} */ (event.target)));
     this.find("[data-play=balance]").addEventListener("input", (event) => {
       this.rules.balance = BALANCES[Number(/** @type {HTMLInputElement} */ (event.target).value)];
       this.moved = this.net.steps;
       this.draw();
+      if (this.last && !stillWanted()) this.run();
     });
     this.draw();
   }
@@ -61,7 +64,8 @@ export class Playground {
   /** @param {HTMLElement} target */
   onClick(target) {
     const { play } = target.closest("button")?.dataset ?? {};
-    if (play === "run") this.toggle();
+    if (play === "run" && !this.running) this.run();
+    else if (play === "run") this.running = false;
     if (play === "again") this.start(this.seed + 1);
   }
 
@@ -70,25 +74,24 @@ export class Playground {
     this.seed = seed;
     this.net = fresh(EXPERTS, seed);
     this.past = [];
-    this.moved = 0;
+    [this.moved, this.last] = [0, this.running ? SOME_STEPS : 0];
     this.draw();
   }
 
-  toggle() {
-    if (!this.running && this.net.steps >= LAST_STEP) this.start(this.seed);
-    this.running = !this.running;
-    if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
-      const end = Math.min(LAST_STEP, this.net.steps + SOME_STEPS);
-      while (this.net.steps < end) this.advance();
-      this.running = false;
+  /** Train for some steps from here, or go on for as many. */
+  run() {
+    const asleep = !this.running;
+    this.last = this.net.steps + SOME_STEPS;
+    this.running = true;
+    if (stillWanted()) {
+      while (this.running) this.advance();
       this.draw();
-    } else if (this.running) requestAnimationFrame(() => this.frame());
+    } else if (asleep) requestAnimationFrame(() => this.frame());
     this.settle();
   }
 
   frame() {
-    if (!this.running) return;
-    this.advance();
+    if (this.running) this.advance();
     this.draw();
     if (this.running) requestAnimationFrame(() => this.frame());
     else this.settle();
@@ -102,7 +105,7 @@ export class Playground {
       const { load, right } = train(this.net, this.points, this.rules);
       if (this.due < 2) this.past.push({ load, right, balance: this.rules.balance });
     }
-    if (this.net.steps >= LAST_STEP) this.running = false;
+    if (this.net.steps >= this.last) this.running = false;
   }
 
   /** What a button and a screen reader say when training begins or ends. */
@@ -114,13 +117,11 @@ export class Playground {
   draw() {
     const { load, right } = lossOf(this.net.weights, this.points, this.rules);
     const { busiest, atWork } = sharing(load);
-    const words = `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(right)} of points right.`;
+    const words = `${atWork} of ${EXPERTS} experts at work; busiest: ${fixed(busiest, 1)}× its fair share; ${percent(Math.floor(right * 100) / 100)} of points right.`;
     this.drawPlane(words);
     this.drawCurve();
     this.fill("balance", String(this.rules.balance));
     this.fill("steps", `${this.net.steps} steps`);
-    this.fill("loads", html`<ul class="ls-bars ls-fair" style="--fair:${100 / EXPERTS}%">${load.map((share, expert) => html`<li><span>${expertMark(expert)}</span>
-      <span class="mv-bar mv-accent"><i style="width:${(share * 100).toFixed(1)}%;background:${PALETTE[expert]}"></i></span><span class="mv-num">${percent(share)}</span></li>`)}</ul>`);
     this.fill("facts", words);
   }
 

@@ -55,9 +55,9 @@ export function randomCost(game) {
 export const routerBox = ({ label, side }, source) => html`<div class="ls-game" data-game>
   <div class="ls-photo ls-pieces" style="--columns:${side}"><img src="${source}" alt="Photo of a ${label}, in ${side * side} pieces">
     <div class="ls-cells">${Array.from({ length: side * side }, (_, piece) => html`<button type="button" data-piece="${piece}"></button>`)}</div></div>
-  <div><div class="ls-boxes" role="group" aria-label="Experts">${[...BOXES].map((letter, box) => html`<button type="button" data-box="${box}" aria-pressed="${box === 0}"><b style="background:${PALETTE[box]};color:${inkOn(PALETTE[box])}">${letter}</b> <span data-count></span>
+  <div class="ls-boxes" role="group" aria-label="Experts">${[...BOXES].map((letter, box) => html`<button type="button" data-box="${box}" aria-pressed="${box === 0}"><b style="background:${PALETTE[box]};color:${inkOn(PALETTE[box])}">${letter}</b> <span data-count></span>
     <canvas width="${BOX_SIZE[0] * 2}" height="${BOX_SIZE[1] * 2}" aria-hidden="true"></canvas></button>`)}</div>
-  <p class="ls-row"><button type="button" class="mv-button" data-deal="own">The model’s choice</button><button type="button" class="mv-button" data-deal="random">At random</button><button type="button" class="mv-quiet" data-deal="none">Start again</button></p>
+  <div class="ls-deal"><p class="ls-row"><button type="button" class="mv-button" data-deal="own">The model’s choice</button><button type="button" class="mv-button" data-deal="random">At random</button><button type="button" class="mv-quiet" data-deal="none">Start again</button></p>
   <p class="ls-facts" role="status" data-game-said></p></div></div><div data-game-costs></div>`;
 
 export class RouterGame {
@@ -134,6 +134,6 @@ export class RouterGame {
     const row = (name, { answer, busiest, alike }) => [name, percent(answer, 1), `${fixed(busiest, 2)}×`, `${fixed(alike, alike % 1 ? 1 : 0)} of ${game.parts.length}`];
     const rows = [row("the model’s choice", costOfChoice(game, game.own.choice)), row(`at random, mean of ${DRAWS}`, this.random)];
     if (this.who !== "The model’s") rows.unshift(row(this.who === "Yours" ? "your choice" : "this random one", this.cost()));
-    return table(["shared out by", game.label, "fullest expert", "grouped as the model"], rows);
+    return table(["shared out by", game.label, "fullest expert", "grouped as the model, whatever the letters"], rows);
   }
 }

@@ -28,13 +28,13 @@ export interface LessonEffect {
 
 /** The numbers of the lesson, as build.py measures them. */
 export interface LessonNumbers {
-  model: { title: string; data: string; grid: number[]; layers: number[]; layer: number; experts: number; top_k: number; parameters: number; active_parameters: number; width: number; hidden: number };
+  model: { title: string; data: string; grid: number[]; depth: number; layers: number[]; layer: number; experts: number; top_k: number; parameters: number; active_parameters: number; width: number; hidden: number };
   photos: LessonPhoto[];
   gate: { patch: number; scores: number[]; shares: number[]; experts: number[]; weights: number[] };
   classes: { images: number; names: string[]; share: number[][] };
   neighbours: { photos: number; before: number; after: number; shuffled_before: number; shuffled_after: number };
   without: {
-    data: string;
+    title: string;
     images: number;
     right_test: number;
     experts: { name: string; work: number; changed_validation: number; changed_test: number }[];
@@ -43,8 +43,9 @@ export interface LessonNumbers {
     quiet: LessonEffect;
   };
   game: LessonGame;
-  routes: { images: number; right: { own: number[]; random: number[]; one: number[] } };
   photos_without: { photos: number; removals: number; changed: number };
+  /** Of benchmarks/sparsity: after equal steps; points at equal time. */
+  sparsity: { seeds: { moe: number; twin: number }; right: { moe: number; twin: number }; equal_time: { mean: number; low: number; high: number }; verdict: string };
 }
 
 /** Pieces of a photo that are given to four experts: what each adds to the score of the label [16, 4]. */
@@ -64,8 +65,8 @@ export interface LessonStep {
   minutes: number;
   /** Of ten minutes alone. */
   alone?: number;
-  /** Its figure needs the whole width. */
-  broad?: boolean;
+  /** On a projector its answer stands beside the figure, in the place of the text. */
+  stays?: boolean;
   /** For a teacher. */
   note: string;
   text: Fill;

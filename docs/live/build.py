@@ -161,8 +161,9 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         if one["id"] in (about["history"] or {"images": []})["images"]:
             asked = {"model": model, "picture": one["id"]}
             answers[key("history", model, one["id"])] = _answer(explorer, "history", asked)
-        # Of a large model the first expert that a visitor takes away shouldn't wait for it.
-        if is_packed(entry) and packed_file(entry).stat().st_size > _LARGE:
+        if (
+            is_packed(entry) and packed_file(entry).stat().st_size > _LARGE
+        ):  # the first expert that a visitor takes away shouldn't wait for it
             answers[key("without", model, one["id"])] = _without(explorer, entry, one["id"])
     for layer in about["layers"]:
         asked = {"model": model, "variant": "trained", "layer": layer}

@@ -1,7 +1,7 @@
 """Dispatch and combine: from tokens to rows sorted by expert, and back.
 
 The dispatcher owns no parameters. It is the only object that knows where experts live; here all are local, and
-`moevision.train.parallel.all_to_all` has the one whose experts are spread over processes.
+`moevision.train.parallel.layout` has the one whose experts are spread over processes.
 
 Axes: B images, N tokens of an image, T = B·N tokens, D width, K choices, R rows, E experts, C tokens that an expert
 takes of an image (expert choice), P slots of an expert (Soft MoE).

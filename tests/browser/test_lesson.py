@@ -28,23 +28,22 @@ def shown(page):
 def test_the_projector_goes_through_the_lesson_by_arrow_keys(lesson):
     one = lesson()
     page = one.page
-    assert len(shown(page)) == 11
+    assert len(shown(page)) == 10
     assert page.locator(".ls-answer:visible").count() == 0
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # behind the link to this page, the projector
-    for step in range(1, 12):
+    page.focus("[data-projector] >> nth=0")
+    page.keyboard.press("Enter")
+    for step in range(1, 11):
         assert shown(page) == [f"step-{step}"]
         assert page.evaluate("document.activeElement.id") == f"title-{step}"
         page.keyboard.press("ArrowRight")
         assert page.locator(".ls-answer:visible").count() == 1
         page.keyboard.press("PageDown" if step % 2 else "ArrowRight")
-    assert shown(page) == ["step-11"]
+    assert shown(page) == ["step-10"]
     page.keyboard.press("ArrowLeft")
-    assert page.url.endswith("#projector-10")
+    assert page.url.endswith("#projector-9")
     assert page.locator("[aria-expanded=true]:visible").text_content() == "Hide the answer"
     page.keyboard.press("Escape")
-    assert len(shown(page)) == 11
+    assert len(shown(page)) == 10
     assert one.complaints == []
     assert one.strangers(PAGE) == []
 
@@ -69,13 +68,60 @@ def test_the_toy_collapses_and_recovers_as_the_slider_moves(lesson):
     assert page.text_content(".ls-play [role=status]") == f"1600 steps. {facts.text_content()}"
 
 
-def test_a_slider_that_moves_while_the_router_trains_ends_the_collapse(lesson):
+def test_a_slider_that_moves_ends_the_collapse_late_as_well(lesson):
+    """While the router trains, and after it has stopped: each move is worth 800 more steps, and so is another press."""
     page = lesson("#step-6").page
+    steps = page.locator("[data-play-box=steps]")
+
+    def ended(count):
+        page.wait_for_function(
+            f"document.querySelector('[data-play-box=steps]').textContent === '{count} steps' && "
+            "document.querySelector('[data-play=run]').textContent === 'Train'"
+        )
+
     page.click("[data-play=run]")
-    page.wait_for_function("document.querySelector('[data-play-box=facts]').textContent.startsWith('1 of 4')")
-    page.locator("[data-play=balance]").fill("4")
-    page.wait_for_function("document.querySelector('[data-play-box=facts]').textContent.startsWith('4 of 4')")
-    assert page.text_content("[data-play=run]") == "Pause"
+    ended(800)
+    assert page.text_content("[data-play-box=facts]").startswith("1 of 4")
+    page.click("[data-play=run]")
+    ended(1600)
+    page.click("[data-play=run]")
+    page.locator("[data-play=balance]").fill("1")
+    page.wait_for_function("document.querySelector('[data-play=run]').textContent === 'Pause'")
+    page.click("[data-play=run]")
+    moved = int(steps.text_content().split()[0])
+    assert moved < 2400
+    page.locator("[data-play=balance]").fill("4")  # goes on by itself
+    ended(moved + 800)
+    assert page.text_content("[data-play-box=facts]").startswith("4 of 4")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1440, 900), (1920, 1080)])
+def test_question_and_figure_are_seen_at_once(lesson, width, height):
+    """On a projector, above its bar; the toy stays in sight when its answer is shown."""
+    page = lesson("#projector-1", viewport={"width": width, "height": height}, reduced_motion="reduce").page
+
+    def fits(part):
+        box = page.locator(f".ls-now {part}").bounding_box()
+        return box["y"] >= 0 and box["y"] + box["height"] <= page.locator(".ls-bar").bounding_box()["y"]
+
+    for step in range(1, 11):
+        assert shown(page) == [f"step-{step}"]
+        assert [part for part in (".ls-ask", ".ls-look") if not fits(part)] == [], step
+        page.keyboard.press("ArrowRight")
+        assert step != 6 or all(fits(part) for part in (".ls-answer", "[data-plane]", "[data-curve]"))
+        page.keyboard.press("ArrowRight")
+
+
+def test_printed_it_is_a_worksheet_of_closed_answers(lesson):
+    page = lesson().page
+    page.locator("[data-reveal]").nth(3).click()
+    page.emulate_media(media="print")
+    assert page.locator(".ls-answer:visible, [data-right]:visible, .ls-teacher:visible").count() == 0
+    assert page.locator(".ls-lines:visible").count() == 10
+    page.emulate_media(media="screen")
+    page.click(".ls-teacher summary")
+    page.emulate_media(media="print")
+    assert page.locator(".ls-teacher tbody tr:visible").count() == 10
 
 
 def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
@@ -101,22 +147,22 @@ def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
 def test_the_explorer_serves_the_lesson_which_links_back(new_visit, server):
     one = new_visit(door=False, reduced_motion="reduce")
     one.page.goto(f"{server.url}lesson.html")
-    assert one.page.locator(".ls-step").count() == 11
+    assert one.page.locator(".ls-step").count() == 10
     one.page.click("nav a[data-explore]")
     one.page.wait_for_selector(".mv-flow-box")
     assert one.page.url.startswith(f"{server.url}?model=")
     assert one.complaints == []
 
 
-def test_alone_it_takes_four_steps_of_ten_minutes(lesson):
+def test_alone_it_takes_five_steps_of_ten_minutes(lesson):
     page = lesson().page
     page.click("[data-alone]")
-    assert shown(page) == ["step-1", "step-2", "step-3", "step-6"]
+    assert shown(page) == ["step-1", "step-3", "step-6", "step-7", "step-10"]
     assert page.url.endswith("#alone")
     page.reload()
-    assert len(shown(page)) == 4
+    assert len(shown(page)) == 5
     page.click("[data-alone]")
-    assert len(shown(page)) == 11
+    assert len(shown(page)) == 10
 
 
 def test_the_row_of_experts_grows_and_two_are_lit(lesson):

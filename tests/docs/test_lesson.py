@@ -47,10 +47,11 @@ def test_the_page_can_load_nothing():
     assert "url(" not in text
 
 
-def test_steps_take_45_minutes():
+def test_steps_take_40_minutes_and_leave_5_for_questions():
     minutes = re.findall(r"^      minutes: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M)
-    assert len(minutes) == 11
-    assert sum(map(int, minutes)) == 45
+    assert len(minutes) == 10
+    assert sum(map(int, minutes)) == 40
+    assert "const QUESTIONS = 5;" in (SOURCES / "lesson.js").read_text()
     assert sum(map(int, re.findall(r"^      alone: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M))) == 10
 
 
@@ -79,6 +80,22 @@ def test_the_ablation_was_chosen_on_validation(numbers):
     assert quiet["changed_validation"] == 0
     assert quiet["work"] == max(row["work"] for row in without["experts"] if not row["changed_validation"])
     assert without["telling"]["answer"] != without["shown"]["label"] == without["quiet"]["answer"]
+
+
+def test_what_experts_bring_is_what_the_study_recorded(numbers):
+    """And the lesson's words hold: better at equal steps, no difference shown at equal time."""
+    found = lesson.sparsity()
+    assert numbers["sparsity"] == found
+    assert found["seeds"]["moe"] == found["seeds"]["twin"]
+    assert found["right"]["moe"] > found["right"]["twin"]
+    assert found["verdict"] == "not told apart from"
+
+
+def test_training_made_maps_tidier_than_chance_alone(numbers):
+    """The lesson's words: neighbours agree about as often before as after, and by more than chance after."""
+    of = numbers["neighbours"]
+    assert abs(of["after"] - of["before"]) < 0.05
+    assert of["after"] - of["shuffled_after"] > of["before"] - of["shuffled_before"] > 0
 
 
 @pytest.mark.needs("photos")

@@ -16,18 +16,6 @@ def test_python_runs(block: str, capsys: pytest.CaptureFixture[str], monkeypatch
     assert capsys.readouterr().out
 
 
-def test_the_layer_in_a_plain_loop_is_short_and_balances() -> None:
-    """At most 15 lines; after it every expert has work."""
-    start = ROOT / "docs" / "index.md"
-    block = next(block for block in python_blocks(start) if "MoEMlp(" in block)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 15
-    scope: dict[str, object] = {}
-    run(start, [block], scope)
-    counts = scope["routings"][0].counts()  # type: ignore[index]
-    assert counts.min() > 0
-    assert scope["losses"][-1] < 0.8 * scope["losses"][0]  # type: ignore[index]
-
-
 @pytest.mark.parametrize("command", commands(README))
 def test_commands_exist(command: str) -> None:
     check_command(command)
