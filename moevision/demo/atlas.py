@@ -5,7 +5,7 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 - `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
 - `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
   `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
-  `map` (a `ClassExpertMap`), `information` (in atlases of earlier versions: bits beside baselines; empty now),
+  `map` (a `ClassExpertMap`),
   `answers` (the three `Answer`s about the layer), `load_words` and `experts`: per expert its `top` and
   `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
   most) and its `parts` (null where the images have none), largest excess first, `significant` where one stands out
@@ -109,7 +109,6 @@ def build_atlas(
                 "loads": loads.tolist(),
                 "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
                 "map": class_map.to_json(),
-                "information": [],
                 **told.get(layer.name, {"answers": [], "load_words": ""}),
                 "experts": [
                     {
