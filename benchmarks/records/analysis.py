@@ -1,35 +1,31 @@
 """benchmarks/analysis/README.md."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.records import Claim, Definition
 
 Json = dict[str, Any]
 ATLAS, CARD = "moevision/demo/models/pets/atlas.json", "moevision/demo/models/pets/card.json"
 COVERAGE = "benchmarks/analysis/coverage.json"
-QUESTIONS = {
-    "class": "class", "class_given_position": "class at a place", "position": "place",
-    "part": "drawn part, beyond place",
-}  # fmt: skip
-
-
-def of_layer(record: Json, number: int, about: str) -> Json:
-    """What one layer's experts tell about something, with each baseline's largest value."""
-    layer = next(layer for layer in record["layers"] if layer["layer"] == number)
-    entry = next(entry for entry in layer["information"] if entry["about"] == about)
-    baselines = {name: max(*values, 0.0) for name, values in entry["baselines"].items()}
-    return {
-        **entry,
-        **baselines,
-        "about": QUESTIONS[about],
-        "above": "yes" if all(entry["above"][name] for name in ("null", "baselines")) else "no",
-    }
 
 
 def table(record: Json) -> list[Json]:
-    """Every layer and question."""
-    return [of_layer(record, layer["layer"], about) for layer in record["layers"] for about in QUESTIONS]
+    """What every layer's first choices tell about the class, beside its controls."""
+    rows = []
+    for layer in record["layers"]:
+        (first, _, every, *_), (fresh, clusters, trainings, *_) = (answer["numbers"] for answer in layer["answers"][:2])
+        found = re.match(r"\w+: ([\d.]+) bits above shuffled labels \(95 % CI ([\d.]+ to [\d.]+)\)", first)
+        both = re.match(r"All choices: .*?, ([\d.]+) bits \(95 % CI ([\d.]+ to [\d.]+)\)", every)
+        ranges = [re.search(r": ([\d.]+ to [\d.]+) bits \(router", words) for words in (fresh, clusters)]
+        beyond = re.search(r"by training: (.*) bits", trainings)
+        assert found and both and all(ranges) and beyond  # noqa: PT018
+        untrained, split = (cast(re.Match[str], found)[1] for found in ranges)
+        rows.append(
+            {"name": layer["name"], "first": found[1], "of_first": found[2], "all": both[1], "of_all": both[2],
+             "untrained": untrained, "clusters": split, "beyond": beyond[1]}
+        )  # fmt: skip
+    return rows
 
 
 def answers(record: Json) -> Json:
@@ -55,16 +51,8 @@ CLAIMS = [
     Claim(ATLAS, "first choices: {bits} bits in L3, clusters {clusters}", answers),
     Claim(
         ATLAS,
-        "| {name}, {about} | **{value_bits:.3f}** ({low:.3f} to {high:.3f}) | {share_of_entropy:.1%} | {null_mean:.3f} "
-        "| {untrained:.3f} | {hash:.3f} | {hash_position:.3f} | {kmeans_colour:.3f} | {kmeans_input:.3f} "
-        "| {seeds[0]:.3f}, {seeds[1]:.3f} | {above} |",
+        "| {name} | **{first}** ({of_first}) | {all} ({of_all}) | {untrained} | {clusters} | {beyond} |",
         table,
-    ),
-    Claim(
-        ATLAS,
-        "In L3 seed 0 tells {value_bits:.2f} bits about the class, the other trainings {seeds[0]:.2f} and "
-        "{seeds[1]:.2f}",
-        lambda record: of_layer(record, 3, "class"),
     ),
     Claim(ATLAS, "A little: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
     Claim(
