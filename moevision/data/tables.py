@@ -4,8 +4,8 @@
   paths start at the CSV's folder; errors name the line. Links are followed and files are opened by `safe_open`, as in a
   folder; only files of this computer are read.
 - A **Hugging Face dataset** is a folder that ``save_to_disk`` wrote (Arrow), or ``hf:NAME[:CONFIG]``, which is taken
-  from the cache, or fetched where the caller allows it. Its images are decoded by `safe_open` from the stored bytes;
-  the package `datasets` is imported here only, and reads tables but no images. Sample ids are ``split/row``.
+  from the cache, or fetched where the caller allows it; ``hf:FOLDER`` reads a folder of WebDataset tars. Its images
+  are decoded by `safe_open` from the stored bytes; `datasets` is imported here only. Sample ids are ``split/row``.
 
 One image has one label: a table that gives several is refused, since nothing here learns more than one.
 """
@@ -40,7 +40,7 @@ from moevision.errors import UserError, shown
 Columns = tuple[str | None, str | None]
 """Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""
 
-_LABELS: Final = ("label", "labels", "class", "category", "fine_label")
+_LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
 _SEVERAL: Final = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
     "per question"
