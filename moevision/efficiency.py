@@ -27,19 +27,12 @@ from moevision.layers.routing import evaluating
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one model.
+    """Size and cost of one model."""
 
-    Attributes:
-        total_parameters: everything that is stored.
-        active_parameters: what one token passes through: K of the E experts in each MoE layer.
-        flops_per_image: active FLOPs of one forward pass, without the routers.
-        router_flops_per_image: FLOPs of the routers.
-    """
-
-    total_parameters: int
-    active_parameters: int
-    flops_per_image: int
-    router_flops_per_image: int = 0
+    total_parameters: int  # everything that is stored
+    active_parameters: int  # what one token passes through: K of the E experts in each MoE layer
+    flops_per_image: int  # active FLOPs of one forward pass, without the routers
+    router_flops_per_image: int = 0  # FLOPs of the routers
 
 
 def measure_cost(
@@ -102,21 +95,13 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """FLOPs of one MoE layer's forward pass.
-
-    Attributes:
-        layer: the layer.
-        routing: what it decided.
-        router: the router's FLOPs.
-        experts: the routed experts' FLOPs.
-        input_needs_gradient: whether the layer's input has a gradient to be computed.
-    """
+    """FLOPs of one MoE layer's forward pass."""
 
     layer: MoEMlp
-    routing: Routing
-    router: int
-    experts: int
-    input_needs_gradient: bool
+    routing: Routing  # what it decided
+    router: int  # the router's FLOPs
+    experts: int  # the routed experts' FLOPs
+    input_needs_gradient: bool  # whether the layer's input has a gradient to be computed
 
     def per_row(self, *, backward: bool) -> int:
         """FLOPs of one row through one expert: 2 · (D · H + H · O) forward, as much again for each gradient."""

@@ -254,11 +254,7 @@ class PictureReader:
 
 
 def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
-    """The model with its input size and normalisation; `class_names` is empty for a bare module without labels.
-
-    Raises:
-        UserError: if there is no such model, or a module doesn't say what images it takes.
-    """
+    """The model with its input size and normalisation; `class_names` is empty for a bare module without labels."""
     if isinstance(model, SavedModel):
         return model
     if not isinstance(model, nn.Module):

@@ -335,32 +335,21 @@ _CHUNK_CELLS = 1 << 22
 
 @dataclass(frozen=True)
 class ClassExpertMap(Numbers):
-    """Shares of one layer's experts in the choices of each class.
+    """Shares of one layer's experts in the choices of each class."""
 
-    Attributes:
-        layer: block index.
-        class_names: [C] rows of the table.
-        n_images: [C] images of each class.
-        share: [C, E] expert e's share of the kept choices in an image (of the weights, where tokens don't choose),
-            averaged over the images of class c; nan for a class without images.
-        mean_share: [E] the same, averaged over all images.
-        excess: [C, E] `share` minus `mean_share`.
-        threshold: how large an excess the largest cell of a table reaches by chance (`level` of the permuted tables).
-        significant: [C, E] bool, cells whose excess is larger than that in absolute value.
-        p_value: [C, E] corrected for the whole table.
-        level: 1 minus the family-wise error.
-    """
-
-    layer: int
-    class_names: tuple[str, ...]
-    n_images: Ints
+    layer: int  # block index
+    class_names: tuple[str, ...]  # [C] rows of the table
+    n_images: Ints  # [C] images of each class
+    # [C, E] expert e's share of the kept choices in an image (of the weights, where tokens don't choose), averaged over
+    # the images of class c; nan for a class without images
     share: Floats
-    mean_share: Floats
-    excess: Floats
+    mean_share: Floats  # [E] the same, averaged over all images
+    excess: Floats  # [C, E] `share` minus `mean_share`
+    # how large an excess the largest cell of a table reaches by chance (`level` of the permuted tables)
     threshold: float
-    significant: Flags
-    p_value: Floats
-    level: float = _LEVEL
+    significant: Flags  # [C, E] bool, cells whose excess is larger than that in absolute value
+    p_value: Floats  # [C, E] corrected for the whole table
+    level: float = _LEVEL  # 1 minus the family-wise error
 
     def to_json(self) -> Json:
         """The fields as JSON primitives; null stands for a class without images."""

@@ -358,25 +358,16 @@ class OtherExpert:
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The effect on images of one class, each measured on the logit of that class.
+    """The effect on images of one class, each measured on the logit of that class."""
 
-    Attributes:
-        class_name: the class.
-        intervention: what was changed.
-        delta_logits: [I] change of the logit, by image.
-        delta_ps: [I] change of the probability.
-        control_delta_logits: [I] the same with the control, one draw for each image; None where there is no control.
-        moved: mean number of patch assignments that the intervention takes from their experts.
-        unreadable: images of the class that could not be read, and are not among I.
-    """
-
-    class_name: str
-    intervention: Intervention
-    delta_logits: tuple[float, ...]
-    delta_ps: tuple[float, ...]
+    class_name: str  # the class
+    intervention: Intervention  # what was changed
+    delta_logits: tuple[float, ...]  # [I] change of the logit, by image
+    delta_ps: tuple[float, ...]  # [I] change of the probability
+    # [I] the same with the control, one draw for each image; None where there is no control
     control_delta_logits: tuple[float, ...] | None
-    moved: float
-    unreadable: int = 0
+    moved: float  # mean number of patch assignments that the intervention takes from their experts
+    unreadable: int = 0  # images of the class that could not be read, and are not among I
 
     def to_json(self) -> Json:
         """Means over images and their standard deviations (null for one image, and without a control)."""
@@ -397,31 +388,20 @@ class ClassEffect:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect on one image.
+    """The effect on one image."""
 
-    Attributes:
-        intervention: what was changed.
-        class_names: [C].
-        target: index of the class that the changes below are about.
-        before_logits: [C].
-        after_logits: [C].
-        moved: patch assignments that the intervention takes from their experts, in the layers that it acts on.
-        moved_prefix: the same of class and register tokens.
-        control: the same number taken away at random; None where as many random choices are the change itself.
-        others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
-        routing: who chooses in the layers that it acts on.
-    """
-
-    intervention: Intervention
-    class_names: tuple[str, ...]
-    target: int
-    before_logits: tuple[float, ...]
-    after_logits: tuple[float, ...]
-    moved: int
-    moved_prefix: int
+    intervention: Intervention  # what was changed
+    class_names: tuple[str, ...]  # [C]
+    target: int  # index of the class that the changes below are about
+    before_logits: tuple[float, ...]  # [C]
+    after_logits: tuple[float, ...]  # [C]
+    moved: int  # patch assignments that the intervention takes from their experts, in the layers that it acts on
+    moved_prefix: int  # the same of class and register tokens
+    # the same number taken away at random; None where as many random choices are the change itself
     control: Control | None
+    # the same on every other expert of the layer; empty unless an expert was ablated or forced
     others: tuple[OtherExpert, ...]
-    routing: RoutingKind = "token_choice"
+    routing: RoutingKind = "token_choice"  # who chooses in the layers that it acts on
 
     @property
     def before(self) -> tuple[float, ...]:

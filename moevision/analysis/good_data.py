@@ -450,9 +450,6 @@ def examine(
         scores: of its training images.
         model: the run's own; None leaves the pass over the images out.
         advance: called with the number of images that were looked at since the last call.
-
-    Raises:
-        UserError: if the scores are of other images, or the model has other classes.
     """
     n, own = len(images), keys_of(csv_name(sample.sample_id) for sample in images.samples["train"])
     row = rows_of(keys_of(map(csv_name, scores.images)), own)

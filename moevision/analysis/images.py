@@ -41,17 +41,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PictureSet(Protocol):
-    """Labelled images of one size, by index.
+    """Labelled images of one size, by index."""
 
-    Attributes:
-        class_names: names of the labels.
-        name: what the images are, in words.
-        part_names: names of the values of a part mask; empty where parts aren't known.
-    """
-
-    class_names: tuple[str, ...]
-    name: str
-    part_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # names of the labels
+    name: str  # what the images are, in words
+    part_names: tuple[str, ...]  # names of the values of a part mask; empty where parts aren't known
 
     def __len__(self) -> int:
         """Number of images, unreadable ones included."""
@@ -419,11 +413,7 @@ def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.I
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
-    """The images in the order of the trace, without those that could not be read when it was collected.
-
-    Raises:
-        UserError: if the trace is of other images.
-    """
+    """The images in the order of the trace, without those that could not be read when it was collected."""
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     if tuple(names) == trace.picture_names:
         return pictures

@@ -76,9 +76,6 @@ def class_information(
         labels: [I] classes; images with a negative label are left out.
         num_permutations: R.
         seed: of the permutations.
-
-    Raises:
-        UserError: there are fewer than two labelled images.
     """
     labelled = np.asarray(labels) >= 0
     _, values = np.unique(np.asarray(labels)[labelled], return_inverse=True)  # classes without an image cost nothing
@@ -122,9 +119,6 @@ def part_information(
         parts: [I, P] the part that each patch shows; patches with a negative part are left out.
         num_permutations: R.
         seed: of the pairing.
-
-    Raises:
-        UserError: there are fewer than two images, or no patch has a part.
     """
     maps = _checked(np.asarray(patch_counts))
     if not (np.asarray(parts) >= 0).any():
@@ -289,27 +283,17 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Estimate(Numbers):
-    """Excess mutual information of one layer, over images.
+    """Excess mutual information of one layer, over images."""
 
-    Attributes:
-        value_bits: plug-in mutual information minus the mean of its null.
-        low: lower end of the 95 % interval of the true value, in bits; may be below 0, which means "not told from 0".
-        high: upper end.
-        null_mean: mean of the plug-in under the null, in bits: what chance alone gives with this number of images.
-        null_sd: its standard deviation.
-        p_value: one-sided, ``(1 + null values at least as large) / (1 + permutations)``.
-        share_of_entropy: `value_bits` over the entropy of what the experts are asked about.
-        n_images: images that the estimate rests on.
-    """
-
-    value_bits: float
+    value_bits: float  # plug-in mutual information minus the mean of its null
+    # lower end of the 95 % interval of the true value, in bits; may be below 0, which means "not told from 0"
     low: float
-    high: float
-    null_mean: float
-    null_sd: float
-    p_value: float
-    share_of_entropy: float
-    n_images: int
+    high: float  # upper end
+    null_mean: float  # mean of the plug-in under the null, in bits: what chance alone gives with this number of images
+    null_sd: float  # its standard deviation
+    p_value: float  # one-sided, ``(1 + null values at least as large) / (1 + permutations)``
+    share_of_entropy: float  # `value_bits` over the entropy of what the experts are asked about
+    n_images: int  # images that the estimate rests on
 
 
 def excess_estimate(

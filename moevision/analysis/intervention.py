@@ -93,27 +93,18 @@ _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
 class Intervention:
     """One change of the routing, as data: for JSON, for sentences, and for `intervene`.
 
-    Attributes:
-        kind: `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`.
-        layer: block index; None means every MoE layer (`random`, `top_k` and `capacity` only).
-        expert: the expert that is ablated or forced, or the first of two that are swapped.
-        other: the second of two that are swapped.
-        fill: what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place.
-        seed: of `random`, not negative.
-        top_k: k of `top_k`.
-        factor: of `capacity`: an expert computes at most ceil(factor · N · K / E) choices of one image.
-
     Raises:
         UserError: if a value that the kind needs is missing or impossible.
     """
 
-    kind: Kind
-    layer: int | None = None
-    expert: int | None = None
-    other: int | None = None
-    fill: Fill = "next_best"
-    seed: int = 0
-    top_k: int | None = None
+    kind: Kind  # `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`
+    layer: int | None = None  # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
+    expert: int | None = None  # the expert that is ablated or forced, or the first of two that are swapped
+    other: int | None = None  # the second of two that are swapped
+    fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
+    seed: int = 0  # of `random`, not negative
+    top_k: int | None = None  # k of `top_k`
+    # of `capacity`: an expert computes at most ceil(factor · N · K / E) choices of one image
     factor: float | None = None
 
     def __post_init__(self) -> None:

@@ -351,9 +351,6 @@ def plot_load(
         layer_names: [L].
         requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
         kinds: who chooses in each layer; tokens if None.
-
-    Raises:
-        UserError: a layer without any choice.
     """
     loads = [np.asarray(load, dtype=np.float64) for load in counts]
     wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
@@ -536,9 +533,6 @@ def plot_class_experts(
         excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
         threshold: the smallest |excess| that counts as significant, to be stated.
         kind: who chooses in the layer.
-
-    Raises:
-        UserError: no class has an image.
     """
     shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
     known: Flags = np.asarray(np.isfinite(shares).all(1))
@@ -878,11 +872,7 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
 
 
 def plot_path(picture: Pixels, trace: RoutingTrace, image: int, patch: int) -> Figure:
-    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities.
-
-    Raises:
-        UserError: if there is no such patch.
-    """
+    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities."""
     rows, columns = trace.grid
     if not 0 <= patch < rows * columns:
         raise UserError(

@@ -81,19 +81,12 @@ _P_VALUE = 0.05
 
 @dataclass(frozen=True)
 class Answer(Numbers):
-    """One answer: a plain sentence, and the numbers behind it.
-
-    Attributes:
-        question: which.
-        answer: `yes`, `a little`, `not shown`, `not measured` or, of the third, `the layer contributes nothing`.
-        detail: what stands in brackets.
-        numbers: further sentences.
-    """
+    """One answer: a plain sentence, and the numbers behind it."""
 
     question: Question
-    answer: str
-    detail: str
-    numbers: Sequence[str] = ()
+    answer: str  # `yes`, `a little`, `not shown`, `not measured` or, of the third, `the layer contributes nothing`
+    detail: str  # what stands in brackets
+    numbers: Sequence[str] = ()  # further sentences
 
     @property
     def sentence(self) -> str:
@@ -109,30 +102,21 @@ class Answer(Numbers):
 
 @dataclass(frozen=True)
 class LayerAnswers(Numbers):
-    """The three answers about one layer, and every number behind them.
-
-    Attributes:
-        name: of the layer.
-        answers: of the three questions, in order.
-        load: how evenly the experts are used.
-        readings: everything that was read off the choices.
-        probe: the same of the linear probe's balanced groups; None without inputs.
-        controls: name of a control -> what each of its seeds tells, of a patch and of the image.
-        same: name of a control -> the same of the router, on the images of that control.
-        trainings: by how many bits each training exceeds its own best control: this one first, then the others; None
-            where that wasn't measured.
-        swap: the swap test; None where it wasn't made.
-    """
+    """The three answers about one layer, and every number behind them."""
 
     name: str
-    answers: Sequence[Answer]
-    load: Load
-    readings: Sequence[Reading] = ()
-    probe: Reading | None = None
+    answers: Sequence[Answer]  # of the three questions, in order
+    load: Load  # how evenly the experts are used
+    readings: Sequence[Reading] = ()  # everything that was read off the choices
+    probe: Reading | None = None  # the same of the linear probe's balanced groups; None without inputs
+    # name of a control -> what each of its seeds tells, of a patch and of the image
     controls: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    # name of a control -> the same of the router, on the images of that control
     same: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    # by how many bits each training exceeds its own best control: this one first, then the others; None where that
+    # wasn't measured
     trainings: Sequence[float | None] = ()
-    swap: Swap | None = None
+    swap: Swap | None = None  # the swap test; None where it wasn't made
 
 
 def three_questions(

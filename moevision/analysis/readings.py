@@ -352,7 +352,7 @@ class Controls:
 class LayerReadings:
     """Everything that was read off one layer of one training."""
 
-    layer: RecordedLayer  # the layer
+    layer: RecordedLayer
     load: Load  # how evenly its experts are used
     why: str | None = None  # why nothing else was read; None where it was
     readings: Sequence[Reading] = ()  # that of the answers first

@@ -88,35 +88,21 @@ _WHAT: dict[RoutingKind, str] = {
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What to analyze, and how thoroughly.
+    """What to analyze, and how thoroughly."""
 
-    Attributes:
-        model: a run folder, its model/ folder, or a timm address.
-        data: a folder or a dataset's name; None takes what the run was trained on.
-        root: folder of named datasets; the run's own if None.
-        out: folder to write to.
-        limit: images, the same number of each class; 1 000 by default.
-        seeds: other trainings of the same recipe, as addresses like `model`.
-        before: the model before it was trained, as an address; the same architecture with fresh weights if None.
-        permutations: shuffles behind each chance level.
-        seed: of everything that is drawn at random.
-        quick: fewer untrained models, and experts taken away on fewer images.
-        command: what was typed, for the record.
-        progress: show a progress bar.
-    """
-
-    model: str
-    data: str | None = None
-    root: str | None = None
-    out: Path = Path("report")
-    limit: int = 1000
-    seeds: tuple[str, ...] = ()
+    model: str  # a run folder, its model/ folder, or a timm address
+    data: str | None = None  # a folder or a dataset's name; None takes what the run was trained on
+    root: str | None = None  # folder of named datasets; the run's own if None
+    out: Path = Path("report")  # folder to write to
+    limit: int = 1000  # images, the same number of each class; 1 000 by default
+    seeds: tuple[str, ...] = ()  # other trainings of the same recipe, as addresses like `model`
+    # the model before it was trained, as an address; the same architecture with fresh weights if None
     before: str | None = None
-    permutations: int = 1000
-    seed: int = 0
-    quick: bool = False
-    command: str = ""
-    progress: bool = True
+    permutations: int = 1000  # shuffles behind each chance level
+    seed: int = 0  # of everything that is drawn at random
+    quick: bool = False  # fewer untrained models, and experts taken away on fewer images
+    command: str = ""  # what was typed, for the record
+    progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
         """Raises UserError if a number is out of its range."""
@@ -725,11 +711,7 @@ def number(value: float | int | None, form: str = ",") -> Markup:
 
 
 def claim_folder(out: str | Path) -> Path:
-    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
-
-    Raises:
-        UserError: if something else lies there, or it can't be made.
-    """
+    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -757,11 +739,7 @@ def former_report(folder: Path) -> dict[str, Any] | None:
 
 
 def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]) -> None:
-    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go.
-
-    Raises:
-        UserError: if the disk is full or the folder has become read-only.
-    """
+    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go."""
     former = former_report(folder) or {}
     try:
         for name, png in pictures.items():

@@ -206,9 +206,6 @@ def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = M
         source: A path, or a binary stream.
         name: What to call it in an error; a path's own name if empty.
         max_bytes: Largest file, in bytes, that will be read.
-
-    Raises:
-        BadImageError: If there is no such file, or it can't be read.
     """
     name = name or str(source)
     try:

@@ -174,21 +174,13 @@ class BadImage:
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
-    """The good images of a batch to be, and the bad ones met on the way.
+    """The good images of a batch to be, and the bad ones met on the way."""
 
-    Attributes:
-        pixels: uint8 [B, 3, S, S].
-        label: class of each.
-        index: index of each in its split.
-        epoch: epoch number of each; 0 in evaluation.
-        bad: images that couldn't be used.
-    """
-
-    pixels: Tensor
-    label: list[int]
-    index: list[int]
-    epoch: list[int]
-    bad: list[BadImage]
+    pixels: Tensor  # uint8 [B, 3, S, S]
+    label: list[int]  # class of each
+    index: list[int]  # index of each in its split
+    epoch: list[int]  # epoch number of each; 0 in evaluation
+    bad: list[BadImage]  # images that couldn't be used
 
 
 class ImageDataset(Dataset[RawBatch]):
@@ -411,11 +403,7 @@ class ImageLoader(DataLoader[RawBatch]):
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
-        """Yield batches of tensors only.
-
-        Raises:
-            UserError: a batch without a good image, where other processes wait for it, or no batch for half an hour.
-        """
+        """Yield batches of tensors only."""
         batches = super().__iter__()
         while True:
             started = time.monotonic()

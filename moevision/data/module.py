@@ -412,25 +412,15 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @dataclass
 class Contents:
-    """What was read of a dataset.
+    """What was read of a dataset."""
 
-    Attributes:
-        datasets: split -> dataset.
-        class_names: class names in words; labels index them.
-        counts: split -> class name -> number of images.
-        sentences: one sentence per split, how many images it has and where they come from.
-        warnings: sentences about what the user should know.
-        quarantine: the images that can't be used.
-        cache_mb: decoded images are kept if all fit into so many MiB.
-    """
-
-    datasets: dict[str, ImageDataset]
-    class_names: list[str]
-    counts: ClassCounts
-    sentences: list[str]
-    warnings: list[str]
-    quarantine: Quarantine
-    cache_mb: int
+    datasets: dict[str, ImageDataset]  # split -> dataset
+    class_names: list[str]  # class names in words; labels index them
+    counts: ClassCounts  # split -> class name -> number of images
+    sentences: list[str]  # one sentence per split, how many images it has and where they come from
+    warnings: list[str]  # sentences about what the user should know
+    quarantine: Quarantine  # the images that can't be used
+    cache_mb: int  # decoded images are kept if all fit into so many MiB
 
     @cached_property
     def fits_memory(self) -> bool:

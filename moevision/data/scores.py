@@ -204,20 +204,13 @@ class ScoreSums:
 
 @dataclass(frozen=True)
 class Scores:
-    """The table: what training found about each of its n images, in the order of the split.
+    """The table: what training found about each of its n images, in the order of the split."""
 
-    Attributes:
-        images: stable sample ids; read from a file, as `csv_name` writes them.
-        labels: the class of each in words.
-        visits: [n], how often each was in an applied update.
-        scores: name (`SCORES`) -> [n]; NaN without visits.
-        experts: block -> [n, E], share of the image's choices that each expert computed; NaN where there is none.
-    """
-
-    images: list[str]
-    labels: list[str]
-    visits: Ints
-    scores: dict[str, Floats]
+    images: list[str]  # stable sample ids; read from a file, as `csv_name` writes them
+    labels: list[str]  # the class of each in words
+    visits: Ints  # [n], how often each was in an applied update
+    scores: dict[str, Floats]  # name (`SCORES`) -> [n]; NaN without visits
+    # block -> [n, E], share of the image's choices that each expert computed; NaN where there is none
     experts: dict[int, Floats]
 
     def write(self, path: Path) -> None:
@@ -270,23 +263,14 @@ class Scores:
 
 @dataclass
 class Kept:
-    """What becomes of each of n images.
+    """What becomes of each of n images."""
 
-    Attributes:
-        keep: [n].
-        reason: [n], which of `reasons` it is.
-        reasons: words, with `{value}` and `{rank}` where they stand in them.
-        value: [n], the score that decided.
-        rank: [n], 1 for the first to keep.
-        new_label: row -> class, for those that a person gave another one.
-    """
-
-    keep: npt.NDArray[np.bool_]
-    reason: Ints
-    reasons: list[str]
-    value: Floats
-    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    new_label: dict[int, str] = field(default_factory=dict)
+    keep: npt.NDArray[np.bool_]  # [n]
+    reason: Ints  # [n], which of `reasons` it is
+    reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
+    value: Floats  # [n], the score that decided
+    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # [n], 1 for the first to keep
+    new_label: dict[int, str] = field(default_factory=dict)  # row -> class, for those that a person gave another one
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
@@ -491,9 +475,6 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
 
     Returns:
         What is said of each image, by its name as `csv_name` writes it.
-
-    Raises:
-        UserError: if it can't be read, or lists an image twice.
     """
     found: dict[str, _T] = {}
     try:
@@ -518,15 +499,10 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Files that say which training images are used, and as what.
+    """Files that say which training images are used, and as what."""
 
-    Attributes:
-        keep: list of images to keep; None keeps all.
-        relabel: list of images with another class; None changes none.
-    """
-
-    keep: Path | None = None
-    relabel: Path | None = None
+    keep: Path | None = None  # list of images to keep; None keeps all
+    relabel: Path | None = None  # list of images with another class; None changes none
 
     def __bool__(self) -> bool:
         """Whether anything was chosen."""

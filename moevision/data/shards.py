@@ -55,61 +55,37 @@ _ENDINGS: Final = (
 
 @dataclass
 class Shard:
-    """One tar.
+    """One tar."""
 
-    Attributes:
-        file: path relative to the folder of the shards, with forward slashes.
-        bytes: its size.
-        sha256: of the whole tar, in hexadecimal.
-        plan: empty; version 0.1 kept a hash of what a tar was made from.
-        modified_ns: 0; version 0.1 kept the time of change of tars that others made.
-    """
-
-    file: str
+    file: str  # path relative to the folder of the shards, with forward slashes
     bytes: int
-    sha256: str
-    plan: str = ""
-    modified_ns: int = 0
+    sha256: str  # of the whole tar, in hexadecimal
+    plan: str = ""  # empty; version 0.1 kept a hash of what a tar was made from
+    modified_ns: int = 0  # 0; version 0.1 kept the time of change of tars that others made
 
 
 @dataclass
 class Rows:
-    """The images of one split, a row each, in the order in which a run counts them.
-
-    Attributes:
-        ids: sample ids.
-        labels: classes.
-        shards: which shard, an index into the list of them.
-        offsets: where the image's bytes begin in it.
-        sizes: how many bytes they are.
-        columns: other columns of the table that the images came from, such as patients.
-    """
+    """The images of one split, a row each, in the order in which a run counts them."""
 
     ids: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    shards: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list)  # which shard, an index into the list of them
+    offsets: list[int] = field(default_factory=list)  # where the image's bytes begin in it
+    sizes: list[int] = field(default_factory=list)  # how many bytes they are
+    # other columns of the table that the images came from, such as patients
     columns: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
 class Index:
-    """What is in a folder of shards.
+    """What is in a folder of shards."""
 
-    Attributes:
-        class_names: class names in words; labels are indices into them.
-        shards: the tars.
-        splits: rows by "train", "val" and "test", or all under "all".
-        group_column: the column whose equal values are kept in one split, if the source had one.
-        notes: sentences about what was left out of the source.
-    """
-
-    class_names: list[str]
+    class_names: list[str]  # class names in words; labels are indices into them
     shards: list[Shard]
-    splits: dict[str, Rows]
-    group_column: str | None = None
-    notes: list[str] = field(default_factory=list)
+    splits: dict[str, Rows]  # rows by "train", "val" and "test", or all under "all"
+    group_column: str | None = None  # the column whose equal values are kept in one split, if the source had one
+    notes: list[str] = field(default_factory=list)  # sentences about what was left out of the source
 
 
 def find_index(folder: Path) -> Index:

@@ -29,20 +29,14 @@ _UNUSED = "unused"  # known, and in no split
 
 @dataclass
 class Splits:
-    """Samples per split, with where they come from.
+    """Samples per split, with where they come from."""
 
-    Attributes:
-        samples: split -> samples.
-        notes: split -> half a sentence about its origin.
-        warnings: whole sentences.
-        unused: samples in no split, because another split holds a copy of them.
-        together: what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits.
-    """
-
-    samples: dict[str, list[Sample]]
-    notes: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
+    samples: dict[str, list[Sample]]  # split -> samples
+    notes: dict[str, str]  # split -> half a sentence about its origin
+    warnings: list[str] = field(default_factory=list)  # whole sentences
+    # samples in no split, because another split holds a copy of them
     unused: list[Sample] = field(default_factory=list)
+    # what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits
     together: str = ""
 
     def sentences(self) -> list[str]:
@@ -56,22 +50,15 @@ _ASK = "Cut image by image: where several show one patient, product or scene, ke
 
 @dataclass(frozen=True)
 class Cut:
-    """How to cut what a collection doesn't come with.
+    """How to cut what a collection doesn't come with."""
 
-    Attributes:
-        val_fraction: share of the images for validation, in (0, 1).
-        test_fraction: share for the test, in (0, 1) where the collection came unsplit.
-        seed: seed of the cut.
-        group_by: None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a
-            regular expression with one group, searched in the sample id.
-        check_duplicates: whether to look for byte-identical images.
-    """
-
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    seed: int = 0
+    val_fraction: float = 0.1  # share of the images for validation, in (0, 1)
+    test_fraction: float = 0.1  # share for the test, in (0, 1) where the collection came unsplit
+    seed: int = 0  # seed of the cut
+    # None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a regular expression
+    # with one group, searched in the sample id
     group_by: str | None = None
-    check_duplicates: bool = True
+    check_duplicates: bool = True  # whether to look for byte-identical images
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing to train on or to select by."""
@@ -158,9 +145,6 @@ def stratified_cut(
 
     Returns:
         Samples per part and "train", each in the order of ``samples``.
-
-    Raises:
-        UserError: if a class can't be in every part.
     """
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:

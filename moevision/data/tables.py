@@ -56,9 +56,6 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     Args:
         file: the CSV, UTF-8, with a header.
         columns: the columns with path and label, where they aren't called so.
-
-    Raises:
-        UserError: with the line, if a row has no path, no label or several, an unknown split, or no such file.
     """
     path_column, label_column = columns[0] or "path", columns[1] or "label"
     known: dict[str, tuple[int, dict[str, str]]] = {}  # sample id -> line, row
@@ -222,9 +219,6 @@ def read_dataset(path: str, columns: Columns = (None, None), *, download: bool =
         path: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
         columns: the columns with image and label, where they can't be found out.
         download: fetch a dataset that isn't in the cache.
-
-    Raises:
-        UserError: if `datasets` isn't installed, the dataset isn't there, or has no such columns.
     """
     given, notes = _by_split(_load(path, download), path)
     first = next(iter(given.values()))

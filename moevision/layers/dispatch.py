@@ -21,18 +21,13 @@ from moevision.layers.routing import Routing
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows ready for the experts, and the way back.
+    """Rows ready for the experts, and the way back."""
 
-    Attributes:
-        rows: [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P.
-        counts: [E] int64, rows of each expert, padding included; they sum to R.
-        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens.
-        position: [T, K] int64, the rows of each token, where every token has K of them (token choice); else None.
-    """
-
-    rows: Tensor
-    counts: Tensor
+    rows: Tensor  # [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P
+    counts: Tensor  # [E] int64, rows of each expert, padding included; they sum to R
+    # [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens
     token: Tensor | None = None
+    # [T, K] int64, the rows of each token, where every token has K of them (token choice); else None
     position: Tensor | None = None
 
 

@@ -437,19 +437,12 @@ def fixed_std(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A router's name in the table.
+    """A router's name in the table."""
 
-    Attributes:
-        summary: what it does, in words for a help text.
-        make: constructor (dim, E, K, options, device, dtype).
-        options: the `RouterOptions` that it has a use for.
-        top_k: K where the user gives none.
-    """
-
-    summary: str
-    make: Callable[..., Any]
-    options: tuple[str, ...] = ()
-    top_k: int = 2
+    summary: str  # what it does, in words for a help text
+    make: Callable[..., Any]  # constructor (dim, E, K, options, device, dtype)
+    options: tuple[str, ...] = ()  # the `RouterOptions` that it has a use for
+    top_k: int = 2  # K where the user gives none
 
 
 _IMPORTANCE_AND_LOAD = {"importance": 0.05, "load": 0.05}
@@ -537,9 +530,6 @@ def build_router(
         options: what else is asked of it.
         device: where its parameters live.
         dtype: dtype of its parameters.
-
-    Raises:
-        UserError: if there is no router of that name, top_k does not fit num_experts, or it has no use for an option.
     """
     kind = router_kind(name)
     useful = options.only(name, kind.options)

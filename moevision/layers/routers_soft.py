@@ -42,15 +42,11 @@ class ExpertChoiceRouting(Routing):
     """Each expert takes the C tokens of every image that suit it best; a token has between 0 and E experts.
 
     In the token's view (K = E) `kept` is True where an expert took the token.
-
-    Attributes:
-        token_index: [B, E, C] int64, tokens that each expert takes, best first.
-        token_weight: [B, E, C] weight of each of them in the output of its token.
     """
 
     kind: ClassVar[Kind] = "expert_choice"
-    token_index: Tensor = field(kw_only=True)
-    token_weight: Tensor = field(kw_only=True)
+    token_index: Tensor = field(kw_only=True)  # [B, E, C] int64, tokens that each expert takes, best first
+    token_weight: Tensor = field(kw_only=True)  # [B, E, C] weight of each of them in the output of its token
 
     @classmethod
     def of(
@@ -185,15 +181,11 @@ class SoftRouting(Routing):
     """Each slot reads a weighted mean of all tokens of its image, each token a weighted mean of all slots.
 
     In the token's view (K = E, all kept) an expert's weight is the sum over its slots.
-
-    Attributes:
-        dispatch_weight: [B, N, E, P] what each slot reads; sums to 1 over the tokens.
-        slot_weight: [B, N, E, P] what each token takes; sums to 1 over all slots.
     """
 
     kind: ClassVar[Kind] = "soft"
-    dispatch_weight: Tensor = field(kw_only=True)
-    slot_weight: Tensor = field(kw_only=True)
+    dispatch_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each slot reads; sums to 1 over the tokens
+    slot_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each token takes; sums to 1 over all slots
 
     @classmethod
     def of(cls, slot_logits: Tensor) -> SoftRouting:

@@ -115,31 +115,20 @@ class Routing:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """How the choices of one MoE layer fell on its experts.
+    """How the choices of one MoE layer fell on its experts."""
 
-    Attributes:
-        layer: index of the transformer block.
-        counts: choices that each expert computed.
-        max_over_mean: load of the slowest expert over the mean load; 1 is perfect, and what the others wait for.
-        cv_squared: variance over squared mean of the counts.
-        cv_squared_floor: CV² that chance alone is expected to give on so many images, if over all possible images every
-            expert were chosen equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in
-            each of I images. Choices of one image go together; only independent ones would give (E - 1) / choices,
-            which is said of a single image.
-        dead: experts that no token chose.
-        entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
-        dropped: share of choices that capacity dropped.
-        unrouted: share of tokens that no expert computes: all choices dropped, or (expert choice) none took them.
-    """
-
-    layer: int
-    counts: list[int]
-    max_over_mean: float
-    cv_squared: float
+    layer: int  # index of the transformer block
+    counts: list[int]  # choices that each expert computed
+    max_over_mean: float  # load of the slowest expert over the mean load; 1 is perfect, and what the others wait for
+    cv_squared: float  # variance over squared mean of the counts
+    # CV² that chance alone is expected to give on so many images, if over all possible images every expert were chosen
+    # equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in each of I images. Choices of
+    # one image go together; only independent ones would give (E - 1) / choices, which is said of a single image.
     cv_squared_floor: float
-    dead: int
-    entropy_bits: float
-    dropped: float
+    dead: int  # experts that no token chose
+    entropy_bits: float  # mean entropy of a token's router probabilities; log2(E) is undecided
+    dropped: float  # share of choices that capacity dropped
+    # share of tokens that no expert computes: all choices dropped, or (expert choice) none took them
     unrouted: float = 0.0
 
     @classmethod

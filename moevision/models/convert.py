@@ -31,9 +31,6 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
     Args:
         moe_layers: `every2` = 1, 3, 5, ...; `last2` = the last two of those (V-MoE's "Last-2"); `all`; or a list.
         depth: number of blocks.
-
-    Raises:
-        UserError: for an unknown placement, or an index outside the model.
     """
     odd = list(range(1, depth, 2))
     named = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}
@@ -209,11 +206,7 @@ def one_or_list(values: list[Any], given: Any) -> Any:
 
 
 def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
-    """The first map of a block's MLP, fc1.
-
-    Raises:
-        UserError: if that MLP has more than fc1, activation and fc2, so that experts can't replace it.
-    """
+    """The first map of a block's MLP, fc1."""
     mlp = getattr(cast(Any, vit).blocks[index], "mlp", None)
     if mlp is None:
         reason = "no MLP of its own (attention and MLP in parallel, or mixing layers)"
@@ -384,9 +377,6 @@ def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
     Args:
         model: a converted model.
         match: as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
-
-    Raises:
-        UserError: if `match` is unknown, or has not one width for each MoE layer.
     """
     layers = moe_layers(model)
     if isinstance(match, str):

@@ -54,23 +54,14 @@ _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how near it is to the model.
-
-    Attributes:
-        path: the file.
-        format: `onnx` or `torch`.
-        size_bytes: its size.
-        pictures: how many were compared, four of seeded noise and the given ones.
-        max_logit_delta: largest difference of a logit on the noise, and of a distance of 1.
-        top1_agreement: share of all images for which file and model name the same class.
-    """
+    """What was written, and how near it is to the model."""
 
     path: Path
-    format: Format
+    format: Format  # `onnx` or `torch`
     size_bytes: int
-    pictures: int
-    max_logit_delta: float
-    top1_agreement: float
+    pictures: int  # how many were compared, four of seeded noise and the given ones
+    max_logit_delta: float  # largest difference of a logit on the noise, and of a distance of 1
+    top1_agreement: float  # share of all images for which file and model name the same class
 
 
 def export_onnx(

@@ -54,27 +54,17 @@ _CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squ
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model with what is needed to use it on an image.
+    """A model with what is needed to use it on an image."""
 
-    Attributes:
-        net: the network, in eval mode.
-        class_names: [C] in words.
-        image_size: side of the square input in pixels.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        temperature: what logits are divided by for calibrated probabilities; None: not calibrated.
-        strangers: how far images may lie from the classes that the model knows; None: not measured.
-        fit: how an image that isn't square becomes so.
-    """
-
-    net: nn.Module
-    class_names: list[str]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    temperature: float | None = None
+    net: nn.Module  # the network, in eval mode
+    class_names: list[str]  # [C] in words
+    image_size: int  # side of the square input in pixels
+    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    std: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    temperature: float | None = None  # what logits are divided by for calibrated probabilities; None: not calibrated
+    # how far images may lie from the classes that the model knows; None: not measured
     strangers: Strangers | None = None
-    fit: Fit = "crop"
+    fit: Fit = "crop"  # how an image that isn't square becomes so
 
     @property
     def framing(self) -> Framing:
@@ -409,10 +399,6 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         address: `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name.
         weights: False builds the architecture alone.
         **options: for `timm.create_model`; None leaves an option to the model.
-
-    Raises:
-        UserError: if a file isn't what timm or moevision writes, or the weights are no safetensors.
-        Exception: whatever timm, torch and the hub's client raise when files don't fit or can't be fetched.
     """
     if address.startswith(HUB):
         fetched = _fetch_folder(address.split(":", 1)[1], weights)
@@ -489,34 +475,21 @@ class HubUnreachableError(UserError):
 
 @dataclass(frozen=True)
 class Published:
-    """Where the weights of a timm name are.
+    """Where the weights of a timm name are."""
 
-    Attributes:
-        name: timm's, with the tag of its weights, such as `deit_tiny_patch16_224.fb_in1k`.
-        repository: on the hub.
-        revision: of the repository; None is its newest.
-        file: in the repository, a safetensors file.
-        licence: as timm records it, abbreviated as on the hub; `not stated` if it doesn't.
-    """
-
-    name: str
-    repository: str
-    revision: str | None
-    file: str
-    licence: str
+    name: str  # timm's, with the tag of its weights, such as `deit_tiny_patch16_224.fb_in1k`
+    repository: str  # on the hub
+    revision: str | None  # of the repository; None is its newest
+    file: str  # in the repository, a safetensors file
+    licence: str  # as timm records it, abbreviated as on the hub; `not stated` if it doesn't
 
 
 @dataclass(frozen=True)
 class HubFacts:
-    """What the hub says about a repository.
+    """What the hub says about a repository."""
 
-    Attributes:
-        licence: as the hub abbreviates it; empty if its card has none.
-        size_bytes: of the file of weights; None if the hub doesn't say.
-    """
-
-    licence: str
-    size_bytes: int | None
+    licence: str  # as the hub abbreviates it; empty if its card has none
+    size_bytes: int | None  # of the file of weights; None if the hub doesn't say
 
 
 def published(name: str) -> Published:
@@ -603,11 +576,7 @@ def _fetch_folder(repository: str, weights: bool) -> Path:
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
-    """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on.
-
-    Raises:
-        UserError: if the hub can't be reached, or has no such repository or file.
-    """
+    """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

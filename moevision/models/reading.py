@@ -31,9 +31,6 @@ def pool_patches(vit: nn.Module) -> nn.Module:
 
     The final norm stays in front of the pooling, where its trained weights belong. The classifier starts anew. A model
     that doesn't read the class token stays as it is.
-
-    Raises:
-        UserError: if the architecture can't pool.
     """
     if not reads_class_token_only(vit):
         return vit

@@ -108,12 +108,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
-    """Parse YAML by `load`, without anchors: behind them a few lines can stand for billions of values.
-
-    Raises:
-        UserError: if it is longer than `MAX_YAML_BYTES` or uses anchors.
-        yaml.YAMLError: if it is no YAML.
-    """
+    """Parse YAML by `load`, without anchors: behind them a few lines can stand for billions of values."""
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"A configuration has at most {MAX_YAML_BYTES:,} characters, and this one has {len(text):,}.")
     if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
@@ -132,12 +127,7 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(path: str | Path) -> dict[str, TensorEntry]:
-    """Tensor name -> entry of a safetensors file, which the library has checked against the file's size.
-
-    Raises:
-        UserError: if it is no sound safetensors file.
-        FileNotFoundError: if there is none.
-    """
+    """Tensor name -> entry of a safetensors file, which the library has checked against the file's size."""
     return _header_of(path)[0]
 
 
@@ -162,11 +152,7 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """The content of a saved model's config.json; this and (if wanted) the weights are checked.
-
-    Raises:
-        UserError: if a file is missing or damaged, not what timm or moevision writes, or asks for too much.
-    """
+    """The content of a saved model's config.json; this and (if wanted) the weights are checked."""
     config = read_config(folder / CONFIG)
     if weights:
         file = weights_of(folder)
@@ -254,9 +240,6 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
     """Refuse whole numbers for weights: torch would load them without a word, also int8 ones without their scale.
 
     Counters, masks and tables that are whole numbers in the model (`num_batches_tracked`) may be so in the file.
-
-    Raises:
-        UserError: if a tensor that is floating-point in the model, or goes by a weight's name, holds whole numbers.
     """
     floating = {name: tensor.is_floating_point() for name, tensor in net.state_dict().items()}
     for name, entry in entries.items():
@@ -272,9 +255,6 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
 
     Returns:
         The model, without memory.
-
-    Raises:
-        UserError: if so, or if the model can't be built at all.
     """
     import timm
     import torch

@@ -41,19 +41,13 @@ only where there are some."""
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What the tokens of some images gave to the experts of one layer.
+    """What the tokens of some images gave to the experts of one layer."""
 
-    Attributes:
-        counts: [E] int64, choices that each expert computed (slots, where experts have slots).
-        gate_sum: [E] float64, the sum over tokens of the weight that each expert had in their output.
-        tokens: number of tokens, prefix tokens included: they are routed too.
-        alike: [E, E] float64, Pearson correlation of the experts' clean router logits over tokens; 0 where a logit
-            never changes. Experts that are alike are wanted by the same tokens.
-    """
-
-    counts: Tensor
-    gate_sum: Tensor
-    tokens: int
+    counts: Tensor  # [E] int64, choices that each expert computed (slots, where experts have slots)
+    gate_sum: Tensor  # [E] float64, the sum over tokens of the weight that each expert had in their output
+    tokens: int  # number of tokens, prefix tokens included: they are routed too
+    # [E, E] float64, Pearson correlation of the experts' clean router logits over tokens; 0 where a logit never
+    # changes. Experts that are alike are wanted by the same tokens.
     alike: Tensor
 
     @property
@@ -276,10 +270,6 @@ def regrouped(model: nn.Module, groups: Mapping[int, Groups], use: Use | None, *
             experts stand in the order of the first expert of each group.
         use: experts are averaged by their choices; equally if None.
         align: bring hidden units into one order before averaging.
-
-    Raises:
-        UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do
-            without an expert.
     """
     layers = layers_by_block(model)
     strangers = sorted(set(groups) - set(layers))
@@ -455,11 +445,7 @@ def layers_by_block(model: nn.Module) -> dict[int, MoEMlp]:
 
 
 def use_of(use: Use | None, block: int, layer: MoEMlp) -> ExpertUse:
-    """The use of one layer's experts.
-
-    Raises:
-        UserError: if it isn't known, or is of another number of experts.
-    """
+    """The use of one layer's experts."""
     if use is None or block not in use:
         raise UserError(
             f"How the experts of block {block} are used must be known: give use=measure_use(model, images)."

@@ -105,19 +105,12 @@ def upcycle(
 
 @dataclass(frozen=True)
 class StepZeroGap:
-    """How far an upcycled model is from its dense source before any training.
+    """How far an upcycled model is from its dense source before any training."""
 
-    Attributes:
-        images: images that were compared.
-        max_logit: max |Δ logit| over images and classes.
-        logit_scale: standard deviation of the dense model's logits, to judge it by.
-        agreement: share of images with the same most likely class.
-    """
-
-    images: int
-    max_logit: float
-    logit_scale: float
-    agreement: float
+    images: int  # images that were compared
+    max_logit: float  # max |Δ logit| over images and classes
+    logit_scale: float  # standard deviation of the dense model's logits, to judge it by
+    agreement: float  # share of images with the same most likely class
 
 
 @torch.no_grad()

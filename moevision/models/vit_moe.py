@@ -60,9 +60,6 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     Args:
         embed_dim: D.
         patch_size: side of a patch in pixels, a power of two.
-
-    Raises:
-        UserError: if patch_size is not a power of two of at least 2.
     """
     steps = _halvings("conv", patch_size)
     channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
@@ -86,9 +83,6 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     Args:
         embed_dim: D, divisible by 4.
         patch_size: side of a patch in pixels, a power of two of at least 4.
-
-    Raises:
-        UserError: if D or patch_size doesn't fit.
     """
     return _stages("stages", embed_dim, patch_size, (4, 2, 1), pool_first=False)
 
@@ -99,9 +93,6 @@ def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbe
     Args:
         embed_dim: D, divisible by 4.
         patch_size: side of a patch in pixels, a power of two of at least 4.
-
-    Raises:
-        UserError: if D or patch_size doesn't fit.
     """
     return _stages("wide_stages", embed_dim, patch_size, (2, 1, 1), pool_first=True)
 
@@ -279,11 +270,7 @@ class VisionTransformerMoE(VisionTransformer):
                 scale_by_depth(block.mlp.fc2.weight, index)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory by computing blocks again in the backward pass.
-
-        Raises:
-            UserError: with timm's reentrant checkpointing, under which balance losses silently get no gradient.
-        """
+        """Trade time for memory by computing blocks again in the backward pass."""
         if enable and use_reentrant_ckpt():
             raise UserError(
                 "Reentrant checkpointing gives the balance losses no gradient: call "
