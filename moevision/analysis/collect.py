@@ -36,8 +36,8 @@ from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
+from moevision.models.convert import unread_layers
 from moevision.models.io import SavedModel, best_device, load_model
-from moevision.models.reading import unread_layers
 
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
 

@@ -48,8 +48,8 @@ from moevision.analysis.information import (
 )
 from moevision.analysis.intervention import edited, numbered_layers
 from moevision.errors import UserError
+from moevision.models.convert import routes_read
 from moevision.models.io import from_clusters
-from moevision.models.reading import routes_read
 from moevision.words import signed
 
 if TYPE_CHECKING:

@@ -66,8 +66,8 @@ from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, load_model
-from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
 
 SCHEMA = "moevision.report/1"

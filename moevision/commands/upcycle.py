@@ -23,8 +23,8 @@ from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, shown
 from moevision.files import write_json_atomic
+from moevision.models.convert import unread_layers
 from moevision.models.io import SavedModel, describe, save_model
-from moevision.models.reading import unread_layers
 from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading, shell_word

@@ -10,6 +10,7 @@ a weight instead (`unpack`), and `save_model` writes it in timm's format.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -144,44 +145,34 @@ def save_model(model: SavedModel, folder: Path) -> None:
             f"This {type(model.net).__name__} can't be saved: it has no timm name, which builds it again. Make it by "
             "timm.create_model."
         )
-    hook = model.net.register_state_dict_post_hook(_contiguous)
+
+    def contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+        # Safetensors refuses weights in another order, such as those of a `channels_last` convolution.
+        state.update({name: tensor.contiguous() for name, tensor in state.items()})
+
+    hook = model.net.register_state_dict_post_hook(contiguous)
     try:
-        _save_for_timm(model, folder)
+        timm.models.save_for_hf(
+            model.net,
+            str(folder),
+            model_config={"label_names": model.class_names},
+            data_config={
+                "input_size": (3, model.image_size, model.image_size),
+                "mean": model.mean,
+                "std": model.std,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "crop_mode": _CROP_MODES[model.fit],
+            },
+            safe_serialization=True,
+        )
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
-        if number is None:
-            raise
         (folder / WEIGHTS).unlink(missing_ok=True)
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
     finally:
         hook.remove()
-
-
-def from_clusters(net: nn.Module) -> bool:
-    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
-    return getattr(net, "router_start", None) == "cluster"
-
-
-def _contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
-    """Safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
-    state.update({name: tensor.contiguous() for name, tensor in state.items()})
-
-
-def _save_for_timm(model: SavedModel, folder: Path) -> None:
-    timm.models.save_for_hf(
-        model.net,
-        str(folder),
-        model_config={"label_names": model.class_names},
-        data_config={
-            "input_size": (3, model.image_size, model.image_size),
-            "mean": model.mean,
-            "std": model.std,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": _CROP_MODES[model.fit],
-        },
-        safe_serialization=True,
-    )
     sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.
@@ -195,6 +186,11 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         save_file(model.strangers.state_dict(), folder / STRANGERS)
         config["strangers"] = True
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
+
+
+def from_clusters(net: nn.Module) -> bool:
+    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
+    return getattr(net, "router_start", None) == "cluster"
 
 
 def create_from(
@@ -215,7 +211,7 @@ def create_from(
         image_size: side(s) of the input in pixels; that of the weights if None.
         weights: a `.safetensors` file for the architecture that `source` names.
         load_weights: False builds the same architecture without weights.
-        depth: keep so many of the first blocks (`first_blocks`); all if None.
+        depth: keep so many of the first blocks; all if None.
         **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
 
     Raises:
@@ -223,7 +219,7 @@ def create_from(
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))
-    if weights is not None and load_weights:
+    if weights and load_weights:
         net = _create_from_file(address, Path(weights), num_classes, options)
     else:
         with saying_what_fails(str(source)):
@@ -255,17 +251,12 @@ def address_of(source: str) -> str:
     folder = model_folder(path)
     if folder is not None:
         return f"{FOLDER}{folder}"
-    if path.is_file():
-        raise UserError(
-            f"{path} is a file: give a saved model's folder, such as runs/NAME/model, or name its architecture too, "
-            "such as deit_tiny_patch16_224, and give it as weights."
-        )
     if is_timm_name(source):
         return source
-    if path.is_dir() or source.startswith(FOLDER):
+    if path.exists() or source.startswith(FOLDER):
         raise UserError(
             f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
-            "runs/NAME/model."
+            "runs/NAME/model; a file of weights goes with the name of its architecture."
         )
     if ":" in source:
         return source
@@ -305,13 +296,14 @@ def unknown_name(name: str) -> str:
 
 def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file} is no .safetensors file: only safetensors are read, never pickles.")
-    if not file.is_file():
-        raise UserError(f"There is no file {file}.")
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise UserError(f"There is no .safetensors file {file}: only safetensors are read, never pickles.")
     if ":" in address:
         raise UserError(f"{address} has weights of its own: give {file} with the timm name of their architecture.")
-    classes = _classes_in(file, timm.get_pretrained_cfg(address))
+    classifier = getattr(timm.get_pretrained_cfg(address), "classifier", None) or "head"
+    stored = read_header(file)
+    head = stored.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    classes = 0 if head is None else head.shape[0]
     overlay = {"file": str(file), "num_classes": classes}
     try:
         model: nn.Module = timm.create_model(
@@ -320,16 +312,8 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
     except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason}).") from error
-    check_types(file, model, read_header(file))
+    check_types(file, model, stored)
     return reshape(model, num_classes, None)
-
-
-def _classes_in(file: Path, config: Any) -> int:
-    """Rows of the classifier in a file; 0 if it has none."""
-    classifier = getattr(config, "classifier", None) or "head"
-    name = classifier if isinstance(classifier, str) else classifier[0]
-    found = read_header(file).get(f"{name}.weight")
-    return found.shape[0] if found is not None and found.shape else 0
 
 
 def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
@@ -401,11 +385,14 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         **options: for `timm.create_model`; None leaves an option to the model.
     """
     if address.startswith(HUB):
-        fetched = _fetch_folder(address.split(":", 1)[1], weights)
-        model = open_model(f"{FOLDER}{fetched}", weights=weights, **options)
+        name, _, revision = (repository := address.split(":", 1)[1]).partition("@")
+        kept = _fetch(name, CONFIG, revision or None)
+        told = read_config(kept)  # before gigabytes are fetched for nothing
+        for file in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
+            _fetch(name, file, kept.parent.name)  # the cache names a folder after its commit
+        model = open_model(f"{FOLDER}{kept.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
-        found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
+        cast(dict[str, Any], model.pretrained_cfg).update(source="hf-hub", hf_hub_id=repository, file=None)
         return model
     config: dict[str, Any] = {}
     if address.startswith(FOLDER):
@@ -563,16 +550,6 @@ def fetch_weights(name: str) -> Path:
     path = cached(weights) or _fetch(weights.repository, weights.file, weights.revision)
     read_header(path)
     return path
-
-
-def _fetch_folder(repository: str, weights: bool) -> Path:
-    """The files of a repository on the hub, both of one commit, in the hub's cache."""
-    name, _, revision = repository.partition("@")
-    config = _fetch(name, CONFIG, revision or None)
-    told = read_config(config)  # before gigabytes are fetched for nothing
-    for file in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-        _fetch(name, file, config.parent.name)  # the cache names a folder after its commit
-    return config.parent
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:

@@ -33,9 +33,8 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
-from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
+from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp, read_layer_indices
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
-from moevision.models.reading import read_layer_indices
 
 
 def upcycle(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 from moevision.layers.cpu import padded_counts, sum_rows, take_rows
-from moevision.layers.dispatch import Dispatched, LocalDispatcher
+from moevision.layers.moe import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
 
 
