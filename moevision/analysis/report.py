@@ -42,7 +42,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import moevision.analysis.plots as plots
 from moevision import __version__
 from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import UNREAD, collect_routing, model_title
 from moevision.analysis.describe import (
     QUANTILES,
@@ -60,7 +59,7 @@ from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_
 from moevision.analysis.information import Array, Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
-from moevision.analysis.readings import recording_of
+from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
