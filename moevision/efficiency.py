@@ -117,9 +117,8 @@ class LayerCount:
     def rows(self) -> int:
         """R, the rows that went through an expert.
 
-        Raises:
-            RuntimeError: if the counted FLOPs are no whole number of rows, or fewer than were kept: an operation of
-                the experts has no formula then.
+        A RuntimeError if the counted FLOPs are no whole number of rows, or fewer than were kept: an operation of the
+        experts has no formula then.
         """
         rows, rest = divmod(self.experts, self.per_row(backward=False))
         if rest or rows < self.kept_rows():
@@ -147,12 +146,7 @@ class LayerCount:
 def count_layers(
     model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
 ) -> tuple[Any, list[LayerCount]]:
-    """Run one forward pass under an open counter and look at each MoE layer in it.
-
-    Args:
-        model: the model that `forward` runs.
-        counter: an open `flop_counter()`.
-        forward: the pass.
+    """Run one forward pass of a model under an open `flop_counter()` and look at each MoE layer in it.
 
     Returns:
         What `forward` returned, and the layers in order of depth.
@@ -199,12 +193,8 @@ _aten = torch.ops.aten
 def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
     """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
 
-    Args:
-        a_shape: [R, K] (rows in groups), [E, M, K], or [M, R] (a gradient's columns in groups).
-        b_shape: [E, K, N], [K, R] (columns in groups), or [R, N] (rows in groups).
-
-    Returns:
-        2 · R · K · N for rows by weights and for the weights' gradient alike; 2 · E · M · K · N for two batches.
+    2 · R · K · N for rows [R, K] by weights [E, K, N] and for the weights' gradient ([M, R] by [R, N]) alike;
+    2 · E · M · K · N for two batches [E, M, K] and [E, K, N].
     """
     if len(a_shape) == len(b_shape) == 3:
         return int(bmm_flop(a_shape, b_shape))

@@ -98,7 +98,7 @@ def test_imports_point_one_way() -> None:
         ("train", "from moevision import analysis", "moevision.train", {"analysis"}),
         ("models", "from moevision import MoEMlp", "moevision.models", {"__init__"}),
         ("train", "from moevision import __version__, cli", "moevision.train", {"cli"}),
-        ("losses", "from moevision.metrics import x", "moevision", {"metrics"}),
+        ("losses", "from moevision.data import x", "moevision", {"data"}),
         ("train", "import moevision.analysis.trace as t", "moevision.train", {"analysis"}),
         ("losses", "from .layers.routing import Routing", "moevision", set()),
         ("efficiency", "import moevision", "moevision", {"__init__"}),

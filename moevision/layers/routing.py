@@ -348,13 +348,7 @@ class Router(nn.Module):
         """What the router does after an applied optimizer step in which `load` [E] choices fell on each expert."""
 
     def words(self, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
-        """What the router does with a patch in evaluation.
-
-        Args:
-            noisy: whether the noise of training is on.
-            top_k: K that is shown.
-            capacity: a capacity factor in the place of the router's own; None for that.
-        """
+        """What the router does with a patch in evaluation, under the noise, K and capacity factor that are shown."""
         scores = f"The router {type(self).__name__} gives each expert a number."
         return dict(zip(STEPS, (scores, "As shares of 1.", "It chooses experts.", "It gives weights."), strict=True))
 
@@ -403,7 +397,7 @@ def within_capacity(
     whole_batch: bool = False,
     unit: int = 1,
 ) -> Tensor:
-    """Which choices remain if an expert computes at most `capacity_of` choices of one group.
+    """[B, N, K] bool: which choices remain if an expert computes at most `capacity_of` choices of one group.
 
     Capacity and its order of filling: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961), eq. 3. Batch
     priority routing: V-MoE (arXiv:2106.05974), §4.1.
@@ -420,9 +414,6 @@ def within_capacity(
         priority: V-MoE's batch priority routing.
         whole_batch: a group is the whole batch, so that a prediction depends on its batch-mates; else one image.
         unit: how many tokens are counted as one: N where images are routed as a whole.
-
-    Returns:
-        [B, N, K] bool.
     """
     shape = kept.shape
     if whole_batch:  # one group: [B, N, K] -> [1, B·N, K]

@@ -388,8 +388,8 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         name, _, revision = (repository := address.split(":", 1)[1]).partition("@")
         kept = _fetch(name, CONFIG, revision or None)
         told = read_config(kept)  # before gigabytes are fetched for nothing
-        for file in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-            _fetch(name, file, kept.parent.name)  # the cache names a folder after its commit
+        for wanted in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
+            _fetch(name, wanted, kept.parent.name)  # the cache names a folder after its commit
         model = open_model(f"{FOLDER}{kept.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
         cast(dict[str, Any], model.pretrained_cfg).update(source="hf-hub", hf_hub_id=repository, file=None)
