@@ -65,15 +65,12 @@ def consistency(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> list[Consistency]:
-    """Agreement under a horizontal flip and under a shifted crop, for every MoE layer.
+    """Agreement of the first choices of at most `limit` images with their mirrored and their shifted copies, by layer.
 
-    Args:
-        model: the model.
-        pictures: what to look at.
-        shift: by how many patches the crop moves down and to the right.
-        limit: at most so many images, drawn by `seed`.
-        num_resamples: R.
-        seed: of the draw and of the resamples.
+    `shift` is how many patches the crop moves down and to the right; intervals are from R resamples.
+
+    Raises:
+        UserError: there are fewer than two images, or the shift leaves no patch.
     """
     indices = np.random.default_rng(seed).permutation(len(pictures))[:limit]
     if len(indices) < 2:

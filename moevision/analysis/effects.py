@@ -201,14 +201,8 @@ def take_away_random(
 ) -> Decision:
     """Take assignments away at random, from any expert; each image of the batch by its own draw.
 
-    Where images are routed as a whole, as many experts of an image, each for all of its tokens.
-
-    Args:
-        decision: of B images.
-        numbers: [B][2] how many assignments of prefix tokens, and of patches.
-        keys: [B] seeds of the draws.
-        num_prefix_tokens: tokens in front of the patches.
-        fill: `next_best` or `zero`.
+    `numbers` [B][2] says how many of prefix tokens, and of patches; `keys` [B] are the seeds of the draws. Where images
+    are routed as a whole, as many experts of an image are taken, each for all of its tokens.
     """
     routing = decision.settle()
     kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()  # [B, N, K]
@@ -267,13 +261,8 @@ def run_compared(
 ) -> Tensor:
     """Logits [R, C] of one batch in which every row has its own change: rows of `others` first, then of the control.
 
-    Args:
-        net: the network.
-        x: [R, 3, S, S], or [1, 3, S, S] for R times the same image.
-        intervention: whose control is drawn.
-        taken: what the intervention takes from experts, by image of x.
-        others: interventions on the same layer.
-        keys: seed of each draw.
+    x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `taken` is what the intervention takes from experts
+    by image of x, `keys` the seed of each draw of its control.
     """
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     of_others = [other.edits(net) for other in others]

@@ -437,9 +437,6 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
     covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
 
-    Returns:
-        uint8 [(1 + 2 · context) · patch height, (1 + 2 · context) · patch width, 3].
-
     Raises:
         UserError: if there is no such patch or patches don't tile the image.
     """
@@ -557,18 +554,9 @@ def pictures_for(
     limit: int | None = None,
     root: str | None = None,
 ) -> PictureSet | None:
-    """Images for a model, held-out ones by default: of `data`, or else of what its run was trained on.
+    """Images for a model at an address, held-out ones by default: of `data`, or else of what its run was trained on.
 
-    Args:
-        address: a run folder, its model/ folder, or any other address.
-        model: the model there.
-        data: a folder or a dataset's name; None takes the run's own.
-        split: `test`, `val`, `train` or `all`, as in `open_pictures`.
-        limit: at most so many, the same number of each class.
-        root: folder of named datasets; the run's own if None.
-
-    Returns:
-        The images; None if neither `data` nor a run says which.
+    The options are those of `open_pictures`. None if neither `data` nor a run says which.
 
     Raises:
         UserError: if the images aren't there (any more).

@@ -1,24 +1,9 @@
 """All figures of the analysis, one function each: arrays (or an image and its trace) in, a matplotlib Figure out.
 
-| question | figure |
-|---|---|
-| where does each patch of this image go? | `plot_overlay` |
-| which experts does one patch pass through? | `plot_path` |
-| how sure is the router of it? | `plot_certainty` |
-| how busy is each expert? | `plot_load` |
-| how much weight does each choice get? | `plot_gate_weights` |
-| how many experts does a patch have? | `plot_experts_per_patch` |
-| which experts are chosen together? | `plot_co_activation` |
-| which classes use which expert? | `plot_class_experts` |
-| which parts of an image go where? | `plot_part_experts` |
-| where in the image does each expert work? | `plot_positions` |
-| what does an expert get? | `plot_gallery` |
-| what changes without one expert? | `plot_effects` |
-
-`save_figure` writes one as PNG, `figure_png` gives the bytes; in a notebook a figure shows itself. Figures are drawn on
-matplotlib's Figure objects, never through pyplot, whose global state isn't safe in a thread, and are laid out for
-print: a figure is one column (3.5 in) or one page (7.2 in) wide at its natural size (wider only for many experts),
-with no text under 6 points but for numbers in crowded cells. Nothing is decided here: statistics come from `describe`.
+In a notebook a figure shows itself. Figures are drawn on matplotlib's Figure objects, never through pyplot, whose
+global state isn't safe in a thread, and are laid out for print: one column (3.5 in) or one page (7.2 in) wide at
+natural size (wider only for many experts), with no text under 6 points but for numbers in crowded cells. Nothing is
+decided here: statistics come from `describe`.
 
 Colours of experts: the first seven are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common
 colour vision, with the values of matplotlib's `color_sequences["okabe_ito"]`. The eighth is the grey of Tol's "bright"
@@ -346,11 +331,8 @@ def plot_load(
 ) -> Figure:
     """Load bars, one panel per MoE layer, with the ideal line and how much busier the busiest expert is.
 
-    Args:
-        counts: per layer [E] choices that each expert computed, over all images (Soft MoE: weight that patches took).
-        layer_names: [L].
-        requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
-        kinds: who chooses in each layer; tokens if None.
+    From [E] choices that each expert computed (Soft MoE: weight that patches took) and were `requested` before
+    capacity, by layer; what was dropped stands hollow on top. `kinds`: who chooses in each layer; tokens if None.
     """
     loads = [np.asarray(load, dtype=np.float64) for load in counts]
     wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
@@ -467,10 +449,7 @@ def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequenc
 def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> Figure:
     """Which experts are chosen for the same patch: conditional shares for all pairs, coloured by their excess.
 
-    Args:
-        counts: [E, E] from `co_activation`.
-        top_k: K of the layer, at least 2; None where experts choose, so that patches have different numbers of them.
-        layer_name: in words.
+    From `co_activation` [E, E]; K is None where experts choose, so that patches have different numbers of them.
     """
     table = np.asarray(counts, dtype=np.float64)
     experts = len(table)
@@ -520,19 +499,11 @@ def plot_class_experts(
     threshold: float | None = None,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
-    """Class × expert heatmap of one layer: shares in the cells, colour only where a cell stands above the null.
+    """Class × expert heatmap of one layer: shares [C, E] in the cells, colour only where a cell stands above the null.
 
-    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal. A class
-    without images (NaN) is left out.
-
-    Args:
-        share: [C, E] share of a class's choices (weights, where tokens don't choose) that falls on each expert.
-        significant: [C, E] bool, which cells stand above the null.
-        class_names: [C] in words.
-        layer_name: in words.
-        excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
-        threshold: the smallest |excess| that counts as significant, to be stated.
-        kind: who chooses in the layer.
+    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal; one
+    without images (NaN) is left out. `excess` [C, E] is the share minus what it is compared with, by default the mean
+    over classes; `threshold` the smallest |excess| that counts as significant, to be stated.
     """
     shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
     known: Flags = np.asarray(np.isfinite(shares).all(1))
@@ -685,12 +656,8 @@ def plot_effects(
 ) -> Figure:
     """Change of the true class's logit without each expert: one small mark per class, a large one for their mean.
 
-    Args:
-        deltas: per layer [E, C], mean over images of a class.
-        controls: per layer [E, C], the same with as many random choices taken away instead; NaN without a control.
-        layer_names: such as "L4".
-        class_names: [C]; the one that changes most is named.
-        what: the intervention in words, such as "its patches go to their next-best expert".
+    Per layer [E, C] means over images of a class, and the same with as many random choices taken away instead (NaN
+    without a control). `what` is the intervention in words, such as "its patches go to their next-best expert".
     """
     effects = [np.asarray(delta, dtype=np.float64) for delta in deltas]
     chance = [np.asarray(control, dtype=np.float64) for control in controls]
@@ -955,16 +922,7 @@ def plot_gallery(
     count: int = 8,
     seed: int = 0,
 ) -> Figure:
-    """One row per expert: its heaviest patches, and as many random ones, in context and outlined.
-
-    Args:
-        pictures: the images that the trace was made of.
-        trace: routing of all of them.
-        layer: block index of the MoE layer.
-        experts: which to show; all by default, or the 16 busiest of more.
-        count: patches of each kind.
-        seed: of the random patches.
-    """
+    """One row per expert (or the 16 busiest): its heaviest patches, and as many random ones, outlined in context."""
     routing = trace.layer(layer)
     loads = routing.counts().sum(0)
     galleries = layer_gallery(routing, count, seed)

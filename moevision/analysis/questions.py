@@ -418,7 +418,7 @@ class Swap(Numbers):
 
 
 def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0) -> Swap | None:
-    """Change the routes of one layer and measure what that costs.
+    """Change the routes of one layer and measure what that costs; None where no exchange moves a token.
 
     Args:
         recording: with `run`.
@@ -426,9 +426,6 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         draws: exchanges per image, each with experts drawn anew.
         limit: images at most, as many of each class; of more classes than that, one image of as many.
         seed: of everything drawn.
-
-    Returns:
-        None where no exchange moves a token: patches choose all experts.
     """
     layer = recording.layers[place]
     labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)

@@ -260,14 +260,9 @@ def run_forced(
 
 @torch.inference_mode()
 def forced_logits(net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0) -> Floats:
-    """Logits [R, C] of what `net` takes [R, ...] while the patches go to these experts [R, P, K] in one of its layers.
+    """Logits [R, C] of `net(inputs)` while the patches go to these experts [R, P, K] in one of its layers; see `Run`.
 
-    Args:
-        net: in eval mode.
-        layer: the layer.
-        inputs: what `net` is called with.
-        experts: best first; see `Run`.
-        prefix: tokens before the patches, which stay where they are.
+    The first `prefix` tokens stay where they are.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
     with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
@@ -719,10 +714,7 @@ def load_of(counts: Floats, labels: Ints, num_classes: int) -> Load:
 def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Interval, float]:
     """How often the class (part) is right that an expert's choices mostly are of, in the other half of the images.
 
-    Args:
-        counts: [I, P, E] what each patch's choices count.
-        target: [I, P] class or part of each patch; negative: left out.
-        halves: [I] which half an image is in.
+    From counts [I, P, E], the class or part of each patch [I, P] (negative: left out) and which half an image is in.
 
     Returns:
         The share guessed right, with an interval over images, and that of always guessing the most frequent value.
@@ -784,14 +776,11 @@ def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Int
 
 
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
-    """The patches dealt to as many balanced groups as there are experts, by a linear probe of the layer's input.
+    """[I, p, E] one-hot: patches dealt to as many balanced groups as experts, by a linear probe of their input.
 
     The probe is fitted to the target [I, p] (negative: not fitted) on one half of the images and applied to the other.
     Its patches are put in the order of the class that it predicts (and of its certainty in each) and cut into groups of
     equal size.
-
-    Returns:
-        [I, p, E] one-hot.
     """
     images, patches, width = inputs.shape
     groups = np.zeros((images, patches), np.int64)

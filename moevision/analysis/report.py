@@ -115,14 +115,9 @@ Live = Callable[[SavedModel, Pixels, str, str | None], str]
 
 
 def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
-    """Analyze a model and write the report.
+    """Analyze a model and write the report; what `report.json` holds is returned.
 
-    Args:
-        settings: what, and how thoroughly.
-        live: makes the live views of the page; None leaves them out.
-
-    Returns:
-        What `report.json` holds.
+    `live` makes the live views of the page; None leaves them out.
 
     Raises:
         UserError: if there is no such model or data, the model has no MoE layers, two trainings have one seed, or `out`
@@ -345,16 +340,9 @@ def of_pairs(similarity: Array) -> Json:
 def measure_effects(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
 ) -> Json:
-    """Take every expert away, one at a time, and follow the true class of images of each class.
+    """Take every expert away, one at a time, and follow the true class of images of each class, for about `budget_s`.
 
     How many images of a class are used follows from the time that a first call takes.
-
-    Args:
-        model: the model that the trace is of.
-        pictures: labelled images.
-        trace: their routing.
-        budget_s: about how long all of it may take, in seconds.
-        seed: of the images and of the control.
 
     Returns:
         `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
@@ -659,13 +647,7 @@ def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
 
 
 def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()) -> str:
-    """The page: everything inside it, nothing fetched, readable on screen, in the dark and on paper.
-
-    Args:
-        numbers: what `report.json` holds.
-        pictures: file name -> PNG of every figure that it lists.
-        live: what each live view shows, and its HTML.
-    """
+    """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
     page = environment()
     page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
     views = [(title, Markup(view)) for title, view in live]

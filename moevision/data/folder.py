@@ -32,13 +32,7 @@ _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or trai
 
 
 def read_folder(root: Path) -> FileCollection:
-    """Read a folder-per-class dataset, with or without train / val / test subfolders.
-
-    Args:
-        root: the dataset's folder.
-
-    Returns:
-        The collection; ``given`` has the key "all" for an unsplit folder.
+    """Read a folder-per-class dataset, with or without train / val / test (an unsplit folder has the key "all").
 
     Raises:
         UserError: if the folder is missing, empty or laid out otherwise; the sentence says what to change.

@@ -205,15 +205,8 @@ class ImageDataset(Dataset[RawBatch]):
     ) -> None:
         """Describe the split; nothing is read yet.
 
-        Args:
-            split: "train", "val" or "test".
-            collection: where images are opened.
-            samples: the split's images.
-            image_size: side of the images, S.
-            framing: how images become square.
-            square: whether images are prepared to S x S, or kept larger for random resized crops.
-            seed: seed of the augmentation.
-            transform: augmentation; None for evaluation.
+        `square`: whether images are prepared to S x S, or kept larger for random resized crops; the seed is that of the
+        augmentation, a transform of None is for evaluation.
         """
         self.split, self.collection, self.samples = split, collection, samples
         self.image_size, self.square, self.seed, self.transform = image_size, square, seed, transform

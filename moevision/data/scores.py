@@ -106,14 +106,9 @@ def rows_of(keys: Ints, wanted: Ints) -> Ints:
 
 
 class ScoreSums:
-    """The rows of all training images.
+    """The `rows` [n] (`row_type`) of all training images, by their `keys_of` [n]; nothing else changes.
 
-    Args:
-        keys: [n] of the images, by `keys_of`.
-        experts: block -> number of experts, in order of depth; empty for a dense model.
-
-    Attributes:
-        rows: [n] of `row_type`; nothing else changes.
+    `experts` has the number of experts by block, in order of depth; it is empty for a dense model.
     """
 
     def __init__(self, keys: Ints, experts: Mapping[int, int]) -> None:
@@ -121,12 +116,9 @@ class ScoreSums:
         self.rows = np.zeros(len(keys), row_type(experts))
 
     def add(self, index: Ints, measures: Floats, shares: Floats | None = None) -> None:
-        """Take visits in their order; an image may be among them several times.
+        """Take visits of images (rows [B]) in their order; an image may be among them several times.
 
-        Args:
-            index: [B], the images' rows.
-            measures: [B, 5], see `MEASURES`.
-            shares: [B, H], the experts' shares; None before the last third of the training.
+        Measures are [B, 5] (`MEASURES`), the experts' shares [B, H]; None before the last third of the training.
         """
         left = np.arange(len(index))
         while len(left):
@@ -275,14 +267,8 @@ class Kept:
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
 
-        Args:
-            path: the file, replaced if it is there.
-            scores: whose images these are.
-            relabelled: whether the run had other labels than its data: then every row says the label, so that the list
-                is the one of `--data.relabel` too.
-
-        Raises:
-            UserError: if it can't be written.
+        `relabelled`: the run had other labels than its data; then every row says the label, so that the list is the one
+        of `--data.relabel` too.
         """
 
         def rows() -> Iterator[tuple[str, ...]]:
@@ -301,14 +287,9 @@ class Kept:
 
 
 def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0) -> Kept:
-    """Choose by a score.
+    """Choose a share of the scored images to keep by a score (one of `METHODS`, but `decisions`).
 
-    Args:
-        scores: of the training images.
-        by: one of `METHODS`, but `decisions`.
-        share: of the scored images to keep, in (0, 1].
-        hardest: β of `ccs`.
-        seed: of what is drawn, and of ties.
+    `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
 
     Raises:
         UserError: if nothing was scored, or β leaves fewer images than are to be kept.
@@ -465,16 +446,13 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 
 
 def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str) -> dict[str, _T]:
-    """Read a list of images.
+    """What a CSV says of each image, by its name as `csv_name` writes it.
 
-    Args:
-        path: the CSV.
-        column: which it must have, besides `image`; `keep` may be absent.
-        meaning: what a row says; raises ValueError if it says nothing that can be used.
-        option: who asked for it, for messages.
+    `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
+    says nothing that can be used; `option` asked for it.
 
-    Returns:
-        What is said of each image, by its name as `csv_name` writes it.
+    Raises:
+        UserError: if it can't be read, or lists an image twice.
     """
     found: dict[str, _T] = {}
     try:

@@ -238,13 +238,10 @@ def write_shards(
     shard_bytes: int = 256 * 2**20,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Index:
-    """Write a dataset as shards.
+    """Write a dataset as shards into a folder that isn't there yet, or is empty.
 
-    Args:
-        collection: the dataset.
-        out: a folder that isn't there yet, or is empty.
-        shard_bytes: a shard is closed when its images have so many bytes.
-        on_progress: called with the number of images that are done since the last call.
+    A shard is closed when its images have `shard_bytes`; `on_progress` is called with the number of images that are
+    done since the last call.
 
     Raises:
         UserError: if the folder holds something or can't be written to, or an image can't be read.

@@ -131,20 +131,14 @@ def stratified_cut(
     seed: int,
     class_names: Sequence[str],
 ) -> dict[str, list[Sample]]:
-    """Cut parts off a list, each with its share of every class; the rest is "train".
+    """Cut parts (part -> share) off a list, each with its share of every class; the rest is "train".
 
-    Groups are taken in the order of a hash of (seed, group), so a few added files move few others. Where
-    every image is its own group a part gets exactly ``max(1, round(fraction * n))`` of a class's n images.
+    Groups (of a sample id; absent ids are groups of their own) are taken in the order of a hash of (seed, group), so a
+    few added files move few others. Where every image is its own group a part gets exactly ``max(1, round(fraction *
+    n))`` of a class's n images. Each part is in the order of ``samples``.
 
-    Args:
-        samples: the images to cut.
-        groups: group of a sample id; absent ids are groups of their own.
-        fractions: part -> share, in (0, 1).
-        seed: seed of the order.
-        class_names: names for messages.
-
-    Returns:
-        Samples per part and "train", each in the order of ``samples``.
+    Raises:
+        UserError: if a class can't be in every part.
     """
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:

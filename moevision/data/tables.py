@@ -213,12 +213,9 @@ class ArrowCollection(Collection):
 
 
 def read_dataset(path: str, columns: Columns = (None, None), *, download: bool = False) -> ArrowCollection:
-    """Read a Hugging Face dataset.
+    """Read a Hugging Face dataset: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
 
-    Args:
-        path: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
-        columns: the columns with image and label, where they can't be found out.
-        download: fetch a dataset that isn't in the cache.
+    `columns` are those with image and label, where they can't be found out; `download` fetches what isn't in the cache.
     """
     given, notes = _by_split(_load(path, download), path)
     first = next(iter(given.values()))

@@ -29,15 +29,10 @@ _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads
 def build_model(
     config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
 ) -> nn.Module:
-    """The model that `config` describes.
+    """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
-    Args:
-        config: what to build.
-        num_classes: C, outputs of the classifier.
-        image_size: side of the square input in pixels.
-        load_pretrained: read the weights of `config.pretrained`; False builds the same architecture without them, for
-            weights that come from a checkpoint.
-        kept: where `keep_start` was told to keep what `config.pretrained` describes; read without the weights.
+    Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
+    it describes is then read where `keep_start` was told to keep it (`kept`).
 
     Raises:
         UserError: if a name doesn't exist (the near ones are offered), an argument doesn't fit, or the pretrained

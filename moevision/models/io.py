@@ -213,9 +213,6 @@ def create_from(
         load_weights: False builds the same architecture without weights.
         depth: keep so many of the first blocks; all if None.
         **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
-
-    Raises:
-        UserError: if the name or folder doesn't exist, or its weights can't be loaded.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))

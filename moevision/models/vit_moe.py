@@ -355,10 +355,7 @@ for _name in _MODELS:
 def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     """Any timm ViT with plain MLPs, converted: `create_model("vit_moe", base="deit_tiny_patch16_224", top_k=1)`.
 
-    Args:
-        pretrained: load weights that were saved from this model.
-        base: timm's name of the dense architecture.
-        **kwargs: MoE arguments (see `VisionTransformerMoE`) and those of `base`.
+    The arguments are those of `VisionTransformerMoE` for experts, and of `base`.
     """
     if kwargs.get("pretrained_cfg") is None:
         base_cfg = timm.get_pretrained_cfg(base)
