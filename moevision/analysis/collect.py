@@ -116,7 +116,9 @@ def collect_routing(
             )
         for batch in reader.batches(progress):
             rows, place = _rows(net, batch)
-            about |= place | {"prediction_names": _output_names(rows["probabilities"].shape[1], saved, pictures)}
+            outputs = rows["probabilities"].shape[1]  # called as the model or the data call them, or numbered
+            names = next((known for known in (saved.class_names, pictures.class_names) if len(known) == outputs), None)
+            about |= place | {"prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))}
             (in_memory.append if streamed is None else streamed.add)(rows)
         reader.report()
         about["provenance"] |= {"unreadable": len(reader.bad)}
@@ -188,14 +190,6 @@ def _layer_rows(routing: Routing) -> dict[str, Array]:
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.cpu().numpy()
-
-
-def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> tuple[str, ...]:
-    """Names of the model's outputs: its own, or the data's if there are as many, or numbers."""
-    for names in (saved.class_names, pictures.class_names):
-        if len(names) == num_outputs:
-            return tuple(names)
-    return tuple(f"class {index}" for index in range(num_outputs))
 
 
 class Batch(NamedTuple):

@@ -47,7 +47,7 @@ from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.information import Flags, Floats, Ints, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError, shown
+from moevision.errors import shown
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.words import percent
@@ -337,8 +337,6 @@ def plot_load(
     loads = [np.asarray(load, dtype=np.float64) for load in counts]
     wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
     kinds = kinds or ["token_choice"] * len(loads)
-    if any(load.sum() <= 0 for load in (*loads, *wanted)):
-        raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
     experts, layers = max(len(load) for load in loads), len(loads)
     # a long name needs room beside its ratio
     columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
@@ -507,8 +505,6 @@ def plot_class_experts(
     """
     shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
     known: Flags = np.asarray(np.isfinite(shares).all(1))
-    if not known.any():
-        raise UserError("No class has an image, so there is no share to draw; give images whose class is known.")
     above = shares if excess is None else np.asarray(excess, dtype=np.float64)
     shares, flags, above = shares[known], flags[known], above[known]
     if excess is None:
@@ -731,22 +727,6 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         axes = figure.add_subplot(rows, columns, place)
         _draw_experts(axes, picture, layer, image, trace.grid)
         panel_title(axes, layer.name, _first_choices(layer, image))
-    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", _overlay_note({each.kind for each in shown}))
-    return figure
-
-
-def _first_choices(layer: LayerTrace, image: int) -> str:
-    """What there is to say about a panel."""
-    of_image = layer.select(slice(image, image + 1))
-    first = of_image.first_choice()
-    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
-    if layer.kind == "expert_choice":
-        return f"no expert: {(first < 0).sum()} of {first.size} patches"
-    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
-
-
-def _overlay_note(kinds: set[RoutingKind]) -> str:
-    """How to read the overlay."""
     words = {
         "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped "
         "by capacity.",
@@ -755,8 +735,19 @@ def _overlay_note(kinds: set[RoutingKind]) -> str:
         "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
         "weight, from an equal share to all of it.",
     }
-    said = " ".join(text for kind, text in words.items() if kind in kinds)
-    return f"{said} Equal colours in two layers are unrelated experts."
+    said = " ".join(text for kind, text in words.items() if any(each.kind == kind for each in shown))
+    note = f"{said} Equal colours in two layers are unrelated experts."
+    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
+    return figure
+
+
+def _first_choices(layer: LayerTrace, image: int) -> str:
+    of_image = layer.select(slice(image, image + 1))
+    first = of_image.first_choice()
+    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+    if layer.kind == "expert_choice":
+        return f"no expert: {(first < 0).sum()} of {first.size} patches"
+    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
 
 
 def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
@@ -797,37 +788,6 @@ def _pale(picture: Pixels, darkest: float) -> Floats:
     return darkest + (1 - darkest) * grey
 
 
-def plot_certainty(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure:
-    """How sure the router is of each patch of an image (as in `plot_overlay`): entropy and margin."""
-    shown = trace.layers
-    columns = min(len(shown), _PER_ROW)
-    blocks = -(-len(shown) // columns)
-    side = PAGE_INCHES / max(columns + 1.6, 3.6)
-    figure = new_figure(side * (columns + 1) + 0.75, 2 * blocks * (side + 0.1))
-    cells = figure.add_gridspec(2 * blocks, columns + 1)
-    axes = figure.add_subplot(cells[0, 0])
-    axes.imshow(picture)
-    bare(axes)
-    panel_title(axes, "image")
-    most = float(np.log2(max(layer.num_experts for layer in shown)))
-    asked = (("entropy", most, f"bits (0 decided, {most:.3g} undecided)"), ("margin", 1.0, "best − second-best"))
-    for row, (name, limit, label) in enumerate(asked):
-        norm, drawn = Normalize(0, limit), []
-        for place, layer in enumerate(shown):
-            values = np.asarray((layer.entropy_bits if row == 0 else layer.margin)[image], dtype=np.float64)
-            axes = figure.add_subplot(cells[row * blocks + place // columns, 1 + place % columns])
-            _over(axes, _pale(picture, 0.6), values.reshape(trace.grid), trace.grid, cmap=AMOUNT, norm=norm, alpha=0.78)
-            panel_title(axes, layer.name, f"mean {name} {values.mean():.2f}")
-            drawn.append(axes)
-        colour_bar(drawn, AMOUNT, norm, label, "%.1f")
-    note = (
-        "Entropy of the router's probabilities over all experts, and how far the best is ahead of the second. "
-        "Low entropy alone isn't specialization: a collapsed router is sure as well."
-    )
-    heading(figure, f"How sure the router is: {verdict_on(trace, image)}", note)
-    return figure
-
-
 def verdict_on(trace: RoutingTrace, image: int) -> str:
     """What the image is and what the model takes it for."""
     guess, label = int(trace.predictions[image]), int(trace.labels[image])
@@ -841,10 +801,6 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
 def plot_path(picture: Pixels, trace: RoutingTrace, image: int, patch: int) -> Figure:
     """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities."""
     rows, columns = trace.grid
-    if not 0 <= patch < rows * columns:
-        raise UserError(
-            f"There is no patch {patch}: the {rows} x {columns} grid has patches 0 to {rows * columns - 1}."
-        )
     experts = max(layer.num_experts for layer in trace.layers)
     height = float(np.clip(0.24 * experts, 1.9, 6.5))
     figure = new_figure(PAGE_INCHES * (0.7 if len(trace.layers) <= 4 else 1), height)
@@ -876,7 +832,11 @@ def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts:
         probs = np.asarray(layer.probs[image, patch], dtype=np.float64)
         axes.scatter(np.full(len(probs), place), np.arange(len(probs)), s=60 * probs + 1.5, color="#B9BEC4", zorder=2)
     for choice in reversed(range(max(layer.top_k for layer in trace.layers))):
-        there = [place for place, layer in enumerate(trace.layers) if _is_drawn(layer, image, patch, choice)]
+        there = [  # one that capacity dropped counts, an expert that took nothing doesn't
+            place
+            for place, layer in enumerate(trace.layers)
+            if choice < layer.top_k and (layer.kind != "expert_choice" or layer.kept[image, patch, choice])
+        ]
         at = {place: int(trace.layers[place].expert_index[image, patch, choice]) for place in there}
         if choice == 0 or not any(layer.kind == "soft" for layer in trace.layers):
             line = [at.get(place, np.nan) for place in range(len(x))]  # interrupted where a layer has no such choice
@@ -906,11 +866,6 @@ def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts:
     axes.grid(color=GRID, linewidth=0.6)
     name_axis(axes, "expert", "y")
     name_axis(axes, "MoE layer, from shallow to deep", "x")
-
-
-def _is_drawn(layer: LayerTrace, image: int, patch: int, choice: int) -> bool:
-    """Whether the layer has such a choice: one that capacity dropped counts, an expert that took nothing doesn't."""
-    return choice < layer.top_k and (layer.kind != "expert_choice" or bool(layer.kept[image, patch, choice]))
 
 
 def plot_gallery(

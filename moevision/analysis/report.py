@@ -254,7 +254,6 @@ class Results:
                 "layers": layers,
             },
             "questions": self.questions,
-            "specialization": [],  # what an earlier version measured, and its readers look for
             "maps": list(self.maps.values()),
             "stability": self.stability,
             "effects": self.effects,
@@ -569,15 +568,13 @@ def draw_figures(
 
     `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
-    images, (rows, columns) = shown_pictures(trace, seed), trace.grid
+    images, (height, width) = shown_pictures(trace, seed), trace.grid
     for place, image in enumerate(images, start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
         yield Drawn("overlay", f"overlay_{place}.png", f"Which expert each patch goes to, image {place}", overlay)
     first = pictures.image(images[0])
-    path = plots.plot_path(first, trace, images[0], rows // 2 * columns + columns // 2)  # of the patch in the middle
+    path = plots.plot_path(first, trace, images[0], height // 2 * width + width // 2)  # of the patch in the middle
     yield Drawn("path", "path.png", "The path of one patch, image 1", path)
-    certainty = plots.plot_certainty(first, trace, images[0])
-    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
     names = [layer.name for layer in trace.layers]
     counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
     kinds = [layer.kind for layer in trace.layers]
@@ -593,8 +590,18 @@ def draw_figures(
     for layer, found in zip(trace.layers, layers, strict=True):
         for kind, title, figure in _draw_layer(trace, pictures, results, layer, found, seed):
             yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
-    if results.effects["rows"]:
-        yield Drawn("effects", "effects.png", "Without one expert", _effects_figure(trace, results.effects))
+    if rows := results.effects["rows"]:
+        tables: dict[str, list[Floats]] = {"delta_logit": [], "control_delta_logit": []}  # by layer, [E, C]
+        for layer in trace.layers:
+            of_layer = [row for row in rows if row["layer"] == layer.layer]
+            for name, each in tables.items():
+                by_expert = [[row[name] for row in of_layer if row["expert"] == e] for e in range(layer.num_experts)]
+                each.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
+        classes = list(dict.fromkeys(row["class"] for row in rows))
+        effects = plots.plot_effects(
+            tables["delta_logit"], tables["control_delta_logit"], names, classes, what=results.effects["what"]
+        )
+        yield Drawn("effects", "effects.png", "Without one expert", effects)
 
 
 def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN) -> list[int]:
@@ -608,7 +615,6 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN)
 def _draw_layer(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
 ) -> Iterator[tuple[str, str, Figure]]:
-    """Kind, title and figure of one layer."""
     name, index, kind = layer.name, np.asarray(layer.expert_index), layer.kind
     if numbers["co_activation"] is not None:
         figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
@@ -628,19 +634,6 @@ def _draw_layer(
         figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)
         yield "parts", "which parts go to which expert", figure
     yield "gallery", "what each expert gets", plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
-
-
-def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
-    deltas: list[Floats] = []
-    controls: list[Floats] = []
-    for layer in trace.layers:
-        rows = [row for row in effects["rows"] if row["layer"] == layer.layer]
-        for name, tables in (("delta_logit", deltas), ("control_delta_logit", controls)):
-            by_expert = [[row[name] for row in rows if row["expert"] == e] for e in range(layer.num_experts)]
-            tables.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
-    names = [layer.name for layer in trace.layers]
-    classes = list(dict.fromkeys(row["class"] for row in effects["rows"]))
-    return plots.plot_effects(deltas, controls, names, classes, what=effects["what"])
 
 
 # ---- the page and the folder

@@ -1,43 +1,32 @@
 """Scores of the training images, the lists made of them, and what these lists do to a training.
 
-**Scores** (`scores.csv`): what every visit adds to an image's row. One visit is one image in one applied update;
-p = softmax(logits) [C], y its label.
+**Scores** (`scores.csv`): means over visits, of which one is one image in one applied update, in the training's own
+forward pass (augmented, with dropout and router noise); p = softmax(logits) [C], y its label. Images are not visited
+equally often: a stand-in for a bad file, balanced sampling and the tail that several processes drop.
 
-- `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3); low where other images
-  speak against the label;
-- `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2). There the mean is over trainings at one epoch, here over the
-  visits of one training;
-- `loss_mean`, `loss_last`: -ln p_y, without label smoothing and class weights, whatever the training's own loss has;
+- `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3);
+- `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2; there over trainings at one epoch);
+- `loss_mean`, `loss_last`: -ln p_y, without label smoothing and class weights;
 - `p_mean`, `p_std`: mean and standard deviation of p_y, confidence and variability (arXiv:2009.10795, §2);
-- `forgetting`: correct at one visit and wrong at the next one (arXiv:1812.05159, algorithm 1), per visit. An image
-  that was never correct is never forgotten: `correct` is 0 there;
+- `forgetting`: correct at one visit and wrong at the next one (arXiv:1812.05159, algorithm 1), per visit;
 - `correct`: share of the visits at which argmax p = y;
 - `L<block>.E<expert>`: share of the image's choices that this expert computed, mean over the visits of the last third
   of the training.
 
-All are means over visits, because images are not visited equally often: a stand-in for a bad file, balanced sampling
-and the tail that several processes drop. They are of the training's own forward pass: augmented, with dropout and
-router noise. Numbers lie in one array with a row per image, so that memory is known in advance: 52 + 4 H bytes an
-image, with its key.
+**Lists** (`moevision data prune`): with n scored images and the share s, round(s n) are kept; methods differ in what
+they give up first, ties are broken at random, no class loses its last image, and an image without a visit is kept:
 
-**Lists** (`moevision data prune`): which images to keep, with a reason per row. With n scored images and the share s,
-round(s n) are kept; methods differ in what they give up first:
-
-- `aum` and `loss` give up what speaks against its label: the lowest area under the margin (arXiv:2001.10528), the
-  highest mean loss (the small-loss rule, arXiv:1804.06872);
-- `el2n` and `forgetting` give up what is easy: the lowest EL2N (arXiv:2107.07075), the least forgotten, where an image
-  that was never correct counts as forgotten most (arXiv:1812.05159, §3);
-- `ccs` gives up the share β with the lowest AUM, then draws equally from strata of equal width in AUM, and all of a
+- `aum` and `loss`: what speaks against its label (small-loss rule: arXiv:1804.06872);
+- `el2n` and `forgetting`: what is easy; an image that was never correct counts as forgotten most;
+- `ccs`: the share β with the lowest AUM; then it draws equally from strata of equal width in AUM, and all of a
   stratum that has too few (arXiv:2210.15809, algorithm 1; 50 strata as there);
-- `random` draws, the baseline for all others: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
-- `decisions` gives up what a person dropped on the page of `moevision data score`.
-
-Ties are broken at random. No class loses its last image. An image without a visit has no score, and is kept.
+- `random` draws, the baseline: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
+- `decisions`: what a person dropped on the page of `moevision data score`.
 
 **What lists do** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is
-`yes` or `no` (without this column a file lists what is kept; what isn't listed is left out), `new_label` the class that
-the image is trained with (empty: its own). Only training images may be named, and they are chosen after the split is
-drawn. The result stands in `splits.csv` (what is left out as `unused`), by which a run goes on.
+`yes` or `no` (without this column a file lists what is kept), `new_label` the class that the image is trained with
+(empty: its own). Only training images may be named, and they are chosen after the split is drawn. The result stands in
+`splits.csv` (what is left out as `unused`), by which a run goes on.
 
 Axes: n training images, B visits, C classes, E experts, H = sum of the experts over all MoE layers.
 """
@@ -124,28 +113,25 @@ class ScoreSums:
         while len(left):
             _, first = np.unique(index[left], return_index=True)  # nearly always all of them
             now = left[first]
-            self._add_distinct(index[now], measures[now], None if shares is None else shares[now])
             left = np.delete(left, first)
-
-    def _add_distinct(self, index: Ints, measures: Floats, shares: Floats | None) -> None:
-        rows = self.rows[index]  # a copy
-        margin, el2n, loss, p, correct = measures.T
-        rows["visits"] += 1
-        rows["margin"] += margin
-        rows["el2n"] += el2n
-        rows["loss"] += loss
-        rows["loss_last"] = loss
-        # Welford's running mean and squares: the difference of two sums would lose a small spread.
-        change = p - rows["p"]
-        rows["p"] += change / rows["visits"]
-        rows["p_squares"] += change * (p - rows["p"])
-        rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
-        rows["was_correct"] = correct
-        rows["correct"] += rows["was_correct"]
-        if shares is not None:
-            rows["routed"] += 1
-            rows["shares"] += (shares - rows["shares"]) / rows["routed"][:, None]
-        self.rows[index] = rows
+            rows = self.rows[index[now]]  # a copy
+            margin, el2n, loss, p, correct = measures[now].T
+            rows["visits"] += 1
+            rows["margin"] += margin
+            rows["el2n"] += el2n
+            rows["loss"] += loss
+            rows["loss_last"] = loss
+            # Welford's running mean and squares: the difference of two sums would lose a small spread.
+            change = p - rows["p"]
+            rows["p"] += change / rows["visits"]
+            rows["p_squares"] += change * (p - rows["p"])
+            rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
+            rows["was_correct"] = correct
+            rows["correct"] += rows["was_correct"]
+            if shares is not None:
+                rows["routed"] += 1
+                rows["shares"] += (shares[now] - rows["shares"]) / rows["routed"][:, None]
+            self.rows[index[now]] = rows
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that share memory with the rows, for a checkpoint."""

@@ -451,6 +451,7 @@ FREE_LICENCES = frozenset(
     ]
 )
 NOT_STATED = "not stated"
+_HIDDEN = "The hub has no {} in this revision, or hides it from you: check the name, or log in by `hf auth login`."
 
 
 class HubUnreachableError(UserError):
@@ -504,24 +505,16 @@ def cached(weights: Published) -> Path | None:
 
 
 def ask_hub(weights: Published) -> HubFacts:
-    """Licence and size of published weights, as the hub states them today.
-
-    Raises:
-        HubUnreachableError: if it can't be asked within `PATIENCE_S`.
-        UserError: if it has no such repository.
-    """
+    """Licence and size of published weights, as the hub states them today; a `HubUnreachableError` if it doesn't."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
+    try:  # its client asks twice
         info = HfApi().model_info(
             weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S / 2
-        )  # its client asks twice
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"The hub has no {weights.repository}, or hides it from you: choose other weights, or log in there with "
-            "`hf auth login`."
-        ) from error
+        raise UserError(_HIDDEN.format(weights.repository)) from error
     except Exception as error:  # each version of the hub's client has its own; the cause stays attached
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else f"no answer: {type(error).__name__}"
@@ -567,13 +560,9 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
             "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
         ) from error
     except EntryNotFoundError as error:
-        only = "give a model that timm or moevision saved; only safetensors are read, never pickles"
-        raise UserError(f"{repository} has no {file} on the hub: {only}.") from error
+        raise UserError(f"{repository} has no {file} on the hub: only safetensors are read, never pickles.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"The hub has no {repository} in this revision, or hides it from you: check the name, or log in there with "
-            "`hf auth login`."
-        ) from error
+        raise UserError(_HIDDEN.format(repository)) from error
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
