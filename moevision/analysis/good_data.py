@@ -39,6 +39,7 @@ from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from scipy.special import log_softmax
 
 from moevision import __version__
 from moevision.analysis.collect import network_input
@@ -326,13 +327,21 @@ def class_doubt(x: Floats, labels: Ints) -> Floats:
     classes, number = np.unique(labels[rows], return_inverse=True)
     if len(classes) < 2:
         return doubt
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import
-
-    # Shares of a layer add up to 1: one direction has no spread, and the shrinkage keeps it out of the answer.
-    fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=1e-3).fit(x[rows], number)
-    for start in range(0, len(rows), _SOLVED):
-        part = slice(start, start + _SOLVED)
-        log_p = fitted.predict_log_proba(x[rows[part]])  # [rows, C]
+    counts, width = np.bincount(number), x.shape[1]
+    means, scatter = np.zeros((len(classes), width)), np.zeros((width, width))
+    np.add.at(means, number, x[rows])
+    means /= counts[:, None]
+    blocks = [slice(start, start + _SOLVED) for start in range(0, len(rows), _SOLVED)]
+    for part in blocks:
+        within = x[rows[part]] - means[number[part]]
+        scatter += within.T @ within
+    scatter /= len(rows)
+    # Shares of a layer add up to 1: one direction has no spread, and the ridge keeps it out of the answer.
+    scatter += np.eye(width) * (1e-3 * np.trace(scatter) / width + 1e-12)
+    weight = np.linalg.solve(scatter, means.T)  # [H, C]
+    bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)
+    for part in blocks:
+        log_p = log_softmax(x[rows[part]] @ weight + bias, axis=1)  # [rows, C]
         doubt[rows[part]] = -log_p[np.arange(len(log_p)), number[part]]
     return doubt
 

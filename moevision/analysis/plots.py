@@ -289,27 +289,13 @@ def expert_colours(num_experts: int) -> list[str]:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`).
+    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`), by WCAG's relative luminance L.
 
-    The better of the two always has a contrast of at least √21 ≈ 4.58, more than the 4.5 of WCAG's level AA.
+    The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal, √21 ≈ 4.58, at L = 0.179: more than level AA's 4.5.
     """
-    return max(WHITE, BLACK, key=lambda ink: contrast(ink, colour))
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast of two colours (`#RRGGBB`), from 1 (equal) to 21 (black on white), as WCAG 2.2 defines it.
-
-    https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
-    """
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(colour: str) -> float:
-    """WCAG relative luminance of `#RRGGBB`, from 0 (black) to 1 (white)."""
     channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return float(linear @ (0.2126, 0.7152, 0.0722))
+    return BLACK if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else WHITE
 
 
 # ---- figures of numbers

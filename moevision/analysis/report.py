@@ -124,7 +124,16 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
             holds other files.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    refuse_equal_seeds((address, _seed_of(address)) for address in (settings.model, *settings.seeds))
+
+    def seed_of(address: str) -> int | None:  # of a model's training, as its config.yaml has it
+        run = run_folder(address)
+        try:
+            seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
+        except (OSError, ValueError, AttributeError):  # as a model without a run
+            return None
+        return seed if isinstance(seed, int) else None
+
+    refuse_equal_seeds((address, seed_of(address)) for address in (settings.model, *settings.seeds))
     model = load_model(settings.model)
     if not moe_layers(model.net):
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
@@ -186,16 +195,6 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     )  # fmt: skip
     write_report(folder, numbers, render(numbers, pngs, views), pngs)
     return numbers
-
-
-def _seed_of(address: str) -> int | None:
-    """The seed of a model's training, as its config.yaml has it; None where it isn't known."""
-    run = run_folder(address)
-    try:
-        seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
-    except (OSError, ValueError, AttributeError):  # as a model without a run
-        return None
-    return seed if isinstance(seed, int) else None
 
 
 @dataclass
@@ -642,19 +641,20 @@ def _draw_layer(
 def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()) -> str:
     """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
     page = environment()
-    page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
+
+    def image(entry: Mapping[str, Any]) -> Json:
+        """A PNG as the page holds it: size on screen, and the address with the image inside."""
+        png = pictures[entry["file"]]
+        width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
+        return {
+            "width": round(width * _SHOWN_PER_PIXEL),
+            "height": round(height * _SHOWN_PER_PIXEL),
+            "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
+        }
+
+    page.filters |= {"image": image}
     views = [(title, Markup(view)) for title, view in live]
     return page.get_template("report.html.jinja").render({"wrong": [], **numbers}, explorer=EXPLORER, live=views)
-
-
-def _image(png: bytes) -> Json:
-    """A PNG as the page holds it: size on screen, and the address with the image inside."""
-    width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
-    return {
-        "width": round(width * _SHOWN_PER_PIXEL),
-        "height": round(height * _SHOWN_PER_PIXEL),
-        "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
-    }
 
 
 def environment() -> jinja2.Environment:
