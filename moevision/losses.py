@@ -154,11 +154,7 @@ class AuxLoss:
         self.start_window()
 
     def check(self, model: nn.Module) -> None:
-        """Take the weights that were left out from the routers of `model`.
-
-        Raises:
-            UserError: if a weighted loss can't be supplied by one of them.
-        """
+        """Take the weights that were left out from the routers of `model`."""
         self._of_layer = []
         for layer in moe_layers(model):
             asked = {**layer.router.default_losses, **self.given}

@@ -75,9 +75,6 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
 
     The page shows `show` images per list; `quick`: only the scores, no image is opened but those that are shown.
     Returns what the page was made of.
-
-    Raises:
-        UserError: if there are no scores, images or model, or `out` can't be written.
     """
     for name, mark in ((TABLE, b"split,image,label,"), (PAGE, b'content="moevision ')):
         refuse_foreign(out / name, mark)
@@ -379,11 +376,7 @@ class RunImages:
 
 
 def images_of(run_dir: Path) -> RunImages:
-    """The images of a run, in the split that it recorded; nothing is decoded for good.
-
-    Raises:
-        UserError: if the data are no longer there.
-    """
+    """The images of a run, in the split that it recorded; nothing is decoded for good."""
     from moevision.data import ImageDataModule  # Lightning comes along
 
     known = signature(ImageDataModule).parameters

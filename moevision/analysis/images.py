@@ -461,11 +461,7 @@ def run_folder(address: str) -> Path | None:
 
 
 def data_settings(run: Path) -> Mapping[str, Any]:
-    """What a run's newest configuration says about its data; empty where it says nothing.
-
-    Raises:
-        UserError: if the file can't be read.
-    """
+    """What a run's newest configuration says about its data; empty where it says nothing."""
     file = newest_config(run)
     try:
         data = read_yaml(file)["data"]
@@ -552,9 +548,6 @@ def pictures_for(
     """Images for a model at an address, held-out ones by default: of `data`, or else of what its run was trained on.
 
     The options are those of `open_pictures`. None if neither `data` nor a run says which.
-
-    Raises:
-        UserError: if the images aren't there (any more).
     """
     found = find_images(address, data)
     return None if found is None else found.open(model, split=split, limit=limit, root=root)

@@ -61,9 +61,6 @@ def class_information(
     """I(expert; class) of counts [I, P, E] of kept choices (or weights), against labels [I] permuted over images.
 
     Images with a negative label are left out.
-
-    Raises:
-        UserError: there are fewer than two labelled images.
     """
     labelled = np.asarray(labels) >= 0
     _, values = np.unique(np.asarray(labels)[labelled], return_inverse=True)  # classes without an image cost nothing
@@ -103,9 +100,6 @@ def part_information(
     """I(expert; part) of counts [I, P, E] and the parts [I, P], against maps paired with the parts of another image.
 
     Patches with a negative part are left out.
-
-    Raises:
-        UserError: there are fewer than two images, or no patch has a part.
     """
     maps = _checked(np.asarray(patch_counts))
     if not (np.asarray(parts) >= 0).any():

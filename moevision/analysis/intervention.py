@@ -175,11 +175,7 @@ def refusal(kind: Kind, routing: RoutingKind, route_by: RouteBy = "token") -> st
 
 
 def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
-    """The MoE layers by block index; by position among them where they aren't in a converted model.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """The MoE layers by block index; by position among them where they aren't in a converted model."""
     layers = moe_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer to intervene on: give a MoE model, not a dense one.")

@@ -118,10 +118,6 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     """Analyze a model and write the report; what `report.json` holds is returned.
 
     `live` makes the live views of the page; None leaves them out.
-
-    Raises:
-        UserError: if there is no such model or data, the model has no MoE layers, two trainings have one seed, or `out`
-            holds other files.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
 

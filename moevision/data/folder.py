@@ -32,11 +32,7 @@ _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or trai
 
 
 def read_folder(root: Path) -> FileCollection:
-    """Read a folder-per-class dataset, with or without train / val / test (an unsplit folder has the key "all").
-
-    Raises:
-        UserError: if the folder is missing, empty or laid out otherwise; the sentence says what to change.
-    """
+    """Read a folder-per-class dataset, with or without train / val / test (an unsplit folder has the key "all")."""
     if not root.is_dir():
         raise UserError(_missing_folder(root))
     notes: list[str] = []

@@ -64,9 +64,6 @@ def open_collection(
         seed: seed of the drawn images.
         sizes: number of drawn images per split.
         columns: of a table, those with image and label; None finds them.
-
-    Raises:
-        UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
     """
     kind, place = kind_of(path), Path(path).expanduser()
     if kind == "drawn":
@@ -93,11 +90,7 @@ def open_collection(
 
 
 def count_images(path: str | Path) -> int:
-    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there.
-
-    Raises:
-        UserError: if a table or an index can't be read.
-    """
+    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there."""
     path = str(path)
     kind, place = kind_of(path), Path(path).expanduser()
     if path in NAMED:

@@ -276,9 +276,6 @@ def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: 
     """Choose a share of the scored images to keep by a score (one of `METHODS`, but `decisions`).
 
     `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
-
-    Raises:
-        UserError: if nothing was scored, or β leaves fewer images than are to be kept.
     """
     known, n = scores.scores, len(scores.images)
     scored = np.flatnonzero(scores.visits > 0)
@@ -345,11 +342,7 @@ def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int
 
 
 def decide(scores: Scores, path: Path) -> Kept:
-    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label.
-
-    Raises:
-        UserError: if the file can't be used, or drops all images of a class.
-    """
+    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label."""
     classes = {csv_name(label) for label in scores.labels}
 
     def decision(row: Mapping[str, str]) -> tuple[int, str]:
@@ -436,9 +429,6 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
 
     `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
     says nothing that can be used; `option` asked for it.
-
-    Raises:
-        UserError: if it can't be read, or lists an image twice.
     """
     found: dict[str, _T] = {}
     try:
@@ -473,12 +463,7 @@ class ImageLists:
         return self.keep is not None or self.relabel is not None
 
     def apply(self, splits: Splits, class_names: Sequence[str]) -> Splits:
-        """The split with the chosen training images under their new labels; its other parts are as they were.
-
-        Raises:
-            UserError: if a file can't be read, names an image that isn't in the training set or a class that the data
-                haven't, or leaves a class without a training image.
-        """
+        """The split with the chosen training images under their new labels; its other parts are as they were."""
         number_of = {csv_name(name): number for number, name in enumerate(class_names)}
 
         def new_label(row: Mapping[str, str]) -> int | None:

@@ -89,11 +89,7 @@ class Index:
 
 
 def find_index(folder: Path) -> Index:
-    """The index of a folder of shards, of which every one is there and as large as it was.
-
-    Raises:
-        UserError: if the index is damaged or of a later version, or shards are missing or changed.
-    """
+    """The index of a folder of shards, of which every one is there and as large as it was."""
     path = folder / INDEX
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -242,9 +238,6 @@ def write_shards(
 
     A shard is closed when its images have `shard_bytes`; `on_progress` is called with the number of images that are
     done since the last call.
-
-    Raises:
-        UserError: if the folder holds something or can't be written to, or an image can't be read.
     """
     if isinstance(collection, DrawnCollection):
         raise UserError("synthetic_pets is drawn when it is opened: there are no files to put into shards.")

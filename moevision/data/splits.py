@@ -71,11 +71,7 @@ class Cut:
 
 
 def make_splits(collection: Collection, cut: Cut) -> Splits:
-    """Split a collection, keeping what it came with.
-
-    Raises:
-        UserError: if a class has too few images (or groups) to be cut, or a split none of its own.
-    """
+    """Split a collection, keeping what it came with."""
     given = _merged(collection.given)
     samples = [sample for part in given.values() for sample in part]
     named, kind = _named_groups(collection, samples, cut.group_by)
@@ -136,9 +132,6 @@ def stratified_cut(
     Groups (of a sample id; absent ids are groups of their own) are taken in the order of a hash of (seed, group), so a
     few added files move few others. Where every image is its own group a part gets exactly ``max(1, round(fraction *
     n))`` of a class's n images. Each part is in the order of ``samples``.
-
-    Raises:
-        UserError: if a class can't be in every part.
     """
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:
@@ -298,9 +291,6 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
     Returns:
         The splits, and the class names of the file (labels are renumbered to them).
-
-    Raises:
-        UserError: if the file isn't such a list, a class of it has vanished, or a held-out image has another one.
     """
     rows = _listed(path)
     current = _by_written_name(collection)
@@ -352,9 +342,6 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
     """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
     Held-out images must have the listed class too. The original is opened only if all this is so.
-
-    Raises:
-        UserError: if the file isn't such a list.
     """
     rows, here = _listed(path), _by_written_name(collection)
     if not all(row["path"] in here for row in rows) or _moved(rows, here, collection) is not None:

@@ -33,10 +33,6 @@ def build_model(
 
     Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
     it describes is then read where `keep_start` was told to keep it (`kept`).
-
-    Raises:
-        UserError: if a name doesn't exist (the near ones are offered), an argument doesn't fit, or the pretrained
-            weights can't be had.
     """
     if config.pretrained is not None:
         if not load_pretrained and kept is not None and kept.is_dir():
@@ -65,11 +61,7 @@ def keep_start(config: MoEConfig, kept: Path) -> None:
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:
-    """The dense model that `config` upcycles, with its weights and a classifier of C outputs; None if it has experts.
-
-    Raises:
-        UserError: if the pretrained weights can't be had.
-    """
+    """The dense model that `config` upcycles, with weights and a classifier of C outputs; None if it has experts."""
     source = _pretrained_source(config, num_classes, image_size, load_weights=True)
     return None if moe_layers(source) else source
 

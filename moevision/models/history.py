@@ -126,11 +126,7 @@ class RoutingHistory:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingHistory:
-        """Read a file.
-
-        Raises:
-            UserError: if there is none, it is damaged, or another version wrote it.
-        """
+        """Read a file."""
         try:
             read_header(path)  # within limits, and no more than the file holds
             metadata = read_metadata(path)

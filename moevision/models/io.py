@@ -239,11 +239,7 @@ def saying_what_fails(source: str) -> Iterator[None]:
 
 
 def address_of(source: str) -> str:
-    """The timm address of a saved model's folder or run folder, and any other address as it is.
-
-    Raises:
-        UserError: if there is no such folder or name.
-    """
+    """The timm address of a saved model's folder or run folder, and any other address as it is."""
     path = Path(source.removeprefix(FOLDER))
     folder = model_folder(path)
     if folder is not None:
@@ -268,11 +264,7 @@ def is_timm_name(address: str) -> bool:
 
 
 def architecture_of(file: str | Path) -> str:
-    """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`).
-
-    Raises:
-        UserError: if the file isn't there or is damaged, or doesn't say.
-    """
+    """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`)."""
     try:
         named = read_metadata(file).get("architecture", "")
     except FileNotFoundError as error:
@@ -314,11 +306,7 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
 
 
 def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
-    """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings.
-
-    Raises:
-        UserError: if the model can't be given another classifier or size.
-    """
+    """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings."""
     state = cast(Any, net)
     try:
         if image_size is not None:
@@ -340,9 +328,6 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
 
     The final norm and the classifier then read another block's output than they were trained on, so the cut model has
     to be trained on. Stochastic depth grows to its full rate at the new last block.
-
-    Raises:
-        UserError: if there are no such blocks, or some of them have experts.
     """
     state, name = cast(Any, vit), type(vit).__name__
     blocks = getattr(vit, "blocks", None)
@@ -469,11 +454,7 @@ class HubFacts:
 
 
 def published(name: str) -> Published:
-    """What timm records about the weights of a name.
-
-    Raises:
-        UserError: if there are none, or only as a pickle or archive.
-    """
+    """What timm records about the weights of a name."""
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
         raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
@@ -522,11 +503,7 @@ def is_free(licence: str) -> bool:
 
 
 def fetch_weights(name: str) -> Path:
-    """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub.
-
-    Raises:
-        UserError: if there are none, they are damaged, or the hub can't be reached.
-    """
+    """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub."""
     weights = published(name)
     path = cached(weights) or _fetch(weights.repository, weights.file, weights.revision)
     read_header(path)

@@ -83,11 +83,7 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parse JSON in UTF-8; `name` is what to call it in an error.
-
-    Raises:
-        UserError: if it isn't JSON.
-    """
+    """Parse JSON in UTF-8; `name` is what to call it in an error."""
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

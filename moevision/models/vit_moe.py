@@ -420,9 +420,6 @@ def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
     Args:
         net: a timm ViT, MoE or dense.
         blocks: all or none of its `blocks`, or indices of those.
-
-    Raises:
-        UserError: for a block that isn't there.
     """
     known: Any = cast(Any, net).blocks
     chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
