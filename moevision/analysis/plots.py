@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -48,7 +47,6 @@ from moevision.analysis.information import Flags, Floats, Ints, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import shown
-from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.words import percent
 
@@ -124,11 +122,6 @@ def figure_png(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", dpi=dots_per_inch or "figure")
     return buffer.getvalue()
-
-
-def save_figure(figure: Figure, out: str | Path) -> None:
-    """Write the figure as PNG, whole or not at all."""
-    write_bytes_atomic(Path(out), figure_png(figure))
 
 
 def heading(figure: Figure, text: str, note: str = "") -> None:
