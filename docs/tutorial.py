@@ -33,7 +33,7 @@ WEIGHTS = "vit_small_patch14_dinov2.safetensors"  # the name of FILE on the page
 COLUMNS = 98
 
 COMMANDS = {
-    "folder": 'for class in photos/*; do echo "$class: $(ls $class | wc -l) photos"; done',
+    "folder": 'for class in photos/*; do echo "$class: $(ls "$class" | wc -l) photos"; done',
     "fit": "moevision fit photos --pretrained auto",
     "summary": "sed -n '3p;/^| top-1/p;/^| balanced/p;/^| class | recall/,/^$/p;/^| CPU time/p' runs/photos/summary.md",
     "wrong": "grep ',0$' runs/photos/predictions_test.csv | sort -t, -k4 -r | head -n 8",
@@ -57,7 +57,9 @@ measure.
 
 {folder}
 
-Any names and any depth below them are fine. You don't need to set photos aside for testing: the next command does.
+The top folder is the class; names and depth below it don't matter. You don't need to set photos aside for testing: the next
+command does. Several photos of one animal or scene? Put them in one subfolder and add `--data.group_by parent` below, or
+nearly the same photo is trained on and tested, and the accuracy is flattered.
 
 ## 2. Train
 
@@ -71,8 +73,8 @@ What it says, from the top:
   second; the accuracy is reported on the third, which training never sees.
 - **linear probe**: a simple classifier on the pretrained features, as a first estimate.
 - **plan**: how long the training will take. Ctrl-C stops it at any time; the last line is then the command that continues.
-- **Use the linear probe**: a recommendation. It names the simplest model among those that the few test photos can't tell
-  from the best one. More test photos give a clearer answer.
+- **Use …**: a recommendation, the simplest model within one standard error of the best. 288 test photos leave several points
+  open; more give a clearer answer. `predict` uses the Mixture of Experts.
 
 ## 3. How good is it?
 
@@ -103,7 +105,7 @@ runs/photos` writes a page with the images most likely to be mislabelled, duplic
 
 {predict}
 
-A high probability is no guarantee: one of the four is wrong. `distance` says how unlike the training photos an image is;
+A high probability is no guarantee: the kitten is called a dog. `distance` says how unlike the training photos an image is;
 above 1 it is marked as a stranger. `--unsure 0.9` answers `unsure` below 90 %. For JSON, ONNX or a web service see [Serve a model](guides/serve.md#only-the-predictions).
 
 ## 6. Look inside
@@ -125,12 +127,11 @@ chance?](guides/more-than-chance.md)).
 | you see | do |
 |---|---|
 | mistakes that you would make too, or wrong labels | clean the folders; `moevision data score runs/photos` lists candidates |
-| training accuracy far above validation | more photos, or `--data.augment trivialaugment` |
+| a training loss far below that of validation | more photos, or `--data.augment trivialaugment` |
 | curves that still rise at the end | `--trainer.max_epochs 10` |
 | small details decide | `--data.image_size 224`: about four times the time of 112 |
 | rare classes are missed | `--data.balanced_sampling true` |
-| test much worse than you expected, many similar photos | keep series together: `--data.group_by parent` |
-| nothing helps | a dense model (`--dense`), or one of the [alternatives](alternatives.md) |
+| nothing helps | the same model without experts (`--dense`), or one of the [alternatives](alternatives.md) |
 
 `moevision fit photos --pretrained auto --with-twin` also trains the dense model and says which one to use. [Compare
 runs](guides/compare.md) tells you whether a change helped.

@@ -221,7 +221,7 @@ class MoEConfig(RouterOptions):
             architecture is found out, or given as `base`), or a folder that timm or moevision saved. Without it fit
             asks on a terminal, and elsewhere takes only what is there already. A dense model is upcycled: experts start
             as copies of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only
-            `depth` may be given beside it [auto below 20,000 images].
+            `depth` may be given beside it [auto below 200,000 images].
         num_experts: E, experts in each MoE layer [the model's own; from pretrained weights 4].
         top_k: K, experts that compute each token; by default the router's own, 2 for most [the router's own; from
             pretrained weights 1].

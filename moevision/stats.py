@@ -70,6 +70,11 @@ class PairedDifference:
     p_value: float
     level: float = 1 - LEVEL
 
+    @property
+    def standard_error(self) -> float:
+        """Of the difference: half the 95 % interval ÷ 1.96."""
+        return (self.high - self.low) / 2 / _Z
+
 
 def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:
     """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.

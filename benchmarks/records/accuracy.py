@@ -49,6 +49,12 @@ def mean(*records: Json) -> Json:
     return {"mean": sum(tests) / len(tests), "val": sum(val) / len(val), "train": sum(train) / len(train)}
 
 
+def ends(*records: Json) -> Json:
+    """Test accuracy after all epochs: mean of the MoE's seeds, and of the dense twin's one training."""
+    *own, twin = (record["test"]["correct"] / record["test"]["total"] for record in records)
+    return {"moe": sum(own) / len(own), "twin": twin}
+
+
 def extremes(*records: Json) -> Json:
     """The lowest and the highest test accuracy, in per cent."""
     tests = [100 * record["test"]["correct"] / record["test"]["total"] for record in records]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.records import Claim, accuracy, infer, modular, readme, sparsity
+from benchmarks.records import Claim, accuracy, infer, modular, readme
 
 
 def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
@@ -21,7 +21,6 @@ CLAIMS = [
         "cats and dogs by {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",
         accuracy.moe_less_dense,
     ),
-    Claim(sparsity.FILES, "with {moe:.0%} of its FLOPs in experts", sparsity.shares),
     *readme.MORE_ACCURATE,
     Claim(
         infer.BEFORE,

@@ -117,7 +117,6 @@ DEFINITIONS = {
     ],
     "docs/faq.md": [
         Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
-        Definition("A max/mean load of 1.2", "an example"),
     ],
     "docs/guides/serve.md": [
         Definition("lesson of 45 minutes", "a plan"),
@@ -167,7 +166,6 @@ DEFINITIONS = {
         Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("with 1 where 5 % of the validation images lie beyond", "`moevision.models.strangers.REFUSED`"),
-        Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),
     ],
     "docs/reference/config.md": [
         Definition("(Docker gives 64 MB)", "Docker's default"),

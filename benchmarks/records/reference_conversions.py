@@ -17,5 +17,4 @@ DEFINITIONS = [
     Definition("hundreds of billions of tokens", "the cited paper"),
     Definition("holds at most 2 GB", "a limit of the format"),
     Definition("checked with 5.24", "a version"),
-    Definition("moevision 0.1", "a version"),
 ]

@@ -47,7 +47,7 @@ CLAIMS = [
     Claim(TRAIN, "takes {moe_mib:.0f} MiB, the twin's {twin_mib:.0f}", performance.side_by_side),
     Claim(
         label_noise.FILES,
-        "has an area under the ROC curve of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
+        "finds them with an AUROC of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
         "{similar_aum:.2f} where similar classes were mixed up, {cats_aum:.2f} on photos of cats and dogs and "
         "{folder_aum:.2f} on a folder of drawn animals",
         label_noise.of_moe,

@@ -77,10 +77,11 @@ def shares(*_: Any) -> dict[str, float]:
 
 
 def accuracy(*found: Any) -> dict[str, float]:
-    """Share of the test images that `moe` has right, mean of its seeds."""
-    return {
-        "right": statistics.fmean(run["test_top1"] for run in finished(runs_of(_runs(found), "cpu", "moe")).values())
-    }
+    """Shares of the test images that `moe` and its twin have right, means of the same seeds."""
+    own = {arm: finished(runs_of(_runs(found), "cpu", arm)) for arm in ("moe", "twin")}
+    seeds = own["moe"].keys() & own["twin"].keys()
+    means = {arm: statistics.fmean(runs[seed]["test_top1"] for seed in seeds) for arm, runs in own.items()}
+    return {"right": means["moe"], "twin": means["twin"], **first(*found)}
 
 
 def balanced(*found: Any) -> dict[str, float]:

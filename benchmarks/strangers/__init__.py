@@ -45,7 +45,12 @@ from moevision.stats import accuracy_interval
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 FOLDER = HERE / "strangers"
 RUNS = FOLDER / "runs.jsonl"
-OWN = {"cats_vs_dogs": "cats_vs_dogs", "cifar10": "cifar10", "pets": "synthetic_pets"}
+OWN = {
+    "cats_vs_dogs": "cats_vs_dogs",
+    "cats_vs_dogs_two": "cats_vs_dogs",
+    "cifar10": "cifar10",
+    "pets": "synthetic_pets",
+}
 HALVES = (  # of Imagenette
     ("tench", "cassette player", "chain saw", "church"),
     ("French horn", "gas pump", "golf ball", "parachute"),
@@ -80,7 +85,7 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
     if name != "pets":
         other = KINDS_OF_CIFAR if name == "cifar10" else ()
         yield "photos of other animals", of(options.photos, "other", without=other, split="all")
-    if name == "cats_vs_dogs":
+    if OWN[name] == "cats_vs_dogs":
         yield CHOICE[1], of(data / "cifar10", *CIFAR)
     if name == "pets":
         yield "cats and dogs", of(data / "cats_vs_dogs")
@@ -250,7 +255,12 @@ def run(options: Namespace) -> None:
 # ---- the report
 
 
-TITLES = {"cats_vs_dogs": "cats and dogs", "cifar10": "CIFAR-10", "pets": "drawn pets"}
+TITLES = {
+    "cats_vs_dogs": "cats and dogs",
+    "cats_vs_dogs_two": "cats and dogs, two experts",
+    "cifar10": "CIFAR-10",
+    "pets": "drawn pets",
+}
 
 
 def parts_of(records: list[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
+import timm
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ def convert_to_moe(
     # As in timm, an option that is None was not given.
     options = {name: value for name, value in router_options.items() if value is not None}
     plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
+    _check_twin(vit, indices)
     # All of them first: a layer that can't be made leaves the model as it was.
     experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
     for index, moe in zip(indices, experts, strict=True):
@@ -225,6 +227,24 @@ def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
     """What timm wrote down of a model, but for experts that it was given in its time and a twin."""
     others = {"twin", *getattr(vit, "moe_config", {})}
     return {name: value for name, value in getattr(vit, "_model_args", {}).items() if name not in others}
+
+
+def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
+    """Raise a UserError where a dense twin would keep an MLP of a width that its name doesn't build."""
+    if not indices or "twin" not in getattr(vit, "_model_args", {}):
+        return
+    twin = cast(Any, vit)
+    with torch.device("meta"):
+        plain: Any = timm.create_model(
+            twin.pretrained_cfg["architecture"],
+            **{**_dense_arguments(vit), "moe_layers": [], "num_classes": twin.num_classes},
+        )
+    for index, (block, its) in enumerate(zip(twin.blocks, plain.blocks, strict=True)):
+        if index not in indices and block.mlp.fc1.out_features != its.mlp.fc1.out_features:
+            raise UserError(
+                "This dense twin has MLPs of another width where its experts were: convert all of those blocks, or a "
+                "twin of the same active FLOPs."
+            )
 
 
 def _set_address(vit: nn.Module, **moe_config: Any) -> None:

@@ -47,7 +47,7 @@ from moevision.train.task import ClassificationTask
 from moevision.words import shell_word
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
+SCRATCH_MINIMUM = 200_000  # images below which `fit` starts from pretrained weights
 _PRETRAINED = "model.arch.pretrained"
 # Who gives one of these has chosen a model.
 _MODEL = tuple(

@@ -153,7 +153,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which model to use: the simplest of those that aren't shown to be worse than the best; the simplest first.
+    """Which model to use: the simplest within a standard error of the best (Breiman et al. 1984); the simplest first.
 
     `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
     """
@@ -164,8 +164,8 @@ class Recommendation:
 
     @property
     def recommended(self) -> Contender:
-        """The simplest within error."""
-        return next(each for each in self.contenders if each.behind.low <= 0)
+        """The simplest within a standard error."""
+        return next(each for each in self.contenders if each.behind.difference <= each.behind.standard_error)
 
     @property
     def sentence(self) -> str:
@@ -173,13 +173,16 @@ class Recommendation:
         best, chosen = min(self.contenders, key=lambda each: each.behind.difference), self.recommended
         model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
         measure = "balanced accuracy" if self.unbalanced else "accuracy"
+
+        def less(each: Contender) -> str:
+            gap = each.behind
+            return f"{points(-gap.difference)} points, 95 % interval {points(-gap.high)} to {points(-gap.low)}"
+
         why = f"nothing here has a higher {measure}"
         if chosen.behind.difference != best.behind.difference:
-            why = (
-                f"its {measure} is not shown to be lower than that of the {best.name} "
-                f"({points(-chosen.behind.difference)} points, 95 % interval {points(-chosen.behind.high)} to "
-                f"{points(-chosen.behind.low)}), and it is simpler"
-            )
+            why = f"its {measure} is within a standard error of that of the {best.name} ({less(chosen)}), and it is simpler"
+        elif near := [each for each in self.contenders if each is not chosen and each.behind.low <= 0]:
+            why += f". That the {near[0].name} is worse ({less(near[0])}) may be chance"
         return f"Use {model}: {why}. One seed; another one moves all of them."
 
 

@@ -298,13 +298,21 @@ def test_the_simplest_within_error_is_recommended() -> None:
     entries = [entry(name, right) for name, right in zip(names, (probe, dense, sparse), strict=True)]
     close = choose(entries, LABELS, unbalanced=False)
     assert close.recommended.name == "linear probe"
-    assert close.sentence.startswith("Use the linear probe: its accuracy is not shown to be lower than that of the Mix")
+    assert close.sentence.startswith("Use the linear probe: its accuracy is within a standard error of that of the Mix")
     assert [each.behind for each in close.contenders] == [
         paired_difference(entries[2].correct, each.correct) for each in entries
     ]
     far = choose([entry(names[0], [1] * 60 + [0] * 40), *entries[1:]], LABELS, unbalanced=False)
     assert far.recommended.name == "dense fine-tune"
-    assert far.sentence.startswith("Use dense: its accuracy is not shown to be lower")
+    assert far.sentence.startswith("Use dense: its accuracy is within a standard error")
+    # 5 images against 1 of 100: 4 points, with a standard error of sqrt(6 - 4² / 100) / 100 = 2.4; the interval holds 0.
+    probe_of_few = [0] * 5 + [1] * 1 + [1] * 84 + [0] * 10
+    best_of_few = [1] * 5 + [0] * 1 + [1] * 84 + [0] * 10
+    few = choose([entry(names[0], probe_of_few), entry(names[2], best_of_few)], LABELS, unbalanced=False)
+    assert few.contenders[0].behind.low < 0
+    assert few.sentence.startswith(
+        "Use the Mixture of Experts: nothing here has a higher accuracy. That the linear probe is worse (−4.0 points, 95 % "
+    )
     only = choose([entry(names[1], [0] * 100), entry(names[2], [1] * 100)], LABELS, unbalanced=False)
     assert only.sentence.startswith("Use the Mixture of Experts: nothing here has a higher accuracy.")
     best_is_dense = choose([entry(names[1], sparse), entry(names[2], probe)], LABELS, unbalanced=False)
