@@ -200,12 +200,7 @@ class Batch(NamedTuple):
 
 
 class PictureReader:
-    """Reads images in batches and takes note of those that can't be read.
-
-    Attributes:
-        names: of the images read so far.
-        bad: name and reason of those that couldn't be.
-    """
+    """Reads images in batches: `names` of those read so far, and `bad`, name and reason of those that can't be read."""
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
         self.pictures, self.model, self.batch_size = pictures, model, batch_size
@@ -296,12 +291,9 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
 
 @torch.no_grad()
 def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) -> dict[int, Tensor]:
-    """What each MoE layer receives of every patch: block index -> [B, P, D]; prefix tokens are left out.
+    """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens.
 
-    Args:
-        net: a converted model in eval mode.
-        pixels: [B, 3, S, S], see `network_input`.
-        filled_slots: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
+    `filled_slots`: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
     """
     received: dict[int, Tensor] = {}
 

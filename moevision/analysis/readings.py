@@ -442,12 +442,7 @@ class Rule:
         return low / max(float(flat.std(-1).mean()), 1e-12)
 
     def apply(self, scores: Array, scale: float) -> Chosen:
-        """What scores [I, P, E] choose.
-
-        Args:
-            scores: larger is better.
-            scale: from `scale`.
-        """
+        """What scores [I, P, E] choose, the larger the better, multiplied by the `scale`."""
         if self.kind == "token_choice":
             return Chosen(np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16))
         everyone = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)

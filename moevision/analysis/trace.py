@@ -373,11 +373,9 @@ def _unwritable(path: str | Path, error: OSError) -> UserError:
 
 
 class StreamedRows:
-    """Arrays that grow row by row on the disk, until they are put together into one safetensors file.
+    """Arrays that grow row by row on the disk, until they are put together into the safetensors file at `path`.
 
-    Args:
-        path: of that file.
-        files: closes those that hold the arrays.
+    `files` closes those that hold the arrays.
     """
 
     def __init__(self, path: str | Path, files: ExitStack) -> None:

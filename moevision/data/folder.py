@@ -100,12 +100,8 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
     """Every file below a folder, with each subfolder entered once, whatever links lead to it.
 
     What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
-    are left out, and so are folders above `folder`: a link to one of them goes in a circle.
-
-    Args:
-        folder: where to start.
-        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new; and the
-            folders that are `unreadable`.
+    are left out, and so are folders above `folder`: a link to one of them goes in a circle. `links` counts the links to
+    subfolders: `met` all of them, `repeated` those that lead nowhere new; and the folders that are `unreadable`.
     """
     links = Counter() if links is None else links
     entered = {file_identity(above) for above in folder.resolve().parents}

@@ -195,12 +195,12 @@ def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
 
 
 def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of an image file; a pipe or device isn't opened at all, since reading it might never end.
+    """The bytes of an image file or stream; a pipe or device isn't opened at all, since reading it might never end.
 
-    Args:
-        source: A path, or a binary stream.
-        name: What to call it in an error; a path's own name if empty.
-        max_bytes: Largest file, in bytes, that will be read.
+    `name` is what to call it in an error (a path's own if empty), `max_bytes` the largest file that will be read.
+
+    Raises:
+        BadImageError: If there is no such file, or it can't be read.
     """
     name = name or str(source)
     try:

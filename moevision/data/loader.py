@@ -378,8 +378,7 @@ class Collate:
 class ImageLoader(DataLoader[RawBatch]):
     """A DataLoader that reports bad images in the main process and skips batches without a good one.
 
-    Attributes:
-        wait_s: seconds that the main process has waited for batches, over all iterations.
+    `wait_s` are the seconds that the main process has waited for batches, over all iterations.
     """
 
     def __init__(

@@ -283,14 +283,12 @@ def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
-    """Take the split from ``splits.csv``; files that came or went since are left out, with a warning.
+    """The splits that `write_splits` wrote, of the images as they are now, and the class names of the file.
 
-    Args:
-        path: the file written by `write_splits`.
-        collection: the images as they are now.
+    Labels are renumbered to those.
 
-    Returns:
-        The splits, and the class names of the file (labels are renumbered to them).
+    Raises:
+        UserError: if the file isn't such a list, a class of it has vanished, or a held-out image has another one.
     """
     rows = _listed(path)
     current = _by_written_name(collection)

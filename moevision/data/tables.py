@@ -51,11 +51,9 @@ _SEVERAL: Final = (
 
 
 def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
-    """Read a CSV manifest.
+    """Read a CSV manifest: UTF-8, with a header; `columns` are those with path and label, where they aren't called so.
 
-    Args:
-        file: the CSV, UTF-8, with a header.
-        columns: the columns with path and label, where they aren't called so.
+    A `UserError` names the line, if a row has no path, no label or several, an unknown split, or no such file.
     """
     path_column, label_column = columns[0] or "path", columns[1] or "label"
     known: dict[str, tuple[int, dict[str, str]]] = {}  # sample id -> line, row

@@ -470,9 +470,10 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
 def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
     """Replace the MoE layers of `model` by dense MLPs, in place.
 
-    Args:
-        model: a converted model.
-        match: as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
+    `match` is as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
+
+    Raises:
+        UserError: if `match` is unknown, or has not one width for each MoE layer.
     """
     layers = moe_layers(model)
     if isinstance(match, str):

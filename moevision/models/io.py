@@ -352,10 +352,8 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
 def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:
     """`timm.create_model`, for files of unknown origin.
 
-    Args:
-        address: `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name.
-        weights: False builds the architecture alone.
-        **options: for `timm.create_model`; None leaves an option to the model.
+    The address is `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name; without `weights` the architecture
+    alone is built. An option that is None is left to the model.
     """
     if address.startswith(HUB):
         name, _, revision = (repository := address.split(":", 1)[1]).partition("@")

@@ -415,11 +415,9 @@ def num_patches(model: nn.Module) -> int | None:
 
 
 def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
-    """Compute blocks again in the backward pass, for less memory and more time (arXiv:1604.06174).
+    """Compute blocks of a timm ViT again in the backward pass, for less memory and more time (arXiv:1604.06174).
 
-    Args:
-        net: a timm ViT, MoE or dense.
-        blocks: all or none of its `blocks`, or indices of those.
+    All or none of its `blocks`, or those of these indices.
     """
     known: Any = cast(Any, net).blocks
     chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
