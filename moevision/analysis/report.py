@@ -249,6 +249,7 @@ class Results:
                 "layers": layers,
             },
             "questions": self.questions,
+            "specialization": [],  # what an earlier version measured, and its readers look for
             "maps": list(self.maps.values()),
             "stability": self.stability,
             "effects": self.effects,
