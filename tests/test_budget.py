@@ -35,7 +35,7 @@ CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
 DOCS_WORDS = 24_910  # README.md and docs/**/*.md: lab notes left; a tutorial, own-loop.md, a page without a server came
 
-FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 5, 15, 80, 45, 4  # analyze embeds live views
+FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 5, 15, 75, 45, 4  # analyze embeds live views
 
 
 @pytest.fixture(scope="module")
