@@ -508,8 +508,7 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
     path = settings.get("path")
     if data is None and path is None:
         return None
-    places = [each if each in DATASET_NAMES else Path(each).expanduser().resolve() for each in (str(path), data or "")]
-    if data is None or (path is not None and places[0] == places[1]):
+    if data is None or (path is not None and _is_place(str(path), data)):
         return FoundImages(str(path), run, settings)
     if run is None or path is None or data in DATASET_NAMES or not (run / "splits.csv").is_file():
         return FoundImages(data, None, settings)
@@ -530,6 +529,12 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
         return FoundImages(data, None, settings)
     # The columns of the run's table are not those of another.
     return FoundImages(data, None, settings, collection if _columns(settings) == (None, None) else None)
+
+
+def _is_place(path: str, data: str) -> bool:
+    if path in DATASET_NAMES:
+        return data == path
+    return Path(path).expanduser().resolve() == Path(data).expanduser().resolve()
 
 
 def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
