@@ -78,12 +78,10 @@ def open_collection(
         with access_advice(place):
             return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
-        if isinstance(error.__cause__, OSError):
+        if kind == "folder" and [*place.glob("*.tar"), *place.glob("*/*.tar")]:
+            raise UserError(f"{error}; tars in the WebDataset format are read as {HF}{path}") from error
+        if os.path.exists(place) or isinstance(error.__cause__, OSError):
             raise
-        if os.path.exists(place):
-            tars = [*place.glob("*.tar"), *place.glob("*/*.tar")]
-            hint = f"; tars in the WebDataset format are read as {HF}{path}" if kind == "folder" and tars else ""
-            raise UserError(f"{error}{hint}") from None
         alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
         names = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
         raise UserError(f"{error}; or a dataset's name: {names}") from None
