@@ -59,7 +59,6 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
-    "folders": ("damaged and hostile checkpoint folders: one sentence each", "reliability.folders"),
     "wheel": ("the bundled photo model from an installed wheel, offline, on photos of a folder", "demo.wheel"),
     "packed": ("a bundled model in int8 beside its weights in bfloat16: classes, experts, bytes", "demo.packed"),
     "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),

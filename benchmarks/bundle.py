@@ -84,7 +84,7 @@ ABOUT = {  # what a card says in words
     "pets": {
         "title": "Drawn pets",
         "subtitle": "eight animal faces drawn by code, 64 px: as many images as one likes, with their true parts",
-        "data": "SyntheticPets: 16 000 drawn images to learn from, 2 000 others to test on",
+        "data": "SyntheticPets: 12 000 drawn images to learn from, 2 000 others to test on",
         "data_kind": "synthetic_pets",
         "licence": "Apache-2.0; trained on images drawn by this package",
     },

@@ -99,16 +99,32 @@ def training_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | 
 
 def _count(model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool) -> FlopCount:
     executed, recomputed, layers = _run(model, images, autocast, training=training, checkpointing=False)
-    experts = [(layer.rows(), layer.kept_rows(), layer.per_row(backward=training)) for layer in layers]
+    experts = [(layer.rows, int(layer.routing.counts().sum()), _per_row(layer, training=training)) for layer in layers]
     wasted = sum((rows - kept) * per_row for rows, kept, per_row in experts)
     return FlopCount(
         images=len(images),
         executed=executed,
         useful=executed - wasted - recomputed,
-        router=sum(layer.router_flops(backward=training) for layer in layers),
+        router=sum(_router_flops(layer, training=training) for layer in layers),
         experts_executed=sum(rows * per_row for rows, _, per_row in experts),
         experts_useful=sum(kept * per_row for _, kept, per_row in experts),
     )
+
+
+def _per_row(layer: LayerCount, *, training: bool) -> int:
+    """FLOPs of one row through one expert: forward, and as much again for each gradient."""
+    if not training:
+        return layer.per_row
+    fc1, fc2 = layer.layer.experts.fc1, layer.layer.experts.fc2
+    hidden_needs_gradient = layer.input_needs_gradient or any(p.requires_grad for p in fc1.parameters())
+    first = 2 * fc1.in_features * fc1.out_features * (1 + fc1.weight.requires_grad + layer.input_needs_gradient)
+    return first + 2 * fc2.in_features * fc2.out_features * (1 + fc2.weight.requires_grad + hidden_needs_gradient)
+
+
+def _router_flops(layer: LayerCount, *, training: bool) -> int:
+    """The router's FLOPs; all of its products have a weight and an activation."""
+    trains = any(parameter.requires_grad for parameter in layer.layer.router.parameters())
+    return layer.router * (1 + training * (trains + layer.input_needs_gradient))
 
 
 def _run(

@@ -45,7 +45,7 @@ AREAS = {
     "task": ["train/task.py"],
     "guard": ["train/guard.py"],
     "resume": ["train/resume.py", "train/checkpoint.py"],
-    "sharded": ["train/parallel/folder.py", "train/archive.py"],
+    "sharded": ["train/parallel/parts.py"],
     "scores": ["train/scores.py", "data/scores.py"],
     "splits": ["data/splits.py"],
     "swap": ["analysis/questions.py"],

@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
-CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=3&patch=36"
+CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
 SLOT = "?layer=3&patch=36&mode=slots&slot=6.3.reads"
 SOFT = Path("runs/soft")
 TRAIN = "fit --config quickstart --name soft --model.arch.router soft --data.train_size 4000"

@@ -45,33 +45,21 @@ VERBS = {
     ),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.upcycle:run",
+        "moevision.commands.transform:run_upcycle",
     ),
     "surgery": Verb(
         "prune or merge experts, or collapse a model to a dense one, with what it costs",
-        "moevision.commands.surgery:run",
+        "moevision.commands.transform:run_surgery",
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.analyze:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
-
-MOVED = {
-    "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
-    "installed package has not: clone it, and run `python -m benchmarks --help` there.",
-    "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
-    "has and the installed package has not: clone it, and give the same options there.",
-    "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
-    "its own, as docs/guides/serve.md shows.",
-    "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
-    "doctor": "`moevision doctor` is now `moevision info --machine`.",
-    "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
-}
 
 USAGE = """\
 moevision: train sparse vision transformers and see which experts every patch goes to
@@ -100,14 +88,7 @@ exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the verb that the arguments name.
-
-    Args:
-        arguments: the command line without the program's name; `sys.argv[1:]` if None.
-
-    Returns:
-        The exit code, as `moevision --help` lists them.
-    """
+    """Run the verb that the arguments (`sys.argv[1:]`) name; the exit code, as `moevision --help` lists them."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a σ or an arrow that Windows' code pages lack becomes a "?"
         sys.stdout.reconfigure(errors="replace")
     rest = list(sys.argv[1:] if arguments is None else arguments)
@@ -121,16 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = {"train": "fit"}.get(rest[0], rest[0])
     rest = rest[1:]
-    # In the place of a verb, a task (the word after it) or an option that is gone.
-    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
-    keys = (name, *(f"{name} {word}" for word in words))
-    moved = next((MOVED[key] for key in keys if key in MOVED), None)
-    if moved or name not in VERBS:
+    if name not in VERBS:
         from difflib import get_close_matches
 
         meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
-        moved = moved or f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
-        print(f"moevision: {moved}", file=sys.stderr)
+        print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -154,28 +130,34 @@ def versions() -> str:
 def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
     try:
         _call(name, arguments)
-    except UserError as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        sentence = _sentence(name, error)
+        if sentence is None:
+            raise
         if show_traceback:
             import traceback
 
             traceback.print_exc()
-        print(f"moevision: {error}", file=sys.stderr)
-        return error.exit_code
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)) or show_traceback:
-            raise
-        print(
-            f"moevision: there is not enough memory for {name} here: use a smaller model, smaller images or smaller "
-            "batches. (--traceback shows where it ended.)",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        print(f"moevision: {sentence}", file=sys.stderr)
+        return getattr(error, "exit_code", USER_ERROR)
     except KeyboardInterrupt:
         print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # the argument parser has said what is wrong
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
+
+
+def _sentence(name: str, error: Exception) -> str | None:
+    """What a user can mend: what a verb has found, a file that can't be used, too little memory."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; give another place, or mend it." if error.filename else None
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return (
+            f"there is not enough memory for {name} here: use a smaller model, smaller images or smaller batches. "
+            "(--traceback shows where it ended.)"
+        )
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _call(name: str, arguments: list[str]) -> None:
@@ -217,6 +199,7 @@ _positive = _number(int, lambda x: x >= 1, "number of at least 1")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
 _at_least_0 = _number(float, lambda x: 0 <= x < math.inf, "number of at least 0")
 _share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
+_probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at most 1")
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
@@ -231,7 +214,7 @@ def _predict(add: Add) -> None:
     add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders, folders of tar shards")
     add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     add("--out", metavar="FILE", help="write to FILE instead of standard output")
-    add("--batch-size", type=int, default=64, metavar="N", help="images per pass (%(default)s)")
+    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
     add(
         "--precision",
         choices=("fp32", "bf16"),
@@ -239,7 +222,12 @@ def _predict(add: Add) -> None:
         help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
     )
     add("--features", metavar="FILE.npy", help="also write the pooled features, records of path and feature")
-    add("--unsure", type=float, metavar="P", help='answer "unsure" where the likeliest class is less probable than P')
+    add(
+        "--unsure",
+        type=_probability,
+        metavar="P",
+        help='answer "unsure" where no class reaches P',
+    )
 
 
 def _info(add: Add) -> None:
@@ -537,11 +525,7 @@ TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("
 
 
 def understood(name: str, arguments: list[str]) -> Namespace:
-    """The arguments of a verb that isn't one of the three of training.
-
-    Raises:
-        SystemExit: for the help, and for arguments that it doesn't take, which are said.
-    """
+    """The arguments of a verb that isn't one of the three of training."""
     from moevision.config import spelled
 
     command, parser, task = shlex.join(["moevision", name, *arguments]), parser_of(name), None

@@ -1,11 +1,8 @@
 """Every option of `fit`, `validate` and `test`: dataclasses without torch, which jsonargparse reads live.
 
-What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help.
-
-An option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
-`--data.image_size`. `read` takes a command line, `checked` the content of a YAML file; both give the options that were
-given, by their dotted names. `settings` completes them. What a file gives comes before what `fit` chooses for the
-images, and the command line before both.
+What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help. An
+option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
+`--data.image_size`. The command line comes before a file, and a file before what `fit` chooses for the images.
 
 A configuration is data, not a program: nothing that it names is imported here (`train.fit.instantiated` looks at the
 classes of Lightning's that `trainer` may name).
@@ -458,6 +455,14 @@ class GuardConfig:
     spike_updates: int = 10
     spike_warmup: int = 20
 
+    def __post_init__(self) -> None:
+        ranges = (
+            (*AT_LEAST_1, ("snapshot_every", "snapshots", "spike_updates")),
+            (*AT_LEAST_0, ("max_skips", "max_rollbacks", "spike_sigmas")),
+            ("at least 2", lambda x: x >= 2, ("spike_warmup",)),
+        )
+        check_ranges(self, ranges, "--guard.")
+
 
 @dataclass
 class EmaConfig:
@@ -470,6 +475,9 @@ class EmaConfig:
 
     decay: float | None = None
     warmup: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, [("between 0 and 1, such as 0.999", lambda x: 0 < x < 1, ("decay",))], "--ema.")
 
 
 @dataclass
@@ -550,7 +558,8 @@ MORE: dict[str, Any] = {
     "fast_dev_run": int | bool,
     "max_time": str | dict[str, int] | None,
     "deterministic": bool | Literal["warn"] | None,
-    **dict.fromkeys(("gradient_clip_algorithm", "default_root_dir", "model_registry"), str | None),
+    **dict.fromkeys(("default_root_dir", "model_registry"), str | None),
+    "gradient_clip_algorithm": Literal["norm"] | None,
 }
 
 
@@ -569,7 +578,7 @@ class Settings:
         check_memory: refuse a model whose weights, gradients and moments alone are larger than the memory; --force
             doesn't.
         log_routers: what a logger of `trainer.logger` gets about the routers: brief (worst load, mean entropy, dead
-            experts over all layers) or layers (each of them, up to 100 numbers). metrics.csv always has all.
+            experts over all layers) or layers (each of them too). metrics.csv always has all.
         resume: resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very command,
             if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, label and
             file size, not by content. On the command line only.
@@ -641,11 +650,7 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with these options, by their dotted names, and the defaults of the others.
-
-    Raises:
-        UserError: for a value that no training can use.
-    """
+    """The settings with these options, by their dotted names, and the defaults of the others."""
 
     def make(cls: type, prefix: str) -> Any:
         kinds, values = get_type_hints(cls), {}
@@ -678,9 +683,6 @@ def checked(content: Any, where: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
-
-    Raises:
-        UserError: for an unknown key, or a value of another type than its key's.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{where} is no configuration: it must have keys, such as data: {{path: ...}}.")
@@ -697,29 +699,17 @@ def checked(content: Any, where: str) -> dict[str, Any]:
 
 
 class Given(NamedTuple):
-    """A command line, understood.
+    """A command line, understood."""
 
-    Attributes:
-        folder: what stands right after the verb.
-        configs: what follows --config.
-        options: the others by their dotted names.
-        prints: whether the settings are to be printed and nothing else is to be done.
-        command: the command line as typed, the program first.
-    """
-
-    folder: str | None
-    configs: list[str]
-    options: dict[str, Any]
-    prints: bool
-    command: list[str]
+    folder: str | None  # what stands right after the verb
+    configs: list[str]  # what follows --config
+    options: dict[str, Any]  # the others by their dotted names
+    prints: bool  # whether the settings are to be printed and nothing else is to be done
+    command: list[str]  # the command line as typed, the program first
 
 
 def read(verb: str, arguments: Sequence[str]) -> Given:
-    """Understand a command line of `fit`, `validate` or `test`.
-
-    Raises:
-        UserError: for an option that isn't there, or a value of another type.
-    """
+    """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
     try:
         found = vars(parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat())
@@ -783,8 +773,6 @@ def _kinds(kind: Any) -> str:
 
 
 def _unknown(name: str) -> str:
-    if name in LEFT:
-        return f"there is no option {name!r} any more: {LEFT[name]}"
     if name.startswith(tuple(f"trainer.{argument}." for argument in CLASSES)):
         argument = name.split(".")[1]
         return (
@@ -820,10 +808,6 @@ FLAGS = {
     "dense": ("model.arch.twin", "active_flops", "fine-tune or train the dense model, without experts"),
     "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
     "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
-}
-LEFT = {
-    "fault": "`python -m benchmarks guard-accuracy`, in a checkout of the repository, trains with injected faults.",
-    "guard.snapshots_in": "the guard's snapshots lie in main memory.",
 }
 WRITTEN = ("guard.snapshots_in",)  # into every config.yaml before it left
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.

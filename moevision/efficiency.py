@@ -27,12 +27,12 @@ from moevision.layers.routing import evaluating
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one model."""
+    """Size and cost of one model; active is what one token passes through, FLOPs are those without the routers."""
 
-    total_parameters: int  # everything that is stored
-    active_parameters: int  # what one token passes through: K of the E experts in each MoE layer
-    flops_per_image: int  # active FLOPs of one forward pass, without the routers
-    router_flops_per_image: int = 0  # FLOPs of the routers
+    total_parameters: int
+    active_parameters: int
+    flops_per_image: int
+    router_flops_per_image: int = 0
 
 
 def measure_cost(
@@ -55,7 +55,7 @@ def measure_cost(
     router = sum(layer.router for layer in layers)
     flops = int(counter.get_total_flops()) - router
     if backend != "dense":  # without rows that a dispatcher adds
-        flops -= sum((layer.rows() - layer.requested_rows()) * layer.per_row(backward=False) for layer in layers)
+        flops -= sum((layer.rows - layer.requested_rows) * layer.per_row for layer in layers)
     return ModelCost(*parameter_counts(model), flops, router)
 
 
@@ -95,62 +95,44 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """FLOPs of one MoE layer's forward pass."""
+    """FLOPs of one MoE layer's forward pass: of its router, and of its routed experts.
+
+    `input_needs_gradient`: whether the layer's input has a gradient to be computed.
+    """
 
     layer: MoEMlp
-    routing: Routing  # what it decided
-    router: int  # the router's FLOPs
-    experts: int  # the routed experts' FLOPs
-    input_needs_gradient: bool  # whether the layer's input has a gradient to be computed
+    routing: Routing
+    router: int
+    experts: int
+    input_needs_gradient: bool
 
-    def per_row(self, *, backward: bool) -> int:
-        """FLOPs of one row through one expert: 2 · (D · H + H · O) forward, as much again for each gradient."""
+    @property
+    def per_row(self) -> int:
+        """FLOPs of one row through one expert: 2 · (D · H + H · O)."""
         fc1, fc2 = self.layer.experts.fc1, self.layer.experts.fc2
-        first, second = (2 * linear.in_features * linear.out_features for linear in (fc1, fc2))
-        if not backward:
-            return first + second
-        hidden_needs_gradient = self.input_needs_gradient or any(p.requires_grad for p in fc1.parameters())
-        first *= 1 + fc1.weight.requires_grad + self.input_needs_gradient
-        second *= 1 + fc2.weight.requires_grad + hidden_needs_gradient
-        return first + second
+        return sum(2 * linear.in_features * linear.out_features for linear in (fc1, fc2))
 
+    @property
     def rows(self) -> int:
-        """R, the rows that went through an expert.
-
-        A RuntimeError if the counted FLOPs are no whole number of rows, or fewer than were kept: an operation of the
-        experts has no formula then.
-        """
-        rows, rest = divmod(self.experts, self.per_row(backward=False))
-        if rest or rows < self.kept_rows():
+        """R, the rows that went through an expert; a RuntimeError if an operation of the experts has no formula."""
+        rows, rest = divmod(self.experts, self.per_row)
+        if rest or rows < self.routing.counts().sum():
             raise RuntimeError(
-                f"{self.experts} FLOPs of experts were counted where {self.kept_rows()} rows of "
-                f"{self.per_row(backward=False)} were kept: an operation of backend "
+                f"{self.experts} FLOPs of experts are no number of rows: an operation of backend "
                 f"{self.layer.experts.backend!r} has no FLOP formula."
             )
         return rows
 
-    def kept_rows(self) -> int:
-        """Rows that reach an output."""
-        return int(self.routing.counts().sum())
-
+    @property
     def requested_rows(self) -> int:
         """Rows that the routing asks for before any capacity: what is called active."""
         return int(self.routing.requested_counts().sum())
-
-    def router_flops(self, *, backward: bool) -> int:
-        """The router's FLOPs; all of its products have a weight and an activation."""
-        trains = any(parameter.requires_grad for parameter in self.layer.router.parameters())
-        return self.router * (1 + backward * (trains + self.input_needs_gradient))
 
 
 def count_layers(
     model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
 ) -> tuple[Any, list[LayerCount]]:
-    """Run one forward pass of a model under an open `flop_counter()` and look at each MoE layer in it.
-
-    Returns:
-        What `forward` returned, and the layers in order of depth.
-    """
+    """Run one forward pass under an open `flop_counter()`: what it returned, and its MoE layers in order of depth."""
     spent: dict[nn.Module, int] = {}  # FLOPs between start and end of a layer, its router and its shared experts
     needs_gradient: dict[nn.Module, bool] = {}
 
@@ -193,17 +175,11 @@ _aten = torch.ops.aten
 def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
     """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
 
-    2 · R · K · N for rows [R, K] by weights [E, K, N] and for the weights' gradient ([M, R] by [R, N]) alike;
-    2 · E · M · K · N for two batches [E, M, K] and [E, K, N].
+    Rows by weights and the weights' gradient alike take 2 · R · K · N; two batches, of E groups, E times as many.
     """
     if len(a_shape) == len(b_shape) == 3:
         return int(bmm_flop(a_shape, b_shape))
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
-
-
-def _formula(flops: Callable[..., int], shapes: int) -> Callable[..., int]:
-    """Of an operation whose first so many arguments are what `flops` takes."""
-    return lambda *given, **_: int(flops(*given[:shapes]))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -212,9 +188,10 @@ def flop_counter() -> FlopCounterMode:
     Code that Inductor compiled hides its products from any counter: count the uncompiled model.
     """
     attention = _aten._scaled_dot_product_flash_attention_for_cpu
+    backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
         _aten._grouped_mm: grouped_mm_flops,
-        attention: _formula(sdpa_flop_count, 3),
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(sdpa_backward_flop_count, 4),
+        attention: lambda *given, **_: sdpa_flop_count(*given[:3]),
+        backward: lambda *given, **_: sdpa_backward_flop_count(*given[:4]),
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)

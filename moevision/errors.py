@@ -44,15 +44,10 @@ SEED: Range = ("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32)  # Nu
 
 
 def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
-    """Refuse numbers that no training can use.
+    """Refuse numbers that no training can use: a UserError for the first one that is out of its range.
 
-    Args:
-        options: has the options as attributes, each a number, a list of numbers, or None.
-        ranges: what they must be.
-        prefix: in front of an option's name as it is typed, such as `--data.`.
-
-    Raises:
-        UserError: for the first number that is out of its range.
+    `options` has them as attributes, each a number, a list of numbers, or None; `prefix` stands in front of an option's
+    name as it is typed, such as `--data.`.
     """
     for words, fits, names in ranges:
         for name in names:
@@ -63,14 +58,7 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
-    """Two trainings of one seed tell less of the luck of a training than a reader would think.
-
-    Args:
-        runs: name and seed of each; None or false: not known.
-
-    Raises:
-        UserError: if two have one seed.
-    """
+    """Refuse two runs (name and seed; None or false: unknown) of one seed, which tell less of luck than they seem."""
     known: dict[int, str] = {}
     for name, seed in runs:
         if seed is None or isinstance(seed, bool):  # false: drawn anew each time
@@ -85,15 +73,10 @@ def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
 
 # ---- names from outside
 #
-# Names from outside (of files, folders and classes): how they are shown, written into CSV and JSON, and hashed.
-#
-# A file name may hold anything but a slash: bytes that are no UTF-8 (Python keeps each as a lone surrogate), escape
-# sequences that steer a terminal, signs that turn the order of the text, line breaks, a spreadsheet's formula. The
-# program works with the exact name; a person and a CSV file get the shown one, and JSON says the exact name in its own
-# escapes. Class names are words for people: they are shown from the moment they are read, from a folder as from a saved
-# model, so that both sides compare equal.
-#
-# Sources: Unicode Standard Annex 9 (bidirectional controls); OWASP, "CSV Injection".
+# A name of a file, folder or class may hold anything: bytes that are no UTF-8 (Python keeps each as a lone surrogate),
+# escape sequences that steer a terminal, signs that turn the order of the text (Unicode Annex 9), line breaks, a
+# spreadsheet's formula (OWASP, "CSV Injection"). The program works with the exact name of a file; a person and a CSV
+# get the shown one, and JSON the exact one in its own escapes. Class names are shown from the moment they are read.
 
 # C0, DEL and C1 controls; Arabic letter mark; zero-width space; marks, embeddings, overrides and isolates of direction;
 # line and paragraph separator; word joiner and other invisible signs; lone surrogates; byte order mark. The zero-width
@@ -124,16 +107,7 @@ def csv_name(name: str) -> str:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON that reads back exactly and steers no terminal.
-
-    Args:
-        value: JSON primitives.
-        options: of `json.dumps`, such as `indent`.
-
-    Raises:
-        TypeError: `value` holds something other than JSON primitives.
-        ValueError: it holds NaN or infinity, which JSON can't say.
-    """
+    """JSON that reads back exactly and steers no terminal; `options` are those of `json.dumps`. NaN is a ValueError."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return _UNSHOWN_IN_JSON.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 

@@ -1,110 +1,47 @@
 """Write a file whole or not at all, so that a crash never leaves half a report where a whole one stood.
 
 The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target.
-Then the folder is flushed: until then the disk may forget the new name. Checkpoints, metrics and reports all go through
-this module, so that one place can be made to fail in a test (`tests/train/test_file_operations.py`).
+Then the folder is flushed: until then the disk may forget the new name.
 """
 
 import csv
-import errno
 import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moevision.errors import UserError, json_text
 
-# What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
-_MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
 _BLOCK_BYTES = 1 << 22  # read at a time
 
 
-def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None) -> None:
     """Replace `path` by a file with these bytes, at once or part by part; missing parent folders are made.
 
-    When it returns, the file is on the disk under its name.
+    When it returns, the file is on the disk under its name. An older one is then called `before`, if that is given.
 
     Raises:
         OSError: the folder can't be written or the disk is full; an older `path` is then untouched.
     """
     path = Path(path)
-    with written_beside(path, data) as temporary:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Refuse to write so many bytes below a folder that is there, before the last free ones are used up.
-
-    Raises:
-        OSError: if the disk hasn't so many and a few more.
-    """
-    if shutil.disk_usage(folder).free < size + _MARGIN_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextmanager
-def written_beside(path: Path, data: bytes | Iterable[bytes]) -> Iterator[Path]:
-    """A temporary file in the folder of `path`, with these bytes, on the disk; gone at the end if it wasn't renamed.
-
-    Raises:
-        OSError: the folder can't be written or the disk is full.
-    """
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        try:
+        with temporary.open("wb") as file:
             for part in (data,) if isinstance(data, bytes) else data:
-                _write_all(descriptor, part)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        yield temporary
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        if before is not None and path.exists():
+            os.replace(path, before)
+        os.replace(temporary, path)
     finally:
-        if temporary.exists():
-            os.unlink(temporary)
-
-
-def rename_over(path: Path, target: Path) -> None:
-    """Give a file or folder another name in its folder, over what has that name; `sync_folder` makes it last.
-
-    Systems put a file over a file in one step, but nothing over a folder: that is moved away before and then deleted.
-    """
-    if not (path.is_dir() or target.is_dir()):
-        os.replace(path, target)
-        return
-    away = temporary_for(target.with_name(f"old-{target.name}"))
-    if target.exists():
-        os.replace(target, away)
-    os.replace(path, target)
-    if away.is_dir():
-        shutil.rmtree(away)
-    else:
-        away.unlink(missing_ok=True)
-
-
-def append_bytes(path: Path, data: bytes) -> None:
-    """Add bytes to the end of a file, all or none; `sync_file` makes them last.
-
-    Raises:
-        OSError: the file can't be written or the disk is full.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            _write_all(descriptor, data)
-        except OSError:
-            os.ftruncate(descriptor, size)  # half a row is worse than none
-            raise
-    finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def newest_config(run_dir: Path) -> Path:
@@ -123,38 +60,13 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can (not on Windows)."""
-    if os.name == "nt":
-        return
-    try:
+    """Flush the names in a folder to the disk, where the system can (neither on Windows nor on FUSE)."""
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, so that the disk doesn't forget them either."""
-    if folder.is_dir():
-        return
-    if folder.parent != folder:  # a drive of Windows that isn't there has none above it
-        make_folder(folder.parent)
-    try:
-        os.mkdir(folder)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-    sync_folder(folder.parent)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
 
 
 def temporary_for(path: Path) -> Path:
@@ -181,13 +93,7 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
 def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
     """Keep a file that somebody else made from being replaced.
 
-    Args:
-        path: what will be written; it need not be there.
-        mark: bytes that stand in the first 4 KiB of every file that the caller writes.
-        option: what names another place.
-
-    Raises:
-        UserError: if something without them lies there.
+    `mark` stands in the first 4 KiB of every file that the caller writes, `option` names another place.
     """
     if not os.path.exists(path):
         return
@@ -201,21 +107,12 @@ def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly.
-
-    Raises:
-        TypeError: `obj` holds something other than JSON primitives.
-        ValueError: `obj` holds NaN or infinity, which JSON can't say.
-    """
+    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly."""
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
-
-    Raises:
-        csv.Error: if it is none.
-    """
+    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file, restval="", strict=True))
 

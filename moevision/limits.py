@@ -2,8 +2,7 @@
 
 A container or a job of SLURM sees the memory of the whole machine and is killed where it takes more than was granted.
 
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), cgroup-v1
-(cpu.cfs_quota_us, memory.limit_in_bytes, total_inactive_file), proc(5) (/proc/meminfo).
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), proc(5).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 SWITCH = "MOEVISION_KEEP_MEMORY"
 """Environment variable; 0 leaves the C library's allocator as it is."""
 ROOT = Path("/")
-_V1_UNLIMITED = 2**60  # cgroup v1 says "no limit" with almost 2**63
 
 
 def usable_cores() -> int:
@@ -41,15 +39,8 @@ def usable_memory_bytes(root: Path = ROOT) -> int | None:
 
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Cores' worth of time that the control group grants; None without a limit."""
-    quotas = []
-    for folder in _groups(root, "cpu"):
-        words = _words(folder / "cpu.max") or [
-            *_words(folder / "cpu.cfs_quota_us"),
-            *_words(folder / "cpu.cfs_period_us"),
-        ]
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            quotas.append(int(words[0]) / int(words[1]))
-    return min(quotas, default=None)
+    quotas = [_text(folder / "cpu.max").split() for folder in _groups(root)]
+    return min((int(words[0]) / int(words[1]) for words in quotas if words and words[0] != "max"), default=None)
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
@@ -59,44 +50,31 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 
 def memory_available_bytes(root: Path = ROOT) -> int | None:
     """Memory that new programs can have without swapping, within the control group's limit."""
-    meminfo = _words(root / "proc/meminfo")
+    meminfo = _text(root / "proc/meminfo").split()
     free = [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in meminfo else []
-    left = [max(0, limit - used) for limit, used in _memory_limits(root) if used is not None]
-    return min([*free, *left], default=None)
+    return min([*free, *(max(0, limit - used) for limit, used in _memory_limits(root))], default=None)
 
 
-def _memory_limits(root: Path) -> Iterator[tuple[int, int | None]]:
+def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Limit and use, in bytes, of this process's control group and its ancestors, as far as they have a limit."""
-    for folder in _groups(root, "memory"):
-        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
-        if limit and limit[0] != "max" and int(limit[0]) < _V1_UNLIMITED:
-            yield int(limit[0]), max(0, int(used[0]) - _given_up(folder)) if used else None
+    for folder in _groups(root):
+        limit = _text(folder / "memory.max").strip()
+        if limit and limit != "max":
+            # Files that it holds in memory and hasn't read lately the kernel gives up when asked.
+            rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+            used = int(_text(folder / "memory.current") or 0) - int(rows.get("inactive_file", 0))
+            yield int(limit), max(0, used)
 
 
-def _given_up(folder: Path) -> int:
-    """Bytes of files that a group holds in memory and hasn't read lately: the kernel gives them up when asked."""
-    rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control group and its ancestors, version 2 or 1."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            top = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            top = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
-        folder = top / path.strip("/")
-        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
-
-
-def _words(file: Path) -> list[str]:
-    return _text(file).split()
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's control group and its ancestors."""
+    group = next((line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), None)
+    if group is None:
+        return
+    # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
+    top = root / "sys/fs/cgroup"
+    folder = top / group.strip("/")
+    yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
 
 
 def _text(file: Path) -> str:
@@ -121,14 +99,10 @@ _kept = False
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for the rest of this process.
+    """Ask glibc to keep freed memory for the rest of this process; whether that was done.
 
-    For programs that do the same thing over and over, such as a training: what was once needed is held until the
-    process ends. GPU memory is not concerned.
-
-    Returns:
-        Whether it was done: not without glibc (musl, macOS, Windows), nor where `MOEVISION_KEEP_MEMORY=0` asks for the
-        library's own behaviour.
+    For programs that do the same thing over and over, such as a training. Not without glibc (musl, macOS, Windows), nor
+    where `MOEVISION_KEEP_MEMORY=0` asks for the library's own behaviour.
     """
     global _kept
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):

@@ -134,16 +134,13 @@ class AuxLoss:
     A weight that was left out is each layer's router's own once `check` has seen the model, and 0 without.
 
     The statistic of a micro-batch is the detached sum over the earlier micro-batches of its accumulation window plus
-    its own; `start_window` begins a new one. With `torch.distributed` it is summed over ranks by an all-reduce whose
-    backward also sums, which makes DDP's mean over ranks the gradient of the whole batch: one all-reduce in each
-    direction for all losses and layers.
+    its own. With `torch.distributed` it is summed over ranks by an all-reduce whose backward also sums, which makes
+    DDP's mean over ranks the gradient of the whole batch: one all-reduce in each direction for all losses and layers.
 
     The m-th micro-batch has about 1/m of a part in that statistic, so its own part's gradient counts m times: divided
     by the number K of micro-batches (as Lightning does), the gradients then add up to the whole batch's, where they
-    would fade to (1 + 1/2 + ... + 1/K) / K of it. That is exact for the z loss of equally large micro-batches, and for
-    all losses where micro-batches have the same statistic. Otherwise the direction is approximate, because earlier
-    micro-batches can't know what later ones will add (benchmarks/accumulation has values). A window that the end of
-    an epoch cuts short counts as much of a whole one as its cross-entropy does.
+    would fade to (1 + 1/2 + ... + 1/K) / K of it. That is exact where micro-batches have the same statistic; else the
+    direction is approximate, because earlier ones can't know what later ones will add (benchmarks/accumulation).
     """
 
     def __init__(self, weights: AuxLossWeights) -> None:
@@ -286,9 +283,7 @@ class _AllReduce(torch.autograd.Function):
 class RoutingStatistics(Metric):
     """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
 
-    Args:
-        layers: block index of each MoE layer, in order of depth.
-        num_experts: E, one for all layers or one for each.
+    `layers` are block indices in order of depth, `num_experts` is E, one for all layers or one for each.
     """
 
     full_state_update = False

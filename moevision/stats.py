@@ -1,21 +1,18 @@
 """How sure a result is: intervals of accuracies and of differences, what a test could detect, calibrated confidence.
 
-Two sources of chance, never mixed. Over test images: Wilson's and Tango's intervals and McNemar's exact test say how
-far a result depends on which images were drawn, and nothing about the luck of a training. Over seeds: Student's t of
-one difference per seed.
+Over test images, Wilson's and Tango's intervals and McNemar's exact test say how far a result depends on which images
+were drawn, and nothing about the luck of a training. Over seeds: Student's t of one difference per seed.
 
 Sources
-    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion; honest near 0 % and 100 % too.
-    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions. It is
-    asymptotic: summed over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100 images and falls to 93.0 %
-    for 40 of which 2 % and 20 % are right in one model only (enumerated in its test).
-    McNemar, Psychometrika 12 (1947) 153-157: only images that one model alone gets right tell the two apart; the exact
-    p-value is a two-sided sign test on them. Its power: Duffy, Biometrics 40 (1984) 1005-1015.
+    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion.
+    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions. Summed
+    over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100 images and falls to 93.0 % for 40 of which 2 %
+    and 20 % are right in one model only (enumerated in its test).
+    McNemar, Psychometrika 12 (1947) 153-157: a two-sided sign test on the images that one model alone gets right. Its
+    power: Duffy, Biometrics 40 (1984) 1005-1015.
     Over seeds, the noncentral t: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), chapter 2.
-    Guo et al., On Calibration of Modern Neural Networks (arXiv:1706.04599, 4.2): softmax(logits / T), with the T of the
-    smallest negative log-likelihood on the validation images. It changes no answer, only how sure it sounds.
-    Platt, Probabilistic outputs for support vector machines (1999): a target of (n + 1) / (n + 2) in the place of 1, so
-    that n images which are all right don't make the model certain of everything.
+    Guo et al., arXiv:1706.04599, 4.2: softmax(logits / T), with the T of the smallest negative log-likelihood.
+    Platt (1999): a target of (n + 1) / (n + 2) in the place of 1.
 
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """
@@ -55,20 +52,16 @@ class PairedDifference:
 
     Attributes:
         low, high: interval of the difference.
-        only_a: images that a classifies correctly and b doesn't.
-        only_b: the other way round.
-        p_value: exact McNemar test of "both are right equally often".
-        level: of the interval.
     """
 
     difference: float
     low: float
     high: float
     n: int
-    only_a: int
-    only_b: int
-    p_value: float
-    level: float = 1 - LEVEL
+    only_a: int  # images that a classifies correctly and b doesn't
+    only_b: int  # the other way round
+    p_value: float  # exact McNemar test of "both are right equally often"
+    level: float = 1 - LEVEL  # of the interval
 
     @property
     def standard_error(self) -> float:
@@ -79,9 +72,7 @@ class PairedDifference:
 def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:
     """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.
 
-    Args:
-        correct_a: [n] whether model a classified image i correctly.
-        correct_b: [n] the same for model b, in the same order of images.
+    `correct_a` and `correct_b` [n] say whether each model classified image i correctly.
     """
     n = correct_a.size
     only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
@@ -105,12 +96,7 @@ def paired_macro_difference(
     The 95 % interval is Price and Bonett's (Computational Statistics & Data Analysis 45, 2004, 449-456) for a mean of
     proportions, here of paired differences as in Agresti and Min (Statistics in Medicine 24, 2005, 729-740): two images
     are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
-    p-value is McNemar's, of the plain accuracies.
-
-    Args:
-        correct_a: [n] whether model a classified image i correctly.
-        correct_b: [n] the same for model b.
-        labels: [n] the class of image i.
+    p-value is McNemar's, of the plain accuracies. Arguments as above, with the class `labels` [n].
     """
     plain = paired_difference(correct_a, correct_b)
     means, centres, variances = [], [], []
@@ -150,13 +136,8 @@ def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
 def detectable_on(images: int, discordant: int) -> float:
     """Difference of two accuracies on the same images that McNemar's exact test finds at 5 % with 80 % power.
 
-    Args:
-        images: n.
-        discordant: those that one model alone classified correctly. Their share is taken to stay; a difference above
-            it needs as many as itself.
-
-    Returns:
-        A share in [0, 1]; NaN where n images can't tell any difference apart.
+    `discordant` are those that one model alone classified correctly; their share is taken to stay, and a difference
+    above it needs as many as itself. A share in [0, 1]; NaN where so many images can't tell any difference apart.
     """
 
     def excess(difference: float) -> float:
@@ -240,14 +221,9 @@ class Calibration(NamedTuple):
 
 
 def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calibration | None:
-    """The temperature, 0.05 to 20, of the smallest negative log-likelihood.
+    """The temperature, 0.05 to 20, of the smallest negative log-likelihood of logits [n, C] and labels [n].
 
-    Args:
-        logits: [n, C].
-        labels: [n].
-
-    Returns:
-        None without images or with logits that aren't finite.
+    None without images or with logits that aren't finite.
     """
     n, classes = logits.shape
     logits = logits.astype(np.float64)

@@ -1,6 +1,5 @@
 """Files that are written whole or not at all: what is left open, and which errors of a folder count."""
 
-import errno
 import os
 from pathlib import Path
 
@@ -13,26 +12,10 @@ from moevision import files
 def test_nothing_stays_open(tmp_path):
     before = set(os.listdir("/proc/self/fd"))
     files.write_bytes_atomic(tmp_path / "new" / "file", b"x")
-    files.append_bytes(tmp_path / "new" / "file", b"y")
     files.sync_file(tmp_path / "new" / "file")
     with pytest.raises(IsADirectoryError):
         files.write_bytes_atomic(tmp_path / "new", b"x")
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize(("code", "counts"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
-def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, counts):
-    """An error of the disk is told; that a file system doesn't flush folders at all is not."""
-
-    def fail(descriptor):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    if counts:
-        with pytest.raises(OSError, match=os.strerror(code)):
-            files.sync_folder(tmp_path)
-    else:
-        files.sync_folder(tmp_path)
 
 
 def test_what_is_flushed_may_be_written(tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.stats import paired_difference
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 FAULTS = "nan_loss@1, inf_grad@20:expert3, nan_input@40, spike@60x50, nan_weight@90, nan_buffer@110, nan_ema@130"

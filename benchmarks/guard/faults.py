@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.ema import WeightEMA
+from moevision.train.health import WeightEMA
 from moevision.train.parallel.parts import first_index, own_part
 from moevision.train.task import ClassificationTask
 

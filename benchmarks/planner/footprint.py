@@ -137,7 +137,7 @@ def _flops(net: nn.Module, image_size: int) -> tuple[int, int, tuple[MoEShape, .
         )
         for count in layers
     )
-    chosen = sum(_rows(count.routing) * count.per_row(backward=False) for count in layers)
+    chosen = sum(_rows(count.routing) * count.per_row for count in layers)
     dense = int(counter.get_total_flops()) - sum(count.experts for count in layers)
     return dense // len(image), chosen, moe
 

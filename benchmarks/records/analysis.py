@@ -29,32 +29,29 @@ def table(record: Json) -> list[Json]:
 
 
 def answers(record: Json) -> Json:
-    """What block 3 answers to the first two questions, of first choices, and block 1 to the third."""
-    first, last = (next(layer for layer in record["layers"] if layer["layer"] == number) for number in (1, 3))
-    experts, training, _ = last["answers"]
-    function = first["answers"][2]
-    bits = re.match(r"L3: ([\d.]+) bits", experts["numbers"][0])
+    """What the last MoE layer answers to the three questions, of first choices."""
+    experts, training, function = record["layers"][-1]["answers"]
+    bits = re.match(r"L2: ([\d.]+) bits", experts["numbers"][0])
     clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
-    points = re.search(r"any other costs ([\d.]+) points", function["detail"])
-    assert bits
-    assert clusters
-    assert points
-    assert (experts["answer"], function["answer"]) == ("yes", "a little")
-    assert function["detail"].startswith("a class's favourite no more than others")
-    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "n_images": record["n_images"]}
-    return {**found, "training": training["answer"]}
+    points = re.match(r"exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", function["detail"])
+    others = re.search(r"any two other experts ([−\d.]+)", function["detail"])
+    assert bits and clusters and points and others  # noqa: PT018
+    assert (experts["answer"], function["answer"]) == ("yes", "yes")
+    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "interval": points[2], "others": others[1]}
+    return {**found, "n_images": record["n_images"], "training": training["answer"]}
 
 
 CLAIMS = [
     Claim(CARD, "seed {seed}; {accuracy[moe]:.1%} of {test_images:,} test images right"),
     Claim(ATLAS, "{n_images:,} of the test images"),
-    Claim(ATLAS, "first choices: {bits} bits in L3, clusters {clusters}", answers),
+    Claim(ATLAS, "first choices: {bits} bits in L2, clusters {clusters}", answers),
     Claim(
         ATLAS,
         "| {name} | **{first}** ({of_first}) | {all} ({of_all}) | {untrained} | {clusters} | {beyond} |",
         table,
     ),
-    Claim(ATLAS, "A little: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
+    Claim(ATLAS, "A little in L1: {detail}.", lambda record: record["layers"][0]["answers"][2]),
+    Claim(ATLAS, "Yes in L2: {detail}.", lambda record: record["layers"][1]["answers"][2]),
     Claim(
         COVERAGE,
         "Lowest coverage over {settings} settings: {score:.1%} for the interval in use; for class, {basic:.1%} for the "

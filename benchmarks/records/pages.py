@@ -63,11 +63,12 @@ CLAIMS = {
         Claim(
             analysis.ATLAS,
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
-            "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts differ a little: "
-            "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than",
+            "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things, yes: "
+            "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}), any two "
+            "other experts {others}",
             analysis.answers,
         ),
-        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images", analysis.answers),
+        Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),
     ],
     "docs/guides/serve.md": [
         Claim(demo.LIVE, "On {images} images all classes and first choices are Python's", demo.of_all),
@@ -75,6 +76,7 @@ CLAIMS = {
     ],
     "docs/reference/models.md": [
         Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.TWO_CARD, "two experts, told the class | {total:,} | {moe} | {dense} |", quickstart.of_card),
         Claim(quickstart.CIFAR_CARD, "from scratch | {total:,} | {moe} | {dense} |", quickstart.of_card),
         Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
     ],

@@ -12,6 +12,7 @@ NOW, BEFORE = (tuple(f"{RUNS}#{name}-s{seed}" for seed in range(3)) for name in 
 QUICKSTART = NOW[0]
 CIFAR_CARD = CARD.replace("pets", "cifar10")
 CATS_CARD, CATS_ATLAS = CARD.replace("pets", "cats_vs_dogs"), ATLAS.replace("pets", "cats_vs_dogs")
+TWO_CARD = CARD.replace("pets", "cats_vs_dogs_two")
 
 
 def share(correct: int, total: int) -> str:

@@ -27,7 +27,7 @@ CLAIMS = [
     Claim(ATLAS, "gets {share:.0%} of the area of all {part}s, and {overall:.0%} of everything", called),
     Claim(
         (UNBALANCED, ATLAS),
-        "the busiest expert does {without[0]:.2f} and {without[1]:.2f} times the mean work (blocks 1 and 3, "
+        "the busiest expert does {without[0]:.2f} and {without[1]:.2f} times the mean work (blocks 1 and 2, "
         "{n_images:,} test images), with the loss {loss[0]:.2f} and {loss[1]:.2f}",
         busiest,
     ),

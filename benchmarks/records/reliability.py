@@ -10,8 +10,6 @@ from benchmarks.records import Claim, Definition
 Json = dict[str, Any]
 GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
 RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kills.jsonl"
-FILES = "benchmarks/reliability/file_operations.json"
-FOLDERS = "benchmarks/reliability/folders.json"
 
 
 def mean_difference(record: Json) -> Json:
@@ -41,19 +39,6 @@ def kills(*runs: Json) -> list[Json]:
     return [{"form": form, "kills": sum(each), "runs": len(each)} for form, each in struck.items()]
 
 
-def file_operations(record: Json) -> Json:
-    """Operations of the saves, what was tried after each, and how many of them lose something without their fsync."""
-    operations = [operation for save in record["starts"].values() for operation in save]
-    outcomes = [operation[end] for operation in operations for end in ("full", "EIO", "EIO for good", "killed")]
-    states = [operation["power cut"] for operation in operations]
-    assert set(outcomes) == {"nothing"}
-    assert all(set(each) == {"nothing"} for each in states)
-    return {
-        "operations": len(operations), "cases": len(outcomes), "states": sum(each["nothing"] for each in states),
-        "needed": sum(bool(operation.get("without it")) for operation in operations),
-    }  # fmt: skip
-
-
 MUTANTS = ("benchmarks/mutation.json", "benchmarks/mutation_equivalent.json")
 
 
@@ -72,22 +57,7 @@ def mutants(record: dict[str, Any], reasons: dict[str, str]) -> list[dict[str, A
     return rows
 
 
-def folders(record: Json) -> list[Json]:
-    """A row for each kind of change and one for all; nothing forbidden came of any."""
-    assert record["forbidden"] == []
-    names = {"sentence": "one sentence", "same": "read as before", "other": "read otherwise"}
-    rows = [
-        {"kind": kind, "cases": sum(found.values()), **{short: found.get(name, 0) for short, name in names.items()}}
-        for kind, found in record["outcomes"].items()
-    ]
-    assert sum(row["cases"] for row in rows) == record["cases"]
-    return [*rows, {"kind": "all", **{name: sum(row[name] for row in rows) for name in ("cases", *names)}}]
-
-
 CLAIMS = [
-    Claim(FOLDERS, "| {kind} | {cases} | {sentence} | {same} | {other} |", folders),
-    Claim(FOLDERS, "of two processes ({files_mb:.1f} MB)"),
-    Claim(FOLDERS, "resident grew by at most {grown_mb:.0f} MB, by {unchanged_mb:.0f} MB where nothing was changed"),
     Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
     Claim(
         GUARD,
@@ -101,9 +71,6 @@ CLAIMS = [
         "turns, don't show it: their ratio of {pair_ratio_median:.3f} (quartiles {pair_ratio_quartiles[0]:.3f} to "
         "{pair_ratio_quartiles[1]:.3f}) has other causes",
     ),
-    Claim(FILES, "{operations} operations of three saves", file_operations),
-    Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
-    Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
     Claim("benchmarks/avx2_tests.json", "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs"),
     Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
     Claim("benchmarks/mutation.json", "{number} are drawn by seed from {of:,} possible changes"),
@@ -124,8 +91,6 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
-    Definition("twice its files and 256 MB", "the limit under which the fork reads, SLACK_MB"),
-    Definition("sizes up to 4 TB", "what the test sets up"),
     Definition("with one sentence within 30 s", "a bound that the tests hold, SILENT_S"),
     Definition("says so within 30 s", "the same"),
     Definition("It costs at most 2 % of a step", "the promise"),

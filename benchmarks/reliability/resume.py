@@ -33,10 +33,9 @@ from moevision.config import EmaConfig
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
-from moevision.train.ema import WeightEMA
 from moevision.train.fit import quiet_lightning
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RunLogger, Stopwatch
+from moevision.train.health import RunLogger, Stopwatch, WeightEMA
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
@@ -133,8 +132,8 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
     )
     arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1} | setting.arch
     task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(**setting.optim))
-    files, interruption = SafeCheckpointIO(), Interruption()
-    point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption)
+    interruption = Interruption()
+    point = ResumePoint(folder / "checkpoints", CheckpointConfig(), interruption)
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)
     average = [WeightEMA(EmaConfig(setting.ema))] if setting.ema else []
     ours = [point, Stopwatch(), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
@@ -143,7 +142,7 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
         **({"max_epochs": EPOCHS, "log_every_n_steps": 1} | setting.trainer),
         callbacks=[*ours, EpochEnd(point)],
         logger=RunLogger(folder),
-        plugins=[files],
+        plugins=[SafeCheckpointIO()],
         default_root_dir=folder,
         enable_checkpointing=True,
     )

@@ -211,5 +211,5 @@ def routed_share(subject: Subject) -> float:
     with torch.no_grad(), flop_counter() as counter:
         _, layers = count_layers(net, counter, lambda: net(image))
     cost = measure_cost(net, subject.image_size)
-    routed = sum(layer.requested_rows() * layer.per_row(backward=False) for layer in layers)
+    routed = sum(layer.requested_rows * layer.per_row for layer in layers)
     return routed / (cost.flops_per_image + cost.router_flops_per_image)

@@ -49,8 +49,7 @@ from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel import all_to_all
-from moevision.train.parallel.all_to_all import AllToAllDispatcher
-from moevision.train.parallel.layout import Layout, same_everywhere, shard
+from moevision.train.parallel.layout import AllToAllDispatcher, Layout, same_everywhere, shard
 from moevision.train.parallel.parts import DIVIDED
 
 ARMS = ("even", "forced", "no loss", "loss")

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from moevision.analysis.information import Array, Flags, Floats, Ints
 from moevision.errors import UserError, shown
-from moevision.files import make_folder, write_bytes_atomic
+from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
@@ -387,7 +387,7 @@ class StreamedRows:
         try:
             for name, values in rows.items():
                 if name not in self.found:
-                    make_folder(self.path.parent)
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
                     file = self.files.enter_context(tempfile.TemporaryFile(dir=self.path.parent))  # noqa: SIM115
                     self.found[name] = values.dtype, values.shape[1:], file
                 self.found[name][2].write(values.tobytes())

@@ -1,12 +1,8 @@
 """`moevision compare RUN RUN…`: two trainings, or several seeds of two recipes, on the same test images.
 
-Nothing is computed with a model: fit leaves every test image's answer in the run folder, in predictions_test.csv.
-
 Two runs are compared image by image (McNemar's exact test, Tango's interval): that covers the choice of test images,
 and not the luck of a training. Several seeds are compared seed by seed (Student's t of the differences): that covers
-the luck of training, and not the choice of test images, which all runs share.
-
-All accuracies are shares in [0, 1]; `Gap` is in points.
+the luck of training, and not the choice of test images, which all runs share. Accuracies are shares in [0, 1].
 """
 
 from __future__ import annotations
@@ -32,10 +28,10 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import MORE
+from moevision.config import MORE, flat
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, refuse_equal_seeds, shown
-from moevision.files import refuse_foreign, write_json_atomic
+from moevision.files import read_csv, refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_yaml
 from moevision.stats import (
     LEVEL,
@@ -46,7 +42,7 @@ from moevision.stats import (
     paired_difference,
     paired_macro_difference,
 )
-from moevision.train.report import RunSummary, read_summary
+from moevision.train.report import RunSummary, read_summary, template
 from moevision.train.resume import is_finished, is_free, resume_command
 from moevision.words import duration, flops, percent, points
 
@@ -58,6 +54,7 @@ _NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "log_route
 _RECIPE = ("guard", "data.path")
 _LISTED = 6  # options that differ
 _TRAINERS = {name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE}
+_ACCURACIES = ("correct", "total", "accuracy", "interval", "balanced_accuracy")
 _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
 
@@ -70,10 +67,7 @@ def run(chosen: Namespace) -> None:
     found = compare(*sides(runs))
     _print(found, [run.name for run in runs if run not in [*found.a, *found.b]])
     if chosen.json is not None:
-        try:
-            write_json_atomic(chosen.json, facts(found))
-        except OSError as error:
-            raise UserError(f"{chosen.json} can't be written ({error.strerror}): give --json another place.") from error
+        write_json_atomic(chosen.json, facts(found))
         print(f"Every number is in {shown(str(chosen.json))}")
 
 
@@ -82,16 +76,7 @@ def run(chosen: Namespace) -> None:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run.
-
-    Attributes:
-        folder: as it was given.
-        summary: its summary.json.
-        options: its config.yaml, flat: `model.arch.router` -> value.
-        images: [n] names of the test images, sorted.
-        labels: [n] class of each in words.
-        correct: [n] whether it was classified correctly.
-    """
+    """A finished run: its options flat, and of each of its n test images, sorted, name, class and success."""
 
     folder: Path
     summary: RunSummary
@@ -122,41 +107,19 @@ class FinishedRun:
 
 
 def read_run(address: str) -> FinishedRun:
-    """Read a run folder.
-
-    Raises:
-        UserError: if it is none, isn't finished, or has no predictions.
-    """
+    """Read a run folder; a UserError if it isn't finished."""
     folder = run_of(address)
     if not is_finished(folder, with_twin=False):
         raise UserError(f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare.")
     summary, file = read_summary(folder / "summary.json"), folder / PREDICTIONS
     try:
-        with file.open(newline="", encoding="utf-8") as handle:
-            answers = {row["image"]: (row["label"], row["correct"] == "1") for row in csv.DictReader(handle)}
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there, which fit leaves: restore it, or train the run again.") from None
+        answers = {row["image"]: (row["label"], row["correct"] == "1") for row in read_csv(file)}
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UserError(
-            f"{file} can't be read ({type(error).__name__}): restore it, or train the run again."
-        ) from error
+        raise UserError(f"{file} can't be read ({error}): restore it, or train the run again.") from error
     images = tuple(sorted(answers))
     correct = np.array([answers[image][1] for image in images], dtype=bool)
-    if (len(images), int(correct.sum())) != (summary.test.total, summary.test.correct):
-        raise UserError(
-            f"{file} has {correct.sum():,} of {len(images):,} images right and summary.json says "
-            f"{summary.test.correct:,} of {summary.test.total:,}: they are not of one training, restore them."
-        )
-    options = dict(_flat(read_yaml(folder / "config.yaml")))
+    options = flat(read_yaml(folder / "config.yaml"))
     return FinishedRun(folder, summary, options, images, tuple(answers[image][0] for image in images), correct)
-
-
-def _flat(tree: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield before, tree
-        return
-    for name, value in tree.items():
-        yield from _flat(value, f"{before}.{name}" if before else str(name))
 
 
 def differing(first: FinishedRun, second: FinishedRun) -> dict[str, tuple[str, str]]:
@@ -170,11 +133,7 @@ def differing(first: FinishedRun, second: FinishedRun) -> dict[str, tuple[str, s
 
 
 def check_test_images(runs: Sequence[FinishedRun]) -> None:
-    """Refuse runs that were not tested on the same images, and a run beside itself.
-
-    Raises:
-        UserError: if a name or a label differs, or drawn images have another seed; if there are no two runs.
-    """
+    """Refuse runs that were not tested on the same images, and a run beside itself."""
     if len(runs) < 2:
         raise UserError("One run is nothing to compare: give two, or several seeds of two recipes.")
     folders = [run.folder.resolve() for run in runs]
@@ -195,11 +154,7 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
 
 
 def sides(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order.
-
-    Raises:
-        UserError: if these are not two recipes, one has a seed twice, or fewer than two seeds are common.
-    """
+    """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order."""
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
     recipes: list[list[FinishedRun]] = []
@@ -237,29 +192,21 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A minus B.
+    """A minus B; differences are shares, NaN where one isn't known.
 
-    Attributes:
-        a, b: the runs of either side, those of one seed at the same place.
-        unbalanced: whether balanced accuracy is compared, because classes differ in size or the runs chose by it.
-        by_seed: the difference of each pair on the test images.
-        difference: the mean of them, a share.
-        low, high: 95 % of the difference, as shares: over seeds, or of two runs over images; NaN: not known.
-        p_value: of the t-test over seeds, or of McNemar's test; NaN: not known.
-        told_apart: at 5 %: by the p-value; of two runs' balanced accuracies by the interval.
-        detectable: the difference that would have been found with 80 % power, a share; NaN: none.
+    `low` and `high` are 95 % of the difference: over seeds, or of two runs over images.
     """
 
     a: Sequence[FinishedRun]
     b: Sequence[FinishedRun]
-    unbalanced: bool
-    by_seed: Sequence[PairedDifference]
+    unbalanced: bool  # whether balanced accuracy is compared, because classes differ in size or the runs chose by it
+    by_seed: Sequence[PairedDifference]  # the difference of each pair on the test images; `difference` is their mean
     difference: float
     low: float
     high: float
-    p_value: float
-    told_apart: bool
-    detectable: float
+    p_value: float  # of the t-test over seeds, or of McNemar's test
+    told_apart: bool  # at 5 %: by the p-value; of two runs' balanced accuracies by the interval
+    detectable: float  # the difference that would have been found with 80 % power
 
     @property
     def measure(self) -> str:
@@ -299,53 +246,12 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, told_apart, float(detectable))
 
 
-def sentences(found: Comparison) -> list[str]:
-    """What was found, how sure it is, and what the interval doesn't cover."""
-    seeds, pair, known = len(found.a), found.by_seed[0], not math.isnan(found.low)
-    bounds = f" (95 % interval {points(found.low)} to {points(found.high)})" if known else ""
-    images = f"{pair.n:,} test images"
-    p = f"{found.p_value:.3f}" if found.p_value >= 0.001 else f"{found.p_value:.0e}"
-    reach = f": this cannot exclude ±{100 * max(abs(found.low), abs(found.high)):.1f} points" if known else ""
-    said = [f"A − B: {points(found.difference)} points of {found.measure}{bounds}, on the same {images}."]
-    if seeds == 1:
-        said.append(
-            f"Only A is right on {pair.only_a:,} of them, only B on {pair.only_b:,}: McNemar's exact p = {p}"
-            f"{', of plain accuracy' if found.unbalanced else ''}."
-        )
-    else:
-        sure = f"p = {p}" if known else "equal differences have no interval and no p"
-        said.append(f"Paired t-test over {seeds} seeds: {sure}.")
-    said.append(f"{found.verdict}." if found.told_apart else f"No difference found{reach}.")
-    what = images if seeds == 1 else f"{seeds} seeds with this spread"
-    if not math.isnan(found.detectable):
-        size = f"{100 * found.detectable:.1f} points"
-        said.append(f"A difference of {size} would have been found with 80 % power ({what}, level 5 %).")
-    elif seeds == 1:
-        said.append(f"No difference would have been found with 80 % power ({what}): test on more.")
-    said.append(
-        "One training each: another seed moves both, which the interval doesn't cover. Give several seeds."
-        if seeds == 1
-        else "The interval covers the luck of training, not the choice of test images, which all runs share."
-    )
-    return said
-
-
-def notes_on(found: Comparison) -> list[str]:
-    """What else the reader should know."""
-    runs, first, second = [*found.a, *found.b], found.a[0], found.b[0]
-    options = differing(first, second)
-    listed = [f"{name} ({one}, {other})" for name, (one, other) in options.items()]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    if listed:
-        notes = [f"A and B differ in {'; '.join(listed[:_LISTED])}{more}."]
-    else:
-        notes = [f"A and B are one recipe, with the seeds {first.summary.seed} and {second.summary.seed}."]
-    if "data.path" in options:
-        notes.append("The test images have the same names in both folders; their pixels were not compared.")
-    machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in runs})
-    if len(machines) > 1:
-        notes.append(f"Times are not comparable, they are of {'; '.join(machines)}.")
-    return notes
+def told(found: Comparison) -> list[list[str]]:
+    """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
+    machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]})
+    names = {"found": found, "options": differing(found.a[0], found.b[0]), "machines": machines}
+    parts = template("compare.txt.jinja").render(**names).split("---\n")
+    return [part.splitlines() for part in parts]
 
 
 # ---- what is printed and written
@@ -372,11 +278,12 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
                 f"seed {one.summary.seed}: {shown(one.name)} − {shown(other.name)} = {points(pair.difference)} "
                 f"({points(pair.low)} to {points(pair.high)}, over images)"
             )
-    for sentence in sentences(found):
+    sentences, notes = told(found)
+    for sentence in sentences:
         say(sentence)
     console.print()
     left = [f"Left out, without a partner of the same seed: {', '.join(left_out)}."] if left_out else []
-    for note in [*notes_on(found), *left]:
+    for note in [*notes, *left]:
         say(f"note: {shown(note)}")
 
 
@@ -393,7 +300,7 @@ def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
         ("one image, ms", lambda run: run.ms_per_image, "{:.1f}".format),
         (
             "busiest expert / mean",
-            lambda run: max((layer.max_over_mean for layer in run.layers), default=None),
+            lambda run: max((x.max_over_mean for x in run.layers), default=None),
             "{:.2f}".format,
         ),
     ]
@@ -428,10 +335,7 @@ def facts(found: Comparison) -> dict[str, Any]:
         return {
             "run": os.fspath(run.folder),
             "seed": made.seed,
-            **{
-                name: getattr(made.test, name)
-                for name in ("correct", "total", "accuracy", "interval", "balanced_accuracy")
-            },
+            **{name: getattr(made.test, name) for name in _ACCURACIES},
             **asdict(made.cost),
             **{name: getattr(made, name) for name in _COSTS},
             "train_s": made.duration_s,
@@ -453,6 +357,5 @@ def facts(found: Comparison) -> dict[str, Any]:
         "a": [of_run(run) for run in found.a],
         "b": [of_run(run) for run in found.b],
         "differ_in": differing(found.a[0], found.b[0]),
-        "sentences": sentences(found),
-        "notes": notes_on(found),
+        **dict(zip(("sentences", "notes"), told(found), strict=True)),
     }

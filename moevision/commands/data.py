@@ -28,8 +28,7 @@ from moevision.data.scores import (
 from moevision.data.shards import find_index, verify_shards, write_shards
 from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign
-from moevision.models.safe_files import read_yaml
-from moevision.train.recipe import find_config
+from moevision.train.recipe import find_config, read_config
 from moevision.words import shell_word
 
 _HARDEST = 0.1  # of --hardest where it isn't given
@@ -137,13 +136,10 @@ def _collection(what: str, root: str | None) -> Collection:
     settings: Mapping[str, Any] = {"path": what}
     if kind_of(what) == "folder" and not Path(what).expanduser().is_dir() and not what.lower().endswith(".csv"):
         file = find_config(what)
-        try:
-            settings = read_yaml(file)["data"]
-            settings = {**settings, "path": str(settings["path"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} names no images ({type(error).__name__}): it must say data: {{path: ...}}."
-            ) from error
+        given = read_config(file)
+        if "data.path" not in given:
+            raise UserError(f"{file} names no images: it must say data: {{path: ...}}.")
+        settings = {name.removeprefix("data."): value for name, value in given.items()}
     return open_collection(
         settings["path"],
         root=root or settings.get("root", "data"),

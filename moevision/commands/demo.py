@@ -55,11 +55,7 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
 
 
 def login(argument: str | None) -> tuple[str, str] | None:
-    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get.
-
-    Raises:
-        UserError: if one of both is missing, or must be asked for without a terminal.
-    """
+    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get."""
     variable = os.environ.pop(AUTH, None)
     given = variable if argument is None else argument
     if given is None:

@@ -18,6 +18,7 @@ from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
 from moevision.models.export import OPSET, SUFFIX, TOLERANCE, Format, Runner, export_onnx, export_torch, load_exported
 from moevision.models.io import SavedModel
+from moevision.train.report import template
 from moevision.train.resume import load_trained
 
 FITS = {
@@ -25,29 +26,6 @@ FITS = {
     "pad": 'ImageOps.pad(image, size, method, color=tuple(round(255 * each) for each in about["mean"]))',
     "squash": "image.resize(size, method)",
 }
-_PREPARE = """
-size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
-image = {fit}
-pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
-"""
-SNIPPETS: dict[Format, str] = {
-    "onnx": f"""\
-import json, numpy as np, onnxruntime
-from PIL import Image, ImageOps
-session = onnxruntime.InferenceSession({{file!r}})
-about = {{{{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}}}{_PREPARE}\
-logits, *distance = session.run(None, {{{{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}}})
-print(about["class_names"][logits[0].argmax()])""",
-    "torch": f"""\
-import json, numpy as np, torch
-from PIL import Image, ImageOps
-program = torch.export.load({{file!r}}, extra_files=(extra := {{{{"moevision.json": ""}}}})).module()
-about = json.loads(extra["moevision.json"]){_PREPARE}\
-{{outputs}} = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
-print(about["class_names"][logits[0].argmax()])""",
-}
-
 BATCHES = (1, 8)
 _ROUNDS = 10  # per batch size
 
@@ -70,15 +48,11 @@ def run(chosen: Namespace) -> None:
         saved = load_trained(chosen.model)
         pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
-        try:
-            if form == "onnx":
-                report = export_onnx(
-                    saved, out, opset=chosen.opset or OPSET, dtype=chosen.dtype, pictures=pictures, routes=chosen.routes
-                )
-            else:
-                report = export_torch(saved, out, dtype=chosen.dtype, pictures=pictures)
-        except OSError as error:
-            raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
+        options = {"dtype": chosen.dtype, "pictures": pictures}
+        if form == "onnx":
+            report = export_onnx(saved, out, opset=chosen.opset or OPSET, routes=chosen.routes, **options)
+        else:
+            report = export_torch(saved, out, **options)
         status.update("measuring")
         net = saved.net.cpu().float()
         latency_ms = measure_latency(
@@ -102,7 +76,8 @@ def run(chosen: Namespace) -> None:
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
     outputs = "logits" if saved.strangers is None else "logits, distance"
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[form].format(file=file, outputs=outputs, fit=FITS[saved.fit])}")
+    code = template("run_exported.py.jinja").render(form=form, file=repr(file), outputs=outputs, fit=FITS[saved.fit])
+    print(f"\nRun it without moevision:\n\n{code}")
 
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:

@@ -1,6 +1,7 @@
 """`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with.
 
-`moevision info --machine`: what limits a training on this machine, and what to change.
+`moevision info --machine`: what limits a training on this machine, and what to change. `moevision analyze MODEL`: what
+its experts do, as one report with live views in it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,6 @@ from moevision.models.convert import dense_twin, one_or_list
 from moevision.models.io import SavedModel, load_model
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.train.provenance import cpu_model, gpu_names
-from moevision.train.recipe import default_precision
 from moevision.words import loading
 
 
@@ -76,11 +76,7 @@ def load_any(address: str) -> SavedModel:
 
 
 def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
-    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs, untrained.
-
-    Raises:
-        UserError: if the model was not created under a registered name.
-    """
+    """Cost of the model, of both dense twins, and of the plain ViT with timm's own MLPs, untrained."""
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs
@@ -113,6 +109,35 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{cost['router_flops_per_image'] / 1e6:,.2f}",
         )
     return table
+
+
+# ---- what its experts do
+
+
+def analyze(chosen: Namespace) -> None:
+    """Write the report, and print the three answers and what it says of each layer."""
+    from moevision.analysis import report  # scikit-learn and matplotlib come along
+
+    options = {field.name for field in fields(report.ReportSettings)}
+    given = {name: value for name, value in vars(chosen).items() if name in options and value is not None}
+    if chosen.quick:
+        given = {"limit": 300, "permutations": 200} | given
+    settings = report.ReportSettings(**given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)})
+    numbers = report.analyze(settings, live=live_view)
+    for answer in numbers["verdict"]["answers"]:
+        print(shown(answer["sentence"]))
+    for layer in numbers["verdict"]["layers"]:
+        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
+    print(f"The report is {shown(str(settings.out / 'report.html'))}")
+
+
+def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> str:
+    """The explorer's opening for one image, uint8 [S, S, 3], as a frame that needs no server."""
+    from moevision.demo.facts import PictureFacts
+    from moevision.demo.html import flow_html
+    from moevision.demo.view import route_image
+
+    return flow_html(route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json())
 
 
 # ---- the machine
@@ -160,6 +185,8 @@ def findings(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def look() -> dict[str, Any]:
     """What this process can use; None where the system doesn't say."""
+    from moevision.train.recipe import default_precision  # Lightning comes along
+
     memory, shm = memory_available_bytes(), Path("/dev/shm")
     return {
         "cpu": cpu_model(),

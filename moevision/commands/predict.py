@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +24,7 @@ from moevision.data.open import kind_of, open_collection
 from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, csv_name, json_text, shown
-from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic, written_beside
+from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
 from moevision.models.io import SavedModel, best_device
 from moevision.models.strangers import linear_head, pooled
 from moevision.train.processes import tell
@@ -39,23 +38,14 @@ NPY_HEAD = b"('feature', '<f4', ("
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image.
-
-    Attributes:
-        path: the file.
-        classes: the most likely classes in words, best first, at most five.
-        probabilities: their probabilities, calibrated where the model has a temperature.
-        error: why the file could not be read; the other fields are empty then.
-        distance: from the nearest class, above 1 for a stranger (`moevision.models.strangers`); None: not measured.
-        feature: what the classifier reads, float32 [D], where it was asked for.
-    """
+    """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.strangers`)."""
 
     path: str
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
     probabilities: tuple[float, ...] = ()
-    error: str = ""
+    error: str = ""  # why the file could not be read; the other fields are empty then
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = None
+    feature: npt.NDArray[np.float32] | None = None  # what the classifier reads, float32 [D], where it was asked for
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
@@ -67,10 +57,6 @@ def run(chosen: Namespace) -> None:
 
     A file that can't be read gets a row that says why; the others are classified all the same.
     """
-    if chosen.batch_size < 1:
-        raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")
-    if chosen.unsure is not None and not 0 < chosen.unsure <= 1:
-        raise UserError(f"--unsure is {chosen.unsure:g}: it must be a probability above 0, at most 1.")
     with loading("loading the model"):
         model = load_trained(chosen.model)
     if chosen.features is not None and linear_head(model.net) is None:
@@ -80,8 +66,7 @@ def run(chosen: Namespace) -> None:
     for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
-            with _writing(out, option), written_beside(Path(out), b""):
-                pass
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
     batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     wanted = chosen.features is not None
@@ -93,30 +78,21 @@ def run(chosen: Namespace) -> None:
     if chosen.out is None:
         print(text, end="")
     else:
-        with _writing(chosen.out):
-            write_text_atomic(chosen.out, text)
+        write_text_atomic(chosen.out, text)
     if wanted:
-        with _writing(chosen.features, "--features"):
-            write_bytes_atomic(Path(chosen.features), to_npy(rows))
+        write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
-    if doubted := sum(row.is_unsure(chosen.unsure) for row in rows):
-        print(f"{doubted} of {len(rows)} images are unsure: no class reaches {chosen.unsure:g}.", file=sys.stderr)
-    if strange := sum((row.distance or 0) > 1 for row in rows):
-        print(
-            f"{strange} of {len(rows)} images are unlike the training images: their distance is above 1.",
-            file=sys.stderr,
-        )
-    if unread := sum(bool(row.error) for row in rows):
-        print(f"{unread} of {len(rows)} files could not be read; their rows say why.", file=sys.stderr)
-
-
-@contextmanager
-def _writing(out: str, option: str = "--out") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} can't be written ({error.strerror}): give {option} another place.") from error
+    for count, what in (
+        (sum(row.is_unsure(chosen.unsure) for row in rows), "images are unsure: no class reaches {chosen.unsure:g}"),
+        (
+            sum((row.distance or 0) > 1 for row in rows),
+            "images are unlike the training images: their distance is above 1",
+        ),
+        (sum(bool(row.error) for row in rows), "files could not be read; their rows say why"),
+    ):
+        if count:
+            print(f"{count} of {len(rows)} {what.format(chosen=chosen)}.", file=sys.stderr)
 
 
 # ---- images in, rows out
@@ -138,9 +114,6 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
 
     Links are followed; each folder is entered once. A folder of tar shards yields all images in them.
-
-    Raises:
-        UserError: if a path does not exist or a folder holds no image.
     """
     for name in paths:
         path = Path(name)

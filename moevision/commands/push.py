@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save
 
@@ -60,21 +60,14 @@ def run(chosen: Namespace) -> None:
 
 
 def check_repo_id(repo_id: str) -> str:
-    """The address itself.
-
-    Raises:
-        UserError: unless it is `user/name` by the hub's rules.
-    """
+    """The address itself; a UserError unless it is `user/name` by the hub's rules."""
     try:
-        validate_repo_id(repo_id)
-        known = "/" in repo_id
-    except HFValidationError:
-        known = False
-    if not known:
+        validate_repo_id(repo_id if "/" in repo_id else "")
+    except HFValidationError as error:
         raise UserError(
             f"{repo_id!r} is no place on the hub: give USER/NAME, each of letters, digits, '-', '_' and '.', "
             "without '--' or '..'."
-        )
+        ) from error
     return repo_id
 
 
@@ -130,11 +123,8 @@ def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
             f"{folder} exists already: give --out another place"
             + ("." if foreign else ", or --force to write it anew.")
         )
-    try:
-        for name, content in files.items():
-            write_bytes_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}): make room or give another place.") from error
+    for name, content in files.items():
+        write_bytes_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
     seen = "everyone" if chosen.public else "you alone"
     print(f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:")
     for name in files:
@@ -142,12 +132,7 @@ def _dry_run(chosen: Namespace, files: dict[str, bytes | Path]) -> None:
 
 
 def upload(files: dict[str, bytes | Path], repo_id: str, *, private: bool, update: bool) -> str:
-    """Publish files as the repository `user/name`, a new one unless `update`; returns the address of its page.
-
-    Raises:
-        UserError: without a token or network, if the hub refuses, if the repository exists and `update` is False, or if
-            it exists and is seen by others than `private` says.
-    """
+    """Publish files as the repository `user/name`, a new one unless `update`; returns the address of its page."""
     if get_token() is None:
         raise UserError(
             "The hub wants to know who you are: make a token with the right to write on "
@@ -167,24 +152,6 @@ def upload(files: dict[str, bytes | Path], repo_id: str, *, private: bool, updat
     return f"{api.endpoint}/{repo_id}"
 
 
-@contextmanager
-def _in_words(repo_id: str) -> Iterator[None]:
-    """Turn the hub's refusals and a missing network into sentences that say what to do."""
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be published: unset it.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        said = _REFUSALS.get(status, f"The hub refused REPO (status {status}: {_short(error)}): try again later.")
-        raise UserError(said.replace("REPO", repo_id)) from error
-    except _NETWORK as error:
-        raise UserError(
-            f"The hub can't be reached ({type(error).__name__}: {_short(error)}): check the network and try again; "
-            "--dry-run writes the files without it."
-        ) from error
-
-
 # huggingface_hub has changed its HTTP library more than once: the base of its own error is that of the library's.
 _NETWORK: tuple[type[Exception], ...] = (cast(type[Exception], HfHubHTTPError.__mro__[1]), OSError)
 _REFUSALS = {
@@ -195,5 +162,15 @@ _REFUSALS = {
 }
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+@contextmanager
+def _in_words(repo_id: str) -> Iterator[None]:
+    """Turn the hub's refusals and a missing network into sentences that say what to do."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise UserError(_REFUSALS.get(status, f"The hub refused REPO: {error}").replace("REPO", repo_id)) from error
+    except _NETWORK as error:  # also HF_HUB_OFFLINE
+        raise UserError(
+            f"The hub can't be reached ({error}): check the network and try again; --dry-run writes the files."
+        ) from error

@@ -36,7 +36,6 @@ from moevision.data.images import MAX_BYTES, BadImageError, safe_open
 from moevision.errors import UserError, json_text, name_bytes
 from moevision.files import (
     file_sha256,
-    make_folder,
     remove_leftovers,
     sync_folder,
     temporary_for,
@@ -246,7 +245,7 @@ def write_shards(
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} is there already: give --out a new folder, or remove it.")
         remove_leftovers(out.parent, out.name)
-        make_folder(part)
+        part.mkdir(parents=True)
         index = Index(collection.class_names, [], {}, collection.group_column)
         columns = {name: collection.column(name) or {} for name in collection.column_names()}
         for split, samples in collection.given.items():

@@ -1,7 +1,7 @@
 """The MoE layer: router -> dispatch -> experts -> combine, a drop-in for `timm.layers.Mlp`.
 
 `reference.py` computes the same, without speed and options. The dispatcher owns no parameters. It is the only object
-that knows where experts live; here all are local, and `moevision.train.parallel.all_to_all` has the one whose experts
+that knows where experts live; here all are local, and `moevision.train.parallel.layout` has the one whose experts
 are spread over processes.
 
 Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices, R rows (T·K of token choice),

@@ -18,21 +18,19 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from torch import nn
 
 from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import csv_name
-from moevision.files import csv_text, write_json_atomic, write_text_atomic
+from moevision.files import csv_text, file_sha256, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import calibration_error, paired_difference
-from moevision.train.checkpoint import START, SafeCheckpointIO, final_checkpoint, read_manifest, sha256_of
-from moevision.train.ema import WeightEMA
+from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RecordRouting, StopEarly, Stopwatch, data_wait_advice
+from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import gather, parallel_strategy, tell
 from moevision.train.provenance import collect_provenance, device_name
@@ -56,10 +54,7 @@ from moevision.train.task import ClassificationTask
 
 @dataclass
 class Training:
-    """A training and what it is made of.
-
-    `start` is None afresh, in a folder of its own; `started` is in UTC; `expected_s` is what was said before.
-    """
+    """A training and what it is made of; `start` is None afresh, in a folder of its own, `started` in UTC."""
 
     settings: Settings
     session: Session
@@ -68,7 +63,6 @@ class Training:
     task: ClassificationTask
     data: ImageDataModule
     trainer: L.Trainer
-    files: SafeCheckpointIO
     stopwatch: Stopwatch
     started: datetime
     expected_s: float | None = None
@@ -129,20 +123,19 @@ class RunResult:
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
-    Several processes test together; the first one writes, and the others get None. `command` is what the run began
-    with.
+    Several processes test together; the first one writes, and the others get None. The run began with `command`.
     """
     task, data, trainer = training.task, training.data, training.trainer
     run_dir, stopwatch = training.run_dir, training.stopwatch
     monitor = training.settings.checkpoint.monitor
-    asked = training.settings.seed_everything
-    seed: int | None = None if asked is False else asked
+    seed: int | None = training.settings.seed_everything
+    seed = None if seed is False else seed
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     stopped_early = [
         each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
     ]
-    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", training.files)
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints")
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     names = ("index", "label", "prediction", "probability")
     own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
@@ -156,13 +149,11 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
     mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
-    net, side = task.net, data.image_size
-    model = SavedModel(net, classes, side, mean, std, temperature, _strangers(training), data.fit)
+    model = SavedModel(task.net, classes, data.image_size, mean, std, temperature, _strangers(training), data.fit)
     save_model(model, run_dir / "model")
     for each in cast(Any, trainer).callbacks:
         if isinstance(each, RecordRouting):
-            steps_of = {entry.name: entry.step for entry in read_manifest(checkpoint.parent)}
-            each.finish(trainer, task, steps_of.get(checkpoint.name, trainer.global_step))
+            each.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
     rows = (
         (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
         for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
@@ -171,13 +162,13 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     write_text_atomic(run_dir / "predictions_test.csv", csv_text(columns, rows))
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(labels, predictions, classes, run_dir / "confusion.png")
-    weights_sha256 = sha256_of(run_dir / "model" / "model.safetensors")
+    weights_sha256 = file_sha256(run_dir / "model" / "model.safetensors")
     chosen: dict[str, Any] = {
         "backend": task.arch.backend or "auto", "compile": task.compile_blocks, "model_sha256": weights_sha256,
     }  # fmt: skip
     if task.arch.pretrained is not None:
         origin = weights_file(task.arch.pretrained)
-        chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
+        chosen["pretrained_sha256"] = None if origin is None else file_sha256(origin)
     provenance = collect_provenance(
         command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
     )
@@ -236,10 +227,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         bad_images=bad_images,
         expected_s=training.expected_s,
         monitor=monitor,
-        # A divided model may not fit one device.
-        ms_per_image=None
-        if training.divided
-        else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
+        ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
@@ -303,10 +291,13 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
 
 
 @torch.no_grad()
-def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> float:
+def _ms_per_image(training: Training) -> float | None:
     """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
-    net = net.to(device).eval()
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    if training.divided:  # it may not fit one device
+        return None
+    side, device = training.data.image_size, training.trainer.strategy.root_device
+    net = training.task.net.to(device).eval()
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     image = image.to(device, next(net.parameters()).dtype)  # of a training in bf16-true or 64-true, its own
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):

@@ -10,7 +10,6 @@ A configuration is data, not a program. Of the classes that `trainer` may name o
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import secrets
@@ -18,14 +17,12 @@ import shutil
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
-from math import ceil
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any, cast
 
 import lightning as L
@@ -34,32 +31,36 @@ import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, ParallelConfig, Settings, checked, settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
-from moevision.files import newest_config, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
-from moevision.models.safe_files import read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.train.archive import load_rest
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
-from moevision.train.ema import WeightEMA
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, log_routers
+from moevision.train.health import (
+    Calibrate,
+    RecordRouting,
+    RouterHealth,
+    RunLogger,
+    StopEarly,
+    Stopwatch,
+    WeightEMA,
+    log_routers,
+)
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
     decide,
     first_one_first,
-    from_first,
     is_first,
     meet,
     parallel_strategy,
@@ -73,7 +74,6 @@ from moevision.train.recipe import (
     chosen,
     describe_memory,
     describe_plan,
-    epoch_batches,
     expected_seconds,
     memory_advice,
     new_run_folder,
@@ -98,8 +98,6 @@ from moevision.train.start import fit_probe, start_with
 from moevision.train.task import ClassificationTask, check_trainer
 from moevision.words import shell_word
 
-# A disk without room, or one on which this user may have no more; Windows lacks the latter.
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 # A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
 ALLOWED = (
     "moevision.train",
@@ -108,7 +106,6 @@ ALLOWED = (
 )
 # Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
 _CHATTER = (
-    "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
     "The '.*dataloader' does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
@@ -121,11 +118,7 @@ _CHATTER = (
 
 
 def fit(given: Given) -> None:
-    """`moevision fit`.
-
-    Raises:
-        UserError: for anything that the user can mend.
-    """
+    """`moevision fit`."""
     session = Session(given.command)
     with _in_sentences(session):
         if not given.prints:
@@ -158,13 +151,13 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
     `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
-    started, stopwatch, files = datetime.now(UTC), Stopwatch(), SafeCheckpointIO()
+    started, stopwatch = datetime.now(UTC), Stopwatch()
     _seed(settings, session)
     task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
     with _no_trace_of_a_failure(run_dir, stopwatch, new=start is None):
         # Trainer
-        point = ResumePoint(run_dir / "checkpoints", files, settings.checkpoint, session.interruption)
+        point = ResumePoint(run_dir / "checkpoints", settings.checkpoint, session.interruption)
         best = ModelCheckpoint(
             dirpath=run_dir / "checkpoints",
             filename="best",
@@ -179,18 +172,18 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             stopwatch,
             LearningRateMonitor("step"),
             best,
-            *StopEarly.of(settings.early_stopping),
+            *([StopEarly(settings.early_stopping)] if settings.early_stopping.patience else []),
             Calibrate(),
             ExampleScores(),
             *watching(ema=settings.ema, guard=settings.guard),
-            *RecordRouting.of(settings.record_routing, run_dir),
+            *([RecordRouting(settings.record_routing, run_dir)] if settings.record_routing.images else []),
             EpochEnd(point),
         ]
         strategy = _strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
-        trainer = _trainer(settings, run_dir, files, {**named, **strategy}, ours)
+        trainer = _trainer(settings, run_dir, {**named, **strategy}, ours)
         if session.run_dir is None:  # the twin's turn comes when the run itself goes on
             session.run_dir = run_dir
-        training = Training(settings, session, start, run_dir, task, data, trainer, files, stopwatch, started)
+        training = Training(settings, session, start, run_dir, task, data, trainer, stopwatch, started)
 
         # Data
         if training.fresh and settings.router_start == "cluster" and task.arch.pretrained is None:
@@ -205,7 +198,6 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
         data.run_dir = run_dir
         _read_data(data, trainer, session, "fit", moved=not training.fresh)
         keep_the_step(start, data, trainer)
-        _check_limits(data, trainer, "train", "val", "test")
 
         # Model
         _build(training)
@@ -221,9 +213,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             _start_and_plan(training)
         if not training.trial:
             _compare_with_start(training, point)
-            # When all processes stand: a run whose first process is lost before that has nothing to go on with.
-            cast(Any, trainer).callbacks.append(LambdaCallback(setup=partial(_keep_config, training)))
-
+            _keep_config(training)
         _train(training, point)
     return training
 
@@ -236,8 +226,6 @@ def _no_trace_of_a_failure(run_dir: Path, stopwatch: Stopwatch, *, new: bool) ->
     except BaseException:
         if new and stopwatch.images == 0 and is_first():
             shutil.rmtree(run_dir, ignore_errors=True)
-            with suppress(OSError):  # other runs lie in it
-                run_dir.parent.rmdir()
         raise
 
 
@@ -251,10 +239,7 @@ def _seed(settings: Settings, session: Session) -> None:
 
 
 def _task(settings: Settings) -> ClassificationTask:
-    model = settings.model
-    return ClassificationTask(
-        model.arch, model.optim, model.aux, model.label_smoothing, model.compile, model.grad_checkpointing
-    )
+    return ClassificationTask(**{**vars(settings.model), "num_classes": None, "image_size": None})
 
 
 def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:
@@ -277,11 +262,7 @@ def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
 
 
 def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class.
-
-    Raises:
-        UserError: if it isn't one of `ALLOWED`, or doesn't take its arguments.
-    """
+    """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class."""
     asked = {name: trainer[name] for name in CLASSES if trainer.get(name) is not None}
     if not asked:
         return {}
@@ -296,9 +277,7 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
                 f"{foreign[1]!r} is not imported: configurations name only parts of Lightning and of moevision.train; "
                 "use your own classes from Python."
             ) from error
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [line[2:] for line in lines if line.startswith("- ")] or lines
-        raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)[:300]}") from error
+        raise UserError(f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}") from error
     return {name: made[name] for name in asked}
 
 
@@ -318,9 +297,7 @@ def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
     return {"strategy": divided, "inference_mode": False}
 
 
-def _trainer(
-    settings: Settings, run_dir: Path, files: SafeCheckpointIO, named: Mapping[str, Any], callbacks: list[L.Callback]
-) -> L.Trainer:
+def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
     """A Trainer that logs to and saves in the run folder."""
     asked = {**settings.trainer, **named}
     if asked["accelerator"] == "auto" and torch.backends.mps.is_available():
@@ -331,7 +308,7 @@ def _trainer(
         "default_root_dir": str(run_dir),
         # The first one: Lightning takes the run folder from it.
         "logger": [RunLogger(run_dir), *(log_routers(each, per_layer=per_layer) for each in others)],
-        "plugins": [*_as_list(asked.get("plugins")), files],
+        "plugins": [*_as_list(asked.get("plugins")), SafeCheckpointIO()],
         "callbacks": callbacks,
     }
     trainer = _made(asked)
@@ -350,11 +327,6 @@ def _trainer(
 
 
 def _made(asked: Mapping[str, Any]) -> L.Trainer:
-    """A Trainer with these arguments.
-
-    Raises:
-        UserError: if it doesn't take them.
-    """
     try:
         return L.Trainer(**asked)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
@@ -362,14 +334,9 @@ def _made(asked: Mapping[str, Any]) -> L.Trainer:
 
 
 def start_one_each(options: Mapping[str, Any]) -> None:
-    """Run this command in a process for each device that it asks for, unless torchrun, SLURM or this has done so.
+    """Run this command in a process for each device that its options ask for, unless torchrun, SLURM or this has.
 
-    Args:
-        options: by dotted names.
-
-    Raises:
-        SystemExit: when these processes have ended.
-        UserError: for devices that aren't there, and for machines where only torchrun or srun can start a process.
+    Ends with these processes. A UserError for devices that aren't there, and for several machines.
     """
     asked = {name: options.get(f"trainer.{name}") for name in ("accelerator", "devices", "num_nodes")}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -384,9 +351,7 @@ def start_one_each(options: Mapping[str, Any]) -> None:
 
 
 def _check_processes(trainer: L.Trainer) -> None:
-    """Refuse a Trainer that expects other processes than there are, or such as can't agree on a run folder."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise UserError("Several processes train with --trainer.strategy ddp here; spawned or forked ones can't.")
+    """Refuse a Trainer that expects other processes than there are."""
     met = dist.get_world_size() if several_processes() else 1
     expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
     if met != expected:
@@ -421,24 +386,6 @@ def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer
             trainer.limit_train_batches = max(parts, batches // parts * parts)
         trainer.accumulate_grad_batches = parts
         tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
-
-
-def _check_limits(data: ImageDataModule, trainer: L.Trainer, *splits: str) -> None:
-    """Refuse what Lightning would refuse later, after the training even: shares of these splits without a batch."""
-    for split in splits:
-        images = sum(data.class_counts.get(split, {}).values())
-        held_out = ceil(images / (data.batch_size * trainer.world_size))
-        batches = data.train_batches(trainer.world_size) if split == "train" else held_out
-        limit = getattr(trainer, f"limit_{split}_batches")
-        if isinstance(limit, float) and 0 < limit * batches < 1:
-            raise UserError(f"--trainer.limit_{split}_batches {limit} leaves none of {batches} batches: raise it.")
-    batches, interval = epoch_batches(data, trainer), trainer.val_check_interval
-    per_epoch = "train" in splits and trainer.check_val_every_n_epoch is not None
-    if per_epoch and isinstance(interval, int) and interval > batches:
-        raise UserError(
-            f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or "
-            "count over epochs, with --trainer.check_val_every_n_epoch null."
-        )
 
 
 def _build(training: Training) -> None:
@@ -558,9 +505,9 @@ def _compare_with_start(training: Training, point: ResumePoint) -> None:
         note_session(start, session.command, [*session.notes, *other])
 
 
-def _keep_config(training: Training, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+def _keep_config(training: Training) -> None:
     """Write config.yaml; that of a run stays as it is, and changes get a file of their own."""
-    if stage != "fit" or not trainer.is_global_zero:
+    if not training.trainer.is_global_zero:
         return
     run_dir, name = training.run_dir, "config.yaml"
     if not training.fresh:
@@ -572,24 +519,15 @@ def _keep_config(training: Training, trainer: L.Trainer, pl_module: L.LightningM
 
 def _train(training: Training, point: ResumePoint) -> None:
     """Train; a checkpoint is never unpickled."""
-    trainer, session = training.trainer, training.session
+    trainer = training.trainer
     checkpoint = None if training.start is None else training.start.checkpoint
     try:
         with _memory_advice(training):
             trainer.fit(training.task, training.data, ckpt_path=checkpoint, weights_only=True)
-    except MisconfigurationException as error:  # Lightning checks some options only now
-        if point.began:
+    except (MisconfigurationException, ValueError) as error:  # Lightning checks some options only now
+        if point.began or isinstance(error, UserError):
             raise
         raise UserError(f"The Trainer does not take these options: {error}") from error
-    fault = from_first(training.files.refused.get(point.path.resolve()))
-    if fault is not None and not training.trial:  # what would be tested now are the weights of an earlier step
-        if not is_first():
-            raise SystemExit(0)
-        command = session.resume_command
-        raise UserError(
-            f"The last steps can't be saved ({fault}): make room, or give write access, then "
-            + (f"go on with {command}." if command else "start anew.")
-        )
 
 
 def _train_twin(
@@ -633,16 +571,12 @@ def _of_a_run(given: Given) -> Given:
     folder = Path(given.folder or "") / "checkpoints"
     if given.folder is None or given.options.get("ckpt_path") or not folder.is_dir():
         return given
-    checkpoint, _ = final_checkpoint(folder, SafeCheckpointIO())
+    checkpoint, _ = final_checkpoint(folder)
     return given._replace(folder=None, options={**given.options, "ckpt_path": str(checkpoint)})
 
 
 def evaluate(verb: str, given: Given) -> None:
-    """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint.
-
-    Raises:
-        UserError: for anything that the user can mend.
-    """
+    """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
     session = Session(given.command)
     with _in_sentences(session):
         if given.options.get("resume") is not None:
@@ -656,31 +590,19 @@ def evaluate(verb: str, given: Given) -> None:
         checkpoint = options.get("ckpt_path")
         if not checkpoint:
             raise UserError(f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path.")
-        check_checkpoint(checkpoint)
-        model = checked({"model": load_rest(Path(checkpoint))["hyper_parameters"]}, checkpoint)
+        model = checked({"model": check_checkpoint(checkpoint)["hyper_parameters"]}, checkpoint)
         known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
         asked = settings({**options, **model, **given.options})
-        stopwatch, files = Stopwatch(), SafeCheckpointIO()
         _seed(asked, session)
         task, data, named = _task(asked), ImageDataModule(**vars(asked.data)), instantiated(asked.trainer)
         run_dir = _new_folder(asked, session, f"-{verb}")
-        with _no_trace_of_a_failure(run_dir, stopwatch, new=True):
-            trainer = _trainer(asked, run_dir, files, named, _as_list(named.pop("callbacks", None)))
+        with _no_trace_of_a_failure(run_dir, Stopwatch(), new=True):
+            trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
             origin = run_of_checkpoint(checkpoint)
             if (origin / "splits.csv").is_file():
-                table, config = origin / "splits.csv", newest_config(origin)
-                path = str(read_yaml(config)["data"]["path"]) if config.is_file() else ""
-                if path and not data.is_of_run(table, path):
-                    saved, folder = (shell_word(str(each)) for each in (table.with_name("model"), data.path))
-                    raise UserError(
-                        f"{verb} takes the images that {table} lists, of {path} or a copy of it, and {data.path} is "
-                        f"neither: leave it out, or see what the model says about it by moevision predict {saved} "
-                        f"{folder}."
-                    )
-                shutil.copy(table, run_dir / "splits.csv")
+                shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
             data.run_dir = run_dir
             _read_data(data, trainer, session, verb, moved=True)
-            _check_limits(data, trainer, "val" if verb == "validate" else "test")
             classes, side = (
                 known or own for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
             )
@@ -702,11 +624,6 @@ def _as_list(value: Any) -> list[Any]:
 def _in_sentences(session: Session) -> Iterator[None]:
     """Let a verb end by one sentence that says how to go on, whatever stops it."""
     keep_freed_memory()
-    if odd := next((each for each in session.command if each != each.encode(errors="ignore").decode()), None):
-        raise UserError(
-            f"{odd} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to it that "
-            "has a plain name."
-        )
     meet()
     try:
         with session.interruption, quiet_lightning():
@@ -722,29 +639,20 @@ def _in_sentences(session: Session) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.strerror is None:
             raise
-        what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
         command = session.resume_command or "the same command"
-        raise UserError(f"{what} is full: make room, then go on with {command}.") from error
-    except Exception as error:
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise UserError(f"{what}: mend that, then go on with {command}.") from error
+    except RuntimeError as error:
         # The second: gloo's words for a connection that has gone.
-        if several_processes() and (isinstance(error, dist.DistError) or "by peer" in str(error)):
-            if not is_first():
-                raise SystemExit(USER_ERROR) from None  # one voice
-            command = session.resume_command
-            how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
-            raise UserError(f"Another process of this training has ended, see above if it said why.{how}") from error
-        # A checkpoint, sound as a file, that holds something else than Lightning is to restore.
-        code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
-        restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]
-        if not any(each.co_name.lstrip("_").startswith(("restore", "resume")) for each in restores):
+        if not several_processes() or not (isinstance(error, dist.DistError) or "by peer" in str(error)):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(
-            f"The checkpoint doesn't fit this training ({reason}): it is of another one, or somebody changed it. Use "
-            "another one of the run."
-        ) from error
+        if not is_first():
+            raise SystemExit(USER_ERROR) from None  # one voice
+        command = session.resume_command
+        how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
+        raise UserError(f"Another process of this training has ended, see above if it said why.{how}") from error
     finally:
         session.close()
 

@@ -1,20 +1,15 @@
 """The stability guard: no update from numbers that aren't finite, and a way back when the state itself went bad.
 
-- Tier 1, as GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update, on
-  every process alike and before clipping (which would spread one NaN over all gradients). A refused update leaves
-  weights, optimizer, schedule, moving average and router biases as they were, and restores buffers and random
-  generators to their state before the first micro-batch.
-- Tier 2, as PaLM (arXiv:2204.02311, §5.1) restarted ~100 steps before a spike and left the data behind it out: when
-  weights or buffers aren't finite, or a loss spike lasts, training returns to the last good snapshot in memory while
-  the data goes on forward; to an older one if the newest was returned to in vain. After a budget it stops with a
-  diagnosis and a finite checkpoint.
+- As GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update of the whole
+  accumulation window, on every process alike and before clipping (which would spread one NaN over all gradients). It
+  leaves weights, optimizer, schedule, average and router biases, and restores buffers and random generators.
+- As PaLM (arXiv:2204.02311, §5.1) restarted before a spike and left its data out: when weights or buffers aren't
+  finite, or a loss spike lasts, training returns to the last good snapshot in memory while the data goes on; to an
+  older one if that was in vain. After a budget it stops with a diagnosis and a finite checkpoint.
 
-Everything is judged where an accumulation window ends; a window is applied or refused as a whole.
-
-A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones. The window is
-OLMo-core's (SkipStepOptimizer, 128 steps, 6 σ) with two repairs: neither a number that isn't finite (the deviation
-would be NaN) nor a suspicious one (the spike would soon look normal) enters it. The two floors keep a flat curve,
-whose deviation is tiny, from false alarms.
+A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones: OLMo-core's
+window (SkipStepOptimizer), which neither numbers that aren't finite nor suspicious ones enter. The two floors keep a
+flat curve, whose deviation is tiny, from false alarms.
 """
 
 # ruff: noqa: D102 (Lightning's hooks)
@@ -37,12 +32,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
-from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges, csv_name
+from moevision.errors import DIVERGED, UserError, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
-from moevision.train.ema import WeightEMA
-from moevision.train.health import is_logged
+from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.report import template
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
@@ -57,17 +52,6 @@ _SAID = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
 }
-_ADVICE = """
-## What to try
-
-- Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.
-- For a router: give --model.aux.z a small weight (0.001): it keeps router logits small.
-- For a cross-entropy: look at the images that guard.csv names. For a gradient: --trainer.gradient_clip_val 0.5.
-- For a weight, a buffer or the average, which turned bad without a bad update: suspect the memory or the accelerator if
-  it happens again.
-
-## The last cases
-"""
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
@@ -79,17 +63,10 @@ class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
 class StabilityGuard(L.Callback):
     """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
 
-    `record` is what it found and did, `snapshots` are states to return to, the newest last. A UserError says which
-    number of the config can't be used.
+    `record` is what it found and did, `snapshots` are states to return to, the newest last.
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
-        ranges = (
-            (*AT_LEAST_1, ("snapshot_every", "snapshots", "spike_updates")),
-            ("at least 0", lambda x: x >= 0, ("max_skips", "max_rollbacks", "spike_sigmas")),
-            ("at least 2", lambda x: x >= 2, ("spike_warmup",)),
-        )
-        check_ranges(config, ranges, "--guard.")
         self.config = config
         self.record = GuardRecord()
         self.snapshots: deque[TrainingSnapshot] = deque(maxlen=config.snapshots)
@@ -113,9 +90,8 @@ class StabilityGuard(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, ClassificationTask):
-            raise UserError("StabilityGuard watches a ClassificationTask: leave it out for other modules.")
-        pl_module.update_gate = lambda norm: self._refuses(trainer, pl_module, norm)
+        task = cast(ClassificationTask, pl_module)
+        task.update_gate = lambda norm: self._refuses(trainer, task, norm)
         self.snapshots.clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -228,7 +204,6 @@ class StabilityGuard(L.Callback):
     # -- the way back
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Return to a snapshot, outside of a training step, if the state isn't finite; whether that was done."""
         task, average = cast(ClassificationTask, pl_module), WeightEMA.of(trainer)
         swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
         alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
@@ -243,11 +218,7 @@ class StabilityGuard(L.Callback):
         self.snapshots.append(TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict())))
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
-        """Return to the newest snapshot, or to an older one if that did not help.
-
-        Raises:
-            TrainingDiverged: over the budget; the state that was returned to is saved, and a diagnosis beside it.
-        """
+        """Return to the newest snapshot, or to an older one if that did not help; over the budget, give up."""
         if self.snapshots[-1].restored and len(self.snapshots) > 1:
             self.snapshots.pop()
         self.snapshots[-1].restore(trainer, task)
@@ -265,16 +236,8 @@ class StabilityGuard(L.Callback):
         checkpoint = folder / "checkpoints" / "diverged.ckpt"
         trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
-            record = self.record
-            lines = [
-                f"# This training diverged\n\nIt was given up at step {trainer.global_step:,}, after "
-                f"{record.rollbacks:,} returns to an earlier state. The last good state is {checkpoint}; its weights "
-                "are finite.\n",
-                *(f"- {sentence}" for sentence in record.sentences()),
-                _ADVICE,
-                *(f"- {event.kind} at step {event.step}: {event.source}" for event in record.events[-20:]),
-            ]
-            write_text_atomic(folder / DIAGNOSIS, "\n".join(lines) + "\n")
+            names = {"step": trainer.global_step, "checkpoint": checkpoint, "record": self.record}
+            write_text_atomic(folder / DIAGNOSIS, template("divergence.md.jinja").render(**names))
         raise TrainingDiverged(
             f"The training diverged ({cause}) and returning to an earlier state did not help: read "
             f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
@@ -317,9 +280,8 @@ class LossHistory:
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
-    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images;
-    and `extra`, kept as it is. `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the
-    optimizer use the ones it is given (torch 2.13), so everything is copied on the way in and on the way out.
+    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
+    given (torch 2.13), so everything is copied on the way in and on the way out. `extra` is kept as it is.
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
@@ -361,7 +323,6 @@ def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.n
 
 
 def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
-    """All weights and buffers, as far as this process holds them."""
     networks = _networks(trainer, task).values()
     return [local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())]
 
@@ -386,22 +347,16 @@ class Event:
 
 @dataclass
 class GuardRecord:
-    """Counters and events of one training; they survive a resume and are never turned back by a rollback.
-
-    Attributes:
-        not_applied: optimizer steps without an update, for whichever reason.
-        lost: updates that rollbacks took back.
-    """
+    """Counters and events of one training; they survive a resume and are never turned back by a rollback."""
 
     skipped: int = 0
     rollbacks: int = 0
-    not_applied: int = 0
-    lost: int = 0
+    not_applied: int = 0  # optimizer steps without an update, for whichever reason
+    lost: int = 0  # updates that rollbacks took back
     events: list[Event] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: Event) -> None:
-        """Count it and keep it."""
         self.skipped += event.kind == "skip"
         self.rollbacks += event.kind == "rollback"
         self.sources[event.source] += 1

@@ -1,11 +1,10 @@
-"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, how routing forms.
+"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, averages, how routing forms.
 
 Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
 
-Router health (axes: E experts, K choices): `max_violation` is max load / mean load - 1 of one layer in one update
-(MaxVio, Wang et al. 2024, arXiv:2408.15664, §2.2): 0 for perfect balance, E/K - 1 for all tokens on K experts.
-`update_norm` is ‖Δw‖ of one applied update over all weights that learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before
-the loss does.
+`max_violation` is max load / mean load - 1 of one layer in one update (MaxVio, arXiv:2408.15664, §2.2): 0 for perfect
+balance, E/K - 1 for all tokens on K of E experts. `update_norm` is ‖Δw‖ of one applied update over all weights that
+learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before the loss does.
 """
 
 # ruff: noqa: D102 (Lightning's hooks)
@@ -13,7 +12,6 @@ the loss does.
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 import time
@@ -32,15 +30,17 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
-from moevision.config import MAX_RECORDED, EarlyStoppingConfig, Framing, RecordRoutingConfig
+from moevision.config import MAX_RECORDED, EarlyStoppingConfig, EmaConfig, Framing, RecordRoutingConfig
 from moevision.data import ImageDataModule
 from moevision.data.collection import in_turn
-from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.data.images import is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, shown
-from moevision.files import append_bytes, sync_file, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
@@ -60,7 +60,6 @@ class RunLogger(CSVLogger):
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir, name="", version="")
-        self._path = run_dir / "metrics.csv"
 
     @property
     @rank_zero_experiment
@@ -72,81 +71,33 @@ class RunLogger(CSVLogger):
     def file(self) -> MetricsFile:
         """The file behind it."""
         if self._experiment is None:
-            self._experiment = MetricsFile(self._path)
+            self._experiment = MetricsFile(self.log_dir)
         return cast(MetricsFile, self._experiment)
 
 
 class MetricsFile(ExperimentWriter):
-    """A CSV file of metrics that is appended to, row by row.
+    """metrics.csv, to which a run that goes on adds its rows."""
 
-    A column that comes later is added by writing the file anew, whole or not at all. Rows that a full disk refuses are
-    kept, and written with the next ones.
-    """
+    def _check_log_dir_exists(self) -> None:
+        """Know the columns that are there; Lightning's own would delete the file."""
+        self.metrics_keys = next(csv.reader(self._lines()), [])
 
-    def __init__(self, path: Path) -> None:
-        # not ExperimentWriter's: it deletes the file
-        self.path, self.log_dir, self.hparams = path, str(path.parent), {}
-        whole = self._read() if path.is_file() else ""
-        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
-        if kept != whole:
-            write_text_atomic(path, kept)
-        known = list(csv.reader(io.StringIO(kept)))
-        self.columns: list[str] = known[0] if known else []
-        self.rows = max(0, len(known) - 1)
-        self._unwritten: list[dict[str, Any]] = []
-        self._failed = False
+    def _lines(self) -> list[str]:
+        path = Path(self.metrics_file_path)
+        return path.read_bytes().decode().splitlines(keepends=True) if path.is_file() else []
 
     def cut(self, rows: int) -> None:
         """Drop all rows after the first `rows`."""
-        if self.rows > rows:
-            write_text_atomic(self.path, "".join(self._read().splitlines(keepends=True)[: rows + 1]))
-            self.rows = rows
-
-    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
-        self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
+        if len(lines := self._lines()) > rows + 1:
+            write_text_atomic(self.metrics_file_path, "".join(lines[: rows + 1]))
 
     def save(self) -> None:
-        """Append the rows that are not in the file yet."""
-        if not self._unwritten:
-            return
-        columns, new = self.columns, set().union(*self._unwritten) - set(self.columns)
-        text = io.StringIO()
-        try:
-            if new:
-                columns = sorted([*columns, *new])
-                earlier = list(csv.DictReader(io.StringIO(self._read()))) if self.rows else []
-                writer = csv.DictWriter(text, columns)
-                writer.writeheader()
-                writer.writerows([*earlier, *self._unwritten])
-                write_text_atomic(self.path, text.getvalue())
-            else:
-                csv.DictWriter(text, columns).writerows(self._unwritten)
-                append_bytes(self.path, text.getvalue().encode("utf-8"))
-        except OSError as error:
-            self._warn(error)
-            return
-        self.columns, self.rows = columns, self.rows + len(self._unwritten)
-        self._unwritten, self._failed = [], False
+        super(ExperimentWriter, self).save()  # without hparams.yaml
 
-    def sync(self) -> int:
-        """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
+    def count(self) -> int:
+        """Write what is left to write; the number of rows."""
         self.save()
-        try:
-            if self.path.is_file():
-                sync_file(self.path)
-        except OSError as error:
-            self._warn(error)
-        return self.rows + len(self._unwritten)
-
-    def _read(self) -> str:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return file.read()
-
-    def _warn(self, error: OSError) -> None:
-        if not self._failed:
-            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
-        self._failed = True
+        return max(0, len(self._lines()) - 1)
 
 
 def cpu_s() -> float:
@@ -156,62 +107,49 @@ def cpu_s() -> float:
 
 
 class Stopwatch(L.Callback):
-    """Seconds and images of training proper, over all sessions of a run: validation is left out.
-
-    Attributes:
-        train_s: seconds of training without validation.
-        images: training images seen, over all processes.
-        data_wait_s: seconds of `train_s` in which this process waited for a batch; None where the loader doesn't say
-            (`moevision.data.loader.ImageLoader` does).
-    """
+    """Seconds and images of training proper, over all sessions of a run: validation is left out."""
 
     def __init__(self) -> None:
         self.train_s = 0.0
-        self.images = 0
-        self.data_wait_s: float | None = 0.0
-        self._started = 0.0
-        self._waited: float | None = 0.0
-        self._advised = False
-        self._run_started, self._earlier_s = time.monotonic(), 0.0
-        self._cpu_started = cpu_s()
-        self._earlier_cpu_s: float | None = 0.0
+        self.images = 0  # over all processes
+        self.data_wait_s = 0.0  # of `train_s`: this process waited for a batch
+        self._started, self._waited, self._advised = 0.0, 0.0, False
+        self._run_started, self._cpu_started = time.monotonic(), cpu_s()
 
     @property
     def data_wait(self) -> float | None:
-        """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""
-        return None if self.data_wait_s is None or not self.train_s else self.data_wait_s / self.train_s
+        """Share of the training time in which the process waited for data, in [0, 1]; None before the training."""
+        return self.data_wait_s / self.train_s if self.train_s else None
 
     @property
     def run_s(self) -> float:
         """Seconds since the run began, reading and validation included, interruptions left out."""
-        return self._earlier_s + time.monotonic() - self._run_started
+        return time.monotonic() - self._run_started
 
     @property
-    def cpu_s(self) -> float | None:
-        """CPU seconds over the same time, all threads of this process and of workers that have ended; None: unknown."""
-        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s() - self._cpu_started
+    def cpu_s(self) -> float:
+        """CPU seconds over the same time, all threads of this process and of workers that have ended."""
+        return cpu_s() - self._cpu_started
 
     def add(self, run_s: float, cpu_s: float) -> None:
-        """Count what another run has done for this one, in seconds of the run and of the CPU."""
-        self._earlier_s += run_s
-        self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
+        """Count what was done before: by an earlier session, or by another run for this one."""
+        self._run_started -= run_s
+        self._cpu_started -= cpu_s
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
-        self._earlier_s = float(state_dict["run_s"])
-        # Earlier versions counted neither of these.
-        self._earlier_cpu_s = state_dict.get("cpu_s")
-        self.data_wait_s = state_dict.get("data_wait_s")
+        self.train_s, self.images = state_dict["train_s"], state_dict["images"]
+        self.data_wait_s = state_dict.get("data_wait_s") or 0.0  # version 0.1 had neither this nor the next
+        self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", None)
+        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", 0.0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,35 +158,26 @@ class Stopwatch(L.Callback):
         began, waited = self._started, self._waited
         self._start(trainer)
         self.train_s += self._started - began
-        if self.data_wait_s is None or waited is None or self._waited is None:
-            self.data_wait_s = None
-        else:
-            self.data_wait_s += self._waited - waited
+        self.data_wait_s += self._waited - waited
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on after validation."""
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
-            return
-        self._advised = True
-        for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
-            tell(sentence)
+        if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
+            self._advised = True
+            for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+                tell(sentence)
 
 
 class StopEarly(EarlyStopping):
     """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
 
-    def __init__(self, monitor: str | None, patience: int) -> None:
+    def __init__(self, config: EarlyStoppingConfig) -> None:
+        monitor, patience = config.monitor or "val/top1", cast(int, config.patience)
         mode = "min" if monitor == "val/loss" else "max"
         # not finite is not better, and the guard's business
-        super().__init__(monitor or "val/top1", patience=patience, mode=mode, check_finite=False, strict=False)
-
-    @staticmethod
-    def of(config: EarlyStoppingConfig) -> list[L.Callback]:
-        """The callback that the config asks for, if it does."""
-        return [] if config.patience is None else [StopEarly(config.monitor, config.patience)]
+        super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Train no further epoch if the checkpoint was saved after the decision to stop."""
@@ -274,12 +203,7 @@ class StopEarly(EarlyStopping):
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
-    """A sentence that says what to change, if training waited for data longer than it should.
-
-    Args:
-        share: part of the training time spent waiting, in [0, 1]; None if it wasn't measured.
-        data: what was waited for.
-    """
+    """A sentence that says what to change, if training waited for data for too large a share of its time."""
     if share is None or share <= MAX_DATA_WAIT:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
@@ -341,7 +265,6 @@ class RouterHealth(L.Callback):
         task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
-        """Warn of experts without work; not where balance is by construction or by hand."""
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
         losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
         biased = getattr(layer.router, "bias_rate", None) is not None
@@ -362,6 +285,112 @@ class RouterHealth(L.Callback):
 
 def _learning(module: L.LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+# ---- a moving average of the weights
+
+
+class WeightEMA(L.Callback):
+    """Keeps `ema = decay · ema + (1 - decay) · weights` over every *applied* update, by timm's `ModelEmaV3`.
+
+    Floating-point buffers (BatchNorm statistics, router biases) are averaged like weights, counters are copied. With
+    the warm-up the decay grows as `1 - (1 + updates)^-0.75`, so that a short training soon forgets its first weights.
+    Lightning's `EMAWeightAveraging` (2.6) counts refused steps too, and copies the module, which FSDP2 refuses.
+
+    Validation, test and export use the average: a checkpoint holds it as `state_dict`, and the weights that training
+    goes on with as `current_model_state`, as Lightning's has. After `fit` the model *is* the average. While `swapped`,
+    the network holds the average and `network` the weights. It stands in front of the `StabilityGuard`.
+    """
+
+    def __init__(self, config: EmaConfig) -> None:
+        self.config = config
+        self.updates = 0
+        self.swapped = False
+        self._average: ModelEmaV3 | None = None
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> WeightEMA | None:
+        """The average of this training, if it has one."""
+        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The averaged network (the weights in training, while `swapped`); None before the training."""
+        return None if self._average is None else cast(nn.Module, self._average.module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average is None:
+            self._begin(trainer, pl_module)
+        cast(nn.Module, self.network).to(pl_module.device)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net, divided = cast(ClassificationTask, pl_module).net, parallel_strategy(trainer)
+        self._average = ModelEmaV3(
+            net if divided is None else divided.copy_of(net),  # of the own part; FSDP2 has no copies
+            decay=cast(float, self.config.decay),
+            use_warmup=self.config.warmup,
+            warmup_power=0.75,
+            foreach=divided is None,  # torch's functions on lists of tensors want one mesh
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        task = cast(ClassificationTask, pl_module)
+        if task.update_applied:
+            self.updates += 1
+            cast(ModelEmaV3, self._average).update(task.net, self.updates)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.swapped:
+            self._swap(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the weights back if a validation was interrupted, before anything saves them."""
+        if self.swapped:
+            self._swap(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        cast(ClassificationTask, pl_module).net.load_state_dict(cast(nn.Module, self.network).state_dict())
+        self._average = None  # another fit begins with what the model then holds
+
+    @torch.no_grad()
+    def _swap(self, pl_module: L.LightningModule) -> None:
+        ours, theirs = cast(nn.Module, self.network), cast(ClassificationTask, pl_module).net
+        for one, other in zip(
+            (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()), strict=True
+        ):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+        self.swapped = not self.swapped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = int(state_dict["updates"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average is None:
+            return
+        other = {f"net.{name}": value for name, value in cast(nn.Module, self.network).state_dict().items()}
+        current = checkpoint["state_dict"]
+        average = {**current, **other}
+        checkpoint["state_dict"], checkpoint["current_model_state"] = (
+            (current, average) if self.swapped else (average, current)
+        )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The model has just loaded the average.
+        if trainer.state.fn is not TrainerFn.FITTING:
+            return
+        self._begin(trainer, pl_module)
+        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
 
 
 class Calibrate(L.Callback):
@@ -385,8 +414,6 @@ class Calibrate(L.Callback):
 
 # ---- what loggers besides metrics.csv get: a tracker draws a chart for every key (NeMo-Automodel#1232)
 
-MAX_KEYS: Final = 100
-"""Numbers of single layers that a logger gets at once."""
 # Over all layers: the slowest expert, how decided a token is on average, experts without work.
 _BRIEF: Final[dict[str, Callable[[Iterable[float]], float]]] = {
     "load_max": max,
@@ -408,25 +435,12 @@ def log_routers(logger: Logger, *, per_layer: bool) -> Logger:
 
 
 def condensed(metrics: Mapping[str, float], *, per_layer: bool) -> dict[str, float]:
-    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are, of evenly chosen layers."""
-    layers: dict[str, dict[str, float]] = {}  # layer -> what -> value
-    kept: dict[str, float] = {}
-    for name, value in metrics.items():
-        kind, _, rest = name.partition("/")
-        layer, _, what = rest.partition("/")
-        if kind == "moe" and what:
-            layers.setdefault(layer, {})[what] = float(value)
-        else:
-            kept[name] = value
+    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are."""
+    of_layers = {name: value for name, value in metrics.items() if name.startswith("moe/")}
+    kept = dict(metrics) if per_layer else {name: value for name, value in metrics.items() if name not in of_layers}
     for what, over in _BRIEF.items():
-        values = [found[what] for found in layers.values() if what in found]
-        if values:
+        if values := [value for name, value in of_layers.items() if name.endswith(f"/{what}")]:
             kept[f"moe/{what}"] = float(over(values))
-    if per_layer:
-        most = max(1, MAX_KEYS // max(map(len, layers.values()), default=1))
-        for place, (layer, found) in enumerate(layers.items()):
-            if place * most // len(layers) != (place - 1) * most // len(layers):  # `most` of them, evenly spread
-                kept |= {f"moe/{layer}/{what}": value for what, value in found.items()}
     return kept
 
 
@@ -439,9 +453,8 @@ _COST = 0.01  # of the training's work: the most that moments take whose number 
 class RecordRouting(L.Callback):
     """Records with the weights in training (not their moving average), in evaluation mode; at last the saved model.
 
-    A resumed run drops what was recorded after the checkpoint that it goes on from, so that its file is that of an
-    uninterrupted one. Of several processes the first one records. A model without MoE layers has nothing to record,
-    nor has one that several processes share.
+    A resumed run drops what was recorded after the checkpoint that it goes on from. Of several processes the first one
+    records; a model without MoE layers has nothing to record, nor has one that several processes share.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
@@ -449,11 +462,6 @@ class RecordRouting(L.Callback):
         self._images: Tensor | None = None
         self._history = RoutingHistory((), (), 0)
         self._planned: list[int] = []
-
-    @staticmethod
-    def of(config: RecordRoutingConfig, run_dir: Path) -> list[L.Callback]:
-        """The callback that the config asks for, if it does."""
-        return [] if config.images is None else [RecordRouting(config, run_dir)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._begin(trainer, cast(ClassificationTask, pl_module)):
@@ -466,7 +474,6 @@ class RecordRouting(L.Callback):
             self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the end, also of a training that was stopped early."""
         if self._images is not None:
             self._record(trainer, pl_module)
 
@@ -475,15 +482,10 @@ class RecordRouting(L.Callback):
         return self._history.steps[-1] if len(self._history) else -1
 
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
-        """Read the images, and what was recorded before the step that the run goes on from; False: none to record."""
-        data, asked, divided = cast(Any, trainer).datamodule, self.config.images, parallel_strategy(trainer) is not None
-        trial = bool(cast(Any, trainer).fast_dev_run)
+        data, asked = cast(Any, trainer).datamodule, self.config.images
         total = trainer.estimated_stepping_batches  # asks all processes
-        if not moe_layers(task.net) or not trainer.is_global_zero or trial or divided:
-            return False
-        if total == float("inf"):
-            if isinstance(asked, str):
-                raise UserError("--record_routing needs a training with an end: give --trainer.max_epochs.")
+        alone = trainer.is_global_zero and parallel_strategy(trainer) is None
+        if not moe_layers(task.net) or not alone or bool(cast(Any, trainer).fast_dev_run) or total == float("inf"):
             return False
         if isinstance(asked, str):
             names, pixels = _read(Path(asked), data.image_size, data.framing)
@@ -493,8 +495,7 @@ class RecordRouting(L.Callback):
             return False
         self._images = normalize(pixels, data.mean, data.std)
         batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        moments = self.config.moments or moments_for(int(total), batch, len(names))
-        self._planned = planned_moments(int(total), moments)
+        self._planned = planned_moments(int(total), self.config.moments or moments_for(int(total), batch, len(names)))
         self._history = RoutingHistory(names, tuple(data.class_names), int(total), task.arch.pretrained is not None)
         if trainer.global_step and self.file.is_file():
             earlier = RoutingHistory.load(self.file).until(trainer.global_step)
@@ -551,9 +552,6 @@ def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, .
         raise UserError(
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
-    try:
-        pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
-    except BadImageError as error:
-        raise UserError(f"An image below --record_routing.images can't be used: {error}") from error
+    pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
     names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
     return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -1,16 +1,12 @@
 """The optimizer under a one-cycle schedule: AdamW, or Muon for matrices with AdamW for the rest; and what is frozen.
 
-Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form (`param_groups_layer_decay`): with L blocks,
-the classifier learns at lr, block i (from 0) at lr · layer_decay^(L - i), the patch and position embeddings at
-lr · layer_decay^(L + 1). A norm after the last block counts as part of it; routers and experts of block i as block i.
+Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form: with L blocks, the classifier learns at lr,
+block i (from 0) at lr · layer_decay^(L - i), the embeddings at lr · layer_decay^(L + 1).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
-nearest semi-orthogonal matrix, so that every direction moves equally far. A step is scaled by 0.2 · sqrt(max(out, in))
-(Liu et al. 2025, arXiv:2502.16982, §2.2): it is then about as large as one of AdamW at the same learning rate.
-
-A matrix is one linear map [out, in]. A convolution [out, in, h, w] is the map [out, in · h · w]; experts [E, out, in]
-are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a stack of experts for one map
-[E, out · in], hence this class around timm's iterations.
+nearest semi-orthogonal matrix. A step is scaled by 0.2 · sqrt(max(out, in)) (Liu et al. 2025, arXiv:2502.16982, §2.2):
+it is then about as large as one of AdamW. A matrix is one linear map [out, in]; a convolution is [out, in · h · w],
+experts [E, out, in] are E maps, where timm's own `Muon` (1.0.31) takes them for one.
 """
 
 from __future__ import annotations
@@ -76,8 +72,6 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
 
     Under Muon, groups with `matrices: True` hold what it moves. A UserError if nothing is left to learn.
     """
-    if config.name not in get_args(OptimizerName):
-        raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
     spared = cast(Any, net).no_weight_decay()
     groups: list[dict[str, Any]]
     if config.layer_decay is None:
@@ -105,11 +99,7 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
-    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place.
-
-    Raises:
-        UserError: if there are fewer blocks, no experts or no such choice.
-    """
+    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place."""
     if freeze is None:
         return net
     model, named = cast(Any, net), list(net.named_parameters())
@@ -120,7 +110,9 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
         # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
         layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
         learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
-    elif freeze in get_args(FreezeAllBut):
+    else:
+        if freeze not in get_args(FreezeAllBut):
+            raise UserError(f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}.")
         modules: list[nn.Module] = _heads(net)
         if freeze == "all_but_experts":
             if not (layers := moe_layers(net)):
@@ -129,10 +121,6 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
                 )
             modules += layers
         learning = {id(parameter) for module in modules for parameter in module.parameters()}
-    else:
-        raise UserError(
-            f"There is no freeze={freeze!r}: give a number of blocks, {' or '.join(get_args(FreezeAllBut))}."
-        )
     for _, parameter in named:
         if id(parameter) not in learning:
             parameter.requires_grad_(False)
@@ -156,15 +144,8 @@ def hold_frozen_statistics(net: nn.Module) -> None:
 class Muon(AdamW):
     """Muon for groups with `matrices: True`, AdamW for the others.
 
-    An expert without a gradient, which no token chose, only decays.
-
-    Args:
-        params: parameter groups.
-        lr: learning rate of both.
-        betas: decay of AdamW's moments.
-        momentum: decay of Muon's momentum, with Nesterov's look ahead.
-        bfloat16: multiply in bfloat16 on a CPU, too, as a training under its autocast does; a GPU always does.
-        **kwargs: what `torch.optim.AdamW` takes besides.
+    An expert without a gradient, which no token chose, only decays. `betas` are AdamW's, `momentum` is Muon's, with
+    Nesterov's look ahead; `bfloat16` multiplies in it on a CPU, too, as a training under its autocast does.
     """
 
     bfloat16 = False  # also of a copy, which keeps groups and state alone
@@ -229,11 +210,9 @@ def as_matrices(weight: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, up to a few percent of its singular values.
+    """The nearest semi-orthogonal matrix of each [out, in] or [E, out, in], up to a few percent of its singular values.
 
-    Args:
-        matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
-        bfloat16: see `Muon`.
+    Those that are zero, such as an unused expert's gradient, stay zero.
     """
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices

@@ -38,10 +38,7 @@ _MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes: cells carry numbers up to the fir
 def plot_curves(metrics_csv: Path, out: Path) -> None:
     """Draw training loss, validation accuracy, expert load and learning rate over the steps of one run.
 
-    Args:
-        metrics_csv: Lightning's CSVLogger file; its rows are sparse. A metric that was never logged leaves
-            its panel out, so a model without MoE layers has no load panel.
-        out: the PNG to write (whole or not at all); none where nothing was logged, as in a training of few steps.
+    A metric that was never logged leaves its panel out; nothing is written where none was.
     """
     curves = read_metrics(metrics_csv)
     loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
@@ -186,12 +183,7 @@ def plot_confusion(
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
     Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes count classes.
-
-    Args:
-        labels: [n] true class of each image, at least one.
-        predictions: [n] predicted class of each image.
-        class_names: [C] in words.
-        out: the PNG to write (whole or not at all).
+    `labels` and `predictions` are [n], `class_names` [C].
     """
     share, images = row_normalised_confusion(labels, predictions, len(class_names))
     classes = len(class_names)

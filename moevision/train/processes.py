@@ -1,11 +1,9 @@
 """The processes and devices of a training: what they agree on, how they start, and the signals that stop one.
 
-Stopping: before and after training a signal ends the process at once. During training it is only noted;
-`resume.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
-code is 128 plus the signal's number, as in a shell: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM, 138 SIGUSR1 (Linux).
-
-Several processes are started by torchrun, by SLURM's srun, or here, by torchrun's own launcher. All begin with the same
-command, meet before the first decision, and take the first one's.
+During training a signal is only noted; `resume.ResumePoint` saves and stops between two optimizer steps, and a second
+one doesn't wait for that. The exit code is 128 plus the signal's number: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM,
+138 SIGUSR1 (Linux). Several processes are started by torchrun, by SLURM's srun, or here, by torchrun's own launcher.
+All begin with the same command, meet before the first decision, and take the first one's.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import random
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,15 +34,12 @@ from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, shown_lines
 
-_AGAIN_S = 0.05  # until a signal whose exception was dropped is raised again
-_LOOK_S = 0.5  # between two looks at whether the process that started this one still lives
-_STARTED_BY = "MOEVISION_STARTED_BY"
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
 _HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes that train together."""
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -72,11 +66,10 @@ def sums_over_processes(counts: Sequence[Tensor]) -> list[Tensor]:
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detached scalars, each the mean over processes; all of them in one exchange."""
-    values = {name: value.detach() for name, value in values.items()}
     if not several_processes():
-        return values
-    total = sum_over_processes(torch.stack([value.float() for value in values.values()]))
-    return dict(zip(values, (total / dist.get_world_size()).unbind(), strict=True))
+        return {name: value.detach() for name, value in values.items()}
+    sums = sums_over_processes([value.detach().float() for value in values.values()])
+    return {name: total / dist.get_world_size() for name, total in zip(values, sums, strict=True)}
 
 
 def sum_numbers(values: list[float], device: torch.device) -> list[float]:
@@ -130,9 +123,7 @@ class Interrupted(SystemExit):
 class Interruption:
     """Listens to the signals that ask a process to stop, as a context manager.
 
-    Attributes:
-        training: whether a step may be under way, so that stopping waits for its end.
-        requested: the signal that asked to stop; None if none did.
+    While it is `training`, stopping waits for the end of a step; `requested` is the signal that asked for it.
     """
 
     def __init__(self) -> None:
@@ -140,19 +131,14 @@ class Interruption:
         self.requested: int | None = None
         self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
-        self._tell_dropped = sys.unraisablehook
-        self._again = threading.Timer(_AGAIN_S, signal.raise_signal)
 
     def __enter__(self) -> Interruption:
         """Begin to listen."""
-        self._tell_dropped, sys.unraisablehook = sys.unraisablehook, self._on_dropped
         self.listen()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Give every signal back to whoever had it."""
-        sys.unraisablehook = self._tell_dropped
-        self._again.cancel()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
@@ -176,22 +162,8 @@ class Interruption:
         name = signal.Signals(number).name
         tell(f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it.")
 
-    def _on_dropped(self, dropped: Any) -> None:
-        """Python drops what is raised in `__del__` or a weak reference's callback: stop a moment later, then."""
-        if not isinstance(dropped.exc_value, Interrupted):
-            self._tell_dropped(dropped)
-            return
-        self._again.cancel()
-        self._again = threading.Timer(_AGAIN_S, signal.raise_signal, [self.requested])
-        self._again.daemon = True
-        self._again.start()
-
     def stop(self) -> None:
-        """Stop now, because this process or another one was asked to.
-
-        Raises:
-            Interrupted: always; with SIGTERM's code if only another process heard the signal.
-        """
+        """Stop now, with SIGTERM's code if only another process was asked to."""
         raise Interrupted(signal.SIGTERM if self.requested is None else self.requested)
 
 
@@ -205,11 +177,7 @@ def _leave_terminal() -> None:
 
 
 def decide(decision: Callable[[], Any]) -> Any:
-    """What the first process finds when it calls `decision`, which no other one calls; any plain data.
-
-    Raises:
-        SystemExit: on the other processes, if the first one fails; it says why.
-    """
+    """What the first process finds when it calls `decision`; any plain data. If it fails, the others end too."""
     if not several_processes():
         return decision()
     found: list[Any] = [False, None]
@@ -239,10 +207,6 @@ def meet() -> None:
     """Join the other processes of this training, if torchrun, SLURM or `start_processes` started all of them.
 
     No signal interrupts the wait for them: call it while SIGTERM still ends the process.
-
-    Raises:
-        UserError: if one of them has ended, or SLURM was to start several and hasn't, so that this one would wait.
-        SystemExit: on the other processes, if one has ended.
     """
     if not dist.is_available() or dist.is_initialized():
         return
@@ -261,8 +225,6 @@ def meet() -> None:
     # torchrun may hold the store itself, and says so in the environment
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
-    if torchrun and os.name == "posix":
-        threading.Thread(target=_end_with, args=(int(os.environ.get(_STARTED_BY, os.getppid())),), daemon=True).start()
     rank, world_size = environment.global_rank(), environment.world_size()
     try:
         dist.init_process_group(init_method=address, rank=rank, world_size=world_size)
@@ -273,19 +235,8 @@ def meet() -> None:
         raise UserError(f"The processes of this training can't meet ({reason}): see above if one said why.") from error
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it was killed: it holds the run, or waits for what that one had."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_S)
-    os._exit(USER_ERROR)
-
-
 def start_processes(number: int) -> NoReturn:
-    """Run this command once in each of `number` processes on this machine, wait for them, and end as they did.
-
-    Raises:
-        SystemExit: when they have ended, with 0 or the exit code of one that failed.
-    """
+    """Run this command once in each of `number` processes on this machine, wait for them, and end as they did."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -303,7 +254,6 @@ def start_processes(number: int) -> NoReturn:
         shutdown_timeout=600,  # a validation is finished before a process stops
         signals_to_handle=",".join(each.name for each in stop_signals()),
     )
-    os.environ[_STARTED_BY] = str(os.getpid())  # which may be gone when the others have imported torch
     program, *arguments = _basic_subprocess_cmd()
     try:
         elastic_launch(config, program)(*arguments)

@@ -49,10 +49,7 @@ def collect_provenance(
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a reader needs to repeat this run, as JSON primitives; a seed or hash of None: there is none.
-
-    `extra` are further ones, kept under `run` (e.g. the backend that a timing chose).
-    """
+    """What a reader needs to repeat this run, as JSON primitives; `extra` are further ones, kept under `run`."""
     memory = total_memory_bytes()
     return {
         "moevision": __version__,
@@ -89,17 +86,12 @@ def collect_provenance(
 def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout that `folder` is a tracked part of; None if there is none.
 
-    Tracked is the point: a wheel installed into a virtual environment inside somebody else's repository
-    must not be labelled with that repository's commit. `dirty` means that a file below `folder`, or one of
-    `others` in the same checkout, differs from the commit or is new; edits elsewhere (a README, a record that
-    a study has just written) don't change what ran.
+    Tracked: a wheel inside somebody else's repository must not be labelled with that one's commit. `dirty` means that a
+    file below `folder` or one of `others` differs from the commit or is new; edits elsewhere don't change what ran.
     """
-    # A hook or a parent git process may point these variables at another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write the index of a repository in use
 
     def git(*arguments: str) -> str | None:
-        return _output_of(["git", "-C", str(folder), *arguments], environment)
+        return _output_of(["git", "-C", str(folder), *arguments])
 
     if not git("ls-files", "--", "."):
         return None
@@ -107,11 +99,13 @@ def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
     return {"git_commit": commit, "dirty": bool(status)} if commit and status is not None else None
 
 
-def _output_of(command: list[str], environment: dict[str, str] | None = None) -> str | None:
-    """What a command prints; None where it is missing, fails or takes too long."""
+def _output_of(command: list[str]) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    # A hook or a parent git process may point variables of git's at another repository; looking must not write.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, capture_output=True)
+    except OSError:
         return None
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 

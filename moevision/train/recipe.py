@@ -15,7 +15,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -38,7 +39,7 @@ from moevision.models.config import DEFAULT_NAME
 from moevision.models.convert import block_to_pool
 from moevision.models.io import architecture_of, first_blocks
 from moevision.models.safe_files import read_yaml
-from moevision.train.ema import WeightEMA
+from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of
 from moevision.train.processes import has_gpu, tell, trains_on
 from moevision.train.provenance import device_name
@@ -67,24 +68,15 @@ _NAMED_IMAGES = {
     "imagenet": 1_331_167,
 }
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_CACHE_SHARE = 0.25  # of the free memory may hold decoded images
 
 
-def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
+def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignore[return]
     """A folder that no earlier run has used: `runs/<name>`, else `runs/<name>-2`, ... Created empty."""
-    for number in range(1, 10_000):
+    for number in count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except (OSError, ValueError) as error:  # a name may hold NUL
-            reason = getattr(error, "strerror", error)
-            raise UserError(
-                f"The run folder {folder} can't be made ({reason}): use another --name, or start where you may write."
-            ) from error
-        return folder
-    raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
+            return folder
 
 
 def refuse_among_images(run_dir: Path, data: str) -> None:
@@ -105,18 +97,13 @@ def run_name(data: str) -> str:
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of the configs in the installed package, or beside it in a checkout."""
-    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
+    inside = PACKAGE / "configs"
+    folder = inside if inside.is_dir() else PACKAGE.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:
-    """The config file called `name`: a path, or the name of a shipped config.
-
-    Raises:
-        UserError: if it is neither.
-    """
+    """The config file called `name`: a path, or the name of a shipped config; a UserError if it is neither."""
     if Path(name).is_file():
         return Path(name)
     configs = shipped_configs()
@@ -153,9 +140,6 @@ def chosen(
         recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
         decide: calls a function in the first process of a training alone, and gives its result to all of them.
         say: takes the line that says what the training starts from.
-
-    Raises:
-        UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
     path, typed = given.folder, dict(given.options)
     if typed.get("model.arch.twin") and typed.get("with_twin"):
@@ -205,15 +189,8 @@ def chosen(
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The options that a configuration gives, by their dotted names.
-
-    Raises:
-        UserError: if it can't be read, or one of them isn't there.
-    """
-    try:
-        found = checked(read_yaml(file), str(file))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no {file}: correct the name.") from error
+    """The options that a configuration gives, by their dotted names."""
+    found = checked(read_yaml(file), str(file))
     if found.pop("resume", None) is not None:
         raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
     return found
@@ -243,8 +220,7 @@ def choose_recipe(
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); the options
-    `given` win. A UserError if weights that were asked for by name can't be had.
+    `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); `given` win.
     """
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(path)
@@ -266,7 +242,7 @@ def choose_recipe(
         first_blocks(weights.net, given["model.arch.depth"])  # before experts are placed
     options: dict[str, Any] = {
         "data.crop": "auto" if named else "random_resized",
-        "data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
+        "data.cache_mb": (memory_available_bytes() or 2**32) // 4 // 2**20,  # a quarter of the free memory
         "data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
     }
     if weights is not None:
@@ -289,12 +265,6 @@ def choose_recipe(
     }
 
 
-def _free_memory_bytes() -> int:
-    """Memory that can be used without swapping; a quarter of all memory where the system doesn't tell."""
-    free = memory_available_bytes()
-    return (usable_memory_bytes() or 4 * 2**30) // 4 if free is None else free
-
-
 def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
     """Batches of a training epoch, for each process, with --trainer.limit_train_batches."""
     batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
@@ -305,19 +275,13 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
-    whole_epochs, more = divmod(steps, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
+    per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
+    whole_epochs, more = divmod(steps, per_epoch)
     if steps and (not epochs or whole_epochs < epochs):
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
     whole = epoch == data.train_batches(trainer.world_size)
     images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
-
-
-def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
-    """How long the training is expected to take, by a few timed steps."""
-    batches, _ = planned_batches(data, trainer)
-    # Validation and loading, about a tenth.
-    return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
 def describe_plan(
@@ -343,7 +307,7 @@ def describe_plan(
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
     time_it_takes = "how long they take isn't known before"
-    if expected_s is not None:
+    if expected_s:
         images = batches * data.batch_size * trainer.world_size
         time_it_takes = (
             f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
@@ -365,10 +329,7 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
 
     The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
     (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
-    A training that goes on keeps its batch, and a batch of one image has no half: there blocks are computed again.
-
-    Raises:
-        UserError: if memory runs out, on whatever device.
+    A training that goes on keeps its batch: there blocks are computed again.
     """
     try:
         yield
@@ -392,11 +353,13 @@ def describe_model(task: ClassificationTask) -> str:
     return f"{name} with {describe_moe(layers)}" if layers else f"dense twin of {name}"
 
 
-def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
-    """Forward and backward of one batch of noise, on a copy of the model: the fastest of up to eight in ten seconds.
+def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """How long the training is expected to take, with a tenth for validation and loading."""
+    return planned_batches(data, trainer)[0] * seconds_per_batch(task, data, trainer) * 1.1
 
-    The first steps compile kernels for the shapes that occur, so they say little.
-    """
+
+def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """Forward and backward of one batch of noise, on a copy of the model: the fastest of up to eight in ten seconds."""
     device = trainer.strategy.root_device
     net = copy.deepcopy(task.net).to(device).train()
     image = torch.randn(data.batch_size, 3, data.image_size, data.image_size, device=device)
@@ -411,7 +374,7 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[1:])  # the first one compiles kernels
 
 
 # ---- memory
@@ -429,10 +392,7 @@ def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
 
 
 def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
-    """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory.
-
-    One that goes on keeps its model.
-    """
+    """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory."""
     (capacity, where), whole = _memory(trainer), state_bytes(task, trainer)
     dense, experts = _kept(whole, trainer)
     if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:

@@ -4,7 +4,7 @@ The card is README.md of a published model, with the header that huggingface.co 
 arXiv:1810.03993). What is missing stays None, and the card says "not measured", since a reader can't see what was left
 out. Nothing in it tells where files lie on the computer that trained the model: of a path the last part is kept.
 
-All shares are fractions in [0, 1], all times seconds, all counts whole numbers.
+All shares are fractions in [0, 1], all times seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -43,10 +42,9 @@ BALANCED = "val/balanced_acc"
 
 
 class ClassScores(NamedTuple):
-    """Test results of a class: `recognised` of its `images`.
+    """Test results of a class: `recognised` of its `images`; `auroc` is that of the class against all others.
 
-    The others are None without test images of the class, and in summaries of earlier versions. `auroc` is that of the
-    class against all others, and None without images of others.
+    What can't be known without images is None.
     """
 
     name: str
@@ -64,36 +62,23 @@ class ClassScores(NamedTuple):
 
 @dataclass(frozen=True)
 class TestScores:
-    """Results on the test images, each seen once by the finished model.
-
-    Attributes:
-        majority_class: the class with the most training images.
-        majority_correct: test images of that class: what always answering it would get right.
-        balanced_accuracy: mean over classes of the share recognised.
-        ece: expected calibration error, without the temperature.
-        top5: share with the right class among the five likeliest; None with five classes or fewer.
-        per_class: of each class, in class order.
-        temperature: of the calibrated confidence, that of `predict`; None: not calibrated.
-        calibrated_on: validation images that the temperature was fitted on.
-        calibrated_ece: `ece` with the temperature; None too where a probability isn't finite.
-        weights: which weights were tested and exported, e.g. the moving average (EMA) of the weights.
-    """
+    """Results on the test images, each seen once by the finished model."""
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
     correct: int
     total: int
-    majority_class: str
+    majority_class: str  # the class with the most training images; `majority_correct` test images are of it
     majority_correct: int
     loss: float
     balanced_accuracy: float
-    ece: float
-    top5: float | None = None
+    ece: float  # expected calibration error, without the temperature
+    top5: float | None = None  # share with the right class among the five likeliest; None with five classes or fewer
     per_class: Sequence[ClassScores] = ()
-    temperature: float | None = None
-    calibrated_on: int = 0
-    calibrated_ece: float | None = None
-    weights: str = "the weights of the best validation epoch"
+    temperature: float | None = None  # of the calibrated confidence, that of `predict`; None: not calibrated
+    calibrated_on: int = 0  # validation images that the temperature was fitted on
+    calibrated_ece: float | None = None  # `ece` with the temperature; None too where a probability isn't finite
+    weights: str = "the weights of the best validation epoch"  # which weights were tested and exported
 
     @property
     def accuracy(self) -> float:
@@ -129,11 +114,8 @@ class TwinComparison:
 class Contender:
     """One of the models that a run can end with, on the same test images as the others.
 
-    Attributes:
-        name: `linear probe`, `dense fine-tune` (or `dense twin`), `Mixture of Experts`.
-        behind: accuracy of the best of them minus this one's; of balanced accuracy where classes are unbalanced.
-        ms_per_image: one image at a time, on the device of the training; the median of a few. None: not measured.
-        mbytes: of its weights as a file.
+    `behind` is the accuracy (where classes are unbalanced the balanced accuracy) of the best of them minus this one's,
+    `mbytes` those of its weights as a file.
     """
 
     name: str
@@ -180,7 +162,8 @@ class Recommendation:
 
         why = f"nothing here has a higher {measure}"
         if chosen.behind.difference != best.behind.difference:
-            why = f"its {measure} is within a standard error of that of the {best.name} ({less(chosen)}), and it is simpler"
+            error = f"a standard error of that of the {best.name} ({less(chosen)})"
+            why = f"its {measure} is within {error}, and it is simpler"
         elif near := [each for each in self.contenders if each is not chosen and each.behind.low <= 0]:
             why += f". That the {near[0].name} is worse ({less(near[0])}) may be chance"
         return f"Use {model}: {why}. One seed; another one moves all of them."
@@ -191,55 +174,39 @@ class RunSummary:
     """Everything that summary.md says about one finished run.
 
     Attributes:
-        model: name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)".
-        data: what was trained on: the folder's or dataset's name.
-        split_note: which images were train, validation and test, and where they come from; one sentence each.
-        class_counts: images per split and class in words.
-        steps: optimizer steps that were applied.
-        batch_size: images per optimizer step, over all devices and accumulation.
-        images_per_s: training images per second, validation left out.
-        seed: None: drawn anew each time, and not known.
-        refused: optimizer steps that weren't applied, by the guard or while fp16 looked for its scale.
-        cpu_s: CPU seconds of the training, over all threads of this process; None if a part of it wasn't counted.
         data_wait: share of the training time in which the process waited for data; None where it wasn't measured.
-        gpu_peak_bytes: most memory of tensors on the GPU, of this process and all it did; None on a CPU.
-        bad_images: (path, reason, split) of files that could not be read.
-        notes: whatever was skipped, stopped early or otherwise not as asked, a sentence each.
         choice: beside a linear probe, the dense fine-tune, or both; None where there was neither.
-        ms_per_image: one image at a time, on the device of the training.
-        mbytes: of the weights as a file.
-        expected_s: how long the training was expected to take when it began; None where nothing was said.
         monitor: what best.ckpt had the highest of; None in summaries of earlier versions, which was val/top1.
     """
 
     name: str
-    model: str
+    model: str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
     data: str
     image_size: int
-    split_note: str
-    class_counts: Mapping[str, Mapping[str, int]]
+    split_note: str  # which images were train, validation and test, and where they come from
+    class_counts: Mapping[str, Mapping[str, int]]  # images per split and class in words
     test: TestScores
     cost: ModelCost
     epochs: int
-    steps: int
-    batch_size: int
+    steps: int  # optimizer steps that were applied; `refused` are those that weren't
+    batch_size: int  # images per optimizer step, over all devices and accumulation
     duration_s: float
-    images_per_s: float
+    images_per_s: float  # training images per second, validation left out
     device: str
     precision: str
-    seed: int | None
+    seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
-    cpu_s: float | None = None
+    cpu_s: float | None = None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
     data_wait: float | None = None
-    gpu_peak_bytes: int | None = None
+    gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
-    bad_images: Sequence[tuple[str, str, str]] = ()
-    notes: Sequence[str] = ()
+    bad_images: Sequence[tuple[str, str, str]] = ()  # (path, reason, split) of files that could not be read
+    notes: Sequence[str] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
     twin: TwinComparison | None = None
     choice: Recommendation | None = None
-    ms_per_image: float | None = None
-    mbytes: float | None = None
-    expected_s: float | None = None
+    ms_per_image: float | None = None  # one image at a time, on the device of the training
+    mbytes: float | None = None  # of the weights as a file
+    expected_s: float | None = None  # how long the training was expected to take; None where nothing was said
     monitor: str | None = None
 
     @property
@@ -297,11 +264,7 @@ def choose(
 
 
 def read_summary(file: Path) -> RunSummary:
-    """Read the summary.json of a run folder.
-
-    Raises:
-        UserError: if it isn't there, is damaged, or was written by a version with other fields.
-    """
+    """Read the summary.json of a run folder; a UserError if it isn't there, or another version wrote it."""
 
     def made(kind: Any, given: dict[str, Any], finite: str = "") -> Any:
         """One of the dataclasses; JSON has no NaN, which stands as null."""
@@ -314,7 +277,7 @@ def read_summary(file: Path) -> RunSummary:
 
     try:
         given: dict[str, Any] = read_json(file)
-        given.pop("next_commands", None)  # of earlier versions, always empty
+        given.pop("next_commands", None)  # of version 0.1
         given["test"] = made(TestScores, given["test"], "loss")
         rows = [ClassScores(*row) for row in given["test"].per_class]
         given["test"] = replace(given["test"], per_class=rows)
@@ -379,10 +342,7 @@ UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`
 
 
 class WeightsOrigin(NamedTuple):
-    """The weights that a training started from: name, address on huggingface.co and licence as timm records them.
-
-    The name is a timm name, an address, or the last part of a path; empty = from scratch.
-    """
+    """The weights that a training started from: name (empty: from scratch), address on the hub, licence."""
 
     name: str = ""
     hub_id: str = ""
@@ -409,9 +369,6 @@ def gather_facts(
         others: run folders of the same recipe with other seeds.
         analysis: what report.json of `moevision analyze` holds.
         summary: of the run whose folder `model` is, before its summary.json is written; by default that file's.
-
-    Raises:
-        UserError: if there is no model, a file of the run is damaged, or two of the runs have one seed.
     """
     saved, run = load_model(str(model)), cast("Path | None", Path(model))
     if summary is None:
@@ -444,7 +401,7 @@ def gather_facts(
 
 
 def without_path(word: str) -> str:
-    """A word of a command with a path in it shortened to its last part: `--data.path=/home/me/cats` -> `…/cats`."""
+    """A word of a command with its path shortened to the last part: `--data.path=/home/me/cats` -> `…/cats`."""
     option, equals, value = word.rpartition("=")
     if value.startswith("hf-hub:") or not re.search(r"[/\\]", value):
         return word
@@ -452,24 +409,14 @@ def without_path(word: str) -> str:
     return f"{option}{equals}…/{last}"
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} can't be read ({type(error).__name__}): repair it or move it away.") from error
-
-
 def _origin(run: Path | None) -> tuple[str, dict[str, str]]:
     """The command in provenance.json and its software, or without one that of this process."""
     if run is None or not (run / "provenance.json").is_file():
         here = {"moevision": __version__, **{name: package_version(name) for name in LIBRARIES}}
         return "", {name: version for name, version in here.items() if version}
-    with _reading(run / "provenance.json"):
-        known = dict(read_json(run / "provenance.json"))
-        words = [shown(without_path(word)) for word in known.get("command", [])]
-        versions = {"moevision": known.get("moevision"), **dict(known.get("libraries") or {})}
-        versions["Python"] = (known.get("python") or {}).get("version")
+    known = read_json(run / "provenance.json")
+    words = [shown(without_path(word)) for word in known["command"]]
+    versions = {"moevision": known["moevision"], **known["libraries"], "Python": known["python"]["version"]}
     command = " ".join(word if "…" in word else shell_word(word) for word in words)
     return command, {name: str(version) for name, version in versions.items() if version}
 
@@ -500,8 +447,7 @@ def _start(run: Path | None) -> WeightsOrigin | None:
     """What config.yaml says about pretrained weights, and what timm knows of those."""
     if run is None or not (run / "config.yaml").is_file():
         return None
-    with _reading(run / "config.yaml"):
-        source = str(read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"] or "")
+    source = str(read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"] or "")
     if source.startswith("hf-hub:"):
         return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
     if not source or Path(source).exists() or not timm.is_model(source):

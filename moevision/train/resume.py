@@ -1,13 +1,14 @@
 """`moevision fit --resume RUN|auto`: saving a point to resume from, finding it, and going on in the same run folder.
 
-RUN is a run folder; its own config.yaml says everything. `auto` is for job scripts that repeat one command: the folder
-follows from the command's own --name, and where there is no valid checkpoint yet, training starts afresh.
+`auto` is for job scripts that repeat one command: the folder follows from its --name, and where there is no valid
+checkpoint yet, training starts afresh.
 
 A point is saved between two optimizer steps, at the start of the next batch and before any other callback sees it: only
-there is everything of a step done, its rows in metrics.csv included (Lightning logs them after `on_train_batch_end`),
-and nothing of the next one begun. Random generators are restored in `on_train_start`, after everything that draws from
-them during setup; the order of the images and their augmentation don't depend on them (`data/sampler.py`).
+there is everything of a step done, its rows in metrics.csv included, and nothing of the next one begun. Random
+generators are restored in `on_train_start`, after everything that draws from them during setup.
 """
+
+# ruff: noqa: D102 (Lightning's hooks)
 
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +26,23 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
-from moevision.config import CheckpointConfig, Given, MoEConfig, complete
+from moevision.config import CheckpointConfig, Given, complete
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.models.config import build_model
 from moevision.models.io import SavedModel, load_model, saying_what_fails
 from moevision.models.safe_files import check_arguments
-from moevision.train.archive import load_rest
-from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_checkpoint, newest_valid
-from moevision.train.health import RunLogger
+from moevision.train.checkpoint import (
+    LAST,
+    START,
+    SafeCheckpointIO,
+    check_checkpoint,
+    load_archive,
+    newest_valid,
+)
+from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,
     decide,
@@ -66,8 +71,7 @@ _FREE = (
     *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
-_FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
-_LAYOUT = "parallel."  # how processes share the weights rounds differently too
+_FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy", "parallel.")
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
 _LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
@@ -77,27 +81,12 @@ _PATIENCE_S = 10.0  # for the lock of a training that has just ended
 class ResumePoint(L.Callback):
     """Saves `last.ckpt` between steps, stops there when asked to, and restores what Lightning doesn't.
 
-    It must be the first callback, and `EpochEnd` the last.
-
-    Args:
-        folder: where checkpoints lie.
-        files: what writes them.
-        config: how often.
-        interruption: listens to signals.
-
-    Attributes:
-        fingerprint: what the numbers depend on, for the checkpoint.
-        began: whether training has begun, so that setup can't fail any more.
+    It must be the first callback, and `EpochEnd` the last. `fingerprint` is what the numbers depend on; training has
+    `began` when setup can't fail any more.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: SafeCheckpointIO,
-        config: CheckpointConfig,
-        interruption: Interruption,
-    ) -> None:
-        self.path, self.files, self.config, self.interruption = folder / LAST, files, config, interruption
+    def __init__(self, folder: Path, config: CheckpointConfig, interruption: Interruption) -> None:
+        self.path, self.config, self.interruption = folder / LAST, config, interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
         self._saved_s, self._saved_step = time.monotonic(), -1
@@ -109,8 +98,9 @@ class ResumePoint(L.Callback):
 
         A training that begins drops what an attempt without a checkpoint left in metrics.csv.
         """
-        if not self._goes_on and trainer.is_global_zero:
-            _cut_metrics(trainer, 0)
+        if not self._goes_on:
+            for file in _metrics(trainer):
+                file.cut(0)
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
@@ -123,21 +113,17 @@ class ResumePoint(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, and stop if a signal asked for it.
-
-        Raises:
-            Interrupted: if so.
-        """
+        """Save if it is time to, and stop if a signal asked for it."""
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
-        wanted, stop = self._decide(trainer)
+        wanted, stop = self.decide(trainer)
         if (wanted or stop) and trainer.global_step != self._saved_step:
             with _between_batches(trainer):
                 self.save(trainer)
         if stop:
             self.interruption.stop()
 
-    def _decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
+    def decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
         """Whether to save and whether to stop, the same on every process."""
         since = trainer.global_step - self._saved_step
         due = self.config.every_steps is not None and since >= self.config.every_steps
@@ -153,13 +139,6 @@ class ResumePoint(L.Callback):
         trainer.save_checkpoint(self.path)
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
 
-    def end_of_epoch(self, trainer: L.Trainer) -> None:
-        """Save after an epoch and its validation, and stop if a signal asked for it."""
-        self.save(trainer)
-        _, stop = self._decide(trainer)
-        if stop:
-            self.interruption.stop()
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on signals act at once: everything is saved."""
         self.interruption.training = False
@@ -167,7 +146,6 @@ class ResumePoint(L.Callback):
             self.interruption.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end."""
         self.interruption.training = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -176,7 +154,7 @@ class ResumePoint(L.Callback):
         known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)]}
         checkpoint[MARK] = {
             "random": gather(random_state()),
-            "metrics_rows": _logged_rows(trainer),
+            "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
             "fingerprint": self.fingerprint,
             "data": known,
         }
@@ -192,15 +170,13 @@ class ResumePoint(L.Callback):
         _find_place(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
-        rows = ours.get("metrics_rows")
-        if rows is not None and trainer.is_global_zero:
-            _cut_metrics(trainer, rows)
+        for file in _metrics(trainer):
+            file.cut(ours.get("metrics_rows") or 0)
 
 
-def _cut_metrics(trainer: L.Trainer, rows: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            logger.file.cut(rows)
+def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
+    """metrics.csv, which the first process writes."""
+    return [each.file for each in trainer.loggers if isinstance(each, RunLogger) and trainer.is_global_zero]
 
 
 class EpochEnd(Checkpoint):
@@ -210,8 +186,9 @@ class EpochEnd(Checkpoint):
         self.point = point
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
-        self.point.end_of_epoch(trainer)
+        self.point.save(trainer)
+        if self.point.decide(trainer)[1]:
+            self.point.interruption.stop()
 
 
 @contextmanager
@@ -238,7 +215,7 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Where batches are of other sizes now, let Lightning count those that hold the images of this epoch so far."""
+    """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
@@ -252,15 +229,6 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batch)
     progress["is_last_batch"] = False
-
-
-def _logged_rows(trainer: L.Trainer) -> int | None:
-    if not trainer.is_global_zero:
-        return None
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            return logger.file.sync()
-    return None
 
 
 def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -279,29 +247,16 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins.
-
-    Attributes:
-        run_dir: its folder.
-        checkpoint: what it resumes from; None for a fresh start.
-        step: optimizer steps that the checkpoint has done.
-        sha256: hash of the checkpoint.
-        fingerprint: what its numbers depended on (`fingerprint.py`).
-    """
+    """Where a training begins: its folder, and the checkpoint (None: afresh) with its steps and its fingerprint."""
 
     run_dir: Path
     checkpoint: Path | None = None
     step: int = 0
-    sha256: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def recorded_config(run_dir: Path) -> Path:
-    """The config that a run began with.
-
-    Raises:
-        UserError: if this is no run folder.
-    """
+    """The config that a run began with."""
     config = run_dir / "config.yaml"
     if not config.is_file():
         hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
@@ -310,11 +265,7 @@ def recorded_config(run_dir: Path) -> Path:
 
 
 def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
-    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why.
-
-    Raises:
-        UserError: if there is none and `fresh_if_none` isn't set, or it holds something else than data.
-    """
+    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):  # where training writes; twin/ has its turn
         remove_leftovers(folder)
     found, refused = newest_valid(run_dir / "checkpoints")
@@ -328,20 +279,9 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
         raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
-    saved = _read_mark(found.path)
+    saved = load_archive(found.path, mmap=True).get(MARK, {})
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
-    return Start(run_dir, found.path, found.step, found.sha256, saved.get("fingerprint", {}))
-
-
-def _read_mark(path: Path) -> dict[str, Any]:
-    """What `ResumePoint` has added to a checkpoint; nothing in the file is run."""
-    try:
-        return dict(load_rest(path).get(MARK, {}))
-    except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
-        raise UserError(
-            f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
-            "although manifest.json lists it: moevision has not written it. Remove it to resume from another one."
-        ) from error
+    return Start(run_dir, found.path, found.step, saved.get("fingerprint", {}))
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
@@ -354,48 +294,32 @@ def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
 
 
 def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Phrases for the options that differ from the recorded ones and may.
-
-    Raises:
-        UserError: for one that would make another training.
-    """
+    """Phrases for the options that differ from the recorded ones and may."""
     before, now = complete(recorded), complete(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if name.split(".")[0] in _SILENT or _same(name, old, new):
+        old, new = ("null" if each.get(name) is None else str(each.get(name)) for each in (before, now))
+        same = old == new or (name == "data.path" and Path(old).resolve() == Path(new).resolve())
+        drawn = name == "seed_everything" and new == "True" and old != "False"  # what was drawn for it is recorded
+        if name.split(".")[0] in _SILENT or same or drawn:
             continue
         if not is_free(name):
             raise UserError(
-                f"--{name} is {_plain(old)} in this run and can't become {_plain(new)} when it goes on: leave it out, "
-                "or start a new run from its weights with --pretrained runs/NAME/model."
+                f"--{name} is {old} in this run and can't become {new} when it goes on: leave it out, or start a new "
+                "run from its weights with --pretrained runs/NAME/model."
             )
-        rounds = name in _FLOATING or name.startswith(_LAYOUT)
-        rounding = ", which may round differently" if rounds else ""
-        changed.append(f"--{name} was {_plain(old)}, now {_plain(new)}{rounding}")
+        rounding = ", which may round differently" if name.startswith(_FLOATING) else ""
+        changed.append(f"--{name} was {old}, now {new}{rounding}")
     return changed
 
 
 def is_free(option: str) -> bool:
     """Whether an option leaves the training what it is, up to rounding and what the guard prevents."""
-    names = (*_SILENT, *_FREE)
-    return any(option == free or option.startswith(free + ".") for free in names)
-
-
-def _same(name: str, old: Any, new: Any) -> bool:
-    if name == "data.path" and isinstance(old, str) and isinstance(new, str):
-        return Path(old).resolve() == Path(new).resolve()
-    if name == "seed_everything" and new is True:  # what was drawn for it is recorded
-        return old is not False
-    return str(old) == str(new)
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return f"{option}.".startswith(tuple(f"{free}." for free in (*_SILENT, *_FREE)))
 
 
 def resume_command(run_dir: Path) -> str:
-    """The command that resumes a run, to be typed as it is."""
+    """The command that resumes a run."""
     return f"moevision fit {OPTION} {shell_word(str(run_dir))}"
 
 
@@ -404,7 +328,7 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
     file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
     origin = None
     if start.checkpoint is not None:
-        origin = {"checkpoint": start.checkpoint.name, "sha256": start.sha256, "step": start.step}
+        origin = {"checkpoint": start.checkpoint.name, "step": start.step}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json_atomic(
         file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
@@ -424,33 +348,21 @@ def _sessions(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def claim(run_dir: Path) -> FileLock:
-    """Keep other processes from training in the same folder, until the lock is released or this process has ended.
-
-    Raises:
-        UserError: if another process has it. Workers of a killed one keep its lock for some seconds, so it waits.
-    """
-    lock = FileLock(run_dir / ".lock")
+    """Keep other processes from training in the same folder, until the lock is released or this process has ended."""
+    lock = FileLock(run_dir / ".lock", timeout=_PATIENCE_S)
     try:
-        lock.acquire(timeout=_PATIENCE_S)
+        lock.acquire()
     except Timeout:
         raise UserError(f"Another process is training in {run_dir}: wait for it, or end it first.") from None
-    except NotImplementedError:  # a file system without locks
-        pass
     return lock
 
 
 class Session:
     """This process's share of a training: what stops it, where it may write, and how to go on with it.
 
-    Args:
-        command: the command line as typed, the program first.
-
-    Attributes:
-        interruption: listens to signals.
-        notes: what differs from the run that is resumed, a phrase each.
-        lines: to be told when the model stands and the training can begin: what it starts from.
-        run_dir: the run's folder, also while its twin trains; None before it is known.
-        probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
+    `command` is the command line as typed, the program first; `notes` are phrases on what differs from the run that is
+    resumed, `lines` are to be told when the training can begin. `run_dir` is the run's, also while its twin trains, and
+    `probe` that of the weights that both start from.
     """
 
     probe: Probe | None = None
@@ -466,18 +378,9 @@ class Session:
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
 
-        Returns:
-            The folder, which is made if need be.
-
-        Raises:
-            UserError: if another process trains in it, or it can't be made.
+        The folder is made if need be.
         """
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"The run folder {run_dir} can't be made ({error.strerror}): start where you may write."
-            ) from error
+        run_dir.mkdir(parents=True, exist_ok=True)
         self._claims.append(claim(run_dir))
         return run_dir
 
@@ -512,12 +415,8 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
 def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]:
     """Find out what a `fit` is asked for, and where its training begins.
 
-    Returns:
-        The options by their dotted names, and the start; None for a run with a folder of its own.
-
-    Raises:
-        UserError: if there is nothing to go on from, or an option can't be changed.
-        SystemExit: if the run is finished; its exit code is 0.
+    The options by their dotted names, and the start; None for a run with a folder of its own. A run that is finished
+    ends the command here.
     """
     options = dict(given.options)
     target = options.pop("resume", None)
@@ -583,48 +482,29 @@ SUFFIX = ".ckpt"
 
 
 def load_trained(address: str) -> SavedModel:
-    """Load a model as `load_model` does, or the weights of a checkpoint (with a moving average: those).
-
-    Args:
-        address: of a saved model, or `runs/NAME/checkpoints/NAME.ckpt`, a file or a folder. No process group is needed.
-
-    Raises:
-        UserError: if there is no model, its files are damaged or foreign, or an earlier version wrote the checkpoint.
-    """
+    """Load a model as `load_model` does, or the weights of a checkpoint of a run (with a moving average: those)."""
     path = Path(address)
     if path.suffix != SUFFIX:
         return load_model(address)
     check_checkpoint(address)
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
     with saying_what_fails(address):
-        known = checkpoint.get(MARK, {}).get("data")
-        if known is None:
-            raise UserError(
-                f"{address} doesn't name its classes, as those of this version do: go on with the run first."
-            )
-        options = dict(checkpoint["hyper_parameters"])
+        known, options = checkpoint[MARK]["data"], dict(checkpoint["hyper_parameters"])
         sizes = options.pop("num_classes"), options.pop("image_size")
         task = ClassificationTask(**options)
         state = checkpoint["state_dict"].items()
         weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
         kept = path.parent / START
-        _check_size(task.arch, sizes, kept, weights)
+        # Options that describe a larger model than the weights are get no memory for it.
+        given = {name: value for name, value in asdict(task.arch).items() if name != "pretrained" and value is not None}
+        check_arguments({**given, "num_classes": sizes[0], "img_size": sizes[1]})
+        with torch.device("meta"):
+            outline = build_model(task.arch, *sizes, load_pretrained=False, kept=kept)
+        if sum(x.numel() for x in outline.parameters()) > sum(x.numel() for x in weights.values()):
+            raise ValueError("it describes more weights than it holds")
         task.build(*sizes, load_pretrained=False, kept=kept)
         task.net.load_state_dict(weights)
         names, (mean, std) = known["class_names"], ((float(r), float(g), float(b)) for r, g, b in known["mean_std"])
         if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
             raise ValueError("its classes have no names")
-        if not all(map(isfinite, (*mean, *std))) or min(std) <= 0:
-            raise ValueError("its mean and deviation of pixels are none")
         return SavedModel(task.net.eval(), list(names), sizes[1], mean, std)
-
-
-def _check_size(arch: MoEConfig, sizes: tuple[int, int], kept: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuse options that describe a larger model than the weights are; nothing is allocated to find out."""
-    options = {name: value for name, value in asdict(arch).items() if name != "pretrained" and value is not None}
-    check_arguments({**options, "num_classes": sizes[0], "img_size": sizes[1]})
-    with torch.device("meta"):
-        outline = build_model(arch, *sizes, load_pretrained=False, kept=kept)
-    described, held = (sum(x.numel() for x in each) for each in (outline.parameters(), weights.values()))
-    if described > held:
-        raise ValueError(f"it describes {described:,} weights and holds {held:,}")

@@ -18,16 +18,13 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moevision.data import ImageDataModule
 from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
-from moevision.errors import UserError
 from moevision.layers import Routing, moe_layers
-from moevision.train.processes import several_processes, tell
+from moevision.train.processes import gather, tell
 from moevision.train.task import Batch, ClassificationTask
 
 
@@ -55,35 +52,32 @@ class ExampleScores(L.Callback):
             self.sums = self._saved = None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what a checkpoint has until the images are known; a test has no use for it."""
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, saved = cast(Any, trainer).datamodule, self._saved
-        if not isinstance(data, ImageDataModule) or not isinstance(pl_module, ClassificationTask):
-            raise UserError("ExampleScores needs a ClassificationTask and an ImageDataModule: leave it out for others.")
-        self._saved = None
+        task, self._saved = cast(ClassificationTask, pl_module), None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
                 tell("note: no scores of the training images: under Mixup and CutMix no output belongs to one image.")
             return
         images = range(len(data.contents.datasets["train"]))
-        layers = moe_layers(pl_module.net)
+        layers = moe_layers(task.net)
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
         sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
         if saved is not None and not (saved and sums.load_state_dict(saved)):
             tell("note: no scores of the training images: the checkpoint has none, and those of the rest mislead.")
             return
         self.sums = sums
-        pl_module.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
+        task.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, ClassificationTask):
-            pl_module.observer = None
+        if stage == "fit":
+            cast(ClassificationTask, pl_module).observer = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find out where the last third begins, in which experts hardly change; a training without an end has none."""
+        # Experts hardly change in the last third; a training without an end has none.
         steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
         self._routed_from = steps - steps // 3 if isfinite(steps) else steps
 
@@ -106,7 +100,8 @@ class ExampleScores(L.Callback):
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
         for visits in self._window:
-            own, values = of_all_processes(*visits, cast(Any, trainer).datamodule.batch_size)
+            found = gather([part.cpu() for part in visits])  # of all processes, in order of rank
+            own, values = (torch.cat(part) for part in zip(*found, strict=True))
             measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
             self.sums.add(own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None)
         self._window = []
@@ -128,12 +123,7 @@ class ExampleScores(L.Callback):
 
 
 def visit_measures(logits: Tensor, label: Tensor) -> Tensor:
-    """[B, 5] float32: what one visit says of each image, in the order of `MEASURES`.
-
-    Args:
-        logits: [B, C].
-        label: [B].
-    """
+    """[B, 5] float32: what one visit with logits [B, C] says of each image and its label [B], as `MEASURES` has it."""
     z, own = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
     log_p = z.log_softmax(1)
     margin = z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)
@@ -149,16 +139,3 @@ def visit_shares(routing: Routing) -> Tensor:
     found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()
     found = found.float()
     return found / found.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # 0 where all were dropped
-
-
-def of_all_processes(index: Tensor, values: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Index [B] and values [B, V] of all processes in order of rank, in main memory; at most `most` rows of each."""
-    if several_processes():
-        rows = torch.cat([index.double().unsqueeze(1), values.double()], 1)
-        rows = F.pad(rows, (0, 0, 0, most - len(rows)), value=-1.0)  # batches may have lost images that can't be read
-        found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, rows)
-        whole = torch.cat(found)
-        whole = whole[whole[:, 0] >= 0]
-        index, values = whole[:, 0].long(), whole[:, 1:].float()
-    return index.cpu(), values.cpu()

@@ -1,19 +1,11 @@
 """Which weights a training on few images starts from, and the linear probe of them: `fit FOLDER --pretrained ...`.
 
-| `--pretrained` | what happens |
-| --- | --- |
-| nothing | few images: weights that fit the device, from the hub's cache; on a terminal it asks before a download; |
-|  | without a terminal nothing is downloaded, so that a script never differs by surprise |
-| `auto` | the same, downloaded without asking |
-| a timm name, a file, a folder | these weights, or an error |
-| `none` | from scratch |
+Without `--pretrained` few images start from weights that fit the device, from the hub's cache; on a terminal it asks
+before a download, elsewhere nothing is downloaded. `auto` downloads without asking; a timm name, a file or a folder are
+these weights, or an error; `none` is from scratch. Only weights under a free licence are chosen unasked.
 
-Only weights under a free licence are chosen unasked (`moevision.models.io.FREE_LICENCES`). A computer without a
-network is noticed within three seconds.
-
-The probe, logistic regression on the frozen features from one pass over the images, says what the features alone are
-worth, before anything is fine-tuned, and its weights are the classifier that the fine-tuning starts with: head first,
-then all (Kumar et al. 2022, arXiv:2202.10054, who found that a random head spoils features on the way). The strength of
+The probe, logistic regression on the frozen features, says what the features alone are worth, and its weights are the
+classifier that the fine-tuning starts with: head first, then all (Kumar et al. 2022, arXiv:2202.10054). The strength of
 its penalty is chosen on the validation images; the test images are only reported.
 
 Axes: n images, D width of a feature, C classes.
@@ -33,6 +25,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.progress import track
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -95,7 +89,7 @@ TINY = Candidate("deit_tiny_patch16_224.fb_in1k", 0.54e9)
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights to start from, on this computer: what `--pretrained` is, a file's architecture, the model (on `meta`)."""
+    """Weights to start from, on this computer; `base` is a file's architecture, the model lies on `meta`."""
 
     source: str
     base: str | None
@@ -103,19 +97,14 @@ class StartWeights:
 
 
 class ChosenStart(NamedTuple):
-    """What a training starts from.
-
-    Attributes:
-        weights: None: from scratch.
-        line: says what was chosen and why, once the model stands; empty for a choice that was the user's own.
-    """
+    """What a training starts from (None: from scratch), and a line that says what was chosen and why."""
 
     weights: StartWeights | None
     line: str = ""
 
 
 def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
-    """The weights to start from, fetched if need be; a UserError if weights that were named can't be had.
+    """The weights to start from, fetched if need be.
 
     `asked` is `--pretrained`, None if it wasn't given; 0 `images` weren't counted; `base` is the architecture of a
     file.
@@ -178,12 +167,11 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
 
 
 def from_scratch(reason: str) -> ChosenStart:
-    """Why few images start from scratch, and what is lost by it."""
+    """Few images start from scratch for a reason; and what is lost by it."""
     return ChosenStart(None, f"start: from scratch ({reason}). {LOST}")
 
 
 def _named(source: str, base: str | None = None) -> ChosenStart:
-    """Weights that the user named."""
     if source.endswith(".safetensors"):
         file = Path(source)
         name = base or architecture_of(file)
@@ -302,7 +290,6 @@ def image_side(net: nn.Module, own: int) -> int:
 PROBE_FILE = "probe.json"
 # Of each split. Nearly all of the time is that of the forward passes.
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": 2_000}
-_TIMED = 4  # batches, by which the time of all is told
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
 _ABSENT = -20.0  # logit of a class without a training image
 _Floats = npt.NDArray[np.float64]
@@ -314,27 +301,19 @@ class Probe:
     """A linear classifier on frozen features.
 
     Attributes:
-        train_images: that it was fitted to.
-        val_correct: validation images that it classifies correctly.
-        val_images: all of them.
-        head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
         test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
-        seconds: features and regression together, without what the process was stopped for.
-        mbytes: of the model that it is the classifier of, in float32.
-        cpu_s: CPU seconds of the same; earlier versions didn't keep them.
-        of_experts: whether the weights came with experts, so that no dense model has these features.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
 
     train_images: int
-    val_correct: int
+    val_correct: int  # validation images of `val_images` that it classifies correctly
     val_images: int
-    head_val_correct: int
+    head_val_correct: int  # those that the model's own classifier, as it came, classifies correctly
     test_correct: dict[str, bool]
-    seconds: float
-    mbytes: float
+    seconds: float  # features and regression together; `cpu_s` are CPU seconds of the same
+    mbytes: float  # of the model that it is the classifier of, in float32
     cpu_s: float = 0.0
-    of_experts: bool = False
+    of_experts: bool = False  # whether the weights came with experts, so that no dense model has these features
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -358,17 +337,9 @@ class Probe:
 
 
 def read_probe(run_dir: Path) -> Probe | None:
-    """The probe of a run; None if it had none.
-
-    Raises:
-        UserError: if its file is damaged.
-    """
-    try:
-        return Probe(**read_json(run_dir / PROBE_FILE))
-    except FileNotFoundError:
-        return None
-    except TypeError as error:
-        raise UserError(f"{run_dir / PROBE_FILE} can't be read ({error}): remove it.") from error
+    """The probe of a run; None if it had none."""
+    file = run_dir / PROBE_FILE
+    return Probe(**read_json(file)) if file.is_file() else None
 
 
 def fit_probe(
@@ -379,27 +350,19 @@ def fit_probe(
 ) -> Probe | None:
     """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
 
-    Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
-    every class the same share. The model has the classes of the data and is left as it was, but for the device;
-    `context` is around each forward pass, such as autocast.
+    Of each split it takes `_MOST_IMAGES` at most, of every class the same share. The model has the classes of the data
+    and is left as it was, but for the device; `context` is around each forward pass, such as autocast.
     """
     head = linear_head(net)
     if head is None:
         return None
     began, began_cpu_s = time.monotonic(), cpu_s()
-    ends: list[float] = []
-
-    def told(images: Mapping[str, int]) -> None:
-        ends.append(time.monotonic())
-        if len(ends) == _TIMED:
-            batches = sum(-(-count // data.batch_size) for count in images.values())
-            tell(
-                f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
-                f"{images['val']:,} validation and {images['test']:,} test images, about "
-                f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
-            )
-
-    found = features_of(net, data, _MOST_IMAGES, device, context, told)
+    images = [min(count, len(data.contents.datasets[split])) for split, count in _MOST_IMAGES.items()]
+    tell(
+        "linear probe: logistic regression on the frozen features of {:,} training, {:,} validation and {:,} test "
+        "images".format(*images)
+    )
+    found = features_of(net, data, _MOST_IMAGES, device, context)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
     own_weight = head.weight.detach().double().cpu().numpy()
@@ -428,29 +391,29 @@ def features_of(
     most: Mapping[str, int],
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    told: Callable[[Mapping[str, int]], None] = lambda images: None,
 ) -> dict[str, list[npt.NDArray[Any]]]:
     """Pooled features [n, D], labels [n] and indices [n] of images of each split, without augmentation.
 
-    At most `most` of a split, of every class the same share; `told` hears after each batch how many images there are.
+    At most `most` of a split, of every class the same share.
     """
-    net, dtype = net.to(device), next(net.parameters()).dtype
-    taken: dict[str, list[int]] = {}
-    for split, count in most.items():  # at random, of every class the same share
-        labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
-        order = np.random.default_rng(data.seed).permutation(len(labels))
-        order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
-        places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-        taken[split] = sorted(order[places].tolist())
+    net, dtype, console = net.to(device), next(net.parameters()).dtype, Console(stderr=True)
     found: dict[str, list[npt.NDArray[Any]]] = {}
     with evaluating(net):
-        for split, indices in taken.items():
+        for split, count in most.items():
+            labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+            order = np.random.default_rng(data.seed).permutation(len(labels))
+            order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+            places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
             parts: list[tuple[Tensor, Tensor, Tensor]] = []
-            for batch in data.plain_loader(split, indices):
+            loader = data.plain_loader(split, sorted(order[places].tolist()))
+            batches = track(
+                loader, f"{split} images", -(-len(places) // data.batch_size),
+                console=console, transient=True, disable=not console.is_terminal,
+            )  # fmt: skip
+            for batch in batches:
                 with context():
                     features = pooled(net, batch["image"].to(device, dtype)).double().cpu()
                 parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
-                told({name: len(each) for name, each in taken.items()})
             found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
     return found
 

@@ -20,7 +20,6 @@ from typing import Any, Self, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -50,7 +49,7 @@ Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Raise a UserError for options of the Trainer that mean nothing for this task."""
+    """Refuse options of the Trainer that mean nothing for this task."""
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise UserError(
             "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
@@ -59,19 +58,12 @@ def check_trainer(trainer: L.Trainer) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
         if getattr(trainer, name) == 0:
             raise UserError(f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more.")
-    if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
-        raise UserError(
-            "Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
-            f"{algorithm}."
-        )
     ranges = (
         (*AT_LEAST_1, ("accumulate_grad_batches", "check_val_every_n_epoch")),
         (*AT_LEAST_0, ("gradient_clip_val",)),
         (*ABOVE_0, ("val_check_interval",)),
     )
     check_ranges(trainer, ranges, "--trainer.")
-    if any(isinstance(each, Timer) and each._duration == 0 for each in cast(Any, trainer).callbacks):
-        raise UserError("--trainer.max_time is 0: it must be above 0.")
 
 
 class ClassificationTask(L.LightningModule):
@@ -104,16 +96,8 @@ class ClassificationTask(L.LightningModule):
             grad_checkpointing,
         )
         check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
-        given = Model(
-            self.arch,
-            self.optim,
-            self.aux_weights,
-            label_smoothing,
-            compile,
-            grad_checkpointing,
-            num_classes,
-            image_size,
-        )
+        parts = self.arch, self.optim, self.aux_weights
+        given = Model(*parts, label_smoothing, compile, grad_checkpointing, num_classes, image_size)
         self.save_hyperparameters(asdict(given), logger=False)
         self.aux_loss = AuxLoss(self.aux_weights)
         self.tensors = WHOLE  # `parallel.strategy` has another one, for parts
@@ -134,22 +118,14 @@ class ClassificationTask(L.LightningModule):
     def build(
         self, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
     ) -> None:
-        """Make the network and its metrics; arguments as those of `build_model`.
-
-        Raises:
-            UserError: if the model can't be built, or a balance loss is weighted that its routers can't supply.
-        """
+        """Make the network and its metrics; arguments as those of `build_model`."""
         self.hparams.update(num_classes=num_classes, image_size=image_size)
         net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept)
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net)
-        layers = moe_layers(self.net)
-        numbers, experts = (
-            [cast(int, each.layer_index) for each in layers],
-            [each.router.num_experts for each in layers],
-        )
-        self.routing_statistics = RoutingStatistics(numbers, experts) if layers else None
+        experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in moe_layers(self.net)}
+        self.routing_statistics = RoutingStatistics([*experts], [*experts.values()]) if experts else None
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
         kinds = {"precision": MulticlassPrecision, "f1": MulticlassF1Score, "auroc": MulticlassAUROC}
@@ -164,15 +140,13 @@ class ClassificationTask(L.LightningModule):
             if data is None:
                 raise UserError("Give ClassificationTask num_classes and image_size, or train it with ImageDataModule.")
             self.build(data.num_classes, data.image_size, load_pretrained=stage == "fit")
-        elif data is not None and data.num_classes != self.hparams["num_classes"]:
-            raise UserError(
-                f"The model knows {self.hparams['num_classes']} classes, the data has {data.num_classes}: "
-                "use the data that it was trained on, or train a new model."
-            )
-        elif data is not None and data.image_size != (size := self.hparams["image_size"]):
-            raise UserError(
-                f"The model takes images of {size} px, the data has {data.image_size}: use --data.image_size {size}."
-            )
+        elif data is not None:
+            known = self.hparams["num_classes"], self.hparams["image_size"]
+            if (data.num_classes, data.image_size) != known:
+                raise UserError(
+                    f"The model is of {known[0]} classes and images of {known[1]} px, the data has {data.num_classes} "
+                    f"and {data.image_size} px: use the data that it was trained on, with --data.image_size {known[1]}."
+                )
         if data is not None:
             self.class_weight = data.class_weight_tensor()
         if self.compile_blocks and stage == "fit":

@@ -162,7 +162,7 @@ def test_what_can_not_be_sharded(cli, draw, arguments, words):
     draw(Path("photos"), per_class=1)
     Path("other").mkdir()
     Path("other/mine.txt").touch()
-    Path("empty.yaml").write_text("seed: 1\n")
+    Path("empty.yaml").write_text("data: {seed: 1}\n")
     outcome = cli("data", "shard", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err

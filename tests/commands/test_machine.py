@@ -52,26 +52,6 @@ def test_limits_of_a_control_group_and_its_ancestors(tmp_path):
     assert memory_available_bytes(root) == 1.5 * GIB  # what the slice has left, and files that nobody read lately
 
 
-def test_limits_in_a_container_of_version_1(tmp_path):
-    """The path is one of the host's, and isn't mounted; "no limit" is a number near 2^63."""
-    root = write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "11:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n",
-            "proc/meminfo": "MemAvailable: 2097152 kB\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
-        },
-    )
-    assert cpu_quota(root) == 2.5
-    assert memory_limit_bytes(root) is None
-    assert memory_available_bytes(root) == 2 * GIB
-    write(root, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"})
-    assert cpu_quota(root) is None
-
-
 def test_a_system_without_any_of_it(tmp_path):
     assert cpu_quota(tmp_path) is None
     assert memory_limit_bytes(tmp_path) is None

@@ -184,11 +184,11 @@ def test_features_are_what_the_classifier_reads(cli, tiny_run, drawn_pets, tmp_p
 
 def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
     """And only answers are replaced: `--out a.png b.png` names an image."""
-    monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch: pytest.fail("too late"))
+    monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch, **more: pytest.fail("too late"))
     image = Path(shutil.copy(next((drawn_pets / "cat").iterdir()), tmp_path / "a.png"))
     before = image.read_bytes()
     for out in (image, tmp_path, image / "answers.csv"):
-        refused(cli("predict", tiny_run, drawn_pets, "--out", out), str(out), "give --out another place")
+        refused(cli("predict", tiny_run, drawn_pets, "--out", out), "another place")
     assert image.read_bytes() == before
     assert list(tmp_path.iterdir()) == [image]
 
@@ -196,7 +196,7 @@ def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tm
 def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):
     refused(cli("predict", tiny_run, tmp_path / "missing.png"), "There is no file or folder", "missing.png")
     refused(cli("predict", tiny_run, tmp_path), "holds no image")
-    refused(cli("predict", tiny_run, drawn_pets, "--batch_size=0"), "--batch_size is 0", "at least 1")
+    assert "'0' is no number of at least 1" in cli("predict", tiny_run, drawn_pets, "--batch_size=0").err
 
 
 def test_no_model(cli, drawn_pets, tmp_path):
@@ -293,7 +293,7 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
     by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
     for value in ("0", "1.5"):
-        refused(cli("predict", tiny_run, drawn_pets, "--unsure", value), "--unsure is", "probability")
+        assert "is no probability above 0" in cli("predict", tiny_run, drawn_pets, "--unsure", value).err
 
 
 def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):

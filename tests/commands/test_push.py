@@ -185,7 +185,7 @@ def test_dry_run(cli: Callable[..., Any], tiny_run: Path) -> None:
     refused(cli("push", tiny_run, "me/pets", "--dry-run", "--force", "--out=mine"), "mine exists already")
     Path("file").touch()
     refused(cli("push", tiny_run, "me/pets", "--dry-run", "--out=file"), "file exists already")
-    refused(cli("push", tiny_run, "me/pets", "--dry-run", "--out=file/x"), "can't be written to")
+    refused(cli("push", tiny_run, "me/pets", "--dry-run", "--out=file/x"), "give another place")
 
 
 @pytest.mark.usefixtures("own_folder")

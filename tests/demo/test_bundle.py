@@ -88,6 +88,9 @@ def test_several_experts_are_seen_in_every_bundled_photo(name):
 @pytest.mark.deep
 def test_every_bundled_model_has_recorded_moments_of_the_first_examples():
     for entry in open_entries(None, DataOptions()):
+        if entry.card.id == "cats_vs_dogs_two":  # trained by its study, which records no moments
+            assert entry.histories == {}
+            continue
         history = RoutingHistory.load(entry.histories["trained"])
         assert 8 <= len(history) <= 24
         assert history.pretrained == ("--pretrained" in entry.card.recipe)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.guard.faults import FaultInjector
 from moevision.models.config import MoEConfig
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, OptimizerName
 from moevision.train.parallel.parts import full
 from moevision.train.parallel.strategy import MoEParallelStrategy

@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -31,28 +30,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moevision.files import file_sha256
 from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
 from moevision.models.vit_moe import checkpoint_blocks
-from moevision.train.checkpoint import SafeCheckpointIO, sha256_of
+from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
-from moevision.train.parallel.folder import divide, like_these
 from moevision.train.parallel.layout import Layout, same_everywhere, shard
 from moevision.train.parallel.parts import (
     DIVIDED,
     clip,
+    divide,
     filled,
     full,
-    gathered_state,
+    gathered,
     is_sharded,
+    like_these,
     outline,
     own_part,
     shard_like,
     total_norm,
 )
-from moevision.train.processes import gather
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
@@ -352,9 +352,9 @@ def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
     assert all(
         torch.equal(own_part(a), own_part(b)) for a, b in zip(copied.parameters(), net.parameters(), strict=True)
     )
-    whole = gathered_state(net)
-    assert bool(whole) == (dist.get_rank() == 0)
-    if whole:
+    whole = gathered(net.state_dict())
+    assert all((tensor is not None) == (dist.get_rank() == 0) for tensor in whole.values())
+    if dist.get_rank() == 0:
         filled(plain, whole)(torch.zeros(1, 3, 32, 32, dtype=next(iter(whole.values())).dtype))
 
 
@@ -392,8 +392,6 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
                     sent[layout] = counter.found
     before = {4: None, 2: "four.ckpt"}[processes]
     carry_on(folder, before, {4: "four.ckpt", 2: "two.ckpt"}[processes], layouts[EP2])
-    if processes == 2:
-        refuse(folder, layouts[EP2])
     if rank == 0:
         (folder / f"errors-{processes}.json").write_text(json.dumps(found))
         (folder / f"sent-{processes}.json").write_text(json.dumps(sent))
@@ -414,9 +412,7 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
         names = {f"net.{name}": parameter for name, parameter in net.named_parameters()}
         like = like_these(names, [p for group in optimizer.param_groups for p in group["params"]])
         path = folder / "checkpoints" / before
-        state = files.load_checkpoint(path, like=None if layout is None else like)
-        if path.is_file():
-            state = divide(state, like)
+        state = divide(files.load_checkpoint(path), like)
         net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state["state_dict"].items()})
         optimizer.load_state_dict(state["optimizer_states"][0])
     digest = hashlib.sha256()
@@ -429,31 +425,16 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
         "optimizer_states": [optimizer.state_dict()],
         "global_step": 1,
     }
-    if after is not None:
-        files.save_checkpoint(state, folder / "checkpoints" / after)
-    whole = net.state_dict() if layout is None else gathered_state(net)
-    if whole:  # in the first process
+    whole = net.state_dict() if layout is None else gathered(net.state_dict())
+    state = state if layout is None else gathered(state)
+    if layout is None or dist.get_rank() == 0:
+        if after is not None:
+            files.save_checkpoint(state, folder / "checkpoints" / after)
         save_model(describe(filled(plain, whole)), folder / "plain")
         file = folder / "digests.json"
         known = json.loads(file.read_text()) if file.is_file() else []
-        exported = sha256_of(folder / "plain" / "model.safetensors")
+        exported = file_sha256(folder / "plain" / "model.safetensors")
         file.write_text(json.dumps([*known, [digest.hexdigest(), exported]]))
-
-
-def refuse(folder: Path, layout: Layout) -> None:
-    """Write two.ckpt again while the second process may not write a byte, and another one when it may."""
-    net, files = build(CASES["expert choice"]), SafeCheckpointIO()
-    shard(net, layout)
-    state = {"state_dict": {f"net.{name}": tensor for name, tensor in net.state_dict().items()}, "global_step": 2}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    files.save_checkpoint(state, folder / "checkpoints" / "two.ckpt")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    words = gather(list(files.refused.items()))
-    if dist.get_rank() == 0:
-        (folder / "refused.json").write_text(json.dumps(words, default=str))
-    files.save_checkpoint(state, folder / "checkpoints" / "again.ckpt")
 
 
 def last_of(rank: int, port: int, folder: Path) -> None:

@@ -259,22 +259,12 @@ def test_the_program_names_the_address(facts: Facts) -> None:
 
 def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints"))
-    for name, text in (
-        ("summary.json", "{"),
-        ("summary.json", '{"name": "x"}'),
-        ("provenance.json", "[1]"),
-        *(
-            ("provenance.json", f'{{"{name}": {value}}}')
-            for name in ("command", "libraries", "python")
-            for value in (5, "[1]")
-        ),
-        ("config.yaml", "a: ["),
-    ):
-        kept = (tmp_path / "run" / name).read_text()
-        (tmp_path / "run" / name).write_text(text)
-        with pytest.raises(UserError, match=name):
+    kept = (tmp_path / "run" / "summary.json").read_text()
+    for text in ("{", '{"name": "x"}'):
+        (tmp_path / "run" / "summary.json").write_text(text)
+        with pytest.raises(UserError, match=r"summary\.json"):
             gather_facts(tmp_path / "run")
-        (tmp_path / "run" / name).write_text(kept)
+    (tmp_path / "run" / "summary.json").write_text(kept)
     assert gather_facts(tmp_path / "run")["start"] == WeightsOrigin()
     (tmp_path / "run" / "config.yaml").unlink()
     assert gather_facts(tmp_path / "run")["start"] is None

@@ -252,13 +252,10 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 @pytest.mark.usefixtures("stopped")
-def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
-    """Where all processes begin at once they still agree; what our launcher began, torchrun ends."""
+def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
+    """What our launcher began, torchrun ends; that it starts the same training, test_parallel_command.py tries."""
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
-    fit(work, "synthetic_pets", *TWO, "--name=torchrun", launcher=TORCHRUN)
-    assert differing(work / "runs" / "torchrun", whole[0]) == []
-    assert not (work / "runs" / "torchrun-2").exists()
     said = fit(work, "synthetic_pets", *OPTIONS, "--trainer.devices=1", "--name=one", launcher=TORCHRUN, code=1)
     assert "2 processes were started and the Trainer expects 1" in said
     assert not (work / "runs" / "one").exists()
@@ -292,19 +289,6 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
     said = end_one(work, name, *options, number=number, says=says)
     assert said.splitlines()[-1] == f"moevision: {says}"
     assert not list((work / "runs").glob(f"{name}*")), "nothing of worth was in it"
-
-
-def test_processes_end_with_the_command_that_started_them(work: Path) -> None:
-    """It is killed as soon as both are there, new interpreters: they would wait for half an hour to meet."""
-    process = start(work, "synthetic_pets", *TWO, "--name=orphans", others=0)
-    wait_until(process, lambda: len(others(process)) == 2)
-    left = others(process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    until = time.monotonic() + SILENT_S
-    while any(Path(f"/proc/{each}").exists() for each in left):
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,10 @@ from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.ema import WeightEMA
+from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel.folder import like_these
 from moevision.train.parallel.layout import Layout, shard
-from moevision.train.parallel.parts import clip, full, is_sharded, total_norm
+from moevision.train.parallel.parts import clip, divide, full, gathered, is_sharded, like_these, total_norm
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
 from tests.train.layouts import kinds
 
@@ -139,7 +138,7 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
 @pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
-    """Weights and moments, from a folder of DCP into another network on the device."""
+    """Weights and moments, from a file into another network on the device."""
     files, states = SafeCheckpointIO(), []
     for number in range(2):
         net = build("switch").to(group)
@@ -151,10 +150,10 @@ def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
             updates.step()
             named = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
             whole = {"state_dict": named, "optimizer_states": [updates.state_dict()], "global_step": 1}
-            files.save_checkpoint(whole, tmp_path / "one.ckpt")
+            files.save_checkpoint(gathered(whole), tmp_path / "one.ckpt")
         else:
             like = like_these({f"net.{name}": parameter for name, parameter in net.named_parameters()}, learning)
-            read = files.load_checkpoint(tmp_path / "one.ckpt", like=like)
+            read = divide(files.load_checkpoint(tmp_path / "one.ckpt"), like)
             net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in read["state_dict"].items()})
             updates.load_state_dict(read["optimizer_states"][0])
         moments = [full(updates.state[parameter][name]) for parameter in learning for name in ("exp_avg", "exp_avg_sq")]

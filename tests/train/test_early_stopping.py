@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from moevision.config import EarlyStoppingConfig
 from moevision.errors import UserError
-from moevision.train.health import EarlyStoppingConfig, StopEarly, Stopwatch
+from moevision.train.health import StopEarly, Stopwatch
 from moevision.train.resume import ResumePoint
 
 # A learning rate of 0: no epoch is better than the first, so a patience of 2 stops after the third.
@@ -67,7 +68,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, sto
 
 @pytest.mark.parametrize(("done", "said"), [(24, ["Stopped early after 24 of 30 steps: val/top1 was"]), (30, [])])
 def test_a_training_that_is_measured_in_steps_says_it_too(done, said):
-    stop = StopEarly(None, 2)
+    stop = StopEarly(EarlyStoppingConfig(2))
     stop.wait_count = 2
     trainer = SimpleNamespace(
         max_epochs=-1, max_steps=30, current_epoch=3, global_step=done, estimated_stepping_batches=30

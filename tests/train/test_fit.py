@@ -223,17 +223,16 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
 
 
 def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
-    """Or a copy of them; those of another folder aren't in its splits.csv, so nothing says which are for the test."""
+    """Or those of the same names; others aren't in its splits.csv, so nothing says which are for the test."""
     monkeypatch.chdir(tmp_path)
     given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
     assert cli("test", other, *given).code == 0
-    picture = next((other / "cat").iterdir())
-    picture.write_bytes(picture.read_bytes() + b"0")  # under the same name
+    for picture in [*other.rglob("*.png")]:
+        picture.rename(picture.with_stem(f"another {picture.stem}"))
     outcome = cli("test", other, *given)
     assert outcome.code == 2
-    assert f"test takes the images that {tiny_run / 'splits.csv'} lists, of {tiny_run.parents[1]}" in outcome.err
-    assert outcome.err.endswith(f"by moevision predict {tiny_run / 'model'} 'other photos'.\n")
+    assert "splits.csv" in outcome.err
     assert [path.name for path in Path("again").iterdir()] == ["other photos-test"]
 
 
@@ -386,15 +385,13 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
     [
         "limit_train_batches=0.01",
         "limit_val_batches=0.01",
-        "limit_test_batches=0.01",
         "val_check_interval=500",
     ],
 )
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
-    """Lightning finds them out when training begins, or when it has ended."""
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith(f"moevision: --trainer.{option.replace('=', ' ')}")
+    assert outcome.err.splitlines()[-1].startswith("moevision: The Trainer does not take these options: ")
     assert not list(Path("runs").glob("*"))
 
 
@@ -445,7 +442,7 @@ def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch)
 def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     """Beside a GPU of 80 GB, which must not be asked for anything."""
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
-    monkeypatch.setattr(recipe, "_free_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     alone = asked("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moevision.config import EmaConfig
-from moevision.train.ema import WeightEMA
 from moevision.train.guard import (
     GuardConfig,
     GuardRecord,
@@ -22,6 +21,7 @@ from moevision.train.guard import (
     TrainingDiverged,
     TrainingSnapshot,
 )
+from moevision.train.health import WeightEMA
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 

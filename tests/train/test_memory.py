@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import recipe as memory
-from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask

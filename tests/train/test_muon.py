@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from moevision import forward_routing
-from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
 from moevision.models.config import MoEConfig
 from moevision.train.optim import Muon, OptimizerConfig, build_optimizer, matrices_of, orthogonal, parameter_groups
@@ -218,8 +217,3 @@ def test_the_state_goes_on() -> None:
     step(net, optimizer, 1)
     step(resumed, other, 1)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
-
-
-def test_an_unknown_optimizer_is_said() -> None:
-    with pytest.raises(UserError, match="'sgd': use adamw or muon"):
-        parameter_groups(model(), OptimizerConfig("sgd"))  # type: ignore[arg-type]

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +13,7 @@ from benchmarks.planner.machine import sheet_machine
 from moevision.errors import UserError
 from moevision.layers import Backend, MoEMlp
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.checkpoint import SafeCheckpointIO, newest_valid, verify
-from moevision.train.parallel.folder import read_folder
+from moevision.train.checkpoint import newest_valid
 from moevision.train.parallel.layout import check_divides, check_network
 from moevision.train.parallel.parts import filled, outline, total_norm
 from tests.forks import Forked
@@ -87,59 +84,14 @@ def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) ->
 
 
 def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
-    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4; folders, a file, a folder.
+    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4.
 
     And the weights that each of them exports as a plain model.
     """
     states, exports = zip(*json.loads((compared / "digests.json").read_text()), strict=True)
     assert len(states) == 5
     assert len(set(states)) == len(set(exports)) == 1
-    four = compared / "checkpoints" / "four.ckpt"
-    assert sorted(path.name for path in four.iterdir()) == [
-        *(f"part-{r}.pt" for r in range(4)),
-        "rest.pt",
-    ]
-    assert newest_valid(four.parent)[1] == []
-
-
-def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
-    """All hear why, nothing of it is left, and the one before is whole (the test above reads it afterwards)."""
-    path = compared / "checkpoints" / "two.ckpt"
-    assert json.loads((compared / "refused.json").read_text()) == [[[str(path), "File too large"]]] * 2
-    assert verify(path).fault is None
-    assert sorted(each.name for each in path.parent.iterdir()) == [
-        *("again.ckpt", "four.ckpt", "manifest.json", "one.ckpt", "replicated.ckpt", "two.ckpt"),
-    ]
-
-
-@pytest.mark.parametrize("file", ["part-1.pt", "rest.pt"])
-def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(compared / "checkpoints", folder)
-    assert verify(folder / "four.ckpt").fault is None
-    damaged = bytearray((folder / "four.ckpt" / file).read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (folder / "four.ckpt" / file).write_bytes(damaged)
-    assert "differs from its SHA-256" in str(verify(folder / "four.ckpt").fault)
-    with pytest.raises(UserError, match="damaged or cut off"):
-        SafeCheckpointIO().load_checkpoint(folder / "four.ckpt")
-
-
-def test_a_part_that_calls_something_is_refused(compared: Path, tmp_path: Path) -> None:
-    """torch.save writes a pickle: one that makes a folder must not."""
-    shutil.copytree(compared / "checkpoints" / "two.ckpt", tmp_path / "two.ckpt")
-    torch.save(_Calls(tmp_path / "made"), tmp_path / "two.ckpt" / "part-0.pt")
-    with pytest.raises(UserError, match="can't be read"):
-        read_folder(tmp_path / "two.ckpt")
-    assert not (tmp_path / "made").exists()
-
-
-class _Calls:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
+    assert newest_valid(compared / "checkpoints")[1] == []
 
 
 @pytest.mark.parametrize(

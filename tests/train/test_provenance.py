@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moevision
-from moevision.files import make_folder, write_json_atomic, write_text_atomic
+from moevision.files import write_json_atomic, write_text_atomic
 from moevision.train import provenance
 from moevision.train.provenance import collect_provenance, git_state
 
@@ -161,15 +161,3 @@ def test_a_failed_write_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.M
         write_text_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_drive_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Windows even the uppermost folder may be missing: an error of the system, and no search without an end."""
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)
-
-    def no_drive(folder: Path) -> None:
-        raise FileNotFoundError(2, "No such drive", str(folder))
-
-    monkeypatch.setattr("moevision.files.os.mkdir", no_drive)
-    with pytest.raises(FileNotFoundError, match="No such drive"):
-        make_folder(tmp_path / "run")

@@ -18,7 +18,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
-from moevision.train.checkpoint import BEST, read_manifest
+from moevision.train.checkpoint import BEST, verify
 from moevision.train.health import RecordRoutingConfig, moments_for
 
 # Two epochs of three or four batches of 8.
@@ -53,7 +53,7 @@ def test_moments_lie_closer_together_at_first():
 def test_the_last_moment_is_the_saved_model(run, shown):
     """By hand: each image through the weights of the best step, patch by patch."""
     history = RoutingHistory.load(run / FILE)
-    (best,) = (entry.step for entry in read_manifest(run / "checkpoints") if entry.name == BEST)
+    best = verify(run / "checkpoints" / BEST).step
     assert history.total_steps == 6
     assert history.steps == (*(step for step in planned_moments(6, 4) if step < best), best)
     assert not history.pretrained

@@ -15,10 +15,9 @@ from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
 from moevision.models.upcycle import upcycle
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig
-from moevision.train.recipe import new_run_folder
 from moevision.train.resume import CheckpointConfig
 from moevision.train.task import ClassificationTask
 
@@ -63,7 +62,7 @@ NAN, INF = math.nan, math.inf
             (-1, NAN),
             "--guard.spike_sigmas is {}: it must",
         ),
-        (lambda **o: WeightEMA(EmaConfig(**o)), "decay", (0, 1, NAN), "--ema.decay is {}: it must lie between 0 and 1"),
+        (lambda **o: WeightEMA(EmaConfig(**o)), "decay", (0, 1, NAN), "--ema.decay is {}: it must be between 0 and 1"),
         (lambda **o: upcycle("test_vit", **o), "noise", (-1, NAN, INF), "noise is {}: it must be at least 0"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
@@ -88,7 +87,6 @@ def test_the_weight_of_a_class_is_above_0(weight):
         ("--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch is 0: it must be at least 1"),
         ("--trainer.val_check_interval=0", "val_check_interval is 0: it must be above 0"),
         ("--trainer.gradient_clip_val=-1.5", "gradient_clip_val is -1.5: it must be at least 0"),
-        ("--trainer.max_time=00:00:00:00", "max_time is 0: it must be above 0"),
         ("--trainer.accelerator=tpu", "The Trainer does not take these options"),
         ("--model.optim.lr=-1", "lr is -1.0: it must be at least 0"),
         ("--model.arch.num_experts=100000000", "Weights, gradients and moments of this model take"),
@@ -127,11 +125,6 @@ def test_data_prune_says_so(cli):
     assert "'-1' is no seed" in outcome.err
 
 
-def test_a_name_that_no_folder_can_have(tmp_path):
-    with pytest.raises(UserError, match=r"can't be made .*: use another --name"):
-        new_run_folder("a\0b", tmp_path)
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -151,5 +144,4 @@ def test_memory_that_is_not_there(cli, monkeypatch, error):
     outcome = cli("predict", "model", "images")
     assert outcome.code == 2
     assert outcome.err.startswith("moevision: there is not enough memory for predict here: use a smaller model")
-    with pytest.raises(type(error)):
-        cli("predict", "model", "images", "--traceback")
+    assert "Traceback" in cli("predict", "model", "images", "--traceback").err

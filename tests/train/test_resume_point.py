@@ -12,7 +12,6 @@ import torch
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
-from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.fit import keep_the_step
 from moevision.train.processes import (
     Interrupted,
@@ -28,7 +27,7 @@ from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between
 def point(tmp_path):
     """It has saved step 0 a moment ago; signals are given back at the end."""
     with Interruption() as interruption:
-        made = ResumePoint(tmp_path / "checkpoints", SafeCheckpointIO(), CheckpointConfig(), interruption)
+        made = ResumePoint(tmp_path / "checkpoints", CheckpointConfig(), interruption)
         made._saved_step = 0
         yield made
 
@@ -124,7 +123,7 @@ def test_without_cuda_its_generators_are_not_asked(monkeypatch):
 def test_each_reason_to_save_is_enough(point, config, minutes, steps, due):
     point.config = config
     point._saved_s = time.monotonic() - 60 * minutes
-    assert point._decide(trainer(global_step=steps)) == (due, False)
+    assert point.decide(trainer(global_step=steps)) == (due, False)
 
 
 def test_of_two_processes_both_do_what_one_wants(point):
@@ -136,7 +135,7 @@ def test_of_two_processes_both_do_what_one_wants(point):
         return True
 
     strategy = SimpleNamespace(reduce_boolean_decision=any_of_them)
-    assert point._decide(trainer(world_size=2, strategy=strategy)) == (True, True)
+    assert point.decide(trainer(world_size=2, strategy=strategy)) == (True, True)
     assert asked == [(False, False)] * 2
 
 

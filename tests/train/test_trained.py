@@ -49,7 +49,6 @@ def test_predict_reads_it(run, cli, tmp_path):
         ("moevision", "data", 5),
         ("moevision", "data", {"class_names": ["cat"], "mean_std": [[0.5] * 3] * 2}),
         ("moevision", "data", {"class_names": [1] * 8, "mean_std": [[0.5] * 3] * 2}),
-        ("moevision", "data", {"class_names": ["cat"] * 8, "mean_std": [[0.5] * 3, [0.0] * 3]}),
         ("moevision", "data", {"class_names": ["cat"] * 8, "mean_std": [[0.5] * 2] * 2}),
         ("hyper_parameters", "num_classes", 10**6),
         ("hyper_parameters", "image_size", 10**6),
@@ -78,6 +77,5 @@ def test_what_is_none_is_refused(run, tmp_path):
     state = torch.load(file, weights_only=True)
     del state["moevision"]["data"]
     torch.save(state, file)
-    (tmp_path / "checkpoints" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="doesn't name its classes"):
+    with pytest.raises(UserError, match=r"last\.ckpt"):
         load_trained(str(file))

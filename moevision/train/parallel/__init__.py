@@ -1,5 +1,5 @@
 """Expert and sharded parallelism: `fit --parallel fsdp|ddp --parallel.expert N`; nothing else imports this folder.
 
-Read `layout` (which process holds what), `all_to_all` (how tokens reach their experts), `parts` (norms, clipping,
-optimizers and copies of divided tensors), `folder` (their checkpoints), `strategy` (Lightning's side).
+Read `layout` (which process holds what, and how tokens reach their experts), `parts` (norms, clipping,
+optimizers, copies and checkpoints of divided tensors), `strategy` (Lightning's side).
 """

@@ -1,22 +1,18 @@
 """One network over several processes: experts divided among them, everything else sharded by FSDP2.
 
 - **Expert parallelism** (GShard, arXiv:2006.16668): the W processes form a mesh (efsdp, ep). Each row of `ep` processes
-  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all (`all_to_all.py`). All W
-  processes read images of their own: expert parallelism is carved out of data parallelism.
+  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all. All W processes read images
+  of their own: expert parallelism is carved out of data parallelism.
 - **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
-  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones, each
-  along a dimension that they divide evenly. A block's weights are gathered while it computes.
-- **Divided experts beside replicated weights** (`Layout.replicated`): what would be divided over all W or over efsdp
-  processes is on all of them, and gradients are summed by all-reduce. For `fully_shard` that is a mesh whose second
-  dimension, over which it shards, has one process.
+  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones.
+- **Divided experts beside replicated weights** (`Layout.replicated`): the rest is on all processes, and gradients are
+  summed by all-reduce: for `fully_shard` a mesh whose second dimension, over which it shards, has one process.
 
-What a network's parameters are then: DTensors at the boundary (state dict, optimizer), plain local tensors in forward
-(`PackedLinear.local_weights`). FSDP2 gathers dense weights into plain tensors by itself.
+Parameters are DTensors at the boundary (state dict, optimizer) and plain local tensors in forward. Gradients are
+*summed* over processes, and the loss is divided by W: a divide factor is wrong for experts where efsdp = 1, since torch
+2.13 divides twice on a mesh of one process with a forced sum.
 
-Gradients are *summed* over processes, everywhere, and the loss is divided by W. Dividing by a factor instead is wrong
-for experts where efsdp = 1: torch 2.13 divides twice on a mesh of one process with a forced sum.
-
-Axes: E experts, W processes.
+Axes: D width, E experts, W processes, E' = E / W experts of this one, R rows that a process sends, R' that it gets.
 """
 
 from __future__ import annotations
@@ -29,7 +25,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as shard_whole
@@ -37,7 +34,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.train.parallel.all_to_all import AllToAllDispatcher
+from moevision.layers.cpu import padded_counts, sum_rows, take_rows
+from moevision.layers.moe import Dispatched, LocalDispatcher
+from moevision.layers.routing import Routing
 from moevision.train.parallel.parts import own_part
 
 
@@ -46,16 +45,13 @@ class Layout:
     """Which processes share what.
 
     Attributes:
-        world: all W processes; the dense weights are divided among them.
         experts: [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them
             once more among the `efsdp` processes of a column. None: experts are sharded with their block.
-        replicated: whether nothing but the experts, over `ep`, is divided; `world` is then [W, 1] and `experts`
-            [efsdp, 1, ep].
     """
 
-    world: DeviceMesh
+    world: DeviceMesh  # all W processes; the dense weights are divided among them
     experts: DeviceMesh | None = None
-    replicated: bool = False
+    replicated: bool = False  # nothing but the experts is divided; `world` is then [W, 1] and `experts` [efsdp, 1, ep]
 
     @classmethod
     def of(cls, device_type: str, expert: int = 1, *, replicated: bool = False) -> Layout:
@@ -180,3 +176,86 @@ def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
         return Shard(next((dim for dim, size in enumerate(own_part(parameter).shape) if size % processes == 0), 0))
 
     return cut
+
+
+# ---- how tokens reach their experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Travelling(Dispatched):
+    """Rows [R', D] on their way to the processes of their experts, in order of arrival: by process, then by expert."""
+
+    home: Dispatched  # the rows of this process before they were sent
+    place: Tensor  # [R'] int64, row at which the experts see each row that arrives
+    arrival: Tensor  # [R' + padding] int64, its inverse; row 0 where there is padding
+    sent: list[int]  # rows that went to each process
+    received: list[int]  # rows that came from each process
+
+
+class AllToAllDispatcher(LocalDispatcher):
+    """Dispatch to experts on all processes of a group, in order of experts; every process must call it equally often.
+
+    How many rows travel is known only after routing, so counts are exchanged first; the host must know them, which is
+    the one synchronisation. Torch's functional `all_to_all_single_autograd` starts the transfer and doesn't wait for
+    it: what is computed before `receive` (shared experts) overlaps with it. Its backward pass is the transfer back.
+
+    `row_multiple` and `max_padding` as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, row_multiple: int | None = None, max_padding: float | None = None
+    ) -> None:
+        super().__init__(row_multiple, max_padding)
+        self.group, self.size = group, dist.get_world_size(group)
+        self._home = LocalDispatcher(row_multiple=1, max_padding=1.0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllToAllDispatcher:
+        """A group can't be copied; a copy of the model has its experts in the same processes."""
+        return AllToAllDispatcher(self.group, self.row_multiple, self.max_padding)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Travelling:
+        """Begin to send the tokens x [T, D] of this process to their experts."""
+        home = self._home.dispatch(x, routing)
+        to_each = home.counts.view(self.size, -1).contiguous()  # [W, E'] by process, then by its experts
+        from_each = torch.empty_like(to_each)
+        dist.all_to_all_single(from_each, to_each, group=self.group)
+        sent, received = torch.stack([to_each.sum(1), from_each.sum(1)]).tolist()
+        rows = self._travel(home.rows, sent, received)
+        counts = from_each.sum(0)
+        total = sum(received)
+        padded = padded_counts(counts, x, self.row_multiple, self.max_padding)
+        # From (process, expert) as rows arrive to (expert, process) as experts want them.
+        lengths = from_each.flatten()
+        first = (padded.cumsum(0) - padded) + (from_each.cumsum(0) - from_each)  # [W, E'] where each group is put
+        shift = first.flatten() - (lengths.cumsum(0) - lengths)
+        number = torch.arange(total, device=x.device)
+        place = number + shift.repeat_interleave(lengths, output_size=total)
+        length = total if padded is counts else int(padded.sum())
+        arrival = number.new_zeros(length).index_copy_(0, place, number)
+        return Travelling(rows, padded, home=home, place=place, arrival=arrival, sent=sent, received=received)
+
+    def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
+        """Wait for the rows of this process's experts: [R' + padding, D] sorted by expert, and counts [E']."""
+        assert isinstance(sent, Travelling)
+        return take_rows(_arrived(sent.rows), sent.arrival, sent.place.unsqueeze(1)), sent.counts
+
+    def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+        """Send the experts' rows back; weighted sum [T, D] of those that return."""
+        assert isinstance(dispatched, Travelling)
+        place, arrival = dispatched.place, dispatched.arrival
+        if len(place) == len(arrival):
+            ordered = take_rows(rows, place, arrival.unsqueeze(1))
+        else:  # rows of padding must get no gradient
+            ones = rows.new_ones(len(place), 1)
+            ordered = sum_rows(rows, ones, arrival, place.unsqueeze(1))
+        returned = _arrived(self._travel(ordered, dispatched.received, dispatched.sent))
+        return self._home.combine(returned, dispatched.home, routing)
+
+    def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        moved: Tensor = functional.all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
+        return moved
+
+
+def _arrived(rows: Tensor) -> Tensor:
+    # On a CPU this waits, on a GPU the current stream does.
+    return rows.wait() if isinstance(rows, functional.AsyncCollectiveTensor) else rows

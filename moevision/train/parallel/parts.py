@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._pytree import SequenceKey, tree_map_only, tree_map_with_path
 
 from moevision.layers.experts import local
 from moevision.train import optim
@@ -58,14 +59,6 @@ def copies(x: Tensor) -> int:
     return math.prod(x.device_mesh.size(dim) for dim, placed in enumerate(x.placements) if placed.is_replicate())
 
 
-def is_first_copy(x: Tensor) -> bool:
-    """Whether this process is the first of those that hold its part of a divided tensor."""
-    if not isinstance(x, DTensor):
-        return False
-    place = x.device_mesh.get_coordinate() or ()
-    return all(at == 0 for at, placed in zip(place, x.placements, strict=True) if placed.is_replicate())
-
-
 def full(x: Tensor) -> Tensor:
     """A divided tensor as a whole; every process that holds a part must call it. Others are returned as they are."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -77,7 +70,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     shape, begin = _extent(whole.shape, like)
     part = whole[tuple(slice(start, start + length) for start, length in zip(begin, shape, strict=True))]
-    return _with_part(part.contiguous().to(like.device), like)
+    return _with_part(part.contiguous().to(like.device, copy=True), like)
 
 
 def _with_part(part: Tensor, like: DTensor) -> DTensor:
@@ -167,15 +160,49 @@ def filled(outline: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return copied
 
 
-@torch.no_grad()
-def gathered_state(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state of a sharded network in main memory, on the first process; empty on the others.
+def gathered(state: Any) -> Any:
+    """A nest of dictionaries and lists with its tensors whole and in main memory on the first process, None on others.
 
     Every process must call it.
     """
-    state = {}
-    for name, tensor in net.state_dict().items():  # one by one: no device ever has all of them whole
-        whole = full(tensor.detach())
-        if dist.get_rank() == 0:
-            state[name] = whole.to("cpu", copy=True)
-    return state
+    first = dist.get_rank() == 0
+
+    def whole(x: Tensor) -> Tensor | None:
+        found = full(x.detach())  # one by one: no device ever has all of them whole
+        return found.to("cpu", copy=True) if first else None
+
+    return tree_map_only(Tensor, whole, state)
+
+
+# ---- a checkpoint, in which all tensors are whole, becomes one of parts
+
+Place = tuple[str | int, ...]
+"""Keys and indices that lead to a value in a checkpoint."""
+Like = Callable[[Place], Tensor | None]
+"""A tensor that is divided as the one at this place shall be; None: it shall be whole."""
+
+
+def divide(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
+    """A checkpoint, the same on all processes, with those tensors divided that shall be."""
+
+    def each(path: tuple[Any, ...], value: Any) -> Any:
+        place = tuple(step.idx if isinstance(step, SequenceKey) else step.key for step in path)
+        model = like(place) if isinstance(value, Tensor) else None
+        return value if model is None else shard_like(value, model)
+
+    result: dict[str, Any] = tree_map_with_path(each, checkpoint)
+    return result
+
+
+def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Like:
+    """Weights and moments divided as these parameters, by their names and in the optimizer's order, are."""
+
+    def like(place: Place) -> Tensor | None:
+        found = None
+        if place[0] in ("state_dict", "current_model_state"):  # the second: beside a moving average
+            found = weights.get(str(place[1]))
+        elif place[0] == "optimizer_states" and place[2] == "state" and place[4] != "step":  # a number is nobody's part
+            found = learning[int(place[3])]
+        return None if found is None or mesh_of(found) is None else found.detach()
+
+    return like

@@ -1,8 +1,8 @@
 """`fit --parallel fsdp|ddp --parallel.expert N`: sharded and expert parallelism as a Lightning strategy.
 
 Lightning's `ModelParallelStrategy` brings launch, process groups and barriers. Here stands what differs: the mesh and
-the sharding (`layout.py`), the loss divided by the number of processes (gradients are summed), and checkpoints as
-folders (`folder.py`). State dictionaries and optimizers are torch's own with DTensors in them, so that guard, moving
+the sharding (`layout.py`), the loss divided by the number of processes (gradients are summed), and checkpoints of whole
+tensors. State dictionaries and optimizers are torch's own with DTensors in them, so that guard, moving
 average and resuming work on parts as they do on whole tensors.
 """
 
@@ -11,7 +11,6 @@ average and resuming work on parts as they do on whole tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -29,7 +28,6 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import parameter_groups
-from moevision.train.parallel.folder import Like, divide, like_these
 from moevision.train.parallel.layout import (
     Layout,
     check_divides,
@@ -38,7 +36,7 @@ from moevision.train.parallel.layout import (
     shard,
     share_buffers,
 )
-from moevision.train.parallel.parts import DIVIDED, filled, gathered_state, is_sharded, outline
+from moevision.train.parallel.parts import DIVIDED, divide, filled, gathered, is_sharded, like_these, outline
 from moevision.train.task import ClassificationTask
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
@@ -157,7 +155,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
     def gather(self) -> None:
         """Make the first process's network whole again, in main memory; every process must call it."""
-        state = gathered_state(self._task.net)
+        state = gathered(self._task.net.state_dict())
         if self.is_global_zero:
             self._task.net = filled(cast(nn.Module, self._outline), state).eval()
 
@@ -184,13 +182,13 @@ class MoEParallelStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+        whole = gathered(checkpoint)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(whole, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._shard()
         task = self._task
         learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]
-        like: Like = like_these(dict(task.named_parameters()), learning)
-        files = cast(SafeCheckpointIO, self.checkpoint_io)
-        checkpoint = files.load_checkpoint(checkpoint_path, like=like)
-        return checkpoint if Path(checkpoint_path).is_dir() else divide(checkpoint, like)
+        checkpoint = cast(SafeCheckpointIO, self.checkpoint_io).load_checkpoint(checkpoint_path, mmap=True)
+        return divide(checkpoint, like_these(dict(task.named_parameters()), learning))
