@@ -39,10 +39,9 @@ from moevision.data.loader import (
     eval_batches,
     fitting_workers,
 )
-from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
 from moevision.data.scores import ImageLists
-from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
+from moevision.data.splits import Cut, make_splits, read_splits, write_splits
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import (
     AT_LEAST_0,
@@ -112,19 +111,9 @@ class ImageDataModule(Data, LightningDataModule):
         if not all(0 < each < math.inf for each in self.std):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
-    def is_of_run(self, table: Path, path: str) -> bool:
-        """Whether these are the images of a run that were at `path` and are listed in its splits.csv, or a copy."""
-        place, other = (None if each in DATASET_NAMES else Path(each).expanduser() for each in (path, self.path))
-        if path == self.path or (place and other and place.resolve() == other.resolve()):
-            return True
-        is_there = place is not None and place.exists()
-        return is_copy(
-            table, self._open_collection(False), lambda: self._open_collection(False, path) if is_there else None
-        )
-
-    def _open_collection(self, download: bool, path: str | None = None) -> Collection:
+    def _open_collection(self, download: bool) -> Collection:
         return open_collection(
-            path or self.path,
+            self.path,
             root=self.root,
             download=download,
             image_size=self.image_size,
