@@ -60,12 +60,11 @@ from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.specialization.scratch import third_answers
 from benchmarks.strangers import detector_of, put_beside
-from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.questions import headline, three_questions
-from moevision.analysis.readings import recording_of
+from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas

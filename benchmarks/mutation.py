@@ -48,7 +48,7 @@ AREAS = {
     "sharded": ["train/parallel/parts.py"],
     "scores": ["train/scores.py", "data/scores.py"],
     "splits": ["data/splits.py"],
-    "swap": ["analysis/swap.py"],
+    "swap": ["analysis/questions.py"],
     "intervention": ["analysis/intervention.py"],
 }
 TESTS = (

@@ -42,7 +42,7 @@ _HOME = {
     "upcycle": "models.upcycle",
     "update_router_bias": "layers",
 }
-_MODULES = ("analysis", "data", "demo", "efficiency", "layers", "losses", "metrics", "models", "train")
+_MODULES = ("analysis", "data", "demo", "efficiency", "layers", "losses", "models", "train")
 
 
 def package_version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Balance losses: pure functions of a `Routing`, `AuxLoss`, which weights and sums them, and `Balance`, for any loop.
+"""Balance losses, pure functions of a `Routing`; their weighted sum, for any training loop; loads as a metric.
 
 - importance and load: Shazeer et al. 2017, arXiv:1701.06538, §4 and appendix A; V-MoE's variants of both
   (arXiv:2106.05974, appendix A) under `rule="vmoe"`.
@@ -9,23 +9,24 @@ Every loss is a function of sums over tokens. That is what makes its value exact
 from several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function. Its
 gradient is exact over processes; over micro-batches `AuxLoss` says what is approximate.
 
-Axes: B images, N tokens, E experts, K choices.
+Axes: B images, N tokens, E experts, K choices, L MoE layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from moevision.config import AuxLossWeights
 from moevision.config import Rule as Rule
 from moevision.errors import UserError
-from moevision.layers import Routing, moe_layers, update_router_bias
+from moevision.layers import LayerLoad, Routing, moe_layers, update_router_bias
 
 
 def importance_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
@@ -51,7 +52,7 @@ def load_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
     Raises:
         UserError: if the routing has no noise.
     """
-    return cv_squared(_load(routing, rule)) if _load_is_defined(routing) else routing.logits.new_zeros(())
+    return cv_squared(_load(routing, rule)) if routing.top_k < routing.num_experts else routing.logits.new_zeros(())
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -64,7 +65,7 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
 def z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of logsumexp(clean logits)², which keeps router logits small (arXiv:2202.08906, eq. 5)."""
-    return _z_value(_z_sums(routing, "shazeer"))
+    return _LOSSES["z"].value(_z_sums(routing, "shazeer"))
 
 
 def cv_squared(x: Tensor) -> Tensor:
@@ -81,14 +82,10 @@ def _importance(routing: Routing, rule: Rule) -> Tensor:
     return weights.flatten(0, -2).sum(0)
 
 
-def _load_is_defined(routing: Routing) -> bool:
-    return routing.top_k < routing.num_experts
-
-
 def _load(routing: Routing, rule: Rule) -> Tensor:
     if routing.noise_std is None:
         raise UserError("The load loss needs router noise: use a router with noise, in training mode.")
-    if not _load_is_defined(routing):
+    if routing.top_k == routing.num_experts:
         return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
     k = routing.top_k
     best = routing.noisy_logits.topk(k + 1, dim=-1).values
@@ -118,10 +115,6 @@ def _z_sums(routing: Routing, rule: Rule) -> Tensor:
     return torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
 
 
-def _z_value(sums: Tensor) -> Tensor:
-    return sums[0] / sums[1]
-
-
 class _Loss(NamedTuple):
     sums: Callable[[Routing, Rule], Tensor]  # additive over tokens
     value: Callable[[Tensor], Tensor]
@@ -131,7 +124,7 @@ _LOSSES = {
     "importance": _Loss(_importance, cv_squared),
     "load": _Loss(_load, cv_squared),
     "load_balancing": _Loss(_load_balancing_sums, _load_balancing_value),
-    "z": _Loss(_z_sums, _z_value),
+    "z": _Loss(_z_sums, lambda sums: sums[0] / sums[1]),
 }
 
 
@@ -158,14 +151,11 @@ class AuxLoss:
         self.start_window()
 
     def check(self, model: nn.Module) -> None:
-        """Take the weights that were left out from the routers of `model`.
-
-        Raises:
-            UserError: if a weighted loss can't be supplied by one of them.
-        """
+        """Take the weights that were left out from the routers of `model`."""
         self._of_layer = []
         for layer in moe_layers(model):
-            weights = _positive({**layer.router.default_losses, **self.given})
+            asked = {**layer.router.default_losses, **self.given}
+            weights = {name: weight for name, weight in asked.items() if weight}
             missing = weights.keys() - layer.router.losses
             if missing:
                 able = f"it has {', '.join(sorted(layer.router.losses))}" if layer.router.losses else "it needs none"
@@ -183,15 +173,24 @@ class AuxLoss:
     def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers."""
         self._micro_batches += 1
-        of_layer = self._of_layer or [_positive(self.given)] * len(routings)
+        of_layer = self._of_layer or [self.given] * len(routings)
         wanted = [
             (name, layer, routing, weight)
             for layer, (routing, weights) in enumerate(zip(routings, of_layer, strict=True))
             for name, weight in weights.items()
+            if weight
         ]
         if not wanted:
             return None, {}
-        own = [self._sums(name, layer, routing) for name, layer, routing, _ in wanted]
+        own = []  # what each loss of each layer is a function of, summed over the window so far in this process
+        for name, layer, routing, _ in wanted:
+            sums = _LOSSES[name].sums(routing, self.rule)
+            earlier = self._window.get((name, layer))
+            if earlier is not None:
+                # The value of the sum, and m times the gradient of the own part.
+                sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
+            self._window[name, layer] = sums.detach()
+            own.append(sums)
         values: dict[str, list[Tensor]] = {}
         weighted = []
         for (name, _, _, weight), sums in zip(wanted, _sum_over_ranks(own), strict=True):
@@ -200,16 +199,6 @@ class AuxLoss:
             weighted.append(weight * value)
         total = torch.stack(weighted).sum() / len(routings)
         return total, {name: torch.stack(found).mean() for name, found in values.items()}
-
-    def _sums(self, name: str, layer: int, routing: Routing) -> Tensor:
-        """What one loss of one layer is a function of, summed over the window so far in this process."""
-        sums = _LOSSES[name].sums(routing, self.rule)
-        earlier = self._window.get((name, layer))
-        if earlier is not None:
-            # The value of the sum, and m times the gradient of the own part.
-            sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
-        self._window[name, layer] = sums.detach()
-        return sums
 
 
 class Balance:
@@ -267,10 +256,6 @@ class Balance:
         self._losses.start_window()
 
 
-def _positive(weights: dict[str, float]) -> dict[str, float]:
-    return {name: weight for name, weight in weights.items() if weight}
-
-
 def _sum_over_ranks(sums: list[Tensor]) -> Sequence[Tensor]:
     """Each of these tensors summed over ranks: all losses of all layers in one all-reduce, and one in backward."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -293,3 +278,68 @@ class _AllReduce(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         total: Tensor = _AllReduce.apply(gradients[0])  # type: ignore[no-untyped-call]
         return total
+
+
+class RoutingStatistics(Metric):
+    """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
+
+    `layers` are block indices in order of depth, `num_experts` is E, one for all layers or one for each.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    count_squares: Tensor
+    requested: Tensor
+    entropy_bits: Tensor
+    tokens: Tensor
+    images: Tensor
+    unrouted: Tensor
+
+    def __init__(self, layers: Sequence[int], num_experts: int | Sequence[int]) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        self.num_experts = (
+            [num_experts] * len(self.layers) if isinstance(num_experts, int) else [int(count) for count in num_experts]
+        )
+        shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
+        for name in ("counts", "count_squares", "requested"):
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("entropy_bits", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("tokens", "images", "unrouted"):
+            self.add_state(name, torch.zeros(shape[0], dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, routings: Sequence[Routing]) -> None:
+        """Add one batch: the `Routing` of every MoE layer, in order of depth."""
+        for row, routing in enumerate(routings):
+            probs = routing.probs.detach()
+            self.counts[row, : routing.num_experts] += routing.counts()
+            self.count_squares[row, : routing.num_experts] += routing.image_counts().square().sum(0)
+            self.requested[row, : routing.num_experts] += routing.requested_counts()
+            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / torch.log(torch.tensor(2.0))
+            self.tokens[row] += probs.shape[0] * probs.shape[1]
+            self.images[row] += probs.shape[0]
+            self.unrouted[row] += (~routing.kept.any(-1)).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Sums per MoE layer.
+
+        Over images `counts`, `count_squares`, `requested` [L, E] and `images` [L]; over tokens `entropy_bits`, `tokens`
+        and `unrouted` [L].
+        """
+        return cast(dict[str, Tensor], dict(self.metric_state))
+
+    def layer_loads(self) -> list[LayerLoad]:
+        """What the sums say about each MoE layer, over all ranks."""
+        # torchmetrics squeezes a state of one element, such as the tokens of the only layer.
+        sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
+        return [
+            LayerLoad.from_sums(
+                layer,
+                sums["counts"][row, :num_experts],
+                sums["requested"][row, :num_experts],
+                *(sums[name][row, 0] for name in ("entropy_bits", "tokens", "unrouted")),
+                count_squares=sums["count_squares"][row, :num_experts],
+                images=sums["images"][row, 0],
+            )
+            for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True))
+        ]

@@ -5,7 +5,7 @@ import torch
 
 from moevision import MoEMlp
 from moevision.layers import Routing, record_routing
-from moevision.metrics import RoutingStatistics
+from moevision.losses import RoutingStatistics
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

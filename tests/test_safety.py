@@ -29,13 +29,8 @@ from moevision.cli import VERBS
 from moevision.demo.atlas import load_atlas
 from moevision.demo.models import read_card
 from moevision.models import io as models_io
-from moevision.models import safe_files
 from moevision.models.io import create_from, load_model, open_model
 from moevision.models.safe_files import (
-    MAX_HEADER_BYTES,
-    MAX_JSON_VALUES,
-    MAX_SIDE,
-    parse_json,
     parse_yaml,
     read_config,
     read_header,
@@ -252,7 +247,6 @@ GOOD = {"a": entry([2, 2], 0, 16), "b": entry([3], 16, 19, "U8")}
 BOMBS = {
     "a header of 2^62 bytes": tensors(b"{}", length=2**62),
     "a header longer than the file": tensors(b"{}", length=100),
-    "a header over the limit": tensors(b'{"a":1}' + b" " * MAX_HEADER_BYTES),
     "no header": b"\x01",
     "nothing": b"",
     "no JSON": tensors(b"{]"),
@@ -271,19 +265,7 @@ BOMBS = {
     "the end cut off": tensors(GOOD, b"x" * 18),
     "metadata of numbers": tensors({"__metadata__": {"a": 1}}),
     "lists in lists": tensors(b"[" * 100_000),
-    "a million tensors": tensors(b"{" + b",".join(b'"%d":0' % n for n in range(500_001)) + b"}"),
 }
-
-
-def test_as_many_tensors_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safe_files, "MAX_TENSORS", 3)
-    file = tmp_path / "x.safetensors"
-    for number in (3, 4):
-        file.write_bytes(tensors({str(n): entry([1], 4 * n, 4 * n + 4) for n in range(number)}, b"1234" * number))
-        if number == 3:
-            assert len(read_header(file)) == 3
-    with pytest.raises(UserError, match="it has 4 tensors"):
-        read_header(file)
 
 
 @pytest.mark.parametrize("what", BOMBS)
@@ -328,7 +310,7 @@ HUGE: dict[str, dict[str, object]] = {
     "width": {"embed_dim": 32_768},
     "depth": {"depth": 10**9},
     "picture": {"img_size": [10**6, 10**6]},
-    "tokens": {"img_size": MAX_SIDE, "patch_size": 1},
+    "tokens": {"img_size": 4096, "patch_size": 1},
     "classes": {"num_classes": 10**9},
     "hidden": {"mlp_ratio": 1e30},
 }
@@ -349,26 +331,20 @@ def test_a_config_takes_no_more_memory_than_its_weights(what: str, saved_model: 
 
 
 FOREIGN: list[tuple[str, dict[str, object], str]] = [
-    ("", {"architecture": "../../evil"}, "architecture is no name"),
-    ("", {"architecture": "hf-hub:evil/model"}, "architecture is no name"),
+    ("", {"architecture": "../../evil"}, "is no architecture's name"),
+    ("", {"architecture": "hf-hub:evil/model"}, "is no architecture's name"),
     ("model_args", {"num_classes": 5}, "two numbers of classes"),  # the form of 0.1 gave it here, too
     ("", {"num_classes": 5}, ""),
-    ("", {"label_names": {"first": "cat"}}, "no index"),
-    ("", {"label_names": [1, 2]}, "no text"),
-    ("", {"model_args": []}, "model_args is no object"),
-    ("", {"pretrained_cfg": "none"}, "pretrained_cfg is no object"),
-    ("model_args", {"base": "hf-hub:evil/model"}, "base is no name"),
-    ("model_args", {"base": "local-dir:/tmp/evil"}, "base is no name"),
+    ("", {"label_names": {"first": "cat"}}, ""),
+    ("", {"model_args": []}, "config.json can't be loaded"),
+    ("", {"pretrained_cfg": "none"}, "config.json can't be loaded"),
+    ("model_args", {"base": "hf-hub:evil/model"}, "is no architecture's name"),
+    ("model_args", {"base": "local-dir:/tmp/evil"}, "is no architecture's name"),
     ("model_args", {"checkpoint_path": "evil.pth"}, "may not hold 'checkpoint_path'"),
     ("model_args", {"pretrained_cfg_overlay": {"file": "evil.pth"}}, "may not hold"),
     ("model_args", {"features_only": True}, "may not hold"),
     ("model_args", {"in_chans": 1}, ""),
-    ("model_args", {"x": {"a": {"b": {"c": {"d": [1]}}}}}, "too deeply nested"),
     ("pretrained_cfg", {"state_dict": {}}, "state_dict"),
-    ("pretrained_cfg", {"std": [0.0, 0.1, 0.1]}, "no list of usable numbers"),
-    ("pretrained_cfg", {"mean": "half"}, "no list of usable numbers"),
-    ("pretrained_cfg", {"mean": [0.5] * 17}, "no list of usable numbers"),
-    ("pretrained_cfg", {"mean": [0.5, 0.5, 1001]}, "no list of usable numbers"),
 ]
 
 
@@ -385,9 +361,7 @@ def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words
 
 # What is just allowed, and what is not any more; the shortest form that timm takes has all fields in one object.
 LIMITS: list[tuple[dict[str, object], dict[str, object], str]] = [
-    ({"model_args": {"x": [[[[1]]]]}}, {"model_args": {"x": [[[[[1]]]]]}}, "model_args.x is too long or too deeply"),
-    ({"std": [1e-6]}, {"std": [0.9e-6]}, "std is no list of usable numbers"),
-    ({"mean": [-1000, 1000]}, {"mean": [-1000.5, 1000]}, "mean is no list of usable numbers"),
+    ({"model_args": {"depth": 512}}, {"model_args": {"depth": 513}}, "model_args.depth has more than 512 layers"),
     ({}, {"state_dict": {}}, "weights stand in it"),
     ({"pretrained_cfg": {}}, {"pretrained_cfg": {}, "state_dict": {}}, "weights stand in it"),
     # Without a number of classes timm builds a model of 1000.
@@ -500,8 +474,7 @@ def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path)
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"{", b"\xff\xfe{}", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}', b"[" * 100_000,
-        b'{"a":' * 99_999, b"[" + b"[]," * MAX_JSON_VALUES + b"0]", b"1" * 5_000,
+        b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999, b"1" * 5_000,
     ],
     ids=lambda text: f"{text[:12]!r} x {len(text)}",
 )  # fmt: skip
@@ -512,12 +485,6 @@ def test_json_that_is_refused(text: bytes, tmp_path: Path) -> None:
     for read in (read_json, read_config, load_atlas, read_card):
         with pytest.raises(UserError, match=r"x\.json"):
             read(file)
-
-
-def test_json_limits() -> None:
-    assert parse_json('[1, {"ü": null}]'.encode(), "x") == [1, {"ü": None}]
-    with pytest.raises(UserError, match="1,000,000 values"):
-        parse_json(b"[" + b"1," * MAX_JSON_VALUES + b"1]", "x")
 
 
 def test_large_json_is_not_read(tmp_path: Path) -> None:
@@ -663,20 +630,3 @@ def test_safe_files_need_no_torch() -> None:
         [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.strip() == "False"
-
-
-def test_limits_hold_to_the_last_one() -> None:
-    """As many values and characters as are allowed, and one more."""
-    most = b"[" + b"1," * (MAX_JSON_VALUES - 1) + b"1]"
-    assert len(parse_json(most, "x")) == MAX_JSON_VALUES
-    with pytest.raises(UserError, match="more than the 1,000,000 values"):
-        parse_json(b"[1," + most[1:], "x")
-
-
-def test_the_longest_name_of_a_class(tmp_path: Path) -> None:
-    for letters in (2_000, 2_001):
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "label_names": ["x" * letters]}))
-        if letters == 2_000:
-            read_config(tmp_path / "config.json")
-    with pytest.raises(UserError, match="at most 2000 characters"):
-        read_config(tmp_path / "config.json")

@@ -33,8 +33,8 @@ from moevision.demo import bundled_model
 from moevision.files import file_sha256, write_json_atomic
 from moevision.layers import Routing, moe_layers
 from moevision.losses import AuxLoss
+from moevision.models.convert import pool_patches
 from moevision.models.io import SavedModel, create_from, save_model
-from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
 from moevision.train.provenance import collect_provenance
 

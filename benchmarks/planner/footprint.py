@@ -30,13 +30,21 @@ from benchmarks.planner.formulas import ModelShape, MoEShape, Weights
 from moevision.efficiency import count_layers, flop_counter
 from moevision.layers import ExpertChoiceRouting, SoftRouting, moe_layers
 from moevision.layers.cpu import take_rows
-from moevision.layers.dispatch import Dispatched, LocalDispatcher
+from moevision.layers.moe import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
-from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
+from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.optim import matrices_of
 
 if TYPE_CHECKING:
     from moevision.train.optim import OptimizerName
+
+
+def checkpointed_blocks(net: nn.Module) -> tuple[int, ...]:
+    """Indices of the blocks that are computed again in the backward pass."""
+    blocks: Any = cast(Any, net).blocks
+    if getattr(net, "grad_checkpointing", False):
+        return tuple(range(len(blocks)))
+    return tuple(index for index, block in enumerate(blocks) if "forward" in vars(block))
 
 
 def shape_of(

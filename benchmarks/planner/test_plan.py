@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from benchmarks.planner.footprint import checkpointed_blocks
 from benchmarks.planner.machine import measured_links, sheet_machine
 from benchmarks.planner.plan import open_planned
 from moevision.analysis.trace import RoutingTrace
@@ -16,7 +17,6 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers.routers import ROUTERS
 from moevision.models.io import SavedModel, save_model
-from moevision.models.vit_moe import checkpointed_blocks
 
 OLD = Path(__file__).parents[2] / "tests" / "fixtures" / "formats" / "0.1"
 TRACE = OLD / "report" / "trace.safetensors"

@@ -21,7 +21,7 @@ from benchmarks.planner.formulas import (
 from benchmarks.planner.machine import GPUS, Machine, sheet_machine
 from moevision.efficiency import measure_cost
 from moevision.layers import forward_routing, moe_layers
-from moevision.layers.dispatch import LocalDispatcher
+from moevision.layers.moe import LocalDispatcher
 from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.optim import OptimizerConfig, build_optimizer
 

@@ -6,7 +6,7 @@
 The study beside it asks models that were upcycled and trained briefly, whose experts began as copies of one MLP. Here
 are the three bundled models, on their test images (cats and dogs: upcycled too, but trained to the end), and six seeds
 of the routers' small model, trained for 500 steps on CIFAR-10. One record for each: accuracy and, for each MoE layer,
-the answer and all costs of `moevision.analysis.swap`.
+the answer and all costs of `moevision.analysis.questions`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from benchmarks.specialization.training import rounded_all
 from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import PictureSet, open_pictures
-from moevision.analysis.questions import Answer, function_answer
+from moevision.analysis.questions import Answer, Swap, function_answer, swap_test
 from moevision.analysis.readings import Recording, choices_of, run_forced
-from moevision.analysis.swap import Swap, swap_test
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model

@@ -15,7 +15,7 @@ from benchmarks.specialization import report, training, trunk
 from benchmarks.specialization.arms import ARMS, CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, queue
 from benchmarks.specialization.rule import CHOOSING, CONDITIONS, chosen, confirmation, failures, settings_of
 from moevision.layers import ROUTERS
-from moevision.models.reading import pool_patches
+from moevision.models.convert import pool_patches
 
 PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
 

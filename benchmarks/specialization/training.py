@@ -21,9 +21,8 @@ from benchmarks.specialization.arms import ARMS, DATA_SETS, Arm, Job
 from benchmarks.specialization.trunk import Tail, Tokens, class_names, tokens_of, trunk_of
 from benchmarks.subject import Subject, TrainingStep
 from benchmarks.timing import rounded
-from moevision.analysis.baselines import Assignments
 from moevision.analysis.questions import three_questions
-from moevision.analysis.readings import RecordedLayer, Recording, Run, forced_logits
+from moevision.analysis.readings import Assignments, RecordedLayer, Recording, Run, forced_logits
 from moevision.files import file_sha256
 from moevision.layers import MoEMlp, forward_routing, moe_layers
 from moevision.models.convert import moe_layer_indices

@@ -30,8 +30,8 @@ from moevision.data import ImageDataModule, SyntheticPets
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
 from moevision.files import file_sha256, write_json_atomic
+from moevision.models.convert import pool_patches
 from moevision.models.io import create_from
-from moevision.models.reading import pool_patches
 from moevision.models.safe_files import read_header, read_json
 from moevision.train.optim import freeze_parameters
 

@@ -42,7 +42,8 @@ from benchmarks.harness import about, argument_parser
 from benchmarks.markdown import table
 from benchmarks.queue import read_records
 from benchmarks.study import IMAGE_SIZE, MODEL
-from moevision.analysis.plots import PAGE_INCHES, calm, new_figure, panel_title, save_figure
+from moevision.analysis.plots import PAGE_INCHES, calm, figure_png, new_figure, panel_title
+from moevision.files import write_bytes_atomic
 from moevision.layers import Routing, forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
@@ -140,7 +141,7 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
         axes.axhline(1, color="#333333", linewidth=0.7, linestyle=":")
         axes.set_xticks(range(len(ARMS)), WORDS)
         panel_title(axes, name, note)
-    save_figure(figure, file)
+    write_bytes_atomic(file, figure_png(figure))
 
 
 def _process(rank: int, processes: int, folder: Path, images: int, steps: int) -> None:

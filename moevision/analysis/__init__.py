@@ -1,8 +1,8 @@
 """What experts respond to: the routing of whole sets of images, and what can be said about it.
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
-- is it more than chance: `questions` (three answers about any model), from `readings` of what is recorded of it beside
-  `baselines`, and the `swap` test; `information`, `agreement`
+- is it more than chance: `questions` (three answers about any model, the swap test), from `readings` of what is
+  recorded of it and of its baselines; `information`, `agreement`
 - what if: `intervention`, `effects`
 - what it looks like: `plots` (all figures) and `report` (`moevision analyze`); `good_data` (`moevision data score`)
 
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-    from moevision.analysis.baselines import measure_baselines
     from moevision.analysis.collect import Table, collect_routing
     from moevision.analysis.describe import class_expert_map, compare_classes
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.questions import three_questions
-    from moevision.analysis.readings import RecordedLayer, Recording, recording_of
+    from moevision.analysis.readings import RecordedLayer, Recording, measure_baselines, recording_of
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -44,7 +43,7 @@ _HOME = {
     "expert_similarity": "agreement",
     "intervene": "intervention",
     "match_experts": "agreement",
-    "measure_baselines": "baselines",
+    "measure_baselines": "readings",
     "open_pictures": "images",
     "patch_crop": "images",
     "recording_of": "readings",

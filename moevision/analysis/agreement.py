@@ -49,7 +49,7 @@ class Consistency(Numbers):
     kappa: float  # the same beyond chance
     low: float  # lower end of the 95 % interval of kappa, over images
     high: float  # upper end
-    n_images: int  # images
+    n_images: int
 
     def to_json(self) -> Json:
         """The fields, and the layer as it is shown."""
@@ -65,15 +65,9 @@ def consistency(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> list[Consistency]:
-    """Agreement under a horizontal flip and under a shifted crop, for every MoE layer.
+    """Agreement of the first choices of at most `limit` images with their mirrored and their shifted copies, by layer.
 
-    Args:
-        model: the model.
-        pictures: what to look at.
-        shift: by how many patches the crop moves down and to the right.
-        limit: at most so many images, drawn by `seed`.
-        num_resamples: R.
-        seed: of the draw and of the resamples.
+    `shift` is how many patches the crop moves down and to the right; intervals are from R resamples.
 
     Raises:
         UserError: there are fewer than two images, or the shift leaves no patch.
@@ -127,11 +121,7 @@ def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], t
 
 
 def shifted_crop(images: Pixels, grid: tuple[int, int], shift: tuple[int, int]) -> Pixels:
-    """The images [B, S, S, 3] seen through a window moved down and right by whole patches; mirrored where they end.
-
-    Raises:
-        UserError: the shift leaves nothing of the image in the window, or is negative.
-    """
+    """The images [B, S, S, 3] seen through a window moved down and right by whole patches; mirrored where they end."""
     if not all(0 <= by < size for by, size in zip(shift, grid, strict=True)) or shift == (0, 0):
         raise UserError(f"A shift of {shift} patches doesn't fit a grid of {grid}: choose 1 or 2 patches.")
     down, right = (by * side // size for by, side, size in zip(shift, images.shape[1:3], grid, strict=True))

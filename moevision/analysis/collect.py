@@ -36,8 +36,8 @@ from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
+from moevision.models.convert import unread_layers
 from moevision.models.io import SavedModel, best_device, load_model
-from moevision.models.reading import unread_layers
 
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
 
@@ -116,7 +116,9 @@ def collect_routing(
             )
         for batch in reader.batches(progress):
             rows, place = _rows(net, batch)
-            about |= place | {"prediction_names": _output_names(rows["probabilities"].shape[1], saved, pictures)}
+            outputs = rows["probabilities"].shape[1]  # called as the model or the data call them, or numbered
+            names = next((known for known in (saved.class_names, pictures.class_names) if len(known) == outputs), None)
+            about |= place | {"prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))}
             (in_memory.append if streamed is None else streamed.add)(rows)
         reader.report()
         about["provenance"] |= {"unreadable": len(reader.bad)}
@@ -190,14 +192,6 @@ def _numpy(tensor: Tensor) -> Array:
     return tensor.cpu().numpy()
 
 
-def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> tuple[str, ...]:
-    """Names of the model's outputs: its own, or the data's if there are as many, or numbers."""
-    for names in (saved.class_names, pictures.class_names):
-        if len(names) == num_outputs:
-            return tuple(names)
-    return tuple(f"class {index}" for index in range(num_outputs))
-
-
 class Batch(NamedTuple):
     """Readable images: normalised float32 [B, 3, S, S], and labels int64 [B]."""
 
@@ -206,12 +200,7 @@ class Batch(NamedTuple):
 
 
 class PictureReader:
-    """Reads images in batches and takes note of those that can't be read.
-
-    Attributes:
-        names: of the images read so far.
-        bad: name and reason of those that couldn't be.
-    """
+    """Reads images in batches: `names` of those read so far, and `bad`, name and reason of those that can't be read."""
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
         self.pictures, self.model, self.batch_size = pictures, model, batch_size
@@ -254,11 +243,7 @@ class PictureReader:
 
 
 def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
-    """The model with its input size and normalisation; `class_names` is empty for a bare module without labels.
-
-    Raises:
-        UserError: if there is no such model, or a module doesn't say what images it takes.
-    """
+    """The model with its input size and normalisation; `class_names` is empty for a bare module without labels."""
     if isinstance(model, SavedModel):
         return model
     if not isinstance(model, nn.Module):
@@ -306,12 +291,9 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
 
 @torch.no_grad()
 def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) -> dict[int, Tensor]:
-    """What each MoE layer receives of every patch: block index -> [B, P, D]; prefix tokens are left out.
+    """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens.
 
-    Args:
-        net: a converted model in eval mode.
-        pixels: [B, 3, S, S], see `network_input`.
-        filled_slots: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
+    `filled_slots`: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
     """
     received: dict[int, Tensor] = {}
 

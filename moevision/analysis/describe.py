@@ -57,36 +57,23 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def co_activation(expert_index: Ints, num_experts: int, kept: Flags | None = None) -> Ints:
-    """How many patches chose both of two experts, for *every* pair among the K that were chosen.
+    """[E, E] symmetric counts N_ij of patches that chose both of two experts, among their choices [I, P, K].
 
-    Pairs of neighbours in rank alone (which some published scripts count) miss a pair such as first and third.
-
-    Args:
-        expert_index: [I, P, K] chosen experts, different ones for one patch.
-        num_experts: E.
-        kept: [I, P, K] which of them count; all if None.
-
-    Returns:
-        [E, E] symmetric counts N_ij; the diagonal is N_i, the patches that chose expert i at all. The share of
-        expert i's patches that also chose j is `counts[i, j] / counts[i, i]` (OLMoE, arXiv:2409.02060).
+    Pairs of neighbours in rank alone (which some published scripts count) miss a pair such as first and third. The
+    diagonal is N_i, the patches that chose expert i at all; N_ij / N_i is the share of expert i's patches that also
+    chose j (OLMoE, arXiv:2409.02060). `kept` [I, P, K] says which choices count; all if None.
     """
     one_hot = choice_counts(expert_index, num_experts, kept).reshape(-1, num_experts).astype(np.float64)
     return (one_hot.T @ one_hot).astype(np.int64)
 
 
 def expected_co_activation(counts: Ints, steps: int = 500) -> Floats:
-    """The pair counts that the loads alone would give: experts pair up without preferring one another.
+    """[E, E]: the pair counts that the loads alone would give: experts pair up without preferring one another.
 
     Quasi-independence for a symmetric table without diagonal (Bishop, Fienberg & Holland, "Discrete Multivariate
     Analysis", 1975, ch. 5 and 8): N_ij = a_i a_j for i ≠ j, with the row sums that were counted. With equal loads
-    it is (K - 1) / (E - 1) of N_i for each pair.
-
-    Args:
-        counts: [E, E] from `co_activation`.
-        steps: rounds of the fit; a dozen suffice unless one expert is in nearly every pair.
-
-    Returns:
-        [E, E], the diagonal as counted.
+    it is (K - 1) / (E - 1) of N_i for each pair. A dozen steps of the fit suffice unless one expert is in nearly every
+    pair.
     """
     pairs = np.array(counts, dtype=np.float64)
     np.fill_diagonal(pairs, 0.0)
@@ -133,13 +120,7 @@ def gate_weight_quantiles(
 
 
 def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) -> Floats:
-    """[I, P, parts]: which share of each patch's pixels belongs to each part; sums to 1 over the parts.
-
-    Args:
-        part_masks: [I, S, S] part of each pixel, 0..num_parts - 1, as `PictureSet.part_mask` gives them.
-        grid: (rows, columns) of patches; each divides S.
-        num_parts: number of parts.
-    """
+    """[I, P, parts]: which share of each patch's pixels belongs to each part, from masks [I, S, S] of part numbers."""
     rows, columns = grid
     images, height, width = part_masks.shape
     tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(2, 3)
@@ -156,15 +137,8 @@ def majority_part(fractions: Floats) -> Ints:
 def part_expert_table(expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None) -> Floats:
     """[parts, E]: patches of each part that went to each expert; a patch counts for its parts by their area.
 
-    Each of a patch's K choices carries 1/K of it, so the table sums to I · P and the row sums are each part's area
-    in patches. Divide a row by its sum for the share of that part's area that each expert received. With amounts a
-    choice carries its amount, and row sums are what all experts read of a part.
-
-    Args:
-        expert_index: [I, P, K] chosen experts.
-        fractions: [I, P, parts] from `part_fractions`, or one-hot majority parts.
-        num_experts: E.
-        amount: [I, P, K] what each choice carries; 1/K if None.
+    From chosen experts [I, P, K] and `part_fractions` [I, P, parts]. Each choice carries 1/K of its patch, so that row
+    sums are each part's area in patches; or its amount [I, P, K], and row sums are what all experts read of a part.
     """
     area = np.asarray(fractions, np.float64)
     table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
@@ -274,9 +248,6 @@ def patches_on_path(
 
     Only of images of one class, if `label` names it; in order of image and patch, with the weight of the last layer's
     first choice.
-
-    Raises:
-        UserError: if the path is not one expert per MoE layer.
     """
     if len(path) != len(trace.layers):
         raise UserError(f"A path through this model names {len(trace.layers)} experts, one per MoE layer: {path}.")
@@ -335,32 +306,21 @@ _CHUNK_CELLS = 1 << 22
 
 @dataclass(frozen=True)
 class ClassExpertMap(Numbers):
-    """Shares of one layer's experts in the choices of each class.
+    """Shares of one layer's experts in the choices of each class."""
 
-    Attributes:
-        layer: block index.
-        class_names: [C] rows of the table.
-        n_images: [C] images of each class.
-        share: [C, E] expert e's share of the kept choices in an image (of the weights, where tokens don't choose),
-            averaged over the images of class c; nan for a class without images.
-        mean_share: [E] the same, averaged over all images.
-        excess: [C, E] `share` minus `mean_share`.
-        threshold: how large an excess the largest cell of a table reaches by chance (`level` of the permuted tables).
-        significant: [C, E] bool, cells whose excess is larger than that in absolute value.
-        p_value: [C, E] corrected for the whole table.
-        level: 1 minus the family-wise error.
-    """
-
-    layer: int
-    class_names: tuple[str, ...]
-    n_images: Ints
+    layer: int  # block index
+    class_names: tuple[str, ...]  # [C] rows of the table
+    n_images: Ints  # [C] images of each class
+    # [C, E] expert e's share of the kept choices in an image (of the weights, where tokens don't choose), averaged over
+    # the images of class c; nan for a class without images
     share: Floats
-    mean_share: Floats
-    excess: Floats
+    mean_share: Floats  # [E] the same, averaged over all images
+    excess: Floats  # [C, E] `share` minus `mean_share`
+    # how large an excess the largest cell of a table reaches by chance (`level` of the permuted tables)
     threshold: float
-    significant: Flags
-    p_value: Floats
-    level: float = _LEVEL
+    significant: Flags  # [C, E] bool, cells whose excess is larger than that in absolute value
+    p_value: Floats  # [C, E] corrected for the whole table
+    level: float = _LEVEL  # 1 minus the family-wise error
 
     def to_json(self) -> Json:
         """The fields as JSON primitives; null stands for a class without images."""

@@ -201,14 +201,8 @@ def take_away_random(
 ) -> Decision:
     """Take assignments away at random, from any expert; each image of the batch by its own draw.
 
-    Where images are routed as a whole, as many experts of an image, each for all of its tokens.
-
-    Args:
-        decision: of B images.
-        numbers: [B][2] how many assignments of prefix tokens, and of patches.
-        keys: [B] seeds of the draws.
-        num_prefix_tokens: tokens in front of the patches.
-        fill: `next_best` or `zero`.
+    `numbers` [B][2] says how many of prefix tokens, and of patches; `keys` [B] are the seeds of the draws. Where images
+    are routed as a whole, as many experts of an image are taken, each for all of its tokens.
     """
     routing = decision.settle()
     kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()  # [B, N, K]
@@ -267,13 +261,8 @@ def run_compared(
 ) -> Tensor:
     """Logits [R, C] of one batch in which every row has its own change: rows of `others` first, then of the control.
 
-    Args:
-        net: the network.
-        x: [R, 3, S, S], or [1, 3, S, S] for R times the same image.
-        intervention: whose control is drawn.
-        taken: what the intervention takes from experts, by image of x.
-        others: interventions on the same layer.
-        keys: seed of each draw.
+    x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `taken` is what the intervention takes from experts
+    by image of x, `keys` the seed of each draw of its control.
     """
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     of_others = [other.edits(net) for other in others]
@@ -358,25 +347,16 @@ class OtherExpert:
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The effect on images of one class, each measured on the logit of that class.
+    """The effect on images of one class, each measured on the logit of that class."""
 
-    Attributes:
-        class_name: the class.
-        intervention: what was changed.
-        delta_logits: [I] change of the logit, by image.
-        delta_ps: [I] change of the probability.
-        control_delta_logits: [I] the same with the control, one draw for each image; None where there is no control.
-        moved: mean number of patch assignments that the intervention takes from their experts.
-        unreadable: images of the class that could not be read, and are not among I.
-    """
-
-    class_name: str
-    intervention: Intervention
-    delta_logits: tuple[float, ...]
-    delta_ps: tuple[float, ...]
+    class_name: str  # the class
+    intervention: Intervention  # what was changed
+    delta_logits: tuple[float, ...]  # [I] change of the logit, by image
+    delta_ps: tuple[float, ...]  # [I] change of the probability
+    # [I] the same with the control, one draw for each image; None where there is no control
     control_delta_logits: tuple[float, ...] | None
-    moved: float
-    unreadable: int = 0
+    moved: float  # mean number of patch assignments that the intervention takes from their experts
+    unreadable: int = 0  # images of the class that could not be read, and are not among I
 
     def to_json(self) -> Json:
         """Means over images and their standard deviations (null for one image, and without a control)."""
@@ -397,31 +377,20 @@ class ClassEffect:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect on one image.
+    """The effect on one image."""
 
-    Attributes:
-        intervention: what was changed.
-        class_names: [C].
-        target: index of the class that the changes below are about.
-        before_logits: [C].
-        after_logits: [C].
-        moved: patch assignments that the intervention takes from their experts, in the layers that it acts on.
-        moved_prefix: the same of class and register tokens.
-        control: the same number taken away at random; None where as many random choices are the change itself.
-        others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
-        routing: who chooses in the layers that it acts on.
-    """
-
-    intervention: Intervention
-    class_names: tuple[str, ...]
-    target: int
-    before_logits: tuple[float, ...]
-    after_logits: tuple[float, ...]
-    moved: int
-    moved_prefix: int
+    intervention: Intervention  # what was changed
+    class_names: tuple[str, ...]  # [C]
+    target: int  # index of the class that the changes below are about
+    before_logits: tuple[float, ...]  # [C]
+    after_logits: tuple[float, ...]  # [C]
+    moved: int  # patch assignments that the intervention takes from their experts, in the layers that it acts on
+    moved_prefix: int  # the same of class and register tokens
+    # the same number taken away at random; None where as many random choices are the change itself
     control: Control | None
+    # the same on every other expert of the layer; empty unless an expert was ablated or forced
     others: tuple[OtherExpert, ...]
-    routing: RoutingKind = "token_choice"
+    routing: RoutingKind = "token_choice"  # who chooses in the layers that it acts on
 
     @property
     def before(self) -> tuple[float, ...]:

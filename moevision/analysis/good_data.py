@@ -71,20 +71,10 @@ _FEW = 0.5  # grey images stand out where at most this share is grey
 
 
 def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = "") -> Json:
-    """Find out everything about the images of a run, and write the table and the page.
+    """Find out everything about the images of a run, and write the table and the page to `out`.
 
-    Args:
-        run_dir: the run folder, with scores.csv and its model.
-        out: the folder to write to.
-        show: images per list of the page.
-        quick: only the scores: no image is opened but those that are shown.
-        command: the command line, for the page.
-
-    Returns:
-        What the page was made of.
-
-    Raises:
-        UserError: if there are no scores, images or model, or `out` can't be written.
+    The page shows `show` images per list; `quick`: only the scores, no image is opened but those that are shown.
+    Returns what the page was made of.
     """
     for name, mark in ((TABLE, b"split,image,label,"), (PAGE, b'content="moevision ')):
         refuse_foreign(out / name, mark)
@@ -211,11 +201,8 @@ class Nearest:
 def nearest_by_hash(hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None) -> tuple[Nearest, Nearest]:
     """The nearest image, and the nearest one of another split, by the bits in which hashes differ, at most `MOST_BITS`.
 
-    Args:
-        hashes: [n].
-        usable: [n], whether an image has a hash.
-        split: [n], number of its split.
-        white: [n, D] of `whitened`, which must agree where more than `SURE_BITS` differ; None: they aren't asked.
+    Of hashes, whether they are usable, and splits, [n] each; where more than `SURE_BITS` differ `whitened` features [n,
+    D] must agree (None: they aren't asked).
     """
     rows, found = np.flatnonzero(usable), (Nearest.none(len(hashes)), Nearest.none(len(hashes)))
     bits = np.unpackbits(hashes[rows].astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
@@ -389,11 +376,7 @@ class RunImages:
 
 
 def images_of(run_dir: Path) -> RunImages:
-    """The images of a run, in the split that it recorded; nothing is decoded for good.
-
-    Raises:
-        UserError: if the data are no longer there.
-    """
+    """The images of a run, in the split that it recorded; nothing is decoded for good."""
     from moevision.data import ImageDataModule  # Lightning comes along
 
     known = signature(ImageDataModule).parameters
@@ -443,16 +426,10 @@ class Known:
 def examine(
     images: RunImages, scores: Scores, model: SavedModel | None, advance: Callable[[int], None] = lambda _: None
 ) -> Known:
-    """Find out everything.
+    """Find out everything about the images of a run, with the scores of its training images.
 
-    Args:
-        images: of the run.
-        scores: of its training images.
-        model: the run's own; None leaves the pass over the images out.
-        advance: called with the number of images that were looked at since the last call.
-
-    Raises:
-        UserError: if the scores are of other images, or the model has other classes.
+    A model of None leaves the pass over the images out. `advance` is told how many images were looked at since the last
+    call.
     """
     n, own = len(images), keys_of(csv_name(sample.sample_id) for sample in images.samples["train"])
     row = rows_of(keys_of(map(csv_name, scores.images)), own)

@@ -41,17 +41,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PictureSet(Protocol):
-    """Labelled images of one size, by index.
+    """Labelled images of one size, by index."""
 
-    Attributes:
-        class_names: names of the labels.
-        name: what the images are, in words.
-        part_names: names of the values of a part mask; empty where parts aren't known.
-    """
-
-    class_names: tuple[str, ...]
-    name: str
-    part_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # names of the labels
+    name: str  # what the images are, in words
+    part_names: tuple[str, ...]  # names of the values of a part mask; empty where parts aren't known
 
     def __len__(self) -> int:
         """Number of images, unreadable ones included."""
@@ -419,11 +413,7 @@ def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.I
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
-    """The images in the order of the trace, without those that could not be read when it was collected.
-
-    Raises:
-        UserError: if the trace is of other images.
-    """
+    """The images in the order of the trace, without those that could not be read when it was collected."""
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     if tuple(names) == trace.picture_names:
         return pictures
@@ -446,9 +436,6 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
 
     Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
     covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
-
-    Returns:
-        uint8 [(1 + 2 · context) · patch height, (1 + 2 · context) · patch width, 3].
 
     Raises:
         UserError: if there is no such patch or patches don't tile the image.
@@ -474,11 +461,7 @@ def run_folder(address: str) -> Path | None:
 
 
 def data_settings(run: Path) -> Mapping[str, Any]:
-    """What a run's newest configuration says about its data; empty where it says nothing.
-
-    Raises:
-        UserError: if the file can't be read.
-    """
+    """What a run's newest configuration says about its data; empty where it says nothing."""
     file = newest_config(run)
     try:
         data = read_yaml(file)["data"]
@@ -567,21 +550,9 @@ def pictures_for(
     limit: int | None = None,
     root: str | None = None,
 ) -> PictureSet | None:
-    """Images for a model, held-out ones by default: of `data`, or else of what its run was trained on.
+    """Images for a model at an address, held-out ones by default: of `data`, or else of what its run was trained on.
 
-    Args:
-        address: a run folder, its model/ folder, or any other address.
-        model: the model there.
-        data: a folder or a dataset's name; None takes the run's own.
-        split: `test`, `val`, `train` or `all`, as in `open_pictures`.
-        limit: at most so many, the same number of each class.
-        root: folder of named datasets; the run's own if None.
-
-    Returns:
-        The images; None if neither `data` nor a run says which.
-
-    Raises:
-        UserError: if the images aren't there (any more).
+    The options are those of `open_pictures`. None if neither `data` nor a run says which.
     """
     found = find_images(address, data)
     return None if found is None else found.open(model, split=split, limit=limit, root=root)

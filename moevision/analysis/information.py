@@ -1,37 +1,26 @@
 """Mutual information between experts and what a patch shows, with images, not patches, as the units of evidence.
 
-Patches of one image are not independent. Shuffling patches (or the Miller-Madow correction, or scikit-learn's adjusted
-mutual information) therefore calls routing that merely differs from image to image "specialised by class". Here
-everything is permuted over whole images:
+Patches of one image are not independent: shuffling patches calls routing that merely differs from image to image
+"specialised by class". Here everything is permuted over whole images:
 
 - class: labels are permuted over images; each image keeps its routing map. Exact, since images are exchangeable.
-- part: an image's routing map is paired with the part map of another image. What position explains (background lies
-  at the rim) is then in the null; the excess is what *this* image's parts explain beyond it.
+- part: an image's routing map is paired with the part map of another image. What position explains is then in the null.
 
-The estimate is the excess: the plug-in minus the mean of the null. Counts may be weights (how much of a patch an expert
-reads, how much a patch takes from it): plug-in information depends on shares only, every null moves whole images, and
-bias and interval come from the spread over images, so none of them needs whole numbers. Corrections that do need them
-(Miller-Madow) aren't used.
+The estimate is the excess: the plug-in minus the mean of the null. Counts may be weights: plug-in information depends
+on shares only, every null moves whole images, and bias and interval come from the spread over images.
 
 **The interval.** For small effects plug-in mutual information is a quadratic form |x|² of Gaussian deviations x whose
-mean has length √θ. Then
+mean has length √θ: its mean is θ + b and its variance v0 + κ θ, with b and v0 those of the null (θ = 0); the delta
+method over images estimates κ |x|², so that its variance over the plug-in estimates κ. The interval holds every θ whose
+score ``(estimate - θ)² / (v0 + κ θ)`` is at most z², the form of Wilson's interval of a proportion. It doesn't become
+too short where the estimate happens to be small, and at θ = 0 it agrees with a test against the null. A percentile
+bootstrap takes the noise of the image sample for signal (`benchmarks/analysis/coverage.py` measures them all).
 
-- its mean is θ + b, and its variance v0 + κ θ, with b and v0 the mean and the variance of the null (θ = 0);
-- the delta method over images estimates 4 xᵀΣx, which is κ |x|²: its variance over the plug-in estimates κ without
-  the bias that the noise in x gives to each of them alone.
+The null's mean overstates the bias under an effect: shuffled images differ by their classes too. The second-order delta
+method gives the difference (`bias_surplus`), but in sparse tables it can't be trusted far, so one end of the interval
+is taken with it and the other without. It matters for few images per class.
 
-The interval holds every θ whose score ``(estimate - θ)² / (v0 + κ θ)`` is at most z²: the form of Wilson's interval of
-a proportion, in closed form as well. Unlike an interval ``estimate ± z · standard error`` it doesn't become too short
-where the estimate happens to be small, and at θ = 0 it agrees with a test against the null. A percentile bootstrap
-takes the noise of the image sample for signal and hardly ever covers 0 with many classes.
-`benchmarks/analysis/coverage.py` measures them all.
-
-The null's mean overstates the bias under an effect: shuffled images differ by their classes too, images of one class
-don't. The second-order delta method gives the difference (`bias_surplus`), but in sparse tables it can't be trusted
-far, so one end of the interval is taken with it and the other without. It matters for few images per class.
-
-Sources: Wilson, JASA 22 (1927) 209-212; van der Vaart, Asymptotic Statistics (1998), chapters 3 and 20 (delta method,
-influence functions).
+Sources: Wilson, JASA 22 (1927) 209-212; van der Vaart, Asymptotic Statistics (1998), chapters 3 and 20.
 
 Axes: I images, P patches (row-major), K choices, E experts, V values of what the experts are asked about,
 R permutations of the same images.
@@ -69,16 +58,9 @@ def class_information(
     num_permutations: int = 200,
     seed: int = 0,
 ) -> Estimate:
-    """I(expert; class) against labels permuted over images.
+    """I(expert; class) of counts [I, P, E] of kept choices (or weights), against labels [I] permuted over images.
 
-    Args:
-        patch_counts: [I, P, E] kept choices (or weights) of each patch.
-        labels: [I] classes; images with a negative label are left out.
-        num_permutations: R.
-        seed: of the permutations.
-
-    Raises:
-        UserError: there are fewer than two labelled images.
+    Images with a negative label are left out.
     """
     labelled = np.asarray(labels) >= 0
     _, values = np.unique(np.asarray(labels)[labelled], return_inverse=True)  # classes without an image cost nothing
@@ -115,16 +97,9 @@ def class_information(
 def part_information(
     patch_counts: Floats | Ints, parts: Ints, *, num_permutations: int = 200, seed: int = 0
 ) -> Estimate:
-    """I(expert; part), against routing maps paired with the part map of another image.
+    """I(expert; part) of counts [I, P, E] and the parts [I, P], against maps paired with the parts of another image.
 
-    Args:
-        patch_counts: [I, P, E] kept choices (or weights) of each patch.
-        parts: [I, P] the part that each patch shows; patches with a negative part are left out.
-        num_permutations: R.
-        seed: of the pairing.
-
-    Raises:
-        UserError: there are fewer than two images, or no patch has a part.
+    Patches with a negative part are left out.
     """
     maps = _checked(np.asarray(patch_counts))
     if not (np.asarray(parts) >= 0).any():
@@ -184,12 +159,9 @@ def chunks(total: int, size: int) -> Iterator[int]:
 
 
 def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
-    """[I, P, E] float32: how many choices of each patch fall on each expert.
+    """[I, P, E] float32: how many of the choices [I, P, K] of each patch fall on each expert.
 
-    Args:
-        expert_index: [I, P, K].
-        num_experts: E.
-        amount: [I, P, K] what a choice counts: whether it was kept, or a weight; 1 if None.
+    A choice counts its amount [I, P, K]: whether it was kept, or a weight; 1 if None.
     """
     chosen = np.asarray(expert_index)
     counts = np.zeros((*chosen.shape[:2], num_experts), np.float32)
@@ -222,13 +194,9 @@ def entropy_bits(counts: Floats | Ints) -> float:
 def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
     """Bias of the plug-in, in bits, by the second-order delta method over images; [R].
 
-    It is ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse
-    tables it is itself biased, so only differences between labellings of the same images are used.
-
-    Args:
-        sums: [R, V, E] choices, and of `squares` those of each image squared.
-        squares: [R, V, E].
-        images: [V] images of each class.
+    From [R, V, E] sums of choices, and of those of each image squared, and the images [V] of each class. It is
+    ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse tables
+    it is itself biased, so only differences between labellings of the same images are used.
     """
     if not len(sums):
         return np.empty(0)
@@ -289,27 +257,17 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Estimate(Numbers):
-    """Excess mutual information of one layer, over images.
+    """Excess mutual information of one layer, over images."""
 
-    Attributes:
-        value_bits: plug-in mutual information minus the mean of its null.
-        low: lower end of the 95 % interval of the true value, in bits; may be below 0, which means "not told from 0".
-        high: upper end.
-        null_mean: mean of the plug-in under the null, in bits: what chance alone gives with this number of images.
-        null_sd: its standard deviation.
-        p_value: one-sided, ``(1 + null values at least as large) / (1 + permutations)``.
-        share_of_entropy: `value_bits` over the entropy of what the experts are asked about.
-        n_images: images that the estimate rests on.
-    """
-
-    value_bits: float
+    value_bits: float  # plug-in mutual information minus the mean of its null
+    # lower end of the 95 % interval of the true value, in bits; may be below 0, which means "not told from 0"
     low: float
-    high: float
-    null_mean: float
-    null_sd: float
-    p_value: float
-    share_of_entropy: float
-    n_images: int
+    high: float  # upper end
+    null_mean: float  # mean of the plug-in under the null, in bits: what chance alone gives with this number of images
+    null_sd: float  # its standard deviation
+    p_value: float  # one-sided, ``(1 + null values at least as large) / (1 + permutations)``
+    share_of_entropy: float  # `value_bits` over the entropy of what the experts are asked about
+    n_images: int  # images that the estimate rests on
 
 
 def excess_estimate(
@@ -322,11 +280,11 @@ def excess_estimate(
     bias_surplus: float = 0.0,
     num_means: int = 1,
 ) -> Estimate:
-    """The excess of a plug-in over its null, with its interval.
+    """The excess of a plug-in (bits) over its null [R], with its interval.
 
     Args:
-        plug_in: observed plug-in information in bits.
-        null: [R] plug-in values under the null.
+        plug_in: observed plug-in information.
+        null: plug-in values under the null.
         influence: [I] what each image adds to the plug-in to first order, in bits; centred here.
         entropy: of what the experts are asked about, in bits.
         keeps_effect: the null keeps a part of the effect, so that it has a first-order variance of its own; the

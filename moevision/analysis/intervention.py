@@ -5,26 +5,22 @@
 
 What holds for all of them:
 
-- They act on every token of the layer, the class and register tokens too: an expert that is away is away for all.
+- They act on every token of the layer, the class and register tokens too.
 - Scopes nest. `force`, `swap` and `random_route` act on what the scopes around them left, in order of entry. Ablated
   experts, k and the capacity are conditions of the layer that hold for whatever is entered inside or outside: an
   ablated expert is never brought back, the capacity is applied last; of two k or two capacities the inner one counts.
 - A `Routing` recorded inside tells what was computed (`expert_index`, `combine_weight`, `kept`); its logits and
   probabilities stay what the router said.
-- A model with a capacity of its own applies it to what the edits have left, as it would to any other choice: tokens of
-  an ablated expert compete for a place at their next-best one, and a dropped token may get a place that became free.
-  `limit_capacity` takes its place.
+- A model with a capacity of its own applies it to what the edits have left, as it would to any other choice.
 - Nothing depends on batch-mates (unless the model's own capacity is shared by the batch), and leaving the scope
   restores the layer, also after an exception.
 - A scope holds `routing_lock(model)`: another thread that records or intervenes on the same model waits. A plain
-  `model(x)` in another thread doesn't wait and sees no intervention, since it acts in the thread that entered it only.
-- They work under `torch.compile` without compiling again (another k changes shapes, and so compiles once more).
-
-They are meant for inference: activation checkpointing may run a layer again in a thread of autograd's, which sees no
-intervention.
+  `model(x)` in another thread sees no intervention.
+- They work under `torch.compile` without compiling again (another k changes shapes, and so compiles once more), and
+  are meant for inference: activation checkpointing may run a layer again in a thread that sees no intervention.
 
 What they mean depends on who chooses, so the second half of the file holds a layer's `Decision` in the form of its kind
-of router; an intervention is an edit of it, and edits compose. `refusal` says which have no meaning there, and why.
+of router; an intervention is an edit of it, and edits compose. Every edit is a pure function of one image's own tokens.
 
 - Token choice (`Ranking`): each token has a list of all E experts, the K chosen first, the others by the score that the
   router chooses by. Taking an expert away, forcing one or choosing another k are edits of the list.
@@ -33,9 +29,6 @@ of router; an intervention is an edit of it, and edits compose. `refusal` says w
 - Soft MoE (`SlotWeights`): each expert reads slots, weighted means of all tokens. An expert that is taken away is one
   that tokens no longer take from; their weights over the other slots then sum to 1 again (`removed`) or stay
   (`silenced`).
-
-`settle` reads the edited decision off, with the gates of the router's own rule and within its own capacity. Every edit
-is a pure function of one image's own tokens: nothing depends on what else is in the batch.
 
 Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices of a token, C tokens that an expert
 takes, P slots of an expert.
@@ -93,27 +86,18 @@ _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
 class Intervention:
     """One change of the routing, as data: for JSON, for sentences, and for `intervene`.
 
-    Attributes:
-        kind: `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`.
-        layer: block index; None means every MoE layer (`random`, `top_k` and `capacity` only).
-        expert: the expert that is ablated or forced, or the first of two that are swapped.
-        other: the second of two that are swapped.
-        fill: what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place.
-        seed: of `random`, not negative.
-        top_k: k of `top_k`.
-        factor: of `capacity`: an expert computes at most ceil(factor · N · K / E) choices of one image.
-
     Raises:
         UserError: if a value that the kind needs is missing or impossible.
     """
 
-    kind: Kind
-    layer: int | None = None
-    expert: int | None = None
-    other: int | None = None
-    fill: Fill = "next_best"
-    seed: int = 0
-    top_k: int | None = None
+    kind: Kind  # `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`
+    layer: int | None = None  # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
+    expert: int | None = None  # the expert that is ablated or forced, or the first of two that are swapped
+    other: int | None = None  # the second of two that are swapped
+    fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
+    seed: int = 0  # of `random`, not negative
+    top_k: int | None = None  # k of `top_k`
+    # of `capacity`: an expert computes at most ceil(factor · N · K / E) choices of one image
     factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -191,11 +175,7 @@ def refusal(kind: Kind, routing: RoutingKind, route_by: RouteBy = "token") -> st
 
 
 def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
-    """The MoE layers by block index; by position among them where they aren't in a converted model.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """The MoE layers by block index; by position among them where they aren't in a converted model."""
     layers = moe_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer to intervene on: give a MoE model, not a dense one.")
@@ -646,13 +626,7 @@ def decision_of(router: Any, routing: Routing) -> Decision:
 
 
 def _token_view(weights: Tensor, computed: Tensor, order: Tensor) -> dict[str, Any]:
-    """The token's view of `Routing`: all experts, the largest `order` first.
-
-    Args:
-        weights: [B, N, E].
-        computed: [B, N, E] bool.
-        order: [B, N, E].
-    """
+    """The token's view of `Routing` from weights and whether they count, [B, N, E]: the largest `order` first."""
     index = order.argsort(dim=-1, descending=True, stable=True)
     return {
         "expert_index": index,

@@ -1,24 +1,9 @@
 """All figures of the analysis, one function each: arrays (or an image and its trace) in, a matplotlib Figure out.
 
-| question | figure |
-|---|---|
-| where does each patch of this image go? | `plot_overlay` |
-| which experts does one patch pass through? | `plot_path` |
-| how sure is the router of it? | `plot_certainty` |
-| how busy is each expert? | `plot_load` |
-| how much weight does each choice get? | `plot_gate_weights` |
-| how many experts does a patch have? | `plot_experts_per_patch` |
-| which experts are chosen together? | `plot_co_activation` |
-| which classes use which expert? | `plot_class_experts` |
-| which parts of an image go where? | `plot_part_experts` |
-| where in the image does each expert work? | `plot_positions` |
-| what does an expert get? | `plot_gallery` |
-| what changes without one expert? | `plot_effects` |
-
-`save_figure` writes one as PNG, `figure_png` gives the bytes; in a notebook a figure shows itself. Figures are drawn on
-matplotlib's Figure objects, never through pyplot, whose global state isn't safe in a thread, and are laid out for
-print: a figure is one column (3.5 in) or one page (7.2 in) wide at its natural size (wider only for many experts),
-with no text under 6 points but for numbers in crowded cells. Nothing is decided here: statistics come from `describe`.
+In a notebook a figure shows itself. Figures are drawn on matplotlib's Figure objects, never through pyplot, whose
+global state isn't safe in a thread, and are laid out for print: one column (3.5 in) or one page (7.2 in) wide at
+natural size (wider only for many experts), with no text under 6 points but for numbers in crowded cells. Nothing is
+decided here: statistics come from `describe`.
 
 Colours of experts: the first seven are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common
 colour vision, with the values of matplotlib's `color_sequences["okabe_ito"]`. The eighth is the grey of Tol's "bright"
@@ -34,7 +19,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -62,8 +46,7 @@ from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.information import Flags, Floats, Ints, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError, shown
-from moevision.files import write_bytes_atomic
+from moevision.errors import shown
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.words import percent
 
@@ -139,11 +122,6 @@ def figure_png(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", dpi=dots_per_inch or "figure")
     return buffer.getvalue()
-
-
-def save_figure(figure: Figure, out: str | Path) -> None:
-    """Write the figure as PNG, whole or not at all."""
-    write_bytes_atomic(Path(out), figure_png(figure))
 
 
 def heading(figure: Figure, text: str, note: str = "") -> None:
@@ -304,27 +282,13 @@ def expert_colours(num_experts: int) -> list[str]:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`).
+    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`), by WCAG's relative luminance L.
 
-    The better of the two always has a contrast of at least √21 ≈ 4.58, more than the 4.5 of WCAG's level AA.
+    The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal, √21 ≈ 4.58, at L = 0.179: more than level AA's 4.5.
     """
-    return max(WHITE, BLACK, key=lambda ink: contrast(ink, colour))
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast of two colours (`#RRGGBB`), from 1 (equal) to 21 (black on white), as WCAG 2.2 defines it.
-
-    https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
-    """
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(colour: str) -> float:
-    """WCAG relative luminance of `#RRGGBB`, from 0 (black) to 1 (white)."""
     channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return float(linear @ (0.2126, 0.7152, 0.0722))
+    return BLACK if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else WHITE
 
 
 # ---- figures of numbers
@@ -346,20 +310,12 @@ def plot_load(
 ) -> Figure:
     """Load bars, one panel per MoE layer, with the ideal line and how much busier the busiest expert is.
 
-    Args:
-        counts: per layer [E] choices that each expert computed, over all images (Soft MoE: weight that patches took).
-        layer_names: [L].
-        requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
-        kinds: who chooses in each layer; tokens if None.
-
-    Raises:
-        UserError: a layer without any choice.
+    From [E] choices that each expert computed (Soft MoE: weight that patches took) and were `requested` before
+    capacity, by layer; what was dropped stands hollow on top. `kinds`: who chooses in each layer; tokens if None.
     """
     loads = [np.asarray(load, dtype=np.float64) for load in counts]
     wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
     kinds = kinds or ["token_choice"] * len(loads)
-    if any(load.sum() <= 0 for load in (*loads, *wanted)):
-        raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
     experts, layers = max(len(load) for load in loads), len(loads)
     # a long name needs room beside its ratio
     columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
@@ -470,10 +426,7 @@ def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequenc
 def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> Figure:
     """Which experts are chosen for the same patch: conditional shares for all pairs, coloured by their excess.
 
-    Args:
-        counts: [E, E] from `co_activation`.
-        top_k: K of the layer, at least 2; None where experts choose, so that patches have different numbers of them.
-        layer_name: in words.
+    From `co_activation` [E, E]; K is None where experts choose, so that patches have different numbers of them.
     """
     table = np.asarray(counts, dtype=np.float64)
     experts = len(table)
@@ -523,27 +476,14 @@ def plot_class_experts(
     threshold: float | None = None,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
-    """Class × expert heatmap of one layer: shares in the cells, colour only where a cell stands above the null.
+    """Class × expert heatmap of one layer: shares [C, E] in the cells, colour only where a cell stands above the null.
 
-    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal. A class
-    without images (NaN) is left out.
-
-    Args:
-        share: [C, E] share of a class's choices (weights, where tokens don't choose) that falls on each expert.
-        significant: [C, E] bool, which cells stand above the null.
-        class_names: [C] in words.
-        layer_name: in words.
-        excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
-        threshold: the smallest |excess| that counts as significant, to be stated.
-        kind: who chooses in the layer.
-
-    Raises:
-        UserError: no class has an image.
+    Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal; one
+    without images (NaN) is left out. `excess` [C, E] is the share minus what it is compared with, by default the mean
+    over classes; `threshold` the smallest |excess| that counts as significant, to be stated.
     """
     shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
     known: Flags = np.asarray(np.isfinite(shares).all(1))
-    if not known.any():
-        raise UserError("No class has an image, so there is no share to draw; give images whose class is known.")
     above = shares if excess is None else np.asarray(excess, dtype=np.float64)
     shares, flags, above = shares[known], flags[known], above[known]
     if excess is None:
@@ -691,12 +631,8 @@ def plot_effects(
 ) -> Figure:
     """Change of the true class's logit without each expert: one small mark per class, a large one for their mean.
 
-    Args:
-        deltas: per layer [E, C], mean over images of a class.
-        controls: per layer [E, C], the same with as many random choices taken away instead; NaN without a control.
-        layer_names: such as "L4".
-        class_names: [C]; the one that changes most is named.
-        what: the intervention in words, such as "its patches go to their next-best expert".
+    Per layer [E, C] means over images of a class, and the same with as many random choices taken away instead (NaN
+    without a control). `what` is the intervention in words, such as "its patches go to their next-best expert".
     """
     effects = [np.asarray(delta, dtype=np.float64) for delta in deltas]
     chance = [np.asarray(control, dtype=np.float64) for control in controls]
@@ -770,22 +706,6 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         axes = figure.add_subplot(rows, columns, place)
         _draw_experts(axes, picture, layer, image, trace.grid)
         panel_title(axes, layer.name, _first_choices(layer, image))
-    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", _overlay_note({each.kind for each in shown}))
-    return figure
-
-
-def _first_choices(layer: LayerTrace, image: int) -> str:
-    """What there is to say about a panel."""
-    of_image = layer.select(slice(image, image + 1))
-    first = of_image.first_choice()
-    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
-    if layer.kind == "expert_choice":
-        return f"no expert: {(first < 0).sum()} of {first.size} patches"
-    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
-
-
-def _overlay_note(kinds: set[RoutingKind]) -> str:
-    """How to read the overlay."""
     words = {
         "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped "
         "by capacity.",
@@ -794,8 +714,19 @@ def _overlay_note(kinds: set[RoutingKind]) -> str:
         "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
         "weight, from an equal share to all of it.",
     }
-    said = " ".join(text for kind, text in words.items() if kind in kinds)
-    return f"{said} Equal colours in two layers are unrelated experts."
+    said = " ".join(text for kind, text in words.items() if any(each.kind == kind for each in shown))
+    note = f"{said} Equal colours in two layers are unrelated experts."
+    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
+    return figure
+
+
+def _first_choices(layer: LayerTrace, image: int) -> str:
+    of_image = layer.select(slice(image, image + 1))
+    first = of_image.first_choice()
+    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+    if layer.kind == "expert_choice":
+        return f"no expert: {(first < 0).sum()} of {first.size} patches"
+    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
 
 
 def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
@@ -836,37 +767,6 @@ def _pale(picture: Pixels, darkest: float) -> Floats:
     return darkest + (1 - darkest) * grey
 
 
-def plot_certainty(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure:
-    """How sure the router is of each patch of an image (as in `plot_overlay`): entropy and margin."""
-    shown = trace.layers
-    columns = min(len(shown), _PER_ROW)
-    blocks = -(-len(shown) // columns)
-    side = PAGE_INCHES / max(columns + 1.6, 3.6)
-    figure = new_figure(side * (columns + 1) + 0.75, 2 * blocks * (side + 0.1))
-    cells = figure.add_gridspec(2 * blocks, columns + 1)
-    axes = figure.add_subplot(cells[0, 0])
-    axes.imshow(picture)
-    bare(axes)
-    panel_title(axes, "image")
-    most = float(np.log2(max(layer.num_experts for layer in shown)))
-    asked = (("entropy", most, f"bits (0 decided, {most:.3g} undecided)"), ("margin", 1.0, "best − second-best"))
-    for row, (name, limit, label) in enumerate(asked):
-        norm, drawn = Normalize(0, limit), []
-        for place, layer in enumerate(shown):
-            values = np.asarray((layer.entropy_bits if row == 0 else layer.margin)[image], dtype=np.float64)
-            axes = figure.add_subplot(cells[row * blocks + place // columns, 1 + place % columns])
-            _over(axes, _pale(picture, 0.6), values.reshape(trace.grid), trace.grid, cmap=AMOUNT, norm=norm, alpha=0.78)
-            panel_title(axes, layer.name, f"mean {name} {values.mean():.2f}")
-            drawn.append(axes)
-        colour_bar(drawn, AMOUNT, norm, label, "%.1f")
-    note = (
-        "Entropy of the router's probabilities over all experts, and how far the best is ahead of the second. "
-        "Low entropy alone isn't specialization: a collapsed router is sure as well."
-    )
-    heading(figure, f"How sure the router is: {verdict_on(trace, image)}", note)
-    return figure
-
-
 def verdict_on(trace: RoutingTrace, image: int) -> str:
     """What the image is and what the model takes it for."""
     guess, label = int(trace.predictions[image]), int(trace.labels[image])
@@ -878,16 +778,8 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
 
 
 def plot_path(picture: Pixels, trace: RoutingTrace, image: int, patch: int) -> Figure:
-    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities.
-
-    Raises:
-        UserError: if there is no such patch.
-    """
+    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities."""
     rows, columns = trace.grid
-    if not 0 <= patch < rows * columns:
-        raise UserError(
-            f"There is no patch {patch}: the {rows} x {columns} grid has patches 0 to {rows * columns - 1}."
-        )
     experts = max(layer.num_experts for layer in trace.layers)
     height = float(np.clip(0.24 * experts, 1.9, 6.5))
     figure = new_figure(PAGE_INCHES * (0.7 if len(trace.layers) <= 4 else 1), height)
@@ -919,7 +811,11 @@ def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts:
         probs = np.asarray(layer.probs[image, patch], dtype=np.float64)
         axes.scatter(np.full(len(probs), place), np.arange(len(probs)), s=60 * probs + 1.5, color="#B9BEC4", zorder=2)
     for choice in reversed(range(max(layer.top_k for layer in trace.layers))):
-        there = [place for place, layer in enumerate(trace.layers) if _is_drawn(layer, image, patch, choice)]
+        there = [  # one that capacity dropped counts, an expert that took nothing doesn't
+            place
+            for place, layer in enumerate(trace.layers)
+            if choice < layer.top_k and (layer.kind != "expert_choice" or layer.kept[image, patch, choice])
+        ]
         at = {place: int(trace.layers[place].expert_index[image, patch, choice]) for place in there}
         if choice == 0 or not any(layer.kind == "soft" for layer in trace.layers):
             line = [at.get(place, np.nan) for place in range(len(x))]  # interrupted where a layer has no such choice
@@ -951,11 +847,6 @@ def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts:
     name_axis(axes, "MoE layer, from shallow to deep", "x")
 
 
-def _is_drawn(layer: LayerTrace, image: int, patch: int, choice: int) -> bool:
-    """Whether the layer has such a choice: one that capacity dropped counts, an expert that took nothing doesn't."""
-    return choice < layer.top_k and (layer.kind != "expert_choice" or bool(layer.kept[image, patch, choice]))
-
-
 def plot_gallery(
     pictures: PictureSet,
     trace: RoutingTrace,
@@ -965,16 +856,7 @@ def plot_gallery(
     count: int = 8,
     seed: int = 0,
 ) -> Figure:
-    """One row per expert: its heaviest patches, and as many random ones, in context and outlined.
-
-    Args:
-        pictures: the images that the trace was made of.
-        trace: routing of all of them.
-        layer: block index of the MoE layer.
-        experts: which to show; all by default, or the 16 busiest of more.
-        count: patches of each kind.
-        seed: of the random patches.
-    """
+    """One row per expert (or the 16 busiest): its heaviest patches, and as many random ones, outlined in context."""
     routing = trace.layer(layer)
     loads = routing.counts().sum(0)
     galleries = layer_gallery(routing, count, seed)

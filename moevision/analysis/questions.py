@@ -5,13 +5,11 @@
    its answers are dealt to as many balanced groups as there are experts.
 2. Did training the router add to that? The same of the router before training and of k-means clusters of its own input.
    Every training stands against its own controls. A router that was started from clusters can't answer it.
-3. Do the experts do different things? The swap test (`swap`): the layer left out; a class's favourite expert exchanged
-   with any other, beside any two other experts at the same share of moved choices; routes of other images; every expert
-   away. In log-loss and points of accuracy.
+3. Do the experts do different things? The swap test, below: the layer left out; a class's favourite expert exchanged
+   with any other, beside any two other experts at the same share of moved choices; routes of other images.
 
-Each answer is one of "yes", "a little", "not shown" and "not measured", the third also "the layer contributes nothing".
-There is no verdict over all three: classes may go to different experts without training the router having added to it,
-and experts that do different things may be no experts of classes. The rules:
+Each answer is "yes", "a little", "not shown" or "not measured", the third also "the layer contributes nothing". There
+is no verdict over all three. The rules:
 
 - 1 is shown where the bits' interval lies above 0 and at most one shuffling of twenty tells as much;
 - 2 is shown where every training tells more than each of its own controls (interval of the difference above 0);
@@ -23,10 +21,9 @@ and experts that do different things may be no experts of classes. The rules:
   tells, and 1 also where the expert guesses right less than `SKILL` of what the majority class gets wrong.
 
 The answers are about first choices of all patches; where no patch chooses (expert choice, Soft MoE) about what patches
-take. What is missing of a recording is said to be not measured. What is recorded and read off it is
-in `readings`, the third question's test in `swap`.
+take. What is missing of a recording is said to be not measured.
 
-Axes: C classes, E experts.
+Axes: I images, P patches, K choices best first, E experts, C classes, R images that are run, V variants of routes.
 """
 
 from __future__ import annotations
@@ -35,7 +32,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, cast
 
-from moevision.analysis.information import Estimate, Json, Numbers
+import numpy as np
+from scipy.special import log_softmax
+
+from moevision.analysis.information import Estimate, Flags, Floats, Ints, Json, Numbers, halves_by_class
 from moevision.analysis.readings import (
     Controls,
     Interval,
@@ -43,11 +43,15 @@ from moevision.analysis.readings import (
     Load,
     Reading,
     Recording,
+    Run,
+    counts_of,
     listed,
+    load_of,
+    paired_interval,
+    ratio_interval,
     read_layer,
     span,
 )
-from moevision.analysis.swap import Swap, swap_test
 from moevision.errors import UserError
 from moevision.words import percent, signed
 
@@ -81,19 +85,12 @@ _P_VALUE = 0.05
 
 @dataclass(frozen=True)
 class Answer(Numbers):
-    """One answer: a plain sentence, and the numbers behind it.
-
-    Attributes:
-        question: which.
-        answer: `yes`, `a little`, `not shown`, `not measured` or, of the third, `the layer contributes nothing`.
-        detail: what stands in brackets.
-        numbers: further sentences.
-    """
+    """One answer: a plain sentence, and the numbers behind it."""
 
     question: Question
-    answer: str
-    detail: str
-    numbers: Sequence[str] = ()
+    answer: str  # `yes`, `a little`, `not shown`, `not measured` or, of the third, `the layer contributes nothing`
+    detail: str  # what stands in brackets
+    numbers: Sequence[str] = ()  # further sentences
 
     @property
     def sentence(self) -> str:
@@ -109,30 +106,21 @@ class Answer(Numbers):
 
 @dataclass(frozen=True)
 class LayerAnswers(Numbers):
-    """The three answers about one layer, and every number behind them.
-
-    Attributes:
-        name: of the layer.
-        answers: of the three questions, in order.
-        load: how evenly the experts are used.
-        readings: everything that was read off the choices.
-        probe: the same of the linear probe's balanced groups; None without inputs.
-        controls: name of a control -> what each of its seeds tells, of a patch and of the image.
-        same: name of a control -> the same of the router, on the images of that control.
-        trainings: by how many bits each training exceeds its own best control: this one first, then the others; None
-            where that wasn't measured.
-        swap: the swap test; None where it wasn't made.
-    """
+    """The three answers about one layer, and every number behind them."""
 
     name: str
-    answers: Sequence[Answer]
-    load: Load
-    readings: Sequence[Reading] = ()
-    probe: Reading | None = None
+    answers: Sequence[Answer]  # of the three questions, in order
+    load: Load  # how evenly the experts are used
+    readings: Sequence[Reading] = ()  # everything that was read off the choices
+    probe: Reading | None = None  # the same of the linear probe's balanced groups; None without inputs
+    # name of a control -> what each of its seeds tells, of a patch and of the image
     controls: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    # name of a control -> the same of the router, on the images of that control
     same: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    # by how many bits each training exceeds its own best control: this one first, then the others; None where that
+    # wasn't measured
     trainings: Sequence[float | None] = ()
-    swap: Swap | None = None
+    swap: Swap | None = None  # the swap test; None where it wasn't made
 
 
 def three_questions(
@@ -185,7 +173,7 @@ def three_questions(
         elif own.why is not None:
             why = own.why
         else:
-            swap = swap_test(recording, place, draws=draws, limit=swap_images, permutations=permutations, seed=seed)
+            swap = swap_test(recording, place, draws=draws, limit=swap_images, seed=seed)
             why = "no exchange moves a patch, which have all chosen all experts" if swap is None else None
         answers = (experts_answer(own), training_answer(own, others), function_answer(swap, why))
         gains = [each.controls.gain for each in (own, *others)]
@@ -330,7 +318,7 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
 
 
 def _swap_words(swap: Swap) -> list[str]:
-    """Log-loss of every change, and the knock-outs."""
+    """Log-loss of every change."""
     costs = {
         "without the layer": swap.without,
         "routes of another image": swap.routes,
@@ -345,14 +333,7 @@ def _swap_words(swap: Swap) -> list[str]:
         for name, cost in costs.items()
         if cost is not None
     ]
-    numbers = [f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."]
-    away = swap.knock_out
-    if away.p_value == away.p_value:  # not NaN
-        numbers.append(
-            f"An expert away, log-loss per 100 of its choices: a class's favourite {signed(100 * away.own)} on its own "
-            f"images, {signed(100 * away.others)} on others' (p = {away.p_value:.3f}, images permuted between classes)."
-        )
-    return numbers
+    return [f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."]
 
 
 def _control_words(name: str, controls: Controls) -> str:
@@ -387,3 +368,191 @@ def _reading_words(reading: Reading) -> str:
         f"{told}: guess right {percent(reading.guess.value)} (chance {percent(reading.chance)}), "
         f"{signed(reading.bits.value)} bits ({_interval(reading.bits)})."
     )
+
+
+# ---- the swap test: do the experts of a layer do different things? Forward passes with other routes
+#
+# Changes of the routes of one layer, and what images lose by them in log-loss (nats) and accuracy (points):
+# - `without`: no routed expert computes anything; the residual stays. What the layer contributes, and so what can show;
+# - `favourite`: a class's favourite expert changes places with any other expert. The favourite is the one that the
+#   class chooses first most often, found on the half of the images on which the swap is not measured;
+# - `any_two`: any two experts other than the favourite change places. Both are thinned to as many tokens of each class,
+#   since a favourite has more tokens than others; `whole` is the favourite's exchange before that;
+# - `routes`: every patch goes where the patch at the same place of another image goes.
+# All changes are coherent: in one image all moved tokens of an expert go to the same other one, since scattered errors
+# average out. Gates stay with the rank. Which other experts take part is drawn for each image, as images don't meet.
+
+
+@dataclass(frozen=True)
+class Cost(Numbers):
+    """What a change of routes costs."""
+
+    points: Interval  # accuracy lost, in percentage points; mean over images with its 95 % interval
+    log_loss: Interval  # log-loss gained, in nats
+    moved: float  # share of the choices that changed
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval of the log-loss lies above 0."""
+        return self.log_loss.low > 0
+
+
+@dataclass(frozen=True)
+class Swap(Numbers):
+    """What changes of the routes of one layer cost; see above."""
+
+    without: Cost  # the layer left out
+    routes: Cost  # those of other images
+    whole: Cost  # a class's favourite changes places with another expert, all their tokens
+    # the same with as many tokens as in `any_two`; None where there are no two other experts to exchange
+    favourite: Cost | None
+    any_two: Cost | None  # two other experts change places
+    more: Cost | None  # `favourite` minus `any_two`, image by image
+    n_images: int  # images that were run
+    favourites: Sequence[tuple[str, int, int]]  # class, its favourite expert in either half of the images
+
+    def to_json(self) -> Json:
+        """As JSON primitives; `points`, `log_loss` and `moved` are those of `whole`."""
+        found = super().to_json()
+        return {**found.pop("whole"), **found}
+
+
+def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0) -> Swap | None:
+    """Change the routes of one layer and measure what that costs; None where no exchange moves a token.
+
+    Args:
+        recording: with `run`.
+        place: of the layer.
+        draws: exchanges per image, each with experts drawn anew.
+        limit: images at most, as many of each class; of more classes than that, one image of as many.
+        seed: of everything drawn.
+    """
+    layer = recording.layers[place]
+    labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)
+    halves = halves_by_class(labels, seed)
+    first = counts_of(choices, layer.amounts, layer.num_experts, "first")
+    favourite = np.stack(  # [2, C] found in the other half
+        [_favourites(first[halves != half], labels[halves != half], len(recording.class_names)) for half in (0, 1)]
+    )
+    classes = np.flatnonzero((favourite >= 0).all(0))
+    rng = np.random.default_rng(seed)
+    if len(classes) > limit:
+        classes = np.sort(rng.permutation(classes)[:limit])
+    if not len(classes):
+        return None
+    each = limit // len(classes)
+    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes])
+    own, target, half = choices[images], labels[images], halves[images].astype(int)
+    liked = favourite[half, target]  # [R]
+
+    exchanged, thinned = [], []
+    for _ in range(draws):
+        others = _others(liked, layer.num_experts, rng)  # [R, E - 1]
+        moves = _Exchange.of(own, liked, others[:, 0])
+        exchanged.append(moves.routes(own))
+        if layer.num_experts > 2:
+            others = _others(liked, layer.num_experts, rng)
+            two = _Exchange.of(own, others[:, 0], others[:, 1])
+            for label in np.unique(target):  # as many tokens of each class
+                of_class = target == label
+                count = min(int(each.moves[of_class].sum()) for each in (moves, two))
+                moves, two = moves.thinned(of_class, count, rng), two.thinned(of_class, count, rng)
+            thinned.append([moves.routes(own), two.routes(own)])
+    if not any((routes != own).any() for routes in exchanged):
+        return None
+    wrong = np.roll(np.arange(len(own)), 1) if len(own) > 1 else np.zeros(1, int)
+    order = rng.permutation(len(own))
+    other_image = np.empty(len(own), int)
+    other_image[order] = order[wrong]
+    variants = [~own, own[other_image], *exchanged, *(routes for pair in thinned for routes in pair)]
+    loss, right = _run(cast(Run, recording.run), place, images, own, target, variants)  # [V, R] each: lost by each
+    moved = np.array([(routes != own).mean() for routes in variants])
+
+    def cost(rows: slice, minus: slice | None = None) -> Cost:
+        """Of the mean of some variants, minus that of others."""
+        away = [0 if minus is None else x[minus].mean(0) for x in (right, loss, moved)]
+        points, nats = right[rows].mean(0) - away[0], loss[rows].mean(0) - away[1]
+        return Cost(
+            Interval(*(100 * x for x in paired_interval(np.clip(points, -1, 1)))),
+            ratio_interval(nats, np.ones(len(nats))),
+            float(moved[rows].mean() - away[2]),
+        )
+
+    whole, favourites, twos = slice(2, 2 + draws), slice(2 + draws, None, 2), slice(3 + draws, None, 2)
+    compared = any((routes != own).any() for pair in thinned for routes in pair)
+    names = recording.class_names
+    return Swap(
+        without=cost(slice(0, 1)),
+        routes=cost(slice(1, 2)),
+        whole=cost(whole),
+        favourite=cost(favourites) if compared else None,
+        any_two=cost(twos) if compared else None,
+        more=cost(favourites, twos) if compared else None,
+        n_images=len(images),
+        favourites=[(names[int(c)], int(favourite[0, c]), int(favourite[1, c])) for c in classes],
+    )
+
+
+def _favourites(first: Floats, labels: Ints, num_classes: int) -> Ints:
+    """[C] the expert that each class chooses first most often; -1 for a class without images.
+
+    Where that is the same for all classes it is the expert that the class uses most beyond the mean class.
+    """
+    shares = load_of(first, labels, num_classes).class_share
+    known = np.isfinite(shares).all(1)
+    found = np.full(num_classes, -1)
+    if known.any():
+        found[known] = shares[known].argmax(1)
+        if len(set(found[known])) == 1:
+            found[known] = (shares[known] - shares[known].mean(0)).argmax(1)
+    return found
+
+
+def _others(liked: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
+    """[R, E - 1] the experts other than `liked` [R] in random order."""
+    order = rng.random((len(liked), num_experts))
+    order[np.arange(len(liked)), liked] = np.inf
+    others: Ints = order.argsort(1)[:, :-1]
+    return others
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Experts a [R] and b [R] change places for the tokens `moves` [R, P], which have chosen one of them."""
+
+    a: Ints
+    b: Ints
+    moves: Flags
+
+    @classmethod
+    def of(cls, own: Ints, a: Ints, b: Ints) -> _Exchange:
+        """All tokens; those that have chosen both would be computed by the same two, and stay."""
+        return cls(a, b, (own == a[:, None, None]).any(-1) ^ (own == b[:, None, None]).any(-1))
+
+    def routes(self, own: Ints) -> Ints:
+        """[R, P, K] after the exchange."""
+        a, b = self.a[:, None, None], self.b[:, None, None]
+        return np.where(self.moves[..., None], np.where(own == a, b, np.where(own == b, a, own)), own)
+
+    def thinned(self, images: Flags, count: int, rng: np.random.Generator) -> _Exchange:
+        """With only `count` of the tokens of some images [R]."""
+        moves = self.moves.copy()
+        drawn = rng.permutation(np.flatnonzero(moves & images[:, None]))[count:]
+        moves.reshape(-1)[drawn] = False
+        return _Exchange(self.a, self.b, moves)
+
+
+def _run(
+    run: Run, place: int, images: Ints, own: Ints, target: Ints, variants: Sequence[Ints]
+) -> tuple[Floats, Floats]:
+    """Log-loss gained and correctness lost [V, R] by other routes; what isn't changed isn't run."""
+    routes = np.stack([own, *variants], 1)  # [R, 1 + V, P, K]
+    changed = (routes != own[:, None]).any((2, 3))
+    changed[:, 0] = True
+    row, variant = changed.nonzero()
+    log_p = log_softmax(np.asarray(run(place, images[row], routes[row, variant]), np.float64), axis=1)
+    values = np.stack([-log_p[np.arange(len(row)), target[row]], -(log_p.argmax(1) == target[row]).astype(float)])
+    lost = np.zeros((2, *changed.shape))
+    lost[:, row, variant] = values - values[:, variant == 0][:, row]
+    loss, right = lost[:, :, 1:].swapaxes(1, 2)
+    return loss, right

@@ -16,8 +16,9 @@ asked about, D width, p patches whose inputs are known, R images that are run ag
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import methodcaller
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
+from scipy.special import entr, log_softmax, softmax
+from torch import nn
 
-from moevision.analysis.baselines import Assignments, Rule, fit_clusters, nearness, router_inputs
-from moevision.analysis.collect import network_input
-from moevision.analysis.images import read_images
+from moevision.analysis.collect import collect_routing, layer_inputs, network_input
+from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, read_images
 from moevision.analysis.information import (
     LEVEL,
     Array,
@@ -47,18 +49,16 @@ from moevision.analysis.information import (
     students_quantile,
 )
 from moevision.analysis.intervention import edited, numbered_layers
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
-from moevision.models.io import from_clusters
-from moevision.models.reading import routes_read
+from moevision.layers import MoEMlp, moe_layers
+from moevision.layers.routing import Kind as RoutingKind
+from moevision.models.convert import routes_read
+from moevision.models.io import SavedModel, from_clusters
 from moevision.words import signed
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
-    from moevision.layers import MoEMlp
-    from moevision.models.io import SavedModel
+    from sklearn.cluster import KMeans
 
 Run = Callable[[int, Ints, Ints], Array]
 """(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank.
@@ -260,19 +260,211 @@ def run_forced(
 
 @torch.inference_mode()
 def forced_logits(net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0) -> Floats:
-    """Logits [R, C] of what `net` takes [R, ...] while the patches go to these experts [R, P, K] in one of its layers.
+    """Logits [R, C] of `net(inputs)` while the patches go to these experts [R, P, K] in one of its layers; see `Run`.
 
-    Args:
-        net: in eval mode.
-        layer: the layer.
-        inputs: what `net` is called with.
-        experts: best first; see `Run`.
-        prefix: tokens before the patches, which stay where they are.
+    The first `prefix` tokens stay where they are.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
     with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
         logits: Floats = net(inputs).float().cpu().numpy()
     return logits
+
+
+# ---- baselines: the choices of routers that have learned nothing, of the images that a trained one has routed
+#
+# "Above chance" is a low bar: a router that was never trained sorts patches by colour, and colour differs between
+# classes. What a router tells is therefore compared with what these tell:
+# - `untrained`: the same architecture freshly initialised, seen by the same images. Noisy top-k routers start at zero
+#   (arXiv:1701.06538, appendix A), where ties would send every patch to the same experts; they get random weights here;
+# - `kmeans_input`: E clusters of what the trained layer receives: what routing by similarity alone would tell. Where
+#   images are routed as a whole, it is their mean patch.
+# A baseline chooses as the layer does (`Rule`), since information depends on how many experts a patch has and on how
+# evenly it takes from them, and differs from it in its scores only. Where there is a softmax the scores are first
+# scaled so that it is as undecided as the layer is on average. Clusters are fitted on one half of the images and
+# measured on the other; the nearer a cluster, the larger its score.
+
+_FIT_TOKENS = 20_000  # of a clustering: enough for E centres; more only costs time
+_FIT_BATCH = 64
+_MOST_DECIDED, _STEPS = 1e6, 60  # of the search for a scale
+_SAMPLE = 4096  # patches that the search looks at
+
+
+def measure_baselines(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, seeds: int = 5, seed: int = 0
+) -> Mapping[str, list[Assignments]]:
+    """The choices of the baselines `untrained` and `kmeans_input` on the images of a trace.
+
+    Args:
+        model: the trained model.
+        pictures: the images of `trace`; others are ignored.
+        trace: its routing.
+        seeds: how many of each: untrained models, clusterings.
+        seed: of the two halves.
+
+    Raises:
+        UserError: if the trace is about one image, other images or another model.
+    """
+    if len(trace) < 2:
+        raise UserError("Baselines need at least two images, to fit and to measure clusters: give more images.")
+    if [layer.layer_index for layer in moe_layers(model.net)] != [layer.layer for layer in trace.layers]:
+        raise UserError("This trace has other MoE layers than the model: collect it again with this model.")
+    pictures = Remembered(aligned_pictures(pictures, trace))  # image i is row i of the trace
+    untrained = []
+    for s in range(seeds):
+        routing = collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False)
+        for own in routing.layers:
+            untrained.append(
+                Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
+            )
+    return {"untrained": untrained, "kmeans_input": _clusters(model, pictures, trace, seeds, seed)}
+
+
+def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with newly drawn weights, as an untrained model starts, but with random routers.
+
+    Nothing of the trained weights or statistics is left; torch's generator is put back.
+    """
+    fresh = copy.deepcopy(net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                cast(Any, module).reset_parameters()
+        if hasattr(fresh, "init_weights"):
+            cast(Any, fresh).init_weights()
+        for layer in moe_layers(fresh):
+            weight = getattr(layer.router, "weight", None)
+            if weight is not None and not weight.detach().any():
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # LeCun, as V-MoE's router starts
+    return fresh.eval()
+
+
+def _clusters(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int) -> list[Assignments]:
+    """K-means of each layer's input, fitted on half of the images, applied to the others."""
+    half, rng = halves_by_class(np.asarray(trace.labels), seed), np.random.default_rng(seed)
+    fitted, measured = np.flatnonzero(~half), np.flatnonzero(half)
+    per_image = max(1, _FIT_TOKENS // max(1, len(fitted)))
+    sample: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
+    for inputs in router_inputs(model, pictures, trace, fitted, _FIT_BATCH):
+        places = np.tile(np.arange(trace.grid[0] * trace.grid[1]), (len(next(iter(inputs.values()))), 1))  # [B, P]
+        for _ in {layer.route_by for layer in trace.layers}:
+            rng.permuted(places, axis=1)  # a draw that earlier versions made: clusters are those of their reports
+        for block, tokens in inputs.items():
+            taken = rng.permuted(places, axis=1)[:, :per_image]
+            sample[block].append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
+
+    clusterings = []
+    for layer in trace.layers:
+        tokens, rule = np.concatenate(sample[layer.layer]), Rule.of(layer)
+        for s in range(seeds):
+            means = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, s)
+            chosen: list[Chosen] = []
+            clusterings.append((layer.layer, s, rule, means, rule.scale(nearness(means, tokens)), chosen))
+    for inputs in router_inputs(model, pictures, trace, measured, _FIT_BATCH):
+        for block, _, rule, means, scale, chosen in clusterings:
+            chosen.append(rule.apply(nearness(means, inputs[block]), scale))
+    found = []
+    for block, s, rule, _, _, chosen in clusterings:
+        index = np.concatenate([each.expert_index for each in chosen])
+        takes = None
+        if rule.kind != "token_choice":  # every patch names all experts: once is enough
+            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
+            takes = np.concatenate([cast(Floats, each.takes) for each in chosen])
+        found.append(Assignments(block, s, index, measured, rule.num_experts, takes))
+    return found
+
+
+def nearness(means: KMeans, tokens: Floats) -> Floats:
+    """[B, P, E] how near patches [B, P, D] are to each cluster."""
+    distance = means.transform(tokens.reshape(-1, tokens.shape[-1]))
+    scores: Floats = -np.square(distance).reshape(*tokens.shape[:2], -1)
+    return scores
+
+
+def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
+    """K-means of tokens [T, D]."""
+    from sklearn.cluster import KMeans  # not needed, and slow to import, for anything else here
+
+    return KMeans(num_clusters, n_init=1, random_state=seed).fit(tokens)
+
+
+def router_inputs(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, indices: Sequence[int] | Ints, batch_size: int
+) -> Iterator[dict[int, Floats]]:
+    """Per batch what each MoE layer routes by: block -> [B, P, D]; everywhere their mean where images are routed."""
+    for start in range(0, len(indices), batch_size):
+        images = read_images(pictures, indices[start : start + batch_size])
+        found = {}
+        for block, tokens in layer_inputs(model.net, network_input(model, images)).items():
+            if trace.layer(block).route_by == "image":
+                tokens = tokens.mean(1, keepdim=True).expand_as(tokens)
+            found[block] = tokens.float().cpu().numpy()
+        yield found
+
+
+class Chosen(NamedTuple):
+    """Experts [I, P, K] int16, and how much the patch takes from each [I, P, K]; None for 1."""
+
+    expert_index: Ints
+    takes: Array | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a layer chooses."""
+
+    kind: RoutingKind  # who chooses
+    num_experts: int  # E
+    top_k: int  # K of token choice, C of expert choice, 0 for Soft MoE
+    entropy_bits: float = 0.0  # mean entropy of the layer's router; 0 for token choice, which needs none
+
+    @classmethod
+    def of(cls, layer: LayerTrace) -> Rule:
+        """The rule of a traced layer."""
+        if layer.kind == "token_choice":
+            return cls(layer.kind, layer.num_experts, layer.top_k)
+        entropy = float(np.asarray(layer.entropy_bits, dtype=np.float64).mean())
+        taken = round(float(layer.counts().mean())) if layer.kind == "expert_choice" else 0
+        return cls(layer.kind, layer.num_experts, taken, entropy)
+
+    def scale(self, scores: Floats) -> float:
+        """What to multiply scores [..., E] by, so that their softmax has the layer's mean entropy."""
+        if self.kind == "token_choice":
+            return 1.0
+        flat = np.asarray(scores, dtype=np.float64).reshape(-1, self.num_experts)
+        flat = flat[:: -(-len(flat) // _SAMPLE)]
+        unit = flat / max(float(flat.std(-1).mean()), 1e-12)
+        low, high = 1 / _MOST_DECIDED, _MOST_DECIDED
+        for _ in range(_STEPS):
+            middle = float(np.sqrt(low * high))
+            entropy = entr(softmax(middle * unit, -1)).sum(-1).mean() / np.log(2)
+            low, high = (low, middle) if entropy < self.entropy_bits else (middle, high)
+        return low / max(float(flat.std(-1).mean()), 1e-12)
+
+    def apply(self, scores: Array, scale: float) -> Chosen:
+        """What scores [I, P, E] choose, the larger the better, multiplied by the `scale`."""
+        if self.kind == "token_choice":
+            return Chosen(np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16))
+        everyone = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)
+        logits = scale * np.asarray(scores, dtype=np.float64)
+        affinity = log_softmax(logits, -1)
+        takes = np.exp(affinity).astype(np.float32)
+        if self.kind == "soft":
+            return Chosen(everyone, takes)
+        rank = np.argsort(np.argsort(-affinity, axis=1, kind="stable"), axis=1)
+        return Chosen(everyone, takes * (rank < self.top_k))
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """The experts that one baseline gives to patches."""
+
+    layer: int | None  # block index of the layer it is compared with; None where it is the same for every layer
+    seed: int  # of what is random in it
+    expert_index: Ints  # [I', P, K] int16, best first
+    images: Ints  # [I'] rows of the trace that it was measured on
+    num_experts: int  # E
+    takes: Array | None = None  # [I', P, K] how much the patch takes from each; 1 if None
 
 
 # ---- what is read off it
@@ -352,7 +544,7 @@ class Controls:
 class LayerReadings:
     """Everything that was read off one layer of one training."""
 
-    layer: RecordedLayer  # the layer
+    layer: RecordedLayer
     load: Load  # how evenly its experts are used
     why: str | None = None  # why nothing else was read; None where it was
     readings: Sequence[Reading] = ()  # that of the answers first
@@ -517,10 +709,7 @@ def load_of(counts: Floats, labels: Ints, num_classes: int) -> Load:
 def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Interval, float]:
     """How often the class (part) is right that an expert's choices mostly are of, in the other half of the images.
 
-    Args:
-        counts: [I, P, E] what each patch's choices count.
-        target: [I, P] class or part of each patch; negative: left out.
-        halves: [I] which half an image is in.
+    From counts [I, P, E], the class or part of each patch [I, P] (negative: left out) and which half an image is in.
 
     Returns:
         The share guessed right, with an interval over images, and that of always guessing the most frequent value.
@@ -582,14 +771,11 @@ def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Int
 
 
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
-    """The patches dealt to as many balanced groups as there are experts, by a linear probe of the layer's input.
+    """[I, p, E] one-hot: patches dealt to as many balanced groups as experts, by a linear probe of their input.
 
     The probe is fitted to the target [I, p] (negative: not fitted) on one half of the images and applied to the other.
     Its patches are put in the order of the class that it predicts (and of its certainty in each) and cut into groups of
     equal size.
-
-    Returns:
-        [I, p, E] one-hot.
     """
     images, patches, width = inputs.shape
     groups = np.zeros((images, patches), np.int64)

@@ -42,7 +42,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import moevision.analysis.plots as plots
 from moevision import __version__
 from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.collect import UNREAD, collect_routing, model_title
 from moevision.analysis.describe import (
     QUANTILES,
@@ -60,14 +59,14 @@ from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_
 from moevision.analysis.information import Array, Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
-from moevision.analysis.readings import recording_of
+from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, load_model
-from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
 
 SCHEMA = "moevision.report/1"
@@ -88,35 +87,21 @@ _WHAT: dict[RoutingKind, str] = {
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What to analyze, and how thoroughly.
+    """What to analyze, and how thoroughly."""
 
-    Attributes:
-        model: a run folder, its model/ folder, or a timm address.
-        data: a folder or a dataset's name; None takes what the run was trained on.
-        root: folder of named datasets; the run's own if None.
-        out: folder to write to.
-        limit: images, the same number of each class; 1 000 by default.
-        seeds: other trainings of the same recipe, as addresses like `model`.
-        before: the model before it was trained, as an address; the same architecture with fresh weights if None.
-        permutations: shuffles behind each chance level.
-        seed: of everything that is drawn at random.
-        quick: fewer untrained models, and experts taken away on fewer images.
-        command: what was typed, for the record.
-        progress: show a progress bar.
-    """
-
-    model: str
-    data: str | None = None
-    root: str | None = None
-    out: Path = Path("report")
-    limit: int = 1000
-    seeds: tuple[str, ...] = ()
+    model: str  # a run folder, its model/ folder, or a timm address
+    data: str | None = None  # a folder or a dataset's name; None takes what the run was trained on
+    root: str | None = None  # folder of named datasets; the run's own if None
+    out: Path = Path("report")  # folder to write to
+    limit: int = 1000  # images, the same number of each class; 1 000 by default
+    seeds: tuple[str, ...] = ()  # other trainings of the same recipe, as addresses like `model`
+    # the model before it was trained, as an address; the same architecture with fresh weights if None
     before: str | None = None
-    permutations: int = 1000
-    seed: int = 0
-    quick: bool = False
-    command: str = ""
-    progress: bool = True
+    permutations: int = 1000  # shuffles behind each chance level
+    seed: int = 0  # of everything that is drawn at random
+    quick: bool = False  # fewer untrained models, and experts taken away on fewer images
+    command: str = ""  # what was typed, for the record
+    progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
         """Raises UserError if a number is out of its range."""
@@ -130,21 +115,21 @@ Live = Callable[[SavedModel, Pixels, str, str | None], str]
 
 
 def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
-    """Analyze a model and write the report.
+    """Analyze a model and write the report; what `report.json` holds is returned.
 
-    Args:
-        settings: what, and how thoroughly.
-        live: makes the live views of the page; None leaves them out.
-
-    Returns:
-        What `report.json` holds.
-
-    Raises:
-        UserError: if there is no such model or data, the model has no MoE layers, two trainings have one seed, or `out`
-            holds other files.
+    `live` makes the live views of the page; None leaves them out.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    refuse_equal_seeds((address, _seed_of(address)) for address in (settings.model, *settings.seeds))
+
+    def seed_of(address: str) -> int | None:  # of a model's training, as its config.yaml has it
+        run = run_folder(address)
+        try:
+            seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
+        except (OSError, ValueError, AttributeError):  # as a model without a run
+            return None
+        return seed if isinstance(seed, int) else None
+
+    refuse_equal_seeds((address, seed_of(address)) for address in (settings.model, *settings.seeds))
     model = load_model(settings.model)
     if not moe_layers(model.net):
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
@@ -206,16 +191,6 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     )  # fmt: skip
     write_report(folder, numbers, render(numbers, pngs, views), pngs)
     return numbers
-
-
-def _seed_of(address: str) -> int | None:
-    """The seed of a model's training, as its config.yaml has it; None where it isn't known."""
-    run = run_folder(address)
-    try:
-        seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
-    except (OSError, ValueError, AttributeError):  # as a model without a run
-        return None
-    return seed if isinstance(seed, int) else None
 
 
 @dataclass
@@ -360,16 +335,9 @@ def of_pairs(similarity: Array) -> Json:
 def measure_effects(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
 ) -> Json:
-    """Take every expert away, one at a time, and follow the true class of images of each class.
+    """Take every expert away, one at a time, and follow the true class of images of each class, for about `budget_s`.
 
     How many images of a class are used follows from the time that a first call takes.
-
-    Args:
-        model: the model that the trace is of.
-        pictures: labelled images.
-        trace: their routing.
-        budget_s: about how long all of it may take, in seconds.
-        seed: of the images and of the control.
 
     Returns:
         `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
@@ -596,15 +564,13 @@ def draw_figures(
 
     `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
-    images, (rows, columns) = shown_pictures(trace, seed), trace.grid
+    images, (height, width) = shown_pictures(trace, seed), trace.grid
     for place, image in enumerate(images, start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
         yield Drawn("overlay", f"overlay_{place}.png", f"Which expert each patch goes to, image {place}", overlay)
     first = pictures.image(images[0])
-    path = plots.plot_path(first, trace, images[0], rows // 2 * columns + columns // 2)  # of the patch in the middle
+    path = plots.plot_path(first, trace, images[0], height // 2 * width + width // 2)  # of the patch in the middle
     yield Drawn("path", "path.png", "The path of one patch, image 1", path)
-    certainty = plots.plot_certainty(first, trace, images[0])
-    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
     names = [layer.name for layer in trace.layers]
     counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
     kinds = [layer.kind for layer in trace.layers]
@@ -620,8 +586,18 @@ def draw_figures(
     for layer, found in zip(trace.layers, layers, strict=True):
         for kind, title, figure in _draw_layer(trace, pictures, results, layer, found, seed):
             yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
-    if results.effects["rows"]:
-        yield Drawn("effects", "effects.png", "Without one expert", _effects_figure(trace, results.effects))
+    if rows := results.effects["rows"]:
+        tables: dict[str, list[Floats]] = {"delta_logit": [], "control_delta_logit": []}  # by layer, [E, C]
+        for layer in trace.layers:
+            of_layer = [row for row in rows if row["layer"] == layer.layer]
+            for name, each in tables.items():
+                by_expert = [[row[name] for row in of_layer if row["expert"] == e] for e in range(layer.num_experts)]
+                each.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
+        classes = list(dict.fromkeys(row["class"] for row in rows))
+        effects = plots.plot_effects(
+            tables["delta_logit"], tables["control_delta_logit"], names, classes, what=results.effects["what"]
+        )
+        yield Drawn("effects", "effects.png", "Without one expert", effects)
 
 
 def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN) -> list[int]:
@@ -635,7 +611,6 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN)
 def _draw_layer(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
 ) -> Iterator[tuple[str, str, Figure]]:
-    """Kind, title and figure of one layer."""
     name, index, kind = layer.name, np.asarray(layer.expert_index), layer.kind
     if numbers["co_activation"] is not None:
         figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
@@ -657,44 +632,26 @@ def _draw_layer(
     yield "gallery", "what each expert gets", plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
 
 
-def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
-    deltas: list[Floats] = []
-    controls: list[Floats] = []
-    for layer in trace.layers:
-        rows = [row for row in effects["rows"] if row["layer"] == layer.layer]
-        for name, tables in (("delta_logit", deltas), ("control_delta_logit", controls)):
-            by_expert = [[row[name] for row in rows if row["expert"] == e] for e in range(layer.num_experts)]
-            tables.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
-    names = [layer.name for layer in trace.layers]
-    classes = list(dict.fromkeys(row["class"] for row in effects["rows"]))
-    return plots.plot_effects(deltas, controls, names, classes, what=effects["what"])
-
-
 # ---- the page and the folder
 
 
 def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()) -> str:
-    """The page: everything inside it, nothing fetched, readable on screen, in the dark and on paper.
-
-    Args:
-        numbers: what `report.json` holds.
-        pictures: file name -> PNG of every figure that it lists.
-        live: what each live view shows, and its HTML.
-    """
+    """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
     page = environment()
-    page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
+
+    def image(entry: Mapping[str, Any]) -> Json:
+        """A PNG as the page holds it: size on screen, and the address with the image inside."""
+        png = pictures[entry["file"]]
+        width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
+        return {
+            "width": round(width * _SHOWN_PER_PIXEL),
+            "height": round(height * _SHOWN_PER_PIXEL),
+            "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
+        }
+
+    page.filters |= {"image": image}
     views = [(title, Markup(view)) for title, view in live]
     return page.get_template("report.html.jinja").render({"wrong": [], **numbers}, explorer=EXPLORER, live=views)
-
-
-def _image(png: bytes) -> Json:
-    """A PNG as the page holds it: size on screen, and the address with the image inside."""
-    width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
-    return {
-        "width": round(width * _SHOWN_PER_PIXEL),
-        "height": round(height * _SHOWN_PER_PIXEL),
-        "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
-    }
 
 
 def environment() -> jinja2.Environment:
@@ -725,11 +682,7 @@ def number(value: float | int | None, form: str = ",") -> Markup:
 
 
 def claim_folder(out: str | Path) -> Path:
-    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
-
-    Raises:
-        UserError: if something else lies there, or it can't be made.
-    """
+    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -757,11 +710,7 @@ def former_report(folder: Path) -> dict[str, Any] | None:
 
 
 def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]) -> None:
-    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go.
-
-    Raises:
-        UserError: if the disk is full or the folder has become read-only.
-    """
+    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go."""
     former = former_report(folder) or {}
     try:
         for name, png in pictures.items():

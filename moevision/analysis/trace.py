@@ -47,33 +47,25 @@ _CHUNK = 64  # images that are counted or copied at once
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One MoE layer's decisions about all patches.
+    """One MoE layer's decisions about all patches."""
 
-    Attributes:
-        layer: index of the transformer block, counted from 0.
-        expert_index: [I, P, K] int16, the chosen experts, best first (requested: before any capacity). Expert choice:
-            those that took the patch come first. Soft MoE: the largest weight first.
-        kept: [I, P, K] bool, whether the expert computes the patch: False where its capacity dropped the choice;
-            expert choice: where it did not take the patch.
-        combine_weight: [I, P, K] float32, the gate weight of each choice; a dropped one keeps its number here.
-        probs: [I, P, E] float16, the router's clean affinities (softmax of its scores). Rounding changes one by at most
-            one part in 2048 (and those below 6.1e-5 by at most 3e-8); `margin` and `entropy_bits` are not affected.
-        margin: [I, P] float32, the best minus the second-best router probability; 1 with a single expert.
-        entropy_bits: [I, P] float32, entropy of the router's probabilities, 0 to log2 E bits.
-        kind: who chooses: tokens, experts, or (Soft MoE) nobody.
-        read_weight: [I, P, K] float32, Soft MoE only: how much of the patch the slots of each expert read.
-        route_by: what is routed: each `token`, or the `image`, all of whose patches then have the same row.
-    """
-
-    layer: int
+    layer: int  # index of the transformer block, counted from 0
+    # [I, P, K] int16, the chosen experts, best first (requested: before any capacity). Expert choice: those that took
+    # the patch come first. Soft MoE: the largest weight first.
     expert_index: Ints
+    # [I, P, K] bool, whether the expert computes the patch: False where its capacity dropped the choice; expert choice:
+    # where it did not take the patch
     kept: Flags
-    combine_weight: Floats
+    combine_weight: Floats  # [I, P, K] float32, the gate weight of each choice; a dropped one keeps its number here
+    # [I, P, E] float16, the router's clean affinities (softmax of its scores). Rounding changes one by at most one part
+    # in 2048 (and those below 6.1e-5 by at most 3e-8); `margin` and `entropy_bits` are not affected.
     probs: Floats
-    margin: Floats
-    entropy_bits: Floats
-    kind: RoutingKind = "token_choice"
+    margin: Floats  # [I, P] float32, the best minus the second-best router probability; 1 with a single expert
+    entropy_bits: Floats  # [I, P] float32, entropy of the router's probabilities, 0 to log2 E bits
+    kind: RoutingKind = "token_choice"  # who chooses: tokens, experts, or (Soft MoE) nobody
+    # [I, P, K] float32, Soft MoE only: how much of the patch the slots of each expert read
     read_weight: Floats | None = None
+    # what is routed: each `token`, or the `image`, all of whose patches then have the same row
     route_by: RouteBy = "token"
 
     @property
@@ -354,9 +346,6 @@ def write_tensors(path: str | Path, arrays: Mapping[str, TensorParts], metadata:
 
     Wide types come first, and blanks (which the format allows) fill the header up to a multiple of 8 bytes: then every
     array is aligned, which NumPy needs to be fast.
-
-    Raises:
-        UserError: if the file can't be written.
     """
     ordered = sorted(arrays.items(), key=lambda item: -item[1][0].itemsize)
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -384,11 +373,9 @@ def _unwritable(path: str | Path, error: OSError) -> UserError:
 
 
 class StreamedRows:
-    """Arrays that grow row by row on the disk, until they are put together into one safetensors file.
+    """Arrays that grow row by row on the disk, until they are put together into the safetensors file at `path`.
 
-    Args:
-        path: of that file.
-        files: closes those that hold the arrays.
+    `files` closes those that hold the arrays.
     """
 
     def __init__(self, path: str | Path, files: ExitStack) -> None:
@@ -421,11 +408,7 @@ class StreamedRows:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Map the arrays of a safetensors file into memory, read-only; they are returned with the header's metadata.
-
-    Raises:
-        UserError: if there is no such file or it is damaged.
-    """
+    """Map the arrays of a safetensors file into memory, read-only; they are returned with the header's metadata."""
     try:
         with safe_open(str(path), framework="np") as checked:  # also that the file ends where it should
             metadata = checked.metadata() or {}

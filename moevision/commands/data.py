@@ -25,7 +25,7 @@ from moevision.data.scores import (
     shares_table,
     starved,
 )
-from moevision.data.shards import find_index, read_tars, verify_shards, write_shards
+from moevision.data.shards import find_index, verify_shards, write_shards
 from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign
 from moevision.train.recipe import find_config, read_config
@@ -132,10 +132,8 @@ def shard(chosen: Namespace) -> None:
 
 
 def _collection(what: str, root: str | None) -> Collection:
-    """The dataset that a folder, a table, a dataset's name or a configuration names; also tars that others made."""
+    """The dataset that a folder, a table, a dataset's name or a configuration names."""
     settings: Mapping[str, Any] = {"path": what}
-    if kind_of(what) == "tars":
-        return read_tars(Path(what).expanduser())
     if kind_of(what) == "folder" and not Path(what).expanduser().is_dir() and not what.lower().endswith(".csv"):
         file = find_config(what)
         given = read_config(file)

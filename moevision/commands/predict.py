@@ -124,7 +124,7 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
                 tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
             if images:
                 yield from images
-            elif kind_of(name) in ("shards", "tars") and isinstance(shards := open_collection(name), ShardCollection):
+            elif kind_of(name) == "shards" and isinstance(shards := open_collection(name), ShardCollection):
                 yield from (ShardImage(shards, sample) for part in shards.given.values() for sample in part)
             else:
                 raise UserError(f"The folder {path} holds no image.")

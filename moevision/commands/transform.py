@@ -30,8 +30,8 @@ from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, shown
 from moevision.files import write_json_atomic
+from moevision.models.convert import unread_layers
 from moevision.models.io import SavedModel, best_device, describe, load_model, save_model
-from moevision.models.reading import unread_layers
 from moevision.models.surgery import (
     ExpertUse,
     collapse_to_dense,

@@ -46,20 +46,13 @@ class Sample(NamedTuple):
 
 @dataclass
 class Collection(ABC):
-    """Labelled images.
+    """Labelled images."""
 
-    Attributes:
-        class_names: class names in words; a label is an index into them.
-        given: samples per split the data came with ("train", "val", "test"), or all under "all".
-        notes: sentences about what was left out while reading.
-        group_column: the column whose equal values are kept together, where the data say so themselves.
-        columns: other columns of a table, name -> sample id -> value.
-    """
-
-    class_names: list[str]
-    given: dict[str, list[Sample]]
-    notes: list[str] = field(default_factory=list)
-    group_column: str | None = None
+    class_names: list[str]  # class names in words; a label is an index into them
+    given: dict[str, list[Sample]]  # samples per split the data came with ("train", "val", "test"), or all under "all"
+    notes: list[str] = field(default_factory=list)  # sentences about what was left out while reading
+    group_column: str | None = None  # the column whose equal values are kept together, where the data say so themselves
+    # other columns of a table, name -> sample id -> value
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @abstractmethod

@@ -32,17 +32,7 @@ _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or trai
 
 
 def read_folder(root: Path) -> FileCollection:
-    """Read a folder-per-class dataset, with or without train / val / test subfolders.
-
-    Args:
-        root: the dataset's folder.
-
-    Returns:
-        The collection; ``given`` has the key "all" for an unsplit folder.
-
-    Raises:
-        UserError: if the folder is missing, empty or laid out otherwise; the sentence says what to change.
-    """
+    """Read a folder-per-class dataset, with or without train / val / test (an unsplit folder has the key "all")."""
     if not root.is_dir():
         raise UserError(_missing_folder(root))
     notes: list[str] = []
@@ -110,12 +100,8 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
     """Every file below a folder, with each subfolder entered once, whatever links lead to it.
 
     What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
-    are left out, and so are folders above `folder`: a link to one of them goes in a circle.
-
-    Args:
-        folder: where to start.
-        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new; and the
-            folders that are `unreadable`.
+    are left out, and so are folders above `folder`: a link to one of them goes in a circle. `links` counts the links to
+    subfolders: `met` all of them, `repeated` those that lead nowhere new; and the folders that are `unreadable`.
     """
     links = Counter() if links is None else links
     entered = {file_identity(above) for above in folder.resolve().parents}

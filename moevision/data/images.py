@@ -174,12 +174,7 @@ def safe_open(
 def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
     """An image that is open already, as `safe_open` gives it: upright 8-bit RGB, on white where it is transparent.
 
-    Args:
-        image: Any Pillow image.
-        name: What an error calls it.
-
-    Raises:
-        BadImageError: If its pixel format has no agreed range.
+    A `BadImageError`, with the name, if its pixel format has no agreed range.
     """
     # Pillow's TIFF decoder has applied the orientation already, and then reports none.
     turn = _turn(image)
@@ -200,12 +195,9 @@ def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
 
 
 def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of an image file; a pipe or device isn't opened at all, since reading it might never end.
+    """The bytes of an image file or stream; a pipe or device isn't opened at all, since reading it might never end.
 
-    Args:
-        source: A path, or a binary stream.
-        name: What to call it in an error; a path's own name if empty.
-        max_bytes: Largest file, in bytes, that will be read.
+    `name` is what to call it in an error (a path's own if empty), `max_bytes` the largest file that will be read.
 
     Raises:
         BadImageError: If there is no such file, or it can't be read.
@@ -301,13 +293,10 @@ class _FullSize(NamedTuple):
 
 
 def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
-    """How large an image is in its file, and by what `safe_open` has divided its size.
+    """((width, height) of the full image, upright, reduction): what `safe_open` has divided its size by: 1, 2, 4 or 8.
 
     The last column and row of a reduced image may cover less than a whole pixel: boxes in it are those of the full
     image divided by the reduction.
-
-    Returns:
-        ((width, height) of the full image, upright, reduction): 1, 2, 4 or 8.
     """
     found = image.info.get(_FULL_SIZE)
     # an image that was opened elsewhere may have a text of that name in it

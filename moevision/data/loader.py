@@ -174,21 +174,13 @@ class BadImage:
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
-    """The good images of a batch to be, and the bad ones met on the way.
+    """The good images of a batch to be, and the bad ones met on the way."""
 
-    Attributes:
-        pixels: uint8 [B, 3, S, S].
-        label: class of each.
-        index: index of each in its split.
-        epoch: epoch number of each; 0 in evaluation.
-        bad: images that couldn't be used.
-    """
-
-    pixels: Tensor
-    label: list[int]
-    index: list[int]
-    epoch: list[int]
-    bad: list[BadImage]
+    pixels: Tensor  # uint8 [B, 3, S, S]
+    label: list[int]  # class of each
+    index: list[int]  # index of each in its split
+    epoch: list[int]  # epoch number of each; 0 in evaluation
+    bad: list[BadImage]  # images that couldn't be used
 
 
 class ImageDataset(Dataset[RawBatch]):
@@ -213,15 +205,8 @@ class ImageDataset(Dataset[RawBatch]):
     ) -> None:
         """Describe the split; nothing is read yet.
 
-        Args:
-            split: "train", "val" or "test".
-            collection: where images are opened.
-            samples: the split's images.
-            image_size: side of the images, S.
-            framing: how images become square.
-            square: whether images are prepared to S x S, or kept larger for random resized crops.
-            seed: seed of the augmentation.
-            transform: augmentation; None for evaluation.
+        `square`: whether images are prepared to S x S, or kept larger for random resized crops; the seed is that of the
+        augmentation, a transform of None is for evaluation.
         """
         self.split, self.collection, self.samples = split, collection, samples
         self.image_size, self.square, self.seed, self.transform = image_size, square, seed, transform
@@ -393,8 +378,7 @@ class Collate:
 class ImageLoader(DataLoader[RawBatch]):
     """A DataLoader that reports bad images in the main process and skips batches without a good one.
 
-    Attributes:
-        wait_s: seconds that the main process has waited for batches, over all iterations.
+    `wait_s` are the seconds that the main process has waited for batches, over all iterations.
     """
 
     def __init__(
@@ -411,11 +395,7 @@ class ImageLoader(DataLoader[RawBatch]):
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
-        """Yield batches of tensors only.
-
-        Raises:
-            UserError: a batch without a good image, where other processes wait for it, or no batch for half an hour.
-        """
+        """Yield batches of tensors only."""
         batches = super().__iter__()
         while True:
             started = time.monotonic()

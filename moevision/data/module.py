@@ -39,10 +39,9 @@ from moevision.data.loader import (
     eval_batches,
     fitting_workers,
 )
-from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
 from moevision.data.scores import ImageLists
-from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
+from moevision.data.splits import Cut, make_splits, read_splits, write_splits
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import (
     AT_LEAST_0,
@@ -112,27 +111,9 @@ class ImageDataModule(Data, LightningDataModule):
         if not all(0 < each < math.inf for each in self.std):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
-    def is_of_run(self, table: Path, path: str) -> bool:
-        """Whether these are the images of a run, or a copy of them.
-
-        Args:
-            table: the run's splits.csv.
-            path: where its images were.
-
-        Raises:
-            UserError: if the images or the table can't be read.
-        """
-        place, other = (None if each in DATASET_NAMES else Path(each).expanduser() for each in (path, self.path))
-        if path == self.path or (place and other and place.resolve() == other.resolve()):
-            return True
-        is_there = place is not None and place.exists()
-        return is_copy(
-            table, self._open_collection(False), lambda: self._open_collection(False, path) if is_there else None
-        )
-
-    def _open_collection(self, download: bool, path: str | None = None) -> Collection:
+    def _open_collection(self, download: bool) -> Collection:
         return open_collection(
-            path or self.path,
+            self.path,
             root=self.root,
             download=download,
             image_size=self.image_size,
@@ -148,9 +129,6 @@ class ImageDataModule(Data, LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory.
-
-        Args:
-            stage: "fit", "validate", "test", or None for all splits.
 
         Raises:
             UserError: If the data are missing, laid out otherwise, or too many files are bad.
@@ -412,25 +390,15 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @dataclass
 class Contents:
-    """What was read of a dataset.
+    """What was read of a dataset."""
 
-    Attributes:
-        datasets: split -> dataset.
-        class_names: class names in words; labels index them.
-        counts: split -> class name -> number of images.
-        sentences: one sentence per split, how many images it has and where they come from.
-        warnings: sentences about what the user should know.
-        quarantine: the images that can't be used.
-        cache_mb: decoded images are kept if all fit into so many MiB.
-    """
-
-    datasets: dict[str, ImageDataset]
-    class_names: list[str]
-    counts: ClassCounts
-    sentences: list[str]
-    warnings: list[str]
-    quarantine: Quarantine
-    cache_mb: int
+    datasets: dict[str, ImageDataset]  # split -> dataset
+    class_names: list[str]  # class names in words; labels index them
+    counts: ClassCounts  # split -> class name -> number of images
+    sentences: list[str]  # one sentence per split, how many images it has and where they come from
+    warnings: list[str]  # sentences about what the user should know
+    quarantine: Quarantine  # the images that can't be used
+    cache_mb: int  # decoded images are kept if all fit into so many MiB
 
     @cached_property
     def fits_memory(self) -> bool:
@@ -518,13 +486,8 @@ def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
     """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
 
-    Args:
-        weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
-            training images is 1; or a weight per class name, 1 for names left out.
-        train: training images per class.
-
-    Raises:
-        UserError: if a name is unknown or a weight isn't above 0.
+    "auto" gives class c the weight N / (C n_c), so that the mean over the N training images is 1; names that a
+    dictionary leaves out have 1.
     """
     if weights == "none":
         return None

@@ -37,11 +37,7 @@ _IMAGENET_ARCHIVES: Final = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar
 
 
 def read_named(name: str, root: str, *, download: bool = False) -> Collection:
-    """One of torchvision's datasets, or ImageNet-1k, in the folder ``root``.
-
-    Raises:
-        UserError: if it isn't there, is there in part only, or can't be fetched.
-    """
+    """One of torchvision's datasets, or ImageNet-1k, in the folder ``root``."""
     folder, known = Path(root).expanduser(), NAMED[name]
     if name == "imagenet":
         return _imagenet(folder, download)
@@ -151,19 +147,12 @@ def _imagenet(root: Path, download: bool) -> Collection:
 
 @dataclass(frozen=True)
 class DataTerms:
-    """What is certain about one dataset.
+    """What is certain about one dataset."""
 
-    Attributes:
-        title: its name in words.
-        terms: licence or terms of use, with the page that states them.
-        hub_id: its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used.
-        kind: what a model card calls its type: the dataset's name, or `imagefolder`.
-    """
-
-    title: str
-    terms: str = UNKNOWN
-    hub_id: str = ""
-    kind: str = "imagefolder"
+    title: str  # its name in words
+    terms: str = UNKNOWN  # licence or terms of use, with the page that states them
+    hub_id: str = ""  # its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used
+    kind: str = "imagefolder"  # what a model card calls its type: the dataset's name, or `imagefolder`
 
 
 class Named(NamedTuple):

@@ -8,25 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from moevision.data.collection import SPLIT_NAMES, Collection, DrawnCollection, access_advice, unreadable
-from moevision.data.folder import read_folder, split_folders, subfolders, walk
+from moevision.data.collection import Collection, DrawnCollection, access_advice, unreadable
+from moevision.data.folder import read_folder, split_folders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
-from moevision.data.shards import INDEX, find_index, open_shards, tars_in
+from moevision.data.shards import INDEX, find_index, open_shards
 from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
-from moevision.words import shell_word
 
-DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "tars", "folder"]
+DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "folder"]
 UNKNOWN_COUNT: Final = 10_000
 """Images that a dataset is taken to have before it is fetched."""
 
 
 def kind_of(path: str) -> DataKind:
-    """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, our shards, others' tars.
+    """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, or our shards.
 
-    Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it. Tars beside
-    folders of classes are the archive that these came in.
+    Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it.
     """
     if path in DATASET_NAMES:
         return "drawn" if path == SYNTHETIC else "named"
@@ -40,10 +38,6 @@ def kind_of(path: str) -> DataKind:
             return "dataset"
         if (place / INDEX).is_file():
             return "shards"
-        if place.is_dir():
-            below = subfolders(place)
-            if all(each.name.lower() in SPLIT_NAMES and not subfolders(each) for each in below) and tars_in(place):
-                return "tars"
     except OSError as error:
         raise unreadable(place, error) from error
     return "folder"
@@ -70,9 +64,6 @@ def open_collection(
         seed: seed of the drawn images.
         sizes: number of drawn images per split.
         columns: of a table, those with image and label; None finds them.
-
-    Raises:
-        UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
     """
     kind, place = kind_of(path), Path(path).expanduser()
     if kind == "drawn":
@@ -83,12 +74,12 @@ def open_collection(
         return read_dataset(path, columns, download=download)
     if kind == "shards":
         return open_shards(place)
-    if kind == "tars":
-        raise UserError(_convert(path))
     try:
         with access_advice(place):
             return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
+        if kind == "folder" and [*place.glob("*.tar"), *place.glob("*/*.tar")]:
+            raise UserError(f"{error}; tars in the WebDataset format are read as {HF}{path}") from error
         if os.path.exists(place) or isinstance(error.__cause__, OSError):
             raise
         alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
@@ -96,19 +87,8 @@ def open_collection(
         raise UserError(f"{error}; or a dataset's name: {names}") from None
 
 
-def _convert(path: str) -> str:
-    return (
-        f"{path} holds tars that moevision didn't write: convert them by `moevision data shard {shell_word(path)} "
-        "--out SHARDS`, and give SHARDS."
-    )
-
-
 def count_images(path: str | Path) -> int:
-    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there.
-
-    Raises:
-        UserError: if a table or an index can't be read, or these are tars to be converted.
-    """
+    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there."""
     path = str(path)
     kind, place = kind_of(path), Path(path).expanduser()
     if path in NAMED:
@@ -123,8 +103,6 @@ def count_images(path: str | Path) -> int:
             return max(0, sum(1 for _ in file) - 1)
     if kind == "shards":
         return sum(len(rows.ids) for rows in find_index(place).splits.values())
-    if kind == "tars":
-        raise UserError(_convert(path))
     return sum(is_image_path(entry.name) for entry in walk(place))
 
 

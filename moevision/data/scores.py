@@ -1,43 +1,32 @@
 """Scores of the training images, the lists made of them, and what these lists do to a training.
 
-**Scores** (`scores.csv`): what every visit adds to an image's row. One visit is one image in one applied update;
-p = softmax(logits) [C], y its label.
+**Scores** (`scores.csv`): means over visits, of which one is one image in one applied update, in the training's own
+forward pass (augmented, with dropout and router noise); p = softmax(logits) [C], y its label. Images are not visited
+equally often: a stand-in for a bad file, balanced sampling and the tail that several processes drop.
 
-- `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3); low where other images
-  speak against the label;
-- `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2). There the mean is over trainings at one epoch, here over the
-  visits of one training;
-- `loss_mean`, `loss_last`: -ln p_y, without label smoothing and class weights, whatever the training's own loss has;
+- `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3);
+- `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2; there over trainings at one epoch);
+- `loss_mean`, `loss_last`: -ln p_y, without label smoothing and class weights;
 - `p_mean`, `p_std`: mean and standard deviation of p_y, confidence and variability (arXiv:2009.10795, §2);
-- `forgetting`: correct at one visit and wrong at the next one (arXiv:1812.05159, algorithm 1), per visit. An image
-  that was never correct is never forgotten: `correct` is 0 there;
+- `forgetting`: correct at one visit and wrong at the next one (arXiv:1812.05159, algorithm 1), per visit;
 - `correct`: share of the visits at which argmax p = y;
 - `L<block>.E<expert>`: share of the image's choices that this expert computed, mean over the visits of the last third
   of the training.
 
-All are means over visits, because images are not visited equally often: a stand-in for a bad file, balanced sampling
-and the tail that several processes drop. They are of the training's own forward pass: augmented, with dropout and
-router noise. Numbers lie in one array with a row per image, so that memory is known in advance: 52 + 4 H bytes an
-image, with its key.
+**Lists** (`moevision data prune`): with n scored images and the share s, round(s n) are kept; methods differ in what
+they give up first, ties are broken at random, no class loses its last image, and an image without a visit is kept:
 
-**Lists** (`moevision data prune`): which images to keep, with a reason per row. With n scored images and the share s,
-round(s n) are kept; methods differ in what they give up first:
-
-- `aum` and `loss` give up what speaks against its label: the lowest area under the margin (arXiv:2001.10528), the
-  highest mean loss (the small-loss rule, arXiv:1804.06872);
-- `el2n` and `forgetting` give up what is easy: the lowest EL2N (arXiv:2107.07075), the least forgotten, where an image
-  that was never correct counts as forgotten most (arXiv:1812.05159, §3);
-- `ccs` gives up the share β with the lowest AUM, then draws equally from strata of equal width in AUM, and all of a
+- `aum` and `loss`: what speaks against its label (small-loss rule: arXiv:1804.06872);
+- `el2n` and `forgetting`: what is easy; an image that was never correct counts as forgotten most;
+- `ccs`: the share β with the lowest AUM; then it draws equally from strata of equal width in AUM, and all of a
   stratum that has too few (arXiv:2210.15809, algorithm 1; 50 strata as there);
-- `random` draws, the baseline for all others: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
-- `decisions` gives up what a person dropped on the page of `moevision data score`.
-
-Ties are broken at random. No class loses its last image. An image without a visit has no score, and is kept.
+- `random` draws, the baseline: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
+- `decisions`: what a person dropped on the page of `moevision data score`.
 
 **What lists do** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is
-`yes` or `no` (without this column a file lists what is kept; what isn't listed is left out), `new_label` the class that
-the image is trained with (empty: its own). Only training images may be named, and they are chosen after the split is
-drawn. The result stands in `splits.csv` (what is left out as `unused`), by which a run goes on.
+`yes` or `no` (without this column a file lists what is kept), `new_label` the class that the image is trained with
+(empty: its own). Only training images may be named, and they are chosen after the split is drawn. The result stands in
+`splits.csv` (what is left out as `unused`), by which a run goes on.
 
 Axes: n training images, B visits, C classes, E experts, H = sum of the experts over all MoE layers.
 """
@@ -106,14 +95,9 @@ def rows_of(keys: Ints, wanted: Ints) -> Ints:
 
 
 class ScoreSums:
-    """The rows of all training images.
+    """The `rows` [n] (`row_type`) of all training images, by their `keys_of` [n]; nothing else changes.
 
-    Args:
-        keys: [n] of the images, by `keys_of`.
-        experts: block -> number of experts, in order of depth; empty for a dense model.
-
-    Attributes:
-        rows: [n] of `row_type`; nothing else changes.
+    `experts` has the number of experts by block, in order of depth; it is empty for a dense model.
     """
 
     def __init__(self, keys: Ints, experts: Mapping[int, int]) -> None:
@@ -121,39 +105,33 @@ class ScoreSums:
         self.rows = np.zeros(len(keys), row_type(experts))
 
     def add(self, index: Ints, measures: Floats, shares: Floats | None = None) -> None:
-        """Take visits in their order; an image may be among them several times.
+        """Take visits of images (rows [B]) in their order; an image may be among them several times.
 
-        Args:
-            index: [B], the images' rows.
-            measures: [B, 5], see `MEASURES`.
-            shares: [B, H], the experts' shares; None before the last third of the training.
+        Measures are [B, 5] (`MEASURES`), the experts' shares [B, H]; None before the last third of the training.
         """
         left = np.arange(len(index))
         while len(left):
             _, first = np.unique(index[left], return_index=True)  # nearly always all of them
             now = left[first]
-            self._add_distinct(index[now], measures[now], None if shares is None else shares[now])
             left = np.delete(left, first)
-
-    def _add_distinct(self, index: Ints, measures: Floats, shares: Floats | None) -> None:
-        rows = self.rows[index]  # a copy
-        margin, el2n, loss, p, correct = measures.T
-        rows["visits"] += 1
-        rows["margin"] += margin
-        rows["el2n"] += el2n
-        rows["loss"] += loss
-        rows["loss_last"] = loss
-        # Welford's running mean and squares: the difference of two sums would lose a small spread.
-        change = p - rows["p"]
-        rows["p"] += change / rows["visits"]
-        rows["p_squares"] += change * (p - rows["p"])
-        rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
-        rows["was_correct"] = correct
-        rows["correct"] += rows["was_correct"]
-        if shares is not None:
-            rows["routed"] += 1
-            rows["shares"] += (shares - rows["shares"]) / rows["routed"][:, None]
-        self.rows[index] = rows
+            rows = self.rows[index[now]]  # a copy
+            margin, el2n, loss, p, correct = measures[now].T
+            rows["visits"] += 1
+            rows["margin"] += margin
+            rows["el2n"] += el2n
+            rows["loss"] += loss
+            rows["loss_last"] = loss
+            # Welford's running mean and squares: the difference of two sums would lose a small spread.
+            change = p - rows["p"]
+            rows["p"] += change / rows["visits"]
+            rows["p_squares"] += change * (p - rows["p"])
+            rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
+            rows["was_correct"] = correct
+            rows["correct"] += rows["was_correct"]
+            if shares is not None:
+                rows["routed"] += 1
+                rows["shares"] += (shares[now] - rows["shares"]) / rows["routed"][:, None]
+            self.rows[index[now]] = rows
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that share memory with the rows, for a checkpoint."""
@@ -204,20 +182,13 @@ class ScoreSums:
 
 @dataclass(frozen=True)
 class Scores:
-    """The table: what training found about each of its n images, in the order of the split.
+    """The table: what training found about each of its n images, in the order of the split."""
 
-    Attributes:
-        images: stable sample ids; read from a file, as `csv_name` writes them.
-        labels: the class of each in words.
-        visits: [n], how often each was in an applied update.
-        scores: name (`SCORES`) -> [n]; NaN without visits.
-        experts: block -> [n, E], share of the image's choices that each expert computed; NaN where there is none.
-    """
-
-    images: list[str]
-    labels: list[str]
-    visits: Ints
-    scores: dict[str, Floats]
+    images: list[str]  # stable sample ids; read from a file, as `csv_name` writes them
+    labels: list[str]  # the class of each in words
+    visits: Ints  # [n], how often each was in an applied update
+    scores: dict[str, Floats]  # name (`SCORES`) -> [n]; NaN without visits
+    # block -> [n, E], share of the image's choices that each expert computed; NaN where there is none
     experts: dict[int, Floats]
 
     def write(self, path: Path) -> None:
@@ -270,35 +241,20 @@ class Scores:
 
 @dataclass
 class Kept:
-    """What becomes of each of n images.
+    """What becomes of each of n images."""
 
-    Attributes:
-        keep: [n].
-        reason: [n], which of `reasons` it is.
-        reasons: words, with `{value}` and `{rank}` where they stand in them.
-        value: [n], the score that decided.
-        rank: [n], 1 for the first to keep.
-        new_label: row -> class, for those that a person gave another one.
-    """
-
-    keep: npt.NDArray[np.bool_]
-    reason: Ints
-    reasons: list[str]
-    value: Floats
-    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    new_label: dict[int, str] = field(default_factory=dict)
+    keep: npt.NDArray[np.bool_]  # [n]
+    reason: Ints  # [n], which of `reasons` it is
+    reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
+    value: Floats  # [n], the score that decided
+    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # [n], 1 for the first to keep
+    new_label: dict[int, str] = field(default_factory=dict)  # row -> class, for those that a person gave another one
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
 
-        Args:
-            path: the file, replaced if it is there.
-            scores: whose images these are.
-            relabelled: whether the run had other labels than its data: then every row says the label, so that the list
-                is the one of `--data.relabel` too.
-
-        Raises:
-            UserError: if it can't be written.
+        `relabelled`: the run had other labels than its data; then every row says the label, so that the list is the one
+        of `--data.relabel` too.
         """
 
         def rows() -> Iterator[tuple[str, ...]]:
@@ -317,17 +273,9 @@ class Kept:
 
 
 def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0) -> Kept:
-    """Choose by a score.
+    """Choose a share of the scored images to keep by a score (one of `METHODS`, but `decisions`).
 
-    Args:
-        scores: of the training images.
-        by: one of `METHODS`, but `decisions`.
-        share: of the scored images to keep, in (0, 1].
-        hardest: β of `ccs`.
-        seed: of what is drawn, and of ties.
-
-    Raises:
-        UserError: if nothing was scored, or β leaves fewer images than are to be kept.
+    `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
     """
     known, n = scores.scores, len(scores.images)
     scored = np.flatnonzero(scores.visits > 0)
@@ -394,11 +342,7 @@ def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int
 
 
 def decide(scores: Scores, path: Path) -> Kept:
-    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label.
-
-    Raises:
-        UserError: if the file can't be used, or drops all images of a class.
-    """
+    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label."""
     classes = {csv_name(label) for label in scores.labels}
 
     def decision(row: Mapping[str, str]) -> tuple[int, str]:
@@ -481,19 +425,10 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 
 
 def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str) -> dict[str, _T]:
-    """Read a list of images.
+    """What a CSV says of each image, by its name as `csv_name` writes it.
 
-    Args:
-        path: the CSV.
-        column: which it must have, besides `image`; `keep` may be absent.
-        meaning: what a row says; raises ValueError if it says nothing that can be used.
-        option: who asked for it, for messages.
-
-    Returns:
-        What is said of each image, by its name as `csv_name` writes it.
-
-    Raises:
-        UserError: if it can't be read, or lists an image twice.
+    `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
+    says nothing that can be used; `option` asked for it.
     """
     found: dict[str, _T] = {}
     try:
@@ -518,27 +453,17 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Files that say which training images are used, and as what.
+    """Files that say which training images are used, and as what."""
 
-    Attributes:
-        keep: list of images to keep; None keeps all.
-        relabel: list of images with another class; None changes none.
-    """
-
-    keep: Path | None = None
-    relabel: Path | None = None
+    keep: Path | None = None  # list of images to keep; None keeps all
+    relabel: Path | None = None  # list of images with another class; None changes none
 
     def __bool__(self) -> bool:
         """Whether anything was chosen."""
         return self.keep is not None or self.relabel is not None
 
     def apply(self, splits: Splits, class_names: Sequence[str]) -> Splits:
-        """The split with the chosen training images under their new labels; its other parts are as they were.
-
-        Raises:
-            UserError: if a file can't be read, names an image that isn't in the training set or a class that the data
-                haven't, or leaves a class without a training image.
-        """
+        """The split with the chosen training images under their new labels; its other parts are as they were."""
         number_of = {csv_name(name): number for number, name in enumerate(class_names)}
 
         def new_label(row: Mapping[str, str]) -> int | None:

@@ -8,12 +8,7 @@ keeps the sample ids, the classes and the order of the source. Local and mounted
 `write_shards` makes the same bytes each time: images go into the shards of their split in the order of a hash of their
 names, and an image's key is its place in the dataset's order. The folder gets its name when all of it is written.
 
-`read_tars` reads tars that others made, to be written as shards: members belong together if their names agree up to the
-first dot of the last part (``a/b.jpg``, ``a/b.cls``, ``a/b.json``). The class is the number or word in ``.cls``, or
-"label" of ``.json``; the split is a word in the name of the tar or of its folder.
-
-Sources: webdataset (github.com/webdataset/webdataset), ``tariterators.py`` (`base_plus_ext`); POSIX.1-2001 pax, "ustar
-Interchange Format" (two blocks of zeros end a tar).
+Source: POSIX.1-2001 pax, "ustar Interchange Format" (two blocks of zeros end a tar).
 """
 
 from __future__ import annotations
@@ -22,35 +17,23 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from moevision.data.collection import (
-    SPLIT_NAMES,
-    SPLITS,
-    Collection,
-    DrawnCollection,
-    Sample,
-    check_distinct,
-    check_splits,
-    told_apart,
-    words_of,
-)
-from moevision.data.folder import subfolders
-from moevision.data.images import IMAGE_SUFFIXES, MAX_BYTES, BadImageError, safe_open
-from moevision.errors import UserError, json_text, name_bytes, shown
+from moevision.data.collection import Collection, DrawnCollection, Sample
+from moevision.data.images import MAX_BYTES, BadImageError, safe_open
+from moevision.errors import UserError, json_text, name_bytes
 from moevision.files import (
     file_sha256,
     remove_leftovers,
@@ -71,73 +54,41 @@ _ENDINGS: Final = (
 
 @dataclass
 class Shard:
-    """One tar.
+    """One tar."""
 
-    Attributes:
-        file: path relative to the folder of the shards, with forward slashes.
-        bytes: its size.
-        sha256: of the whole tar, in hexadecimal.
-        plan: empty; version 0.1 kept a hash of what a tar was made from.
-        modified_ns: 0; version 0.1 kept the time of change of tars that others made.
-    """
-
-    file: str
+    file: str  # path relative to the folder of the shards, with forward slashes
     bytes: int
-    sha256: str
-    plan: str = ""
-    modified_ns: int = 0
+    sha256: str  # of the whole tar, in hexadecimal
+    plan: str = ""  # empty; version 0.1 kept a hash of what a tar was made from
+    modified_ns: int = 0  # 0; version 0.1 kept the time of change of tars that others made
 
 
 @dataclass
 class Rows:
-    """The images of one split, a row each, in the order in which a run counts them.
-
-    Attributes:
-        ids: sample ids.
-        labels: classes.
-        shards: which shard, an index into the list of them.
-        offsets: where the image's bytes begin in it.
-        sizes: how many bytes they are.
-        columns: other columns of the table that the images came from, such as patients.
-    """
+    """The images of one split, a row each, in the order in which a run counts them."""
 
     ids: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    shards: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list)  # which shard, an index into the list of them
+    offsets: list[int] = field(default_factory=list)  # where the image's bytes begin in it
+    sizes: list[int] = field(default_factory=list)  # how many bytes they are
+    # other columns of the table that the images came from, such as patients
     columns: dict[str, list[str]] = field(default_factory=dict)
-
-    def samples(self) -> list[Sample]:
-        """The images as a collection lists them."""
-        return [Sample(*row) for row in zip(self.ids, self.labels, strict=True)]
 
 
 @dataclass
 class Index:
-    """What is in a folder of shards.
+    """What is in a folder of shards."""
 
-    Attributes:
-        class_names: class names in words; labels are indices into them.
-        shards: the tars.
-        splits: rows by "train", "val" and "test", or all under "all".
-        group_column: the column whose equal values are kept in one split, if the source had one.
-        notes: sentences about what was left out of the source.
-    """
-
-    class_names: list[str]
+    class_names: list[str]  # class names in words; labels are indices into them
     shards: list[Shard]
-    splits: dict[str, Rows]
-    group_column: str | None = None
-    notes: list[str] = field(default_factory=list)
+    splits: dict[str, Rows]  # rows by "train", "val" and "test", or all under "all"
+    group_column: str | None = None  # the column whose equal values are kept in one split, if the source had one
+    notes: list[str] = field(default_factory=list)  # sentences about what was left out of the source
 
 
 def find_index(folder: Path) -> Index:
-    """The index of a folder of shards, of which every one is there and as large as it was.
-
-    Raises:
-        UserError: if the index is damaged or of a later version, or shards are missing or changed.
-    """
+    """The index of a folder of shards, of which every one is there and as large as it was."""
     path = folder / INDEX
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +97,8 @@ def find_index(folder: Path) -> Index:
         held["shards"] = [Shard(**shard) for shard in held["shards"]]
         held["splits"] = {split: Rows(**rows) for split, rows in held["splits"].items()}
         index = Index(**held)
-        _check_index(index)
+        if not all(shard.sha256 and Path(shard.file).name == shard.file for shard in index.shards):
+            raise ValueError("a shard leads out of the folder, or wasn't written by moevision")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -162,30 +114,6 @@ def find_index(folder: Path) -> Index:
                 f"The shard {file} is missing or was changed: it has {size:,} of {shard.bytes:,} bytes; copy it again."
             )
     return index
-
-
-def _check_index(index: Index) -> None:
-    """Every row lies in a shard of the folder, and has a class; raises ValueError."""
-    for shard in index.shards:
-        path = Path(shard.file)
-        if path.is_absolute() or ".." in path.parts or "\\" in shard.file or not shard.sha256:
-            raise ValueError(f"{shard.file} leads out of the folder, or wasn't written by moevision")
-    ends = np.array([shard.bytes for shard in index.shards], np.int64)
-    for rows in index.splits.values():
-        where, start, size, label = (
-            np.array(each, np.int64) for each in (rows.shards, rows.offsets, rows.sizes, rows.labels)
-        )
-        if len({len(rows.ids), *map(len, (where, start, size, label)), *map(len, rows.columns.values())}) > 1:
-            raise ValueError("columns of different length")
-        if len(where) and (
-            min(where.min(), start.min(), size.min(), label.min()) < 0
-            or label.max() >= len(index.class_names)
-            or (start + size > ends[where]).any()
-        ):
-            raise ValueError("a row outside of its shard")
-    ids = [name for rows in index.splits.values() for name in rows.ids]
-    if len(set(ids)) < len(ids):
-        raise ValueError("an id that stands twice")
 
 
 def verify_shards(folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> Index:
@@ -275,27 +203,23 @@ class ShardCollection(Collection):
 def open_shards(folder: Path) -> ShardCollection:
     """Open a folder of shards that `write_shards` wrote; raises UserError as `find_index`."""
     index = find_index(folder)
-    columns: dict[str, dict[str, str]] = defaultdict(dict)
-    for rows in index.splits.values():
+    splits, columns = index.splits.values(), defaultdict[str, dict[str, str]](dict)
+    for rows in splits:
         for name, values in rows.columns.items():
             columns[name] |= zip(rows.ids, values, strict=True)
-    found = _collection(folder, [shard.file for shard in index.shards], index.class_names, index.splits, index.notes)
-    found.group_column, found.columns = index.group_column, dict(columns)
-    return found
-
-
-def _collection(
-    folder: Path, files: Sequence[str], class_names: list[str], splits: Mapping[str, Rows], notes: list[str]
-) -> ShardCollection:
-    parts = [np.array([rows.shards, rows.offsets, rows.sizes], np.int64).reshape(3, -1).T for rows in splits.values()]
-    ids = (name for rows in splits.values() for name in rows.ids)
+    parts = [np.array([rows.shards, rows.offsets, rows.sizes], np.int64).reshape(3, -1).T for rows in splits]
     return ShardCollection(
-        class_names,
-        {split: rows.samples() for split, rows in splits.items()},
-        notes,
-        files=ShardFiles(folder, files),
-        row={name: row for row, name in enumerate(ids)},
-        places=np.concatenate(parts) if parts else np.zeros((0, 3), np.int64),
+        index.class_names,
+        {
+            split: [Sample(*row) for row in zip(rows.ids, rows.labels, strict=True)]
+            for split, rows in index.splits.items()
+        },
+        index.notes,
+        index.group_column,
+        dict(columns),
+        files=ShardFiles(folder, [shard.file for shard in index.shards]),
+        row={name: row for row, name in enumerate(name for rows in splits for name in rows.ids)},
+        places=np.concatenate([np.zeros((0, 3), np.int64), *parts]),
     )
 
 
@@ -309,16 +233,10 @@ def write_shards(
     shard_bytes: int = 256 * 2**20,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Index:
-    """Write a dataset as shards.
+    """Write a dataset as shards into a folder that isn't there yet, or is empty.
 
-    Args:
-        collection: the dataset.
-        out: a folder that isn't there yet, or is empty.
-        shard_bytes: a shard is closed when its images have so many bytes.
-        on_progress: called with the number of images that are done since the last call.
-
-    Raises:
-        UserError: if the folder holds something or can't be written to, or an image can't be read.
+    A shard is closed when its images have `shard_bytes`; `on_progress` is called with the number of images that are
+    done since the last call.
     """
     if isinstance(collection, DrawnCollection):
         raise UserError("synthetic_pets is drawn when it is opened: there are no files to put into shards.")
@@ -398,163 +316,3 @@ def _tar(
         on_progress(1)
     # Two blocks of zeros are the end, and tar fills its last record.
     yield bytes(-(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - size)
-
-
-# ---- tars that others made
-
-Label = int | str
-
-
-class Member(NamedTuple):
-    """One file in a tar: its name, where its bytes begin, and how many they are."""
-
-    name: str
-    offset: int
-    size: int
-
-
-def members(tar: Path) -> Iterator[Member]:
-    """The files in a tar, in order; raises UserError if it isn't a tar, is compressed, damaged or cut short."""
-    size = tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.isreg() and member.offset_data + member.size <= size:
-                    yield Member(member.name.removeprefix("./"), member.offset_data, member.size)
-            end = archive.offset
-        with tar.open("rb") as file:  # tarfile takes whatever isn't a header for the end
-            file.seek(end)
-            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as error:
-        raise UserError(f"{tar} is no uncompressed tar, or is cut short ({error}): copy it again, unpacked.") from error
-    if not whole:
-        raise UserError(f"{tar} is cut short or damaged at byte {end:,} of {size:,}: copy it again.")
-
-
-def tars_in(folder: Path) -> list[Path]:
-    """The tars of a folder and of its train, val and test folders, in order."""
-    places = [folder, *(below for below in subfolders(folder) if below.name.lower() in SPLIT_NAMES)]
-    return sorted(
-        entry for place in places for entry in place.iterdir() if entry.suffix == ".tar" and entry.name[0] not in "._"
-    )
-
-
-def read_tars(folder: Path) -> ShardCollection:
-    """Tars that others made, indexed by their headers in memory: a source for `write_shards`.
-
-    Raises:
-        UserError: if a tar is damaged or cut short, or there are no images with labels in them.
-    """
-    tars = tars_in(folder)
-    found: dict[str, list[tuple[int, str, Member, Label]]] = defaultdict(list)  # by split: tar, key, image, label
-    endings: Counter[str] = Counter()
-    unlabelled = 0
-    for number, (tar, split) in enumerate(zip(tars, _splits_of(folder, tars), strict=True)):
-        for key, image, label in _images(tar, endings):
-            unlabelled += label is None
-            if label is not None:
-                found[split].append((number, key, image, label))
-    if not found:
-        met = ", ".join(f"{count:,} x .{ending}" for ending, count in endings.most_common(5))
-        raise UserError(
-            f"The tars in {folder} hold {'images but no labels' if unlabelled else 'no images'} "
-            f"({met or 'no files with endings'}): each image KEY.jpg (or .png, .webp) needs its class beside it, "
-            'KEY.cls with a number or KEY.json with "label".'
-        )
-    keys: dict[Label, set[str]] = defaultdict(set)  # WordNet ids in the keys of a class; "" of a key without one
-    for part in found.values():
-        for _, key, _, label in part:
-            match = re.fullmatch(r"(?:.*[/_])?(n\d{8})(?:[/_].*)?", key)
-            keys[label].add(match[1] if match else "")
-    numbers = [label for label in keys if isinstance(label, int)]
-    if len(numbers) == len(keys):
-        order: list[Label] = [*sorted(numbers)]
-        names = _class_names(folder, sorted(numbers), keys)
-    else:  # words in order, if there are both
-        order = sorted(keys, key=str)
-        names = words_of(list(dict.fromkeys(map(str, order))))
-    index = {word: place for place, word in enumerate(dict.fromkeys(map(str, order)))}
-    splits: dict[str, Rows] = {}
-    for split in (split for split in ("all", *SPLITS) if split in found):
-        rows = splits[split] = Rows()
-        for number, _, image, label in found[split]:
-            rows.ids.append(f"{tars[number].relative_to(folder).as_posix().removesuffix('.tar')}/{image.name}")
-            rows.labels.append(index[str(label)])
-            rows.shards.append(number)
-            rows.offsets.append(image.offset)
-            rows.sizes.append(image.size)
-    check_distinct(names)
-    check_splits({split: rows.samples() for split, rows in splits.items()}, names, str(folder))
-    images = unlabelled + sum(map(len, found.values()))
-    notes = [f"{unlabelled} of {images} images in the tars of {folder} have no label: left out"] if unlabelled else []
-    return _collection(folder, [tar.relative_to(folder).as_posix() for tar in tars], names, splits, notes)
-
-
-def _splits_of(folder: Path, tars: Sequence[Path]) -> list[str]:
-    """The split of every tar by its folder's name or a word in its own, or "all" for every one."""
-    splits = []
-    for tar in tars:
-        words = re.findall("[a-z]+", tar.stem.lower()) if tar.parent == folder else [tar.parent.name.lower()]
-        found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-        splits.append(found.pop() if len(found) == 1 else "all")
-    if "all" in splits and set(splits) != {"all"}:
-        raise UserError(
-            f"The name of {tars[splits.index('all')]} says no split, and other tars' names do: call all of them by "
-            "train, val or test (such as train-0001.tar), or none."
-        )
-    return splits
-
-
-def _images(tar: Path, endings: Counter[str]) -> Iterator[tuple[str, Member, Label | None]]:
-    """Key, image and label (None: none, or hidden as -1) of each sample with an image; ``endings`` counts all files."""
-    samples: dict[str, dict[str, Member]] = defaultdict(dict)
-    for member in members(tar):
-        match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
-        if match is None or member.name.rpartition("/")[2].startswith("."):
-            continue
-        key, ending = match[1], match[2].lower()
-        endings[ending] += 1
-        if ending in samples[key]:
-            raise UserError(f"{tar} holds a .{ending} of {key!r} twice: keep one of them.")
-        samples[key][ending] = member
-    with tar.open("rb", buffering=0) as file:
-        for key, parts in samples.items():
-            image = next((member for ending, member in parts.items() if f".{ending}" in IMAGE_SUFFIXES), None)
-            kind = next((ending for ending in ("cls", "json") if ending in parts), None)
-            label: Any = None
-            if image is not None and kind is not None:
-                file.seek(parts[kind].offset)
-                text = (file.read(min(parts[kind].size, 2**20)) or b"").decode("utf-8", errors="replace").strip()
-                label = int(text) if kind == "cls" and re.fullmatch(r"-?\d{1,9}", text) else text
-                try:
-                    label = json.loads(text)["label"] if kind == "json" else label
-                except KeyError:
-                    label = None
-                except (ValueError, TypeError) as error:
-                    raise UserError(
-                        f'{tar} holds {parts[kind].name!r}, which is no JSON object with a "label": mend or remove it.'
-                    ) from error
-                if isinstance(label, bool) or not isinstance(label, int | str | None):
-                    raise UserError(
-                        f"{tar}: the label of {image.name!r} is {label!r}; one image has one label, a number or word."
-                    )
-            if image is not None:
-                yield key, image, None if label in (-1, "") else label
-
-
-def _class_names(folder: Path, labels: Sequence[int], keys: Mapping[Label, set[str]]) -> list[str]:
-    """Names in words: a list of names beside the tars, a WordNet id in every key of a class, or the numbers."""
-    for name in ("classnames.txt", "classes.txt"):
-        if (folder / name).is_file():
-            names = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            if len(names) <= max(labels):
-                raise UserError(
-                    f"{folder / name} has {len(names)} names, and there is a label {max(labels)}: give every class a "
-                    "line, from label 0 on."
-                )
-            return told_apart([shown(names[label].strip()) for label in labels], labels)
-    # Keys without an id, such as those of a validation set, say nothing.
-    ids = [sorted(keys[label] - {""}) for label in labels]
-    if all(len(each) == 1 for each in ids) and len({each[0] for each in ids}) == len(labels):
-        return words_of([each[0] for each in ids])
-    return list(map(str, labels))

@@ -29,20 +29,14 @@ _UNUSED = "unused"  # known, and in no split
 
 @dataclass
 class Splits:
-    """Samples per split, with where they come from.
+    """Samples per split, with where they come from."""
 
-    Attributes:
-        samples: split -> samples.
-        notes: split -> half a sentence about its origin.
-        warnings: whole sentences.
-        unused: samples in no split, because another split holds a copy of them.
-        together: what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits.
-    """
-
-    samples: dict[str, list[Sample]]
-    notes: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
+    samples: dict[str, list[Sample]]  # split -> samples
+    notes: dict[str, str]  # split -> half a sentence about its origin
+    warnings: list[str] = field(default_factory=list)  # whole sentences
+    # samples in no split, because another split holds a copy of them
     unused: list[Sample] = field(default_factory=list)
+    # what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits
     together: str = ""
 
     def sentences(self) -> list[str]:
@@ -56,22 +50,15 @@ _ASK = "Cut image by image: where several show one patient, product or scene, ke
 
 @dataclass(frozen=True)
 class Cut:
-    """How to cut what a collection doesn't come with.
+    """How to cut what a collection doesn't come with."""
 
-    Attributes:
-        val_fraction: share of the images for validation, in (0, 1).
-        test_fraction: share for the test, in (0, 1) where the collection came unsplit.
-        seed: seed of the cut.
-        group_by: None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a
-            regular expression with one group, searched in the sample id.
-        check_duplicates: whether to look for byte-identical images.
-    """
-
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    seed: int = 0
+    val_fraction: float = 0.1  # share of the images for validation, in (0, 1)
+    test_fraction: float = 0.1  # share for the test, in (0, 1) where the collection came unsplit
+    seed: int = 0  # seed of the cut
+    # None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a regular expression
+    # with one group, searched in the sample id
     group_by: str | None = None
-    check_duplicates: bool = True
+    check_duplicates: bool = True  # whether to look for byte-identical images
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing to train on or to select by."""
@@ -84,11 +71,7 @@ class Cut:
 
 
 def make_splits(collection: Collection, cut: Cut) -> Splits:
-    """Split a collection, keeping what it came with.
-
-    Raises:
-        UserError: if a class has too few images (or groups) to be cut, or a split none of its own.
-    """
+    """Split a collection, keeping what it came with."""
     given = _merged(collection.given)
     samples = [sample for part in given.values() for sample in part]
     named, kind = _named_groups(collection, samples, cut.group_by)
@@ -144,23 +127,11 @@ def stratified_cut(
     seed: int,
     class_names: Sequence[str],
 ) -> dict[str, list[Sample]]:
-    """Cut parts off a list, each with its share of every class; the rest is "train".
+    """Cut parts (part -> share) off a list, each with its share of every class; the rest is "train".
 
-    Groups are taken in the order of a hash of (seed, group), so a few added files move few others. Where
-    every image is its own group a part gets exactly ``max(1, round(fraction * n))`` of a class's n images.
-
-    Args:
-        samples: the images to cut.
-        groups: group of a sample id; absent ids are groups of their own.
-        fractions: part -> share, in (0, 1).
-        seed: seed of the order.
-        class_names: names for messages.
-
-    Returns:
-        Samples per part and "train", each in the order of ``samples``.
-
-    Raises:
-        UserError: if a class can't be in every part.
+    Groups (of a sample id; absent ids are groups of their own) are taken in the order of a hash of (seed, group), so a
+    few added files move few others. Where every image is its own group a part gets exactly ``max(1, round(fraction *
+    n))`` of a class's n images. Each part is in the order of ``samples``.
     """
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:
@@ -312,14 +283,9 @@ def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
-    """Take the split from ``splits.csv``; files that came or went since are left out, with a warning.
+    """The splits that `write_splits` wrote, of the images as they are now, and the class names of the file.
 
-    Args:
-        path: the file written by `write_splits`.
-        collection: the images as they are now.
-
-    Returns:
-        The splits, and the class names of the file (labels are renumbered to them).
+    Labels are renumbered to those.
 
     Raises:
         UserError: if the file isn't such a list, a class of it has vanished, or a held-out image has another one.
@@ -374,9 +340,6 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
     """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
     Held-out images must have the listed class too. The original is opened only if all this is so.
-
-    Raises:
-        UserError: if the file isn't such a list.
     """
     rows, here = _listed(path), _by_written_name(collection)
     if not all(row["path"] in here for row in rows) or _moved(rows, here, collection) is not None:

@@ -139,23 +139,14 @@ def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
 
 @dataclass(frozen=True)
 class Face:
-    """A face ready for drawing.
+    """A face ready for drawing."""
 
-    Attributes:
-        vertices: All vertices in face coordinates, [V, 2].
-        groups: The group of each vertex, [V].
-        regions: The region id of each shape.
-        ranges: (first, one past the last) vertex of each shape.
-        center: Middle of the head with its ears, whiskers left out, [2].
-        half_size: Half the longer side of the box around the same.
-    """
-
-    vertices: Points
-    groups: npt.NDArray[np.intp]
-    regions: tuple[int, ...]
-    ranges: tuple[tuple[int, int], ...]
-    center: Points
-    half_size: float
+    vertices: Points  # All vertices in face coordinates, [V, 2]
+    groups: npt.NDArray[np.intp]  # The group of each vertex, [V]
+    regions: tuple[int, ...]  # The region id of each shape
+    ranges: tuple[tuple[int, int], ...]  # (first, one past the last) vertex of each shape
+    center: Points  # Middle of the head with its ears, whiskers left out, [2]
+    half_size: float  # Half the longer side of the box around the same
 
 
 def _rimmed(slot: Slot, part: str, group: _Group, points: Points, margin: float = 0.045) -> Iterator[Shape]:
@@ -353,27 +344,17 @@ _PART_TABLE: Final = np.array([region % len(PARTS) for region in range(256)], np
 
 @dataclass(frozen=True)
 class Scene:
-    """An image before it has pixels.
+    """An image before it has pixels."""
 
-    Attributes:
-        polygons: (region id, vertices [n, 2] in frame coordinates) in painting order.
-        palette: RGB 0-255 of every slot, [slots, 3].
-        scenery: Coarse grid of background colours, float32 [4, 4, 3].
-        to_face: Map [2, 3] from frame coordinates to face coordinates, for shading.
-        ripples: (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4].
-        light: (direction, strength) of the light's slope across the frame.
-        gain: Brightness of each colour channel, [3].
-        grain: Standard deviation of the pixel noise, in units of 0-255.
-    """
-
-    polygons: list[tuple[int, Points]]
-    palette: npt.NDArray[np.float64]
-    scenery: npt.NDArray[np.float32]
-    to_face: Points
+    polygons: list[tuple[int, Points]]  # (region id, vertices [n, 2] in frame coordinates) in painting order
+    palette: npt.NDArray[np.float64]  # RGB 0-255 of every slot, [slots, 3]
+    scenery: npt.NDArray[np.float32]  # Coarse grid of background colours, float32 [4, 4, 3]
+    to_face: Points  # Map [2, 3] from frame coordinates to face coordinates, for shading
+    # (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4]
     ripples: npt.NDArray[np.float64]
-    light: tuple[float, float]
-    gain: npt.NDArray[np.float64]
-    grain: float
+    light: tuple[float, float]  # (direction, strength) of the light's slope across the frame
+    gain: npt.NDArray[np.float64]  # Brightness of each colour channel, [3]
+    grain: float  # Standard deviation of the pixel noise, in units of 0-255
 
 
 def sample_scene(label: int, rng: np.random.Generator) -> Scene:
@@ -577,9 +558,6 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
             image_size: Side of an image in pixels, at least 16.
             seed: Any integer; other seeds give other images.
             split: `"train"`, `"val"` or `"test"`; splits share no image.
-
-        Raises:
-            UserError: If an argument is out of its range.
         """
         if size < 1:
             raise UserError(f"SyntheticPets needs a size of at least 1 image, not {size}")

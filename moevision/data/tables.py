@@ -4,8 +4,8 @@
   paths start at the CSV's folder; errors name the line. Links are followed and files are opened by `safe_open`, as in a
   folder; only files of this computer are read.
 - A **Hugging Face dataset** is a folder that ``save_to_disk`` wrote (Arrow), or ``hf:NAME[:CONFIG]``, which is taken
-  from the cache, or fetched where the caller allows it. Its images are decoded by `safe_open` from the stored bytes;
-  the package `datasets` is imported here only, and reads tables but no images. Sample ids are ``split/row``.
+  from the cache, or fetched where the caller allows it; ``hf:FOLDER`` reads a folder of WebDataset tars. Its images
+  are decoded by `safe_open` from the stored bytes; `datasets` is imported here only. Sample ids are ``split/row``.
 
 One image has one label: a table that gives several is refused, since nothing here learns more than one.
 """
@@ -40,7 +40,7 @@ from moevision.errors import UserError, shown
 Columns = tuple[str | None, str | None]
 """Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""
 
-_LABELS: Final = ("label", "labels", "class", "category", "fine_label")
+_LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
 _SEVERAL: Final = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
     "per question"
@@ -51,14 +51,9 @@ _SEVERAL: Final = (
 
 
 def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
-    """Read a CSV manifest.
+    """Read a CSV manifest: UTF-8, with a header; `columns` are those with path and label, where they aren't called so.
 
-    Args:
-        file: the CSV, UTF-8, with a header.
-        columns: the columns with path and label, where they aren't called so.
-
-    Raises:
-        UserError: with the line, if a row has no path, no label or several, an unknown split, or no such file.
+    A `UserError` names the line, if a row has no path, no label or several, an unknown split, or no such file.
     """
     path_column, label_column = columns[0] or "path", columns[1] or "label"
     known: dict[str, tuple[int, dict[str, str]]] = {}  # sample id -> line, row
@@ -216,15 +211,9 @@ class ArrowCollection(Collection):
 
 
 def read_dataset(path: str, columns: Columns = (None, None), *, download: bool = False) -> ArrowCollection:
-    """Read a Hugging Face dataset.
+    """Read a Hugging Face dataset: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
 
-    Args:
-        path: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
-        columns: the columns with image and label, where they can't be found out.
-        download: fetch a dataset that isn't in the cache.
-
-    Raises:
-        UserError: if `datasets` isn't installed, the dataset isn't there, or has no such columns.
+    `columns` are those with image and label, where they can't be found out; `download` fetches what isn't in the cache.
     """
     given, notes = _by_split(_load(path, download), path)
     first = next(iter(given.values()))

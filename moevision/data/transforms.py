@@ -104,13 +104,10 @@ def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) 
 
 
 def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
-    """The image as random resized crops are cut from it: short side at most 1.15 S, never enlarged.
+    """The image as random resized crops are cut from it, uint8 [H, W, 3]: short side at most 1.15 S, never enlarged.
 
     A long side beyond four times the short one is cut off around the centre (a strip would fill the memory). What is to
     be padded or squashed is so before it is cropped, to a square of 1.15 S.
-
-    Returns:
-        uint8 [H, W, 3].
     """
     if framing.fit != "crop":
         return square_pixels(image, base_side(image_size), framing)
@@ -147,12 +144,12 @@ class TrainTransform:
         random_erasing: float,
         mean: Sequence[float],
     ) -> None:
-        """Choose the steps.
+        """Choose the steps; images come in S x S for the crop "pad", in any size for "random_resized".
 
         Args:
             image_size: side of the result, S.
             augment: "none" leaves out crop, flip and policy.
-            crop: "pad" expects S x S pixels; "random_resized" any size.
+            crop: how.
             min_crop_scale: smallest share of the image's area in a random resized crop.
             hflip: mirror every image in every other epoch, half of them in the first (arXiv:2404.00498, section 3.6).
             random_erasing: probability that a random rectangle is filled with the mean colour.
@@ -171,16 +168,10 @@ class TrainTransform:
             self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
 
     def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
-        """Augment a batch.
+        """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each.
 
-        Args:
-            images: B images, uint8 [3, H, W] each; they are not written to.
-            seed: seed of the run.
-            epochs: epoch number of each.
-            indices: index of each in its split.
-
-        Returns:
-            uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b alone.
+        They are not written to. The result is uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b
+        alone.
         """
         epoch, index = np.asarray(epochs, np.int64), np.asarray(indices, np.int64)  # [B] each
         out = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
@@ -267,13 +258,10 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
 def resized_crop_boxes(
     u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float], ratio: tuple[float, float] = CROP_RATIO
 ) -> Boxes:
-    """Crops of random area and shape; the central one of the nearest shape where no try fits.
+    """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
-    Args:
-        u: [B, T, 4]: area, shape, top, left of each try.
-        sizes: int64 [B, 2], height and width of the images.
-        scale: smallest and largest share of an image's area.
-        ratio: smallest and largest width / height.
+    u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area,
+    `ratio` of width / height.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
     crop_width, crop_height = _sides(u, height * width, scale, ratio)
@@ -329,15 +317,9 @@ _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def hash_u64(*values: int) -> int:
-    """Mix integers into one unsigned 64-bit number, the same on every machine and in every process.
+    """Mix integers, in their order, into one number in [0, 2**64), the same on every machine and in every process.
 
     SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
-
-    Args:
-        values: any integers; their order matters.
-
-    Returns:
-        An integer in [0, 2**64), fit for ``torch.Generator.manual_seed``.
     """
     state = 0
     for value in values:
@@ -365,15 +347,7 @@ def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
 
 
 def uniform(count: int, *key: _Key) -> npt.NDArray[np.float64]:
-    """Numbers that are uniform in [0, 1), drawn for each key: the upper 53 bits of ``hash_u64(*key, number)``.
-
-    Args:
-        count: how many numbers each key gets, n.
-        key: integers, or arrays [B] of them.
-
-    Returns:
-        float64 [B, n].
-    """
+    """float64 [B, count], uniform in [0, 1), for each key of integers or arrays [B]: upper 53 bits of ``hash_u64``."""
     columns = [part if isinstance(part, int) else part[:, None] for part in key]
     bits = hash_u64_array(*columns, np.arange(count)[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -34,8 +34,8 @@ from moevision.errors import UserError, shown
 from moevision.layers import MoEMlp, Routing, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
+from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel
-from moevision.models.reading import routes_read
 
 # How a gate that nobody learned decides.
 RULES: Final = {

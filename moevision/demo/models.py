@@ -32,8 +32,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
+from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of

@@ -2,9 +2,16 @@
 
 from moevision.config import RouterOptions
 from moevision.layers.baselines import ColourRouter, HandmadeRouter
-from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.experts import Backend, Experts, PackedLinear
-from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers, update_router_bias
+from moevision.layers.moe import (
+    Dispatched,
+    LocalDispatcher,
+    MoEMlp,
+    SharedExperts,
+    describe_moe,
+    moe_layers,
+    update_router_bias,
+)
 from moevision.layers.routers import (
     ROUTERS,
     CosineRouter,

@@ -36,13 +36,6 @@ class HandmadeRouter(Router):
 
     `logits` are not learned either: minus the rank in cyclic order, and 10 more for the chosen experts, so that every
     expert has a rank, which interventions work on.
-
-    Args:
-        num_experts: E.
-        top_k: K.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts.
     """
 
     words = by_rule

@@ -1,14 +1,7 @@
 """What only makes the layer fast on a CPU, or repeatable on a GPU: skip it at first reading.
 
-Nothing here changes what is computed. `dispatch.py`, `experts.py` and `routers.py` call one function each time:
-
-- `send_choices`, `padded_counts`: rows sorted by expert, and group sizes that matrix kernels like;
-- `best`, `softmax_over_experts`: a router's choice;
-- `take_rows`, `sum_rows`: rows moved and summed by index, with gradients that gather too;
-- `looped_mlps`: the experts one after the other, with a backward pass that writes each gradient once.
-
-Custom backward passes can be differentiated once: `refuse_transforms` and `differentiable_once` say so.
-Measurements: benchmarks/performance.
+Nothing here changes what is computed. Custom backward passes can be differentiated once: `refuse_transforms` and
+`differentiable_once` say so. Measurements: benchmarks/performance.
 
 Axes: T tokens, K choices, R rows (T·K and padding), D width, H hidden width, E experts.
 """
@@ -113,14 +106,7 @@ def send_choices(
     row_multiple: int | None = None,
     max_padding: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies of tokens sorted by expert, equal choices as they stand, with padding.
-
-    Args:
-        x: [T, D].
-        expert: [T, K] int64, the experts of each token.
-        num_experts: E.
-        row_multiple: see `padded_counts`.
-        max_padding: see `padded_counts`.
+    """Copies of tokens x [T, D] sorted by their experts [T, K], equal choices as they stand, with padding.
 
     Returns:
         [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0), [T, K] the
@@ -148,11 +134,7 @@ def send_choices(
 
 
 def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by expert, equal ones as they stand.
-
-    Args:
-        expert: [R] int64, the expert of each choice.
-        num_experts: E.
+    """Sort choices by their expert [R] int64, equal ones as they stand.
 
     Returns:
         int64: [R] the choices in order, [R] where each of them stands then (the inverse), [E] how many fell on each
@@ -265,15 +247,10 @@ def softmax_over_experts(logits: Tensor) -> Tensor:
 
 
 def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
-    """Copies of tokens.
+    """Copies [R, D] of tokens x [T, D].
 
-    Args:
-        x: [T, D].
-        token: [R] int64, the token that each row copies.
-        position: [T, K] int64, the rows of each token; rows that it doesn't name (padding) get no gradient.
-
-    Returns:
-        [R, D].
+    `token` [R] says which token each row copies, `position` [T, K] the rows of each token; rows that it doesn't name
+    (padding) get no gradient.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x.index_select(0, token)
@@ -282,17 +259,10 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
-    """Weighted sum of each token's rows.
+    """Weighted sum of each token's rows: rows [R, D], weight [T, K], token and position as in `take_rows` -> [T, D].
 
-    Args:
-        rows: [R, D].
-        weight: [T, K], rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the
-            rounding of the result does, and spares float32 copies of the rows.
-        token: [R] int64, the token of each row.
-        position: [T, K] int64, the rows of each token.
-
-    Returns:
-        [T, D] in the rows' dtype.
+    Weights are rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the rounding of
+    the result does, and spares float32 copies of the rows.
     """
     weight = weight.to(rows.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -361,19 +331,10 @@ def looped_mlps(
     weight2: Tensor,
     bias2: Tensor | None,
 ) -> Tensor:
-    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows.
+    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows [R, D], `counts` long -> [R, out].
 
-    Args:
-        rows: [R, D], sorted by expert.
-        counts: length of each of the E groups; they sum to R.
-        act: an elementwise activation without parameters, state and randomness, not in place.
-        weight1: [E, H, D], in any dtype; it is computed with in that of the rows.
-        bias1: [E, H] or None.
-        weight2: [E, out, H].
-        bias2: [E, out] or None.
-
-    Returns:
-        [R, out]. Gradients can be taken once, not of gradients.
+    The activation is elementwise, without parameters, state and randomness, and not in place. Weights [E, H, D] and [E,
+    out, H] are of any dtype; they are computed with in that of the rows. Gradients can be taken once, not of gradients.
     """
     parameters = (weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, *parameters)):

@@ -78,19 +78,7 @@ class PackedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert.
-
-    Args:
-        num_experts: E.
-        in_features: D.
-        hidden_features: H.
-        out_features: output width, usually D.
-        act_layer: constructor of the activation.
-        bias: whether fc1 and fc2 have biases.
-        drop: dropout probability on the hidden activations.
-        backend: `auto` (chosen by device and dtype), `loop`, `grouped` or `dense`.
-        device: where the parameters live.
-        dtype: dtype of the parameters.
+    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert; D -> H -> out_features.
 
     Raises:
         UserError: for an unknown backend.
@@ -114,6 +102,7 @@ class Experts(nn.Module):
         if backend not in get_args(Backend):
             raise UserError(f"There is no expert backend {backend!r}; choose one of {', '.join(get_args(Backend))}.")
         self.num_experts, self.backend = num_experts, backend
+        self._widths = (in_features, hidden_features, out_features)
         self.fc1 = PackedLinear(num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
         self.act = act_layer()
         # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
@@ -170,31 +159,22 @@ class Experts(nn.Module):
         return self.fc1.weight.dtype
 
     def _use_grouped(self, rows: Tensor) -> bool:
+        fits = all(width * rows.element_size() % 16 == 0 for width in self._widths)
         if self.backend == "grouped":
-            self._check_grouped(rows.dtype)
+            if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not fits:
+                raise UserError(
+                    f"backend='grouped' in {rows.dtype} and widths of {self._widths} can't be computed, only float32 "
+                    "and half precision in steps of 16 bytes: change hidden_features or use backend='loop'."
+                )
             return True
         if self.backend == "loop":
             return False
         # Measured rules: bf16 grouped_mm is one fused kernel on SM90+; elsewhere it is a loop with host
         # synchronisations. Compiled code has no data-dependent split, and grouped_mm compiles in bf16 only.
-        if rows.dtype != torch.bfloat16 or not self._strides_fit(rows.dtype):
+        if rows.dtype != torch.bfloat16 or not fits:
             return False
         compiling = torch.compiler.is_compiling()
         return compiling or (rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0))
-
-    def _check_grouped(self, dtype: torch.dtype) -> None:
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"backend='grouped' does not compute in {dtype}: use backend='loop'.")
-        if not self._strides_fit(dtype):
-            raise UserError(
-                f"backend='grouped' in {dtype} needs widths that are multiples of {16 // dtype.itemsize}, but the "
-                f"experts are {self.fc1.in_features} -> {self.fc1.out_features} -> {self.fc2.out_features}: "
-                "change hidden_features or use backend='loop'."
-            )
-
-    def _strides_fit(self, dtype: torch.dtype) -> bool:
-        widths = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
-        return all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 def _each(weight: Tensor, bias: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:

@@ -139,12 +139,9 @@ class TopKRouter(Router):
     def start_rows(self, centroids: Tensor, features: Tensor) -> None:
         """Set the rows so that each token goes to its nearest centroid.
 
-        What all centroids have in common is taken off, which changes no choice, and one factor gives the logits of a
-        token the standard deviation 1 over experts, about that of random rows.
-
-        Args:
-            centroids: [E, features] unit vectors.
-            features: [T, features] of the tokens that they are centroids of.
+        From unit vectors [E, features] and the features [T, features] of the tokens that they are centroids of. What
+        all centroids have in common is taken off, which changes no choice, and one factor gives the logits of a token
+        the standard deviation 1 over experts, about that of random rows.
         """
         rows = centroids - centroids.mean(0)
         spread = F.linear(features, rows).std(-1, correction=0).mean()
@@ -201,14 +198,10 @@ class TopKRouter(Router):
         return routing.noisy_logits
 
     def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """Combine weights of chosen experts, by this router's rule.
+        """[B, N, k]: combine weights of chosen experts, by this router's rule.
 
-        Args:
-            gate_logits: [B, N, E] see `gate_logits`.
-            top_logits: [B, N, k] those of the chosen experts; k is `top_k` unless an intervention chose otherwise.
-
-        Returns:
-            [B, N, k].
+        From `gate_logits` [B, N, E] and those of the chosen experts [B, N, k]; k is `top_k` unless an intervention
+        chose otherwise.
         """
         return softmax_gates(gate_logits, top_logits, normalize=self.normalizes(top_logits.shape[-1]))
 
@@ -300,18 +293,9 @@ class SigmoidRouter(TopKRouter):
     """Affinities are sigmoids, each on its own, instead of one softmax: experts don't compete for the score.
 
     `s = sigmoid(x W)`; the K best by s + b; gates are the chosen s over their sum (s itself for k = 1). Without a bias
-    rate b is absent. With one, b is DeepSeek-V3's: it takes part in the choice only, has no gradient, and
-    `update_router_bias` moves it after an optimizer step, up for experts with less than the mean load.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        top_k: K.
-        bias_rate: γ, the step of the bias; None for no bias.
-        options: as for `TopKRouter`; no noise.
-        default_losses: as for `TopKRouter`.
-        device: where the parameters live.
-        dtype: dtype of the parameters.
+    rate γ b is absent. With one, b is DeepSeek-V3's: it takes part in the choice only, has no gradient, and
+    `update_router_bias` moves it by γ after an optimizer step, up for experts with less than the mean load. There is no
+    noise; the other arguments are those of `TopKRouter`.
     """
 
     words = partialmethod(by_sigmoid)
@@ -437,19 +421,12 @@ def fixed_std(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A router's name in the table.
+    """A router's name in the table."""
 
-    Attributes:
-        summary: what it does, in words for a help text.
-        make: constructor (dim, E, K, options, device, dtype).
-        options: the `RouterOptions` that it has a use for.
-        top_k: K where the user gives none.
-    """
-
-    summary: str
-    make: Callable[..., Any]
-    options: tuple[str, ...] = ()
-    top_k: int = 2
+    summary: str  # what it does, in words for a help text
+    make: Callable[..., Any]  # constructor (dim, E, K, options, device, dtype)
+    options: tuple[str, ...] = ()  # the `RouterOptions` that it has a use for
+    top_k: int = 2  # K where the user gives none
 
 
 _IMPORTANCE_AND_LOAD = {"importance": 0.05, "load": 0.05}
@@ -527,20 +504,7 @@ def build_router(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """The router of that name.
-
-    Args:
-        name: one of `ROUTERS`.
-        dim: D.
-        num_experts: E.
-        top_k: K; the router's own if None.
-        options: what else is asked of it.
-        device: where its parameters live.
-        dtype: dtype of its parameters.
-
-    Raises:
-        UserError: if there is no router of that name, top_k does not fit num_experts, or it has no use for an option.
-    """
+    """The router of that name of `ROUTERS`; K is its own if None."""
     kind = router_kind(name)
     useful = options.only(name, kind.options)
     top_k = kind.top_k if top_k is None else top_k

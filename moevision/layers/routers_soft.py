@@ -42,15 +42,11 @@ class ExpertChoiceRouting(Routing):
     """Each expert takes the C tokens of every image that suit it best; a token has between 0 and E experts.
 
     In the token's view (K = E) `kept` is True where an expert took the token.
-
-    Attributes:
-        token_index: [B, E, C] int64, tokens that each expert takes, best first.
-        token_weight: [B, E, C] weight of each of them in the output of its token.
     """
 
     kind: ClassVar[Kind] = "expert_choice"
-    token_index: Tensor = field(kw_only=True)
-    token_weight: Tensor = field(kw_only=True)
+    token_index: Tensor = field(kw_only=True)  # [B, E, C] int64, tokens that each expert takes, best first
+    token_weight: Tensor = field(kw_only=True)  # [B, E, C] weight of each of them in the output of its token
 
     @classmethod
     def of(
@@ -61,15 +57,7 @@ class ExpertChoiceRouting(Routing):
         token_index: Tensor,
         token_weight: Tensor,
     ) -> ExpertChoiceRouting:
-        """The decision with its token's view.
-
-        Args:
-            logits: [B, N, E] clean scores.
-            noisy_logits: [B, N, E] the scores that the choice was made on.
-            noise_std: their standard deviation, or None.
-            token_index: [B, E, C].
-            token_weight: [B, E, C].
-        """
+        """The decision by tokens and weights [B, E, C] of each expert, with its token's view; scores are [B, N, E]."""
         by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]
         weights = by_expert.scatter(-1, token_index, token_weight).mT  # [B, N, E]
         taken = by_expert.scatter(-1, token_index, 1.0).mT
@@ -95,18 +83,12 @@ class ExpertChoiceRouting(Routing):
 class ExpertChoiceRouter(Router):
     """`S = softmax over experts(x W + ε)`; expert i takes its C best tokens by S[:, i], and S is their weight.
 
-    The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        top_k: K, how many experts a token has on average (the paper's capacity factor).
-        options: `noise` (`fixed` or `none`) and `normalize_gates` (a token's weights sum to 1 if any expert took it).
-        device: where the parameters live.
-        dtype: dtype of the parameters.
+    The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none. K is how many
+    experts a token has on average (the paper's capacity factor). With `normalize_gates` a token's weights sum to 1 if
+    any expert took it.
 
     Raises:
-        UserError: if top_k is not between 1 and num_experts, or for another noise.
+        UserError: if top_k is not between 1 and num_experts, or for another noise than `fixed` and `none`.
     """
 
     kind = "expert_choice"
@@ -167,13 +149,7 @@ class ExpertChoiceRouter(Router):
 
 
 def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
-    """Weights [B, E, C] over their sum for the same token; 0 where all of them are too small for a float.
-
-    Args:
-        weight: [B, E, C], at least 0.
-        token_index: [B, E, C] the token of each, below `tokens`.
-        tokens: N.
-    """
+    """Weights [B, E, C] over their sum for the same of N tokens; 0 where all of them are too small for a float."""
     batch, experts, _ = weight.shape
     taken = weight.new_zeros(batch, experts, tokens).scatter(-1, token_index, weight).sum(1, keepdim=True)  # [B, 1, N]
     taken = taken.clamp_min(torch.finfo(weight.dtype).tiny).expand(-1, experts, -1)
@@ -185,15 +161,11 @@ class SoftRouting(Routing):
     """Each slot reads a weighted mean of all tokens of its image, each token a weighted mean of all slots.
 
     In the token's view (K = E, all kept) an expert's weight is the sum over its slots.
-
-    Attributes:
-        dispatch_weight: [B, N, E, P] what each slot reads; sums to 1 over the tokens.
-        slot_weight: [B, N, E, P] what each token takes; sums to 1 over all slots.
     """
 
     kind: ClassVar[Kind] = "soft"
-    dispatch_weight: Tensor = field(kw_only=True)
-    slot_weight: Tensor = field(kw_only=True)
+    dispatch_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each slot reads; sums to 1 over the tokens
+    slot_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each token takes; sums to 1 over all slots
 
     @classmethod
     def of(cls, slot_logits: Tensor) -> SoftRouting:
@@ -236,15 +208,8 @@ class SoftRouter(Router):
     """Slot logits are scaled cosines of tokens and learned slot directions (§2.3, "normalization", and appendix E).
 
     `logits = scale · l2(x) · l2(Φ)`; a slot reads the tokens by a softmax over tokens, a token takes the slots by a
-    softmax over all E · P slots.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        top_k: K, rows that are computed per token on average, K = E · P / N: what the slots cost.
-        options: `slots_per_expert` P; 1 outside a model, K · N / E in one.
-        device: where the parameters live.
-        dtype: dtype of the parameters.
+    softmax over all E · P slots. K is how many rows are computed per token on average, E · P / N: what the slots cost.
+    The option `slots_per_expert` P is 1 outside a model, K · N / E in one.
 
     Raises:
         UserError: if top_k is not between 1 and num_experts.

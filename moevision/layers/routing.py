@@ -115,31 +115,20 @@ class Routing:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """How the choices of one MoE layer fell on its experts.
+    """How the choices of one MoE layer fell on its experts."""
 
-    Attributes:
-        layer: index of the transformer block.
-        counts: choices that each expert computed.
-        max_over_mean: load of the slowest expert over the mean load; 1 is perfect, and what the others wait for.
-        cv_squared: variance over squared mean of the counts.
-        cv_squared_floor: CV² that chance alone is expected to give on so many images, if over all possible images every
-            expert were chosen equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in
-            each of I images. Choices of one image go together; only independent ones would give (E - 1) / choices,
-            which is said of a single image.
-        dead: experts that no token chose.
-        entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
-        dropped: share of choices that capacity dropped.
-        unrouted: share of tokens that no expert computes: all choices dropped, or (expert choice) none took them.
-    """
-
-    layer: int
-    counts: list[int]
-    max_over_mean: float
-    cv_squared: float
+    layer: int  # index of the transformer block
+    counts: list[int]  # choices that each expert computed
+    max_over_mean: float  # load of the slowest expert over the mean load; 1 is perfect, and what the others wait for
+    cv_squared: float  # variance over squared mean of the counts
+    # CV² that chance alone is expected to give on so many images, if over all possible images every expert were chosen
+    # equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in each of I images. Choices of
+    # one image go together; only independent ones would give (E - 1) / choices, which is said of a single image.
     cv_squared_floor: float
-    dead: int
-    entropy_bits: float
-    dropped: float
+    dead: int  # experts that no token chose
+    entropy_bits: float  # mean entropy of a token's router probabilities; log2(E) is undecided
+    dropped: float  # share of choices that capacity dropped
+    # share of tokens that no expert computes: all choices dropped, or (expert choice) none took them
     unrouted: float = 0.0
 
     @classmethod
@@ -359,13 +348,7 @@ class Router(nn.Module):
         """What the router does after an applied optimizer step in which `load` [E] choices fell on each expert."""
 
     def words(self, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
-        """What the router does with a patch in evaluation.
-
-        Args:
-            noisy: whether the noise of training is on.
-            top_k: K that is shown.
-            capacity: a capacity factor in the place of the router's own; None for that.
-        """
+        """What the router does with a patch in evaluation, under the noise, K and capacity factor that are shown."""
         scores = f"The router {type(self).__name__} gives each expert a number."
         return dict(zip(STEPS, (scores, "As shares of 1.", "It chooses experts.", "It gives weights."), strict=True))
 
@@ -414,7 +397,7 @@ def within_capacity(
     whole_batch: bool = False,
     unit: int = 1,
 ) -> Tensor:
-    """Which choices remain if an expert computes at most `capacity_of` choices of one group.
+    """[B, N, K] bool: which choices remain if an expert computes at most `capacity_of` choices of one group.
 
     Capacity and its order of filling: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961), eq. 3. Batch
     priority routing: V-MoE (arXiv:2106.05974), §4.1.
@@ -431,9 +414,6 @@ def within_capacity(
         priority: V-MoE's batch priority routing.
         whole_batch: a group is the whole batch, so that a prediction depends on its batch-mates; else one image.
         unit: how many tokens are counted as one: N where images are routed as a whole.
-
-    Returns:
-        [B, N, K] bool.
     """
     shape = kept.shape
     if whole_batch:  # one group: [B, N, K] -> [1, B·N, K]

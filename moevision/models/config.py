@@ -16,9 +16,8 @@ from torch import nn
 from moevision.config import MoEConfig
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
+from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list, pool_patches
 from moevision.models.io import FOLDER, architecture_of, create_from, model_folder, unknown_name
-from moevision.models.reading import pool_patches
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
@@ -30,19 +29,10 @@ _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads
 def build_model(
     config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
 ) -> nn.Module:
-    """The model that `config` describes.
+    """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
-    Args:
-        config: what to build.
-        num_classes: C, outputs of the classifier.
-        image_size: side of the square input in pixels.
-        load_pretrained: read the weights of `config.pretrained`; False builds the same architecture without them, for
-            weights that come from a checkpoint.
-        kept: where `keep_start` was told to keep what `config.pretrained` describes; read without the weights.
-
-    Raises:
-        UserError: if a name doesn't exist (the near ones are offered), an argument doesn't fit, or the pretrained
-            weights can't be had.
+    Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
+    it describes is then read where `keep_start` was told to keep it (`kept`).
     """
     if config.pretrained is not None:
         if not load_pretrained and kept is not None and kept.is_dir():
@@ -71,21 +61,17 @@ def keep_start(config: MoEConfig, kept: Path) -> None:
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:
-    """The dense model that `config` upcycles, with its weights and a classifier of C outputs; None if it has experts.
-
-    Raises:
-        UserError: if the pretrained weights can't be had.
-    """
+    """The dense model that `config` upcycles, with weights and a classifier of C outputs; None if it has experts."""
     source = _pretrained_source(config, num_classes, image_size, load_weights=True)
     return None if moe_layers(source) else source
 
 
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
-    if load_weights:  # a run of an earlier version goes on as it began
+    if load_weights:  # without them a run of an earlier version goes on as it began
         _refuse_other_sizes(config)
     source = _pretrained_source(config, num_classes, image_size, load_weights)
     patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
-    if load_weights and patch is not None:  # a run of an earlier version goes on as it began
+    if load_weights and patch is not None:
         check_patches(image_size, patch[0], otherwise="")
     if moe_layers(source):
         if config.twin is not None:
@@ -93,7 +79,7 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
                 f"{config.pretrained} has experts already, so there are no dense weights for --with-twin or --dense: "
                 "leave it out, or start from a dense ViT."
             )
-        if load_weights:  # a run of an earlier version goes on as it began
+        if load_weights:
             _refuse_other_experts(config, source)
         return source  # a MoE model of ours, trained further
     if config.twin is not None:  # of a model whose experts are copies: the dense model that they were copied from
@@ -113,7 +99,6 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
 
 
 def _refuse_other_sizes(config: MoEConfig) -> None:
-    """Raise a UserError for an option that the weights decide."""
     given = [name for name in _OF_THE_WEIGHTS if getattr(config, name) is not None]
     if str(config.pretrained).endswith(".safetensors") and "base" in given:
         given.remove("base")  # says what the file is of
@@ -128,7 +113,7 @@ def _refuse_other_sizes(config: MoEConfig) -> None:
 
 
 def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
-    """Raise a UserError for an option of the experts that is another one than theirs: they are trained as they came."""
+    """Experts that come with the weights are trained as they came."""
     own = dict(cast(Any, source).moe_config)
     own["expert_hidden"] = one_or_list([layer.experts.fc1.out_features for layer in moe_layers(source)], None)
     others = []

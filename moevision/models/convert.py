@@ -1,6 +1,11 @@
-"""From a dense timm ViT to a Mixture of Experts, and to the dense twin that it is compared with.
+"""From a dense timm ViT to a Mixture of Experts, which routes of it are read, and its dense twin.
 
-Axes: D width, H hidden width of one expert, E experts, K choices of a token.
+A class-token head reads one token. What the last block computes for the patches then reaches no logit: their routes
+there get no gradient from the classes and change no answer, however they look. Two ways out: pool over the patches, or
+leave the last block dense.
+
+Axes: B images, N tokens (prefix tokens such as the class token first, then patches), D width, H hidden width of one
+expert, E experts, K choices of a token.
 """
 
 from __future__ import annotations
@@ -15,12 +20,13 @@ from typing import Any, Literal, cast, get_args
 import timm
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
 
 from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
+from moevision.layers.routing import evaluating, routed_unit
 
 Match = Literal["active_flops", "total_params"]
 
@@ -31,9 +37,6 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
     Args:
         moe_layers: `every2` = 1, 3, 5, ...; `last2` = the last two of those (V-MoE's "Last-2"); `all`; or a list.
         depth: number of blocks.
-
-    Raises:
-        UserError: for an unknown placement, or an index outside the model.
     """
     odd = list(range(1, depth, 2))
     named = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}
@@ -119,7 +122,7 @@ def convert_to_moe(
     packed = [f"{name}.bias" for name, module in vit.named_modules() if isinstance(module, PackedLinear)]
     state.no_weight_decay = partial(set, {*getattr(vit, "no_weight_decay", set)(), *packed})
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
-    if not copy_weights and expert_hidden is None and not _is_twin(vit):
+    if not copy_weights and expert_hidden is None and "twin" not in getattr(vit, "_model_args", {}):
         written["hidden_features"] = None  # follows from the MLP
     if any("slots_per_expert" in plan for plan in plans):
         options["slots_per_expert"] = one_or_list([plan.get("slots_per_expert") for plan in plans], None)
@@ -209,31 +212,15 @@ def one_or_list(values: list[Any], given: Any) -> Any:
 
 
 def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
-    """The first map of a block's MLP, fc1.
-
-    Raises:
-        UserError: if that MLP has more than fc1, activation and fc2, so that experts can't replace it.
-    """
-    mlp = getattr(cast(Any, vit).blocks[index], "mlp", None)
-    if mlp is None:
-        reason = "no MLP of its own (attention and MLP in parallel, or mixing layers)"
-    elif type(mlp) is not Mlp:
-        reason = f"a {type(mlp).__name__} (gated or otherwise special MLP, such as SwiGLU)"
-    elif not isinstance(mlp.fc1, nn.Linear):
-        reason = "a convolutional MLP"
-    elif not isinstance(mlp.norm, nn.Identity):
-        reason = f"an MLP with a {type(mlp.norm).__name__} inside"
-    else:
+    """The first map of a block's MLP, fc1."""
+    mlp: Any = getattr(cast(Any, vit).blocks[index], "mlp", None)
+    if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
         return mlp.fc1
+    has = "no MLP of its own" if mlp is None else f"a {type(mlp).__name__} that is gated, convolutional or has a norm"
     raise UserError(
-        f"Block {index} of {type(vit).__name__} has {reason}: it can't be converted, since experts take the place of "
+        f"Block {index} of {type(vit).__name__} has {has}: it can't be converted, since experts take the place of "
         "plain two-layer MLPs."
     )
-
-
-def _is_twin(vit: nn.Module) -> bool:
-    """Whether a dense model was saved or made as the twin of one with experts, with MLPs of widths of its own."""
-    return "twin" in getattr(vit, "_model_args", {})
 
 
 def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
@@ -244,7 +231,7 @@ def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
 
 def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
     """Raise a UserError where a dense twin would keep an MLP of a width that its name doesn't build."""
-    if not indices or not _is_twin(vit):
+    if not indices or "twin" not in getattr(vit, "_model_args", {}):
         return
     twin = cast(Any, vit)
     with torch.device("meta"):
@@ -261,7 +248,7 @@ def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
 
 
 def _set_address(vit: nn.Module, **moe_config: Any) -> None:
-    """Leave what rebuilds the model: `moe_config`, and timm's own record under a registered name."""
+    """`moe_config`, and timm's own record under a registered name: what rebuilds the model."""
     state, arguments = cast(Any, vit), _dense_arguments(vit)
     state.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
@@ -293,24 +280,22 @@ def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bo
     )
     moe.layer_index = index
     if copy_weights:
-        _copy_into_experts(mlp, moe)
+        parts = len(mlp.fc1.weight) // int(moe.experts.fc1.out_features)
+        (_share_out if parts > 1 else _copy)(mlp, moe, parts)
     elif getattr(vit, "fix_init", False):
         scale_outputs_by_depth(moe, index)
     return moe.train(mlp.training)
 
 
 @torch.no_grad()
-def _copy_into_experts(mlp: Mlp, moe: MoEMlp) -> None:
-    parts = len(cast(nn.Linear, mlp.fc1).weight) // int(moe.experts.fc1.out_features)
-    if parts > 1:
-        _share_out(mlp, moe, parts)
-        return
+def _copy(mlp: Mlp, moe: MoEMlp, _parts: int) -> None:
     for dense, packed in ((mlp.fc1, moe.experts.fc1), (mlp.fc2, moe.experts.fc2)):
         packed.weight.copy_(dense.weight)  # broadcasts over the experts
         if packed.bias is not None:
             packed.bias.copy_(cast(torch.Tensor, dense.bias))
 
 
+@torch.no_grad()
 def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
     """Let every `parts` experts in a row hold the dense MLP together: virtual groups, arXiv:2410.07524.
 
@@ -353,6 +338,110 @@ def scale_outputs_by_depth(moe: MoEMlp, index: int) -> None:
         scale_by_depth(moe.shared.fc2.weight, index)
 
 
+# ---- which routes the classifier reads
+
+
+def reads_class_token_only(vit: nn.Module) -> bool:
+    """Whether the classifier of a timm ViT reads class and distillation tokens, and no patch."""
+    return getattr(vit, "global_pool", None) == "token"
+
+
+def pool_patches(vit: nn.Module) -> nn.Module:
+    """Let the classifier of a timm ViT read the mean of all patches instead of the class token, in place.
+
+    The final norm stays in front of the pooling, where its trained weights belong. The classifier starts anew. A model
+    that doesn't read the class token stays as it is.
+    """
+    if not reads_class_token_only(vit):
+        return vit
+    state = cast(Any, vit)
+    try:
+        state.reset_classifier(state.num_classes, global_pool="avg")
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
+        ) from error
+    # What rebuilds the model; timm itself would move the norm behind the pooling.
+    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg", "fc_norm": False}
+    return vit
+
+
+def read_layer_indices(vit: nn.Module, layers: str | Sequence[int]) -> list[int]:
+    """Indices of the MoE blocks of `moe_layer_indices`, of which every patch's route reaches the classifier.
+
+    A named placement leaves out the last block where only the class token is read; `last2` is then the last two odd
+    blocks before it. A list is taken as it is.
+    """
+    depth = len(cast(Any, vit).blocks)
+    if isinstance(layers, str) and reads_class_token_only(vit):
+        return moe_layer_indices(layers, depth - 1)
+    return moe_layer_indices(layers, depth)
+
+
+def routes_read(model: nn.Module) -> list[bool]:
+    """For each MoE layer, whether what it computes for patches reaches the classifier.
+
+    Measured, not looked up: zeros are added to the output of every MoE layer in one pass over one image of noise, and
+    the features that the classifier reads have a gradient with respect to those at some patch, or at none.
+
+    Args:
+        model: any converted model. Call it before the model is shared between threads.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        return []
+    zeros: list[Tensor] = []
+
+    def add_zeros(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[-1]
+
+    hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
+    try:
+        with evaluating(model), torch.enable_grad():
+            parameter, state = next(model.parameters()), cast(Any, model)
+            height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
+            noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
+            if hasattr(
+                model, "forward_features"
+            ):  # what a classifier reads: a new one may be zero, and hide everything
+                features = state.forward_head(state.forward_features(noise), pre_logits=True).float()  # [1, D]
+            else:
+                features = state(noise).float()
+            # Against random directions: a plain sum is constant behind a LayerNorm.
+            weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
+            gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    read = []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        # Where an image decides once for all its tokens, the class token's part carries that route too.
+        start = 0 if routed_unit(layer.router) == "image" else prefix
+        read.append(gradient is not None and bool(gradient[:, start:].any()))
+    return read
+
+
+def unread_layers(model: nn.Module) -> list[int]:
+    """Block numbers of the MoE layers whose routes of patches no classifier reads."""
+    read = routes_read(model)
+    return [cast(int, layer.layer_index) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
+
+
+def block_to_pool(model: nn.Module) -> int | None:
+    """Number of a last block whose patches choose experts unread, where the model could pool over patches instead.
+
+    By the model's structure, without a pass over an image: `unread_layers` measures it.
+    """
+    last = next(reversed(moe_layers(model)), None)
+    if last is None or last.router.rows is None or routed_unit(last.router) == "image":
+        return None
+    end = len(cast(Any, model).blocks) - 1
+    could_pool = reads_class_token_only(model) and not hasattr(model, "dist_token")  # a distilled model can't
+    return end if last.layer_index == end and could_pool else None
+
+
 # ---- the dense twin
 
 
@@ -381,9 +470,7 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
 def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
     """Replace the MoE layers of `model` by dense MLPs, in place.
 
-    Args:
-        model: a converted model.
-        match: as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
+    `match` is as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
 
     Raises:
         UserError: if `match` is unknown, or has not one width for each MoE layer.

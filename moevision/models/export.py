@@ -3,10 +3,9 @@
 A model that knows how far an image lies from its classes (`moevision.models.strangers`) tells that beside the logits.
 With `routes` an ONNX file also tells where the patches went, and takes experts away (`_WithRoutes`).
 
-ONNX (https://onnx.ai) is run by onnxruntime and many others; a torch.export program by torch alone. Both hold the
-network in fp32 and eval mode for any batch size, and what is needed to use it: class names and the preparation of an
-image. Experts are computed by the `dense` backend, all E of them for every token, since neither format has an operation
-for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
+Both hold the network in eval mode for any batch size, and what is needed to use it: class names and the preparation of
+an image. Experts are computed by the `dense` backend, all E of them for every token, since neither format has an
+operation for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
 
 Axes: B images, C classes, S side of an image in pixels; M MoE layers, P patches, E experts, K choices of a patch.
 """
@@ -28,7 +27,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
@@ -54,23 +53,14 @@ _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how near it is to the model.
-
-    Attributes:
-        path: the file.
-        format: `onnx` or `torch`.
-        size_bytes: its size.
-        pictures: how many were compared, four of seeded noise and the given ones.
-        max_logit_delta: largest difference of a logit on the noise, and of a distance of 1.
-        top1_agreement: share of all images for which file and model name the same class.
-    """
+    """What was written, and how near it is to the model."""
 
     path: Path
-    format: Format
+    format: Format  # `onnx` or `torch`
     size_bytes: int
-    pictures: int
-    max_logit_delta: float
-    top1_agreement: float
+    pictures: int  # how many were compared, four of seeded noise and the given ones
+    max_logit_delta: float  # largest difference of a logit on the noise, and of a distance of 1
+    top1_agreement: float  # share of all images for which file and model name the same class
 
 
 def export_onnx(
@@ -179,12 +169,11 @@ def _export(
         net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
     net = net.cpu().float().eval().requires_grad_(False)
 
-    def wrapped(own: nn.Module) -> nn.Module:
-        told = _Exported(own, model.strangers)
-        return _WithRoutes(told) if routes else told
-
-    written, tolerance = wrapped(copy.deepcopy(net).half() if dtype == "fp16" else net), TOLERANCE[dtype]
-    net = wrapped(net)
+    halved = copy.deepcopy(net).half() if dtype == "fp16" else net
+    written, net = (
+        _WithRoutes(told) if routes else told for told in (_Exported(own, model.strangers) for own in (halved, net))
+    )
+    tolerance = TOLERANCE[dtype]
     inputs: list[Tensor] = []  # behind the image
     if isinstance(net, _WithRoutes):
         inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
@@ -286,7 +275,6 @@ def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
 
 
 def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], format: Format, opset: int) -> bytes:
-    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
     side = int(facts["image_size"])
     with _quiet(), torch.no_grad():
         program = torch.export.export(
@@ -301,34 +289,24 @@ def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], forma
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # it holds paths of this machine
         if format == "torch":
-            return _to_torch(program, facts)
+            file = io.BytesIO()
+            torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(facts, ensure_ascii=False)})
+            return file.getvalue()
         told = ["logits"] if facts["distance"] is None else ["logits", "distance"]
-        more = net.outputs if isinstance(net, _WithRoutes) else []
-        return _to_onnx(program, ["image", "away"][: 1 + len(inputs)], [*told, *more], texts, opset)
-
-
-def _to_torch(program: ExportedProgram, facts: dict[str, Any]) -> bytes:
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(facts, ensure_ascii=False)})
-    return file.getvalue()
-
-
-def _to_onnx(
-    program: ExportedProgram, inputs: list[str], outputs: list[str], texts: dict[str, str], opset: int
-) -> bytes:
-    onnx_program = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_shapes=({0: "batch"}, *(None for _ in inputs[1:])),
-        opset_version=opset,
-        custom_translation_table=_translations(),
-        verbose=False,
-    )
-    assert onnx_program is not None  # None is for the older exporter
-    onnx_program.model.metadata_props.update(texts)
-    return cast(bytes, onnx_program.model_proto.SerializeToString())
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["image", "away"][: 1 + len(inputs)],
+            output_names=[*told, *(net.outputs if isinstance(net, _WithRoutes) else ())],
+            dynamic_shapes=({0: "batch"}, *(None for _ in inputs)),
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+        assert onnx_program is not None  # None is for the older exporter
+        for name, value in facts.items():
+            onnx_program.model.metadata_props[name] = json.dumps(value, ensure_ascii=False)
+        return cast(bytes, onnx_program.model_proto.SerializeToString())
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
@@ -341,8 +319,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
     def distance(x1: Any, x2: Any, p: float, compute_mode: int | None) -> Any:
-        if p != 2:
-            raise NotImplementedError(f"distance of order {p}")
+        assert p == 2
         apart = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
         return op.Sqrt(op.ReduceSum(op.Mul(apart, apart), [-1], keepdims=0))
 
@@ -355,7 +332,7 @@ def load_exported(source: bytes | str | Path, format: Format) -> Runner:
     It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B]; of a file with
     routes it also takes who is `away`, and gives the routes.
 
-    Loading a torch program can run code that is hidden in it: open only files of people you trust.
+    Loading a torch program can run code that is hidden in it.
     """
     if format == "torch":
         program = torch.export.load(io.BytesIO(source) if isinstance(source, bytes) else source).module()

@@ -41,17 +41,11 @@ Half = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Moment:
-    """What a model does with the images at one moment.
+    """What a model does with the images at one moment."""
 
-    Attributes:
-        probabilities: [I, C].
-        weights: [I, P, E] by block number.
-        grid: rows and columns of patches.
-    """
-
-    probabilities: Half
-    weights: dict[int, Half]
-    grid: tuple[int, int]
+    probabilities: Half  # [I, C]
+    weights: dict[int, Half]  # [I, P, E] by block number
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 @torch.no_grad()
@@ -74,27 +68,16 @@ def _half(values: Tensor) -> Half:
 
 @dataclass(frozen=True, eq=False)
 class RoutingHistory:
-    """The routing of some images at moments of a training, in order.
+    """The routing of some images at moments of a training, in order."""
 
-    Attributes:
-        image_names: [I] names, such as paths below a folder.
-        class_names: [C] names.
-        total_steps: optimizer steps of the whole training.
-        pretrained: whether the training began with pretrained layers.
-        steps: [T] optimizer steps done at each moment.
-        grid: rows and columns of patches; (0, 0) as long as there is no moment.
-        probabilities: [T, I, C].
-        weights: [T, I, P, E] by block number.
-    """
-
-    image_names: tuple[str, ...]
-    class_names: tuple[str, ...]
-    total_steps: int
-    pretrained: bool = False
-    steps: tuple[int, ...] = ()
-    grid: tuple[int, int] = (0, 0)
-    probabilities: Half = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False)
-    weights: Mapping[int, Half] = field(default_factory=dict, repr=False)
+    image_names: tuple[str, ...]  # [I] names, such as paths below a folder
+    class_names: tuple[str, ...]  # [C] names
+    total_steps: int  # optimizer steps of the whole training
+    pretrained: bool = False  # whether the training began with pretrained layers
+    steps: tuple[int, ...] = ()  # [T] optimizer steps done at each moment
+    grid: tuple[int, int] = (0, 0)  # rows and columns of patches; (0, 0) as long as there is no moment
+    probabilities: Half = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False)  # [T, I, C]
+    weights: Mapping[int, Half] = field(default_factory=dict, repr=False)  # [T, I, P, E] by block number
 
     def __len__(self) -> int:
         """Number of moments."""
@@ -143,11 +126,7 @@ class RoutingHistory:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingHistory:
-        """Read a file.
-
-        Raises:
-            UserError: if there is none, it is damaged, or another version wrote it.
-        """
+        """Read a file."""
         try:
             read_header(path)  # within limits, and no more than the file holds
             metadata = read_metadata(path)

@@ -10,6 +10,7 @@ a weight instead (`unpack`), and `save_model` writes it in timm's format.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -54,27 +55,17 @@ _CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squ
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model with what is needed to use it on an image.
+    """A model with what is needed to use it on an image."""
 
-    Attributes:
-        net: the network, in eval mode.
-        class_names: [C] in words.
-        image_size: side of the square input in pixels.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        temperature: what logits are divided by for calibrated probabilities; None: not calibrated.
-        strangers: how far images may lie from the classes that the model knows; None: not measured.
-        fit: how an image that isn't square becomes so.
-    """
-
-    net: nn.Module
-    class_names: list[str]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    temperature: float | None = None
+    net: nn.Module  # the network, in eval mode
+    class_names: list[str]  # [C] in words
+    image_size: int  # side of the square input in pixels
+    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    std: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    temperature: float | None = None  # what logits are divided by for calibrated probabilities; None: not calibrated
+    # how far images may lie from the classes that the model knows; None: not measured
     strangers: Strangers | None = None
-    fit: Fit = "crop"
+    fit: Fit = "crop"  # how an image that isn't square becomes so
 
     @property
     def framing(self) -> Framing:
@@ -154,44 +145,34 @@ def save_model(model: SavedModel, folder: Path) -> None:
             f"This {type(model.net).__name__} can't be saved: it has no timm name, which builds it again. Make it by "
             "timm.create_model."
         )
-    hook = model.net.register_state_dict_post_hook(_contiguous)
+
+    def contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+        # Safetensors refuses weights in another order, such as those of a `channels_last` convolution.
+        state.update({name: tensor.contiguous() for name, tensor in state.items()})
+
+    hook = model.net.register_state_dict_post_hook(contiguous)
     try:
-        _save_for_timm(model, folder)
+        timm.models.save_for_hf(
+            model.net,
+            str(folder),
+            model_config={"label_names": model.class_names},
+            data_config={
+                "input_size": (3, model.image_size, model.image_size),
+                "mean": model.mean,
+                "std": model.std,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "crop_mode": _CROP_MODES[model.fit],
+            },
+            safe_serialization=True,
+        )
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
-        if number is None:
-            raise
         (folder / WEIGHTS).unlink(missing_ok=True)
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
     finally:
         hook.remove()
-
-
-def from_clusters(net: nn.Module) -> bool:
-    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
-    return getattr(net, "router_start", None) == "cluster"
-
-
-def _contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
-    """Safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
-    state.update({name: tensor.contiguous() for name, tensor in state.items()})
-
-
-def _save_for_timm(model: SavedModel, folder: Path) -> None:
-    timm.models.save_for_hf(
-        model.net,
-        str(folder),
-        model_config={"label_names": model.class_names},
-        data_config={
-            "input_size": (3, model.image_size, model.image_size),
-            "mean": model.mean,
-            "std": model.std,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": _CROP_MODES[model.fit],
-        },
-        safe_serialization=True,
-    )
     sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.
@@ -205,6 +186,11 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         save_file(model.strangers.state_dict(), folder / STRANGERS)
         config["strangers"] = True
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
+
+
+def from_clusters(net: nn.Module) -> bool:
+    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
+    return getattr(net, "router_start", None) == "cluster"
 
 
 def create_from(
@@ -225,15 +211,12 @@ def create_from(
         image_size: side(s) of the input in pixels; that of the weights if None.
         weights: a `.safetensors` file for the architecture that `source` names.
         load_weights: False builds the same architecture without weights.
-        depth: keep so many of the first blocks (`first_blocks`); all if None.
+        depth: keep so many of the first blocks; all if None.
         **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
-
-    Raises:
-        UserError: if the name or folder doesn't exist, or its weights can't be loaded.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))
-    if weights is not None and load_weights:
+    if weights and load_weights:
         net = _create_from_file(address, Path(weights), num_classes, options)
     else:
         with saying_what_fails(str(source)):
@@ -256,26 +239,17 @@ def saying_what_fails(source: str) -> Iterator[None]:
 
 
 def address_of(source: str) -> str:
-    """The timm address of a saved model's folder or run folder, and any other address as it is.
-
-    Raises:
-        UserError: if there is no such folder or name.
-    """
+    """The timm address of a saved model's folder or run folder, and any other address as it is."""
     path = Path(source.removeprefix(FOLDER))
     folder = model_folder(path)
     if folder is not None:
         return f"{FOLDER}{folder}"
-    if path.is_file():
-        raise UserError(
-            f"{path} is a file: give a saved model's folder, such as runs/NAME/model, or name its architecture too, "
-            "such as deit_tiny_patch16_224, and give it as weights."
-        )
     if is_timm_name(source):
         return source
-    if path.is_dir() or source.startswith(FOLDER):
+    if path.exists() or source.startswith(FOLDER):
         raise UserError(
             f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
-            "runs/NAME/model."
+            "runs/NAME/model; a file of weights goes with the name of its architecture."
         )
     if ":" in source:
         return source
@@ -290,11 +264,7 @@ def is_timm_name(address: str) -> bool:
 
 
 def architecture_of(file: str | Path) -> str:
-    """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`).
-
-    Raises:
-        UserError: if the file isn't there or is damaged, or doesn't say.
-    """
+    """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`)."""
     try:
         named = read_metadata(file).get("architecture", "")
     except FileNotFoundError as error:
@@ -315,13 +285,14 @@ def unknown_name(name: str) -> str:
 
 def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file} is no .safetensors file: only safetensors are read, never pickles.")
-    if not file.is_file():
-        raise UserError(f"There is no file {file}.")
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise UserError(f"There is no .safetensors file {file}: only safetensors are read, never pickles.")
     if ":" in address:
         raise UserError(f"{address} has weights of its own: give {file} with the timm name of their architecture.")
-    classes = _classes_in(file, timm.get_pretrained_cfg(address))
+    classifier = getattr(timm.get_pretrained_cfg(address), "classifier", None) or "head"
+    stored = read_header(file)
+    head = stored.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    classes = 0 if head is None else head.shape[0]
     overlay = {"file": str(file), "num_classes": classes}
     try:
         model: nn.Module = timm.create_model(
@@ -330,24 +301,12 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
     except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason}).") from error
-    check_types(file, model, read_header(file))
+    check_types(file, model, stored)
     return reshape(model, num_classes, None)
 
 
-def _classes_in(file: Path, config: Any) -> int:
-    """Rows of the classifier in a file; 0 if it has none."""
-    classifier = getattr(config, "classifier", None) or "head"
-    name = classifier if isinstance(classifier, str) else classifier[0]
-    found = read_header(file).get(f"{name}.weight")
-    return found.shape[0] if found is not None and found.shape else 0
-
-
 def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
-    """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings.
-
-    Raises:
-        UserError: if the model can't be given another classifier or size.
-    """
+    """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings."""
     state = cast(Any, net)
     try:
         if image_size is not None:
@@ -369,9 +328,6 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
 
     The final norm and the classifier then read another block's output than they were trained on, so the cut model has
     to be trained on. Stochastic depth grows to its full rate at the new last block.
-
-    Raises:
-        UserError: if there are no such blocks, some of them have experts, or the architecture takes no other depth.
     """
     state, name = cast(Any, vit), type(vit).__name__
     blocks = getattr(vit, "blocks", None)
@@ -390,36 +346,24 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     if isinstance(getattr(vit, "feature_info", None), list):
         state.feature_info = state.feature_info[:depth]
     state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
-    try:  # the model's own record must build the same tensors, as loading it again will
-        with torch.device("meta"):
-            arguments = {**state._model_args, "num_classes": state.num_classes}
-            again: nn.Module = timm.create_model(state.pretrained_cfg["architecture"], **arguments)
-        ours, theirs = ({key: tensor.shape for key, tensor in net.state_dict().items()} for net in (vit, again))
-    except (TypeError, RuntimeError, AssertionError):
-        ours, theirs = {"": torch.Size()}, {}
-    if ours != theirs:
-        raise UserError(f"{name} can't be built with {depth} blocks: leave depth out.")
     return vit
 
 
 def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:
     """`timm.create_model`, for files of unknown origin.
 
-    Args:
-        address: `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name.
-        weights: False builds the architecture alone.
-        **options: for `timm.create_model`; None leaves an option to the model.
-
-    Raises:
-        UserError: if a file isn't what timm or moevision writes, or the weights are no safetensors.
-        Exception: whatever timm, torch and the hub's client raise when files don't fit or can't be fetched.
+    The address is `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name; without `weights` the architecture
+    alone is built. An option that is None is left to the model.
     """
     if address.startswith(HUB):
-        fetched = _fetch_folder(address.split(":", 1)[1], weights)
-        model = open_model(f"{FOLDER}{fetched}", weights=weights, **options)
+        name, _, revision = (repository := address.split(":", 1)[1]).partition("@")
+        kept = _fetch(name, CONFIG, revision or None)
+        told = read_config(kept)  # before gigabytes are fetched for nothing
+        for wanted in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
+            _fetch(name, wanted, kept.parent.name)  # the cache names a folder after its commit
+        model = open_model(f"{FOLDER}{kept.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
-        found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
+        cast(dict[str, Any], model.pretrained_cfg).update(source="hf-hub", hf_hub_id=repository, file=None)
         return model
     config: dict[str, Any] = {}
     if address.startswith(FOLDER):
@@ -481,6 +425,7 @@ FREE_LICENCES = frozenset(
     ]
 )
 NOT_STATED = "not stated"
+_HIDDEN = "The hub has no {} in this revision, or hides it from you: check the name, or log in by `hf auth login`."
 
 
 class HubUnreachableError(UserError):
@@ -489,42 +434,25 @@ class HubUnreachableError(UserError):
 
 @dataclass(frozen=True)
 class Published:
-    """Where the weights of a timm name are.
+    """Where the weights of a timm name are."""
 
-    Attributes:
-        name: timm's, with the tag of its weights, such as `deit_tiny_patch16_224.fb_in1k`.
-        repository: on the hub.
-        revision: of the repository; None is its newest.
-        file: in the repository, a safetensors file.
-        licence: as timm records it, abbreviated as on the hub; `not stated` if it doesn't.
-    """
-
-    name: str
-    repository: str
-    revision: str | None
-    file: str
-    licence: str
+    name: str  # timm's, with the tag of its weights, such as `deit_tiny_patch16_224.fb_in1k`
+    repository: str  # on the hub
+    revision: str | None  # of the repository; None is its newest
+    file: str  # in the repository, a safetensors file
+    licence: str  # as timm records it, abbreviated as on the hub; `not stated` if it doesn't
 
 
 @dataclass(frozen=True)
 class HubFacts:
-    """What the hub says about a repository.
+    """What the hub says about a repository."""
 
-    Attributes:
-        licence: as the hub abbreviates it; empty if its card has none.
-        size_bytes: of the file of weights; None if the hub doesn't say.
-    """
-
-    licence: str
-    size_bytes: int | None
+    licence: str  # as the hub abbreviates it; empty if its card has none
+    size_bytes: int | None  # of the file of weights; None if the hub doesn't say
 
 
 def published(name: str) -> Published:
-    """What timm records about the weights of a name.
-
-    Raises:
-        UserError: if there are none, or only as a pickle or archive.
-    """
+    """What timm records about the weights of a name."""
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
         raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
@@ -547,24 +475,16 @@ def cached(weights: Published) -> Path | None:
 
 
 def ask_hub(weights: Published) -> HubFacts:
-    """Licence and size of published weights, as the hub states them today.
-
-    Raises:
-        HubUnreachableError: if it can't be asked within `PATIENCE_S`.
-        UserError: if it has no such repository.
-    """
+    """Licence and size of published weights, as the hub states them today; a `HubUnreachableError` if it doesn't."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
+    try:  # its client asks twice
         info = HfApi().model_info(
             weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S / 2
-        )  # its client asks twice
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"The hub has no {weights.repository}, or hides it from you: choose other weights, or log in there with "
-            "`hf auth login`."
-        ) from error
+        raise UserError(_HIDDEN.format(weights.repository)) from error
     except Exception as error:  # each version of the hub's client has its own; the cause stays attached
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else f"no answer: {type(error).__name__}"
@@ -581,33 +501,15 @@ def is_free(licence: str) -> bool:
 
 
 def fetch_weights(name: str) -> Path:
-    """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub.
-
-    Raises:
-        UserError: if there are none, they are damaged, or the hub can't be reached.
-    """
+    """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub."""
     weights = published(name)
     path = cached(weights) or _fetch(weights.repository, weights.file, weights.revision)
     read_header(path)
     return path
 
 
-def _fetch_folder(repository: str, weights: bool) -> Path:
-    """The files of a repository on the hub, both of one commit, in the hub's cache."""
-    name, _, revision = repository.partition("@")
-    config = _fetch(name, CONFIG, revision or None)
-    told = read_config(config)  # before gigabytes are fetched for nothing
-    for file in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-        _fetch(name, file, config.parent.name)  # the cache names a folder after its commit
-    return config.parent
-
-
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
-    """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on.
-
-    Raises:
-        UserError: if the hub can't be reached, or has no such repository or file.
-    """
+    """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -624,13 +526,9 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
             "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
         ) from error
     except EntryNotFoundError as error:
-        only = "give a model that timm or moevision saved; only safetensors are read, never pickles"
-        raise UserError(f"{repository} has no {file} on the hub: {only}.") from error
+        raise UserError(f"{repository} has no {file} on the hub: only safetensors are read, never pickles.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"The hub has no {repository} in this revision, or hides it from you: check the name, or log in there with "
-            "`hf auth login`."
-        ) from error
+        raise UserError(_HIDDEN.format(repository)) from error
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise

@@ -102,11 +102,7 @@ def linear_head(net: nn.Module) -> nn.Linear | None:
 
 
 def read_strangers(file: Path, net: nn.Module) -> Strangers:
-    """The numbers that `save_model` wrote beside the weights of `net`, checked against it before memory is taken.
-
-    Raises:
-        UserError: if they are missing, damaged, or another model's.
-    """
+    """The numbers that `save_model` wrote beside the weights of `net`, checked against it before memory is taken."""
     head = linear_head(net)
     width, classes = (0, 0) if head is None else (head.in_features, head.out_features)
     try:

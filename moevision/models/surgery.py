@@ -41,19 +41,13 @@ only where there are some."""
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What the tokens of some images gave to the experts of one layer.
+    """What the tokens of some images gave to the experts of one layer."""
 
-    Attributes:
-        counts: [E] int64, choices that each expert computed (slots, where experts have slots).
-        gate_sum: [E] float64, the sum over tokens of the weight that each expert had in their output.
-        tokens: number of tokens, prefix tokens included: they are routed too.
-        alike: [E, E] float64, Pearson correlation of the experts' clean router logits over tokens; 0 where a logit
-            never changes. Experts that are alike are wanted by the same tokens.
-    """
-
-    counts: Tensor
-    gate_sum: Tensor
-    tokens: int
+    counts: Tensor  # [E] int64, choices that each expert computed (slots, where experts have slots)
+    gate_sum: Tensor  # [E] float64, the sum over tokens of the weight that each expert had in their output
+    tokens: int  # number of tokens, prefix tokens included: they are routed too
+    # [E, E] float64, Pearson correlation of the experts' clean router logits over tokens; 0 where a logit never
+    # changes. Experts that are alike are wanted by the same tokens.
     alike: Tensor
 
     @property
@@ -67,17 +61,11 @@ Use = Mapping[int, ExpertUse]
 
 @torch.no_grad()
 def measure_use(model: nn.Module, batches: Iterable[Tensor]) -> dict[int, ExpertUse]:
-    """Count what the experts of every MoE layer do for some images.
-
-    Args:
-        model: a converted model, in eval mode: noise and dropout would count otherwise.
-        batches: images [B, 3, H, W] as the model takes them, on its device.
-
-    Returns:
-        Block index -> use.
+    """Block index -> what the experts of each MoE layer do for some batches of images [B, 3, H, W], on its device.
 
     Raises:
-        UserError: if the model is in training mode or has no MoE layer, or there is no image.
+        UserError: if the model is in training mode (noise and dropout would count), has no MoE layer, or there is no
+        image.
     """
     if model.training:
         raise UserError("The use of experts is counted in eval mode: call model.eval() first.")
@@ -128,19 +116,15 @@ def prune_experts(
     remove: int | None = None,
     use: Use | None = None,
 ) -> nn.Module:
-    """Remove experts and their router rows; a token that chose one goes to its next-best expert.
+    """A new model without some experts and their router rows; a token that chose one goes to its next-best expert.
 
     Where gates are a softmax over all experts (`vmoe_top_k`), those of the others grow by 1 / (1 - its probability).
 
     Args:
         model: a converted model.
         keep: block index -> experts to keep, whose order stays; layers that aren't named stay as they are.
-        remove: instead of `keep`: remove so many experts in every layer, those with the fewest choices in `use`
-            (of equal ones the later).
+        remove: instead of `keep`: remove so many experts in every layer, those with the fewest choices in `use`.
         use: what `remove` decides on.
-
-    Returns:
-        A new model; K, the hidden width and everything else are kept.
 
     Raises:
         UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do with
@@ -163,7 +147,7 @@ def merge_experts(
     use: Use | None = None,
     align: bool = True,
 ) -> nn.Module:
-    """Replace groups of experts by their averages.
+    """A new model in which groups of experts are replaced by their averages.
 
     Weights, router rows and whatever else the router has for each expert are averaged with the experts' choices as
     weights (equally without `use`), hidden units aligned first. One row can't say what several did: a merged expert is
@@ -171,14 +155,10 @@ def merge_experts(
 
     Args:
         model: a converted model.
-        groups: block index -> groups of experts; every expert of the layer is in one of them. Layers that aren't named
-            stay as they are.
+        groups: block index -> groups of all its experts. Layers that aren't named stay as they are.
         to: instead of `groups`: leave so many experts in every layer, grouped by `similar_groups`.
         use: what `to` decides on, and the weights of the averages.
         align: bring the hidden units of each expert into the order of the group's most used one first.
-
-    Returns:
-        A new model; K, the hidden width and everything else are kept.
 
     Raises:
         UserError: if the groups are no partition of a layer's experts, fewer than K experts would be left, or the
@@ -199,12 +179,9 @@ def merge_experts(
 
 
 def similar_groups(use: ExpertUse, number: int) -> list[list[int]]:
-    """M-SMoE's groups of one layer: its most used experts, each with those that are most like it.
+    """M-SMoE's `number` groups of one layer: its most used experts, each first of those that are most like it.
 
     Alike are experts whose router logits correlate over tokens (`ExpertUse.alike`).
-
-    Returns:
-        `number` groups (as many as there are experts, if those are fewer); each begins with its most used expert.
     """
     dominant = most_used(use, number)
     groups = {expert: [expert] for expert in dominant}
@@ -223,21 +200,14 @@ def most_used(use: ExpertUse, number: int) -> list[int]:
 def collapse_to_dense(
     model: nn.Module, how: How = "average", *, use: Use | None = None, align: bool = True
 ) -> nn.Module:
-    """Replace every MoE layer by one plain MLP of an expert's hidden width.
+    """A new dense model: every MoE layer becomes one plain MLP of an expert's hidden width.
 
     With `use` experts count by the gates that they had, and the output is scaled by the mean sum of a token's gates,
     which V-MoE's router keeps below 1. Without `use` experts count equally and nothing is scaled. Shared experts are
-    kept exactly, as further hidden units.
-
-    Args:
-        model: a converted model, of any router.
-        how: `average` of all experts, or the `most_used` one, that with the largest sum of gates.
-        use: what the experts did.
-        align: before averaging, bring hidden units into the order of the most used expert (the first, without `use`).
-
-    Returns:
-        A new dense model. Where its MLPs are as wide as those of the dense architecture it is that architecture (for
-        `vit_moe` its `base`), else it saves under the same name with the hidden widths as `twin`.
+    kept exactly, as further hidden units. `how` is the `average` of all experts (`align`: with hidden units in the
+    order of the most used one), or the `most_used`, that with the largest sum of gates. Where the MLPs are as wide as
+    those of the dense architecture the model is that architecture, else it saves under the same name with the hidden
+    widths as `twin`.
 
     Raises:
         UserError: if the model has no MoE layer, `how` is unknown, or `most_used` has no `use`.
@@ -268,18 +238,10 @@ def side_by_side(first: State, second: State) -> State:
 
 
 def regrouped(model: nn.Module, groups: Mapping[int, Groups], use: Use | None, *, align: bool) -> nn.Module:
-    """A copy of the model whose experts are averages of groups of its experts.
+    """A copy of the model whose experts are averages of groups of its experts, by block.
 
-    Args:
-        model: a converted model.
-        groups: block index -> groups; experts in no group are gone, layers that aren't named stay as they are. New
-            experts stand in the order of the first expert of each group.
-        use: experts are averaged by their choices; equally if None.
-        align: bring hidden units into one order before averaging.
-
-    Raises:
-        UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do
-            without an expert.
+    Experts in no group are gone, layers that aren't named stay as they are. New experts stand in the order of the first
+    expert of each group. They are averaged by their choices; equally without `use`.
     """
     layers = layers_by_block(model)
     strangers = sorted(set(groups) - set(layers))
@@ -377,16 +339,9 @@ def with_mlps(model: nn.Module, mlps: Mapping[int, State]) -> nn.Module:
 
 
 def average_experts(experts: State, members: Sequence[int], weights: Tensor, *, align: bool = True) -> State:
-    """One expert out of several.
+    """One expert out of some of a layer's, in their dtype: averaged by `shares` of the weights [len(members)].
 
-    Args:
-        experts: all experts of a layer.
-        members: those to average; the first one with the largest weight is the reference of the alignment.
-        weights: [len(members)] not negative; see `shares`.
-        align: bring hidden units into the reference's order first.
-
-    Returns:
-        Its weights, in the dtype of `experts`.
+    The first one with the largest weight is the reference of the alignment.
     """
     chosen = [expert_of(experts, member) for member in members]
     reference = chosen[int(weights.argmax())]
@@ -407,13 +362,10 @@ def shares(weights: Tensor) -> Tensor:
 
 
 def matching_units(expert: State, reference: State) -> Tensor:
-    """The order of an expert's hidden units that brings them closest to those of another expert.
+    """[H] int64: the order of an expert's hidden units that brings them closest to those of another expert.
 
     A unit is its incoming weights, its bias and its outgoing weights. The sum of squared distances between matched
     units is smallest where the sum of their inner products is largest, since an order changes no length.
-
-    Returns:
-        [H] int64: unit i of `reference` corresponds to unit `order[i]` of `expert`.
     """
     from scipy.optimize import linear_sum_assignment  # not at import: it takes half a second
 
@@ -455,11 +407,7 @@ def layers_by_block(model: nn.Module) -> dict[int, MoEMlp]:
 
 
 def use_of(use: Use | None, block: int, layer: MoEMlp) -> ExpertUse:
-    """The use of one layer's experts.
-
-    Raises:
-        UserError: if it isn't known, or is of another number of experts.
-    """
+    """The use of one layer's experts."""
     if use is None or block not in use:
         raise UserError(
             f"How the experts of block {block} are used must be known: give use=measure_use(model, images)."

@@ -33,9 +33,8 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
-from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
+from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp, read_layer_indices
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
-from moevision.models.reading import read_layer_indices
 
 
 def upcycle(
@@ -105,19 +104,12 @@ def upcycle(
 
 @dataclass(frozen=True)
 class StepZeroGap:
-    """How far an upcycled model is from its dense source before any training.
+    """How far an upcycled model is from its dense source before any training."""
 
-    Attributes:
-        images: images that were compared.
-        max_logit: max |Δ logit| over images and classes.
-        logit_scale: standard deviation of the dense model's logits, to judge it by.
-        agreement: share of images with the same most likely class.
-    """
-
-    images: int
-    max_logit: float
-    logit_scale: float
-    agreement: float
+    images: int  # images that were compared
+    max_logit: float  # max |Δ logit| over images and classes
+    logit_scale: float  # standard deviation of the dense model's logits, to judge it by
+    agreement: float  # share of images with the same most likely class
 
 
 @torch.no_grad()
@@ -225,14 +217,8 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
     tokens where it routes images), so that at first a token goes to the cluster that it belongs to
     (`TopKRouter.start_rows`). Experts that have equal rows, as those that hold one MLP together, get one centroid. Of
-    several clusterings the one with the most even clusters is taken. Noise weights and selection biases stay.
-
-    What routes by similarity from the start tells nothing about what training the router adds.
-
-    Args:
-        model: a converted model; its mode is left as it is.
-        batches: images [B, 3, H, W] as the model takes them, on its device; the first 2 000 images are enough.
-        seed: of the tokens that are drawn from each image, and of the clusterings.
+    several clusterings the one with the most even clusters is taken. Noise weights and selection biases stay. Of the
+    batches [B, 3, H, W] the first 2 000 images are enough.
 
     Returns:
         Block index -> share of the units that fell into each cluster, by expert or group of experts with equal rows.
@@ -310,16 +296,7 @@ def _groups(router: TopKRouter) -> Tensor:
 
 
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Clusters by cosine: k-means of directions.
-
-    Args:
-        x: [T, D] on the CPU, T >= clusters; lengths don't count.
-        clusters: E.
-        generator: draws the seed.
-
-    Returns:
-        Unit centroids [E, D] and cluster sizes [E] int64.
-    """
+    """Unit centroids [E, D] and sizes [E] int64 of clusters by cosine of x [T, D]: k-means of directions."""
     from sklearn.cluster import KMeans  # not at import: it takes a second
 
     x = F.normalize(x, dim=-1)

@@ -49,20 +49,13 @@ MOE_ARGUMENTS = (
 
 
 def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
+    """A constructor for timm's `embed_layer`, for width D and patches of a power of two of pixels.
 
     3x3 convolutions halve the image until one place is one patch, doubling the channels up to D, and a 1x1
     convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
     running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
     worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
     87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
-
-    Args:
-        embed_dim: D.
-        patch_size: side of a patch in pixels, a power of two.
-
-    Raises:
-        UserError: if patch_size is not a power of two of at least 2.
     """
     steps = _halvings("conv", patch_size)
     channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
@@ -82,27 +75,12 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     Widths D/4, D/2, D, max pooling between them, and two residual 3x3 convolutions in all but the first and, with
     fewer than three poolings, the last (after ResNet-9 and airbench, arXiv:2404.00498). At patch_size 16 and more the
     first convolution strides over what three poolings leave. BatchNorm as in `conv_stem`.
-
-    Args:
-        embed_dim: D, divisible by 4.
-        patch_size: side of a patch in pixels, a power of two of at least 4.
-
-    Raises:
-        UserError: if D or patch_size doesn't fit.
     """
     return _stages("stages", embed_dim, patch_size, (4, 2, 1), pool_first=False)
 
 
 def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """`stage_stem` for accuracy before speed: widths D/2, D, D, the last two with residual convolutions after pooling.
-
-    Args:
-        embed_dim: D, divisible by 4.
-        patch_size: side of a patch in pixels, a power of two of at least 4.
-
-    Raises:
-        UserError: if D or patch_size doesn't fit.
-    """
+    """`stage_stem` for accuracy before speed: widths D/2, D, D, residual convolutions after pooling in the last two."""
     return _stages("wide_stages", embed_dim, patch_size, (2, 1, 1), pool_first=True)
 
 
@@ -142,12 +120,7 @@ class Stages(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x + two 3x3 convolutions of x, each with BatchNorm and GELU.
-
-    Args:
-        width: channels.
-        **factory: `device` and `dtype`.
-    """
+    """x + two 3x3 convolutions of x, each with BatchNorm and GELU."""
 
     def __init__(self, width: int, **factory: Any) -> None:
         super().__init__()
@@ -279,11 +252,7 @@ class VisionTransformerMoE(VisionTransformer):
                 scale_by_depth(block.mlp.fc2.weight, index)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory by computing blocks again in the backward pass.
-
-        Raises:
-            UserError: with timm's reentrant checkpointing, under which balance losses silently get no gradient.
-        """
+        """Trade time for memory by computing blocks again in the backward pass."""
         if enable and use_reentrant_ckpt():
             raise UserError(
                 "Reentrant checkpointing gives the balance losses no gradient: call "
@@ -386,10 +355,7 @@ for _name in _MODELS:
 def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     """Any timm ViT with plain MLPs, converted: `create_model("vit_moe", base="deit_tiny_patch16_224", top_k=1)`.
 
-    Args:
-        pretrained: load weights that were saved from this model.
-        base: timm's name of the dense architecture.
-        **kwargs: MoE arguments (see `VisionTransformerMoE`) and those of `base`.
+    The arguments are those of `VisionTransformerMoE` for experts, and of `base`.
     """
     if kwargs.get("pretrained_cfg") is None:
         base_cfg = timm.get_pretrained_cfg(base)
@@ -419,23 +385,15 @@ SHORT = 300
 
 
 def trains_unfused(device: torch.device | str, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether attention is trained faster without the fused kernel.
-
-    Args:
-        device: where the model is.
-        dtype: dtype of queries, keys and values.
-        tokens: N.
-    """
+    """Whether attention over N tokens, of this dtype and device, is trained faster without the fused kernel."""
     return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and tokens <= SHORT
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose for every attention of `model` that has timm's switch; both compute the same up to rounding.
 
-    Args:
-        model: any timm model.
-        fused: whether `scaled_dot_product_attention` is used, where the model used it before the first call: timm
-            leaves it off where it is untested (Swin), and where the environment says `TIMM_FUSED_ATTN=0`.
+    It stays off where the model had it off before the first call: timm leaves it off where it is untested (Swin), and
+    where the environment says `TIMM_FUSED_ATTN=0`.
     """
     for module in model.modules():
         before = getattr(module, "fused_attn", None)
@@ -457,14 +415,9 @@ def num_patches(model: nn.Module) -> int | None:
 
 
 def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
-    """Compute blocks again in the backward pass, for less memory and more time (arXiv:1604.06174).
+    """Compute blocks of a timm ViT again in the backward pass, for less memory and more time (arXiv:1604.06174).
 
-    Args:
-        net: a timm ViT, MoE or dense.
-        blocks: all or none of its `blocks`, or indices of those.
-
-    Raises:
-        UserError: for a block that isn't there.
+    All or none of its `blocks`, or those of these indices.
     """
     known: Any = cast(Any, net).blocks
     chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
@@ -477,14 +430,6 @@ def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
         vars(block).pop("forward", None)
         if index in chosen:
             block.forward = partial(_again, block.forward)
-
-
-def checkpointed_blocks(net: nn.Module) -> tuple[int, ...]:
-    """Indices of the blocks that are computed again."""
-    blocks: Any = cast(Any, net).blocks
-    if getattr(net, "grad_checkpointing", False):
-        return tuple(range(len(blocks)))
-    return tuple(index for index, block in enumerate(blocks) if "forward" in vars(block))
 
 
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -36,8 +36,8 @@ from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.config import DEFAULT_NAME
+from moevision.models.convert import block_to_pool
 from moevision.models.io import architecture_of, first_blocks
-from moevision.models.reading import block_to_pool
 from moevision.models.safe_files import read_yaml
 from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of

@@ -30,8 +30,7 @@ from moevision.data.named import UNKNOWN, terms_of
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import write_text_atomic
-from moevision.layers import moe_layers
-from moevision.metrics import LayerLoad
+from moevision.layers import LayerLoad, moe_layers
 from moevision.models.io import load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference

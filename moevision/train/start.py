@@ -35,6 +35,7 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import evaluating
+from moevision.models.convert import read_layer_indices, reads_class_token_only
 from moevision.models.io import (
     NOT_STATED,
     HubFacts,
@@ -52,7 +53,6 @@ from moevision.models.io import (
     model_folder,
     published,
 )
-from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.strangers import linear_head, pooled
 from moevision.models.upcycle import check_upcyclable

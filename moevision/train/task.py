@@ -33,9 +33,8 @@ from torchmetrics.classification import (
 
 from moevision.config import AuxLossWeights, Model, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
-from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
-from moevision.losses import AuxLoss
-from moevision.metrics import LayerLoad, RoutingStatistics
+from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers, update_router_bias
+from moevision.losses import AuxLoss, RoutingStatistics
 from moevision.models.config import build_model
 from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain

@@ -9,12 +9,12 @@ import torch
 
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
-from moevision.analysis.baselines import Rule, fresh_copy, measure_baselines
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.information import choice_counts, class_information, part_information
 from moevision.analysis.intervention import Intervention, ablate
+from moevision.analysis.readings import Rule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
     ReportSettings,
     Results,

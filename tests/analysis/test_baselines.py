@@ -12,9 +12,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
-from moevision.analysis.baselines import fit_clusters, fresh_copy, measure_baselines, router_inputs
 from moevision.analysis.information import Estimate
-from moevision.analysis.readings import exceeds, listed
+from moevision.analysis.readings import exceeds, fit_clusters, fresh_copy, listed, measure_baselines, router_inputs
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -64,7 +63,7 @@ def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, m
     model, pictures, trace, _ = measured
     fitted = []
     monkeypatch.setattr(
-        "moevision.analysis.baselines.fit_clusters",
+        "moevision.analysis.readings.fit_clusters",
         lambda tokens, *rest: fitted.append(tokens) or fit_clusters(tokens, *rest),
     )
     (found, *_) = measure_baselines(model, pictures, trace, seeds=1)["kmeans_input"]

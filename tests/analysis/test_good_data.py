@@ -330,14 +330,14 @@ SIGNS = [
 ]  # fmt: skip
 
 
-def named(name: str):
-    """Two classes and their images with such a name; one file is missing."""
+def named(one: str, two: str):
+    """Two classes and their images with such names; one file is missing."""
 
     def build(root: Path):
-        train = [(f"{name}/{name}1.png", 0), (f"{name}/{name}2.png", 0), ("b/3.png", 1)]
+        train = [(f"{one}/{one}1.png", 0), (f"{one}/{one}2.png", 0), (f"{two}/{two}3.png", 1)]
         for index, (each, _) in enumerate(train):
             draw(root, each, index)
-        return [name, "b"], train, [(f"{name}/{name}gone.png", 0)], 1
+        return [one, two], train, [(f"{two}/{two}gone.png", 1)], 1
 
     return build
 
@@ -384,7 +384,8 @@ def huge(path: Path):
     path.write_bytes(data)
 
 
-FOLDERS = {f"named {name!r}"[:40]: named(name) for name in SIGNS} | {
+PAIRS = zip(SIGNS[::2], [*SIGNS[1::2], "b"], strict=True)
+FOLDERS = {f"named {pair[0]!r}"[:40]: named(*pair) for pair in PAIRS} | {
     "one image": one_image,
     "one class, and an empty one": one_class_and_an_empty_one,
     "all gone": all_gone,

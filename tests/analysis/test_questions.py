@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
-from moevision.analysis.baselines import Assignments, measure_baselines
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
@@ -28,10 +27,12 @@ from moevision.analysis.questions import (
     three_questions,
 )
 from moevision.analysis.readings import (
+    Assignments,
     Load,
     RecordedLayer,
     Recording,
     guess_from_experts,
+    measure_baselines,
     paired_interval,
     probe_groups,
     ratio_interval,

@@ -13,9 +13,8 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
 from moevision.analysis.intervention import ablate, numbered_layers
-from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly
+from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly, swap_test
 from moevision.analysis.readings import run_forced
-from moevision.analysis.swap import _dissociation, _knock_out, swap_test
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.models.io import SavedModel
@@ -75,8 +74,6 @@ def test_experts_of_classes_are_found() -> None:
     assert answer.sentence.startswith("The experts do different things: yes (exchanging a class's favourite expert")
     assert found.swap.favourite.moved == found.swap.any_two.moved > 0.1
     assert found.swap.more.log_loss.low > 0
-    assert found.swap.knock_out.own > 0 > found.swap.knock_out.others
-    assert found.swap.knock_out.p_value == 1 / 101
     assert [row[1:] for row in found.swap.favourites] == [(c, c) for c in range(4)]
     assert json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))["favourite"]["moved"] > 0.1
 
@@ -88,9 +85,6 @@ def test_one_decisive_expert_is_found() -> None:
     found, answer = answered(recording)
     assert answer.answer == YES
     assert found.swap.without.points.value == 50
-    matrix = found.swap.knock_out.log_loss
-    assert matrix[1, 1] == np.nanmax(matrix) > 0
-    assert np.abs(np.delete(matrix, 1, axis=1)).max() == 0
 
 
 def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing() -> None:
@@ -162,7 +156,7 @@ def test_every_cost_by_brute_force() -> None:
         for c in range(4):
             first = choices[(halves != half) & (labels == c)][..., 0].ravel()
             favourite[half, c] = np.bincount(first).argmax()
-    lost = {"without": [], "knock_out": np.zeros((4, 6)), "removed": np.zeros((4, 6))}
+    lost = []  # without the layer
     exchanged = []  # [image's favourite exchanged, changed patches, the experts in it, log-loss lost]
     for image in seen:
         own, plain = choices[image], loss(image, choices[image])
@@ -172,27 +166,18 @@ def test_every_cost_by_brute_force() -> None:
             more = loss(image, of)[0] - plain[0]
             away = of < 0
             if away.all():
-                lost["without"].append((more, plain[1] - loss(image, of)[1]))
-            elif away.any():
-                assert (~of[away] == own[away]).all()
-                (expert,) = np.unique(~of[away])
-                assert ((own == expert) == away).all()
-                lost["knock_out"][labels[image], expert] += more
+                lost.append((more, plain[1] - loss(image, of)[1]))
             elif (of != own).any() and not any((of == other).all() for other in choices):
                 changed = (of != own).any(-1)
                 pair = set(own[of != own]) | set(of[of != own])
                 assert len(pair) == 2
                 assert ((of != own).sum(-1)[changed] == 1).all()  # tokens that chose both stay
                 exchanged.append((favourite[halves[image], labels[image]] in pair, changed.sum(), labels[image]))
-        for expert in range(6):
-            lost["removed"][labels[image], expert] += (own == expert).sum()
-    nats, points = np.array(lost["without"]).T
+    nats, points = np.array(lost).T
     assert found.without.log_loss.value == pytest.approx(nats.mean())
     assert found.without.points.value == pytest.approx(100 * points.mean())
     half_width = 2.000995 * nats.std(ddof=1) / np.sqrt(60)  # Student's, 59 degrees of freedom
     assert found.without.log_loss.high == pytest.approx(nats.mean() + half_width)
-    assert found.knock_out.removed.tolist() == lost["removed"].tolist()
-    assert found.knock_out.log_loss == pytest.approx(lost["knock_out"] / lost["removed"])
     # Of 3 draws: the whole exchange of the favourite, and twice as many tokens in the thinned ones, class by class.
     tokens = {kind: sum(count for own, count, _ in exchanged if own is kind) for kind in (True, False)}
     assert tokens[False] / 60 / PATCHES / 2 / 3 == pytest.approx(found.any_two.moved)
@@ -213,47 +198,6 @@ def test_routes_of_another_image_keep_their_place() -> None:
         if others:
             taken[int(image)] = others[0]
     assert sorted(taken) == sorted(taken.values()) == list(range(40))
-
-
-def test_the_dissociation_by_hand_and_its_p_value_where_nothing_is_planted() -> None:
-    """Two classes in each half, two experts: own (2 + 4) / 2, the other's (1 + 1) / 2 nats per choice."""
-    target, half = np.array([0, 1] * 4), np.repeat([0, 1], 4)
-    loss = np.array([[2.0, 1], [1, 4]] * 4)
-    favourite = np.array([[0, 1], [0, 1]])
-    rng = np.random.default_rng(0)
-    found = _knock_out(loss, 100 * loss, np.ones((8, 2), int), target, half, favourite, rng, 20)
-    assert (found.own, found.others) == (3, 1)
-    assert found.log_loss.tolist() == [[2, 1], [1, 4]]
-    assert found.points.tolist() == [[200, 100], [100, 400]]
-    assert np.isnan(found.p_value)  # no spread within a class, and so no t
-    # A class that is hurt more, an expert that matters more and unequal counts are no dissociation.
-    ps = []
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        target, half = np.arange(80) % 4, np.arange(80) // 4 % 2
-        removed = 1 + rng.poisson(np.where(np.arange(4) == target[:, None], 9, 2))
-        hurt = removed * (rng.normal(0, 1, (80, 4)) + 0.3 * target[:, None] + 0.2 * np.arange(4))
-        favourites = np.tile(np.arange(4), (2, 1))
-        ps.append(_knock_out(hurt, hurt, removed, target, half, favourites, rng, 50).p_value)
-    assert 0.35 < np.mean(ps) < 0.65
-    assert np.mean(np.array(ps) < 0.1) < 0.2
-
-
-def test_the_error_of_the_dissociation_is_that_of_the_infinitesimal_jackknife() -> None:
-    """The root of the sum of squared derivatives by each image's weight (Jaeckel 1972), here as finite differences."""
-    rng = np.random.default_rng(0)
-    target, half, favourite = np.arange(24) % 3, np.arange(24) // 12, np.tile(np.arange(3), (2, 1))
-    removed = 1 + rng.poisson(4, (24, 3))
-    loss = removed * rng.normal(1, 1, (24, 3))
-
-    def difference(weight: np.ndarray) -> float:
-        own, others, _ = _dissociation(loss * weight, removed * weight, target, half, favourite)
-        return own - others
-
-    step = 1e-4 * np.eye(24)[:, :, None]
-    slopes = [(difference(1 + each) - difference(1 - each)) / 2e-4 for each in step]
-    own, others, t = _dissociation(loss, removed, target, half, favourite)
-    assert t == pytest.approx((own - others) / np.linalg.norm(slopes), rel=1e-6)
 
 
 def test_a_limit_holds_whatever_the_number_of_classes() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -131,30 +130,6 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
         told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
     assert told[0] == told[1]
     assert len(told[0]) == 41
-
-
-def test_tars_that_others_made_are_converted(cli, draw, tiny, tiny_run):
-    """`fit` and `predict` name the command; what it writes is trained on, with the classes and splits of the tars."""
-    draw(Path("photos"), per_class=6)
-    Path("wds").mkdir()
-    for split in ("train", "test"):
-        with tarfile.open(f"wds/pets-{split}-000.tar", "w") as archive:
-            for number, file in enumerate(sorted(Path("photos").glob("*/*.png"))[split == "test" :: 2]):
-                for ending, data in (("jpg", file.read_bytes()), ("cls", file.parent.name.encode())):
-                    member = tarfile.TarInfo(f"{number:05d}.{ending}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-    for refused in (cli("fit", "wds", *tiny), cli("predict", tiny_run, "wds")):
-        assert refused.code == 2
-        assert refused.err.count("\n") == 1
-        assert "convert them by `moevision data shard wds --out SHARDS`" in refused.err
-    outcome = cli("data", "shard", "wds", "--out", "shards")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.endswith("train on them: moevision fit shards\n")
-    assert cli("fit", "shards", *tiny, "--name=tars").code == 0
-    split = rows(Path("runs/tars/splits.csv"))
-    assert {row["path"].split("/")[0] for row in split if row["split"] == "test"} == {"pets-test-000"}
-    assert {row["class"] for row in split} == {"cat", "dog"}
 
 
 def test_a_printed_command_can_be_typed(cli, draw, tiny_run):

@@ -21,8 +21,7 @@ from moevision.train.recipe import choose_recipe
         ("list.CSV", "list.CSV", "csv"),
         ("gone.csv", "", "folder"),
         ("shards", f"shards/{INDEX}", "shards"),
-        ("tars", "tars/0.tar", "tars"),
-        ("tars", "tars/Train/0.tar", "tars"),
+        ("tars", "tars/0.tar", "folder"),
         ("photos", "photos/train/cat/0.tar", "folder"),  # an archive in a class
         ("photos", "photos/cat/1.png", "folder"),
         ("train", "", "folder"),

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
+from moevision.data.shards import open_shards, write_shards
 from moevision.errors import UserError, csv_name
 from moevision.train.recipe import run_name
 
@@ -243,6 +245,30 @@ def test_a_saved_dataset_without_splits(hub, tmp_path):
     assert count_images(tmp_path / "pets") == 20
     copy = pickle.loads(pickle.dumps(dataset.collection))  # as worker processes get it
     np.testing.assert_array_equal(copy.open(sample), expected)
+
+
+@needs_datasets
+def test_tars_in_the_webdataset_format_are_a_dataset(hub, tmp_path, monkeypatch):
+    """KEY.png and KEY.cls; the split is a word in a tar's name. They can be written as shards."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "wds").mkdir()
+    for split, number in (("train", 8), ("validation", 4)):
+        with tarfile.open(tmp_path / "wds" / f"pets-{split}-000.tar", "w") as archive:
+            for row in range(number):
+                for ending, data in (("png", stored(row)["bytes"]), ("cls", str(row % 2).encode())):
+                    member = tarfile.TarInfo(f"{row:04d}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(UserError, match=f"tars in the WebDataset format are read as hf:{tmp_path}"):
+        ready(tmp_path / "wds")
+    pets = open_collection(f"hf:{tmp_path / 'wds'}")
+    assert {split: len(samples) for split, samples in pets.given.items()} == {"train": 8, "val": 4}
+    write_shards(pets, tmp_path / "shards")
+    shards = open_shards(tmp_path / "shards")
+    assert shards.class_names == ["0", "1"]
+    expected = np.asarray(Image.open(io.BytesIO(stored(3)["bytes"])))
+    np.testing.assert_array_equal(shards.open(shards.given["train"][3]), expected)
+    assert shards.given["train"][3].label == 1
 
 
 @needs_datasets

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moevision.layers import LocalDispatcher, Routing, cpu
-from moevision.layers.dispatch import Dispatched
+from moevision.layers.moe import Dispatched
 
 
 def routing_of(expert_index: Tensor, num_experts: int) -> Routing:

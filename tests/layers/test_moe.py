@@ -302,7 +302,7 @@ def test_arguments_that_experts_cannot_honour() -> None:
     with pytest.raises(UserError, match="auto, loop, grouped, dense"):
         MoEMlp(16, 16, backend="fast")
     odd = make(width=15, hidden=7, backend="grouped")
-    with pytest.raises(UserError, match="multiples of 4"):
+    with pytest.raises(UserError, match="steps of 16 bytes"):
         odd(torch.randn(1, 3, 15))
     with pytest.raises(UserError, match="use backend='loop'"):
         make(torch.float64, backend="grouped")(torch.randn(1, 3, 16, dtype=torch.float64))

@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks.planner.footprint import saved_bytes
+from benchmarks.planner.footprint import checkpointed_blocks, saved_bytes
 from moevision.errors import UserError
 from moevision.layers import forward_routing
-from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
+from moevision.models.vit_moe import checkpoint_blocks
 
 
 def trained(net: nn.Module) -> tuple[list[torch.Tensor], int]:

@@ -145,18 +145,18 @@ ROUTED = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
 
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize(
-    "layers",
+    ("layers", "known"),
     [
-        pytest.param([{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}], id="two layers"),
-        pytest.param({"router": ROUTED}, id="all routers", marks=pytest.mark.deep),
+        pytest.param([{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}], True, id="distance"),
+        pytest.param({"router": ROUTED}, False, id="all routers", marks=pytest.mark.deep),
         pytest.param(
             [{"router": "vmoe_top_k", "eval_capacity_factor": 0.75}, {"router": "sigmoid", "route_by": "image"}],
+            False,
             id="capacity, and by image",
             marks=pytest.mark.deep,
         ),
     ],
 )
-@pytest.mark.parametrize("known", [True, False], ids=["distance", "no distance"])
 def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known: bool, tmp_path: Path) -> None:
     """Choices, gates, affinities and logits: as trained, without one expert, without several, and with one left."""
     model, path = tiny(**layers) if isinstance(layers, dict) else tiny(*layers), tmp_path / "model.onnx"

@@ -15,8 +15,8 @@ from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
+from moevision.models.convert import pool_patches, read_layer_indices, routes_read, unread_layers
 from moevision.models.io import describe, load_model, save_model
-from moevision.models.reading import pool_patches, read_layer_indices, routes_read, unread_layers
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
 VIT = "vit_tiny_patch16_224"

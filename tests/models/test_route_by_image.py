@@ -9,7 +9,6 @@ import torch
 
 from moevision import UserError, convert_to_moe, dense_twin, forward_routing
 from moevision.analysis import RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.intervention import (
     Intervention,
     ablate,
@@ -20,6 +19,7 @@ from moevision.analysis.intervention import (
     swap,
     use_top_k,
 )
+from moevision.analysis.readings import measure_baselines
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.facts import describe

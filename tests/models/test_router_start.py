@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from moevision import UserError, convert_to_moe, forward_routing
 from moevision.layers import CosineRouter, moe_layers
-from moevision.models.reading import routes_read
+from moevision.models.convert import routes_read
 from moevision.models.upcycle import spherical_kmeans, start_routers, step0_gap, upcycle
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}

@@ -1,6 +1,5 @@
 """Distances of features: recomputed in float64, a threshold that refuses a twentieth, and files that can't be used."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,11 +145,3 @@ def test_hostile_numbers_end_in_one_sentence(damage, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=FILE) as told:
         load_model(str(tmp_path))
     assert "\n" not in str(told.value)
-
-
-def test_config_says_true_or_nothing(tmp_path: Path) -> None:
-    model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "strangers": "../../secret"}))
-    with pytest.raises(UserError, match="strangers is not true"):
-        load_model(str(tmp_path))

@@ -177,14 +177,6 @@ def test_what_cannot_be_cut(vit: nn.Module) -> None:
         first_blocks(upcycle(vit), 2)
     with pytest.raises(UserError, match="no list of transformer blocks"):
         first_blocks(timm.create_model("test_resnet"), 2)
-    with pytest.raises(UserError, match="can't be built with 2 blocks"):  # its frequencies are one tensor for all
-        first_blocks(_with_a_tensor_for_each_block(), 2)
-
-
-def _with_a_tensor_for_each_block() -> nn.Module:
-    net = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    net.register_buffer("of_each_block", torch.zeros(4))
-    return net
 
 
 @pytest.mark.parametrize("twin", [None, "active_flops"])

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from moevision.efficiency import ModelCost
-from moevision.metrics import LayerLoad
+from moevision.layers import LayerLoad
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.train.plots import (
     moving_average,

@@ -18,8 +18,8 @@ from safetensors.torch import save, save_file
 from moevision import UserError
 from moevision.config import read
 from moevision.layers import moe_layers
+from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
-from moevision.models.reading import routes_read
 from moevision.train import health, start
 from moevision.train.recipe import choose_recipe, chosen
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
