@@ -1,6 +1,7 @@
 """Take the explorer's screenshots anew: `python docs/screenshots.py` (needs Chromium and `pip install ".[test]"`).
 
-explorer-slots.jpg shows a Soft MoE after 4,000 drawn pets, which is trained first if `runs/soft` isn't there.
+explorer-slots.jpg shows what an expert of a Soft MoE reads, after 4,000 drawn pets; it is trained first if `runs/soft`
+isn't there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
-SLOT = "?layer=3&patch=36&mode=slots&slot=6.3.reads"
+READS = "?layer=2&patch=36&mode=reads&expert=L2.E6"
 SOFT = Path("runs/soft")
 TRAIN = "fit --config quickstart --name soft --model.arch.router soft --data.train_size 4000"
 
@@ -56,10 +57,10 @@ def shoot(page: Page, url: str) -> None:
 
 
 def shoot_slots(page: Page, url: str) -> None:
-    """What one slot of a Soft MoE reads: the stage and what stands beside it, down to the slots."""
-    opened(page, url + SLOT)
-    view, slots = page.locator(".mv-view"), page.locator(".mv-box-slots")
-    around, inner = view.bounding_box(), slots.bounding_box()
+    """What an expert of a Soft MoE reads: the stage and what stands beside it, down to the patch."""
+    opened(page, url + READS)
+    view, patch = page.locator("[data-box=view]"), page.locator(".mv-box-where")
+    around, inner = view.bounding_box(), patch.bounding_box()
     assert around
     assert inner
     height = round(inner["y"] + inner["height"] - around["y"])

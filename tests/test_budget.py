@@ -25,7 +25,7 @@ SIZE = {
     "moevision/analysis": (14, 7_620, 59_240),  # routes of mistakes, live views, doubts about a weak model
     "moevision/commands": (9, 1_715, 13_170),  # predict --features, export --dtype fp16
     "moevision/data": (14, 4_700, 36_600),  # images padded or squashed
-    "moevision/demo": (15, 4_285, 30_600),  # numbers by which a layer's sums are done; classes compared by the atlas
+    "moevision/demo": (15, 4_265, 30_400),  # single slots went, mistakes came
     "moevision/layers": (10, 2_640, 16_470),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (11, 3_360, 22_500),  # an exported file tells routes and takes experts away
     "moevision/train": (20, 6_295, 45_840),  # the simplest model within a standard error
@@ -33,6 +33,8 @@ SIZE = {
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
+PAGE_LINES = 6_000  # the pages' scripts and style sheets: the package's, and those of the build without a server
+LONG_PAGE_LINES = 365  # of these, over 120 characters: none in style sheets; 678 in all before the page was cut down
 DOCS_WORDS = 24_910  # README.md and docs/**/*.md: lab notes left; a tutorial, own-loop.md, a page without a server came
 
 FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 5, 15, 75, 45, 4  # analyze embeds live views
@@ -79,6 +81,18 @@ def test_fit_has_few_options(cli) -> None:
 def test_docs_keep_to_their_words() -> None:
     pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md")]
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= DOCS_WORDS
+
+
+def test_the_pages_keep_to_their_lines() -> None:
+    """moevision/**/*.js and *.css, docs/live/*.js and *.css; types (*.d.ts) are no lines of the page."""
+    files = [file for folder in (ROOT / "moevision", CHECKOUT / "docs" / "live")
+             for kind in ("js", "css") for file in sorted(folder.rglob(f"*.{kind}"))]  # fmt: skip
+    lines = {file.name: file.read_text(encoding="utf-8").splitlines() for file in files}
+    assert {"app.js", "core.js", "explorer.css", "good_data.js", "page.css", "worker.js"} <= lines.keys()
+    assert sum(map(len, lines.values())) <= PAGE_LINES
+    long = {name: sum(len(line) > 120 for line in text) for name, text in lines.items()}
+    assert sum(long.values()) <= LONG_PAGE_LINES
+    assert not any(count for name, count in long.items() if name.endswith(".css")), long
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])

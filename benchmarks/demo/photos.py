@@ -47,7 +47,7 @@ def visit(browser: Browser, screen: str, look: Look, complaints: list[str]) -> P
 def said(page: Page) -> str:
     """The class that the page names for the first image, when its overlay is there."""
     page.wait_for_selector("[data-box=main][aria-busy=false]")
-    page.wait_for_selector("[data-slot='0'] .mv-cell")
+    page.wait_for_selector(".mv-cell")
     return str(page.text_content(".mv-verdict b"))
 
 

@@ -1,5 +1,5 @@
-// Who answers a page without a server: what was recorded of the examples, and for all else the model itself, run here in
-// the browser (worker.js). An own image goes to that worker and nowhere else. It stands in for the explorer's own
+// Who answers a page without a server: what was recorded of the examples, and for all else the model itself, run here
+// in the browser (worker.js). An own image goes to that worker and nowhere else. It stands in for the explorer's own
 // app_fetch.js, and answers as demo/service.py does; the views are those of demo/view.py.
 
 import { pictureSource } from "../../moevision/demo/assets/core_util.js";
@@ -135,12 +135,6 @@ async function example(model, id) {
   return picture ? { picture } : UNANSWERED;
 }
 
-/** @param {any} question */
-async function shares(question) {
-  const answer = await route(question);
-  return answer.error ? answer : { layers: answer.layers.map(({ layer, counts }) => ({ layer, shares: counts.map((count) => round(count / (sum(counts) || 1))) })) };
-}
-
 // ---- what was recorded
 
 /** The name of a recorded answer, as `key` in build.py. @param {...unknown} words */
@@ -158,7 +152,6 @@ async function recall(...words) {
 export const server = {
   boot: async () => boot,
   route,
-  shares,
   sharp: async (/** @type {any} */ { model, picture }) => (boot.recorded.includes(keyOf("sharp", model, picture)) ? recall("sharp", model, picture) : { src: null }),
   history: async (/** @type {any} */ { model, picture }) => recall("history", model, picture),
   experts: async (/** @type {any} */ { model, layer }) => recall("experts", model, layer),

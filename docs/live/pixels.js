@@ -11,8 +11,8 @@ function cubic(at) {
 }
 
 /**
- * For each of `count` results, evenly spread over [from, to] of a line of `length` pixels: the first pixel that it reads
- * and the weights from there on.
+ * For each of `count` results, evenly spread over [from, to] of a line of `length` pixels: the first pixel that it
+ * reads and the weights from there on.
  * @param {number} length @param {number} from @param {number} to @param {number} count
  */
 function taps(length, from, to, count) {

@@ -263,7 +263,7 @@ class AtlasPages:
                 "layer": layer["layer"],
                 "name": layer["name"],
                 **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
-                "answers": layer["answers"],
+                "answers": [_with_command(answer, entry) for answer in layer["answers"]],
                 "load_words": layer["load_words"],
             }
             for layer in atlas["layers"]
@@ -307,6 +307,27 @@ class AtlasPages:
             for index in best
         ]
         return {"pictures": pictures}
+
+    def mistakes(self, request: Any) -> Json:
+        """Images that are called another class most often, and whose routes theirs are more like (`wrong_routes`)."""
+        from moevision.analysis.report import wrong_routes  # brings the figures, which no other answer needs
+
+        entry, variant = self.model(read.fields(request, ("model", "variant")))
+        gallery = self._gallery(entry, variant)
+        groups = [
+            {
+                **{name: group[name] for name in ("label", "called", "images", "layers")},
+                "pictures": [
+                    {
+                        "id": entry.examples.id_of(gallery.pictures, index),
+                        "thumb": thumb(gallery.pictures.image(index)),
+                    }
+                    for index in group["index"][:CELL_PICTURES]
+                ],
+            }
+            for group in wrong_routes(gallery.trace)
+        ]
+        return {"groups": groups}
 
     def similar(self, request: Any) -> Json:
         """Patches of other images that took the same path of first choices."""
@@ -449,6 +470,11 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
     label = pictures.label(index)
     word = pictures.class_names[label] if label >= 0 else None
     return Found(entry.examples.id_of(pictures, index), "", word, pictures.image(index))
+
+
+def _with_command(answer: Json, entry: Entry) -> Json:
+    """What wasn't measured names the command that measures it of this model."""
+    return {**answer, "sentence": answer["sentence"].replace("analyze MODEL", f"analyze {entry.address}")}
 
 
 def _waiting(status: str, **empty: Any) -> Json:

@@ -141,14 +141,21 @@ def flow_html(view: Mapping[str, Any]) -> str:
     """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
     script = script_of("flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
     style = read_css((*CORE_STYLES, "explorer_flow.css"))
-    return _framed(document("Routing", style, '<main class="mv" data-mv></main>', script), 700)
+    experts = max(layer["num_experts"] for layer in view["layers"])
+    across = min(4, experts)
+    rows = -(-experts // across) * 4 / across  # of boxes: the fewer side by side, the higher
+    return _framed(document("Routing", style, '<main class="mv" data-mv></main>', script), 700, rows)
 
 
-def _framed(page: str, height: int) -> str:
-    """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it."""
+def _framed(page: str, height: int, rows: float = 0) -> str:
+    """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it.
+
+    `rows` of boxes that stand below one another on a phone, each a third of its width high, are for the style sheet
+    of that page (analysis/templates/page.css).
+    """
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="--rows:{rows:g};width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 

@@ -21,6 +21,7 @@ and a model of photos
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ def card_of_run(address: str) -> Card:
             title=shown(str(summary["name"])),
             subtitle=str(summary["model"]),
             data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
-            recipe=f"moevision fit --config {shown(run.name)}/config.yaml",
+            recipe=f"moevision fit --config {shlex.quote(shown(str(run)))}/config.yaml",
             seed=seed if type(seed) is int else None,
             accuracy=accuracy,
             data_kind=str(summary["data"]),
@@ -140,6 +141,7 @@ class Entry:
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
     histories: Mapping[str, Path] = field(default_factory=dict)  # by variant: routing of examples while it was trained
+    address: str = "MODEL"  # what commands call it
     shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
     @property
@@ -297,7 +299,8 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
     history = None if run is None or images is None or images.run is None else run / FILE
     histories = {"trained": history} if history is not None and history.is_file() else {}
-    return replace(entry, shown=_named(options, pictures, held_out=own), histories=histories)
+    named = _named(options, pictures, held_out=own)
+    return replace(entry, address=shlex.quote(shown(address)), shown=named, histories=histories)
 
 
 def _entry(

@@ -58,9 +58,9 @@ class Explorer:
         self.galleries = galleries or Galleries(entries)
         self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
         self.pages = pages = AtlasPages(self.entries, self.galleries)
-        own = (self.boot, self.route, self.slots, self.history, self.sharp, self.examples, self.data)
+        own = (self.boot, self.route, self.history, self.sharp, self.examples, self.data)
         more = (self.what_if, self.class_effect, self.export_html)
-        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.similar)
+        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.mistakes, pages.similar)
         self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
@@ -144,17 +144,6 @@ class Explorer:
         if not found.id or settings != Settings():
             return view()
         return self._views.get((entry.card.id, variant.facts.variant, found.id), view)  # the same for everybody
-
-    def slots(self, request: Any) -> Json:
-        """What the slots of one expert of a Soft MoE layer read of an image, and what its patches take from them."""
-        given = read.fields(request, (*ROUTE_FIELDS, "layer", "expert"))
-        entry, variant, found, settings = self._read({name: given[name] for name in ROUTE_FIELDS if name in given})
-        layer = read.whole(given, "layer", variant.facts.layers)
-        expert = read.whole(given, "expert", range(variant.facts.router(layer).num_experts))
-        view = self._view(entry, variant, found, settings).layer(layer)
-        if view.slots is None:
-            raise RequestError(f"{view.facts.name} has no slots: its router sends patches to experts, one by one.")
-        return {"layer": layer, "expert": expert, **view.slots.maps(expert)}
 
     def history(self, request: Any) -> Json:
         """Where the patches of an example went at moments of the training, and what the model then made of it."""

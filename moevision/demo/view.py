@@ -4,8 +4,8 @@ Pure: a model and an image in, numbers out; nothing of gradio, of visitors or of
 of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/2`. `Settings` are
 what a person may change before an image is routed: top-k, capacity, one intervention.
 
-Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers, S slots of an
-expert. Where experts choose patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
+Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers. Where experts choose
+patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
 """
 
 from __future__ import annotations
@@ -41,56 +41,6 @@ from moevision.demo.html import VIEW_SCHEMA, view_html
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
-
-UNIT: Final = 1e-5  # of the whole numbers in `maps`: an even share of 1,000 patches has three digits left
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class SlotMaps:
-    """The slots of one layer, for the patches of one image."""
-
-    dispatch: npt.NDArray[np.float32]  # [P, E, S] what each slot reads of each patch; 1 over P with the prefix tokens
-    combine: npt.NDArray[np.float32]  # [P, E, S] what each patch takes from each slot; sums to 1 over all slots
-
-    @classmethod
-    def of(cls, routing: SoftRouting) -> SlotMaps:
-        """The slots of a batch of one image, prefix tokens left out."""
-        weights = (routing.dispatch_weight, routing.slot_weight)
-        return cls(*(weight[0, routing.num_prefix_tokens :].float().cpu().numpy() for weight in weights))
-
-    @property
-    def reads(self) -> Floats:
-        """[E, P] what an expert reads: the mean over its slots."""
-        mean: Floats = self.dispatch.mean(2, dtype=np.float64).T
-        return mean
-
-    def maps(self, expert: int) -> dict[str, Any]:
-        """The slots of one expert as JSON.
-
-        Returns:
-            `unit`, the value of 1 in `reads` and `takes`, which are [S][P] whole numbers; and for each slot
-            `reads_patches`, over how many patches its reading is spread (2 to the entropy in bits: 1 if it reads one
-            patch, P if all evenly), and `reads_prefix`, its share of class and register tokens.
-        """
-        reads, takes = (weight[:, expert].T.astype(np.float64) for weight in (self.dispatch, self.combine))
-        return {
-            "unit": UNIT,
-            "reads": np.round(reads / UNIT).astype(int).tolist(),
-            "takes": np.round(takes / UNIT).astype(int).tolist(),
-            "reads_patches": np.round(spread(reads), 2).tolist(),
-            "reads_prefix": np.round(np.maximum(1 - reads.sum(1), 0), 4).tolist(),
-        }
-
-
-def spread(weights: Floats) -> Floats:
-    """[...] over how many of [..., P] entries a weight is spread: 2 to the entropy of their shares."""
-    total = np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
-    share = weights / total
-    bits = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=-1)
-    patches: Floats = np.exp2(bits)
-    return patches
-
 
 KINDS: Final = ("ablate", "force", "swap", "random")
 FILLS: Final = ("next_best", "zero")
@@ -190,7 +140,7 @@ class LayerView:
         kept: [P, K] False where an expert didn't compute the patch: a capacity dropped the choice, or the expert chose
             other patches.
         probs: [P, E] the router's affinities, summing to 1.
-        slots: what slots read and patches take; None but for Soft MoE.
+        reads: [E, P] what an expert reads of each patch, the mean over its slots; None but for Soft MoE.
         computation: what was computed of it, in numbers; None where nobody listened.
     """
 
@@ -199,7 +149,7 @@ class LayerView:
     combine_weight: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
     probs: npt.NDArray[np.float32]
-    slots: SlotMaps | None = None
+    reads: npt.NDArray[np.float64] | None = None
     computation: Computation | None = None
 
     @property
@@ -249,7 +199,7 @@ class LayerView:
             "requested": self.requested.tolist(),
             "slowest": round(float(counts.max() / counts.mean()), 4) if counts.any() else 0.0,
             "computation": None if self.computation is None else self.computation.to_json(),
-            "reads": None if self.slots is None else np.round(self.slots.reads, 5).tolist(),
+            "reads": None if self.reads is None else np.round(self.reads, 5).tolist(),
         }
 
 
@@ -385,7 +335,7 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
-        slots=SlotMaps.of(routing) if isinstance(routing, SoftRouting) else None,
+        reads=_reads(routing) if isinstance(routing, SoftRouting) else None,
         computation=heard.computation(routing, noisy=noisy),
     )
 
@@ -423,6 +373,13 @@ def lens(net: Any, outputs: list[Tensor]) -> Tensor | None:
     if not outputs:
         return None
     return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
+
+
+def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
+    """[E, P] what experts read of the patches of a batch of one image: means over their slots."""
+    weight = routing.dispatch_weight[0, routing.num_prefix_tokens :].double().cpu().numpy()  # [P, E, S]
+    mean: npt.NDArray[np.float64] = weight.mean(2).T
+    return mean
 
 
 def _round(values: npt.NDArray[Any]) -> Any:

@@ -153,14 +153,14 @@ def answered(page):
 def numbers(page):
     """The text on every patch of the first image."""
     answered(page)
-    return page.locator("[data-slot='0'] .mv-mark").all_text_contents()
+    return page.locator(".mv-mark").all_text_contents()
 
 
 def fills(page):
     """Colour and opacity of every patch: [(r, g, b, a)]."""
     answered(page)
     script = "cells => cells.map(cell => cell.style.backgroundColor)"
-    colours = page.eval_on_selector_all("[data-slot='0'] .mv-cell", script)
+    colours = page.eval_on_selector_all(".mv-cell", script)
     found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]
     return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
 

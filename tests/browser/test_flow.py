@@ -1,13 +1,19 @@
 """The opening: few words, one photo, its patches in the boxes of their networks; one network away, and several."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
+from moevision.demo.html import app_page, flow_html, read_css
+from moevision.demo.models import DataOptions, bundled_folders, open_entries
+from moevision.demo.service import Explorer
 from tests.browser.conftest import SERVER_CALL, axe
 from tests.browser.test_hand import result
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
+ROOT = Path(__file__).parents[2]
 FIRST = {"kind": "example", "id": "pets/test/0"}
 WORDS, CONTROLS = 70, 12
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
@@ -66,6 +72,36 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
     assert look.no_sideways_scroll(page)
     assert page.locator(".mv-cell:visible").count() == 0
     assert {"experts", "classes", "what_if"}.isdisjoint(newcomer.asked)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The document that each bundled model would open with."""
+    entries = open_entries(None, DataOptions())
+    explorer = Explorer(entries)
+    boot = explorer.boot({})
+
+    def document(model):
+        ordered = sorted(boot["models"], key=lambda one: one["id"] != model)
+        picture = {"kind": "example", "id": ordered[0]["examples"][0]["id"]}
+        view = explorer.answer("route", {"model": model, "picture": picture})
+        first = {"model": model, "picture": picture["id"]}
+        return app_page({**boot, "models": ordered, "default": first, "whole": True}, [view]).text
+
+    yield document
+    explorer.close()
+
+
+@pytest.mark.parametrize("model", [folder.name for folder in bundled_folders()])
+@pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
+def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
+    page = new_visit(door=False, reduced_motion="reduce", **size).page
+    page.set_content(bundled(model))
+    page.wait_for_selector(LANDED, state="attached")
+    text = page.evaluate(READ)
+    assert len([word for word in text.split() if any(map(str.isalnum, word))]) <= WORDS, text
+    controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
+    assert 3 < len(controls) <= CONTROLS, controls
 
 
 def test_a_phone_shows_the_photo_first(visit, look):
@@ -157,6 +193,24 @@ def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
         assert card.convert("RGB").getpixel((1190, 10)) == (251, 251, 249)  # paper
 
 
+REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [360, 390, 600, 780, 830, 1100, 1280])
+def test_a_reports_live_view_is_seen_whole_at_any_width(new_visit, ask, width):
+    """In the report's column, whose frame can't ask its view how high it is; and it doesn't grow by itself."""
+    view = flow_html(ask("route", picture=FIRST))
+    page = new_visit(door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
+    style = f"<style>{read_css(('explorer_base.css',))}{REPORT}</style>"
+    page.set_content(f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>')
+    page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
+    height = "[document.documentElement.scrollHeight, innerHeight]"
+    for _ in range(3):
+        page.wait_for_timeout(300)
+        needed, given = page.frames[1].evaluate(height)
+        assert needed <= given
+
+
 @pytest.mark.alone
 def test_the_flight_is_smooth(visit):
     """Median of a frame in three flights, ms."""
@@ -174,6 +228,7 @@ def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
     assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
+    assert page.is_disabled("[data-key^=flow-own]")  # what is shown is no choice
 
 
 def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_path):

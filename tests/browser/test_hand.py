@@ -9,6 +9,7 @@ pytestmark = pytest.mark.needs("chromium", "playwright")
 FIRST = {"kind": "example", "id": "pets/test/0"}
 FIELDS = {"layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
 
+FORCE = ".mv-box-hand [data-kind=force]"
 TOP = "document.querySelector('.mv-canvas').getBoundingClientRect().top + scrollY"
 
 
@@ -29,10 +30,26 @@ def result(effect):
 @pytest.mark.parametrize(
     ("buttons", "change", "word", "said"),
     [
-        (["[data-kind=ablate]"], {"kind": "ablate"}, "ablate.3.1.next_best.0", "Without L3·E1"),
-        (["[data-kind=force]"], {"kind": "force"}, "force.3.1.next_best.0", "Every patch in L3 goes to L3·E1"),
         (
-            ["[data-action=hand-swap]", "[data-other='2']"],
+            [".mv-box-hand [data-kind=force]"],
+            {"kind": "force"},
+            "force.3.1.next_best.0",
+            "Every patch in L3 goes to L3·E1",
+        ),
+        (
+            [".mv-settings [data-kind=random][data-layer='3']"],
+            {"kind": "random", "expert": None},
+            "random.3.any.next_best.0",
+            "Patches go to random experts in L3",
+        ),
+        (
+            [".mv-settings [data-kind=random][data-layer='']"],
+            {"kind": "random", "layer": None, "expert": None},
+            "random.all.any.next_best.0",
+            "Patches go to random experts in every layer",
+        ),
+        (
+            [".mv-box-hand [data-action=hand-swap]", ".mv-box-hand [data-other='2']"],
             {"kind": "swap", "other": 2},
             "swap.3.1-2.next_best.0",
             "L3·E1 and E2 compute each other's patches",
@@ -47,7 +64,7 @@ def test_an_expert_is_changed_told_linked_and_undone(visit, ask, look, buttons, 
     top = page.evaluate(TOP)
     page.click("[data-key=chip-1]")
     for button in buttons:
-        page.click(f".mv-box-hand {button}")
+        page.click(button)
     page.wait_for_selector(".mv-results[role=note]")
     assert one.question("what_if")["intervention"] == change
     assert one.asked.count("route") == 1  # which is shown while the effect is measured
@@ -57,9 +74,7 @@ def test_an_expert_is_changed_told_linked_and_undone(visit, ask, look, buttons, 
     assert result(expected) in look.said(page)
     assert "changed model" in page.text_content(".mv-verdict")
     assert page.evaluate(TOP) == top  # nothing jumps
-    after = expected["view"]["layers"][1]["experts"]
-    shown = [after[patch][0] if change["kind"] == "ablate" else 1 for patch in range(16)]
-    assert look.numbers(page) == [str(expert) for expert in shown]
+    assert look.numbers(page) == ["1"] * 16  # of the expert in the hand alone
     page.wait_for_function("word => location.search.includes(`do=${word}`)", arg=word)
     linked = visit("?" + page.url.partition("?")[2]).page
     linked.wait_for_selector(".mv-results[role=note]")
@@ -85,15 +100,15 @@ def test_the_keyboard_changes_an_expert_and_keeps_its_place(visit):
     assert page.evaluate("document.activeElement.dataset.key") == "chip-2"
     for _ in range(10):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.dataset.kind") == "ablate":
+        if page.evaluate("document.activeElement.dataset.key") == "hand-take":
             break
     page.keyboard.press("Enter")
-    page.wait_for_selector("[data-kind=ablate][aria-pressed=true]")
+    page.wait_for_selector("[data-key=hand-take][aria-pressed=true]")
     page.wait_for_selector(".mv-results[role=note]")
-    assert page.evaluate("document.activeElement.dataset.kind") == "ablate"
+    assert page.evaluate("document.activeElement.dataset.key") == "hand-take"
     page.keyboard.press("Enter")  # once more: undone
     page.wait_for_selector(".mv-results", state="detached")
-    assert page.evaluate("document.activeElement.dataset.kind") == "ablate"
+    assert page.evaluate("document.activeElement.dataset.key") == "hand-take"
 
 
 def test_the_expert_of_the_pinned_patch_comes_into_the_hand(visit, ask):
@@ -103,17 +118,18 @@ def test_the_expert_of_the_pinned_patch_comes_into_the_hand(visit, ask):
     assert f"L3·E{expert}" in page.text_content(".mv-box-hand")
 
 
-def test_each_of_two_images_has_its_result(visit, ask):
-    other = {"kind": "example", "id": "pets/test/5"}
+def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     change = {**FIELDS, "kind": "ablate"}
-    page = visit("?picture=pets/test/0&picture2=pets/test/5&do=ablate.3.1.next_best.0").page
-    text = " ".join(page.text_content(".mv-results").split())
-    for place, picture in (("First", FIRST), ("Second", other)):
-        assert f"{place} image: {result(ask('what_if', picture=picture, intervention=change))}" in text
-
-
-def test_a_card_takes_its_expert_away_on_the_stage(visit):
+    effect = ask("what_if", picture=FIRST, intervention=change)
     one = visit()
     one.page.click(".mv-card >> nth=1 >> [data-action=take-away]")
-    one.page.wait_for_selector(".mv-results:has-text('Without L3·E1')")
-    assert one.question("what_if")["intervention"] == {**FIELDS, "kind": "ablate"}
+    one.page.wait_for_selector(".mv-flow-box[data-expert='1'][aria-pressed=true]")
+    assert one.question("route")["away"] == [[3, 1]]
+    one.page.wait_for_selector(".mv-results:has-text('As much at random')")
+    text = " ".join(one.page.text_content(".mv-results").split())
+    assert "Without L3·E1" in text
+    assert "changed model" in one.page.text_content(".mv-verdict")
+    assert result(effect) in text
+    one.page.click("[data-action=hand-class]")
+    over = ask("class_effect", **{"class": effect["target"], "intervention": change})["class_effect"]
+    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')")

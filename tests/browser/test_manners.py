@@ -15,7 +15,7 @@ FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
 SERVER_CALL = re.compile(r"/api/\w+$")
 VARIANTS = ("trained", "unbalanced", "untrained")
-TABS = ("experts", "classes", "whatif", "compare", "about")
+TABS = ("experts", "classes", "about")
 
 
 def serious(page, part=None):
@@ -28,23 +28,21 @@ def serious(page, part=None):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
 def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, scheme, size):
-    link = "?patch=5&expert=L3.E1&do=ablate.3.1.next_best.0"
+    link = "?patch=5&expert=L3.E1&do=force.3.1.next_best.0"
     page = visit(link, color_scheme=scheme, reduced_motion="reduce", **size).page
     for tab in TABS:
         look.open_tab(page, tab)
-        if tab == "whatif":
-            page.wait_for_selector(".mv-stripplot")
         assert serious(page, ".mv-below" if tab != TABS[0] else None) == [], tab
         assert look.no_sideways_scroll(page), tab
 
 
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_two_pictures_and_warnings_keep_these_manners(visit, look, size):
-    page = visit("?picture2=pets/test/5&capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=compare", **size).page
-    page.wait_for_selector(".mv-mirror")
+def test_warnings_keep_these_manners(visit, look, size):
+    page = visit("?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size).page
+    page.wait_for_selector(".mv-heat")
     page.wait_for_selector(".mv-results[role=note]")
-    assert page.locator("[role=note]").count() == 3  # two images off the distribution, and changed
-    assert page.locator(".mv-results").text_content().count("As much at random") == 2
+    assert page.locator("[role=note]").count() == 2  # off the distribution, and changed
+    assert "As much at random" in page.locator(".mv-results").text_content()
     assert serious(page) == []
     assert look.no_sideways_scroll(page)
 
@@ -57,7 +55,7 @@ def test_the_keyboard_reaches_everything(visit):
         page.keyboard.press("Tab")
         data = page.evaluate("({ ...document.activeElement.dataset })")
         reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
-    wanted = {"patch", "example", "choose", "topk", "limit", "variant", "mode", "layer", "highlight", "model", "count"}
+    wanted = {"patch", "example", "choose", "topk", "limit", "variant", "mode", "layer", "highlight", "model"}
     assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
     assert page.locator(".mv-cell[tabindex='0']").count() == 1
     page.focus("[role=tab][aria-selected=true]")
@@ -110,7 +108,9 @@ def test_the_foot_leads_on(visit, server):
     page.wait_for_selector(".mv-footer [data-action=model]:has-text('The pets')")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     assert one.question("route")["model"] == "photos"
-    lesson = foot.locator("a").first
+    here, lesson = foot.locator(".mv-site a").all()  # as in lesson, report and data page
+    assert here.text_content() == "Explorer"
+    assert here.get_attribute("aria-current") == "page"
     assert lesson.text_content() == "Lesson"
     assert lesson.get_attribute("href") == "lesson.html"  # of a checkout
     lesson.click()
@@ -231,29 +231,16 @@ def refuse(page, **asked):
 
 
 def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
-    """Another network for both images, which fails, then another second image: one network for both."""
-    page = new_visit().open(server.url + "?picture2=pets/test/5")
+    """Another network, which fails, then another image: of that network."""
+    page = new_visit().open(server.url)
     refuse(page, variant="unbalanced")
     page.click("[data-variant=unbalanced]")
     page.wait_for_selector("[data-action=retry]")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=slot][data-index='1']")
     page.click("[data-action=example][data-id='pets/test/6']")
     page.wait_for_selector("[data-action=retry]", state="detached")
-    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    layer = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")["layers"][1]
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-
-
-def test_a_second_image_that_failed_comes_with_the_next_choice(new_visit, server, look):
-    page = new_visit().open(server.url)
-    refuse(page)
-    page.click("[data-action=count][data-count='2']")
-    page.wait_for_selector("[data-action=retry]")
-    page.unroute(SERVER_CALL)
-    page.click("[data-action=slot][data-index='0']")
-    page.click("[data-action=example][data-id='pets/test/6']")
-    page.wait_for_selector(".mv-pictures [data-slot='1'] .mv-cell")
-    assert page.locator("[role=alert]").count() == 0
 
 
 def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
@@ -275,7 +262,7 @@ def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
     page = visit().page
     page.select_option("[data-change=model]", "photos")
     page.wait_for_selector("[data-box=progress]", state="hidden")
-    for tab in ("experts", "classes", "compare"):
+    for tab in ("experts", "classes"):
         look.open_tab(page, tab)
         assert "--data" in page.text_content(".mv-panel")
 
@@ -285,19 +272,6 @@ def test_an_expert_of_one_model_is_not_highlighted_in_another(visit):
     page.select_option("[data-change=model]", "photos")
     page.wait_for_function("location.search.includes('model=photos') && !location.search.includes('expert=')")
     assert "Click an expert to change it." in page.text_content("[data-box=hand]")
-
-
-def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
-    """Another network for both, and at once another example in the place of the second."""
-    page = visit("?picture2=pets/test/5").page
-    page.evaluate("""() => {
-        document.querySelector("[data-variant=unbalanced]").click();
-        document.querySelector("[data-action=slot][data-index='1']").click();
-        document.querySelectorAll("[data-action=example]")[5].click();
-    }""")
-    page.wait_for_selector("[data-box=main][aria-busy=false]")
-    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
 
 
 def before_photos(page):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import axe
+from tests.browser.conftest import SERVER_CALL, axe
 from tests.demo.serving import asked_for
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -53,9 +53,8 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit,
         assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(set(routes.values())) < len(routes)
         assert page.locator(".mv-route img").count() == min(8, len(patches))
     names = view["model"]["class_names"]
-    assert f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else." in page.text_content(
-        "[data-part=route]"
-    )
+    told = " ".join(page.text_content("[data-part=route]").split())
+    assert f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else." in told
     # All classes have a bar, and a stranger is told of in words: noise is none of the pets.
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)
@@ -66,14 +65,28 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit,
     assert page.text_content("[data-part=route]") == ""  # of the whole model
 
 
+def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, files):
+    page = new_visit(door=False).open(server.url)
+
+    def fail(route):
+        if asked_for(route.request) == "similar":
+            return route.fulfill(json={"error": "The explorer stumbled over this.", "code": "internal"})
+        return route.continue_()
+
+    page.route(SERVER_CALL, fail)
+    page.set_input_files("[data-box=file]", files[:1])
+    page.wait_for_selector("[data-part=route] [role=alert]:has-text('stumbled over this')")
+    assert "It knows cat, dog" in page.text_content("[data-part=route]")
+
+
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     page = visit().page
     add(page, files[:2])
     # The address is written a moment later, and one moment has one place in the history.
-    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.wait_for_function("history.state['moevision.own'] === 1")
     page.click(".mv-own button >> nth=1")
     page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']")
-    page.wait_for_function("history.state['moevision.own']?.[0] === 2")
+    page.wait_for_function("history.state['moevision.own'] === 2")
     shown = page.get_attribute(".mv-picture", "src")
     page.reload()
     page.wait_for_selector(".mv-cell")
@@ -90,7 +103,7 @@ def test_what_is_forgotten_does_not_come_back(visit, files):
     one = visit()
     page = one.page
     add(page, files[:1])
-    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.wait_for_function("history.state['moevision.own'] === 1")
     page.click("[data-action=example][data-id='pets/test/4']")
     page.wait_for_function("location.search.includes('test%2F4')")
     page.click("[data-action=forget]")

@@ -1,4 +1,4 @@
-"""A phone held upright: a short page, the stage in view, the inspector a sheet; and a slow network in front of it."""
+"""A phone held upright: a short page, a patch told of where it is tapped; and a slow network in front of it."""
 
 import gzip
 import threading
@@ -31,32 +31,19 @@ def box(page, selector):
     return found["y"], found["y"] + found["height"]
 
 
-def test_the_page_is_short_and_a_patch_opens_a_sheet_below_the_stage(visit, look):
+def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
     page = visit(door=False, reduced_motion="reduce", **PHONE).page
     assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 844
     page.tap("[data-action=door]")
-    page.tap("[data-action=count][data-count='2']")
-    page.wait_for_selector("[data-slot='1'] .mv-cell")
     assert look.no_sideways_scroll(page)
-    assert page.locator(".mv-path:visible").count() == 0
-    page.tap("[data-slot='0'] .mv-cell[data-patch='6']")
+    page.tap(".mv-cell[data-patch='6']")
     assert "row 2, column 3" in page.text_content(".mv-where")
-    assert page.get_attribute(".mv-handle", "aria-expanded") == "true"
-    assert box(page, ".mv-canvas")[1] <= box(page, ".mv-inspector")[0]  # the stage is seen above it
-    assert axe(page, ".mv-inspector") == []
-    page.focus(".mv-path-names button")
+    stage, where = box(page, ".mv-canvas"), box(page, ".mv-where")
+    assert 0 <= stage[0] < stage[1] < where[0]  # what is said of it stands below the image,
+    assert where[1] <= 844  # and is seen with it
+    assert axe(page, ".mv-box-where") == []
     page.keyboard.press("Escape")
-    assert page.locator(".mv-path:visible").count() == 0
-    assert page.evaluate("document.activeElement.matches('.mv-handle')")  # what had the focus is hidden
-    assert page.locator(".mv-pinned").count() == 1
-    page.keyboard.press("Enter")
-    assert page.locator(".mv-path:visible").count() == 1
-    page.tap(".mv-handle")
-    page.evaluate("document.querySelector('.mv-box-loads').scrollIntoView()")
-    assert 0 <= box(page, ".mv-canvas")[0] < 20  # it stays while the rest is read
-    page.tap("[data-action=slot][data-index='1']")
-    left = page.locator("[data-slot='1']").bounding_box()["x"]
-    assert 0 <= left < 390 / 2  # the second image comes into view
+    assert page.locator(".mv-pinned").count() == 0
     assert page.eval_on_selector_all(".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL) == []
 
 

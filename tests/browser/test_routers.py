@@ -1,7 +1,5 @@
 """The page with routers whose patches don't choose: experts that choose patches, and slots that mix them (Soft MoE)."""
 
-import re
-
 import pytest
 
 from moevision.demo.galleries import Galleries
@@ -57,7 +55,7 @@ def serious(page):
 
 
 def shown_numbers(page):
-    return [float(text) for text in page.locator("[data-slot='0'] .mv-mark").all_text_contents()]
+    return [float(text) for text in page.locator(".mv-mark").all_text_contents()]
 
 
 def visible_modes(page):
@@ -87,13 +85,10 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
 
 
 def test_what_may_be_changed_where_experts_choose(visit, look):
-    one = visit("?model=choice&tab=whatif&expert=L3.E1")
+    one = visit("?model=choice&expert=L3.E1")
     page = one.page
-    page.wait_for_selector(".mv-form")
-    kinds = page.locator(".mv-box-hand [data-kind]").evaluate_all("all => all.map(one => one.dataset.kind)")
-    assert kinds == ["ablate"]
-    assert page.locator("[data-action=hand-swap]").count() == 1
-    assert "no token has a first choice" in page.text_content(".mv-panel")
+    assert page.locator(".mv-box-hand [data-kind]").count() == 0  # no token has a first choice: nothing can be forced
+    assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
     page.focus("[data-change=topk]")
@@ -102,9 +97,10 @@ def test_what_may_be_changed_where_experts_choose(visit, look):
     assert one.question("route")["top_k"] == 2
     assert "Trained with 1 expert per patch on average, shown is 2." in page.text_content("[role=note]")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click("[data-kind=ablate]")
-    page.wait_for_selector(".mv-stripplot")
-    assert "keep the other experts that took them" in page.text_content(".mv-results")
+    page.click(".mv-box-hand [data-action=take]")
+    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
+    assert one.question("route")["away"] == [[3, 1]]
+    assert one.question("what_if")["intervention"] == {"kind": "ablate", "layer": 3, "expert": 1}
 
 
 def test_soft_patches_take_from_every_expert(visit, ask, look):
@@ -117,7 +113,7 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
-    assert visible_modes(page) == ["expert", "slots", "entropy", "margin"]
+    assert visible_modes(page) == ["expert", "reads", "entropy", "margin"]
     # the other layer has a router of its own, and its own number of experts
     page.keyboard.press("-")
     page.click(".mv-layer[data-index='0']")
@@ -126,62 +122,34 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     assert "every token takes from all slots" in page.text_content(".mv-settings")
 
 
-def test_a_slot_shows_what_it_reads_and_what_patches_take_from_it(visit, ask, look):
-    maps = ask("soft", "slots", layer=3, expert=4)
-    one = visit("?model=soft&patch=5")
-    page = one.page
-    assert "slots" not in one.asked
-    page.click("[data-mode=slots]")
-    page.click("[data-action=soft-expert][data-expert='4']")
-    page.wait_for_selector("[data-pick='2']")
-    assert one.question("slots")["expert"] == 4
-    page.click("[data-pick='2']")
-    reads = [value * maps["unit"] for value in maps["reads"][2]]
-    # Multiples of an even share, with one or two decimals.
-    assert shown_numbers(page) == pytest.approx([value / (sum(reads) / 16) for value in reads], abs=0.0505)
-    assert f"an even mean of {maps['reads_patches'][2]:.0f} of the 16" in page.text_content(".mv-box-slots")
+def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
+    layer = ask("soft", "route")["layers"][1]
+    page = visit("?model=soft&patch=5").page
+    page.click("[data-mode=reads]")
+    first = [experts[0] for experts in layer["experts"]]  # of each patch, as long as no expert is in the hand
+    means = [sum(row) / 16 for row in layer["reads"]]
+    expected = [layer["reads"][expert][patch] / means[expert] for patch, expert in enumerate(first)]
+    assert shown_numbers(page) == pytest.approx(expected, abs=0.0505)
+    page.click("[data-key=load-4]")
+    reads = layer["reads"][4]
+    assert shown_numbers(page) == pytest.approx([value / means[4] for value in reads], abs=0.0505)
     opacities = [fill[3] for fill in look.fills(page)]
     assert opacities.index(max(opacities)) == reads.index(max(reads))
-    page.click("[data-side=takes]")
-    takes = [value * maps["unit"] for value in maps["takes"][2]]
-    assert shown_numbers(page) == pytest.approx([value * 6 * SLOTS for value in takes], abs=0.0505)
-    facts = page.locator(".mv-facts dd").all_text_contents()[-2:]
-    assert [float(text.removesuffix(" %")) for text in facts] == pytest.approx(
-        [100 * reads[5], 100 * takes[5]], abs=0.051
-    )
-    page.wait_for_function("location.search.includes('slot=4.2.takes')")
+    page.wait_for_function("location.search.includes('mode=reads') && location.search.includes('expert=L3.E4')")
     numbers = shown_numbers(page)
     page.reload()
-    page.wait_for_selector("[data-pick='2'][aria-pressed=true]")
-    page.wait_for_function("document.querySelector('.mv-mark').textContent !== ''")
+    page.wait_for_selector("[data-mode=reads][aria-pressed=true]")
+    assert shown_numbers(page) == numbers
+    # as a link of an earlier version named one of its slots
+    page.goto(page.url.partition("?")[0] + "?model=soft&layer=3&patch=5&mode=slots&slot=4.2.takes")
+    page.wait_for_selector("[data-mode=reads][aria-pressed=true]")
     assert shown_numbers(page) == numbers
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_either(visit, look, scheme):
-    for query in ("?model=soft&mode=slots&slot=1.0.reads", "?model=choice&mode=takers"):
+    for query in ("?model=soft&mode=reads&expert=L3.E1", "?model=choice&mode=takers"):
         page = visit(query, color_scheme=scheme, reduced_motion="reduce", viewport=PHONE).page
         page.wait_for_selector(".mv-card")
         assert serious(page) == []
         assert look.no_sideways_scroll(page)
-
-
-def test_slots_that_can_not_be_had_are_asked_for_again(new_visit, address):
-    page = new_visit().open(address + "?model=soft")
-    broken = re.compile(r"/api/\w+$")
-    page.route(broken, lambda route: route.abort())
-    page.click("[data-mode=slots]")
-    page.wait_for_selector("[data-action=soft-again]")
-    page.unroute(broken)
-    page.click("[data-action=soft-again]")
-    page.wait_for_selector("[data-pick='0']")
-
-
-def test_two_pictures_have_slots_of_their_own(visit, ask):
-    page = visit("?model=soft&picture2=pets/test/1&mode=slots&slot=0.1.reads").page
-    for place in (0, 1):
-        maps = ask("soft", "slots", layer=3, expert=0, picture={"kind": "example", "id": f"pets/test/{place}"})
-        reads = maps["reads"][1]
-        page.wait_for_function(f"document.querySelector('[data-slot=\"{place}\"] .mv-mark').textContent !== ''")
-        texts = page.locator(f"[data-slot='{place}'] .mv-mark").all_text_contents()
-        assert [float(text) for text in texts] == pytest.approx([16 * v / sum(reads) for v in reads], abs=0.0505)

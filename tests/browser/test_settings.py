@@ -98,11 +98,11 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     page.wait_for_function("location.search.includes('noise=2')")
     assert look.numbers(page) == drawn(2)
     page.click("[data-key=chip-1]")
-    page.click("[data-kind=ablate]")
+    page.click(".mv-box-hand [data-kind=force]")
     page.wait_for_selector(".mv-results:has-text('measured without noise')")
     assert "what_if" not in one.asked
     page.click("[data-action=calm]")
-    page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    page.wait_for_selector(".mv-results[role=note]")  # measured
     assert one.question("what_if")["noise"] is None
     page.click("[data-action=undo]")
     page.wait_for_selector("[role=note]", state="detached")

@@ -75,7 +75,7 @@ def test_plus_and_minus_need_no_focus(visit, layers, look):
     assert page.evaluate("document.activeElement === document.body")
     page.keyboard.press("-")
     assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
-    page.click("[role=tab][data-tab=whatif]")
+    page.click("[role=tab][data-tab=classes]")
     page.focus("[data-change=model]")  # a field keeps its keys
     page.keyboard.press("+")
     assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
@@ -92,23 +92,23 @@ def test_plus_and_minus_change_the_layer(quiet, layers, look):
     assert look.numbers(page) == [str(choices[0]) for choices in layers[1]["experts"]]
 
 
-def test_the_inspector_says_how_sure_the_router_was(quiet, layers):
+def test_a_patch_is_told_with_how_sure_the_router_was(quiet, layers):
     page, layer = quiet.page, layers[1]
     page.click(".mv-cell[data-patch='6']")
-    facts = page.locator(".mv-facts dd").all_text_contents()
+    facts = page.locator(".mv-facts b").all_text_contents()
     assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
-    assert float(facts[1].split()[0]) == pytest.approx(layer["entropy"][6], abs=0.0051)
-    assert "carries context from the whole image" in page.text_content(".mv-box-inspector")
+    assert float(facts[1]) == pytest.approx(layer["entropy"][6], abs=0.0051)
+    assert "carries context from the whole image" in " ".join(page.text_content(".mv-box-where").split())
 
 
-def test_hover_outlines_a_patch_and_draws_its_path(quiet, layers):
+def test_hover_outlines_a_patch_and_shows_its_path(quiet, layers):
     page = quiet.page
     page.hover(".mv-cell[data-patch='2']")
     assert page.locator(".mv-cell.mv-hover").get_attribute("data-patch") == "2"
     assert "row 1, column 3" in page.text_content(".mv-where")
-    assert page.locator(".mv-path text").all_text_contents() == [str(layer["experts"][2][0]) for layer in layers]
-    assert page.locator(".mv-path .mv-second").count() == len(layers)
-    assert page.locator(".mv-path .mv-thin").count() == len(layers) - 1
+    way = page.locator(".mv-way").all()  # below each layer's thumbnail
+    found = [one.locator(".mv-chip").all_text_contents() for one in way]
+    assert found == [[str(expert) for expert in layer["experts"][2]] for layer in layers]
     assert page.locator(".mv-zoom").count() == 1
 
 

@@ -15,7 +15,7 @@ from moevision.demo.facts import describe
 from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.requests import RequestError
 from moevision.demo.service import Explorer
-from moevision.demo.view import Settings, SlotMaps, spread
+from moevision.demo.view import Settings
 from moevision.errors import UserError
 from moevision.layers import ROUTERS
 
@@ -129,25 +129,11 @@ def test_slots_of_a_soft_layer(make, pixels):
     model = make(router="soft", slots_per_expert=3, class_token=True, global_pool="token")
     view = route_image(model, pixels)
     routing = routings_of(model, pixels)[1]
-    dispatch, takes = routing.dispatch_weight[0, 1:].numpy(), routing.slot_weight[0, 1:].numpy()
+    dispatch = routing.dispatch_weight[0, 1:].numpy()
     layer = view.to_json()["layers"][1]
     assert layer["slots"] == 3
     assert layer["counts"] == [3] * 4
     assert np.array(layer["reads"]) == pytest.approx(dispatch.mean(2).T, abs=5.1e-6)
-    maps = view.layer(3).slots.maps(2)
-    assert np.array(maps["reads"]) * maps["unit"] == pytest.approx(dispatch[:, 2].T, abs=5.1e-6)
-    assert np.array(maps["takes"]) * maps["unit"] == pytest.approx(takes[:, 2].T, abs=5.1e-6)
-    # a slot reads the class token too
-    assert maps["reads_prefix"] == pytest.approx(routing.dispatch_weight[0, 0, 2].tolist(), abs=5.1e-5)
-
-
-def test_over_how_many_patches_a_reading_is_spread():
-    # 2 to the entropy: 1.5 bits of (1/2, 1/4, 1/4); scaling doesn't matter
-    weights = np.array([[0.25, 0.25, 0.25, 0.25], [0, 0.9, 0, 0], [0.2, 0.1, 0.1, 0]])
-    assert spread(weights) == pytest.approx([4, 1, 2**1.5])
-    even = SlotMaps(np.full((4, 1, 1), 0.2, np.float32), np.full((4, 1, 1), 1, np.float32)).maps(0)
-    assert even["reads_patches"] == [4]
-    assert even["reads_prefix"] == pytest.approx([0.2])
 
 
 def test_requested_and_kept_under_a_capacity_of_the_models_own(make, pixels):
@@ -222,18 +208,3 @@ def test_route_by_image_answers_and_says_why_capacity_is_off(bundle, tmp_path):
     assert ablated not in after[0]
     refused = explorer.answer("route", {"picture": picture, "capacity": 1.0})
     assert "an image is routed as a whole, so one image never fills an expert" in refused["error"]
-
-
-def test_the_slots_of_one_expert_come_when_asked_for(bundle, tmp_path):
-    bundle(tmp_path, twins=False, **MIXED)
-    entries = open_entries(None, DataOptions(), home=tmp_path)
-    explorer = Explorer(entries)
-    picture = {"kind": "example", "id": "pets/test/3"}
-    answer = explorer.answer("slots", {"picture": picture, "layer": 3, "expert": 5})
-    view = route_image(entries[0].variants["trained"].saved, entries[0].examples.find("pets/test/3").pixels)
-    assert answer == {"layer": 3, "expert": 5, **view.layer(3).slots.maps(5)}
-    assert len(json.dumps(answer)) < 2000  # 2 · 3 slots · 16 patches
-    for wrong, why in (({"layer": 1, "expert": 0}, "L1 has no slots"), ({"layer": 3, "expert": 6}, "from 0 to 5")):
-        refused = explorer.answer("slots", {"picture": picture, **wrong})
-        assert refused["code"] == "bad_request"
-        assert why in refused["error"]

@@ -288,6 +288,17 @@ def test_a_swap_is_measured_and_shown(explorer, pixels):
     assert swapped == [[{1: 2, 2: 1}.get(expert, expert) for expert in choices] for choices in plain]
 
 
+def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch):
+    entry = replace(explorer.entries["pets"], address="'runs/my run'")
+    monkeypatch.setitem(explorer.entries, "pets", entry)
+    atlas = explorer.pages.atlas(entry, entry.variants["trained"])
+    sentence = "The experts do different things: not measured (`moevision analyze MODEL` measures it)."
+    layers = [{**layer, "answers": [{"answer": "not measured", "sentence": sentence}]} for layer in atlas["layers"]]
+    monkeypatch.setattr(explorer.pages, "atlas", lambda *_: {**atlas, "layers": layers})
+    told = good(explorer, "classes", model="pets")["layers"][0]["answers"][0]["sentence"]
+    assert "`moevision analyze 'runs/my run'` measures it" in told
+
+
 def test_an_effect_over_a_class_is_class_effect(explorer):
     gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
     change = Intervention("ablate", layer=3, expert=1)
@@ -396,6 +407,27 @@ def test_a_cell_opens_on_its_heaviest_pictures(explorer):
         assert picture["label"] == "dog"
         view = good(explorer, "route", picture={"kind": "example", "id": picture["id"]})
         assert view["layers"][1]["counts"][2] / 32 == pytest.approx(picture["share"], abs=1e-4)
+
+
+def test_mistakes_are_those_of_the_trace_with_their_routes(explorer, monkeypatch):
+    """Four images of the first class are called the second; all else is right. The distances in L3 by hand."""
+    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
+    labels, said = gallery.trace.labels, gallery.trace.labels.copy()
+    own, its = (np.flatnonzero(labels == label) for label in (0, 1))
+    said[own[:4]] = 1
+    changed = replace(gallery, trace=replace(gallery.trace, predictions=said))
+    monkeypatch.setattr(explorer.galleries, "gallery", lambda *_: changed)
+    (group,) = good(explorer, "mistakes", model="pets")["groups"]
+    assert (group["label"], group["called"], group["images"]) == ("cat", "dog", 4)
+    assert len(group["pictures"]) == 4
+    shown = good(explorer, "route", picture={"kind": "example", "id": group["pictures"][0]["id"]})
+    assert shown["picture"]["label"] == "cat"
+    first = np.asarray(gallery.trace.layer(3).expert_index)[..., 0]
+    wrong, right, other = (np.bincount(first[rows].ravel(), minlength=4) / first[rows].size
+                           for rows in (own[:4], own[4:], its))  # fmt: skip
+    told = next(layer for layer in group["layers"] if layer["name"] == "L3")
+    assert told["to_label"] == pytest.approx(abs(wrong - right).sum() / 2)
+    assert told["to_other"] == pytest.approx(abs(wrong - other).sum() / 2)
 
 
 def test_similar_patches_took_the_path(explorer):

@@ -11,9 +11,7 @@
 export const HEAD = "image,label,decision,new_label";
 
 /** @param {string} text */
-function cell(text) {
-  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-}
+const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
 /** Cells of a CSV, row by row. @param {string} text */
 function rowsOf(text) {
@@ -43,20 +41,14 @@ export function decisionsIn(text) {
 
 /** Decisions in the order in which they were made first; an image has its last one. */
 export class Decisions {
-  constructor() {
-    /** @type {Change[]} */
-    this.changes = [];
-  }
+  /** @type {Change[]} */
+  changes = [];
 
   /** @param {Change} change */
-  take(change) {
-    this.changes.push(change);
-  }
+  take(change) { this.changes.push(change); }
 
   /** Take the last change back; which image it was about, or null if there is none. */
-  undo() {
-    return this.changes.pop()?.id ?? null;
-  }
+  undo() { return this.changes.pop()?.id ?? null; }
 
   /** @returns {Map<string, Decision>} */
   now() {
@@ -69,10 +61,8 @@ export class Decisions {
   }
 
   csv() {
-    const rows = [...this.now().values()].map((each) =>
-      [each.id, each.label, each.decision, each.newLabel].map(cell).join(","),
-    );
-    return [HEAD, ...rows, ""].join("\n");
+    const row = ({ id, label, decision, newLabel }) => [id, label, decision, newLabel].map(cell).join(",");
+    return [HEAD, ...[...this.now().values()].map(row), ""].join("\n");
   }
 }
 
@@ -111,20 +101,11 @@ function drawMap(told) {
     const cells = cellsOf(told.map, Number(choice.value));
     const most = Math.max(1, ...cells.map(([, , count]) => count));
     const total = cells.reduce((sum, [, , count]) => sum + count, 0);
+    const rect = (/** @type {number[]} */ [column, row, count]) => `<rect class="cell" x="${column}" y="${rows - 1 - row}" width="1" height="1"
+      fill-opacity="${(0.12 + 0.88 * Math.sqrt(count / most)).toFixed(3)}"><title>${count} images: mean p
+      ${(column / columns).toFixed(2)} to ${((column + 1) / columns).toFixed(2)}</title></rect>`;
     svg.querySelectorAll("rect.cell").forEach((old) => old.remove());
-    for (const [column, row, count] of cells) {
-      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-      rect.setAttribute("class", "cell");
-      rect.setAttribute("x", String(column));
-      rect.setAttribute("y", String(rows - 1 - row));
-      rect.setAttribute("width", "1");
-      rect.setAttribute("height", "1");
-      rect.setAttribute("fill-opacity", (0.12 + 0.88 * Math.sqrt(count / most)).toFixed(3));
-      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-      title.textContent = `${count} images: mean p ${(column / columns).toFixed(2)} to ${((column + 1) / columns).toFixed(2)}`;
-      rect.append(title);
-      svg.append(rect);
-    }
+    svg.insertAdjacentHTML("beforeend", cells.map(rect).join(""));
     say.textContent = `${total.toLocaleString("en")} images; the darkest cell has ${most.toLocaleString("en")}.`;
   };
   choice.addEventListener("change", draw);
@@ -155,8 +136,8 @@ function decide(told) {
       });
     }
     bar.hidden = decisions.changes.length === 0;
-    element("#count", HTMLElement).textContent =
-      known.size === 1 ? "1 decision" : `${known.size.toLocaleString("en")} decisions`;
+    const count = known.size === 1 ? "1 decision" : `${known.size.toLocaleString("en")} decisions`;
+    element("#count", HTMLElement).textContent = count;
   };
 
   /** @param {HTMLElement} card @param {string} what @param {string} [newLabel] */
@@ -171,10 +152,7 @@ function decide(told) {
 
   /** @param {HTMLElement} card @param {string} what */
   const ask = (card, what) => {
-    if (what !== "relabel") {
-      take(card, what);
-      return;
-    }
+    if (what !== "relabel") return void take(card, what);
     asked = card;
     const guess = told.class_ids.indexOf(card.dataset.guess ?? "");
     if (guess >= 0 && card.dataset.guess !== card.dataset.label) select.selectedIndex = guess;
@@ -183,8 +161,10 @@ function decide(told) {
     select.focus();
   };
 
-  // At once: the dialog's event "close" comes behind keys that are typed by then, which meant another card.
-  /** @param {boolean} agreed */
+  /**
+   * At once: the dialog's event "close" comes behind keys that are typed by then, which meant another card.
+   * @param {boolean} agreed
+   */
   const answer = (agreed) => {
     const card = asked;
     asked = null;
@@ -210,9 +190,9 @@ function decide(told) {
 
   /** @param {HTMLElement} card @param {number} step */
   const move = (card, step) => {
-    const row = /** @type {HTMLElement[]} */ ([...(card.parentElement?.querySelectorAll(".card") ?? [])]);
+    const row = [...(card.parentElement?.querySelectorAll(".card") ?? [])];
     const next = row[row.indexOf(card) + step];
-    if (next) focus(next);
+    if (next instanceof HTMLElement) focus(next);
   };
 
   document.addEventListener("click", (event) => {
@@ -242,10 +222,7 @@ function decide(told) {
     event.preventDefault();
     answer(event.submitter instanceof HTMLButtonElement && event.submitter.value === "ok");
   });
-  dialog.addEventListener("cancel", (event) => {
-    event.preventDefault();
-    answer(false);
-  });
+  dialog.addEventListener("cancel", (event) => { event.preventDefault(); answer(false); });
   element("#undo", HTMLButtonElement).addEventListener("click", undo);
   element("#save", HTMLButtonElement).addEventListener("click", () => {
     const link = document.createElement("a");
@@ -272,9 +249,7 @@ function decide(told) {
     input.value = ""; // so that the same file can be chosen again
     show();
   });
-  window.addEventListener("beforeunload", (event) => {
-    if (decisions.changes.length !== saved) event.preventDefault();
-  });
+  addEventListener("beforeunload", (event) => { if (decisions.changes.length !== saved) event.preventDefault(); });
   show();
 }
 

@@ -1,18 +1,15 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { choose, chooseCount } from "./app_choice.js";
-import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
-import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
-import { followAddress, goTo } from "./app_history.js";
+import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
+import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
 import { listenForFiles, ownHandlers, ownMemory, tellRoute } from "./app_own.js";
+import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
-import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
-import { sharpen } from "./app_sharp.js";
-import { drawSimilar, showLikes, showSimilar } from "./app_similar.js";
+import { closeMenuByClick, shareHandlers } from "./app_share.js";
+import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
-import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
@@ -20,29 +17,29 @@ import { trainedView } from "./core_time.js";
 import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
-import { CompareTab } from "./tab_compare.js";
 import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
-import { WhatIfTab } from "./tab_whatif.js";
 /** @import { Boot, Chosen, Failure, Intervention, Pending, Tab, View, Wish } from "./types.js" */
 
-const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
+const TABS = [ExpertsTab, ClassesTab, DataTab, AboutTab];
 const SERVERLESS = ["ExpertsTab", "AboutTab"];
 /** @type {Pending} */
-const NOTHING = { slots: [], kind: null, wish: null };
+const NOTHING = { open: false, kind: null, wish: null };
 
 const appLayout = () => html`
   <div class="mv-progress" data-box="progress" hidden><i></i></div>
   <div data-box="trouble"></div><div data-box="own-error"></div><div data-box="blank" hidden></div>
   <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
   <section class="mv-box-time" aria-label="The training" data-box="time"></section>
-  <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door" aria-expanded="false">Look closer</button></div>
+  <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
+    aria-expanded="false">Look closer</button><span data-box="layer"></span></div>
   <div class="mv-depth" data-box="depth" hidden>
   <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
-    <div class="mv-main" data-box="main"><div class="mv-view" data-box="view">${coreLayout(html``)}</div></div>
+    <div class="mv-main" data-box="main"><div data-box="view">${coreLayout(html``)}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
-  <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
+  <section class="mv-below" aria-label="What the experts do" data-box="tabs">
+    <div class="mv-tabs" role="tablist" aria-label="Questions"></div>
     <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section></div>
   <footer class="mv-footer" data-box="footer"></footer>
   <div class="mv-toast" role="status" data-box="toast" hidden></div>
@@ -56,13 +53,12 @@ export class App {
     this.boot = boot;
     this.model = boot.models[0];
     this.variant = this.model.variants[0];
-    /** @type {Chosen[]} */
-    this.pictures = [{ kind: "none" }];
+    /** @type {Chosen} */
+    this.picture = { kind: "none" };
     /** @type {ViewState | null} */
     this.state = null;
     this.own = ownMemory.read();
     this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
-    this.slot = 0;
     this.topK = null;
     this.capacity = null;
     this.noise = null;
@@ -77,8 +73,6 @@ export class App {
     /** @type {string | null} what the model says when none is */
     this.usual = null;
     this.ticket = 0;
-    /** @type {symbol | null} the last question above the image that is counted for */
-    this.asking = null;
     /** @type {Pending} what was asked for and isn't shown yet */
     this.pending = NOTHING;
     /** @type {WeakMap<View, ReturnType<App["question"]>>} what the server was asked for each view */
@@ -86,24 +80,21 @@ export class App {
     /** @type {symbol | null} */
     this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
-    /** @type {string | null} what this entry of the browser's history shows, as `entryText` has it; null until that is written */
+    /** @type {string | null} what this entry of the browser's history shows; null until that is written */
     this.page = null;
+    this.plain = JSON.stringify(this.settings()); // of the view that comes with the page
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
     this.core.timeSource = timeSource(this);
     this.swapping = false;
     this.waiting = false;
-    const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || boot.models.some(({ score_lists: lists }) => lists.length)));
+    const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
+    const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
     /** @type {Tab[]} */
     this.tabs = able.map((Tab) => new Tab(this));
     this.flow = new Flow(this);
     this.connect();
     this.drawDoor();
-  }
-
-  /** @param {View[]} views that come with the page */
-  async start(views) {
-    await followAddress(this, views);
   }
 
   /** The page comes with the examples of its first model. */
@@ -114,15 +105,14 @@ export class App {
     this.boot.whole = true;
   }
 
-  hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
-
   connect() {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
-    Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+    const { actions, changes } = this.core;
+    Object.assign(actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions), {
       tab: (button) => this.openTab(button.dataset.tab),
       model: (button) => this.chooseModel(button.dataset.id),
-      retry: () => (this.pending.wish ? followAddress(this) : this.load([...this.pictures.keys()], [], null, "model")),
-      undo: () => this.change(null),
+      retry: () => (this.pending.wish ? followAddress(this) : this.load("model")),
+      undo: () => this.chooseSettings({ intervention: null }),
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
@@ -132,27 +122,23 @@ export class App {
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
     });
-    Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    Object.assign(changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
-    this.core.changes["flow-layer"] = (select) => this.state?.set({ layer: Number(select.value), highlight: null });
-    this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
+    changes["flow-layer"] = (select) => this.state?.set({ layer: Number(select.value), highlight: null });
+    changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
-    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
+    addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
     closeMenuByClick(this.root);
   }
 
   // ---- choices ------------------------------------------------------------------------------------------------
 
-  /**
-   * What the server is asked about one of the images that are chosen.
-   * @param {number} slot
-   */
-  question(slot) {
-    const { kind, id, data } = this.pictures[slot];
-    const picture = kind === "example" ? { kind, id } : { kind, data };
-    return { ...this.settings(), picture };
+  /** What the server is asked about the image that is chosen. */
+  question() {
+    const { kind, id, data } = this.picture;
+    return { ...this.settings(), picture: kind === "example" ? { kind, id } : { kind, data } };
   }
 
   /**
@@ -161,15 +147,16 @@ export class App {
    */
   questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
-  settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise, ...(this.away.length && { away: this.away }) }; }
-
-  /** All of that, as text that can be compared. */
-  questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
+  settings() {
+    const { variant, capacity, intervention, noise, away } = this;
+    const asked = { model: this.model.id, variant, top_k: this.topK, capacity, intervention, noise };
+    return { ...asked, ...(away?.length && { away }) };
+  }
 
   /** @param {Chosen} picture */
   choosePicture(picture) {
-    this.pictures[this.slot] = picture;
-    return this.load([this.slot]);
+    this.picture = picture;
+    return this.load();
   }
 
   /**
@@ -182,9 +169,6 @@ export class App {
     this.state.set({ patch: Number(patch) });
     this.core.box("main").scrollIntoView({ block: "start" });
   }
-
-  /** @param {number} count */
-  choosePictureCount(count) { return chooseCount(this, count); }
 
   /** @param {boolean} open */
   openDoor(open) {
@@ -205,9 +189,6 @@ export class App {
     button.textContent = this.door ? "Close the details" : "Look closer";
   }
 
-  /** Nobody is asked about what stands behind a closed door. */
-  get closed() { return !this.door; }
-
   /** @param {View} view */
   tellRoute(view) { return tellRoute(this, view); }
 
@@ -225,47 +206,32 @@ export class App {
     if (model.id !== this.model.id) await this.chooseModel(model.id);
     await this.openExample(picture);
     if (this.state?.view.picture.id !== picture) return; // another choice came between
-    present(this.state).set({ layer: model.layers.indexOf(away[0][0]) });
+    this.state?.set({ layer: model.layers.indexOf(away[0][0]) });
     await this.chooseSettings({ away });
-  }
-
-  /** @param {number} slot */
-  chooseSlot(slot) {
-    this.slot = slot;
-    this.drawFrame();
-    this.core.bringImage(slot);
   }
 
   /** @param {string} id */
   async chooseModel(id) {
-    if (id === this.model.id) return this.load([]); // in place of another one that is waited for
+    if (id === this.model.id) return this.load("picture", { again: false }); // another one is waited for
     const current = this.takeTurn();
     this.busy(true);
     const error = await this.fetchExamples().catch(asAskError);
     if (!current()) return undefined;
     if (error) {
       this.notify(error.message);
-      return this.load([]);
+      return this.load("picture", { again: false });
     }
-    const own = this.pictures.find(({ kind }) => kind === "upload");
+    const { picture } = this;
     choose(this, { model: id });
     // A visitor's own image goes along; an example belongs to its model.
-    if (own) this.pictures = [own];
-    this.slot = 0;
-    return this.load([0], [], null, "model");
-  }
-
-  /** @param {string} variant */
-  chooseVariant(variant) {
-    this.variant = variant;
-    return this.load([...this.pictures.keys()], [], null, "model");
+    if (picture.kind === "upload") this.picture = picture;
+    return this.load("model");
   }
 
   /** @param {Partial<App>} change */
   chooseSettings(change) {
     Object.assign(this, change);
-    this.drawFrame();
-    return this.load([...this.pictures.keys()], [], null, "settings");
+    return this.load("settings");
   }
 
   // ---- views --------------------------------------------------------------------------------------------------
@@ -277,31 +243,28 @@ export class App {
   }
 
   /**
-   * Get the views of some slots and show them. A newer question asks again for what an older one still waits for, so
-   * that the older one's answer is dropped whole; and for what an older one couldn't get.
-   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish] of an address that is followed
-   * @param {string} [kind]
-   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of the error on the page
+   * Get the view of what is chosen, and show it. What an older question still waits for is dropped.
+   * @param {string} [kind] of what changes by it
+   * @param {{ ready?: View, wish?: Wish | null, again?: boolean }} [how] `wish`: of an address; `again`:
+   *   also where nothing is waited for
+   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of an error
    */
-  async load(wanted, ready = [], wish = null, kind = "picture") {
+  async load(kind = "picture", { ready, wish = null, again = true } = {}) {
     this.drawFrame();
-    if (!this.hasPicture()) return this.showBlank();
+    if (this.picture.kind === "none") return this.showBlank();
     const current = this.takeTurn();
-    const slots = [...this.pictures.keys()].filter((slot) => !this.state || wanted.includes(slot) || this.pending.slots.includes(slot));
+    const kept = again || this.pending.open ? undefined : this.state?.view;
     const shown = this.pending.kind === "model" ? "model" : kind;
-    this.pending = { slots, kind: shown, wish };
+    this.pending = { open: true, kind: shown, wish };
     this.busy(true);
     try {
-      const words = (text) => this.notify(text);
-      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
+      const question = this.question();
+      const view = kept ?? ready ?? await this.asker.ask("route", question, (text) => this.notify(text));
       if (!current()) return "late";
-      slots.forEach((slot, place) => {
-        this.asked.set(answers[place], this.question(slot));
-        if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data);
-      });
+      if (!kept) this.asked.set(trainedView(view), question);
+      if (this.picture.data) keepOriginal(view, this.picture.data);
       fillBox(this.core.box("trouble"), "");
-      const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
-      this.show(views, shown, wish);
+      this.show(view, shown, wish);
     } catch (error) {
       return current() ? this.fail(asAskError(error)) : "late";
     }
@@ -320,31 +283,31 @@ export class App {
     return error.code ?? "page";
   }
 
-  /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
-  show(given, kind, wish = null) {
-    if (!given[0]) return;
-    const views = trainedViews(given);
-    const step = nextStep(this, kind, wish?.step);
+  /** @param {View} given @param {string} kind @param {Wish | null} wish */
+  show(given, kind, wish) {
+    const view = trainedView(given);
+    // The moment to show next: that of a link, or the one that was on the stage when another example was chosen.
+    const step = wish?.step ?? (kind === "picture" ? this.state?.view.moment?.step : undefined);
     this.showStage(true);
     const first = this.state === null;
-    const start = first || wish ? readPlace(wish ?? {}, views[0]) : {};
-    if (!views[0].settings.away?.length) this.usual = views[0].prediction.moe[0].class;
+    const start = first || wish ? readPlace(wish ?? {}, view) : {};
+    if (!view.settings.away?.length) this.usual = view.prediction.moe[0].class;
     if (!this.state) {
-      if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
-      this.state = new ViewState(views[0], { views, ...start });
-      this.state.slotMaps.ask = (view, number, expert) => this.asker.ask("slots", { ...this.questionOf(view), layer: number, expert });
+      if (wish?.patch === undefined) start.patch = centrePatch(view);
+      this.state = new ViewState(view, start);
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {
-      const other = this.state.view.model.id !== views[0].model.id && { highlight: null };
-      this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...other, ...start });
+      const other = this.state.view.model.id !== view.model.id && { highlight: null };
+      this.state.set({ view, ...other, ...start });
     }
-    if (step !== undefined) this.core.time?.open(step);
-    sharpen(this, views);
+    if (step !== undefined) this.core.time?.open(Number(step));
+    sharpen(this, view);
     drawHand(this);
     showLikes(this);
     if (first) this.flow.draw(true);
-    this.announceResult(views[Math.min(this.slot, views.length - 1)]);
+    measure(this, view);
+    this.announceResult(view);
     drawSimilar(this);
     this.remember();
     this.refreshTab(first ? null : kind);
@@ -358,13 +321,13 @@ export class App {
 
   /** @param {Set<string>} changed */
   follow(changed) {
-    if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
-    if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
-    if (["views", "active", "layer"].some((name) => changed.has(name))) this.flow.draw();
-    if (changed.has("layer")) showLikes(this);
-    if (changed.has("layer")) this.refreshTab("layer");
-    else if (changed.has("highlight")) this.refreshTab("highlight");
-    if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
+    const has = (...names) => names.some((name) => changed.has(name));
+    if (has("patch", "view")) drawSimilar(this);
+    if (has("layer", "highlight", "mode")) drawHand(this);
+    if (has("view", "layer")) this.flow.draw();
+    if (has("layer")) showLikes(this);
+    if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
+    if (has("view", "layer", "patch", "mode", "highlight")) this.remember();
   }
 
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
@@ -372,12 +335,6 @@ export class App {
     clearTimeout(this.remembering);
     if (!this.pending.wish) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
-
-  /**
-   * Change the routing, or undo that.
-   * @param {Intervention | null} intervention
-   */
-  change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
     this.takeTurn(); // no answer that is still on its way may be shown
@@ -422,31 +379,21 @@ export class App {
     this.toasting = setTimeout(() => { toast.hidden = true; }, 4000);
   }
 
-  // ---- tabs ---------------------------------------------------------------------------------------------------
-
   drawTabs() { drawTabs(this); }
 
   /** @param {string} id */
   openTab(id) {
     this.tab = id;
-    this.door = true;
-    this.drawDoor();
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
   }
 
-  /** @param {number} layer @param {number} expert */
+  /** An expert whose card is looked at is taken away where its patches are seen to move. @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
-    if (!this.state) return undefined;
-    if (this.boot.device) {
-      this.core.box("flow").scrollIntoView({ block: "start" });
-      this.state.set({ layer: this.model.layers.indexOf(layer) });
-      return this.toggleAway(layer, expert);
-    }
-    this.state.set({ layer: this.model.layers.indexOf(layer), highlight: expert, mode: "expert" });
-    this.core.box("main").scrollIntoView({ block: "start" });
-    return this.change({ kind: "ablate", layer, expert, fill: "next_best", seed: 0 });
+    this.core.box("flow").scrollIntoView({ block: "start" });
+    this.state?.set({ layer: this.model.layers.indexOf(layer) });
+    return isAway(this, layer, expert) ? undefined : this.toggleAway(layer, expert);
   }
 
   /** @param {string | null} kind */
@@ -457,9 +404,9 @@ export class App {
  * Entry of the page. A page that can't even start says so in place of the empty screen.
  * @param {HTMLElement} root @param {Boot} boot @param {View[]} views
  */
-export async function startApp(root, boot, views) {
+export async function startApp(root, boot, [view]) {
   try {
-    await new App(root, new Asker(server), boot).start(views);
+    await followAddress(new App(root, new Asker(server), boot), view);
   } catch (error) {
     root.innerHTML = String(errorBox(asAskError(error)));
   }

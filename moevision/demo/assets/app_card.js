@@ -64,7 +64,7 @@ export async function sharePng(state) {
  * Text in lines as wide as the card; where the next line would stand.
  * @param {CanvasRenderingContext2D} context @param {string} text @param {number} left @param {number} top @param {number} size @param {string} weight @param {string} colour
  */
-function paragraph(context, text, left, top, size, weight, colour) {
+export function paragraph(context, text, left, top, size, weight, colour) {
   Object.assign(context, { font: `${weight} ${size}px Arial, sans-serif`, fillStyle: colour, textAlign: "left", textBaseline: "alphabetic" });
   const lines = [""];
   text.split(" ").forEach((word) => {

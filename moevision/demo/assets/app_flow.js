@@ -1,6 +1,6 @@
 // The opening: the patches of a photo fly to the networks that compute them, and a click takes a network away.
 
-import { answerWords, controlWords } from "./app_hand.js";
+import { answerWords, controlWords, effectOf } from "./app_hand.js";
 import { capital } from "./core_kinds.js";
 import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic.js";
 import { underlay } from "./core_stage.js";
@@ -11,7 +11,7 @@ const FLIGHT_MS = 900;
 const SPREAD_MS = 1100; // from the first patch that leaves to the last one
 const SHORT_MS = 500; // of patches whose network is taken away
 const THUMBS = 2;
-const NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
+const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
 /** @param {number} count */
 const numberWord = (count) => NUMBERS[count] ?? String(count);
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -33,8 +33,6 @@ export class Flow {
     /** @type {Set<number>} patches in the air */
     this.away = new Set();
     this.veil = 1; // how much of the contours is there
-    /** @type {WeakMap<View, Promise<Effect | null>>} of a view without one network, beside as much at random */
-    this.controls = new WeakMap();
     this.turn = Symbol("none");
     this.listen();
   }
@@ -74,8 +72,9 @@ export class Flow {
     return this.first[row * columns + column] ?? null;
   }
 
-  /** Fade everything but one network's part. @param {number | null} expert */
-  light(expert) {
+  /** Fade everything but one network's part, if it has one. @param {number | null} wanted */
+  light(wanted) {
+    const expert = this.first.includes(wanted) ? wanted : null;
     if (expert === this.lit) return;
     this.lit = expert;
     this.boxes().forEach((one) => one.classList.toggle("mv-lit", Number(one.dataset.expert) === expert));
@@ -97,7 +96,8 @@ export class Flow {
     this.first = firstExperts(layer);
     Object.assign(this, { picture: view.picture.src, grid: String(view.model.grid), shown: layer.name, lit: null });
     fillBox(this.box, layout(app, view, layer, this.first));
-    this.compare(view);
+    fillBox(app.core.box("layer"), layerChoice(view, layer));
+    this.dots(effectOf(view));
     const moved = before ? this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]) : [];
     Object.assign(this, { away: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
@@ -110,25 +110,18 @@ export class Flow {
     return this.fly(moved.filter((patch) => to[patch]).map((patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS })));
   }
 
-  /**
-   * With one network away the same number of patches is moved at random, which takes longer than the answer.
-   * @param {View} view
-   */
-  async compare(view) {
-    const { app } = this;
-    const one = view.settings.away ?? [];
-    const { asker, questionOf } = app;
-    if (!asker || !questionOf || one.length !== 1 || view.moment || view.settings.intervention || typeof view.settings.noise === "number") return;
-    if (!this.controls.has(view)) {
-      const { away: _, ...question } = questionOf.call(app, view);
-      const [[layer, expert]] = one;
-      this.controls.set(view, asker.ask("what_if", { ...question, intervention: { kind: "ablate", layer, expert } }).catch(() => null));
-    }
-    const effect = await this.controls.get(view);
-    if (!effect || app.state?.view !== view) return;
-    fillBox(this.part("said"), say(app, view, effect));
-    const bar = [...this.box.querySelectorAll(".mv-flow-answer li")].find((row) => present(row.firstElementChild).textContent === effect.target)?.querySelector(".mv-bar");
-    effect.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(html`<em style="left:${100 * (effect.before[0].p + delta)}%"></em>`)));
+  /** What one network less did was measured meanwhile, beside the same number of patches moved at random. */
+  tell() {
+    fillBox(this.part("said"), say(this.app, this.view));
+    this.dots(effectOf(this.view));
+  }
+
+  /** The answers after moves at random, on the bar of the class. @param {Effect | null} effect */
+  dots(effect) {
+    const rows = [...this.box.querySelectorAll(".mv-flow-answer li")];
+    const bar = rows.find((row) => present(row.firstElementChild).textContent === effect?.target)?.querySelector(".mv-bar");
+    const at = (delta) => html`<em style="left:${100 * (present(effect).before[0].p + delta)}%"></em>`;
+    effect?.control?.delta_ps.forEach((delta) => bar?.insertAdjacentHTML("beforeend", String(at(delta))));
   }
 
   /** The image, which may be there in more pixels by now. */
@@ -142,7 +135,7 @@ export class Flow {
     this.paint();
   }
 
-  /** Where each patch lies among the networks, in CSS pixels of the section: [x, y, side]; null of a patch without one. */
+  /** Where each patch lies among the networks, in CSS pixels of the section: [x, y, side]; null without one. */
   places() {
     const home = this.box.getBoundingClientRect();
     /** @type {(number[] | null)[]} */
@@ -273,9 +266,9 @@ function layout(app, view, layer, first) {
     <div class="mv-flow-row">
       <div class="mv-flow-left"><div class="mv-flow-photo" data-part="photo" style="--aspect:${columns / rows}"><img data-part="image" alt="${what}, ${rows} × ${columns} patches" src="${pictureSource(view.picture.src)}"
           draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas></div>
-        <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}${layerChoice(view, layer)}</div></div>
-      <div class="mv-flow-right"><div class="mv-flow-boxes" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
-        <div class="mv-flow-say" role="status" data-part="said">${say(app, view, null)}</div><div data-part="route" aria-live="polite"></div></div></div>
+        <div class="mv-flow-bar"><button type="button" class="mv-primary" data-action="fly" data-key="fly">Replay</button>${answer(view, app.usual)}</div></div>
+      <div class="mv-flow-right"><div class="mv-flow-boxes" style="--across:${Math.min(4, layer.num_experts)}" role="group" aria-label="Networks of ${layer.name}">${[...Array(layer.num_experts).keys()].map((expert) => oneBox(app, layer, expert, first))}</div>
+        <div class="mv-flow-say" role="status" data-part="said">${say(app, view)}</div><div data-part="route" aria-live="polite"></div></div></div>
     <canvas class="mv-flow-air" data-part="air" aria-hidden="true" hidden></canvas>`;
 }
 
@@ -285,21 +278,21 @@ export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {
   if (unit === "image") return `A router sends the whole image to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
-  if (kind === "soft") return `Each of ${patches} squares takes something from all; you see the network that gives it most.`;
+  if (kind === "soft") return `Each of ${patches} squares takes something from all; you see who gives it most.`;
   if (kind === "expert_choice") return `Each picks some of ${patches} squares; you see who weighs most.`;
   return `A router sends each of ${patches} squares to ${k === 1 ? "one expert" : `${numberWord(k)} experts; boxes show the first`}.`;
 }
 
-/** @param {FlowHost} app */
-function thumbs(app) {
-  const chosen = app.pictures[app.slot];
-  const own = app.own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: chosen.own === id }));
-  const known = app.model.examples;
-  const labels = [...new Set(known.map(({ label }) => label))];
-  const some = [...labels.map((label) => present(known.find((one) => one.label === label))), ...known].filter((one, place, all) => all.indexOf(one) === place);
-  const shown = some.slice(0, THUMBS - own.length).map(({ id, name, label, thumb }) => ({ action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: chosen.id === id }));
-  return [...own, ...shown].map(({ action, id, name, thumb, on }) => html`<button type="button" data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}"
-    aria-pressed="${on}" aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`);
+/** Other photos; the one that is shown is no choice. @param {FlowHost} app */
+function thumbs({ picture, own, model: { examples } }) {
+  const mine = own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
+  const labels = [...new Set(examples.map(({ label }) => label))];
+  const first = labels.map((label) => present(examples.find((one) => one.label === label)));
+  const known = [...new Set([...first, ...examples])].map(({ id, name, label, thumb }) => ({
+    action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: picture.id === id }));
+  return [...mine, ...known].slice(0, THUMBS).map(({ action, id, name, thumb, on }) => html`<button type="button"
+    data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
+    aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`);
 }
 
 /**
@@ -331,7 +324,7 @@ function oneBox(app, layer, expert, first) {
 
 const DOOR_KEY = "moevision.door";
 /** What only the details show: a link that names it opens them. */
-const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+export const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
 
 /** Private windows may refuse storage; then it lasts as long as the page. */
 export const doorMemory = {
@@ -348,17 +341,19 @@ export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined)
 /** @param {FlowHost} app @param {number} layer @param {number} expert */
 export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);
 
-/** @param {FlowHost} app @param {View} view @param {Effect | null} control */
-function say(app, view, control) {
+/** @param {FlowHost} app @param {View} view */
+function say(app, view) {
+  const control = effectOf(view);
   const all = view.layers.reduce((sum, { num_experts: experts }) => sum + experts, 0);
   if (!app.asker) return "";
   const { length: gone } = view.settings.away ?? [];
   const best = view.prediction.moe[0].class;
   const usual = app.usual ?? best;
-  const label = view.picture.label ?? usual;
+  const { label, unlike } = view.picture;
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
-  if (view.picture.unlike && !gone) return html`<p>${view.picture.unlike}</p>`;
-  if (!gone) return html`<p>Click a box to take it away: how many before this ${label} becomes ${article(other)}?</p>
+  if (unlike && !gone) return html`<p>${unlike}</p>`;
+  const change = label ? `this ${label} becomes ${article(other)}` : "the answer changes";
+  if (!gone) return html`<p>Click a box to take it away: how many before ${change}?</p>
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;

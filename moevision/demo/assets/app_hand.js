@@ -1,18 +1,18 @@
-// An expert in the hand: chosen under the image, it is taken away, forced or swapped there, and what that does to the
-// answer stands in the same place, beside as many random changes.
+// An expert in the hand: chosen under the image, every patch is sent to it, or it is swapped with another; and what one
+// change does to the answer, beside as many random changes. Taking experts away is the opening's (app_flow.js).
 
 import { asAskError } from "./app_server.js";
-import { interventionWords } from "./core_answer.js";
+import { changedWords } from "./core_answer.js";
 import { capital } from "./core_kinds.js";
-import { chip, fillBox, html, layerExpert, percent, present } from "./core_util.js";
+import { chip, fillBox, fixed, html, layerExpert, percent, present, signed } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { Effect, Intervention, Layer, View } from "./types.js" */
+/** @import { ClassEffect, Effect, Fill, Intervention, Layer, View } from "./types.js" */
 
-/** @type {WeakMap<View, Effect | Error>} */
+/** @type {WeakMap<View, Effect | Error | null>} null while it is measured */
 const effects = new WeakMap();
 
 /**
- * What the intervention of a view did to its answer; null where none was measured, or not yet.
+ * What the change of a view did to its answer; null where none was measured, or not yet.
  * @param {View} view
  */
 export function effectOf(view) {
@@ -21,64 +21,71 @@ export function effectOf(view) {
 }
 
 /**
- * The view of an image after one pass. The effect of an intervention takes many more: it is measured while the view is
- * looked at, but not under noise.
- * @param {App} app @param {number} slot @param {(words: string) => unknown} words
- * @returns {Promise<View>}
+ * The question whose effect is measured: of an intervention, or of one expert that is away.
+ * @param {App} app @param {View} view
  */
-export async function askView(app, slot, words) {
-  const question = app.question(slot);
-  const view = await app.asker.ask("route", question, words);
-  if (question.intervention && question.noise === null) measure(app, question, view);
-  return view;
+function oneChange(app, view) {
+  const { away, ...question } = app.questionOf(view);
+  if (question.intervention) return app.questionOf(view);
+  if (away?.length !== 1) return null;
+  const [[layer, expert]] = away;
+  return { ...question, intervention: { kind: "ablate", layer, expert } };
 }
 
-/** @param {App} app @param {object} question @param {View} view */
-async function measure(app, question, view) {
+/**
+ * The view comes after one pass, the effect after many more: it is measured while the view is looked at, but not under noise.
+ * @param {App} app @param {View} view
+ */
+export async function measure(app, view) {
+  const question = view.moment || app.boot.device ? null : oneChange(app, view);
+  if (!question || question.noise !== null || effects.has(view)) return;
+  effects.set(view, null);
   effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
-  if (!app.state?.views.includes(view)) return;
+  if (app.state?.view !== view) return;
   drawHand(app);
+  app.flow.tell();
   app.announceResult(view);
-  app.refreshTab("settings");
 }
 
 /** @param {Intervention | null} one @param {Intervention | null} other */
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
-/** @param {App} app @param {any} fields @returns {Intervention} */
-function wish(app, { kind, other }) {
-  const { currentLayer: { layer }, highlight: expert } = present(app.state);
-  return { kind, layer, expert, ...(other === undefined ? {} : { other: Number(other) }), fill: "next_best", seed: 0 };
-}
+/** @param {any} given @returns {Intervention} */
+const wish = ({ kind, layer, expert, other }) => ({ kind, layer: layer === "" ? null : Number(layer),
+  expert: expert === "" ? null : Number(expert), ...(other === "" ? {} : { other: Number(other) }), fill: "next_best", seed: 0 });
 
 /** @param {App} app */
-export function handActions(app) {
-  const { highlight } = app.core.actions;
-  return {
-    highlight: (button, event) => {
-      highlight(button, event);
-      if (!button.closest(".mv-inspector")) return;
-      app.core.sheet.open(false);
-      app.core.box("hand").scrollIntoView({ block: "nearest" });
-    },
-    // What is on already goes off by the same button.
-    hand: (button) => {
-      const wished = wish(app, button.dataset);
-      return app.change(same(wished, app.intervention) ? null : wished);
-    },
-    "hand-swap": () => { app.swapping = !app.swapping; drawHand(app); },
-    "hand-more": () => { app.openTab("whatif"); app.core.box("tabs").scrollIntoView({ block: "start" }); },
-  };
+export const handActions = (app) => ({
+  // What is on already goes off by the same button.
+  hand: (button) => {
+    const wished = wish(button.dataset);
+    return app.chooseSettings({ intervention: same(wished, app.intervention) ? null : wished });
+  },
+  "hand-swap": () => { app.swapping = !app.swapping; drawHand(app); },
+  "hand-class": () => tellClass(app),
+});
+
+/**
+ * A button that changes the routing, or undoes that.
+ * @param {App} app @param {string} label @param {{ kind: string, layer: number | null, expert?: number, other?: number }} given
+ * @param {Fill} [mark] in the place of the label, which is spoken
+ */
+export function handButton({ intervention }, label, { kind, layer, expert, other }, mark) {
+  const data = { kind, layer: layer ?? "", expert: expert ?? "", other: other ?? "" };
+  return html`<button type="button" class="${mark ? "mv-pick" : "mv-button"}" data-action="hand" aria-label="${label}"
+    data-kind="${kind}" data-layer="${data.layer}" data-expert="${data.expert}" data-other="${data.other}"
+    data-key="hand-${kind}-${data.layer}-${data.other}" aria-pressed="${same(wish(data), intervention)}">${mark ?? label}</button>`;
 }
 
 /** @param {App} app */
 export function drawHand(app) {
   const state = present(app.state);
   if (state.highlight === null) app.swapping = false;
-  const { currentLayer: layer, highlight: expert, mode } = state;
+  const { currentLayer: layer, highlight: expert } = state;
   // While another model is on its way, the expert is still one of the model before.
-  const row = state.view.model.id !== app.model.id ? "" : expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
-  fillBox(app.core.box("hand"), html`${mode !== "slots" && html`<div class="mv-hand-row">${row}</div>`}${app.intervention && results(app)}`);
+  const row = state.view.model.id !== app.model.id ? ""
+    : expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
+  fillBox(app.core.box("hand"), html`<div class="mv-hand-row">${row}</div>${result(state.view)}`);
 }
 
 /**
@@ -88,41 +95,77 @@ export function drawHand(app) {
 function picked(app, layer, expert) {
   const { refused } = present(app.model.routers.find((one) => one.layer === layer.layer));
   const others = [...Array(layer.num_experts).keys()].filter((other) => other !== expert);
-  const button = (kind, label, other) => html`<button type="button" class="${other === undefined ? "mv-button" : "mv-pick"}" data-action="hand" data-kind="${kind}"
-    ${other !== undefined && html`data-other="${other}" aria-label="Swap with E${other}"`} data-key="hand-${kind}-${other}"
-    aria-pressed="${same(wish(app, { kind, other }), app.intervention)}">${label}</button>`;
-  return html`<b>${layerExpert(layer, expert)}</b><span class="mv-hand-row" role="group" aria-label="Change ${layerExpert(layer, expert)}">
-    ${others.length > 0 && button("ablate", "Take away")}${!("force" in refused) && button("force", "Send all here")}
-    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="hand-swap" data-key="hand-swap" aria-expanded="${app.swapping}">Swap</button>`}
-    ${app.swapping && others.map((other) => button("swap", chip(other, layer.num_experts), other))}</span>`;
+  const at = { layer: layer.layer, expert };
+  const away = app.away.some((pair) => pair.join() === [layer.layer, expert].join());
+  return html`<b>${layerExpert(layer, expert)}</b>
+    <span class="mv-hand-row" role="group" aria-label="Change ${layerExpert(layer, expert)}">
+    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="take" data-expert="${expert}"
+      data-key="hand-take" aria-pressed="${away}">Take away</button>`}
+    ${!("force" in refused) && handButton(app, "Send all here", { kind: "force", ...at })}
+    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="hand-swap" data-key="hand-swap"
+      aria-expanded="${app.swapping}">Swap</button>`}
+    ${app.swapping && others.map((other) => handButton(app, `Swap with E${other}`, { kind: "swap", ...at, other },
+    chip(other, layer.num_experts)))}</span>`;
 }
 
-/**
- * What was changed, and for each image before → after beside the control.
- * @param {App} app
- */
-function results(app) {
-  const { views } = present(app.state);
-  const undo = html`<button type="button" class="mv-button" data-action="undo" data-key="hand-undo">Undo</button>`;
-  if (!views.every(({ settings }) => same(settings.intervention, app.intervention))) {
-    return html`<div class="mv-results"><p role="status">${app.waiting && "Trying it, and as much at random…"}</p><div class="mv-hand-row">${undo}</div></div>`;
-  }
-  const place = (slot) => views.length > 1 && html`<span class="mv-soft">${["First", "Second"][slot]} image:</span> `;
-  const measured = views.every((view) => effects.has(view) || typeof view.settings.noise === "number");
-  return html`<div class="mv-results" role="${measured ? "note" : "status"}"><p><b>Changed model.</b> ${interventionWords(present(app.intervention), app.model.routers)}</p>
-    ${views.map((view, slot) => html`<p>${place(slot)}${line(view)}</p>`)}
-    <div class="mv-hand-row">${undo}${effectOf(views[0]) && html`<button type="button" class="mv-quiet" data-action="hand-more" data-key="hand-more">All numbers</button>`}</div></div>`;
+/** What was changed, and before → after beside the control. @param {View} view */
+function result(view) {
+  const { intervention } = view.settings;
+  if (!changedWords(view)) return "";
+  const known = effects.has(view) && effects.get(view) !== null;
+  return html`<div class="mv-results" role="${known ? "note" : "status"}"><p><b>Changed model.</b> ${changedWords(view)}</p>
+    <p>${line(view)}</p><div class="mv-hand-row"><button type="button" class="mv-button"
+      data-action="${intervention ? "undo" : "put-back"}" data-key="hand-undo">Undo</button>
+    ${effectOf(view) && html`<button type="button" class="mv-quiet" data-action="hand-class" data-key="hand-class">
+      Over more images of ${effectOf(view)?.target}</button>`}</div><p data-part="class" aria-live="polite"></p></div>`;
 }
 
 /** @param {View} view */
 function line(view) {
-  const effect = effectOf(view);
-  if (!effect && typeof view.settings.noise === "number") return "A change is measured without noise: turn the noise off.";
-  if (!effect) return html`<span role="status">${/** @type {Error | undefined} */ (effects.get(view))?.message ?? "Measuring it beside as much at random…"}</span>`;
+  const { noise, intervention } = view.settings;
+  if (!effects.has(view)) return typeof noise === "number" && intervention && "A change is measured without noise: turn the noise off.";
+  const effect = effects.get(view);
+  if (!effect) return "Measuring it beside as much at random…";
+  if (effect instanceof Error) return effect.message;
   const { control } = effect;
   if (!moves(effect) || !control) return html`<b>${answerWords(effect)}</b>. ${controlWords(effect)}`;
   return html`<b>${answerWords(effect)}</b>. <button type="button" class="mv-term mv-soft"
     data-tip="${capital(control.what)}, ${control.n} times: mean and standard deviation.">${controlWords(effect)}</button>`;
+}
+
+/**
+ * What the same change does over images of the class.
+ * @param {App} app
+ */
+async function tellClass(app) {
+  const { view } = present(app.state);
+  const { picture, noise, ...asked } = /** @type {any} */ (oneChange(app, view));
+  const tell = (words) => app.state?.view === view && fillBox(app.core.box("hand").querySelector("[data-part=class]"), words);
+  const target = effectOf(view)?.target;
+  tell("Looking at them…");
+  const answer = await app.asker.remember("class_effect", { ...asked, class: target }).catch(asAskError);
+  if (answer instanceof Error) return void tell(answer.message);
+  const { class_effect: found, without } = answer;
+  tell(found ? classWords(found) : withoutWords({ without }) || `There are too few images of ${target} here.`);
+}
+
+/** @param {ClassEffect} given */
+export function classWords({ n, class: name, delta_p: p, delta_logit: logit, sd_logit: sd, control_delta_logit: control }) {
+  const spread = sd !== null && Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between images` : "";
+  const beside = control !== null && Number.isFinite(control) ? `; with random choices instead ${signed(control, 3)}` : "";
+  return `Over ${n} images of ${name}: ${signed(p * 100, 1)} points of probability, logit ${signed(logit, 3)}${spread}${beside}.`;
+}
+
+/**
+ * What taking an expert away does over test images; empty where nobody measured it.
+ * @param {Pick<import("./types.js").ExpertCard, "without">} card
+ */
+export function withoutWords({ without }) {
+  if (!without) return "";
+  const { images_per_class: images, delta_logit: delta, control_delta_logit: control } = without;
+  const beside = control === null ? "" : `, as much at random ${signed(control)}`;
+  return `Taken away, over ${images} test images of each class: logit of the true class ${signed(delta)}${beside}; `
+    + `most for ${without.strongest_class}, ${signed(without.strongest_delta_logit)}.`;
 }
 
 /**
@@ -131,12 +174,11 @@ function line(view) {
  */
 export function spokenResult(view) {
   const effect = effectOf(view);
-  const { intervention } = view.settings;
-  return effect && intervention && `${interventionWords(intervention, view.model.routers)} ${answerWords(effect)}. ${controlWords(effect)}`;
+  return effect && `${changedWords(view)} ${answerWords(effect)}. ${controlWords(effect)}`;
 }
 
 /** What stands where a control would be the change itself. */
-export const NO_CONTROL = "No control: as many random choices are these, since an image has one expert.";
+const NO_CONTROL = "No control: as many random choices are these, since an image has one expert.";
 
 /** @param {Effect} effect */
 const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;

@@ -1,6 +1,6 @@
-// The visitor's own images: a strip of up to a dozen, kept as long as the browser's tab, and whose route their patches take.
+// The visitor's own images: up to a dozen, kept as long as the browser's tab, and whose route their patches take.
 
-import { AskError, errorBox } from "./app_server.js";
+import { asAskError, AskError, errorBox } from "./app_server.js";
 import { firstExperts } from "./core_mosaic.js";
 import { chip, fillBox, html, pictureSource } from "./core_util.js";
 import { shrinkPicture } from "./own_file.js";
@@ -9,7 +9,7 @@ import { shrinkPicture } from "./own_file.js";
 
 const OWN_KEY = "moevision.own";
 export const MOST_OWN = 12;
-/** Which of one's own images an entry of the browser's history shows: an address can't carry them, a reload keeps them. */
+/** Which of one's own images an entry of the browser's history shows: an address can't carry it, a reload keeps it. */
 export const OWN = "moevision.own";
 
 /** Private windows may refuse storage, and a dozen may be too many for it; then they last as long as the page. */
@@ -28,22 +28,10 @@ export const ownMemory = {
 /** @param {Own} own @returns {Chosen} */
 export const chosenOwn = ({ id, name, data }) => ({ kind: "upload", own: id, name, data });
 
-/**
- * The own images that an entry of the history shows, as far as they weren't forgotten.
- * @param {App} app @param {(number | null)[] | undefined} ids
- */
-export function restoreOwn(app, ids) {
-  ids?.slice(0, 2).forEach((id, slot) => {
-    const own = app.own.find((one) => one.id === id);
-    if (own && slot <= app.pictures.length) app.pictures[slot] = chosenOwn(own);
-  });
-}
-
 /** @param {App} app */
 export function ownStrip(app) {
   if (!app.own.length) return "";
-  const shown = app.pictures[app.slot];
-  const thumb = ({ id, name, data }) => html`<li><button type="button" data-action="own" data-id="${id}" data-key="own-${id}" aria-pressed="${shown.own === id}"
+  const thumb = ({ id, name, data }) => html`<li><button type="button" data-action="own" data-id="${id}" data-key="own-${id}" aria-pressed="${app.picture.own === id}"
     aria-label="Your image ${name}"><img src="${pictureSource(data)}" alt=""><span>${name}</span></button></li>`;
   return html`<ul class="mv-examples mv-own" aria-label="Your images">${app.own.map(thumb)}</ul>
     <button type="button" class="mv-quiet" data-action="forget" data-key="forget">Forget ${app.own.length > 1 ? "them" : "it"}</button>`;
@@ -77,13 +65,17 @@ export async function tellRoute(app, view) {
   const tell = (words) => app.state?.view === view && fillBox(app.core.box("flow").querySelector("[data-part=route]"), words);
   if (view.picture.id !== null || view.moment || view.settings.away?.length) return;
   const { id: model, variant, class_names: names } = view.model;
-  const knows = html`<p class="mv-soft">It knows ${names.length > 1 ? `${names.slice(0, -1).join(", ")} and ` : ""}${names.at(-1)}, and nothing else.</p>`;
+  const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)}, and
+    nothing else.</p>`;
   tell(knows);
-  if (!app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
-  for (const { path, count } of routesOf(view).slice(0, TRIED)) {
-    const { patches } = await app.asker.remember("similar", { model, variant, path, class: null }).catch(() => ({ patches: [] }));
-    if (app.state?.view !== view) return;
-    if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
+  if (app.boot.device || !app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
+  try {
+    for (const { path, count } of routesOf(view).slice(0, TRIED)) {
+      const { patches } = await app.asker.remember("similar", { model, variant, path, class: null });
+      if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
+    }
+  } catch (error) {
+    tell(html`${errorBox(asAskError(error))}${knows}`);
   }
 }
 

@@ -1,5 +1,6 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
+import { handButton } from "./app_hand.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
@@ -11,7 +12,7 @@ import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.j
 const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
-  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
+  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep experts balanced." },
   untrained: { label: "Random weights", tip: "The same network with random weights everywhere, also where the training began with pretrained ones." },
 };
 
@@ -30,17 +31,20 @@ export function drawHeader(box, app) {
 }
 
 /**
- * The other models, one click away, and where lesson, code, citation and API are.
+ * The other models, one click away; the pages of the product, and where code, citation and API are.
  * @param {HTMLElement} box @param {App} app
  */
 export function drawFooter(box, { boot, model }) {
   const { lesson, code, cite } = boot.links;
   const others = boot.models.filter(({ id }) => id !== model.id);
-  const call = `from gradio_client import Client, handle_file\n\nclient = Client("${location.origin}")\nclient.predict(picture=handle_file("cat.jpg"), model="${model.id}", api_name="/route")`;
+  const call = `from gradio_client import Client, handle_file\n\nclient = Client("${location.origin}")
+client.predict(picture=handle_file("cat.jpg"), model="${model.id}", api_name="/route")`;
   const fold = (name, text) => html`<details><summary data-key="footer-${name}">${name}</summary><pre tabindex="0">${text}</pre></details>`;
-  fillBox(box, html`${others.length > 0 && html`<p><span class="mv-soft">Other models:</span> ${others.map(({ id, title }) => html`<button type="button" class="mv-button" data-action="model" data-id="${id}"
-      data-key="model-${id}">${title}</button> `)}</p>`}
-    <nav aria-label="About moevision">${lesson && html`<a href="${lesson}">Lesson</a>`}${code && html`<a href="${code}">Code</a>`}${fold("Cite", cite)}${fold("API", call)}</nav>`);
+  const other = ({ id, title }) => html`<button type="button" class="mv-button" data-action="model" data-id="${id}"
+    data-key="model-${id}">${title}</button> `;
+  fillBox(box, html`${others.length > 0 && html`<p><span class="mv-soft">Other models:</span> ${others.map(other)}</p>`}
+    <nav class="mv-site" aria-label="Pages"><a aria-current="page">Explorer</a>${lesson && html`<a href="${lesson}">Lesson</a>`}
+      ${code && html`<a href="${code}">Code</a>`}${fold("Cite", cite)}${!boot.device && fold("API", call)}</nav>`);
 }
 
 /** @param {HTMLElement} box @param {App} app */
@@ -48,10 +52,7 @@ export function drawRail(box, app) {
   const lists = () => [...box.querySelectorAll(".mv-examples")];
   const places = lists().map(({ scrollTop, scrollLeft }) => ({ scrollTop, scrollLeft }));
   fillBox(box, html`
-    <div class="mv-rail-head"><h2>Images</h2>
-      <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
-        data-count="${number}" data-key="count-${number}" aria-pressed="${number === app.pictures.length}">${["One", "Two"][number - 1]}</button>`)}</div></div>
-    ${app.pictures.length > 1 && slotSwitch(app)}
+    <h2>Images</h2>
     ${ownStrip(app)}
     ${examples(app)}
     <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own images</b><span>Drop them, paste them, or choose files</span></button>
@@ -69,16 +70,12 @@ export const blankBox = (model) => html`<div class="mv-state mv-tall"><p><b>Brin
   <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`;
 
 /** @param {App} app */
-const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
-  <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;
-
-/** @param {App} app */
 function examples(app) {
   if (!app.model.examples.length) {
     return html`<p class="mv-note mv-none">This model comes without images. Bring your own, or start with
       <code>moevision demo --data FOLDER</code>.</p>`;
   }
-  const shown = app.pictures[app.slot];
+  const shown = app.picture;
   const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
     aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
@@ -95,7 +92,8 @@ export function drawSettings(box, app) {
     ${changeable(model, "top_k").length > 0 && kControl(model, topK)}
     ${limitable(model).length > 0 && capacityControl(model, capacity)}
     ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}
-    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}`);
+    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}
+    ${!app.boot.device && randomControl(app)}`);
 }
 
 /**
@@ -114,6 +112,11 @@ function refusals(routers, names) {
   const where = (sentence) => routers.filter(({ refused }) => Object.values(refused).includes(sentence)).map(({ name }) => name);
   return sentences.map((sentence) => (where(sentence).length < routers.length ? `${where(sentence).join(", ")}: ${sentence}.` : `${capital(sentence)}.`));
 }
+
+/** @param {App} app */
+const randomControl = (app) => html`<div class="mv-hand-row" role="group" aria-label="Random experts"><span>Random experts in</span>
+  ${app.model.routers.map(({ layer, name }) => handButton(app, name, { kind: "random", layer }))}
+  ${app.model.routers.length > 1 && handButton(app, "all", { kind: "random", layer: null })}</div>`;
 
 /** @param {BootModel} model @param {number | null} topK */
 function kControl(model, topK) {
@@ -182,10 +185,8 @@ export function railHandlers(app) {
   return {
     actions: {
       example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
-      variant: (button) => app.chooseVariant(button.dataset.variant),
-      count: (button) => app.choosePictureCount(Number(button.dataset.count)),
+      variant: (button) => { app.variant = button.dataset.variant; return app.load("model"); },
       more: () => moreExamples(app),
-      slot: (button) => app.chooseSlot(Number(button.dataset.index)),
       choose: () => app.core.box("file").click(),
       "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),
     },

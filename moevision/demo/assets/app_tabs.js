@@ -5,18 +5,17 @@ import { fillBox, html, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 
 /** @param {App} app */
-export function drawTabs({ root, core, tabs, tab, closed }) {
-  fillBox(root.querySelector(".mv-tabs"), html`${tabs.map(({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}"
-    data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === tab && !closed}" tabindex="${id === tab ? 0 : -1}">${label}</button>`)}`);
-  core.box("panel").hidden = closed;
+export function drawTabs({ root, core, tabs, tab, door }) {
+  const one = ({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}" data-action="tab" data-tab="${id}"
+    data-key="tab-${id}" aria-selected="${id === tab && door}" tabindex="${id === tab ? 0 : -1}">${label}</button>`;
+  fillBox(root.querySelector(".mv-tabs"), html`${tabs.map(one)}`);
   core.box("panel").setAttribute("aria-labelledby", `mv-tab-${tab}`);
 }
 
 /** @param {App} app @param {any} event */
 export function pressTab(app, event) {
-  if (event.target.getAttribute("role") !== "tab") return;
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step) return;
+  if (!step || event.target.getAttribute("role") !== "tab") return;
   event.preventDefault();
   const index = app.tabs.findIndex(({ id }) => id === app.tab);
   app.openTab(app.tabs[(index + step + app.tabs.length) % app.tabs.length].id);
@@ -24,18 +23,20 @@ export function pressTab(app, event) {
 }
 
 /**
- * Draw the open tab again if what changed matters to it (null: it was just opened).
+ * Draw the open tab again if what changed matters to it (null: it was just opened). Behind a closed door nothing is asked.
  * @param {App} app @param {string | null} kind
  */
 export async function drawPanel(app, kind) {
-  if (app.closed) return;
+  if (!app.door) return;
   const tab = present(app.tabs.find(({ id }) => id === app.tab));
   if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
   const panel = app.core.box("panel");
   const ticket = (app.panelTicket = Symbol(tab.id));
   const wanted = () => ticket === app.panelTicket;
-  if ((!app.state || !app.hasPicture()) && tab.id !== "about") {
-    fillBox(panel, app.hasPicture() ? waitingBox("Opening the image…") : emptyBox("No image yet", "This fills when an image is on the stage."));
+  const blank = app.picture.kind === "none";
+  if ((blank || !app.state) && tab.id !== "about") {
+    const none = emptyBox("No image yet", "This fills when an image is on the stage.");
+    fillBox(panel, blank ? none : waitingBox("Opening the image…"));
     return;
   }
   try {

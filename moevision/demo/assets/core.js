@@ -2,24 +2,19 @@
 // notebook use it alike. Everything here works on what is in the page already: no change of layer, no hover and no
 // click asks a server.
 
-import { drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
-import { drawInspector, drawWhere } from "./core_inspector.js";
-import { Player } from "./core_play.js";
+import { drawLens, drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
-import { drawLens } from "./core_lens.js";
-import { Sheet } from "./core_sheet.js";
-import { drawSlots } from "./core_slots.js";
-import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawStrip, drawWhere, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
-import { clamp, fillBox, html, present, TERMS } from "./core_util.js";
+import { clamp, html, TERMS } from "./core_util.js";
 /** @import { Handlers, Moments, TimeSource, View, Wish } from "./types.js" */
 
 /** @param {string} name @param {string} [extra] */
 const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
 
-/** The places that `Core` fills: the stage column and the inspector. The film may stand elsewhere. */
+/** The places that `Core` fills: the image, and beside it what is said about it. The film may stand elsewhere. */
 export const coreLayout = (film = box("time")) => html`
   <section class="mv-center" aria-label="Image and routing">
     ${box("verdict")}
@@ -28,15 +23,12 @@ export const coreLayout = (film = box("time")) => html`
         <div class="mv-toolbar">${modeSwitch()}
           <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
-        <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
-        ${box("legend")}${box("hand")}${box("slots")}${film}${box("strip")}
+        <div data-box="stage"></div>
+        ${box("legend")}${box("where")}${box("hand")}${film}
       </div>
-      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens")}</div>
+      <div class="mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("similar")}${box("lens")}</div>
     </div>
-  </section>
-  <aside class="mv-inspector" aria-label="Patch inspector"><div class="mv-grip">${box("where")}
-    <button type="button" class="mv-button mv-handle" data-action="sheet" aria-expanded="false">Details</button></div>
-    ${box("inspector")}${box("similar")}</aside>`;
+  </section>`;
 
 /** Where the picture of the computation stands, apart from the rest. */
 export const cardLayout = () => html`<section data-box="card" class="mv-box-card" aria-label="How a patch is computed"></section>`;
@@ -54,17 +46,10 @@ export class Core {
     this.root = root;
     // Without an image there is nothing on the page that could ask for it.
     this.state = /** @type {ViewState} */ (/** @type {any} */ (state));
-    /** @type {Stage[]} */
-    this.stages = [];
-    /** @type {number | null} whose patch is pinned, while the pointer is over another image's */
-    this.pinned = null;
+    /** @type {Stage | null} */
+    this.stage = null;
     /** @type {TimeSource} where recorded moments of the training come from; whoever has some says so. */
     this.timeSource = { about: () => null, get: () => Promise.reject(new Error("nothing was recorded")) };
-    this.player = new Player(root, {
-      layers: { ms: 1000, size: () => this.state.view.layers.length, at: () => this.state.layer, go: (index) => this.goToLayer(index) },
-      training: { ms: 500, size: () => this.time?.steps.length ?? 0, at: () => this.time?.at ?? 0, go: (place) => this.time?.go(place) },
-    });
-    this.sheet = new Sheet(root);
     /** @type {Handlers} what a click on `data-action` does. */
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
@@ -83,7 +68,6 @@ export class Core {
     this.card = new Card(this.box("card"), state, this.changes);
     this.time = new Time(this.box("time"), state, this.timeSource);
     this.drawAll();
-    if (state.mode === "slots") this.fetchSlots();
     state.subscribe((changed) => this.update(changed));
   }
 
@@ -94,20 +78,15 @@ export class Core {
     return {
       layer: (button) => this.goToLayer(Number(button.dataset.index)),
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
-      "soft-expert": (button) => this.state.set({ slotExpert: Number(button.dataset.expert) }),
-      "soft-side": (button) => this.state.set({ slotSide: button.dataset.side }),
-      "soft-slot": (button) => this.state.set({ slot: button.dataset.pick === "all" ? null : Number(button.dataset.pick) }),
-      "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
       play: () => this.card?.play(),
-      run: (button) => this.player.toggle(button.dataset.row),
+      run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),
-      sheet: () => this.sheet.open(!this.sheet.isOpen),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
         const expert = Number(button.dataset.expert);
-        if (state.mode === "slots") return state.set({ slotExpert: expert });
-        return state.set({ highlight: state.highlight === expert ? null : expert, mode: "expert" });
+        const mode = state.mode === "reads" ? "reads" : "expert";
+        state.set({ highlight: state.highlight === expert ? null : expert, mode });
       },
     };
   }
@@ -118,7 +97,7 @@ export class Core {
     // A key that is pressed before anything has the focus comes from the body.
     document.addEventListener("keydown", (event) => (event.target === document.body || root.contains(event.target)) && this.onKey(event));
     root.addEventListener("pointerover", (event) => this.onPoint(event));
-    root.addEventListener("pointerleave", () => this.endHover());
+    root.addEventListener("pointerleave", () => this.state?.set({ hover: null })); // back to the pinned patch
     ["input", "change"].forEach((kind) => root.addEventListener(kind, (event) => {
       const field = event.target.closest?.("[data-change]");
       // Sliders follow the hand; everything else waits until the choice is made.
@@ -132,32 +111,17 @@ export class Core {
   /** @param {any} event */
   onClick(event) {
     const cell = event.target.closest(".mv-cell");
-    if (cell) {
-      this.pin(Number(cell.dataset.patch), this.slotOf(cell));
-      return this.sheet.open(true);
-    }
+    if (cell) return this.pin(Number(cell.dataset.patch));
     const target = event.target.closest("[data-action]");
-    if (target && !target.disabled) this.actions[target.dataset.action]?.(target, event);
+    return target && !target.disabled ? this.actions[target.dataset.action]?.(target, event) : undefined;
   }
-
-  /** @param {HTMLElement} element */
-  slotOf(element) { return Number(/** @type {HTMLElement} */ (element.closest("[data-slot]")).dataset.slot); }
 
   /** @param {any} event */
   onPoint(event) {
     // A finger has no hover: its tap pins.
     if (event.pointerType === "touch" || !this.state) return;
     const cell = event.target.closest?.(".mv-cell");
-    if (!cell) return this.endHover();
-    this.pinned ??= this.state.active;
-    return this.state.set({ hover: Number(cell.dataset.patch), active: this.slotOf(cell) });
-  }
-
-  /** The inspector goes back to the pinned patch, which may be in the other image. */
-  endHover() {
-    if (!this.state || this.state.hover === null) return;
-    this.state.set({ hover: null, active: this.pinned ?? this.state.active });
-    this.pinned = null;
+    this.state.set({ hover: cell ? Number(cell.dataset.patch) : null });
   }
 
   /** @param {any} event */
@@ -166,13 +130,12 @@ export class Core {
     const typing = event.target.matches("input:not([type=range]), select, textarea");
     if (!typing && (event.key === "+" || event.key === "=")) return this.stepLayer(1, event);
     if (!typing && (event.key === "-" || event.key === "_")) return this.stepLayer(-1, event);
-    if (event.key === "Escape" && this.sheet.isOpen) return this.sheet.open(false);
     const cell = event.target.closest(".mv-cell");
-    if (cell) this.onGridKey(event, Number(cell.dataset.patch), this.slotOf(cell));
+    if (cell) this.onGridKey(event, Number(cell.dataset.patch));
   }
 
-  /** @param {any} event @param {number} patch @param {number} slot */
-  onGridKey(event, patch, slot) {
+  /** @param {any} event @param {number} patch */
+  onGridKey(event, patch) {
     const [rows, columns] = this.state.view.model.grid;
     const column = patch % columns;
     const target = {
@@ -188,15 +151,13 @@ export class Core {
     if (event.key === "Escape") this.state.set({ patch: null });
     if (target === undefined) return;
     event.preventDefault();
-    this.pin(target, slot);
-    if (event.key === "Enter" || event.key === " ") this.sheet.open(true);
+    this.pin(target);
   }
 
-  /** @param {number} patch @param {number} slot */
-  pin(patch, slot) {
-    this.pinned = null;
-    this.state.set({ patch, active: slot, hover: null });
-    this.stages[slot].focusPatch(patch);
+  /** @param {number} patch */
+  pin(patch) {
+    this.state.set({ patch, hover: null });
+    this.stage?.focusPatch(patch);
     this.announce(describePatch(this.state.view, this.state.currentLayer, patch));
   }
 
@@ -223,14 +184,10 @@ export class Core {
 
   drawAll() {
     const { state } = this;
-    this.stages = state.views.map((view, slot) => (this.stages[slot]?.shows(view) ? this.stages[slot].drawAgain() : new Stage(this.box(`stage-${slot}`), state, slot)));
-    this.box("stage-1").hidden = state.views.length < 2;
-    this.root.classList.toggle("mv-pair", state.views.length > 1);
-    drawVerdict(this.box("verdict"), state, "hand" in this.actions);
-    drawPrediction(this.box("prediction"), state.views[0]);
-    if (state.views[1]) drawPrediction(this.box("second"), state.views[1]);
-    else fillBox(this.box("second"), "");
-    this.drawStrip();
+    this.stage = this.stage?.shows(state.view) ? this.stage.drawAgain() : new Stage(this.box("stage"), state);
+    drawVerdict(this.box("verdict"), state.view, "hand" in this.actions);
+    drawPrediction(this.box("prediction"), state.view);
+    drawStrip(this.box("strip"), state);
     drawLens(this.box("lens"), state.view);
     this.time?.draw();
     this.root.classList.toggle("mv-past", state.view.moment !== undefined);
@@ -238,24 +195,9 @@ export class Core {
     this.drawControls();
   }
 
-  /**
-   * Where the images lie in a row that is swiped (phones), show this one.
-   * @param {number} slot
-   */
-  bringImage(slot) {
-    const stage = this.box(`stage-${slot}`);
-    present(stage.parentElement).scrollTo({ left: stage.offsetLeft });
-  }
-
-  drawStrip() {
-    drawStrip(this.box("strip"), this.state);
-    this.player.mark();
-  }
-
   drawLayer() {
     drawLoads(this.box("loads"), this.state);
     drawLegend(this.box("legend"), this.state);
-    drawSlots(this.box("slots"), this.state);
     this.drawPatch();
   }
 
@@ -267,7 +209,7 @@ export class Core {
   /** What follows the pointer; the picture of the sums stays with the pinned patch. */
   drawPointed() {
     drawWhere(this.box("where"), this.state);
-    drawInspector(this.box("inspector"), this.state);
+    frameStrip(this.box("strip"), this.state);
   }
 
   drawControls() {
@@ -277,35 +219,23 @@ export class Core {
       button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
       button.hidden = !modes.includes(button.dataset.mode);
     });
-    this.box("as-seen").toggleAttribute("data-off", !state.views.some(hasOriginal)); // its place is kept: nothing moves
+    this.box("as-seen").toggleAttribute("data-off", !hasOriginal(state.view)); // its place is kept: nothing moves
     const slider = root.querySelector("[data-change=strength]");
     if (slider) slider.value = state.strength * 100;
   }
 
   /** @param {Set<string>} changed */
   update(changed) {
-    const { state } = this;
     const has = (...names) => names.some((name) => changed.has(name));
-    const slots = has("slotExpert", "slot", "slotSide", "slotsHere");
-    if (state.mode === "slots" && (has("views", "active", "layer", "mode", "slotExpert"))) this.fetchSlots();
-    if (has("views")) return this.drawAll();
-    if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
+    if (has("view")) return this.drawAll();
+    if (has("layer", "mode", "highlight", "strength")) this.stage?.colour();
     if (has("asSeen")) this.drawPictures();
-    if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
-    if (has("layer")) {
-      frameStrip(this.box("strip"), this.state);
-      this.time?.draw();
-    }
-    if (has("active")) {
-      if (!has("hover")) this.bringImage(state.active); // what the pointer passes over moves nothing
-      this.drawStrip();
-      drawLens(this.box("lens"), state.view);
-    }
-    if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
+    if (has("patch", "hover")) this.stage?.outline();
+    if (has("layer")) this.time?.draw();
+    if (has("layer", "highlight")) drawLoads(this.box("loads"), this.state);
     if (has("highlight")) drawWhere(this.box("where"), this.state);
-    if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
-    if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
-    if (has("layer", "patch", "active", "mode") || slots) this.drawPatch();
+    if (has("layer", "mode", "highlight")) drawLegend(this.box("legend"), this.state);
+    if (has("layer", "patch", "mode")) this.drawPatch();
     else if (has("hover")) this.drawPointed();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
@@ -313,23 +243,10 @@ export class Core {
 
   /** What lies under the patches, wherever it is shown: when a sharper one came, or the model's input is wanted. */
   drawPictures() {
-    this.stages.forEach((stage) => stage.picture());
-    this.drawStrip();
+    this.stage?.picture();
+    drawStrip(this.box("strip"), this.state);
     this.drawPatch();
     this.drawControls();
-  }
-
-  /** Get the slots that are looked at, of every image on the stage; the parts that show them draw when they come. */
-  fetchSlots() {
-    const { state } = this;
-    const { slotMaps: maps, slotExpert: expert } = state;
-    if (!maps.ask) return;
-    state.views.forEach(async (view) => {
-      const layer = view.layers[state.layer];
-      if (maps.get(view, layer, expert)) return;
-      await maps.need(view, layer, expert);
-      state.set({ slotsHere: state.slotsHere + 1 });
-    });
   }
 }
 
@@ -376,7 +293,7 @@ export function startStatic(root, view, moments) {
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
   root.innerHTML = String(html`<header class="mv-header"><h1>Routing of ${pictureTitle(view)}</h1>
       <p class="mv-soft">${about.filter(Boolean).join(" · ")}</p></header>
-    <div class="mv-columns mv-static">${coreLayout()}</div>${cardLayout()}
+    ${coreLayout()}${cardLayout()}
     <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
       contribute, nor what caused the prediction. Schema ${view.schema}.</p>
     <div class="mv-hidden" aria-live="polite" data-live></div>`);

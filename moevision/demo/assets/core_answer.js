@@ -23,12 +23,10 @@ export function drawPrediction(box, view) {
 }
 
 /**
- * One line per image that answers the first question before anything else is read.
- * @param {HTMLElement} box @param {ViewState} state @param {boolean} elsewhere whether another part of the page says how the model was changed
+ * The answer in a line, and what makes it less than the model's own.
+ * @param {HTMLElement} box @param {View} view @param {boolean} elsewhere whether another part of the page says how the model was changed
  */
-export function drawVerdict(box, state, elsewhere) {
-  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view, elsewhere)}</div>`)}`);
-}
+export const drawVerdict = (box, view, elsewhere) => fillBox(box, html`${verdictLine(view)}${verdictNotes(view, elsewhere)}`);
 
 /** @param {View} view */
 function verdictLine(view) {
@@ -38,7 +36,7 @@ function verdictLine(view) {
   const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span> matches the label</span></span>`
     : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
   return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${view.settings.intervention && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
+    ${tag}${changedWords(view) && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
 /**
@@ -47,19 +45,25 @@ function verdictLine(view) {
  */
 function verdictNotes(view, elsewhere) {
   const { unlike } = view.picture;
-  const { intervention, noise } = view.settings;
+  const { noise } = view.settings;
   const off = view.settings.off_reason;
   return [
     unlike && html`<p class="mv-warn" role="note">${unlike}</p>`,
     off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
     typeof noise === "number" && html`<p class="mv-warn" role="note"><b>Noise of training is on.</b> The routers drew it once (draw ${noise}); predictions are made without.
       <button type="button" class="mv-quiet" data-action="calm" data-key="calm">Turn it off</button></p>`,
-    intervention && !elsewhere && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention, view.model.routers)}</p>`,
+    !elsewhere && changedWords(view) && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${changedWords(view)}</p>`,
   ];
 }
 
+/** What was changed about the model; empty where nothing was. @param {View} view */
+export function changedWords({ settings: { intervention, away = [] }, model: { routers } }) {
+  if (intervention) return interventionWords(intervention, routers);
+  return away.length ? `Without ${away.map(([layer, expert]) => `L${layer}·E${expert}`).join(", ")}.` : "";
+}
+
 /** @param {Intervention} given @param {Router[]} routers */
-export function interventionWords({ kind, layer, expert, other, fill }, routers) {
+function interventionWords({ kind, layer, expert, other, fill }, routers) {
   const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
   if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
@@ -99,4 +103,19 @@ export function drawLoads(box, state) {
     <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${done.map(bar)}
       <div class="mv-ideal" aria-hidden="true"></div></div>
     <p class="mv-note">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
+}
+
+/**
+ * What the classifier would say after each block (the logit lens, demo/lens.py).
+ * @param {HTMLElement} box @param {View} view
+ */
+export function drawLens(box, view) {
+  const { lens } = view;
+  const experts = new Map(view.layers.map(({ layer, name }) => [layer, name]));
+  const row = (top, block) => html`<li><span class="${experts.has(block) ? "mv-strong" : ""}">${experts.get(block) ?? `block ${block}`}</span>
+    <span class="mv-class">${top[0].class}</span><span class="mv-bar mv-accent"><i style="width:${top[0].p * 100}%"></i></span>
+    <span class="mv-num">${percent(top[0].p)}</span></li>`;
+  fillBox(box, lens && lens.length > 0 && html`<h2>After each block</h2><ol class="mv-lens">${lens.map(row)}</ol>
+    <p class="mv-note">An untrained readout (logit lens): the last norm and the classifier are put on each block's output, though
+      they were trained for the last one only.</p>`);
 }

@@ -1,7 +1,7 @@
 // One picture of how a layer computed a patch: from its pixels to the residual stream, left to right, in the layer's own
 // numbers. A vector is drawn by a few of its numbers, one of which can be followed: gates, layer scale and stream add up.
 
-import { awayExpert } from "./core_kinds.js";
+import { goneFrom } from "./core_kinds.js";
 import { computedPatch, sparsityWords } from "./core_numbers.js";
 import { underlay } from "./core_stage.js";
 import { patchMoments } from "./core_time.js";
@@ -135,7 +135,7 @@ export class Card {
       const choice = choices.find((one) => one.expert === expert);
       const half = (50 * Math.abs(drawn[expert])) / reach;
       const share = sigmoid ? fixed(shares[expert]) : percent(shares[expert], layer.kind === "soft" ? 1 : 0);
-      const lost = (choice && !choice.kept && choice.weight >= 0.005) || awayExpert(view, layer) === expert || view.settings.away?.some(([where, which]) => where === layer.layer && which === expert);
+      const lost = (choice && !choice.kept && choice.weight >= 0.005) || goneFrom(view, layer).includes(expert);
       return html`<li data-expert="${expert}" data-wire="row-${expert}" class="${choice?.kept || lost ? "" : "mv-away"} ${lost ? "mv-lost-row" : ""}">
         ${likes && html`<span class="mv-likes">${likes[expert].slice(0, 3).map(({ crop }) => html`<img src="${pictureSource(crop)}" alt="">`)}</span>`}
         ${chip(expert, layer.num_experts)}${layer.learned ? html`<span class="mv-score"><i style="left:${drawn[expert] < 0 ? 50 - half : 50}%;width:${half}%"></i></span>
@@ -213,8 +213,8 @@ const layerKey = ({ model: { id, variant } }, layer) => [id, variant, layer.name
 const drawnOf = ({ kept }) => [...kept].sort((one, other) => other.weight - one.weight).slice(0, MOST_DRAWN).sort((one, other) => one.expert - other.expert);
 
 /**
- * The numbers as they are shown, and their sums by these: they are the model's to the last figures. `others` is what comes
- * from networks that aren't drawn, and from the shared ones.
+ * The numbers as they are shown, and their sums by these: they are the model's to the last figures. `others` is what
+ * comes from networks that aren't drawn, and from the shared ones.
  * @param {Computed} computed @returns {Channels & { others: number[], given(choice: Choice): number[] }}
  */
 function summed(computed) {
@@ -264,7 +264,7 @@ function networks(view, layer, computed, numbers, at) {
     ${drawnNetwork(expertColour(choice.expert, layer.num_experts), channels)}${vector("given", numbers.given(choice), at)}<span class="mv-times">× <b class="mv-num" data-n="gate">${figure(choice.weight)}</b></span></div>`;
   const names = othersWords(computed);
   return html`${drawn.map(one)}${names && html`<div class="mv-network" data-wire="net-other" data-gate="0.1"><span class="mv-soft">${names}</span>${vector("others", numbers.others, at)}</div>`}
-    ${lost.map(({ expert, weight }) => html`<p class="mv-lost-row">${chip(expert, layer.num_experts)} <span class="mv-num">${fixed(weight)} ${awayExpert(view, layer) === expert ? "taken away" : "full"}</span></p>`)}
+    ${lost.map(({ expert, weight }) => html`<p class="mv-lost-row">${chip(expert, layer.num_experts)} <span class="mv-num">${fixed(weight)} ${goneFrom(view, layer).includes(expert) ? "taken away" : "full"}</span></p>`)}
     ${!kept.length && !channels.shared && html`<p class="mv-soft">It goes on as it came.</p>`}`;
 }
 

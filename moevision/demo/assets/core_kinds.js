@@ -1,12 +1,12 @@
 // How a layer routes, in words and numbers. The layers of one model may differ in router, experts and k, so everything
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
-import { fixed, percent, rowColumn } from "./core_util.js";
+import { fixed, percent, present, rowColumn } from "./core_util.js";
 /** @import { Layer, Mode, Model, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
   expert: { label: "Expert" },
-  slots: { label: "Slots" },
+  reads: { label: "Reads" },
   takers: { label: "How many" },
   entropy: { label: "Entropy" },
   margin: { label: "Margin" },
@@ -19,7 +19,7 @@ export const MODES = {
  */
 export function modesOf({ kind, learned, ...layer }) {
   if ("past" in layer) return kind === "expert_choice" ? ["expert", "takers"] : ["expert"];
-  if (kind === "soft") return ["expert", "slots", "entropy", "margin"];
+  if (kind === "soft") return ["expert", "reads", "entropy", "margin"];
   if (kind === "expert_choice") return ["expert", "takers", "entropy", "margin"];
   return learned ? ["expert", "entropy", "margin", "drops"] : ["expert", "drops"];
 }
@@ -67,6 +67,16 @@ export function expertShares(layer) {
 export const shareOf = (layers) => (layers.every(({ kind }) => kind === "token_choice") ? "patch choices" : "what patches take from the experts");
 
 /**
+ * [P] of Soft MoE: what an expert reads of each patch, the mean over its slots, in even shares; null: of its first expert.
+ * @param {Layer} layer @param {number | null} expert
+ */
+export function readShares({ reads, experts }, expert) {
+  const rows = present(reads);
+  const means = rows.map((row) => row.reduce((sum, value) => sum + value, 0) / row.length);
+  return experts.map(([first], patch) => rows[expert ?? first][patch] / means[expert ?? first]);
+}
+
+/**
  * Smallest and largest weight of the strongest expert, over the patches that have one.
  * @param {Layer} layer
  */
@@ -86,18 +96,34 @@ function takerCounts(layer) {
 }
 
 /**
- * How many choices aren't computed, leaving out those of an expert that is taken away.
- * @param {Layer} layer @param {number | null} [away]
+ * The experts of a layer that are taken away.
+ * @param {View} given @param {Layer} given @returns {number[]}
  */
-const droppedChoices = (layer, away = null) => layer.kept.reduce((sum, row, patch) => sum
-  + row.filter((kept, rank) => !kept && layer.experts[patch][rank] !== away).length, 0);
+export function goneFrom({ settings: { intervention, away = [] } }, { layer }) {
+  const gone = away.flatMap(([where, expert]) => (where === layer ? [expert] : []));
+  return intervention?.kind === "ablate" && intervention.layer === layer ? [...gone, Number(intervention.expert)] : gone;
+}
 
 /**
- * The expert of a layer that the view's intervention takes away; null without one.
- * @param {View} given @param {Layer} given
+ * How many choices aren't computed, leaving out those of experts that are taken away.
+ * @param {View} view @param {Layer} layer
  */
-export function awayExpert({ settings: { intervention } }, { layer }) {
-  return intervention?.kind === "ablate" && intervention.layer === layer ? intervention.expert : null;
+function droppedChoices(view, layer) {
+  const gone = goneFrom(view, layer);
+  return layer.kept.flatMap((row, patch) => row.filter((kept, rank) => !kept && !gone.includes(layer.experts[patch][rank]))).length;
+}
+
+/**
+ * The experts of each layer that no patch of the image goes to; empty where every layer is soft, and all run.
+ * @param {View} view
+ */
+export function silentWords(view) {
+  const layers = view.layers.filter(({ kind }) => kind !== "soft").map((layer) => {
+    const gone = goneFrom(view, layer);
+    const silent = layer.counts.flatMap((count, expert) => (count === 0 && !gone.includes(expert) ? [`E${expert}`] : []));
+    return `${layer.name} ${silent.join(", ") || "none"}`;
+  });
+  return layers.length ? `Silent in this image: ${layers.join(" · ")}.` : "";
 }
 
 /**
@@ -160,7 +186,7 @@ function describeExperts(view, layer, patch) {
  * Why an expert that was chosen doesn't compute a patch.
  * @param {View} view @param {Layer} layer @param {number} expert
  */
-export const lostWords = (view, layer, expert) => (awayExpert(view, layer) === expert ? "taken away" : "dropped by capacity");
+export const lostWords = (view, layer, expert) => (goneFrom(view, layer).includes(expert) ? "taken away" : "dropped by capacity");
 
 /**
  * What colour and number of a patch say in the present colouring.
@@ -169,12 +195,12 @@ export const lostWords = (view, layer, expert) => (awayExpert(view, layer) === e
 export function modeHint(view, layer, mode) {
   return {
     expert: () => expertHint(view, layer),
-    slots: () => "times an even share; the palest and the strongest patch of this map span the scale",
+    reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
     takers: () => "number of experts that took the patch",
     entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
       : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
     margin: () => `best minus second-best ${affinity(layer)}`,
-    drops: () => (droppedChoices(layer, awayExpert(view, layer)) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
+    drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
   }[mode]();
 }
 
@@ -194,7 +220,7 @@ function expertHint(view, layer) {
 }
 
 /** @param {View} view @param {Layer} layer */
-const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && layer.experts[patch][0] !== awayExpert(view, layer));
+const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && !goneFrom(view, layer).includes(layer.experts[patch][0]));
 
 /**
  * What the bars of a layer's load mean.
@@ -210,7 +236,7 @@ export function loadNote(view, layer) {
     return `Experts choose, and each takes as many of the image's tokens as every other: the load is even by construction.
       Patches: ${patches.join(", ")}.`;
   }
-  const dropped = droppedChoices(layer, awayExpert(view, layer));
+  const dropped = droppedChoices(view, layer);
   const whose = layer.capacity === null || view.settings.capacity !== null ? "" : ` (the model's own limit is capacity factor ${layer.capacity})`;
   const mean = layer.counts.reduce((sum, count) => sum + count, 0) / layer.num_experts;
   return `Choices of this image's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.

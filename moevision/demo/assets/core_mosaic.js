@@ -113,7 +113,7 @@ export function paintLabel(context, layer, expert, x, y, size) {
  */
 export function mosaicPlaces(count, height) {
   let columns = 4;
-  while (Math.ceil(count / columns) > columns * height) columns += 1;
+  while (height > 0 && Math.ceil(count / columns) > columns * height) columns += 1; // in a box without room none fits
   const side = 1 / columns;
   return [...Array(count).keys()].map((place) => [(place % columns) * side, Math.floor(place / columns) * side, side]);
 }

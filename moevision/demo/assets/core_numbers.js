@@ -101,7 +101,7 @@ export function parametersRun({ model, layers }, patch) {
   return { run: model.parameters - idle, all: model.parameters };
 }
 
-const WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
+const WORDS = "no one two three four five six seven eight nine".split(" ");
 
 /**
  * What sparsity means for a patch: said where it happens.

@@ -1,22 +1,19 @@
 // The stage: an image under a grid of patches, and the strip of layers beneath it.
 
-import { awayExpert, describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
-import { silentWords } from "./core_lens.js";
-import { playButton } from "./core_play.js";
-import { rangeOf, ratioWords, slotLooks, slotValues } from "./core_slots.js";
+import { capital, describePatch, goneFrom, modeHint, patchWeights, plural, readShares, routingWords, silentWords, strongest } from "./core_kinds.js";
 import {
-  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, rgba, SCALE_COLOUR, term,
+  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, rgba, rowColumn, SCALE_COLOUR, term,
 } from "./core_util.js";
 import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, Ramp, View } from "./types.js" */
+/** @import { Layer, View } from "./types.js" */
 
 /**
  * [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}.
  * @param {ViewState} state @param {View} view @param {Layer} layer
  */
 export function patchLooks(state, view, layer) {
-  if (state.mode === "slots") return slotLooks(state, view, layer);
+  if (state.mode === "reads") return readLooks(state, layer);
   const lit = litExpert(state, view, layer);
   const top = layer.kind === "soft" ? topWeight(layer, lit) : 1;
   return layer.experts.map((_, patch) => patchLook(state, layer, patch, top, lit));
@@ -26,7 +23,7 @@ export function patchLooks(state, view, layer) {
  * The expert whose patches stand out. One that was taken away has none: then all show where they went.
  * @param {ViewState} state @param {View} view @param {Layer} layer
  */
-const litExpert = ({ highlight }, view, layer) => (awayExpert(view, layer) === highlight ? null : highlight);
+const litExpert = ({ highlight }, view, layer) => (highlight !== null && goneFrom(view, layer).includes(highlight) ? null : highlight);
 
 /**
  * The largest weight of the image: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it.
@@ -64,6 +61,20 @@ function highlightLook(state, layer, patch, top, expert) {
     text: String(expert), chip: expert, faint: !uses, hatched: uses && !layer.kept[patch][rank] };
 }
 
+/** @param {number[]} shares @returns {[number, number]} */
+const readEnds = (shares) => [Math.min(...shares), Math.max(...shares)];
+
+/** @param {ViewState} state @param {Layer} layer */
+function readLooks({ highlight, strength }, layer) {
+  const shares = readShares(layer, highlight);
+  const [low, high] = readEnds(shares);
+  const digits = high - low < 0.5 ? 2 : 1; // more where all are nearly alike
+  return shares.map((share) => ({
+    colour: SCALE_COLOUR, alpha: clamp((0.03 + (0.8 * (share - low)) / (high - low || 1)) * (strength / 0.65), 0, 1),
+    text: fixed(share, digits), chip: null,
+  }));
+}
+
 /** @param {Layer} layer @param {number} patch */
 function takersLook(layer, patch) {
   const most = Math.max(1, ...layer.experts.map(({ length }) => length));
@@ -80,7 +91,7 @@ function dropLook(layer, patch) {
 
 const DROP_COLOUR = "#b3261e";
 // A scale in one colour is read more easily on a grey image.
-export const GREY_MODES = ["slots", "takers"];
+export const GREY_MODES = ["reads", "takers"];
 const NOBODY_COLOUR = "#808080";
 
 const originals = new WeakMap();
@@ -103,13 +114,12 @@ export function underlay({ asSeen }, view) {
   return { sharp, source: pictureSource(sharp ? originals.get(view.picture) : view.picture.src) };
 }
 
-/** One image with its grid; `slot` is the position of its view in the state. */
+/** The image with its grid. */
 export class Stage {
-  /** @param {HTMLElement} box @param {ViewState} state @param {number} slot */
-  constructor(box, state, slot) {
+  /** @param {HTMLElement} box @param {ViewState} state */
+  constructor(box, state) {
     this.box = box;
     this.state = state;
-    this.slot = slot;
     this.pictured = this.view.picture;
     this.cells = this.build();
     this.drawAgain();
@@ -128,7 +138,7 @@ export class Stage {
    */
   shows(view) { return this.pictured === view.picture; }
 
-  get view() { return this.state.views[this.slot]; }
+  get view() { return this.state.view; }
 
   build() {
     const { view } = this;
@@ -137,7 +147,7 @@ export class Stage {
       data-patch="${row * columns + column}"><span class="mv-mark" aria-hidden="true"></span></div>`;
     const line = (row) => html`<div role="row" class="mv-row">${[...Array(columns).keys()].map((column) => cell(row, column))}</div>`;
     fillBox(this.box, html`
-      <div class="mv-canvas" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}" data-slot="${this.slot}">
+      <div class="mv-canvas" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}">
         <img class="mv-picture" alt="" draggable="false">
         <div class="mv-grid" role="grid" aria-label="Patches of ${pictureTitle(view)}, ${rows} rows and ${columns} columns"
           aria-rowcount="${rows}" aria-colcount="${columns}">${[...Array(rows).keys()].map(line)}</div>
@@ -177,15 +187,12 @@ export class Stage {
 
   /** Outline of the pinned and the hovered patch, and the one place in the grid that Tab reaches. */
   outline() {
-    const { state } = this;
-    const active = state.active === this.slot;
-    const entry = active && state.patch !== null ? state.patch : 0;
+    const { patch: pinned, hover } = this.state;
     this.cells.forEach((cell, patch) => {
-      const pinned = active && patch === state.patch;
-      cell.classList.toggle("mv-pinned", pinned);
-      cell.classList.toggle("mv-hover", active && patch === state.hover);
-      cell.setAttribute("aria-selected", String(pinned));
-      cell.tabIndex = patch === entry ? 0 : -1;
+      cell.classList.toggle("mv-pinned", patch === pinned);
+      cell.classList.toggle("mv-hover", patch === hover);
+      cell.setAttribute("aria-selected", String(patch === pinned));
+      cell.tabIndex = patch === (pinned ?? 0) ? 0 : -1;
     });
   }
 
@@ -222,34 +229,78 @@ function drawThumbnail(canvas, layer, [rows, columns]) {
 /** @param {HTMLElement} box @param {ViewState} state */
 export function drawStrip(box, state) {
   const { layers, model } = state.view;
-  const item = (layer, index) => html`
-    <button type="button" class="mv-layer" data-action="layer" data-index="${index}" data-key="layer-${index}"
-      aria-pressed="${index === state.layer}" aria-label="Layer ${layer.name}">
-      <canvas aria-hidden="true"></canvas><span>${layer.name}</span>
-    </button>`;
+  const item = ({ name }, index) => html`<button type="button" class="mv-layer" data-action="layer" data-index="${index}"
+    data-key="layer-${index}" aria-label="Layer ${name}"><canvas aria-hidden="true"></canvas><span>${name}</span>
+    <span class="mv-way"></span></button>`;
+  const others = layers.map((layer) => layerExpert(layer, 0)).join(" and ");
   fillBox(box, html`
     <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
-      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span>${layers.length > 1 && playButton("layers", "the layers")}</div>
+      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Colours aren't comparable across layers<span>: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
-      are different networks</span>.</p>
+    <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across layers<span>:
+      ${others} are different networks</span>.</p>
     <p class="mv-note mv-silent">${silentWords(state.view)}</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
   box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
+  frameStrip(box, state);
 }
 
 /**
- * A change of layer only moves the frame: nothing is drawn again, the focus stays.
+ * A change of layer moves the frame, and one of the patch its way through the layers: nothing is drawn again, the focus stays.
  * @param {HTMLElement} box @param {ViewState} state
  */
-export function frameStrip(box, state) {
-  box.querySelectorAll(".mv-layer").forEach((button, index) => button.setAttribute("aria-pressed", String(index === state.layer)));
+export function frameStrip(box, { view, layer, shown: patch }) {
+  box.querySelectorAll(".mv-layer").forEach((button, index) => {
+    const { experts, num_experts: count } = view.layers[index];
+    button.setAttribute("aria-pressed", String(index === layer));
+    const taken = patch === null ? [] : experts[patch].slice(0, 2);
+    fillBox(button.querySelector(".mv-way"), html`${taken.map((expert) => chip(expert, count))}${patch !== null && !taken.length && "–"}`);
+  });
+}
+
+/**
+ * Which patch it is, its first expert, and how sure the router was.
+ * @param {HTMLElement} box @param {ViewState} state
+ */
+export function drawWhere(box, state) {
+  const { view, currentLayer: layer, shown: patch, highlight } = state;
+  if (patch === null) {
+    return fillBox(box, html`<p class="mv-note">Point at a patch, click to pin it. Arrow keys move, <kbd>Esc</kbd> lets go.</p>`);
+  }
+  const [row, column] = rowColumn(patch, view.model.grid[1]);
+  const [first] = layer.experts[patch];
+  const nobody = first === undefined;
+  const bits = Math.log2(layer.num_experts);
+  const of = fixed(bits, Number.isInteger(bits) ? 0 : 1);
+  const mark = nobody ? html`<span class="mv-chip mv-big mv-none">–</span>`
+    : pickButton(layer, first, highlight, chip(first, layer.num_experts, "mv-big"), "where");
+  return fillBox(box, html`<p class="mv-where">${mark}
+    <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br>
+      <span class="mv-soft">row ${row}, column ${column}</span></span>
+    ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
+      <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
+      <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}
+    ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin"
+      aria-label="Unpin">×</button>`}</p>
+    ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view
+      was saved before views carried how a patch was computed.</p>`}
+    <p class="mv-note">${contextSentence(layer)}</p>`);
+}
+
+/**
+ * Attention comes before the experts within a block, so block n has had n + 1 rounds of it.
+ * @param {Layer} layer
+ */
+function contextSentence({ layer, name }) {
+  const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;
+  return `By ${name} it has been through ${rounds}: it carries context from the whole image, so the expert doesn't answer to
+    these pixels alone.`;
 }
 
 /** @param {HTMLElement} box @param {ViewState} state */
 export function drawLegend(box, state) {
-  const { mode, view, currentLayer: layer } = state;
+  const { mode, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
   const key = {
@@ -260,7 +311,7 @@ export function drawLegend(box, state) {
     margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
     takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
-    slots: () => slotRamp(state, view, layer, ramp),
+    reads: () => ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`)),
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }
@@ -270,13 +321,4 @@ function legendHint(state) {
   const lit = litExpert(state, state.view, state.currentLayer);
   if (lit !== null && state.mode === "expert") return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
-}
-
-/** @param {ViewState} state @param {View} view @param {Layer} layer @param {Ramp} ramp */
-function slotRamp(state, view, layer, ramp) {
-  const values = slotValues(state, view, layer);
-  if (!values) return "";
-  const { low, high } = rangeOf(values);
-  const ratio = ratioWords(state, layer, values);
-  return ramp(`${ratio(low)} ×`, `${ratio(high)} ×`);
 }

@@ -2,12 +2,12 @@
 // and right answers over all recorded images, and beside it the same training without balance loss. The last moment is the
 // trained model, whose view has all numbers; of the others weights and predictions were recorded: all else is left out.
 
-import { playButton } from "./core_play.js";
 import { chip, clamp, expertColour, fillBox, fixed, html, percent, present } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Layer, Moments, PastLayer, TimeSource, Track, View } from "./types.js" */
 
 const MOST = 3; // experts of a patch that there is room for
+const PLAY_MS = 500; // for each moment
 
 /**
  * When a moment was, as in "after 40 of 640 steps".
@@ -129,6 +129,8 @@ export class Time {
     /** @type {Shown[]} */
     this.shown = [];
     this.turn = Symbol("now");
+    /** @type {symbol | null} */
+    this.playing = null;
   }
 
   /** The place in the film. */
@@ -140,7 +142,7 @@ export class Time {
   /** The control stays while only the moment changes: a slider in somebody's hand must not go away. */
   draw() {
     const { state } = this;
-    const about = this.source.about(state.views.map(trainedView));
+    const about = this.source.about(trainedView(state.view));
     const { variant } = state.view.model;
     const built = JSON.stringify([about, variant, state.layer]);
     if (this.built !== built) {
@@ -148,6 +150,8 @@ export class Time {
       const known = typeof about === "object" ? about : null;
       this.shown = Object.entries(known?.tracks ?? {}).map(([name, track]) => ({ name, track, loads: track.loads[state.layer] }));
       Object.assign(this, { steps: known?.tracks[variant].steps ?? [], total: known?.total_steps, pretrained: known?.pretrained });
+      // What stands below doesn't jump while the film gives way to a sentence.
+      this.box.style.minHeight = typeof about === "string" ? `${this.box.offsetHeight}px` : "";
       fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : known && this.film());
     }
     this.mark();
@@ -160,7 +164,8 @@ export class Time {
     return html`<div class="mv-film-head"><h2>How ${several ? "they" : "it"} learned</h2><output class="mv-soft" data-part="when"></output></div>
       <div class="mv-film">${this.shown.map(row)}
         <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training">
-        <div>${playButton("training", "the training")}<p>Bands: the share of patches that each network of ${name} takes, ${percent(1 / experts)} if all take alike.
+        <div><button type="button" class="mv-quiet mv-play" data-action="run" data-key="run"
+          aria-label="Play the training">Play</button><p>Bands: the share of patches that each network of ${name} takes, ${percent(1 / experts)} if all take alike.
           Line: right answers. Both over ${this.shown[0].track.of} images.</p></div></div>`;
   }
 
@@ -173,7 +178,11 @@ export class Time {
     const when = words ?? (this.at === this.last ? "trained" : momentWords({ step, total_steps: this.total }) + begins);
     slider.value = String(step);
     slider.setAttribute("aria-valuetext", when);
-    present(this.box.querySelector("[data-part=when]")).textContent = when;
+    const said = present(this.box.querySelector("[data-part=when]"));
+    if (said.textContent !== when) said.textContent = when; // said anew only where it changed
+    const play = /** @type {HTMLElement} */ (this.box.querySelector(".mv-play"));
+    play.textContent = this.playing ? "Pause" : "Play";
+    this.box.classList.toggle("mv-playing", this.playing !== null);
     const [nows, told] = ["now", "told"].map((part) => this.box.querySelectorAll(`[data-part=${part}]`));
     this.shown.forEach(({ track, loads }, row) => {
       const place = placeAt(track.steps, step);
@@ -203,20 +212,37 @@ export class Time {
   async go(place) {
     const turn = (this.turn = Symbol("moment"));
     const { state } = this;
-    const now = state.views.map(trainedView);
-    if (place === this.last) return state.set({ views: now });
+    const now = trainedView(state.view);
+    if (place === this.last) return state.set({ view: now });
     const late = setTimeout(() => turn === this.turn && this.mark("loading…"), 300);
     try {
-      const moments = await Promise.all(now.map((view) => this.source.get(view)));
-      // Another moment, or other images, may have been chosen meanwhile.
-      if (turn !== this.turn || state.views.length !== now.length || state.views.some((view, slot) => trainedView(view) !== now[slot])) return undefined;
-      state.set({ views: now.map((view, slot) => pastView(view, moments[slot], place)) });
+      const moments = await this.source.get(now);
+      // Another moment, or another image, may have been chosen meanwhile.
+      if (turn === this.turn && trainedView(state.view) === now) state.set({ view: pastView(now, moments, place) });
     } catch (error) {
       if (turn === this.turn) this.mark(error instanceof Error ? error.message : String(error));
     } finally {
       clearTimeout(late);
     }
     return undefined;
+  }
+
+  /**
+   * From the present moment, or from the first one where that is the last, to the last one; once more: pause. Who
+   * chooses another one meanwhile has it.
+   */
+  async play() {
+    const turn = this.playing ? null : Symbol("play");
+    this.playing = turn;
+    this.mark();
+    for (let next = this.at === this.last ? 0 : this.at + 1; turn && next <= this.last; next += 1) {
+      await this.go(next);
+      if (next < this.last) await new Promise((resolve) => setTimeout(resolve, PLAY_MS));
+      if (this.playing !== turn) return;
+      if (this.at !== next) break;
+    }
+    this.playing = null;
+    this.mark();
   }
 
   /**

@@ -8,12 +8,13 @@ import { html, present } from "./core_util.js";
 
 /** @param {HTMLElement} root @param {View} view */
 export function startFlow(root, view) {
-  root.innerHTML = String(html`<section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>`);
+  root.innerHTML = String(html`<section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
+    <div class="mv-flow-end" data-box="layer"></div>`);
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
   const state = new ViewState(view, { layer: null });
   const model = /** @type {any} */ ({ examples: [], class_names: view.model.class_names, card: {} });
   /** @type {FlowHost} */
-  const host = { core: { box: (name) => present(root.querySelector(`[data-box="${name}"]`)) }, state, pictures: [], slot: 0, own: [], away: view.settings.away ?? [], usual: null,
+  const host = { core: { box: (name) => present(root.querySelector(`[data-box="${name}"]`)) }, state, picture: { kind: "none" }, own: [], away: view.settings.away ?? [], usual: null,
     model, boot: { models: [] }, toggleAway: () => undefined };
   const flow = new Flow(host);
   root.addEventListener("click", (event) => /** @type {Element} */ (event.target).closest("[data-action=fly]") && flow.play());

@@ -4,45 +4,46 @@ import { VARIANTS } from "./app_rail.js";
 import { routingWords } from "./core_kinds.js";
 import { fillBox, fixed, html, percent, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { Router } from "./types.js" */
+
+const ROUTING_TEXTS = {
+  token_choice: "Every patch chooses its experts.",
+  image: "The mean of all patches chooses: every patch of an image goes to the same experts.",
+  expert_choice: "Every expert chooses as many patches as the others. A patch may have several experts, or none.",
+  soft: "A slot is a weighted mean of all patches, an expert computes its slots, and patches take weighted means of the results.",
+  rule: "Nobody trained this router: it is a rule to compare learned ones with.",
+};
+
+const NOT_SHOWN = {
+  "Not what the model attends to.": "Attention mixes the patches in every block, and this page doesn't draw it.",
+  "Not everything that happens to a patch.": "The residual path carries it past the experts unchanged; an expert only adds to it.",
+  "Not pixels alone.": "A patch in a deep layer carries context from the whole image.",
+  "Not a cause.": "Where patches go doesn't say what matters for the answer. Take an expert away, and read the effect beside its control.",
+  "Not a law from one image.": "A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.",
+  "Not a meaning.": "Names on cards are counts on one set of images. Another training run gives other experts.",
+};
 
 /**
- * What the card says about the training of a variant, in words, and by which commands the others came about: [name, value].
+ * What the card says about the training of a variant, and by which commands the others came about: [name, value].
  * @param {Record<string, any>} card @param {string} variant
  */
 function cardRows(card, variant) {
   const recipes = { trained: card.recipe, ...card.recipes };
   const epochs = (card.validation_top1 ?? []).map((top1) => fixed(100 * top1, 1)).join(", ");
-  const others = Object.entries(recipes).filter(([name]) => name !== variant).map(([name, command]) => [`recipe, ${name}`, command]);
-  // The card tells epochs and seed of the trained model only.
-  const trained = variant === "trained" ? [["validation by epoch", epochs && `${epochs} %`], ["seed", card.seed]] : [];
-  const tested = variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} images`;
-  return [["recipe", recipes[variant]], ["note", card.note], ...trained, ["tested on", tested], ["balanced accuracy", interval(card.balanced_accuracy?.[variant === "trained" ? "moe" : variant])], ["data", card.data], ["licence", card.licence], ...others];
+  const balanced = card.balanced_accuracy?.[variant === "trained" ? "moe" : variant];
+  const [share, low, high] = (balanced ?? []).map((one) => percent(one, 1));
+  const rows = {
+    recipe: recipes[variant],
+    note: card.note,
+    // The card tells epochs and seed of the trained model only.
+    ...(variant === "trained" && { "validation by epoch": epochs && `${epochs} %`, seed: card.seed }),
+    "tested on": variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} images`,
+    "balanced accuracy": balanced && `${share} (95 % interval ${low} to ${high})`,
+    data: card.data,
+    licence: card.licence,
+  };
+  Object.keys(recipes).forEach((name) => { if (name !== variant) rows[`recipe, ${name}`] = recipes[name]; });
+  return Object.entries(rows).filter(([, value]) => value || value === 0);
 }
-
-const ROUTING_TEXTS = {
-  token_choice: "Every patch chooses its experts.",
-  image: "The mean of all patches chooses: every patch of an image goes to the same experts.",
-  expert_choice: "Every expert chooses the patches that suit it best, as many as every other expert. A patch may have several experts, or none.",
-  soft: "Nothing is chosen: a slot is a weighted mean of all patches, an expert computes its slots, and every patch takes a weighted mean of the results.",
-  rule: "Nobody trained this router: it is a rule to compare learned ones with.",
-};
-
-/**
- * Which of these texts belongs to the layers that route in these words.
- * @param {Router[]} routers @param {string} words
- */
-function routingText(routers, words) {
-  const { kind, learned, route_by } = present(routers.find((router) => router.words === words));
-  if (!learned) return "rule";
-  return route_by === "image" ? "image" : kind;
-}
-
-/**
- * A share with the interval around it, in percent; nothing where it wasn't measured.
- * @param {[number, number, number] | undefined} found
- */
-const interval = (found) => found && `${percent(found[0], 1)} (95 % interval ${percent(found[1], 1)} to ${percent(found[2], 1)})`;
 
 export class AboutTab {
   /** @param {App} app */
@@ -56,25 +57,26 @@ export class AboutTab {
   /** @param {HTMLElement} panel */
   async draw(panel) {
     const { model, boot, variant } = this.app;
-    const card = model.card ?? {};
-    const rows = cardRows(card, variant).filter(([, value]) => value || value === 0);
+    const way = (text) => {
+      const { kind, learned, route_by: unit } = present(model.routers.find((router) => router.words === text));
+      return ROUTING_TEXTS[!learned ? "rule" : unit === "image" ? "image" : kind];
+    };
+    const rows = {
+      shown: VARIANTS[variant]?.label ?? variant,
+      patches: `${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px`,
+      experts: `in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}`,
+      ...Object.fromEntries(cardRows(model.card ?? {}, variant)),
+    };
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
-      <p>A vision transformer cuts the image into patches. In some of its layers there are experts,
-        and a router shares the patches out among them. Colour and number of a patch name its first or strongest expert; stronger colour means a higher weight.</p>
-      ${routingWords(model.routers).map(([where, words]) => html`<p><b>${where}</b>: ${words}. ${ROUTING_TEXTS[routingText(model.routers, words)]}</p>`)}
-      <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a colour.</p>
-      <h2>What routing does not show</h2><ul>
-        <li><b>Not what the model attends to.</b> Attention mixes the patches in every block, and this page doesn't draw it.</li>
-        <li><b>Not everything that happens to a patch.</b> The residual path carries every patch past the experts unchanged; an expert only adds to it.</li>
-        <li><b>Not pixels alone.</b> A patch in a deep layer carries context from the whole image.</li>
-        <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under the image, and read the effect beside its control.</li>
-        <li><b>Not a law from one image.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
-        <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of images. Another training run gives other experts.</li></ul></section>
+      <p>A vision transformer cuts the image into patches. In some of its layers there are experts, and a router shares the
+        patches out among them. Colour and number name a patch's first or strongest expert; stronger colour means a higher weight.</p>
+      ${routingWords(model.routers).map(([where, text]) => html`<p><b>${where}</b>: ${text}. ${way(text)}</p>`)}
+      <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a
+        colour.</p><h2>What routing does not show</h2>
+      <ul>${Object.entries(NOT_SHOWN).map(([what, why]) => html`<li><b>${what}</b> ${why}</li>`)}</ul></section>
       <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_texts[variant]}<br>${model.data_text}</p>
-        <dl class="mv-card-table"><div><dt>shown</dt><dd>${VARIANTS[variant]?.label ?? variant}</dd></div>
-          <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
-          <div><dt>experts</dt><dd>in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}</dd></div>
-          ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
-        <p class="mv-note">moevision ${boot.version}. Nothing leaves this ${boot.device ? "device" : "server"}; no image is kept.</p></section></div>`);
+        <dl class="mv-card-table">${Object.entries(rows).map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
+        <p class="mv-note">moevision ${boot.version}. Nothing leaves this ${boot.device ? "device" : "server"}; no image is
+          kept.</p></section></div>`);
   }
 }

@@ -1,12 +1,15 @@
-// Tab "Classes": class against expert, only what stands above the null coloured.
+// Tab "Classes": class against expert, only what stands above the null coloured; and two classes against each other.
+// Finding nothing is a result too.
 
-import { asAskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
-import { chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, present, signed } from "./core_util.js";
+import { asAskError, AskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { shareOf } from "./core_kinds.js";
+import { chip, clamp, fillBox, fixed, html, layerExpert, Markup, MINUS, percent, pictureSource, present, signed, term } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
-/** @import { ClassesAnswer, Wanted } from "./types.js" */
+/** @import { ClassesAnswer, CompareAnswer, DifferenceLayer, ExpertDifference, Wanted } from "./types.js" */
 
 const RESET = "none";
+const ENOUGH = 50; // images: of fewer, hardly any class has three mistakes of one kind
 
 export class ClassesTab {
   /** @param {App} app */
@@ -19,15 +22,21 @@ export class ClassesTab {
     this.byExpert = RESET;
     /** @type {number | string} */
     this.byClass = RESET;
+    this.a = "cat"; // the two that are compared, as far as the model has them
+    this.b = "dog";
     /** @type {string | null} whose table it is */
     this.model = null;
-    /** @type {symbol | null} */
-    this.cellTicket = null;
+    /** @type {Record<string, symbol>} what was asked for last below the table and beside it */
+    this.tickets = {};
     const sort = (key, value) => { this[key] = this[key] === value ? RESET : value; this.drawTable(); };
+    const choose = (side) => (select) => { this[side] = select.value; };
+    this.changes = { "compare-a": choose("a"), "compare-b": choose("b") };
     this.actions = {
       "sort-expert": (button) => sort("byExpert", Number(button.dataset.expert)),
       "sort-class": (button) => sort("byClass", Number(button.dataset.class)),
-      cell: (button) => this.showCell(button),
+      cell: (button) => this.showCell(button.dataset.class, Number(button.dataset.expert)),
+      "compare-run": () => this.compare(),
+      mistakes: () => this.mistakes(),
     };
   }
 
@@ -38,17 +47,26 @@ export class ClassesTab {
     fillBox(panel, waitingBox("Counting which class goes where…"));
     const answer = await app.asker.whenReady("classes", { model, variant }, wanted);
     if (!wanted()) return;
-    if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
+    if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count in", answer.note || NO_PICTURES));
     this.panel = panel;
-    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own rows and columns
+    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own table
     this.variant = variant;
     /** @type {ClassesAnswer} */
     this.answer = answer;
     const shown = answer.layers.find(({ layer }) => layer === present(app.state).currentLayer.layer) ?? answer.layers[0];
     this.layer = shown;
     this.kind = routers.find(({ layer }) => layer === shown.layer)?.kind;
-    fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
-      <div>${this.information()}</div></div>`);
+    const [first, second] = answer.class_names;
+    if (!answer.class_names.includes(this.a)) this.a = first;
+    if (!answer.class_names.includes(this.b)) this.b = second;
+    fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div>
+      ${app.model.num_examples >= ENOUGH && html`<button type="button" class="mv-button" data-action="mistakes"
+        data-key="mistakes">Mistakes and routes</button>`}</div><div><h2>Three questions about ${shown.name}</h2>
+        ${shown.answers.map((one) => html`<p class="mv-answer ${one.answer === "yes" && "mv-right"}">${one.sentence}</p>`)}
+        <h2>Two classes</h2><p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second.</p>
+        <div class="mv-form">${this.pick("a", "Class")}${this.pick("b", "against")}
+          <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
+        <div data-part="classes" aria-live="polite"></div></div></div>`);
     this.drawTable();
   }
 
@@ -56,66 +74,129 @@ export class ClassesTab {
     const [answer, layer] = [present(this.answer), this.layer];
     const order = (size, value) => [...Array(size).keys()].sort((a, b) => (value ? value(b) - value(a) : 0) || a - b);
     const empty = (row) => layer.share[row][0] === null; // no image of the class, so no share either
-    const rows = order(answer.class_names.length, this.byExpert === RESET ? null : (row) => layer.excess[row][this.byExpert] ?? -Infinity);
-    const columns = order(layer.share[0].length, this.byClass === RESET ? null : (column) => layer.excess[this.byClass][column]);
+    const { byExpert, byClass } = this;
+    const rows = order(answer.class_names.length, byExpert !== RESET && ((row) => layer.excess[row][byExpert] ?? -Infinity));
+    const columns = order(layer.share[0].length, byClass !== RESET && ((column) => layer.excess[byClass][column]));
     const marked = layer.significant.flat().filter(Boolean).length;
-    fillBox(this.panel?.querySelector("[data-part=table]"), html`
+    const line = (row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}"
+        data-key="class-${row}" aria-pressed="${byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">
+        ${answer.class_names[row]}</button></th>${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>`
+    : columns.map((expert) => this.cell(row, expert))}</tr>`;
+    fillBox(this.part("table"), html`
       <h2>Class × expert in ${layer.name}</h2>
-      <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes." : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
+      <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes."
+    : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
         (labels shuffled over ${answer.n_images} images). ${marked ? `${marked} cells stand out.` : "No cell stands out alone."}</p>
-      <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
-      <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
-        aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
-        ${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>` : columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
-      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
+      <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat">
+        <thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
+        <tbody>${rows.map(line)}</tbody></table></div>
+      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−).
+        Click a head to sort, a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
   }
+
+  /** @param {string} name */
+  part(name) { return this.panel?.querySelector(`[data-part=${name}]`); }
 
   /** @param {number} expert */
   expertHead(expert) {
     const experts = this.layer.share[0].length;
-    return html`<th scope="col" aria-sort="${this.byExpert === expert ? "descending" : "none"}"><button type="button" data-action="sort-expert"
-      data-expert="${expert}" data-key="head-${expert}" aria-label="Sort classes by expert ${expert}">${chip(expert, experts)}</button></th>`;
+    return html`<th scope="col" aria-sort="${this.byExpert === expert ? "descending" : "none"}"><button type="button"
+      data-action="sort-expert" data-expert="${expert}" data-key="head-${expert}"
+      aria-label="Sort classes by expert ${expert}">${chip(expert, experts)}</button></th>`;
   }
 
   /** @param {number} row @param {number} expert */
   cell(row, expert) {
     const { share, excess, significant } = this.layer;
+    const digits = this.kind === "soft" ? 1 : 0;
     const over = excess[row][expert];
     const strength = Math.round(clamp(Math.abs(over) / Math.max(...excess.flat().map(Math.abs), 1e-9), 0.15, 1) * 60);
-    const colour = over > 0 ? "var(--more)" : "var(--less)";
-    const style = significant[row][expert] ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : "";
+    const marked = significant[row][expert];
+    const style = marked && `background:color-mix(in srgb, var(${over > 0 ? "--more" : "--less"}) ${strength}%, transparent)`;
     const name = present(this.answer).class_names[row];
-    return html`<td style="${style}"><button type="button" data-action="cell" data-class="${name}" data-expert="${expert}" data-key="cell-${row}-${expert}"
-      aria-label="${name}, expert ${expert}: ${percent(share[row][expert], this.kind === "soft" ? 1 : 0)}, ${signed(over * 100, 1)} points${significant[row][expert] ? ", stands out" : ""}">
-      ${fixed(share[row][expert] * 100, this.kind === "soft" ? 1 : 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
+    const words = `${percent(share[row][expert], digits)}, ${signed(over * 100, 1)} points${marked ? ", stands out" : ""}`;
+    return html`<td style="${style}"><button type="button" data-action="cell" data-class="${name}" data-expert="${expert}"
+      data-key="cell-${row}-${expert}" aria-label="${name}, expert ${expert}: ${words}">
+      ${fixed(share[row][expert] * 100, digits)}${marked && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
   }
 
-  /** @param {HTMLElement} button */
-  async showCell(button) {
-    const { app, layer } = this;
-    const ticket = (this.cellTicket = Symbol(button.dataset.class));
-    const place = this.panel?.querySelector("[data-part=cell]");
-    const { class: name, expert } = button.dataset;
-    fillBox(place, waitingBox(`Looking for images of ${name}…`));
-    try {
-      const question = { model: this.model, variant: this.variant, layer: layer.layer, expert: Number(expert), class: name };
-      const { pictures } = await app.asker.remember("cell", question);
-      if (ticket !== this.cellTicket) return;
-      const item = ({ id, thumb, label, share }) => {
-        return html`<li><button type="button" data-action="example" data-id="${id}" aria-label="Open ${label}, ${percent(share)} of its patches">
-          <img src="${pictureSource(thumb)}" alt=""><span>${percent(share)}</span></button></li>`;
-      };
-      fillBox(place, html`<h3>${name} with most patches at ${layerExpert(layer, Number(expert))}</h3>
-        ${pictures.length ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No image of ${name} has patches there.</p>`}`);
-    } catch (error) {
-      if (ticket === this.cellTicket) fillBox(place, errorBox(asAskError(error)));
-    }
+  /**
+   * Ask, and show the answer in a part of the panel; who asks again there meanwhile has it.
+   * @param {string} part @param {string} waiting @param {string} name @param {object} question @param {(answer: any) => any} show
+   */
+  async ask(part, waiting, name, question, show) {
+    const ticket = (this.tickets[part] = Symbol(name));
+    fillBox(this.part(part), waitingBox(waiting));
+    const { model, variant } = this;
+    const answer = await this.app.asker.remember(name, { model, variant, ...question }).catch(asAskError);
+    if (ticket === this.tickets[part]) fillBox(this.part(part), answer instanceof AskError ? errorBox(answer) : show(answer));
   }
 
-  information() {
+  /** The images of a class with most patches at an expert. @param {string} name @param {number} expert */
+  showCell(name, expert) {
     const { layer } = this;
-    return html`<h2>Three questions about ${layer.name}</h2>
-      ${layer.answers.map((answer) => html`<p class="mv-answer ${answer.answer === "yes" ? "mv-right" : ""}">${answer.sentence}</p>`)}`;
+    const item = ({ id, thumb, label, share }) => html`<li><button type="button" data-action="example" data-id="${id}"
+      aria-label="Open ${label}, ${percent(share)} of its patches"><img src="${pictureSource(thumb)}" alt="">
+      <span>${percent(share)}</span></button></li>`;
+    const question = { layer: layer.layer, expert, class: name };
+    return this.ask("cell", `Looking for images of ${name}…`, "cell", question, ({ pictures }) => html`
+      <h3>${name} with most patches at ${layerExpert(layer, expert)}</h3>${pictures.length
+  ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No image of ${name} has patches there.</p>`}`);
+  }
+
+  /** Images that are called another class most often, and whose routes theirs are more like. */
+  mistakes() {
+    const open = ({ id, thumb }) => html`<li><button type="button" data-action="example" data-id="${id}"
+      aria-label="Open ${id}"><img src="${pictureSource(thumb)}" alt=""></button></li>`;
+    const way = ({ name, to_label: own, to_other: other }) => `${name} ${fixed(own)} and ${fixed(other)}`;
+    const group = ({ label, called, images, layers, pictures }) => html`<h3>${images} of ${label}, called ${called}</h3>
+      <ul class="mv-thumbs">${pictures.map(open)}</ul><p class="mv-note">How far their routes are from those of right
+        ones of ${label} and of ${called} (0: equal, 1: no expert in common): ${layers.map(way).join("; ")}.</p>`;
+    const none = html`<p class="mv-note">Fewer than three images of any class are called another.</p>`;
+    const tell = ({ groups }) => (groups.length ? groups.map(group) : none);
+    return this.ask("cell", "Looking for mistakes…", "mistakes", {}, tell);
+  }
+
+
+  /** @param {"a" | "b"} side @param {string} label */
+  pick(side, label) {
+    return html`<label><span>${label}</span><select data-change="compare-${side}" data-key="compare-${side}">
+      ${present(this.answer).class_names.map((name) => html`<option ${new Markup(name === this[side] ? "selected" : "")}>${name}</option>`)}
+      </select></label>`;
+  }
+
+  compare() {
+    const { a, b } = this;
+    if (a === b) return fillBox(this.part("classes"), errorBox(new AskError("Choose two different classes.")));
+    return this.ask("classes", `Comparing ${a} with ${b}…`, "compare", { a, b }, (answer) => this.differences(answer));
+  }
+
+  /** @param {CompareAnswer} answer */
+  differences({ class_a: a, class_b: b, n_a: first, n_b: second, sentence, layers }) {
+    const all = layers.flatMap(({ experts }) => experts);
+    const reach = Math.max(...all.flatMap(({ difference, low, high }) => [difference, low ?? 0, high ?? 0].map(Math.abs)), 1e-6);
+    const [found, intervals] = [all.some(({ significant }) => significant), all.some(({ low }) => low !== null)];
+    return html`<p class="mv-sentence">${sentence}</p>
+      ${!found && html`<p class="mv-note">That is a result too: at this number of images, ${a} and ${b} share their experts.</p>`}
+      <p class="mv-note">${first} images of ${a}, ${second} of ${b}. ${intervals
+  ? html`Lines: 95 % intervals from resampling images. Filled: stands out after ${term("fdr", "correction")} for looking at
+        ${all.length} experts.` : "Filled: the share of one of the two stands out beyond labels shuffled over images."}</p>
+      ${layers.map((layer) => html`<h3>L${layer.layer}</h3>
+        <ul class="mv-forest">${layer.experts.map((entry) => this.interval(entry, layer, reach))}</ul>`)}
+      <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
+  }
+
+  /** @param {ExpertDifference} given @param {DifferenceLayer} layer @param {number} reach */
+  interval({ expert, difference, low, high, q, significant }, layer, reach) {
+    const at = (value) => 50 + (value / reach) * 48;
+    const points = (value) => signed(value * 100, 1);
+    const span = low !== null && high !== null && q !== null;
+    const words = `L${layer.layer}·E${expert}: ${points(difference)} points${span ? `, ${points(low)} to ${points(high)}, q ${fixed(q, 3)}` : ""}`;
+    return html`<li class="${significant && "mv-stands"}">${chip(expert, layer.experts.length)}
+      <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i>
+      ${span && html`<i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>`}
+      <i class="mv-dot ${significant && "mv-main"}" style="left:${at(difference)}%"></i></span>
+      <span class="mv-num">${points(difference)} pts</span></li>`;
   }
 }

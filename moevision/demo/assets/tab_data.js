@@ -1,7 +1,7 @@
 // Tab "Data": the training images that a score ranks first, of runs that kept scores. A click puts one on the stage.
 
 import { emptyBox, waitingBox } from "./app_server.js";
-import { fillBox, html, Markup, pictureSource, present } from "./core_util.js";
+import { fillBox, html, Markup, pictureSource } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { DataAnswer, RankedImage, Wanted } from "./types.js" */
 
@@ -76,7 +76,7 @@ export class DataTab {
     const said = `right ${right} of ${visits} times`;
     const words = html`<b>${label}</b><span>${value}</span><span>${said}</span>`;
     if (thumb === null) return html`<li class="mv-missing" data-tip="${name}"><i>${problem}</i>${words}</li>`;
-    const { kind, id: shown } = present(this.app.pictures[this.app.slot]);
+    const { kind, id: shown } = this.app.picture;
     return html`<li><button type="button" data-action="data-image" data-id="${id}" data-key="ranked-${id}" data-tip="${name}" aria-pressed="${kind === "example" && shown === id}"
       aria-label="Open ${name}: ${label}, ${value}, ${said}"><img src="${pictureSource(thumb)}" alt="">${words}</button></li>`;
   }

@@ -1,9 +1,9 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
+import { withoutWords } from "./app_hand.js";
 import { asAskError, emptyBox, waitingBox } from "./app_server.js";
 import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
-import { saveExpert } from "./tab_experts_image.js";
-import { calledWords, withoutWords } from "./tab_experts_words.js";
+import { calledWords, saveExpert } from "./tab_experts_image.js";
 /** @import { App } from "./app.js" */
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model, Router, ShareRow, Wanted } from "./types.js" */
 
@@ -89,7 +89,7 @@ export class ExpertsTab {
     const answer = await app.asker.whenReady("experts", question, wanted);
     if (!wanted()) return;
     Object.assign(this, { answer, model });
-    if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
+    if (!answer.experts.length) return fillBox(panel, emptyBox("No images of experts", answer.note || NO_PICTURES));
     this.fetchOtherLayers(model, layer.layer);
     const router = present(model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";

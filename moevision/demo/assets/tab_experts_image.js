@@ -1,13 +1,19 @@
 // An expert as one PNG with its legend: name, load, and its heaviest beside its random patches.
 
-import { loadPicture } from "./app_card.js";
+import { canvasPng, loadPicture, paragraph } from "./app_card.js";
 import { download } from "./app_share.js";
 import { brush, expertColour, inkOn, percent, pictureSource } from "./core_util.js";
-import { calledWords } from "./tab_experts_words.js";
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model } from "./types.js" */
 
 const [WIDTH, CELL, GAP] = [1200, 139, 8];
-const LINES = 4; // of credits at most
+const CREDITS = 100; // px of room for whose photos they are
+
+/**
+ * "whisker: 45 %, its share of everything: 13 %"; empty where nothing stands out beyond chance.
+ * @param {Pick<ExpertCard, "called">} card
+ */
+export const calledWords = ({ called }) =>
+  (called ? `${called.name}: ${percent(called.share)}, its share of everything: ${percent(called.overall)}` : "");
 
 /**
  * @param {Model} model @param {ExpertCard} card @param {ExpertsAnswer} layer
@@ -16,7 +22,7 @@ export async function saveExpert(model, card, layer) {
   const credits = [...new Set([...card.top, ...card.random].flatMap(({ credit }) => credit ?? []))].join("; ");
   const canvas = document.createElement("canvas");
   canvas.width = WIDTH;
-  canvas.height = 600 + (credits ? 24 * LINES : 0);
+  canvas.height = 600 + (credits ? CREDITS : 0);
   const context = brush(canvas);
   const write = (text, x, y, font, colour = "#1d1d1b") => {
     context.font = `${font} Arial, sans-serif`;
@@ -42,9 +48,8 @@ export async function saveExpert(model, card, layer) {
   }
   write(layer.note, 24, 570, "18px", "#5c5c57");
   write("moevision", 24, 592, "18px", "#5c5c57");
-  if (credits) wrapped(context, `Photos: ${credits}`, 600 + 14);
-  const blob = await new Promise((resolve, reject) => canvas.toBlob((made) => (made ? resolve(made) : reject(new Error("no PNG")))));
-  download(blob, `moevision_${model.id}_L${layer.layer}-E${card.expert}.png`);
+  if (credits) paragraph(context, `Photos: ${credits}`, 24, 616, credits.length > 600 ? 12 : 16, "400", "#5c5c57");
+  download(await canvasPng(canvas), `moevision_${model.id}_L${layer.layer}-E${card.expert}.png`);
 }
 
 /**
@@ -62,22 +67,4 @@ async function paint(context, { crop, box: [left, top, width, height] }, x, y) {
   context.lineWidth = 2;
   frame(1, "#ffffff");
   frame(3, "#111111");
-}
-
-/**
- * Whose photos they are, in as many lines as there is room for.
- * @param {CanvasRenderingContext2D} context @param {string} text @param {number} y
- */
-function wrapped(context, text, y) {
-  context.font = "16px Arial, sans-serif";
-  context.fillStyle = "#5c5c57";
-  const lines = [""];
-  for (const word of text.split(" ")) {
-    const longer = `${lines[lines.length - 1]} ${word}`.trim();
-    if (context.measureText(longer).width <= WIDTH - 48) lines[lines.length - 1] = longer;
-    else lines.push(word);
-  }
-  // More than that is squeezed into the last line: no name is left out.
-  const shown = [...lines.slice(0, LINES - 1), lines.slice(LINES - 1).join(" ")];
-  shown.forEach((line, index) => context.fillText(line, 24, y + 22 * index, WIDTH - 48));
 }

@@ -7,8 +7,7 @@ import type { ViewState } from "./core_state.js";
 import type { Markup } from "./core_util.js";
 
 export type Kind = "token_choice" | "expert_choice" | "soft";
-export type Mode = "expert" | "slots" | "takers" | "entropy" | "margin" | "drops";
-export type Side = "reads" | "takes";
+export type Mode = "expert" | "reads" | "takers" | "entropy" | "margin" | "drops";
 
 /** What there is to know about an MoE layer before an image is routed. */
 export interface Router {
@@ -161,29 +160,12 @@ export interface PastLayer { layer: number; weights: { shape: number[]; data: st
 export interface Moments extends Recorded { picture: string; steps: number[]; predictions: Guess[][]; layers: PastLayer[] }
 export interface TimeSource {
   /** What was recorded of these images; a sentence if there is something to say instead, null if not. */
-  about(views: View[]): Recorded | string | null;
+  about(view: View): Recorded | string | null;
   get(view: View): Promise<Moments>;
 }
-/** Places in a row that can be played. */
-export interface Row { ms: number; size(): number; at(): number; go(place: number): unknown }
-
-/** The single slots of one expert, or why they aren't here. */
-export interface SlotAnswer {
-  unit: number;
-  reads: number[][];
-  takes: number[][];
-  reads_patches: number[];
-  reads_prefix: number[];
-  error?: Error;
-}
-
-/** Which slots are looked at: a `ViewState`, or one of another slot. */
-export type SlotChoice = Pick<ViewState, "slotExpert" | "slot" | "slotSide" | "slotMaps">;
-
 /** What a state starts with or changes to; a value from an address may be out of range. */
 export interface Fields {
-  views?: View[];
-  active?: number;
+  view?: View;
   layer?: number | null;
   patch?: number | null;
   hover?: number | null;
@@ -191,10 +173,6 @@ export interface Fields {
   highlight?: number | null;
   strength?: number;
   asSeen?: boolean;
-  slotExpert?: number | null;
-  slot?: number | null;
-  slotSide?: string;
-  slotsHere?: number;
 }
 
 /** How one patch is drawn on the stage. */
@@ -209,7 +187,6 @@ export interface Look {
 
 /** What the `html` tag takes: other values are written as text. */
 export type Fill = Markup | string | number | boolean | null | undefined | Fill[];
-export type Ramp = (low: string | number, high: string | number) => Markup;
 
 // ---- the app ------------------------------------------------------------------------------------------------
 
@@ -265,21 +242,19 @@ export type Wish = Partial<Record<string, string>>;
 export interface FlowHost {
   core: { box(name: string): HTMLElement };
   state: ViewState | null;
-  pictures: Chosen[];
-  slot: number;
+  picture: Chosen;
   own: Own[];
   model: BootModel;
   boot: Pick<Boot, "models">;
   away: [number, number][];
   usual: string | null;
-  asker?: { ask(name: string, question: unknown): Promise<any> };
-  questionOf?(view: View): Record<string, unknown>;
+  asker?: object;
   toggleAway(layer: number, expert: number): unknown;
   tellRoute?(view: View): unknown;
 }
 
-/** Slots whose views aren't shown yet, and what of the page they change; `wish`: of an address that is followed. */
-export interface Pending { slots: number[]; kind: string | null; wish: Wish | null }
+/** Whether a view isn't shown yet, and what of the page it changes; `wish`: of an address that is followed. */
+export interface Pending { open: boolean; kind: string | null; wish: Wish | null }
 
 export interface Tab {
   id: string;

@@ -2,8 +2,9 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { silentWords } from "../../../moevision/demo/assets/core_lens.js";
-import { calledWords, withoutWords } from "../../../moevision/demo/assets/tab_experts_words.js";
+import { classWords, withoutWords } from "../../../moevision/demo/assets/app_hand.js";
+import { goneFrom, silentWords } from "../../../moevision/demo/assets/core_kinds.js";
+import { calledWords } from "../../../moevision/demo/assets/tab_experts_image.js";
 
 test("a name gives its counts, and nothing gives no name", () => {
   const called = { kind: /** @type {const} */ ("part"), name: "whisker", share: 0.4459, overall: 0.1287 };
@@ -18,10 +19,20 @@ test("an effect over test images stands beside its control, and is left out wher
   assert.equal(withoutWords({ without: null }), "");
 });
 
+test("an effect over images of a class has the spread between them, and chance beside it", () => {
+  const found = { n: 50, class: "cat", delta_p: -0.0412, delta_logit: -0.25, sd_logit: 0.5, control_delta_logit: -0.01 };
+  const start = "Over 50 images of cat: \u22124.1 points of probability, logit \u22120.250";
+  assert.equal(classWords(found), `${start} ± 0.500 between images; with random choices instead \u22120.010.`);
+  assert.equal(classWords({ ...found, sd_logit: null, control_delta_logit: null }), `${start}.`);
+});
+
 test("silent experts are told for each layer, without one that was taken away", () => {
   const layer = (number, counts, kind = "token_choice") => ({ layer: number, name: `L${number}`, kind, counts });
   const view = (layers, intervention = null) => /** @type {any} */ ({ layers, settings: { intervention } });
   assert.equal(silentWords(view([layer(1, [3, 0, 0]), layer(3, [1, 1, 1])])), "Silent in this image: L1 E1, E2 · L3 none.");
   assert.equal(silentWords(view([layer(1, [3, 0, 0])], { kind: "ablate", layer: 1, expert: 2 })), "Silent in this image: L1 E1.");
   assert.equal(silentWords(view([layer(1, [4, 4], "soft")])), "");
+  const several = { settings: { intervention: { kind: "ablate", layer: 1, expert: 2 }, away: [[1, 0], [3, 2]] } };
+  assert.deepEqual(goneFrom(several, { layer: 1 }), [0, 2]);
+  assert.deepEqual(goneFrom({ settings: { intervention: null } }, { layer: 1 }), []);
 });

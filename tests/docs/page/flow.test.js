@@ -30,6 +30,7 @@ test("a mosaic has at least four columns and fits into its box", () => {
     assert.equal(places.length, count);
     assert.ok(places.every(([x, y, side]) => x + side <= 1 + 1e-9 && y + side <= height + 1e-9));
   }
+  assert.equal(mosaicPlaces(9, 0).length, 9); // a box without room ends, too
   assert.equal(mosaicPlaces(16, 1)[0][2], 1 / 4);
   assert.equal(mosaicPlaces(17, 1)[0][2], 1 / 5);
 });

@@ -1,10 +1,9 @@
-// Moments of the training: half-precision numbers, what a view of a moment keeps and leaves out, and the player.
+// Moments of the training: half-precision numbers, what a view of a moment keeps and leaves out, and Play.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { modesOf } from "../../../moevision/demo/assets/core_kinds.js";
-import { Player } from "../../../moevision/demo/assets/core_play.js";
-import { halfNumber, momentWords, pastChoices, pastView, trainedView } from "../../../moevision/demo/assets/core_time.js";
+import { halfNumber, momentWords, pastChoices, pastView, Time, trainedView } from "../../../moevision/demo/assets/core_time.js";
 
 const HALF = { 0: 0x0000, 1: 0x3c00, 0.5: 0x3800, 0.25: 0x3400, 0.75: 0x3a00 };
 const packed = (shape, values) => {
@@ -52,12 +51,11 @@ test("moments in words", () => {
   assert.deepEqual([0, 30].map((step) => momentWords({ step, total_steps: 90 })), ["before training", "after 30 of 90 steps"]);
 });
 
-/** A player of three places whose buttons are nowhere. */
+/** A film of three places that is drawn nowhere. */
 function played(t) {
   t.mock.timers.enable({ apis: ["setTimeout"] });
   const seen = [];
-  const row = { size: () => 3, at: () => seen.at(-1) ?? 2, go: (place) => seen.push(place) };
-  const player = new Player({ classList: { toggle() {} }, querySelectorAll: () => [] }, { training: row });
+  const player = { playing: null, last: 2, get at() { return seen.at(-1) ?? 2; }, go: (place) => seen.push(place), mark() {}, play: Time.prototype.play };
   const settle = async () => { for (let i = 0; i < 5; i += 1) await Promise.resolve(); };
   const turn = async () => { await settle(); t.mock.timers.tick(1000); await settle(); };
   return { seen, player, turn };
@@ -65,7 +63,7 @@ function played(t) {
 
 test("play goes from the first place to the last", async (t) => {
   const { seen, player, turn } = played(t);
-  const done = player.toggle("training");
+  const done = player.play();
   for (let i = 0; i < 4; i += 1) await turn();
   await done;
   assert.deepEqual(seen, [0, 1, 2]);
@@ -74,19 +72,19 @@ test("play goes from the first place to the last", async (t) => {
 
 test("pause stops, and play goes on from there", async (t) => {
   const { seen, player, turn } = played(t);
-  player.toggle("training");
+  player.play();
   await turn();
-  player.toggle("training");
+  player.play();
   await turn();
   assert.deepEqual([seen, player.playing], [[0, 1], null]);
-  player.toggle("training");
+  player.play();
   await turn();
   assert.deepEqual(seen, [0, 1, 2]);
 });
 
 test("who chooses another place meanwhile has it", async (t) => {
   const { seen, player, turn } = played(t);
-  player.toggle("training");
+  player.play();
   await turn();
   seen.push(0);
   await turn();

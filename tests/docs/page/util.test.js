@@ -2,9 +2,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { headline, patchWeights, plural } from "../../../moevision/demo/assets/core_kinds.js";
-import { SlotMaps } from "../../../moevision/demo/assets/core_slots.js";
-import { readExpert, ViewState } from "../../../moevision/demo/assets/core_state.js";
+import { headline, patchWeights, plural, readShares } from "../../../moevision/demo/assets/core_kinds.js";
+import { readExpert, readPlace, ViewState } from "../../../moevision/demo/assets/core_state.js";
 import { fixed, html, inkOn, luminance, percent, pictureSource, rowColumn, signed } from "../../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../../moevision/demo/assets/palette.js";
 
@@ -56,21 +55,9 @@ test("a state keeps every field in the range of its views, and tells what change
   state.subscribe((changed) => heard.push([...changed]));
   state.set({ patch: 3, layer: 1 });
   state.set({ patch: 3 });
-  state.set({ hover: -1, highlight: 4, active: 1 });
+  state.set({ hover: -1, highlight: 4 });
   assert.deepEqual(heard, [["patch"]]);
   assert.equal(state.shown, 3);
-});
-
-test("slots are asked for once, and again after they were forgotten", async () => {
-  const maps = new SlotMaps();
-  const [one, layer, asked] = [view(), { layer: 3 }, []];
-  maps.ask = async (...query) => { asked.push(query); return asked.length > 1 ? { unit: 1 } : Promise.reject(new Error("away")); };
-  await Promise.all([maps.need(one, layer, 2), maps.need(one, layer, 2)]);
-  assert.deepEqual(asked, [[one, 3, 2]]);
-  assert.equal(maps.get(one, layer, 2).error.message, "away");
-  maps.forget(one, layer, 2);
-  await maps.need(one, layer, 2);
-  assert.deepEqual(maps.get(one, layer, 2), { unit: 1 });
 });
 
 test("the heading counts what the model has", () => {
@@ -79,6 +66,17 @@ test("the heading counts what the model has", () => {
     "8 networks share one image; 2 compute each patch. Each has 66\u00a0K of the model's 1.7\u00a0M parameters.");
   assert.equal(headline({ routers: [{ ...router, num_experts: 4, expert_parameters: 2e6 }, { ...router, kind: "soft" }], parameters: 22e6 }),
     "4 or 8 networks share one image. Each has 2.0\u00a0M or 66\u00a0K of the model's 22\u00a0M parameters.");
+});
+
+test("what an expert reads is told in even shares, of each patch's first expert where none is chosen", () => {
+  const layer = { reads: [[0.1, 0.3], [0.4, 0.4]], experts: [[1, 0], [0, 1]] };
+  assert.deepEqual(readShares(layer, 0).map((share) => share.toFixed(3)), ["0.500", "1.500"]);
+  assert.deepEqual(readShares(layer, null).map((share) => share.toFixed(3)), ["1.000", "1.500"]);
+});
+
+test("a link to a slot, of an earlier version, opens what its expert reads", () => {
+  const two = { layers: [{ name: "L1", layer: 1 }, { name: "L3", layer: 3 }] };
+  assert.deepEqual(readPlace({ layer: "3", patch: "5", mode: "slots", slot: "6.3.reads" }, two), { layer: 1, patch: 5, mode: "reads", highlight: 6 });
 });
 
 test("a link names an expert by its layer", () => {
