@@ -48,7 +48,7 @@ from moevision.layers import Routing, forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel import all_to_all
+from moevision.train.parallel import layout
 from moevision.train.parallel.layout import AllToAllDispatcher, Layout, same_everywhere, shard
 from moevision.train.parallel.parts import DIVIDED
 
@@ -242,7 +242,7 @@ def _tilt(router: nn.Module) -> None:
 def counted() -> Iterator[Traffic]:
     """Count what dispatchers of this process send inside the scope, and time their waiting."""
     traffic, rank = Traffic(), dist.get_rank()
-    travel, arrived, exchange = AllToAllDispatcher._travel, all_to_all._arrived, dist.all_to_all_single
+    travel, arrived, exchange = AllToAllDispatcher._travel, layout._arrived, dist.all_to_all_single
 
     def counting_travel(self: AllToAllDispatcher, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         others = [count for process, count in enumerate(sent) if process != rank]
@@ -270,7 +270,7 @@ def counted() -> Iterator[Traffic]:
     with (
         patch.object(AllToAllDispatcher, "_travel", counting_travel),
         patch.object(AllToAllDispatcher, "receive", counting_receive),
-        patch.object(all_to_all, "_arrived", timed_arrived),
-        patch.object(all_to_all.dist, "all_to_all_single", counting_exchange),
+        patch.object(layout, "_arrived", timed_arrived),
+        patch.object(layout.dist, "all_to_all_single", counting_exchange),
     ):
         yield traffic

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from moevision import MoEMlp
 from tests.docs.test_docs import DOCS, python_blocks, run
 
 GUIDE = DOCS / "guides" / "own-loop.md"
-LOOP, OWN_MODEL, LIGHTNING, TRANSFORMERS, SAVE = python_blocks(GUIDE)
+LOOP, PRETRAINED, OWN_MODEL, LIGHTNING, TRANSFORMERS, SAVE = python_blocks(GUIDE)
 
 # The guide's loop on half of each batch, in each of two processes; or on all of it, in one.
 PROCESSES = """
@@ -65,9 +66,17 @@ def test_a_plain_loop_logs_its_losses_and_the_model_is_saved() -> None:
     assert scope["train"](scope["model"], scope["loader"]).keys() == {"importance", "load"}
 
 
+def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps() -> None:
+    vit = scope_of(LOOP, PRETRAINED)["vit"]
+    fresh = [module for module in vit.modules() if isinstance(module, MoEMlp)]
+    assert len(fresh) == 2
+    for layer in fresh:
+        assert all(torch.equal(layer.experts.fc1.weight[0], each) for each in layer.experts.fc1.weight)
+
+
 def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
     """Four batches, each a step of ± 0.001, re-centred; with two batches per update there are two."""
-    scope = scope_of(LOOP, OWN_MODEL, LIGHTNING)
+    scope = scope_of(LOOP, PRETRAINED, OWN_MODEL, LIGHTNING)
     assert moved(scope["classifier"], 4)
     again = scope["Classifier"]()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -103,7 +103,7 @@ def test_the_table_in_the_docs(pets: tuple[nn.Module, torch.Tensor], options: st
     """Two digits of the gap; one image may be a near tie that another machine rounds the other way."""
     dense, x = pets
     gap = step0_gap(dense, upcycle(dense, **eval(f"dict({options})")), x)
-    assert gap.logit_scale == pytest.approx(1.5, abs=0.05)
+    assert gap.logit_scale == pytest.approx(1.6, abs=0.05)
     if delta == "< 1e-5":
         assert gap.max_logit < 1e-5
     else:
