@@ -50,8 +50,7 @@ hide: [navigation]
 
 You have photos sorted into folders and want a model that sorts the next ones. This page trains one on 2,880 photos of cats
 and dogs, on one CPU thread without a GPU, and shows what every command prints. `python docs/tutorial.py` ran the commands
-and wrote the page. Your times will differ: that machine was busy with other work, and the CPU time in section 3 is the fair
-measure.
+and wrote the page. Your times will differ; the CPU time in section 3 is the fair measure.
 
 ## 1. Put one folder per class
 
@@ -105,8 +104,9 @@ runs/photos` writes a page with the images most likely to be mislabelled, duplic
 
 {predict}
 
-A high probability is no guarantee: the kitten is called a dog. `distance` says how unlike the training photos an image is;
-above 1 it is marked as a stranger. `--unsure 0.9` answers `unsure` below 90 %. For JSON, ONNX or a web service see [Serve a model](guides/serve.md#only-the-predictions).
+A high probability is no guarantee: the kitten is called a dog with 98 %, so `--unsure 0.9`, which answers `unsure` below
+90 %, keeps it. `distance` says how unlike the training photos an image is; above 1 it is called a stranger, here three of
+four: a hint, no verdict. For JSON, ONNX or a web service see [Serve a model](guides/serve.md#only-the-predictions).
 
 ## 6. Look inside
 
