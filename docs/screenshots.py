@@ -1,8 +1,4 @@
-"""Take the explorer's screenshots anew: `python docs/screenshots.py` (needs Chromium and `pip install ".[test]"`).
-
-explorer-slots.jpg shows what an expert of a Soft MoE reads, after 4,000 drawn pets; it is trained first if `runs/soft`
-isn't there.
-"""
+"""Take the explorer's screenshots anew: `python docs/screenshots.py` (needs Chromium and `pip install ".[test]"`)."""
 
 from __future__ import annotations
 
@@ -22,9 +18,6 @@ IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
-READS = "?layer=2&patch=36&mode=reads&expert=L2.E6"
-SOFT = Path("runs/soft")
-TRAIN = "fit --config quickstart --name soft --model.arch.router soft --data.train_size 4000"
 
 
 def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None) -> None:
@@ -52,19 +45,8 @@ def shoot(page: Page, url: str) -> None:
     page.get_by_role("tab", name="Classes").click()
     page.wait_for_timeout(DRAWN)
     below = page.locator(".mv-below").screenshot()
-    width = Image.open(io.BytesIO(below)).width
-    save(below, "explorer-classes.jpg", (0, 0, width, width // 2))
-
-
-def shoot_slots(page: Page, url: str) -> None:
-    """What an expert of a Soft MoE reads: the stage and what stands beside it, down to the patch."""
-    opened(page, url + READS)
-    view, patch = page.locator("[data-box=view]"), page.locator(".mv-box-where")
-    around, inner = view.bounding_box(), patch.bounding_box()
-    assert around
-    assert inner
-    height = round(inner["y"] + inner["height"] - around["y"])
-    save(view.screenshot(), "explorer-slots.jpg", (0, 0, round(around["width"]), height))
+    width, height = Image.open(io.BytesIO(below)).size
+    save(below, "explorer-classes.jpg", (0, 0, width, min(height, width // 2)))
 
 
 FRAME = 50  # ms
@@ -101,15 +83,11 @@ def film(page: Page, url: str) -> None:
     )
 
 
-def moevision(*words: str) -> list[str]:
-    """The command `moevision` of this Python."""
-    return [sys.executable, "-u", "-m", "moevision", *words]
-
-
 @contextmanager
-def served(*words: str) -> Iterator[str]:
+def served() -> Iterator[str]:
     """The address of `moevision demo`, as long as the scope lasts."""
-    server = subprocess.Popen(moevision("demo", "--no-browser", *words), stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-u", "-m", "moevision", "demo", "--no-browser"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         yield next(line for line in server.stdout if "The explorer is at" in line).split()[-1]
@@ -119,13 +97,9 @@ def served(*words: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Serve the bundled models and a Soft MoE, and take all three."""
-    if not (SOFT / "model").is_dir():
-        subprocess.run(moevision(*TRAIN.split()), check=True)
+    """Serve the bundled models, and take all three."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        with served(str(SOFT)) as url:
-            shoot_slots(browser.new_page(viewport={"width": 1480, "height": 1034}), url)
         with served() as url:
             shoot(browser.new_page(viewport={"width": 1600, "height": 1034}), url)
             film(browser.new_page(viewport={"width": 1200, "height": 800}), url)

@@ -273,7 +273,8 @@ function layout(app, view, layer, first) {
 }
 
 /** @param {View} view @param {Layer} layer */
-export const headlineOf = ({ picture: { label } }, { num_experts: experts }) => `${capital(numberWord(experts))} small networks share this ${label ?? "photo"}.`;
+export const headlineOf = ({ picture: { label } }, { num_experts: experts, route_by: unit }) =>
+  `${unit === "image" ? `One of ${numberWord(experts)} small networks gets` : `${capital(numberWord(experts))} small networks share`} this ${label ?? "photo"}.`;
 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {
