@@ -95,9 +95,10 @@ def in_citation(text: str, there: Address) -> str:
 
 
 def in_notebook(text: str, there: Address, name: str) -> str:
-    """The notebook with a link to Colab under its title, and the address that its first cell installs from."""
+    """The notebook with a link to Colab under its title, and the address that one of its cells installs from."""
     notebook: dict[str, Any] = json.loads(text)
-    head, install = notebook["cells"][0], notebook["cells"][1]
+    head, *cells = notebook["cells"]
+    install = next(cell for cell in cells if _FROM.search("".join(cell["source"])))
     link = f"https://colab.research.google.com/github/{there.name}/blob/main/notebooks/{name}"
     words = _COLAB.sub("", "".join(head["source"]))
     if there.on_github:

@@ -186,6 +186,7 @@ def test_without_the_hub_it_is_said_so(saved_model: Path, tmp_path: Path, monkey
         with pytest.raises(UserError, match=r"you/nothing has no config\.json on the hub"):
             load_model("hf-hub:you/nothing")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9/{address}")  # nobody is there
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its client tries six times
     for repository, file in (("you/half", "model.safetensors"), ("you/other", "config.json")):
         said = f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer"
         with pytest.raises(UserError, match=re.escape(said)):

@@ -46,7 +46,8 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
     assert "git clone https://github.com/owner/moe && cd moe\npython3 -m venv" in (copy / "docs/index.md").read_text()
     assert yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"] == "https://github.com/owner/moe"
     for path in (copy / "notebooks").iterdir():
-        head, install, *_ = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        head, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        install = next(cell for cell in cells if "importlib.metadata as packages" in "".join(cell["source"]))
         assert f"colab.research.google.com/github/owner/moe/blob/main/notebooks/{path.name})" in "".join(head["source"])
         assert 'REPOSITORY = "https://github.com/owner/moe"  #' in "".join(install["source"])
     assert fill(address(copy), copy) == []  # read again from the one place
