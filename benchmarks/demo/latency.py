@@ -10,6 +10,7 @@ of up to 17 ms is part of it. Run it on a calm machine: the load average before 
 - first page: from the line "The explorer is at ..." to a drawn overlay, in a new browser profile, once per start;
 - layer change, patch click: alternating, nothing is asked of the server;
 - new image: a click on an example until the overlay of its view is drawn; every image for the first time;
+- an expert away: a click on a network of the opening until its answer is painted; put back between;
 - own image: a 1600 x 1200 px photo-like file, made small by the page, sent and routed;
 - forward: the model's own answer for one image, outside of the explorer, which all of that is to be compared with.
 
@@ -36,7 +37,7 @@ from moevision.demo.server import cpu_workers
 from moevision.limits import usable_cores
 from moevision.models.io import load_model
 
-LIMIT_MS = {"first_page": 1000, "layer_change": 50, "patch_click": 150, "own_picture": 700}
+LIMIT_MS = {"first_page": 1000, "layer_change": 50, "patch_click": 150, "expert_away": 300, "own_picture": 700}
 OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
 MODELS = ("cats_vs_dogs", "pets")
 WAIT_S = 120
@@ -56,6 +57,34 @@ MEASURE = """async ([selector, changed]) => {
   do { await painted(); } while (watch() === before && performance.now() - start < 20000);
   return performance.now() - start;
 }"""
+
+
+# The same for a network of the opening: its answer is a sentence with an arrow, which goes when it is put back.
+TAKE_AWAY = """async ([selector, wanted]) => {
+  const said = () => document.querySelector(".mv-flow-say").textContent.includes("→");
+  const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+  await painted();
+  const start = performance.now();
+  document.querySelector(selector).click();
+  do { await painted(); } while (said() !== wanted && performance.now() - start < 20000);
+  return performance.now() - start;
+}"""
+
+
+def without_an_expert(browser: Browser, address: str) -> list[float]:
+    """Each network of the opening's layer taken away alone, and put back."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, reduced_motion="reduce", bypass_csp=True)
+    page, times = context.new_page(), []
+    page.goto(address)
+    page.wait_for_selector(".mv-flow-box")
+    page.wait_for_timeout(3000)
+    boxes = page.locator(".mv-flow-box").all()
+    for expert in [at for at, box in enumerate(boxes) if "none" not in (box.text_content() or "")] * 4:
+        box = f".mv-flow-box[data-expert='{expert}']"
+        times.append(page.evaluate(TAKE_AWAY, [box, True]))
+        page.evaluate(TAKE_AWAY, [box, False])
+    context.close()
+    return times
 
 
 def first_page(browser: Browser, address: str) -> tuple[Page, float]:
@@ -86,7 +115,7 @@ def in_the_page(page: Page) -> dict[str, list[float]]:
         layer = f".mv-layer[data-index='{step % layers}']"
         times["layer_change"].append(page.evaluate(MEASURE, [layer, ".mv-grid"]))
         patch = f".mv-cell[data-patch='{step * 7 % patches}']"
-        times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-inspector"]))
+        times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-where"]))
     examples = page.eval_on_selector_all(".mv-rail [data-action=example]", "list => list.map(one => one.dataset.id)")
     for example in examples[1:]:
         times["new_picture"].append(page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"]))
@@ -160,6 +189,8 @@ def main() -> None:
                         settle(page)
                         times |= in_the_page(page) | {"own_picture": own_picture(page)}
                     page.context.close()
+                    if start == options.starts - 1:
+                        times["expert_away"] = without_an_expert(browser, f"{address}?model={model}")
             found[model] = {name: summary(values, limits.get(name)) for name, values in times.items()}
         browser.close()
     result = {

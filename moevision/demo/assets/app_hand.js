@@ -178,7 +178,7 @@ export function spokenResult(view) {
 }
 
 /** What stands where a control would be the change itself. */
-const NO_CONTROL = "No control: as many random choices are these, since an image has one expert.";
+const NO_CONTROL = "No control: as many random choices are these, since an image has one expert";
 
 /** @param {Effect} effect */
 const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;
