@@ -189,7 +189,7 @@ def main() -> None:
                         settle(page)
                         times |= in_the_page(page) | {"own_picture": own_picture(page)}
                     page.context.close()
-                    if start == options.starts - 1:
+                    if start == 0:
                         times["expert_away"] = without_an_expert(browser, f"{address}?model={model}")
             found[model] = {name: summary(values, limits.get(name)) for name, values in times.items()}
         browser.close()
