@@ -281,7 +281,7 @@ def ask_again(options: Namespace) -> None:
             limit=options.images, class_names=model.class_names,
         )  # fmt: skip
         answers = third_answers(model, collect_routing(model, pictures), pictures)
-        for layer, (answer, _) in zip(atlas["layers"], answers, strict=True):
+        for layer, (answer, *_) in zip(atlas["layers"], answers, strict=True):
             layer["answers"][2] = answer.to_json()
             print(f"{options.name}, {variant}, {layer['name']}: {answer.sentence}", flush=True)
         save_atlas(atlas, file)

@@ -219,12 +219,6 @@ def test_it_runs_from_a_checkout_without_anything_installed_for_it():
     assert "python -m benchmarks VERB" in done.stdout
 
 
-def test_the_old_verb_says_where_it_went(cli):
-    outcome = cli("benchmark", "layer")
-    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "python -m benchmarks" in outcome.err
-
-
 class BrokenError(Exception):
     """What another library might raise."""
 

@@ -28,9 +28,9 @@ from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
 from moevision.analysis import open_pictures
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
-from moevision.demo.models import bundled_folder
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
+from moevision.models.io import save_model
 
 MIB = 2**20
 
@@ -372,7 +372,9 @@ def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, mo
     monkeypatch.setattr(packed, "SMALLEST", 2**15)
     monkeypatch.setattr(packed, "CALIBRATION", 64)
     monkeypatch.setattr(packed, "LEVELS", 7)
-    model, out = bundled_folder("pets") / "trained", tmp_path / "packed.json"
+    saved, model, out = bundled_model("pets"), tmp_path / "model", tmp_path / "packed.json"
+    saved.net.to(torch.bfloat16)
+    save_model(saved, model)
     outcome = bench("packed", model, "--data", "synthetic_pets", "--limit", "64", "--out", out)
     assert outcome.code == 0, outcome.err
     record = json.loads(out.read_text())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.cats_and_dogs.gates import GATES, Gate, Job
 from benchmarks.harness import HERE, about
+from benchmarks.knock_out import knock_out
 from benchmarks.specialization.training import look, recorded_layers, rounded_all, runner
 from benchmarks.specialization.trunk import PHOTO_BASE, Tail, Tokens, computed, evaluated, training_batches
 from benchmarks.subject import Subject, TrainingStep
@@ -94,13 +95,17 @@ def run_job(job: Job, options: Namespace) -> dict[str, Any]:
         after = look(net, FIRST, test.tokens)
         logits, run = after.logits, remembered(runner(net, moe_layers(net), after, np.arange(CLASSES)))
         recording = Recording(labels, recorded_layers(net, "image", before, after), names, run=run)
+        answers = [layer.to_json() for layer in three_questions(recording, draws=1)]
+        for place, answer in enumerate(answers):
+            if answer["swap"] is not None:
+                answer["swap"]["knock_out"] = knock_out(recording, place)
         layers = [
             {
-                **numbers_of(layer.to_json()),
+                **numbers_of(answer),
                 "sent": by_expert(run, place, after.choices[place], labels, gate.experts),
                 "routes": "".join(map(str, after.choices[place][:, 0, 0])),
             }
-            for place, layer in enumerate(three_questions(recording, draws=1))
+            for place, answer in enumerate(answers)
         ]
     return {
         **vars(job), "experts": gate.experts, "steps": len(train.labels) // BATCH, "images": len(labels),

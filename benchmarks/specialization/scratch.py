@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import HERE, about, argument_parser
+from benchmarks.knock_out import knock_out
 from benchmarks.queue import is_recorded, write_run
 from benchmarks.specialization.training import rounded_all
 from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
@@ -48,25 +49,25 @@ def small_model(seed: int, cifar: str, steps: int = STEPS) -> SavedModel:
 
 
 def third_answers(
-    model: SavedModel, trace: RoutingTrace, pictures: PictureSet, permutations: int = PERMUTATIONS
-) -> list[tuple[Answer, Swap | None]]:
-    """The third question's answer and all costs behind it, for each MoE layer."""
+    model: SavedModel, trace: RoutingTrace, pictures: PictureSet
+) -> list[tuple[Answer, Swap | None, Recording]]:
+    """The third question's answer and all costs behind it, for each MoE layer, and what both were asked of."""
     run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     layers = [choices_of(layer) for layer in trace.layers]
     recording = Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
-    swaps = [
-        swap_test(recording, place, limit=len(pictures), permutations=permutations) for place in range(len(layers))
-    ]
-    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
+    swaps = [swap_test(recording, place, limit=len(pictures)) for place in range(len(layers))]
+    why = "no exchange moves a patch"
+    return [(function_answer(swap, None if swap else why), swap, recording) for swap in swaps]
 
 
 def asked(model: SavedModel, pictures: PictureSet, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Accuracy on the images, and the answer and the costs of each MoE layer."""
     trace = collect_routing(model, pictures, progress=False)
     layers = []
-    for layer, (answer, swap) in zip(trace.layers, third_answers(model, trace, pictures, permutations), strict=True):
-        told = {"name": layer.name, "answer": answer.answer, "sentence": answer.sentence}
-        layers.append({**told, "swap": None if swap is None else rounded_all(swap.to_json())})
+    for place, (answer, swap, recording) in enumerate(third_answers(model, trace, pictures)):
+        told = {"name": trace.layers[place].name, "answer": answer.answer, "sentence": answer.sentence}
+        away = {"knock_out": knock_out(recording, place, limit=len(pictures), permutations=permutations)}
+        layers.append({**told, "swap": None if swap is None else rounded_all(swap.to_json() | away)})
     return {"images": len(pictures), "top1": trace.accuracy, "layers": layers}
 
 
