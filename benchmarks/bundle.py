@@ -58,7 +58,7 @@ from rich.progress import track
 
 from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
-from benchmarks.specialization.scratch import third_answers
+from benchmarks.specialization.scratch import recorded, third_answers
 from benchmarks.strangers import detector_of, put_beside
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
@@ -280,8 +280,8 @@ def ask_again(options: Namespace) -> None:
             options.data or ABOUT[options.name]["data_kind"], model.image_size,
             limit=options.images, class_names=model.class_names,
         )  # fmt: skip
-        answers = third_answers(model, collect_routing(model, pictures), pictures)
-        for layer, (answer, *_) in zip(atlas["layers"], answers, strict=True):
+        answers = third_answers(recorded(model, collect_routing(model, pictures), pictures))
+        for layer, (answer, _) in zip(atlas["layers"], answers, strict=True):
             layer["answers"][2] = answer.to_json()
             print(f"{options.name}, {variant}, {layer['name']}: {answer.sentence}", flush=True)
         save_atlas(atlas, file)

@@ -13,33 +13,24 @@ Axes: P patches, K choices best first, E experts, C classes, R images that are r
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from moevision.analysis.information import Floats, Ints, halves_by_class
-from moevision.analysis.questions import _favourites, _run
-from moevision.analysis.readings import Recording, Run, counts_of
+from moevision.analysis.information import Floats, Ints
+from moevision.analysis.questions import images_to_run, lost_by
+from moevision.analysis.readings import Recording
 
 Json = dict[str, Any]
 
 
 def knock_out(recording: Recording, place: int, *, limit: int = 2000, permutations: int = 200, seed: int = 0) -> Json:
     """The costs of one layer, of at most `limit` images, as many of each class."""
-    layer = recording.layers[place]
-    labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)
-    halves = halves_by_class(labels, seed)
-    first = counts_of(choices, layer.amounts, layer.num_experts, "first")
-    favourite = np.stack(  # [2, C] found in the other half
-        [_favourites(first[halves != half], labels[halves != half], len(recording.class_names)) for half in (0, 1)]
-    )
-    classes, rng = np.flatnonzero((favourite >= 0).all(0)), np.random.default_rng(seed)
-    each = max(1, limit // max(1, len(classes)))
-    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes])
-    own, target, half = choices[images], labels[images], halves[images].astype(int)
-    knocked = [np.where(own == expert, ~own, own) for expert in range(layer.num_experts)]
-    loss, right = _run(cast(Run, recording.run), place, images, own, target, knocked)  # [E, R]
-    removed = (own[..., None] == np.arange(layer.num_experts)).sum((1, 2))  # [R, E]
+    number = recording.layers[place].num_experts
+    images, own, target, half, favourite, rng = images_to_run(recording, place, limit, seed)
+    knocked = [np.where(own == expert, ~own, own) for expert in range(number)]
+    loss, right = lost_by(recording, place, images, own, target, knocked)  # [E, R]
+    removed = (own[..., None] == np.arange(number)).sum((1, 2))  # [R, E]
     return _knock_out(loss.T, 100 * right.T, removed, target, half, favourite, rng, permutations)
 
 

@@ -59,9 +59,9 @@ MEASURE = """async ([selector, changed]) => {
 }"""
 
 
-# The same for a network of the opening: its answer is a sentence with an arrow, which goes when it is put back.
+# The same for a network of the opening: its answer is a sentence that begins with how many are away.
 TAKE_AWAY = """async ([selector, wanted]) => {
-  const said = () => document.querySelector(".mv-flow-say").textContent.includes("→");
+  const said = () => document.querySelector(".mv-flow-say").textContent.trimStart().match(/^\\d/) !== null;
   const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
   await painted();
   const start = performance.now();

@@ -48,26 +48,29 @@ def small_model(seed: int, cifar: str, steps: int = STEPS) -> SavedModel:
     return SavedModel(task.net.eval(), list(data.class_names), IMAGE_SIZE, **CIFAR_PIXELS)
 
 
-def third_answers(
-    model: SavedModel, trace: RoutingTrace, pictures: PictureSet
-) -> list[tuple[Answer, Swap | None, Recording]]:
-    """The third question's answer and all costs behind it, for each MoE layer, and what both were asked of."""
+def recorded(model: SavedModel, trace: RoutingTrace, pictures: PictureSet) -> Recording:
+    """What the third question is asked of."""
     run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     layers = [choices_of(layer) for layer in trace.layers]
-    recording = Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
-    swaps = [swap_test(recording, place, limit=len(pictures)) for place in range(len(layers))]
-    why = "no exchange moves a patch"
-    return [(function_answer(swap, None if swap else why), swap, recording) for swap in swaps]
+    return Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
+
+
+def third_answers(recording: Recording) -> list[tuple[Answer, Swap | None]]:
+    """The third question's answer and all costs behind it, for each MoE layer."""
+    swaps = [swap_test(recording, place, limit=len(recording.labels)) for place in range(len(recording.layers))]
+    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
 
 
 def asked(model: SavedModel, pictures: PictureSet, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Accuracy on the images, and the answer and the costs of each MoE layer."""
     trace = collect_routing(model, pictures, progress=False)
-    layers = []
-    for place, (answer, swap, recording) in enumerate(third_answers(model, trace, pictures)):
-        told = {"name": trace.layers[place].name, "answer": answer.answer, "sentence": answer.sentence}
-        away = {"knock_out": knock_out(recording, place, limit=len(pictures), permutations=permutations)}
-        layers.append({**told, "swap": None if swap is None else rounded_all(swap.to_json() | away)})
+    recording, layers = recorded(model, trace, pictures), []
+    for place, (answer, swap) in enumerate(third_answers(recording)):
+        told = {"name": trace.layers[place].name, "answer": answer.answer, "sentence": answer.sentence, "swap": None}
+        if swap is not None:
+            away = knock_out(recording, place, limit=len(pictures), permutations=permutations)
+            told["swap"] = rounded_all(swap.to_json() | {"knock_out": away})
+        layers.append(told)
     return {"images": len(pictures), "top1": trace.accuracy, "layers": layers}
 
 

@@ -428,21 +428,7 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         seed: of everything drawn.
     """
     layer = recording.layers[place]
-    labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)
-    halves = halves_by_class(labels, seed)
-    first = counts_of(choices, layer.amounts, layer.num_experts, "first")
-    favourite = np.stack(  # [2, C] found in the other half
-        [_favourites(first[halves != half], labels[halves != half], len(recording.class_names)) for half in (0, 1)]
-    )
-    classes = np.flatnonzero((favourite >= 0).all(0))
-    rng = np.random.default_rng(seed)
-    if len(classes) > limit:
-        classes = np.sort(rng.permutation(classes)[:limit])
-    if not len(classes):
-        return None
-    each = limit // len(classes)
-    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes])
-    own, target, half = choices[images], labels[images], halves[images].astype(int)
+    images, own, target, half, favourite, rng = images_to_run(recording, place, limit, seed)
     liked = favourite[half, target]  # [R]
 
     exchanged, thinned = [], []
@@ -460,12 +446,11 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
             thinned.append([moves.routes(own), two.routes(own)])
     if not any((routes != own).any() for routes in exchanged):
         return None
-    wrong = np.roll(np.arange(len(own)), 1) if len(own) > 1 else np.zeros(1, int)
     order = rng.permutation(len(own))
-    other_image = np.empty(len(own), int)
-    other_image[order] = order[wrong]
+    other_image = np.empty_like(order)
+    other_image[order] = np.roll(order, 1)
     variants = [~own, own[other_image], *exchanged, *(routes for pair in thinned for routes in pair)]
-    loss, right = _run(cast(Run, recording.run), place, images, own, target, variants)  # [V, R] each: lost by each
+    loss, right = lost_by(recording, place, images, own, target, variants)
     moved = np.array([(routes != own).mean() for routes in variants])
 
     def cost(rows: slice, minus: slice | None = None) -> Cost:
@@ -479,8 +464,7 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         )
 
     whole, favourites, twos = slice(2, 2 + draws), slice(2 + draws, None, 2), slice(3 + draws, None, 2)
-    compared = any((routes != own).any() for pair in thinned for routes in pair)
-    names = recording.class_names
+    compared = moved[2 + draws :].any()
     return Swap(
         without=cost(slice(0, 1)),
         routes=cost(slice(1, 2)),
@@ -489,8 +473,31 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         any_two=cost(twos) if compared else None,
         more=cost(favourites, twos) if compared else None,
         n_images=len(images),
-        favourites=[(names[int(c)], int(favourite[0, c]), int(favourite[1, c])) for c in classes],
+        favourites=[(recording.class_names[c], *favourite[:, c].tolist()) for c in np.unique(target)],
     )
+
+
+def images_to_run(
+    recording: Recording, place: int, limit: int, seed: int
+) -> tuple[Ints, Ints, Ints, Ints, Ints, np.random.Generator]:
+    """Images [R], as many of each class with a favourite, their choices, classes and halves; favourites [2, C].
+
+    A favourite is found in the other half. What drew the images draws on.
+    """
+    rng = np.random.default_rng(seed)
+    layer = recording.layers[place]
+    labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)
+    halves = halves_by_class(labels, seed)
+    first = counts_of(choices, layer.amounts, layer.num_experts, "first")
+    favourite = np.stack(
+        [_favourites(first[other], labels[other], len(recording.class_names)) for other in (halves, ~halves)]
+    )
+    classes = np.flatnonzero((favourite >= 0).all(0))
+    if len(classes) > limit:
+        classes = np.sort(rng.permutation(classes)[:limit])
+    of_class = [np.flatnonzero(labels == c) for c in classes]
+    images = np.array([i for each in of_class for i in rng.permutation(each)[: limit // classes.size]], int)
+    return images, choices[images], labels[images], halves[images].astype(int), favourite, rng
 
 
 def _favourites(first: Floats, labels: Ints, num_classes: int) -> Ints:
@@ -542,15 +549,17 @@ class _Exchange:
         return _Exchange(self.a, self.b, moves)
 
 
-def _run(
-    run: Run, place: int, images: Ints, own: Ints, target: Ints, variants: Sequence[Ints]
+def lost_by(
+    recording: Recording, place: int, images: Ints, own: Ints, target: Ints, variants: Sequence[Ints]
 ) -> tuple[Floats, Floats]:
-    """Log-loss gained and correctness lost [V, R] by other routes; what isn't changed isn't run."""
+    """Log-loss gained and correctness lost [V, R] by other routes [R, P, K]; what isn't changed isn't run."""
     routes = np.stack([own, *variants], 1)  # [R, 1 + V, P, K]
     changed = (routes != own[:, None]).any((2, 3))
     changed[:, 0] = True
     row, variant = changed.nonzero()
-    log_p = log_softmax(np.asarray(run(place, images[row], routes[row, variant]), np.float64), axis=1)
+    log_p = log_softmax(
+        np.asarray(cast(Run, recording.run)(place, images[row], routes[row, variant]), np.float64), axis=1
+    )
     values = np.stack([-log_p[np.arange(len(row)), target[row]], -(log_p.argmax(1) == target[row]).astype(float)])
     lost = np.zeros((2, *changed.shape))
     lost[:, row, variant] = values - values[:, variant == 0][:, row]
