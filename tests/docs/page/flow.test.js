@@ -2,12 +2,19 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { awayWord, opensDoor, readAway } from "../../../moevision/demo/assets/app_flow.js";
+import { awayWord, headlineOf, opensDoor, readAway } from "../../../moevision/demo/assets/app_flow.js";
 import { firstExperts, mosaicPlaces, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
 
 test("a patch belongs to the first expert that computed it, or to none", () => {
   const layer = { experts: [[2, 0], [1, 3], [0, 1], []], kept: [[true, true], [false, true], [false, false], []] };
   assert.deepEqual(firstExperts(layer), [2, 3, null, null]);
+});
+
+test("an image that goes to one network as a whole is not shared", () => {
+  const view = { picture: { label: "cat" } };
+  assert.equal(headlineOf(view, { num_experts: 8, route_by: "token" }), "Eight small networks share this cat.");
+  assert.equal(headlineOf(view, { num_experts: 2, route_by: "image" }), "One of two small networks gets this cat.");
+  assert.equal(headlineOf({ picture: { label: null } }, { num_experts: 2, route_by: "image" }), "One of two small networks gets this photo.");
 });
 
 test("neighbours of one expert are a region, labelled where it is deepest", () => {
