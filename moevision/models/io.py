@@ -373,15 +373,19 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
             options["pretrained_cfg_overlay"] = {"source": None, "file": None, "state_dict": unpack(file)}
     elif weights:
         options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
-    created: nn.Module = timm.create_model(address, pretrained=weights, **options)
-    cast(dict[str, Any], created.pretrained_cfg).pop("state_dict", None)  # else timm keeps it beside the model's own
+    created: Any = timm.create_model(address, pretrained=weights, **options)
+    created.pretrained_cfg.pop("state_dict", None)  # else timm keeps it beside the model's own
     if weights and "calibration" in config:
-        cast(Any, created).temperature = float(config["calibration"]["temperature"])  # for `load_model`
+        match config["calibration"]:
+            case {"temperature": int() | float() as temperature} if 1e-3 <= temperature <= 1e3:
+                created.temperature = float(temperature)  # for `load_model`
+            case _:
+                raise UserError("calibration.temperature in its config.json is no number from 0.001 to 1000: mend it.")
     if weights and config.get("strangers"):
-        cast(Any, created).strangers_file = Path(address.removeprefix(FOLDER)) / STRANGERS  # for `load_model`
+        created.strangers_file = Path(address.removeprefix(FOLDER)) / STRANGERS  # for `load_model`
     if config.get("router_start") == "cluster":  # without weights too: a training that goes on has them elsewhere
-        cast(Any, created).router_start = "cluster"
-    return created
+        created.router_start = "cluster"
+    return cast(nn.Module, created)
 
 
 def unpack(file: Path) -> dict[str, Tensor]:

@@ -270,6 +270,12 @@ def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model
         assert entry["probability"] == pytest.approx(powers[entry["class"]] / sum(powers.values()), rel=1e-4)
 
 
+@pytest.mark.parametrize("calibration", [3, {}, {"temperature": 0}, {"temperature": "1"}, {"temperature": 1e9}])
+def test_a_temperature_that_can_not_be(cli, saved_model, drawn_pets, calibration):
+    changed_config(saved_model, lambda config: config.update(calibration=calibration))
+    refused(cli("predict", saved_model, drawn_pets), "calibration")
+
+
 def test_unsure_answers(cli, tiny_run, drawn_pets):
     sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
     threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
