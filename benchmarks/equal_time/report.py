@@ -11,7 +11,7 @@ from benchmarks.queue import is_dirty
 from benchmarks.study import Contrast, contrasts
 
 Runs = Sequence[Mapping[str, Any]]
-SHOWN = {"moe": 16, "twin-time": 16, "twin-parameters": 3, "twin-wide": 4}
+SHOWN = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}
 """How many seeds, from FIRST_SEED on, each arm has."""
 PAIRS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
 PAYS = 0.005  # of accuracy: half a point

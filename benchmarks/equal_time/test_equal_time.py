@@ -21,27 +21,26 @@ def run(arm: str, seed: int, top1: float, lr: float = 6e-3, **more: Any) -> dict
 
 def tuning(best: float) -> list[dict[str, Any]]:
     """Records of both tuned arms, of which this rate is the best."""
-    return [run(arm, seed, 0.9 if lr == best else 0.8, lr) for arm in TUNED for seed in (100, 101)
+    return [run(arm, seed, 0.9 if lr == best else 0.8, lr) for arm in TUNED for seed in (100,)
             for lr in (3e-3, 6e-3, 12e-3)]  # fmt: skip
 
 
 def test_rates_come_first_and_decide_the_rest() -> None:
     first = list(queue([], 4000))
     assert [(job.arm, job.lr, job.seed) for job in first] == [
-        (arm, lr, seed) for arm in ("moe", "twin") for lr in (3e-3, 6e-3, 12e-3) for seed in (100, 101)
+        (arm, lr, 100) for arm in ("moe", "twin") for lr in (3e-3, 6e-3, 12e-3)
     ]
     known = tuning(6e-3)
     jobs = list(queue(known, 4000))[len(first) :]
-    assert len(jobs) == 16 + 16 + 3 + 4
-    assert [(job.arm, job.seed) for job in jobs[:4]] == [
-        ("twin-parameters", 200), ("moe", 200), ("twin-time", 200), ("twin-wide", 200)
-    ]  # fmt: skip
+    assert len(jobs) == 12 + 12 + 3 + 4
+    assert [(job.arm, job.seed) for job in jobs[:3]] == [("twin-parameters", 200), ("moe", 200), ("twin-time", 200)]
+    assert [job.arm for job in jobs[-4:]] == ["twin-wide"] * 4
     assert {job.arm: job.steps for job in jobs} == {
         "moe": STEPS, "twin-time": 4000, "twin-parameters": STEPS, "twin-wide": STEPS
     }  # fmt: skip
     assert {job.lr for job in jobs} == {6e-3}
     edge = list(queue(tuning(12e-3), 4000))
-    assert [(job.arm, job.lr) for job in edge if job.lr == 24e-3] == [("moe", 24e-3)] * 2 + [("twin", 24e-3)] * 2
+    assert [(job.arm, job.lr) for job in edge if job.lr == 24e-3] == [("moe", 24e-3), ("twin", 24e-3)]
     assert rate_of(tuning(12e-3), "moe") is None
 
 
@@ -61,13 +60,13 @@ def test_the_faster_step_gets_as_many_more() -> None:
     ],
 )
 def test_the_verdict_is_the_protocols(gap: float, spread: float, said: str) -> None:
-    """Sixteen pairs, half of them above the mean gap by `spread`, half below: half the interval is .55 of it."""
-    runs = [run("twin-time", 200 + place, 0.87) for place in range(16)]
-    runs += [run("moe", 200 + place, 0.87 + gap + spread * (-1) ** place) for place in range(16)]
+    """Twelve pairs, half of them above the mean gap by `spread`, half below: half the interval is .66 of it."""
+    runs = [run("twin-time", 200 + place, 0.87) for place in range(12)]
+    runs += [run("moe", 200 + place, 0.87 + gap + spread * (-1) ** place) for place in range(12)]
     (contrast,) = report.found(runs)
     assert report.verdict(contrast).startswith(said)
     assert report.SENTENCES[report.verdict(contrast)] in report.answer(runs)
-    assert "15 of 16 pairs so far, no verdict" in report.answer(runs[:-1])
+    assert "11 of 12 pairs so far, no verdict" in report.answer(runs[:-1])
 
 
 def test_tuning_failed_and_changed_trees_enter_no_contrast() -> None:
