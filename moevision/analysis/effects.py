@@ -4,7 +4,6 @@ Beside the change of one image's logit (`effect`) stand
 - the control: as many assignments of tokens to experts, drawn at random in the same layers from all experts, are taken
   away with the same fill, once per draw (assignments of patches and of prefix tokens are matched separately; where
   images are routed as a whole, whole experts of an image, and with K = 1 there is none beside an ablation);
-- the same intervention on every other expert of that layer;
 - the mean over images of a class (`class_effect`).
 
 An effect is measured inside the interventions that are open already (another k, say): before and after both have them.
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import cast
 
 import numpy as np
 import torch
@@ -38,9 +36,7 @@ from moevision.analysis.intervention import (
     Intervention,
     Ranking,
     computed_pairs,
-    each_row,
     edited,
-    numbered_layers,
     routing_kind,
 )
 from moevision.data.images import BadImageError
@@ -82,22 +78,18 @@ def effect(
         before = net(x)[0].double()
         after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-        others: list[Intervention] = []
-        if intervention.kind in ("ablate", "force"):
-            experts = numbered_layers(net)[cast(int, intervention.layer)].router.num_experts
-            others = [replace(intervention, expert=e) for e in range(experts) if e != intervention.expert]
         kinds = {routing_kind(layer.router) for layer in intervention.edits(net)}
         keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
-        logits = run_compared(net, x, intervention, taken, others, keys) if others or keys else before.new_empty(0, 1)
+        logits = run_compared(net, x, intervention, taken, keys) if keys else before.new_empty(0, len(before))
     delta_logits = (logits - before)[:, index].tolist()
     delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
     # Where layers differ in who chooses, words for tokens are right in a wider sense.
-    count, routing = len(others), kinds.pop() if len(kinds) == 1 else "token_choice"
+    routing = kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
     if has_control:
         what = control_in_words(intervention, moved, routing)
-        control = Control(what, tuple(delta_logits[count:]), tuple(delta_ps[count:]))
+        control = Control(what, tuple(delta_logits), tuple(delta_ps))
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
@@ -107,10 +99,6 @@ def effect(
         moved=moved,
         moved_prefix=moved_prefix,
         control=control,
-        others=tuple(
-            OtherExpert(other.expert or 0, other.where, delta_logit, delta_p)
-            for other, delta_logit, delta_p in zip(others, delta_logits[:count], delta_ps[:count], strict=True)
-        ),
         routing=routing,
     )
 
@@ -165,7 +153,7 @@ def class_effect(
             after, taken, has_control = run_under(net, x, intervention)
             control = before
             if has_control:
-                control = run_compared(net, x, intervention, taken, [], [(seed, number) for number in readable])
+                control = run_compared(net, x, intervention, taken, [(seed, number) for number in readable])
         delta_p = after.softmax(-1) - before.softmax(-1)
         moved = sum(counts[:, 1] for counts in taken.values())
         deltas = [after - before, delta_p, control - before]
@@ -256,25 +244,20 @@ def run_compared(
     x: Tensor,
     intervention: Intervention,
     taken: Taken,
-    others: Sequence[Intervention],
     keys: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Logits [R, C] of one batch in which every row has its own change: rows of `others` first, then of the control.
+    """Logits [R, C] of one batch in which every row has its own draw of the control.
 
     x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `taken` is what the intervention takes from experts
     by image of x, `keys` the seed of each draw of its control.
     """
     prefix = int(getattr(net, "num_prefix_tokens", 0))
-    of_others = [other.edits(net) for other in others]
-    count = len(others) + len(keys)
 
     def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
-        own = [edits[layer] for edits in of_others] + [lambda unchanged: unchanged] * len(keys)
-        numbers = taken[layer].expand(len(keys), 2).tolist()
         return take_away_random(
-            each_row(own)(decision),
-            numbers=[[0, 0]] * len(others) + numbers,
-            keys=[(0,)] * len(others) + [(*key, place) for key in keys],
+            decision,
+            numbers=taken[layer].expand(len(keys), 2).tolist(),
+            keys=[(*key, place) for key in keys],
             num_prefix_tokens=prefix,
             fill=control_fill(intervention),
         )
@@ -287,7 +270,7 @@ def run_compared(
     # Rows of one image must not share a capacity that the model shares over its batch.
     shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
     with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
-        return _repeated(net, x, count, next(iter(taken))).double()
+        return _repeated(net, x, len(keys), next(iter(taken))).double()
 
 
 def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
@@ -336,16 +319,6 @@ class Control:
 
 
 @dataclass(frozen=True)
-class OtherExpert:
-    """The same intervention on another expert of the layer, named such as "L4·E3", and the target's changes."""
-
-    expert: int
-    name: str
-    delta_logit: float
-    delta_p: float
-
-
-@dataclass(frozen=True)
 class ClassEffect:
     """The effect on images of one class, each measured on the logit of that class."""
 
@@ -388,8 +361,6 @@ class Effect:
     moved_prefix: int  # the same of class and register tokens
     # the same number taken away at random; None where as many random choices are the change itself
     control: Control | None
-    # the same on every other expert of the layer; empty unless an expert was ablated or forced
-    others: tuple[OtherExpert, ...]
     routing: RoutingKind = "token_choice"  # who chooses in the layers that it acts on
 
     @property
@@ -449,7 +420,6 @@ class Effect:
             "moved": self.moved,
             "moved_prefix": self.moved_prefix,
             "control": None if self.control is None else self.control.to_json(),
-            "others": [vars(other) for other in self.others],
             "sentence": self.sentence,
         }
 

@@ -41,9 +41,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import methodcaller
-from typing import Any, ClassVar, Final, Literal, Self, cast, get_args
+from typing import Any, Final, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -307,9 +307,6 @@ def limit_capacity(model: nn.Module, factor: float, layer: int | None = None) ->
 class Decision(ABC):
     """What an MoE layer is about to decide."""
 
-    per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced")
-    """Fields whose first axis is B."""
-
     router: Any  # whose rule gives the weights
     routing: Routing  # what the router itself decided; its scores and probabilities stay as they are
     removed: Tensor  # [B, N, E] bool, experts that are away for a token; what takes their place depends on the kind
@@ -340,36 +337,12 @@ class Decision(ABC):
         """Set an expert's output to zero; the weights of the others stay as they are."""
         return replace(self, silenced=self.silenced | self._is(expert))
 
-    def row(self, image: int) -> Self:
-        """The decision about one image of the batch, B = 1."""
-        one = slice(image, image + 1)
-        tensors: dict[str, Any] = {
-            field.name: value[one]
-            for field in fields(self.routing)
-            if isinstance(value := getattr(self.routing, field.name), Tensor)
-        }
-        if self.routing.noise_std is not None:
-            tensors["noise_std"] = self.routing.noise_std.expand_as(self.routing.logits)[one]
-        own: dict[str, Any] = {name: getattr(self, name)[one] for name in self.per_image}
-        return replace(self, routing=replace(self.routing, **tensors), **own)
-
     def _is(self, expert: int) -> Tensor:
         return torch.arange(self.routing.num_experts, device=self.routing.logits.device) == expert
 
 
 Edit = Callable[[Any], Any]
 """Of a decision, to one of the same kind."""
-
-
-def each_row(edits: Sequence[Edit]) -> Edit:
-    """An edit that treats every image of a batch by its own; those must leave K and the capacity alone."""
-
-    def edit(decision: Decision) -> Decision:
-        rows = [own(decision.row(image)) for image, own in enumerate(edits)]
-        joined: dict[str, Any] = {name: torch.cat([getattr(row, name) for row in rows]) for name in decision.per_image}
-        return replace(decision, **joined)
-
-    return edit
 
 
 def computed_pairs(routing: Routing) -> Tensor:
@@ -413,8 +386,6 @@ class Ranking(Decision):
 
     An expert that is `removed` for a token is replaced by its next-best one.
     """
-
-    per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "order", "scores")
 
     order: Tensor  # [B, N, E] int64, all experts of a token, best first, no expert twice
     # [B, N, E] what stands at each rank and makes its gate (`router.gate_logits`, which needn't be what the router
@@ -528,8 +499,6 @@ class Ranking(Decision):
 class TokenLists(Decision):
     """What a layer in which experts choose their tokens is about to decide."""
 
-    per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "order", "scores")
-
     order: Tensor  # [B, E, N] int64, all tokens of the image for each expert, best first
     scores: Tensor  # [B, E, N] the affinity that stands at each rank and becomes the weight
     top_k: int  # K, experts per token on average
@@ -582,8 +551,6 @@ class TokenLists(Decision):
 @dataclass(frozen=True)
 class SlotWeights(Decision):
     """What a Soft MoE layer is about to decide."""
-
-    per_image: ClassVar[tuple[str, ...]] = ("removed", "silenced", "reads", "takes")
 
     reads: Tensor  # [B, N, E, P] what each slot reads
     takes: Tensor  # [B, N, E, P] what each token takes of each slot

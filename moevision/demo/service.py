@@ -195,16 +195,15 @@ class Explorer:
         return {"images": images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
-        """What an intervention changes about the prediction, beside its control, with the view after it."""
-        entry, variant, found, settings = self._read(request)
+        """What an intervention changes about the prediction, beside its control; `route` has the view after it."""
+        _, variant, found, settings = self._read(request)
         change = settings.intervention
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
         if settings.noise is not None:
             raise RequestError("A change is measured without noise: the field 'noise' must be null.")
         with settings.conditions_applied(variant.saved.net):
-            measured = effect(variant.saved, found.pixels, change)
-        return {**measured.to_json(), "view": self._view(entry, variant, found, settings).to_json()}
+            return effect(variant.saved, found.pixels, change).to_json()
 
     def class_effect(self, request: Any) -> Json:
         """What the same intervention changes over images of a class: `class_effect`, null if there are too few.

@@ -11,9 +11,9 @@ from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
-from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.effects import class_effect, effect, run_compared, run_under
 from moevision.analysis.information import choice_counts, class_information, part_information
-from moevision.analysis.intervention import Intervention, ablate
+from moevision.analysis.intervention import Intervention
 from moevision.analysis.readings import Rule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
     ReportSettings,
@@ -91,16 +91,17 @@ ALONE = {
 
 @pytest.mark.parametrize("router", ALONE)
 def test_rows_of_one_picture_are_as_if_alone(router) -> None:
-    """In one batch with the control; they don't share a batch's capacity, and colour gates look at the image."""
+    """The control's draws are one batch; they don't share a batch's capacity, and colour gates look at the image."""
     model, image = saved(router, **ALONE[router]), PETS.image(5)
-    found = effect(model, image, Intervention("ablate", layer=1, expert=2), num_controls=3)
+    change = Intervention("ablate", layer=1, expert=2)
+    found = effect(model, image, change, num_controls=3)
     x = network_input(model, image[None])
     with torch.inference_mode():
         before = model.net(x)[0].double()
-        for other in found.others:
-            with ablate(model.net, 1, other.expert):
-                after = model.net(x)[0].double()
-            assert other.delta_logit == pytest.approx(float((after - before)[found.target]), abs=1e-5)
+        _, taken, _ = run_under(model.net, x, change)
+        for draw, delta in enumerate(found.control.delta_logits):
+            after = run_compared(model.net, x, change, taken, [(0, draw)])[0]
+            assert delta == pytest.approx(float((after - before)[found.target]), abs=1e-5)
 
 
 def test_an_untrained_router_has_no_bias_left() -> None:

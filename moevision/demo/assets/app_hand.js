@@ -32,14 +32,19 @@ function oneChange(app, view) {
   return { ...question, intervention: { kind: "ablate", layer, expert } };
 }
 
+const LOOK_MS = 400; // that a view is looked at before its effect is measured
+
 /**
- * The view comes after one pass, the effect after many more: it is measured while the view is looked at, but not under noise.
+ * The view comes after one pass, the effect after many more: it is measured for who looks, not for who clicks on.
  * @param {App} app @param {View} view
  */
 export async function measure(app, view) {
   const question = view.moment || app.boot.device ? null : oneChange(app, view);
   if (!question || question.noise !== null || effects.has(view)) return;
   effects.set(view, null);
+  const { ticket } = app;
+  await new Promise((done) => { setTimeout(done, LOOK_MS); });
+  if (app.ticket !== ticket) return void effects.delete(view);
   effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
   if (app.state?.view !== view) return;
   drawHand(app);

@@ -35,6 +35,7 @@ export class Card {
     this.changes = changes;
     /** @type {number | null} the place of the number that is followed; null: that which changes most */
     this.at = null;
+    this.wiring = 0;
     /** @type {Map<string, GalleryPatch[][]>} what the experts of a layer like most */
     this.likes = new Map();
     changes.channel = (select) => this.follow(Number(select.value));
@@ -78,6 +79,7 @@ export class Card {
 
   /** The patches that each expert of a layer likes most. @param {View} view @param {Layer} layer @param {GalleryPatch[][]} patches */
   like(view, layer, patches) {
+    if (this.likes.has(layerKey(view, layer))) return; // drawn already
     this.likes.set(layerKey(view, layer), patches);
     this.draw();
   }
@@ -90,7 +92,8 @@ export class Card {
     if (computed && patch !== null) fillBox(this.box, this.picture(view, layer, patch, computed));
     // At a moment of the training only the gates of a patch are known.
     else fillBox(this.box, past && patchMoments(view, layer, patch));
-    this.wire();
+    cancelAnimationFrame(this.wiring); // measured once in a frame, when all of the page is written
+    this.wiring = requestAnimationFrame(() => this.wire());
   }
 
   /** @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed */

@@ -336,7 +336,6 @@ export interface Effect {
   after: Guess[];
   /** Null where as many random choices are the change itself. */
   control: { n: number; mean: number; sd: number; deltas: number[]; delta_ps: number[]; what: string } | null;
-  others: { expert: number; delta_logit: number }[];
   view: View;
 }
 /** A training image in a list; `thumb` is null where it can't be opened, and `problem` says why. */
