@@ -90,8 +90,9 @@ def test_the_pages_keep_to_their_lines() -> None:
     """moevision/**/*.js and *.css, docs/live/*.js and *.css; types (*.d.ts) are no lines of the page."""
     files = [file for folder in (ROOT / "moevision", CHECKOUT / "docs" / "live")
              for kind in ("js", "css") for file in sorted(folder.rglob(f"*.{kind}"))]  # fmt: skip
-    lines = {file.name: file.read_text(encoding="utf-8").splitlines() for file in files}
-    assert {"app.js", "core.js", "explorer.css", "good_data.js", "page.css", "worker.js"} <= lines.keys()
+    lines = {str(file): file.read_text(encoding="utf-8").splitlines() for file in files}
+    names = {file.name for file in files}
+    assert {"app.js", "core.js", "explorer.css", "good_data.js", "page.css", "worker.js"} <= names
     assert sum(map(len, lines.values())) <= PAGE_LINES
     long = {name: sum(len(line) > 120 for line in text) for name, text in lines.items()}
     assert sum(long.values()) <= LONG_PAGE_LINES

@@ -125,7 +125,7 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     one.page.click(".mv-card >> nth=1 >> [data-action=take-away]")
     one.page.wait_for_selector(".mv-flow-box[data-expert='1'][aria-pressed=true]")
     assert one.question("route")["away"] == [[3, 1]]
-    one.page.wait_for_selector(".mv-results:has-text('As much at random')")
+    one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
     text = " ".join(one.page.text_content(".mv-results").split())
     assert "Without L3·E1" in text
     assert "changed model" in one.page.text_content(".mv-verdict")

@@ -1,7 +1,7 @@
 // An expert in the hand: chosen under the image, every patch is sent to it, or it is swapped with another; and what one
 // change does to the answer, beside as many random changes. Taking experts away is the opening's (app_flow.js).
 
-import { asAskError } from "./app_server.js";
+import { asAskError, pause } from "./app_server.js";
 import { changedWords } from "./core_answer.js";
 import { capital } from "./core_kinds.js";
 import { chip, fillBox, fixed, html, layerExpert, percent, present, signed } from "./core_util.js";
@@ -32,8 +32,6 @@ function oneChange(app, view) {
   return { ...question, intervention: { kind: "ablate", layer, expert } };
 }
 
-const LOOK_MS = 400; // that a view is looked at before its effect is measured
-
 /**
  * The view comes after one pass, the effect after many more: it is measured for who looks, not for who clicks on.
  * @param {App} app @param {View} view
@@ -43,7 +41,7 @@ export async function measure(app, view) {
   if (!question || question.noise !== null || effects.has(view)) return;
   effects.set(view, null);
   const { ticket } = app;
-  await new Promise((done) => { setTimeout(done, LOOK_MS); });
+  await pause(400);
   if (app.ticket !== ticket) return void effects.delete(view);
   effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
   if (app.state?.view !== view) return;

@@ -10,7 +10,7 @@ export class AskError extends Error {
 }
 
 /** @param {number} milliseconds */
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+export const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const BUSY_TRIES = 4;
 const READY_TRIES = 80;
 
@@ -87,9 +87,8 @@ export function slide(bar, is) {
   const piece = present(bar.firstElementChild);
   bar.hidden = !is;
   piece.getAnimations().forEach((one) => one.cancel());
-  if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
-    piece.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
-  }
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (is && !still) piece.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
 }
 
 /** @param {string} text */

@@ -34,11 +34,8 @@ export async function drawPanel(app, kind) {
   const ticket = (app.panelTicket = Symbol(tab.id));
   const wanted = () => ticket === app.panelTicket;
   const blank = app.picture.kind === "none";
-  if ((blank || !app.state) && tab.id !== "about") {
-    const none = emptyBox("No image yet", "This fills when an image is on the stage.");
-    fillBox(panel, blank ? none : waitingBox("Opening the image…"));
-    return;
-  }
+  const none = blank ? emptyBox("No image yet", "It fills when an image is here.") : waitingBox("Opening the image…");
+  if ((blank || !app.state) && tab.id !== "about") return void fillBox(panel, none);
   try {
     await tab.draw(panel, wanted);
   } catch (error) {

@@ -18,9 +18,7 @@ export function startFlow(root, view) {
     model, boot: { models: [] }, toggleAway: () => undefined };
   const flow = new Flow(host);
   root.addEventListener("click", (event) => /** @type {Element} */ (event.target).closest("[data-action=fly]") && flow.play());
-  root.addEventListener("change", (event) => {
-    state.set({ layer: Number(/** @type {HTMLSelectElement} */ (event.target).value) });
-    flow.draw();
-  });
+  state.subscribe(() => flow.draw());
+  root.addEventListener("change", ({ target }) => state.set({ layer: Number(/** @type {any} */ (target).value) }));
   flow.draw(true);
 }

@@ -19,14 +19,14 @@ export async function shrinkPicture(file, { min_side: side, max_aspect: aspect, 
       at least ${side} px, and its longer side at most ${aspect} times as many.`);
   }
   const canvas = document.createElement("canvas");
-  canvas.width = Math.min(fit === "pad" ? long : short, LONGEST_SIDE);
+  const square = fit === "pad" ? long : short;
+  canvas.width = Math.min(square, LONGEST_SIDE);
   canvas.height = canvas.width;
   const context = brush(canvas);
   context.imageSmoothingQuality = "high";
   // Transparent parts become white, as on paper, and not black.
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  const square = fit === "pad" ? long : short;
   const scale = canvas.width / square;
   const [[left, width], [top, height]] = [bitmap.width, bitmap.height].map((length) =>
     fit === "squash" ? [0, canvas.width] : [Math.trunc((square - length) / 2) * scale, length * scale]);
