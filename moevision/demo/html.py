@@ -150,12 +150,12 @@ def flow_html(view: Mapping[str, Any]) -> str:
 def _framed(page: str, height: int, rows: float = 0) -> str:
     """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it.
 
-    `rows` of boxes that stand below one another on a phone, each a third of its width high, are for the style sheet
-    of that page (analysis/templates/page.css).
+    Below 816 px, as on a phone, photo and `rows` of boxes stand below one another, each box a third of the width high.
     """
+    below = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        f'style="--rows:{rows:g};width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{below if rows else f"{height}px"};border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 

@@ -196,12 +196,14 @@ def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
 REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [360, 390, 600, 780, 830, 1100, 1280])
-def test_a_reports_live_view_is_seen_whole_at_any_width(new_visit, ask, width):
-    """In the report's column, whose frame can't ask its view how high it is; and it doesn't grow by itself."""
+@pytest.mark.parametrize(
+    ("width", "sheet"), [(width, REPORT) for width in (360, 390, 600, 780, 830, 1100, 1280)] + [(360, ""), (600, "")]
+)
+def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
+    """In a report's column and in anybody's page: a frame can't ask its view how high it is, nor may that grow."""
     view = flow_html(ask("route", picture=FIRST))
     page = new_visit(door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
-    style = f"<style>{read_css(('explorer_base.css',))}{REPORT}</style>"
+    style = f"<style>{read_css(('explorer_base.css',))}{sheet}</style>"
     page.set_content(f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>')
     page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
     height = "[document.documentElement.scrollHeight, innerHeight]"
