@@ -267,6 +267,25 @@ def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     assert one.asked.count("what_if") == 1
 
 
+def test_who_clicks_on_waits_for_no_control(visit, ask):
+    """Taken away, put back and taken away again: the effect is measured once, of what is looked at."""
+    _, each = experts(ask)
+    one = visit(door=False)
+    page = one.page
+    page.evaluate(
+        """async (box) => {
+          for (const away of ["true", "false", "true"]) {
+            document.querySelector(box).click();
+            while (document.querySelector(box).ariaPressed !== away) await new Promise(requestAnimationFrame);
+          }
+        }""",
+        f".mv-flow-box[data-expert='{each.index(max(each))}']",
+    )
+    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    assert one.asked.count("route") >= 2
+    assert one.asked.count("what_if") == 1
+
+
 def test_the_door_opens_on_everything_else_and_stays_open(visit):
     one = visit(door=False)
     page = one.page
