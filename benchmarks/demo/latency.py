@@ -12,7 +12,8 @@ of up to 17 ms is part of it. Run it on a calm machine: the load average before 
 - new image: a click on an example until the overlay of its view is drawn; every image for the first time;
 - an expert away: a click on a network of the opening until its answer is painted; put back between;
 - own image: a 1600 x 1200 px photo-like file, made small by the page, sent and routed;
-- forward: the model's own answer for one image, outside of the explorer, which all of that is to be compared with.
+- forward: the model's own answer for one image, outside of the explorer, which all of that is to be compared with;
+- an expert away, server's CPU: what the explorer computes for that answer, each expert of the last layer, one thread.
 
 Of the model of photos and of the drawn pets' model, whose images are smaller.
 """
@@ -33,11 +34,20 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.bundle import MODELS as BUNDLED
 from benchmarks.demo import browser_path, running_demo
 from benchmarks.harness import about, argument_parser, write_result
+from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.server import cpu_workers
+from moevision.demo.service import Explorer
 from moevision.limits import usable_cores
 from moevision.models.io import load_model
 
-LIMIT_MS = {"first_page": 1000, "layer_change": 50, "patch_click": 150, "expert_away": 300, "own_picture": 700}
+LIMIT_MS = {
+    "away_cpu": 150,
+    "first_page": 1000,
+    "layer_change": 50,
+    "patch_click": 150,
+    "expert_away": 300,
+    "own_picture": 700,
+}
 OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
 MODELS = ("cats_vs_dogs", "pets")
 WAIT_S = 120
@@ -153,6 +163,22 @@ def forward(model: str) -> list[float]:
     return times
 
 
+def away_cpu(model: str) -> list[float]:
+    """CPU milliseconds of the answers without one expert of the last layer, by one thread."""
+    torch.set_num_threads(1)
+    explorer = Explorer(open_entries(None, DataOptions()))
+    entry, times = explorer.entries[model], []
+    picture = {"kind": "example", "id": entry.examples.on_first_screen()[0].id}
+    last = entry.facts.routers[-1]
+    for expert in range(last.num_experts):
+        start = time.process_time()
+        answer = explorer.answer("route", {"model": model, "picture": picture, "away": [[last.layer, expert]]})
+        times.append((time.process_time() - start) * 1000)
+        assert "error" not in answer, answer
+    explorer.close()
+    return times
+
+
 def summary(times: list[float], limit: float | None) -> dict[str, Any]:
     """Median, 95th percentile and maximum in milliseconds, and whether the median keeps the limit, if it has one."""
     ordered = sorted(times)
@@ -179,7 +205,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         version = browser.version
         for model in MODELS:
-            times: dict[str, list[float]] = {"forward": forward(model), "first_page": []}
+            times: dict[str, list[float]] = {"forward": forward(model), "away_cpu": away_cpu(model), "first_page": []}
             limits = {**LIMIT_MS, "new_picture": statistics.median(times["forward"]) + OVER_FORWARD_MS}
             for start in range(options.starts):
                 with running_demo() as (_, address):

@@ -19,7 +19,7 @@ STEPS = {
     "forward": "the model alone, one image", "first_page": "first page, after the server is up",
     "layer_change": "another layer",
     "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",
-    "expert_away": "an expert taken away", "own_picture": "one's own image",
+    "expert_away": "an expert taken away", "away_cpu": "the same, its server's CPU", "own_picture": "one's own image",
 }  # fmt: skip
 
 
