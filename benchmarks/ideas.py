@@ -156,14 +156,15 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
         return sum(layer["swap"]["more"]["log_loss"]["low"] > 0 for layer in layers), len(layers)
 
     differ = ", ".join(f"{counted(0, own)} on {name}" for name, own in settings.items())
+    differ = differ.replace(" on ", " settings on ", 1)
     (bundled, of_bundled), (small, of_small) = above(False), above(True)
     most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in (0, 1)]
     both = bundled > of_bundled / 2 and small > of_small / 2
     part = ", 1 in part" if not both and bundled + small else ""
     return f"{sum(most) + both} of 3 questions{part}", (
-        f"Upcycled: classes go to different experts in {differ}; routers tell more than clusters of their input in "
-        f"{counted(1, asked)}. A class's favourite costs more than as many choices of any two experts in "
-        f"{bundled} of {of_bundled} bundled layers, {small} of {of_small} small ones."
+        f"Do classes go to different experts? In upcycled models yes in {differ}. Did training the router add to that? "
+        f"In {counted(1, asked)}. Do experts do different things, by class? In {bundled} of {of_bundled} layers of "
+        f"bundled models, {small} of {of_small} of small ones."
     )
 
 

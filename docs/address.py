@@ -5,8 +5,9 @@
     python docs/address.py                                           # fills in again what pyproject.toml says
 
 Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, CITATION.cff, and the first
-cells of the notebooks. The site takes it when it is built (docs/hooks.py). Without an address all of them speak of a
-copy of the repository; tests/docs/test_address.py holds every file to what is written here.
+cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
+links PyPI can't follow otherwise (docs/packaged.py). Without an address all of them speak of a copy of the repository;
+tests/docs/test_address.py holds every file to what is written here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _URLS = re.compile(r"^\[project\.urls\]\n(?:[^\[\n].*\n)*\n?", re.M)
 _CITED = re.compile(r"^(?:repository-code|url): .*\n", re.M)
 _COLAB = re.compile(r"\[Open in Colab\]\([^)]*\)\n*")
 _CLONE = re.compile(r"^(?:git clone .*\n)?(?=python3 -m venv )", re.M)
+_LESSON = re.compile(r"\]\([^)\s]*\blesson\.html\)")
+_LINK = re.compile(r"(!?)(\[[^]]*\]\()(?!https?:|mailto:|#)([^)\s]+)\)")
 _FROM = re.compile(r'^REPOSITORY = ".*"', re.M)
 
 
@@ -81,6 +84,19 @@ def in_readme(there: Address) -> str:
     return f"in {copy}"
 
 
+def packaged(text: str, there: Address) -> str:
+    """README with links that lead somewhere on PyPI, too: pages to the site, all others to the forge."""
+
+    def absolute(found: re.Match[str]) -> str:
+        image, words, target = found.groups()
+        if there.site and not image and target.startswith("docs/"):
+            page = re.sub(r"(?:^index)?\.md(?=$|#)", "/", target.removeprefix("docs/"))
+            return f"{words}{there.site.rstrip('/')}/{page.removeprefix('/')})"
+        return f"{image}{words}{there.repository}/{'raw' if image else 'blob'}/main/{target})"
+
+    return _LINK.sub(absolute, text) if there.repository else text
+
+
 def in_start(text: str, there: Address) -> str:
     """docs/index.md with the line before the virtual environment that fetches the repository."""
     clone = f"git clone {there.repository} && cd {there.name.rpartition('/')[2]}\n" if there.repository else ""
@@ -111,8 +127,9 @@ def in_notebook(text: str, there: Address, name: str) -> str:
 def filled(there: Address, root: Path = ROOT) -> dict[Path, str]:
     """What every file that names the address should hold."""
     readme, start, cited = root / "README.md", root / "docs" / "index.md", root / "CITATION.cff"
+    shown = _MARKED.sub(rf"\g<1>{in_readme(there)}\g<2>", readme.read_text(encoding="utf-8"))
     files = {
-        readme: _MARKED.sub(rf"\g<1>{in_readme(there)}\g<2>", readme.read_text(encoding="utf-8")),
+        readme: _LESSON.sub(f"]({there.site or 'docs/'}lesson.html)", shown),  # a forge shows its source
         start: in_start(start.read_text(encoding="utf-8"), there),
         cited: in_citation(cited.read_text(encoding="utf-8"), there),
     }

@@ -119,16 +119,16 @@ def blocks() -> str:
 def loads(record: Mapping[str, Any]) -> str:
     """Shares of the tokens of each expert over the steps, one panel without and one with a balance loss."""
     parts = []
-    width, height, top = 254, 220, 70
+    width, height, top = 194, 200, 70
     for place, arm in enumerate(record["arms"]):
-        x0 = 52 + place * (width + 62)
+        x0 = 52 + place * (width + 60)
         steps, shares = arm["steps"], arm["shares"]
 
         def at(step: float, share: float, x0: float = x0, last: float = steps[-1]) -> str:
             return f"{x0 + width * step / last:.1f} {top + height * (1 - share):.1f}"
 
         parts.append(text(x0, 34, arm["title"], 17, bold=True))
-        parts.append(text(x0, 54, f"busiest at the end: {8 * max(shares[-1]):.1f} × the mean", 15, color=GREY))
+        parts.append(text(x0, 54, f"busiest: {8 * max(shares[-1]):.1f} × the mean", 15, color=GREY))
         for expert in range(8):
             low = [sum(row[:expert]) for row in shares]
             high = [sum(row[: expert + 1]) for row in shares]
@@ -151,8 +151,8 @@ def loads(record: Mapping[str, Any]) -> str:
                     GREY,
                 )
             )
-    parts.append(text(320, 344, "share of the patches that each of eight experts computes", 15, "middle", GREY))
-    return svg(640, 360, parts, "Load of eight experts over a training, without and with a balance loss")
+    parts.append(text(260, 324, "share of the patches that each of eight experts computes", 15, "middle", GREY))
+    return svg(520, 340, parts, "Load of eight experts over a training, without and with a balance loss")
 
 
 # ---- what the studies found
@@ -209,13 +209,13 @@ def effects() -> list[Effect]:
         of("Learned router − rule by position", files, sparsity.learned, -1),
         of("With − without balance loss", files, sparsity.balanced),
         of("Upcycled − dense, trained on", upcycling.STUDY, upcycled),
-        of("Fine-tuned on photos: experts − dense", cats, accuracy.moe_less_dense),
+        of("Fine-tuned: experts − dense", cats, accuracy.moe_less_dense),
     ]
 
 
 def forest(found: Sequence[Effect]) -> str:
     """For each difference a line of words, and below it a dot and its interval."""
-    width, left, right, top, row = 640, 40, 600, 62, 54
+    width, left, right, top, row = 520, 36, 490, 62, 54
     least, most = -2.0, 3.0
 
     def x(value: float) -> float:
@@ -233,12 +233,12 @@ def forest(found: Sequence[Effect]) -> str:
     for place, effect in enumerate(found):
         y = top + row * place
         color = {1: "#0072b2", 0: GREY, -1: "#b84a00"}[effect.verdict]
-        parts.append(f'<rect x="20" y="{y}" width="600" height="24" fill="{PAPER}"/>')
+        parts.append(f'<rect x="20" y="{y}" width="480" height="24" fill="{PAPER}"/>')
         parts.append(text(24, y + 18, effect.name, 16))
-        parts.append(text(616, y + 18, effect.words, 16, "end", color, bool(effect.verdict)))
+        parts.append(text(500, y + 18, effect.words, 16, "end", color, bool(effect.verdict)))
         parts.append(line(x(effect.low), y + 36, x(effect.high), y + 36, color, 4, ' stroke-linecap="round"'))
         parts.append(f'<circle cx="{x(effect.mean):g}" cy="{y + 36}" r="6.5" fill="{color}"/>')
-    note = "Blue: the first is better; orange: worse; grey: no difference is shown."
+    note = "Blue: the first is better; orange: worse; grey: not shown."
     parts.append(text(24, bottom + 42, note, 15, color=GREY))
     return svg(width, bottom + 58, parts, "Differences in test accuracy that the studies measured")
 

@@ -9,7 +9,7 @@
 - Notebooks become pages with their saved outputs, under notebooks/, and their files lie beside them.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
 - With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm.
-- In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
+- Numbers stay with their units; in tables names of code may break at their dots and underscores on a phone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.M)
 _NAMED = re.compile(r'^--8<-- "([\w/.-]+\.py):([\w.]+)"$', re.M)
 _HELP = re.compile(r'^--8<-- "help:(\w+)(?: (\w+))?"$', re.M)
 _CELL = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
-_UNIT = re.compile(r"(?<=\d) (?=(?:[MGT]|[kM]i?B|GB|ms|px|%)(?![\w-]))")
+_UNIT = re.compile(r"<pre\b.*?</pre>|(?<=\d) (?=(?:[MGT]|[kM]i?B|GB|ms|px|%)(?![\w-]))", re.DOTALL)
 _JOINT = re.compile(r"(?<=[A-Za-z])([._])(?=\w)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -171,10 +171,11 @@ def _outputs(html: str, notebook: Path) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Formulas as MathML; cells of tables that break where a reader would; a notebook's outputs."""
+    """Formulas as MathML; lines and cells that break where a reader would; a notebook's outputs."""
     if _is_notebook(page.file.src_uri):
         html = _outputs(html, (ROOT / page.file.src_uri).with_suffix(".ipynb"))
     html = _FORMULA.sub(lambda found: convert(_plain(found[2]), display=_DISPLAY[found[1]]), html)
+    html = _UNIT.sub(lambda found: "\N{NO-BREAK SPACE}" if found[0] == " " else found[0], html)
     return _CELL.sub(_cell, html)
 
 
@@ -218,8 +219,7 @@ def _help(found: re.Match[str]) -> str:
 
 
 def _cell(found: re.Match[str]) -> str:
-    cell = _UNIT.sub("\N{NO-BREAK SPACE}", found[0])
-    return re.sub(r"<code>.*?</code>", lambda code: _JOINT.sub(r"\1<wbr>", code[0]), cell, flags=re.DOTALL)
+    return re.sub(r"<code>.*?</code>", lambda code: _JOINT.sub(r"\1<wbr>", code[0]), found[0], flags=re.DOTALL)
 
 
 def _plain(html: str) -> str:

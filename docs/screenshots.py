@@ -65,8 +65,8 @@ def film(page: Page, url: str) -> None:
         """Frames of so many milliseconds, the last of which stays."""
         for _ in range(0, ms, FRAME):
             page.clock.run_for(FRAME)
-            picture = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 750})))
-            frames.append(picture.convert("RGB").resize((900, 563), Image.Resampling.LANCZOS))
+            picture = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 692})))
+            frames.append(picture.convert("RGB").resize((900, 519), Image.Resampling.LANCZOS))
             times.append(FRAME)
         times[-1] = hold
 

@@ -119,6 +119,7 @@ DEFINITIONS = {
     ],
     "docs/faq.md": [
         Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
+        Definition("weights (88 MB on a CPU)", "the size of the download that is named"),
     ],
     "docs/guides/serve.md": [
         Definition("lesson of 45 minutes", "a plan"),

@@ -28,7 +28,7 @@ MORE_ACCURATE = [
     ),
     Claim(
         sparsity.FILES,
-        "when both train for as long {shown}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+        "It {shown} that they help when both train for as long: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
         sparsity.at_equal_time,
     ),
     Claim(

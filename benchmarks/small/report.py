@@ -182,10 +182,10 @@ def rates_answer(runs: Runs) -> tuple[str, str]:
     at = {each.first.rpartition(" ")[2]: each for each in found[:2]}
     less = failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in at.values())
     stable = not less and all(each.mean - each.half > -MARGIN for each in at.values())
-    gaps = ", ".join(f"× {factor} {each.interval}" for factor, each in at.items())
+    gaps = ", ".join(f"{each.interval} at × {factor}" for factor, each in at.items())
     return YES if less else NO if stable else OPEN, (
-        f"Unguarded, at up to 16 times the rate, {failed['learned']} MoE and {failed['dense']} dense runs fail; the "
-        f"MoE's lead over dense changes by {gaps} points"
+        f"Without the guard, {failed['learned']} MoE and {failed['dense']} dense runs fail at up to 16 times the "
+        f"learning rate; the MoE's lead over dense changes by so many points: {gaps}"
     )
 
 
@@ -197,9 +197,10 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
         return NOT_RUN
     wants = any(each.verdict == "above" for each in large)
     without = not wants and all(each.mean + each.half < MARGIN for each in large)
-    gaps = ", ".join(f"{batch} {each.interval}" for batch, each in found.items())
+    gaps = ", ".join(f"{each.interval} at {batch}" for batch, each in found.items())
     return YES if wants else NO if without else OPEN, (
-        f"Beside batches of 64, the MoE's lead over dense changes by {gaps} points; {len(large[0].gaps)} seeds"
+        f"Compared with batches of 64, the MoE's lead over dense changes by so many points: {gaps}; "
+        f"{len(large[0].gaps)} seeds"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,6 +59,55 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
 def test_on_pypi_readme_names_the_package(copy: Path) -> None:
     fill(THERE._replace(pypi="https://pypi.org/project/moevision/"), copy)
     assert "`pip install moevision`" in (copy / "README.md").read_text()
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def test_a_package_shows_a_readme_whose_links_are_absolute(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hatchling asks for: as it is without an address, absolute with one; images as files, pages on the site."""
+    hatchling = type("hatchling.metadata.plugin.interface", (), {"MetadataHookInterface": object})
+    monkeypatch.setitem(sys.modules, hatchling.__name__, hatchling)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    hook = runpy.run_path(str(ROOT / project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["path"]))["Readme"]()
+    assert "readme" in project["project"]["dynamic"]
+    hook.root = str(copy)
+
+    def shown() -> str:
+        hook.update(metadata := {})
+        assert metadata["readme"]["content-type"] == "text/markdown"
+        return metadata["readme"]["text"]
+
+    fill(Address(), copy)
+    assert shown() == (copy / "README.md").read_text(encoding="utf-8")
+    fill(THERE, copy)
+    text = shown()
+    assert [link for link in links(text) if not link.startswith("https://")] == []
+    assert len(links(text)) == len(links((copy / "README.md").read_text(encoding="utf-8")))
+    assert {
+        "https://github.com/owner/moe/raw/main/docs/img/flow.webp",
+        "https://github.com/owner/moe/blob/main/CONTRIBUTING.md",
+        "https://owner.github.io/moe/",
+        "https://owner.github.io/moe/results/",
+        "https://owner.github.io/moe/lesson.html",
+    } <= set(links(text))
+    fill(THERE._replace(site=""), copy)
+    assert "https://github.com/owner/moe/blob/main/docs/results.md" in links(shown())
+
+
+def test_a_link_keeps_its_anchor() -> None:
+    text = (
+        "[a](docs/index.md) [b](docs/guides/serve.md#for-a-class) [c](https://x.org/a.md) [d](#look) ![e](docs/e.png)"
+    )
+    assert links(MODULE["packaged"](text, THERE)) == [
+        "https://owner.github.io/moe/",
+        "https://owner.github.io/moe/guides/serve/#for-a-class",
+        "https://x.org/a.md",
+        "#look",
+        "https://github.com/owner/moe/raw/main/docs/e.png",
+    ]
 
 
 def test_no_page_has_a_made_up_address() -> None:

@@ -27,6 +27,7 @@ from moevision.cli import TASKS, main
 from moevision.config import options
 from moevision.train.recipe import shipped_configs
 from tests.forks import Forked
+from tests.needs import chromium
 from tests.shared import TINY, draw_folder, run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -432,6 +433,33 @@ def test_every_link_of_the_site_leads_to_a_file(site: Path) -> None:
             if not re.match(r"[a-z]+:", link) and not (target.is_file() or (target / "index.html").is_file()):
                 dead.append(f"{page.relative_to(site)} -> {link}")
     assert dead == []
+
+
+@pytest.mark.needs("mkdocs", "chromium", "playwright")
+def test_a_phone_shows_every_page_with_margins_and_none_scrolls_sideways(site: Path) -> None:
+    """At 390 px: what is too wide (code, formulas, a figure of four plots) scrolls by itself."""
+    from playwright.sync_api import sync_playwright
+
+    measure = "() => [document.documentElement.scrollWidth, document.querySelector('h1').getBoundingClientRect().left]"
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        found = {}
+        for path in PAGES:
+            folder = path.relative_to(DOCS).with_suffix("")
+            page.goto((site / folder.parent / folder.name.replace("index", "") / "index.html").as_uri())
+            width, left = page.evaluate(measure)
+            if width > 390 or left < 8:
+                found[page_id(path)] = (width, left)
+    assert found == {}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_lists_within_lists_are_indented_as_the_site_needs(path: Path) -> None:
+    """By four spaces: a forge takes two or three, too, the site would number them on."""
+    assert re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", prose(path), re.M) == []
 
 
 @pytest.mark.needs("mkdocs")
