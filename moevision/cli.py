@@ -52,7 +52,6 @@ VERBS = {
         "moevision.commands.transform:run_surgery",
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
-    "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
@@ -305,19 +304,6 @@ def _export(add: Add) -> None:
     add("--force", action="store_true", help="replace FILE")
 
 
-def _push(add: Add) -> None:
-    add("model", help="a run folder or its model/ folder")
-    add("repo", metavar="USER/NAME", help="repository on the hub")
-    add("--public", action="store_true", help="let everyone see it (default: private)")
-    add("--dry-run", action="store_true", help="only write the files that would be uploaded")
-    add("--out", metavar="DIR", help="folder for --dry-run (hub/USER/NAME)")
-    add("--license", metavar="ID", help="license of the weights, as the hub abbreviates it: apache-2.0, ...")
-    add("--analysis", metavar="REPORT", help="folder that `moevision analyze` wrote, for the card")
-    add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, for the card")
-    add("--card", metavar="FILE", help="your own README.md instead of the generated card")
-    add("--force", action="store_true", help="add a version to a repository, or to a --dry-run folder, that exists")
-
-
 def _analyze(add: Add) -> None:
     add("model", help=f"{MODEL}; it must have MoE layers")
     add("--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)")
@@ -444,14 +430,6 @@ that it saves no computation; what that costs is printed. ONNX needs: pip instal
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.pt2                          the file's ending says which format
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),
-    "push": (_push, """\
-Publish a saved model on the Hugging Face hub, where timm and moevision load it as hf-hub:USER/NAME; only you can see
-it, unless you say --public. Uploaded are model.safetensors, config.json and a model card with the numbers of the run
-folder. Log in once with `hf auth login`, or set HF_TOKEN. Class names and the name of the data's folder are published
-with the model; images, paths and the names of files are not.""", """\
-  moevision push runs/pets me/pets-moe --dry-run               look at the files first: no token, no network
-  moevision push runs/pets me/pets-moe --license apache-2.0 --analysis report --public
-  moevision push runs/pets me/pets-moe --seeds runs/pets-2 runs/pets-3 --force     a new version"""),
     "analyze": (_analyze, """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for

@@ -42,7 +42,6 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),
     (2, ["surgery", "runs/pets", "--out", "new"]),
     (2, ["export", "runs/pets"]),
-    (2, ["push", "runs/pets"]),
     (2, ["analyze"]),
     (2, ["analyze", "runs/pets", "--nothing"]),
     (2, ["data"]),
