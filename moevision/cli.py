@@ -210,7 +210,7 @@ _FORCE = "write into a folder that holds something"
 
 def _predict(add: Add) -> None:
     add("model", help=TRAINED)
-    add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders, folders of tar shards")
+    add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders")
     add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     add("--out", metavar="FILE", help="write to FILE instead of standard output")
     add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
@@ -335,14 +335,6 @@ def _prune(add: Add) -> None:
     add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
 
 
-def _shard(add: Add) -> None:
-    add("what", metavar="FOLDER|CONFIG", help="images, as fit takes them, or a configuration that names some")
-    add("--out", type=Path, metavar="SHARDS", help="folder to write to")
-    add("--shard-mb", type=_positive, default=256, metavar="MB", help="MiB of images in a shard (%(default)s)")
-    add("--root", metavar="DIR", help="folder of the datasets that are known by name (the configuration's, or data)")
-    add("--check", action="store_true", help="write nothing; compare the shards in FOLDER with their hashes")
-
-
 def _demo(add: Add) -> None:
     add("model", nargs="?", metavar="MODEL", help=f"{MODEL}; bundled if left out")
     add("--data", metavar="DIR", help=f"images to choose from: {_DATA}")
@@ -453,14 +445,6 @@ page; random is the baseline (at small shares scores have lost to it, arXiv:2302
 image.""", """\
   moevision data prune runs/pets --by ccs --keep 0.7
   moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv"""),
-    "data shard": (_shard, """\
-Write the images of a folder (or what a configuration names) into a few large tars in the WebDataset format, with
-moevision-index.json: where each image is, its name, class and order, a hash of each tar. Every command that takes a
-folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's.
-Tars that others made are converted the same way.""", """\
-  moevision data shard path/to/images --out shards
-  moevision data shard imagenet.yaml --out shards --shard-mb 512
-  moevision data shard shards --check                   after a copy: compare every byte with the hashes"""),
     "demo": (_demo, """\
 See in a browser which experts every patch of an image goes to. Without MODEL it shows the models that come with the
 package. Nothing is downloaded and nothing leaves this computer; images that you drop on the page are not kept.""", """\
@@ -471,12 +455,11 @@ package. Nothing is downloaded and nothing leaves this computer; images that you
 _DATA_HELP = (
     """\
 Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
-leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes. And many
-images: shard puts them into a few large files. `moevision data TASK --help` tells more.""",
+leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
+`moevision data TASK --help` tells more.""",
     """\
   moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
-  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
-  moevision data shard photos --out shards              a folder as tar shards, which fit takes""",
+  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
 )
 _EITHER = {"surgery": ("prune", "merge", "collapse"), "info": ("model", "machine")}  # exactly one of them
 

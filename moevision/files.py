@@ -9,14 +9,12 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moevision.errors import UserError, json_text
-
-_BLOCK_BYTES = 1 << 22  # read at a time
 
 
 def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None) -> None:
@@ -126,11 +124,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "
     return text.getvalue()
 
 
-def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file in hexadecimal; `on_progress` gets the bytes read since its last call."""
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            on_progress(len(block))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

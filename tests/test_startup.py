@@ -31,7 +31,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["nonsense"]),
     *((0, [verb, "--help"]) for verb in VERBS),
     *((0, [verb, "path/to/images", "--help-all"]) for verb in ("fit", "validate", "test")),
-    *((0, ["data", task, "--help"]) for task in ("score", "prune", "shard")),
+    *((0, ["data", task, "--help"]) for task in ("score", "prune")),
     # Usage errors
     (2, ["predict", "runs/pets"]),
     (2, ["predict", "runs/pets", "image.jpg", "--format", "xml"]),
