@@ -45,11 +45,7 @@ VERBS = {
     ),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.transform:run_upcycle",
-    ),
-    "surgery": Verb(
-        "prune or merge experts, or collapse a model to a dense one, with what it costs",
-        "moevision.commands.transform:run_surgery",
+        "moevision.commands.upcycle:run",
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
@@ -205,7 +201,6 @@ TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last
 _SPLITS = ("train", "val", "test")
 _DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
-_FORCE = "write into a folder that holds something"
 
 
 def _predict(add: Add) -> None:
@@ -271,24 +266,6 @@ def _upcycle(add: Add) -> None:
         metavar="NAME=VALUE",
         help="an option of the router, such as route_by=image or noise=none; may be repeated",
     )
-    add("--force", action="store_true", help=_FORCE)
-
-
-def _surgery(add: Add) -> None:
-    add("model", help=f"{MODEL}; it must have MoE layers")
-    add("--prune", type=_positive, metavar="N", help="remove the N least used experts of every MoE layer")
-    add("--merge", type=_positive, metavar="N", help="leave N experts in every MoE layer, averages of similar ones")
-    add("--collapse", choices=("average", "most_used"), help="make the model dense: one MLP of an expert's width")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    add("--data", help=f"{_DATA}; by default what the run was trained on")
-    add("--root", help=_ROOT)
-    add("--split", default="test", choices=_SPLITS, help="set on which accuracy is measured (%(default)s)")
-    add("--use-split", default="val", choices=_SPLITS, help="set on which the use of experts is measured (%(default)s)")
-    add("--limit", type=_positive, metavar="N", help="images of --split (all)")
-    add("--use-limit", type=_positive, metavar="N", default=1000, help="images of --use-split (%(default)s)")
-    add("--no-align", dest="align", action="store_false", help="average experts without aligning their hidden units")
-    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
-    add("--force", action="store_true", help=_FORCE)
 
 
 def _export(add: Add) -> None:
@@ -405,15 +382,6 @@ model costs.""",
   moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
   moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe"""),
-    "surgery": (_surgery, """\
-Remove experts from a trained model without further training, and measure what that costs: --prune gives the tokens of
-removed experts to the next-best one, --merge averages experts that the same tokens choose, --collapse leaves one MLP.
-The use of experts is measured on --use-split, accuracy before and after on --split, beside a control: the model with
-its MoE layers left out. A result no better than the control has lost all experts. Writes OUT/ with the new model and
-surgery.json.""", """\
-  moevision surgery runs/pets --prune 2 --out pets_6_experts         on the images that the run was trained on
-  moevision surgery runs/pets --collapse average --out pets_dense
-  moevision surgery my/model --merge 4 --data cifar10 --root datasets --out smaller"""),
     "export": (_export, """\
 Write a model as one file that runs without moevision: ONNX (for onnxruntime and others), or a torch.export program.
 Any batch size, float32; class names and preprocessing travel in the file, which is run on seeded images and compared
@@ -461,7 +429,7 @@ leaves in the run folder, and changes none of your images: what you choose becom
   moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
   moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
 )
-_EITHER = {"surgery": ("prune", "merge", "collapse"), "info": ("model", "machine")}  # exactly one of them
+_EITHER = {"info": ("model", "machine")}  # exactly one of them
 
 
 def parser_of(name: str) -> ArgumentParser:

@@ -40,7 +40,6 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["compare"]),
     (2, ["predict", "runs/pets", "image.jpg", "--batch_size", "x"]),
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),
-    (2, ["surgery", "runs/pets", "--out", "new"]),
     (2, ["export", "runs/pets"]),
     (2, ["analyze"]),
     (2, ["analyze", "runs/pets", "--nothing"]),
