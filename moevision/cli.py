@@ -36,10 +36,7 @@ VERBS = {
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
-    "info": Verb(
-        "parameters and FLOPs of a model; --machine: what limits this machine",
-        "moevision.commands.info:run",
-    ),
+    "info": Verb("parameters and FLOPs of a model", "moevision.commands.info:run"),
     "compare": Verb(
         "compare two runs, or several seeds of two recipes, on the same test images", "moevision.commands.compare:run"
     ),
@@ -198,7 +195,6 @@ _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at mos
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
-_SPLITS = ("train", "val", "test")
 _DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
 
@@ -225,8 +221,7 @@ def _predict(add: Add) -> None:
 
 
 def _info(add: Add) -> None:
-    add("model", nargs="?", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
-    add("--machine", action="store_true", help="what limits this machine")
+    add("model", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
     add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
 
 
@@ -360,11 +355,9 @@ not, a line says so. With --unsure the exit code stays 0.""", """\
   moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
     "info": (_info, """\
 Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the plain
-ViT. With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
-few or too many threads, little memory, a tiny /dev/shm. Findings are not errors; the exit code stays 0.""", """\
+ViT.""", """\
   moevision info runs/pets --format json
-  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
-  moevision info --machine"""),
+  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched"""),
     "compare": (_compare, """\
 Compare finished runs of fit on the test images that all of them were tested on: accuracy, the difference with its
 interval, what would have been found with 80 % power, and cost. Two runs are compared image by image (McNemar's exact
@@ -429,7 +422,6 @@ leaves in the run folder, and changes none of your images: what you choose becom
   moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
   moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
 )
-_EITHER = {"info": ("model", "machine")}  # exactly one of them
 
 
 def parser_of(name: str) -> ArgumentParser:
@@ -462,9 +454,6 @@ def understood(name: str, arguments: list[str]) -> Namespace:
         task, *arguments = arguments
         parser = parser_of(f"data {task}")
     found = parser.parse_args(spelled(parser, arguments))
-    either = _EITHER.get(name, ())
-    if either and sum(bool(getattr(found, each)) for each in either) != 1:
-        parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
     found.command = command  # for what records it
     if task is not None:
         found.task = task

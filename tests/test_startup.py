@@ -36,7 +36,6 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["predict", "runs/pets"]),
     (2, ["predict", "runs/pets", "image.jpg", "--format", "xml"]),
     (2, ["info"]),
-    (2, ["info", "runs/pets", "--machine"]),
     (2, ["compare"]),
     (2, ["predict", "runs/pets", "image.jpg", "--batch_size", "x"]),
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),
