@@ -8,7 +8,6 @@ import csv
 import hashlib
 import io
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,10 +72,10 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left unfinished of a name in a folder; nobody else may be writing there now."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def remove_leftovers(folder: Path) -> None:
+    """Delete files that killed processes left unfinished in a folder; nobody else may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
@@ -115,10 +114,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, restval="", strict=True))
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\n") -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     """A CSV file: its first line, and rows of as many cells; the caller shows names from outside (`csv_name`)."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator=end)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue()

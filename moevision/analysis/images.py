@@ -545,13 +545,12 @@ def pictures_for(
     model: SavedModel,
     data: str | None = None,
     *,
-    split: str = "test",
     limit: int | None = None,
     root: str | None = None,
 ) -> PictureSet | None:
-    """Images for a model at an address, held-out ones by default: of `data`, or else of what its run was trained on.
+    """Test images for a model at an address: of `data`, or else of what its run was trained on.
 
     The options are those of `open_pictures`. None if neither `data` nor a run says which.
     """
     found = find_images(address, data)
-    return None if found is None else found.open(model, split=split, limit=limit, root=root)
+    return None if found is None else found.open(model, limit=limit, root=root)
