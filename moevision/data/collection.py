@@ -96,10 +96,6 @@ class Collection(ABC):
         """Values by sample id of a column, if the data are a table that has it."""
         return self.columns.get(name)
 
-    def column_names(self) -> Iterable[str]:
-        """The columns that `column` knows, without large ones."""
-        return self.columns
-
 
 @dataclass
 class FileCollection(Collection):

@@ -353,7 +353,7 @@ def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "blocks": blocks,
-        "depth": len(cast(Any, saved.net).blocks) if hasattr(saved.net, "blocks") else None,
+        "depth": len(cast(Any, saved.net).blocks) if blocks else 0,
         "options": options,
         "class_names": saved.class_names,
         "image_size": saved.image_size,
