@@ -16,7 +16,6 @@ MEASURE = {
     "infer-roofline": ("what bounds one image in a MoE layer: bytes, products, calls", "infer.roofline"),
     "data": ("the input pipeline alone, and what a training step waits for it", "data"),
     "scores-cost": ("CPU time of the training images' scores as a share of a training", "guard.scores"),
-    "shards": ("a folder's images from the folder and from tar shards: equal, and images/s of both", "data.shards"),
     "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
     "demo-latency": ("how long a visitor of the explorer waits, in headless Chromium", "demo.latency"),
     "demo-load": ("many visitors of the explorer at once, every answer compared with the truth", "demo.load"),

@@ -36,23 +36,15 @@ VERBS = {
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
-    "info": Verb(
-        "parameters and FLOPs of a model; --machine: what limits this machine",
-        "moevision.commands.info:run",
-    ),
+    "info": Verb("parameters and FLOPs of a model", "moevision.commands.info:run"),
     "compare": Verb(
         "compare two runs, or several seeds of two recipes, on the same test images", "moevision.commands.compare:run"
     ),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.transform:run_upcycle",
-    ),
-    "surgery": Verb(
-        "prune or merge experts, or collapse a model to a dense one, with what it costs",
-        "moevision.commands.transform:run_surgery",
+        "moevision.commands.upcycle:run",
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
-    "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
@@ -203,15 +195,13 @@ _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at mos
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
-_SPLITS = ("train", "val", "test")
 _DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
-_FORCE = "write into a folder that holds something"
 
 
 def _predict(add: Add) -> None:
     add("model", help=TRAINED)
-    add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders, folders of tar shards")
+    add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders")
     add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     add("--out", metavar="FILE", help="write to FILE instead of standard output")
     add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
@@ -231,8 +221,7 @@ def _predict(add: Add) -> None:
 
 
 def _info(add: Add) -> None:
-    add("model", nargs="?", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
-    add("--machine", action="store_true", help="what limits this machine")
+    add("model", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
     add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
 
 
@@ -272,24 +261,6 @@ def _upcycle(add: Add) -> None:
         metavar="NAME=VALUE",
         help="an option of the router, such as route_by=image or noise=none; may be repeated",
     )
-    add("--force", action="store_true", help=_FORCE)
-
-
-def _surgery(add: Add) -> None:
-    add("model", help=f"{MODEL}; it must have MoE layers")
-    add("--prune", type=_positive, metavar="N", help="remove the N least used experts of every MoE layer")
-    add("--merge", type=_positive, metavar="N", help="leave N experts in every MoE layer, averages of similar ones")
-    add("--collapse", choices=("average", "most_used"), help="make the model dense: one MLP of an expert's width")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    add("--data", help=f"{_DATA}; by default what the run was trained on")
-    add("--root", help=_ROOT)
-    add("--split", default="test", choices=_SPLITS, help="set on which accuracy is measured (%(default)s)")
-    add("--use-split", default="val", choices=_SPLITS, help="set on which the use of experts is measured (%(default)s)")
-    add("--limit", type=_positive, metavar="N", help="images of --split (all)")
-    add("--use-limit", type=_positive, metavar="N", default=1000, help="images of --use-split (%(default)s)")
-    add("--no-align", dest="align", action="store_false", help="average experts without aligning their hidden units")
-    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
-    add("--force", action="store_true", help=_FORCE)
 
 
 def _export(add: Add) -> None:
@@ -303,19 +274,6 @@ def _export(add: Add) -> None:
     add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
     add("--routes", action="store_true", help="ONNX: tell each patch's experts and gates too, and take experts away")
     add("--force", action="store_true", help="replace FILE")
-
-
-def _push(add: Add) -> None:
-    add("model", help="a run folder or its model/ folder")
-    add("repo", metavar="USER/NAME", help="repository on the hub")
-    add("--public", action="store_true", help="let everyone see it (default: private)")
-    add("--dry-run", action="store_true", help="only write the files that would be uploaded")
-    add("--out", metavar="DIR", help="folder for --dry-run (hub/USER/NAME)")
-    add("--license", metavar="ID", help="license of the weights, as the hub abbreviates it: apache-2.0, ...")
-    add("--analysis", metavar="REPORT", help="folder that `moevision analyze` wrote, for the card")
-    add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, for the card")
-    add("--card", metavar="FILE", help="your own README.md instead of the generated card")
-    add("--force", action="store_true", help="add a version to a repository, or to a --dry-run folder, that exists")
 
 
 def _analyze(add: Add) -> None:
@@ -347,14 +305,6 @@ def _prune(add: Add) -> None:
     add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
     add("--seed", type=_seed, default=0, help="seed of what is drawn, and of ties (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
-
-
-def _shard(add: Add) -> None:
-    add("what", metavar="FOLDER|CONFIG", help="images, as fit takes them, or a configuration that names some")
-    add("--out", type=Path, metavar="SHARDS", help="folder to write to")
-    add("--shard-mb", type=_positive, default=256, metavar="MB", help="MiB of images in a shard (%(default)s)")
-    add("--root", metavar="DIR", help="folder of the datasets that are known by name (the configuration's, or data)")
-    add("--check", action="store_true", help="write nothing; compare the shards in FOLDER with their hashes")
 
 
 def _demo(add: Add) -> None:
@@ -405,11 +355,9 @@ not, a line says so. With --unsure the exit code stays 0.""", """\
   moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
     "info": (_info, """\
 Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the plain
-ViT. With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
-few or too many threads, little memory, a tiny /dev/shm. Findings are not errors; the exit code stays 0.""", """\
+ViT.""", """\
   moevision info runs/pets --format json
-  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
-  moevision info --machine"""),
+  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched"""),
     "compare": (_compare, """\
 Compare finished runs of fit on the test images that all of them were tested on: accuracy, the difference with its
 interval, what would have been found with 80 % power, and cost. Two runs are compared image by image (McNemar's exact
@@ -427,15 +375,6 @@ model costs.""",
   moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
   moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe"""),
-    "surgery": (_surgery, """\
-Remove experts from a trained model without further training, and measure what that costs: --prune gives the tokens of
-removed experts to the next-best one, --merge averages experts that the same tokens choose, --collapse leaves one MLP.
-The use of experts is measured on --use-split, accuracy before and after on --split, beside a control: the model with
-its MoE layers left out. A result no better than the control has lost all experts. Writes OUT/ with the new model and
-surgery.json.""", """\
-  moevision surgery runs/pets --prune 2 --out pets_6_experts         on the images that the run was trained on
-  moevision surgery runs/pets --collapse average --out pets_dense
-  moevision surgery my/model --merge 4 --data cifar10 --root datasets --out smaller"""),
     "export": (_export, """\
 Write a model as one file that runs without moevision: ONNX (for onnxruntime and others), or a torch.export program.
 Any batch size, float32; class names and preprocessing travel in the file, which is run on seeded images and compared
@@ -444,14 +383,6 @@ that it saves no computation; what that costs is printed. ONNX needs: pip instal
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.pt2                          the file's ending says which format
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),
-    "push": (_push, """\
-Publish a saved model on the Hugging Face hub, where timm and moevision load it as hf-hub:USER/NAME; only you can see
-it, unless you say --public. Uploaded are model.safetensors, config.json and a model card with the numbers of the run
-folder. Log in once with `hf auth login`, or set HF_TOKEN. Class names and the name of the data's folder are published
-with the model; images, paths and the names of files are not.""", """\
-  moevision push runs/pets me/pets-moe --dry-run               look at the files first: no token, no network
-  moevision push runs/pets me/pets-moe --license apache-2.0 --analysis report --public
-  moevision push runs/pets me/pets-moe --seeds runs/pets-2 runs/pets-3 --force     a new version"""),
     "analyze": (_analyze, """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for
@@ -475,14 +406,6 @@ page; random is the baseline (at small shares scores have lost to it, arXiv:2302
 image.""", """\
   moevision data prune runs/pets --by ccs --keep 0.7
   moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv"""),
-    "data shard": (_shard, """\
-Write the images of a folder (or what a configuration names) into a few large tars in the WebDataset format, with
-moevision-index.json: where each image is, its name, class and order, a hash of each tar. Every command that takes a
-folder of images takes SHARDS; ids, split, order, augmentation and resume are the folder's.
-Tars that others made are converted the same way.""", """\
-  moevision data shard path/to/images --out shards
-  moevision data shard imagenet.yaml --out shards --shard-mb 512
-  moevision data shard shards --check                   after a copy: compare every byte with the hashes"""),
     "demo": (_demo, """\
 See in a browser which experts every patch of an image goes to. Without MODEL it shows the models that come with the
 package. Nothing is downloaded and nothing leaves this computer; images that you drop on the page are not kept.""", """\
@@ -493,14 +416,12 @@ package. Nothing is downloaded and nothing leaves this computer; images that you
 _DATA_HELP = (
     """\
 Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
-leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes. And many
-images: shard puts them into a few large files. `moevision data TASK --help` tells more.""",
+leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
+`moevision data TASK --help` tells more.""",
     """\
   moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
-  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
-  moevision data shard photos --out shards              a folder as tar shards, which fit takes""",
+  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
 )
-_EITHER = {"surgery": ("prune", "merge", "collapse"), "info": ("model", "machine")}  # exactly one of them
 
 
 def parser_of(name: str) -> ArgumentParser:
@@ -533,9 +454,6 @@ def understood(name: str, arguments: list[str]) -> Namespace:
         task, *arguments = arguments
         parser = parser_of(f"data {task}")
     found = parser.parse_args(spelled(parser, arguments))
-    either = _EITHER.get(name, ())
-    if either and sum(bool(getattr(found, each)) for each in either) != 1:
-        parser.error(f"give one of {', '.join(f'--{each}' for each in either)}".replace("--model", "MODEL"))
     found.command = command  # for what records it
     if task is not None:
         found.task = task

@@ -8,15 +8,12 @@ import csv
 import hashlib
 import io
 import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moevision.errors import UserError, json_text
-
-_BLOCK_BYTES = 1 << 22  # read at a time
 
 
 def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None) -> None:
@@ -75,10 +72,10 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left unfinished of a name in a folder; nobody else may be writing there now."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def remove_leftovers(folder: Path) -> None:
+    """Delete files that killed processes left unfinished in a folder; nobody else may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
@@ -117,20 +114,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, restval="", strict=True))
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\n") -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     """A CSV file: its first line, and rows of as many cells; the caller shows names from outside (`csv_name`)."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator=end)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue()
 
 
-def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file in hexadecimal; `on_progress` gets the bytes read since its last call."""
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            on_progress(len(block))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 A container or a job of SLURM sees the memory of the whole machine and is killed where it takes more than was granted.
 
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), proc(5).
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; a limit of any ancestor holds), proc(5).
 """
 
 from __future__ import annotations
@@ -35,12 +35,6 @@ def usable_memory_bytes(root: Path = ROOT) -> int | None:
     """Physical memory, or what the control group grants of it; None where the system doesn't say."""
     sizes = (total_memory_bytes(), memory_limit_bytes(root))
     return min((size for size in sizes if size is not None), default=None)
-
-
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """Cores' worth of time that the control group grants; None without a limit."""
-    quotas = [_text(folder / "cpu.max").split() for folder in _groups(root)]
-    return min((int(words[0]) / int(words[1]) for words in quotas if words and words[0] != "max"), default=None)
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:

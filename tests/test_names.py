@@ -237,15 +237,6 @@ def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
     assert set(names) <= {sample.sample_id for sample in read_folder(run.parent.parent / "pe\x1bts").given["all"]}
 
 
-def test_surgery_takes_the_run_s_own_pictures(run: Path, tmp_path: Path) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)  # of the broken image
-        outcome = run_cli("surgery", run, "--prune", "1", "--out", tmp_path / "pru\x1bned")
-    assert_harmless_outcome(outcome)
-    for warning in caught:
-        assert_harmless(str(warning.message), "warning")
-
-
 def test_the_explorer_names_pictures_in_json(run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)

@@ -80,7 +80,7 @@ def refused(outcome: Any, *words: str) -> None:
 
 # --- pickles
 
-ON_MODELS = ("predict", "info", "analyze", "demo", "export", "surgery", "push", "upcycle")
+ON_MODELS = ("predict", "info", "analyze", "demo", "export", "upcycle")
 
 
 @pytest.mark.parametrize("verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb].target.split(":")[0])])
@@ -92,8 +92,6 @@ def test_no_verb_on_models_reads_a_pickle(
     evil = evil_checkpoint(tmp_path / "evil.ckpt")
     rest: dict[str, list[str | Path]] = {
         "predict": [drawn_pets],
-        "push": ["me/pets", "--dry-run"],
-        "surgery": ["--prune", "1", "--out", "new"],
         "export": ["--out", "new.onnx"],
         "upcycle": ["--out", "new"],
     }

@@ -159,7 +159,6 @@ DEFINITIONS = {
         Definition("112 px on a CPU and 224 px on a GPU, layer decay 0.75", "what `moevision/train/start.py` chooses"),
     ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("A lesson of 45 minutes", "a plan")],
-    "docs/guides/many-images.md": [Definition("256 MiB is the default", "a default of `moevision data shard`")],
     "docs/tutorial.md": [
         Definition("downloads one (88 MB)", "the size of the download that is named"),
         Definition("a dog with 98 %, so `--unsure 0.9`, which answers `unsure` below 90 %", "the output above, 0.9758"),

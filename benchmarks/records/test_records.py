@@ -156,9 +156,6 @@ def contradictions(record: Any) -> Iterator[str]:
         for share in shares:
             if not math.isclose(share * images, round(share * images), rel_tol=0, abs_tol=1e-3):
                 yield f"{share} of {images} images is no number of images"
-        for own in part.values() if "n" in part else ():  # an accuracy before and after a surgery
-            if isinstance(own, dict) and "top1" in own and own["top1"] != own["correct"] / images:
-                yield f"{own['correct']} of {images} isn't {own['top1']}"
         if "max_over_mean" in part and "counts" in part:
             counts, mean = part["counts"], sum(part["counts"]) / len(part["counts"])
             cv_squared = sum((count / mean - 1) ** 2 for count in counts) / len(counts)
@@ -187,7 +184,6 @@ def test_what_a_record_says_follows_from_its_counts() -> None:
         ({"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}}, "add up to 3 of 4"),
         ({"top1": 0.7, "images": 832}, "0.7 of 832"),
         ({"test_images": 2000, "accuracy": {"moe": 0.99, "dense": 0.9871}}, "0.9871 of 2000"),
-        ({"n": 2000, "before": {"correct": 1976, "top1": 0.968}}, "1976 of 2000 isn't"),
         ({"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]}, "cv_squared"),
         ({"test": {"correct": 2, "total": 3}, "layers": [{"counts": [6, 7]}]}, "13 choices of 3"),
         ({"arm": "moe", "curve": [[9, 2.0, 0.5]], "steps": 9, "steps_applied": 9, "val_top1": 0.6}, "moe: the curve"),

@@ -26,7 +26,6 @@ from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileC
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
-from moevision.data.shards import ShardCollection
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
@@ -86,7 +85,7 @@ def open_pictures(
 
     Args:
         data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
-            inside train/, val/, test/), tar shards, a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset
+            inside train/, val/, test/), a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset
             of (PIL image, label), or a `PictureSet`.
         image_size: S, side of the square images in pixels.
         framing: how the model makes them square.
@@ -151,7 +150,7 @@ def _from_collection(
         samples, sentences = splits.samples[split], splits.warnings
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
-    of_files = isinstance(collection, FileCollection | ShardCollection)
+    of_files = isinstance(collection, FileCollection)
     what = shown(Path(data).expanduser().resolve().name) if of_files else str(data)
     which = "all images" if split == "all" else f"{split} set"
     name = f"{what}, {which}, seed {seed}"
@@ -546,13 +545,12 @@ def pictures_for(
     model: SavedModel,
     data: str | None = None,
     *,
-    split: str = "test",
     limit: int | None = None,
     root: str | None = None,
 ) -> PictureSet | None:
-    """Images for a model at an address, held-out ones by default: of `data`, or else of what its run was trained on.
+    """Test images for a model at an address: of `data`, or else of what its run was trained on.
 
     The options are those of `open_pictures`. None if neither `data` nor a run says which.
     """
     found = find_images(address, data)
-    return None if found is None else found.open(model, split=split, limit=limit, root=root)
+    return None if found is None else found.open(model, limit=limit, root=root)

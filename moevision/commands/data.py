@@ -1,19 +1,11 @@
-"""`moevision data score | prune | shard`: what a training found out about its images; images as tar shards."""
+"""`moevision data score | prune`: what a training found out about its images, and which of them to keep."""
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from moevision.analysis.images import data_settings, run_folder
-from moevision.data.collection import Collection
-from moevision.data.open import kind_of, open_collection
 from moevision.data.scores import (
     FILE,
     LIST_HEAD,
@@ -25,10 +17,8 @@ from moevision.data.scores import (
     shares_table,
     starved,
 )
-from moevision.data.shards import find_index, verify_shards, write_shards
 from moevision.errors import UserError, shown
 from moevision.files import refuse_foreign
-from moevision.train.recipe import find_config, read_config
 from moevision.words import shell_word
 
 _HARDEST = 0.1  # of --hardest where it isn't given
@@ -36,7 +26,7 @@ _HARDEST = 0.1  # of --hardest where it isn't given
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
-    {"score": write_page, "prune": write_list, "shard": shard}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list}[chosen.task](chosen)
 
 
 def run_of(address: str) -> Path:
@@ -92,57 +82,3 @@ def write_list(chosen: Namespace) -> None:
     file = shell_word(shown(str(out)))
     relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
-
-
-def shard(chosen: Namespace) -> None:
-    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some."""
-    if chosen.check == (chosen.out is not None):
-        raise UserError(
-            "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."
-        )
-    folder, quiet = Path(chosen.what).expanduser(), not sys.stderr.isatty()
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True, disable=quiet)
-    if chosen.check:
-        if kind_of(chosen.what) != "shards":
-            raise UserError(f"{folder} holds no shards: give the folder that `moevision data shard` wrote.")
-        with bar:
-            task = bar.add_task("checking shards", total=sum(shard.bytes for shard in find_index(folder).shards))
-            index = verify_shards(folder, lambda done: bar.update(task, advance=done))
-        print(f"{len(index.shards)} shards have the bytes that were written: {shown(str(folder))}")
-        return
-    collection = _collection(chosen.what, chosen.root)
-    if folder.is_dir() and chosen.out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"{chosen.out} lies in the folder of the images, which it would become part of: give --out another place."
-        )
-    with bar:
-        task = bar.add_task("writing shards", total=sum(map(len, collection.given.values())))
-        index = write_shards(
-            collection,
-            chosen.out,
-            shard_bytes=chosen.shard_mb * 2**20,
-            on_progress=lambda done: bar.update(task, advance=done),
-        )
-    for sentence in collection.notes:
-        print(f"warning: {shown(sentence)}")
-    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in index.splits.items())
-    total_mb = sum(each.bytes for each in index.shards) / 2**20
-    print(f"{sizes} images in {len(index.shards)} shards, {total_mb:,.1f} MiB: {shown(str(chosen.out))}")
-    print(f"train on them: moevision fit {shell_word(shown(str(chosen.out)))}")
-
-
-def _collection(what: str, root: str | None) -> Collection:
-    """The dataset that a folder, a table, a dataset's name or a configuration names."""
-    settings: Mapping[str, Any] = {"path": what}
-    if kind_of(what) == "folder" and not Path(what).expanduser().is_dir() and not what.lower().endswith(".csv"):
-        file = find_config(what)
-        given = read_config(file)
-        if "data.path" not in given:
-            raise UserError(f"{file} names no images: it must say data: {{path: ...}}.")
-        settings = {name.removeprefix("data."): value for name, value in given.items()}
-    return open_collection(
-        settings["path"],
-        root=root or settings.get("root", "data"),
-        download=bool(settings.get("download")),
-        columns=(settings.get("image_column"), settings.get("label_column")),
-    )

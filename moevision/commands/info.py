@@ -1,23 +1,19 @@
 """`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with.
 
-`moevision info --machine`: what limits a training on this machine, and what to change. `moevision analyze MODEL`: what
-its experts do, as one report with live views in it.
+`moevision analyze MODEL`: what its experts do, as one report with live views in it.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,19 +21,14 @@ from torch import nn
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError, shown
 from moevision.layers import describe_moe, moe_layers
-from moevision.limits import cpu_quota, memory_available_bytes, usable_cores
 from moevision.models.convert import dense_twin, one_or_list
 from moevision.models.io import SavedModel, load_model
 from moevision.models.vit_moe import MOE_ARGUMENTS
-from moevision.train.provenance import cpu_model, gpu_names
 from moevision.words import loading
 
 
 def run(chosen: Namespace) -> None:
-    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT; or what limits the machine."""
-    if chosen.machine:
-        _show_machine(as_json=chosen.format == "json")
-        return
+    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT."""
     with loading("counting parameters and FLOPs"):
         saved = load_any(chosen.model)
         costs = compare_costs(saved.net, saved.image_size)
@@ -138,66 +129,3 @@ def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> s
     from moevision.demo.view import route_image
 
     return flow_html(route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json())
-
-
-# ---- the machine
-
-GIB = 2**30
-
-
-def _show_machine(*, as_json: bool) -> None:
-    machine = look()
-    found = [{"what": what, "advice": advice} for what, advice in findings(machine)]
-    if as_json:
-        print(json.dumps({"machine": machine, "findings": found}, indent=2))
-        return
-    print("\n".join(f"{name:12} {value}" for name, value in machine.items()))
-    for finding in found:
-        print(f"\n{finding['what']}\n-> {finding['advice']}")
-
-
-def findings(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What limits, and what to do about it: the wrong device first, then cores, then memory."""
-    threads, cores = machine["threads"], machine["cores"]
-    if machine["nvidia_card"] and not machine["gpus"]:
-        yield (
-            f"There is an NVIDIA card, but torch {machine['torch']} (CUDA: {machine['cuda']}) can't use it.",
-            "Install a torch for CUDA (https://pytorch.org/get-started/locally/); if it is one, check that "
-            "CUDA_VISIBLE_DEVICES doesn't hide the card and that `nvidia-smi` shows a driver for that CUDA.",
-        )
-    if threads > cores or (threads < cores and not machine["gpus"]):
-        yield (
-            f"torch uses {threads} threads, and this process may use {cores} cores.",
-            f"Set OMP_NUM_THREADS={cores}, or less if several trainings share this machine.",
-        )
-    for name, least, what, advice in (
-        ("memory_gib", 2, "GiB of memory are free",
-         "End other programs, or use a smaller --data.batch_size and more --trainer.accumulate_grad_batches."),
-        ("shm_gib", 0.5, "GiB has /dev/shm, and data workers die when it is full",
-         "Start the container with --shm-size=2g, or keep --data.num_workers 0."),
-        ("disk_gib", 2, "GiB are left on the disk of this folder, and a run keeps several checkpoints",
-         "Make room, or write elsewhere with --runs_root."),
-    ):  # fmt: skip
-        size = machine[name]
-        if size is not None and size < least:
-            yield f"Only {size} {what}.", advice
-
-
-def look() -> dict[str, Any]:
-    """What this process can use; None where the system doesn't say."""
-    from moevision.train.recipe import default_precision  # Lightning comes along
-
-    memory, shm = memory_available_bytes(), Path("/dev/shm")
-    return {
-        "cpu": cpu_model(),
-        "cores": max(1, min(usable_cores(), math.ceil(cpu_quota() or usable_cores()))),  # with the control group's time
-        "threads": torch.get_num_threads(),
-        "gpus": gpu_names() if torch.cuda.is_available() else [],  # that torch can use
-        "nvidia_card": shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "precision": default_precision(),
-        "memory_gib": None if memory is None else round(memory / GIB, 2),  # free
-        "shm_gib": round(shutil.disk_usage(shm).total / GIB, 2) if shm.is_dir() else None,  # for data workers' batches
-        "disk_gib": round(shutil.disk_usage(".").free / GIB, 2),  # free in the current folder
-    }

@@ -17,11 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from moevision.data.collection import Sample
 from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
-from moevision.data.open import kind_of, open_collection
-from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, csv_name, json_text, shown
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
@@ -98,22 +95,10 @@ def run(chosen: Namespace) -> None:
 # ---- images in, rows out
 
 
-@dataclass(frozen=True)
-class ShardImage:
-    """An image in tar shards; its path is that of the shards and its sample id."""
-
-    collection: ShardCollection
-    sample: Sample
-
-    def __str__(self) -> str:
-        """What its row is called."""
-        return str(self.collection.files.folder / self.sample.sample_id)
-
-
-def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
+def images_at(paths: Sequence[str]) -> Iterator[Path]:
     """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
 
-    Links are followed; each folder is entered once. A folder of tar shards yields all images in them.
+    Links are followed; each folder is entered once.
     """
     for name in paths:
         path = Path(name)
@@ -122,12 +107,9 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
             images = sorted(Path(file.path) for file in walk(path, links) if is_image_path(file.name))
             if links["unreadable"]:
                 tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
-            if images:
-                yield from images
-            elif kind_of(name) == "shards" and isinstance(shards := open_collection(name), ShardCollection):
-                yield from (ShardImage(shards, sample) for part in shards.given.values() for sample in part)
-            else:
+            if not images:
                 raise UserError(f"The folder {path} holds no image.")
+            yield from images
         elif path.exists():
             yield path
         else:
@@ -137,7 +119,7 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
 @torch.inference_mode()
 def predict_batch(
     model: SavedModel,
-    files: Sequence[Path | ShardImage],
+    files: Sequence[Path],
     precision: Literal["fp32", "bf16"] = "fp32",
     *,
     features: bool = False,
@@ -148,8 +130,7 @@ def predict_batch(
     errors: list[str | None] = []
     for file in files:
         try:
-            image = file.collection.open(file.sample, side) if isinstance(file, ShardImage) else safe_open(file, side)
-            pixels.append(torch.from_numpy(square_pixels(image, side, model.framing)).permute(2, 0, 1))
+            pixels.append(torch.from_numpy(square_pixels(safe_open(file, side), side, model.framing)).permute(2, 0, 1))
             errors.append(None)
         except BadImageError as error:
             errors.append(error.reason)

@@ -8,7 +8,6 @@ stays the same across runs and machines. ``open.py`` finds the collection that a
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import unicodedata
@@ -66,11 +65,9 @@ class Collection(ABC):
     def size_bytes(self, sample: Sample) -> int:
         """Number of stored bytes, 0 if there are none; samples of different size differ."""
 
+    @abstractmethod
     def stored(self, sample: Sample) -> bytes:
-        """An image file: the stored bytes, or pixels as PNG; raises OSError or BadImageError if it can't be read."""
-        file = io.BytesIO()
-        self.open(sample).save(file, "PNG")
-        return file.getvalue()
+        """The stored bytes, of pixels theirs; raises OSError or BadImageError if they can't be read."""
 
     def read_part(self, sample: Sample, start: int, size: int) -> bytes:
         """So many of the stored bytes; raises OSError if they can't be read."""
@@ -98,10 +95,6 @@ class Collection(ABC):
     def column(self, name: str) -> Mapping[str, str] | None:
         """Values by sample id of a column, if the data are a table that has it."""
         return self.columns.get(name)
-
-    def column_names(self) -> Iterable[str]:
-        """The columns that `column` knows, without large ones."""
-        return self.columns
 
 
 @dataclass
@@ -156,9 +149,9 @@ class ArrayCollection(Collection):
         """Number of bytes of the pixels."""
         return self._pixels(sample).nbytes
 
-    def digest(self, sample: Sample) -> bytes:
-        """SHA-256 of the pixels."""
-        return hashlib.sha256(self._pixels(sample).tobytes()).digest()
+    def stored(self, sample: Sample) -> bytes:
+        """The bytes of the pixels."""
+        return self._pixels(sample).tobytes()
 
 
 @dataclass
@@ -192,6 +185,10 @@ class DrawnCollection(Collection):
     def size_bytes(self, sample: Sample) -> int:
         """0: nothing is stored, and every image is drawn from a random seed of its own."""
         return 0
+
+    def stored(self, sample: Sample) -> bytes:
+        """None."""
+        return b""
 
 
 def file_identity(path: str | Path) -> Hashable:

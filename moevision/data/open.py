@@ -12,17 +12,16 @@ from moevision.data.collection import Collection, DrawnCollection, access_advice
 from moevision.data.folder import read_folder, split_folders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
-from moevision.data.shards import INDEX, find_index, open_shards
 from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
-DataKind = Literal["drawn", "named", "csv", "dataset", "shards", "folder"]
+DataKind = Literal["drawn", "named", "csv", "dataset", "folder"]
 UNKNOWN_COUNT: Final = 10_000
 """Images that a dataset is taken to have before it is fetched."""
 
 
 def kind_of(path: str) -> DataKind:
-    """What a path names, by names alone: a known dataset, a CSV, one of Hugging Face, or our shards.
+    """What a path names, by names alone: a known dataset, a CSV, or one of Hugging Face.
 
     Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it.
     """
@@ -36,8 +35,6 @@ def kind_of(path: str) -> DataKind:
     try:
         if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
-        if (place / INDEX).is_file():
-            return "shards"
     except OSError as error:
         raise unreadable(place, error) from error
     return "folder"
@@ -56,8 +53,8 @@ def open_collection(
     """Find the dataset that ``path`` names.
 
     Args:
-        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images or of
-            shards, a CSV manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
+        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images, a
+            CSV manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
         image_size: side of the drawn images, in pixels.
@@ -72,8 +69,6 @@ def open_collection(
         return read_named(path, root, download=download)
     if kind == "dataset":
         return read_dataset(path, columns, download=download)
-    if kind == "shards":
-        return open_shards(place)
     try:
         with access_advice(place):
             return read_table(place, columns) if kind == "csv" else read_folder(place)
@@ -101,8 +96,6 @@ def count_images(path: str | Path) -> int:
     if kind == "csv":
         with place.open("rb") as file:
             return max(0, sum(1 for _ in file) - 1)
-    if kind == "shards":
-        return sum(len(rows.ids) for rows in find_index(place).splits.values())
     return sum(is_image_path(entry.name) for entry in walk(place))
 
 

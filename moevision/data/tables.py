@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -191,12 +191,6 @@ class ArrowCollection(Collection):
         """The stored bytes, or the file that the row names."""
         stored = self._stored(sample)
         return stored if isinstance(stored, bytes) else read_image(stored)
-
-    def column_names(self) -> Iterable[str]:
-        """Columns with one number, word or class per row."""
-        kinds = (_datasets().Value, _datasets().ClassLabel)
-        features = next(iter(self.tables.values())).features
-        return [name for name, feature in features.items() if isinstance(feature, kinds)]
 
     def column(self, name: str) -> Mapping[str, str] | None:
         """The values of a column by sample id; none and NaN are empty, as in a CSV."""

@@ -467,33 +467,20 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
     return twin
 
 
-def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
-    """Replace the MoE layers of `model` by dense MLPs, in place.
-
-    `match` is as in `dense_twin`, or the hidden width of each MLP, which is how `collapse_to_dense` saves its result.
-
-    Raises:
-        UserError: if `match` is unknown, or has not one width for each MoE layer.
-    """
+def make_dense(model: nn.Module, match: Match) -> None:
+    """Replace the MoE layers of `model` by dense MLPs, in place; `match` and errors are those of `dense_twin`."""
     layers = moe_layers(model)
-    if isinstance(match, str):
-        if match not in get_args(Match):
-            raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
-        widths = []
-        for each in layers:
-            units = each.router.top_k if match == "active_flops" else each.router.num_experts
-            widths.append((units + each.num_shared_experts) * each.experts.fc1.out_features)
-    else:
-        widths = list(match)
-    if len(widths) != len(layers):
-        raise UserError(f"twin={widths} has {len(widths)} widths for {len(layers)} MoE layers: give one for each.")
+    if match not in get_args(Match):
+        raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
     state = cast(Any, model)
     for number, hook in list(state.patch_embed._forward_pre_hooks.items()):
         if any(getattr(hook, "__self__", None) is layer.router for layer in layers):
             del state.patch_embed._forward_pre_hooks[number]  # no router reads the image any more
     for index, block in enumerate(state.blocks):
         if isinstance(block.mlp, MoEMlp):
-            block.mlp = _mlp_like(block.mlp, widths.pop(0))
+            moe = block.mlp
+            units = moe.router.top_k if match == "active_flops" else moe.router.num_experts
+            block.mlp = _mlp_like(moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features)
             if getattr(model, "fix_init", False):
                 scale_by_depth(block.mlp.fc2.weight, index)
     state.moe_config = {**state.moe_config, "twin": match}

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
@@ -103,13 +103,13 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it.") from error
 
 
-def parse_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
-    """Parse YAML by `load`, without anchors: behind them a few lines can stand for billions of values."""
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values, without anchors: behind them a few lines can stand for billions of values."""
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"A configuration has at most {MAX_YAML_BYTES:,} characters, and this one has {len(text):,}.")
     if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise UserError("A configuration may not use YAML's anchors (&name, *name): write the values out.")
-    return load(text)
+    return yaml.safe_load(text)
 
 
 # ---- safetensors

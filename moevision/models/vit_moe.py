@@ -185,8 +185,7 @@ class VisionTransformerMoE(VisionTransformer):
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         stem: `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or `wide_stages` (the hybrids', for small images
             from scratch); see `STEMS`.
-        twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
-            for each MoE layer.
+        twin: build the dense twin instead, matched in `active_flops` or `total_params`.
         img_size: side(s) of the image in pixels.
         patch_size: side of a patch in pixels; it must divide img_size.
         embed_dim: D.
@@ -208,7 +207,7 @@ class VisionTransformerMoE(VisionTransformer):
         expert_hidden: int | Sequence[int] | None = None,
         backend: Backend = "auto",
         stem: str = "patch",
-        twin: Match | Sequence[int] | None = None,
+        twin: Match | None = None,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
@@ -367,7 +366,7 @@ def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwar
     return model
 
 
-def _convert_base(base: str, twin: Match | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
+def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:
     moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
     moe_layers = kwargs.pop("moe_layers", "every2")
     vit = convert_to_moe(timm.create_model(base, **kwargs), moe_layers, **moe)

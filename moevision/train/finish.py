@@ -325,7 +325,7 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
 
 def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     write_summary(summary, run_dir / "summary.md")
-    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary=summary)))
+    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary)))
     # Last: a run that has it is finished (`resume.is_finished`).
     text = json.dumps(asdict(summary), default=list)
     # JSON has neither NaN nor infinity: null.

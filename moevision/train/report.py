@@ -1,8 +1,8 @@
 """What is known about a finished run, and the templates that say it: summary.md, and the model card.
 
-The card is README.md of a published model, with the header that huggingface.co reads (Mitchell et al. 2019,
-arXiv:1810.03993). What is missing stays None, and the card says "not measured", since a reader can't see what was left
-out. Nothing in it tells where files lie on the computer that trained the model: of a path the last part is kept.
+The card is README.md beside the model, with the header that huggingface.co reads (Mitchell et al. 2019,
+arXiv:1810.03993). It says what was not measured, since a reader can't see what was left out. Nothing in it tells where
+files lie on the computer that trained the model: of a path the last part is kept.
 
 All shares are fractions in [0, 1], all times seconds.
 """
@@ -25,16 +25,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from torch import nn
 
-from moevision import __version__, package_version
 from moevision.data.named import UNKNOWN, terms_of
-from moevision.efficiency import ModelCost, measure_cost
-from moevision.errors import UserError, refuse_equal_seeds, shown
+from moevision.efficiency import ModelCost
+from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
-from moevision.models.io import load_model, model_folder
+from moevision.models.io import load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
-from moevision.train.provenance import LIBRARIES
 from moevision.words import duration, flops, percent, points, shell_word
 
 BALANCED = "val/balanced_acc"
@@ -338,8 +336,6 @@ def cell(text: str) -> str:
 
 # ---- the model card
 
-UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`
-
 
 class WeightsOrigin(NamedTuple):
     """The weights that a training started from: name (empty: from scratch), address on the hub, licence."""
@@ -349,54 +345,22 @@ class WeightsOrigin(NamedTuple):
     licence: str = ""
 
 
-def gather_facts(
-    model: str | Path,
-    *,
-    name: str | None = None,
-    address: str = "local-dir:.",
-    licence: str = UNKNOWN_LICENCE,
-    others: Sequence[str | Path] = (),
-    analysis: dict[str, Any] | None = None,
-    summary: RunSummary | None = None,
-) -> dict[str, Any]:
-    """Gather what is known about a saved model; `card.md.jinja` describes it by its names.
-
-    Args:
-        model: a run folder or its model/ folder, whose run is told too; or another address.
-        name: title of the card; by default the run's, or the architecture's.
-        address: where a reader of the card will find the model; the default fits a card beside its model.
-        licence: of the weights.
-        others: run folders of the same recipe with other seeds.
-        analysis: what report.json of `moevision analyze` holds.
-        summary: of the run whose folder `model` is, before its summary.json is written; by default that file's.
-    """
-    saved, run = load_model(str(model)), cast("Path | None", Path(model))
-    if summary is None:
-        folder = model_folder(Path(model))
-        around = () if folder is None else (Path(model), folder.resolve().parent)
-        run = next((each for each in around if (each / "summary.json").is_file()), None)
-        summary = None if run is None else read_summary(run / "summary.json")
-    rest = [read_summary(Path(other) / "summary.json") for other in others]
-    refuse_equal_seeds((each.name, each.seed) for each in ([summary, *rest] if summary else rest))
+def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
+    """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
+    saved = load_model(str(run))
     command, versions = _origin(run)
     architecture, blocks, options = _architecture(saved.net)
     return {
-        "name": shown(name or (summary.name if summary else architecture.split()[0])),
-        "address": address,
-        "licence": licence,
         "architecture": architecture,
         "blocks": blocks,
-        "depth": len(cast(Any, saved.net).blocks) if hasattr(saved.net, "blocks") else None,
+        "depth": len(cast(Any, saved.net).blocks) if blocks else 0,
         "options": options,
         "class_names": saved.class_names,
         "image_size": saved.image_size,
-        "cost": summary.cost if summary else measure_cost(saved.net, saved.image_size),
         "summary": summary,
         "command": command,
         "start": _start(run),
         "versions": versions,
-        "others": rest,
-        "analysis": analysis,
     }
 
 
@@ -409,11 +373,8 @@ def without_path(word: str) -> str:
     return f"{option}{equals}…/{last}"
 
 
-def _origin(run: Path | None) -> tuple[str, dict[str, str]]:
-    """The command in provenance.json and its software, or without one that of this process."""
-    if run is None or not (run / "provenance.json").is_file():
-        here = {"moevision": __version__, **{name: package_version(name) for name in LIBRARIES}}
-        return "", {name: version for name, version in here.items() if version}
+def _origin(run: Path) -> tuple[str, dict[str, str]]:
+    """The command in provenance.json and its software."""
     known = read_json(run / "provenance.json")
     words = [shown(without_path(word)) for word in known["command"]]
     versions = {"moevision": known["moevision"], **known["libraries"], "Python": known["python"]["version"]}
@@ -443,10 +404,8 @@ def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, 
     return name, blocks, options
 
 
-def _start(run: Path | None) -> WeightsOrigin | None:
+def _start(run: Path) -> WeightsOrigin:
     """What config.yaml says about pretrained weights, and what timm knows of those."""
-    if run is None or not (run / "config.yaml").is_file():
-        return None
     source = str(read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"] or "")
     if source.startswith("hf-hub:"):
         return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
@@ -458,38 +417,36 @@ def _start(run: Path | None) -> WeightsOrigin | None:
 
 def model_card(facts: dict[str, Any]) -> str:
     """The card as Markdown, from `gather_facts`; the same facts always give the same text."""
-    summary: RunSummary | None = facts["summary"]
-    terms = None if summary is None else terms_of(summary.data)
+    summary: RunSummary = facts["summary"]
+    terms = terms_of(summary.data)
     experts = ["mixture-of-experts"] if facts["blocks"] else []
+    result = EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=terms.hub_id or terms.kind,
+        dataset_name=terms.title,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name="top-1 accuracy",
+        metric_value=round(summary.test.accuracy, 4),
+    )
     header = ModelCardData(
-        license=facts["licence"],
+        license="unknown",  # huggingface.co's own word
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "moevision", *experts, "vision-transformer"],
-        base_model=(facts["start"] and facts["start"].hub_id) or None,
+        base_model=facts["start"].hub_id or None,
+        datasets=[terms.hub_id] if terms.hub_id else None,
+        metrics=["accuracy"],
+        model_name=shown(summary.name),
+        eval_results=[result],
     )
-    if summary is not None and terms is not None:
-        header.datasets = [terms.hub_id] if terms.hub_id else None
-        header.metrics, header.model_name = ["accuracy"], facts["name"]
-        result = EvalResult(
-            task_type="image-classification",
-            task_name="Image Classification",
-            dataset_type=terms.hub_id or terms.kind,
-            dataset_name=terms.title,
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_name="top-1 accuracy",
-            metric_value=round(summary.test.accuracy, 4),
-        )
-        header.eval_results = [result]
     card: str = template("card.md.jinja").render(
         facts=facts,
         terms=terms,
         header=header.to_yaml(),
         unknown_terms=UNKNOWN,
-        unknown_licence=UNKNOWN_LICENCE,
         without_example=without_example,
-        largest=lambda experts: max(experts, key=lambda expert: abs(expert["delta_logit"])),
     )
     return card
 

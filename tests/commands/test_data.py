@@ -1,10 +1,6 @@
-"""`moevision data`: lists made from a run, and shards, which fit takes and goes on with; and what is refused."""
+"""`moevision data`: lists made from a run, which fit takes and goes on with; and what is refused."""
 
 import csv
-import io
-import json
-import os
-import re
 import shutil
 from pathlib import Path
 
@@ -109,71 +105,10 @@ def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
     assert "scores.csv can't be read" in outcome.err
 
 
-def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):
-    """Begun on the folder, stopped after a step, and gone on with from shards: the files of the folder's run."""
-    folder = tiny_run.parents[1] / "pets"
-    Path("pets.yaml").write_text(f"data: {{path: {json.dumps(str(folder))}}}\n")
-    outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert re.match(r"41 all images in 1 shards, [\d.]+ MiB: shards\ntrain on them: moevision fit shards$", outcome.out)
-    assert "shards is there already" in cli("data", "shard", folder, "--out", "shards").err
-    assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
-    send_signal(1)
-    options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
-    assert cli("fit", folder, *options).code == 143
-    assert cli("fit", "--resume", "runs/both", "--data.path=shards").code == 0
-    for name in (*COMPARED, "bad_images.csv"):
-        assert (tiny_run / name).read_bytes() == Path("runs/both", name).read_bytes(), name
-    told = []
-    for place in (folder, "shards"):
-        answers = csv.DictReader(io.StringIO(cli("predict", tiny_run, place).out))
-        told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
-    assert told[0] == told[1]
-    assert len(told[0]) == 41
-
-
 def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
     draw(Path("my photos"), per_class=1)
-    outcome = cli("data", "shard", "my photos", "--out", "my shards")
-    assert outcome.out.endswith("\ntrain on them: moevision fit 'my shards'\n")
     outcome = cli("data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv")
     assert outcome.out.endswith(" and --data.keep 'my list.csv'\n")
     assert fetching("cifar10", "my data") == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
     outcome = cli("fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt")
     assert outcome.err.endswith("give its folder: moevision fit --resume 'my runs/a'.\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["photos"], "Give --out SHARDS, the folder to write to, or --check"),
-        (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
-        (["photos", "--check"], "photos holds no shards: give the folder"),
-        (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
-        (["photos", "--out", "other"], "other is there already: give --out a new folder"),
-        (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
-        (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
-        (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),
-        (["empty.yaml", "--out", "new"], "empty.yaml names no images"),
-        (["nothing", "--out", "new"], "There is no config 'nothing'"),
-    ],
-)
-def test_what_can_not_be_sharded(cli, draw, arguments, words):
-    draw(Path("photos"), per_class=1)
-    Path("other").mkdir()
-    Path("other/mine.txt").touch()
-    Path("empty.yaml").write_text("data: {seed: 1}\n")
-    outcome = cli("data", "shard", *arguments)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert words in outcome.err
-    assert not Path("new").exists()
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
-def test_a_pipe_or_device_is_no_image(make, cli, draw):
-    """It isn't opened: reading it would never end."""
-    draw(Path("photos"), per_class=2)
-    make(Path("photos/dog/zz.jpg"))
-    outcome = cli("data", "shard", "photos", "--out", "new")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "dog/zz.jpg can't be read (it is not a regular file" in outcome.err

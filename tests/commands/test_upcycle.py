@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -115,15 +116,22 @@ def test_an_earlier_folder_is_left_alone(cli, dense):
     Path("moe").mkdir()
     Path("moe/notes.txt").write_text("mine")
     outcome = cli("upcycle", dense, "--out", "moe")
-    assert (outcome.code, "--force" in outcome.err) == (2, True)
+    assert (outcome.code, "moe is there already" in outcome.err) == (2, True)
     assert [path.name for path in Path("moe").iterdir()] == ["notes.txt"]
-    assert cli("upcycle", dense, "--out", "moe", "--force").code == 0
-    assert sorted(path.name for path in Path("moe").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "notes.txt",
-        "upcycle.json",
-    ]
+
+
+def test_a_model_is_there_whole_or_not_at_all(cli, dense):
+    """The disk is full after the weights; then it has room, and the folder may be there if it is empty."""
+    full = patch("moevision.commands.upcycle.write_json_atomic", side_effect=OSError(28, "No space left", "moe"))
+    before = sorted(Path().iterdir())
+    with full:
+        outcome = cli("upcycle", dense, "--out", "moe")
+    assert (outcome.code, "No space left" in outcome.err) == (2, True)
+    assert sorted(Path().iterdir()) == before
+    Path("moe").mkdir()
+    assert cli("upcycle", dense, "--out", "moe").code == 0
+    assert sorted(path.name for path in Path("moe").iterdir()) == ["config.json", "model.safetensors", "upcycle.json"]
+    assert sorted(Path().iterdir()) == sorted([*before, Path("moe")])
 
 
 @pytest.mark.parametrize(

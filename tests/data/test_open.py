@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from moevision.data.open import count_images, kind_of
-from moevision.data.shards import INDEX
 from moevision.train.recipe import choose_recipe
 
 
@@ -20,7 +19,6 @@ from moevision.train.recipe import choose_recipe
         ("saved", "saved/dataset_dict.json", "dataset"),
         ("list.CSV", "list.CSV", "csv"),
         ("gone.csv", "", "folder"),
-        ("shards", f"shards/{INDEX}", "shards"),
         ("tars", "tars/0.tar", "folder"),
         ("photos", "photos/train/cat/0.tar", "folder"),  # an archive in a class
         ("photos", "photos/cat/1.png", "folder"),

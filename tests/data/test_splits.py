@@ -173,7 +173,7 @@ def test_only_files_of_equal_size_are_hashed(tmp_path):
         def size_bytes(self, sample):
             return len(self.contents[sample.sample_id])
 
-        def digest(self, sample):
+        def stored(self, sample):
             self.hashed.append(sample.sample_id)
             return self.contents[sample.sample_id]
 

@@ -14,7 +14,6 @@ from PIL import Image
 from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
-from moevision.data.shards import open_shards, write_shards
 from moevision.errors import UserError, csv_name
 from moevision.train.recipe import run_name
 
@@ -249,7 +248,7 @@ def test_a_saved_dataset_without_splits(hub, tmp_path):
 
 @needs_datasets
 def test_tars_in_the_webdataset_format_are_a_dataset(hub, tmp_path, monkeypatch):
-    """KEY.png and KEY.cls; the split is a word in a tar's name. They can be written as shards."""
+    """KEY.png and KEY.cls; the split is a word in a tar's name."""
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "wds").mkdir()
     for split, number in (("train", 8), ("validation", 4)):
@@ -263,12 +262,31 @@ def test_tars_in_the_webdataset_format_are_a_dataset(hub, tmp_path, monkeypatch)
         ready(tmp_path / "wds")
     pets = open_collection(f"hf:{tmp_path / 'wds'}")
     assert {split: len(samples) for split, samples in pets.given.items()} == {"train": 8, "val": 4}
-    write_shards(pets, tmp_path / "shards")
-    shards = open_shards(tmp_path / "shards")
-    assert shards.class_names == ["0", "1"]
+    assert pets.class_names == ["0", "1"]
     expected = np.asarray(Image.open(io.BytesIO(stored(3)["bytes"])))
-    np.testing.assert_array_equal(shards.open(shards.given["train"][3]), expected)
-    assert shards.given["train"][3].label == 1
+    np.testing.assert_array_equal(pets.open(pets.given["train"][3]), expected)
+    assert pets.given["train"][3].label == 1
+
+
+@needs_datasets
+def test_a_folder_becomes_a_dataset(hub, tmp_path, monkeypatch, image_folder):
+    """As docs/guides/many-images.md has it: the files byte by byte, the folder's classes and splits."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "photos"
+    for split, number in (("train", 6), ("validation", 2), ("test", 2)):
+        image_folder({"cat": number, "dog": number}, name=f"photos/{split}")
+    hub.load_dataset("imagefolder", data_dir=str(root)).save_to_disk(tmp_path / "saved")
+    stored_in = {}
+    for path in (root, tmp_path / "saved"):
+        pets = open_collection(str(path))
+        assert pets.class_names == ["cat", "dog"]
+        stored_in[path] = {
+            split: sorted((sample.label, pets.stored(sample)) for sample in samples)
+            for split, samples in pets.given.items()
+        }
+    shutil.rmtree(root)
+    assert stored_in[root] == stored_in[tmp_path / "saved"]
+    assert {split: len(rows) for split, rows in stored_in[root].items()} == {"train": 12, "val": 4, "test": 4}
 
 
 @needs_datasets

@@ -147,7 +147,11 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 SCRIPTS = ("# my_fit.py",)  # run as a file, below
-NEEDS = {"json, numpy as np, onnxruntime": "onnx", "AutoModelForImageClassification": "transformers"}
+NEEDS = {
+    "load_dataset": "datasets",
+    "json, numpy as np, onnxruntime": "onnx",
+    "AutoModelForImageClassification": "transformers",
+}
 
 
 @pytest.fixture
@@ -181,11 +185,13 @@ PYTHON = [
 
 
 @pytest.mark.parametrize("path", PYTHON)
-def test_python_runs(path: Path, workspace: Path) -> None:
+def test_python_runs(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One page after the other, each in a namespace of its own."""
     blocks = [block for block in python_blocks(path) if not block.startswith(SCRIPTS)]
     if any("onnxruntime" in block for block in blocks):
         assert main(["export", "runs/pets", "--out", "pets.onnx"]) == 0
+    if any("load_dataset" in block for block in blocks):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workspace / "cache")
     from moevision.layers import ROUTERS
 
     known = dict(ROUTERS)
@@ -256,7 +262,7 @@ ELSEWHERE = {
     "--config imagenette": "a download",
     "--config cats_vs_dogs": "a download",
     "--seeds": "three trainings",
-    "fit shards": "tests/commands/test_data.py",
+    "fit saved": "tests/data/test_tables.py",
     "--resume runs/images": "tests/train/test_resume.py",
     "--parallel": "several processes; tests/train/test_parallel_command.py",
     "--data.keep": "the list must be of these images; tests/commands/test_data.py",

@@ -289,6 +289,7 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
         ({"stem": "resnet"}, "'patch', 'conv', 'stages', 'wide_stages'"),
         ({"stem": "stages", "patch_size": 2}, "at least 4 px"),
         ({"twin": "flops"}, "active_flops or total_params"),
+        ({"twin": [64, 32]}, "active_flops or total_params"),
         ({"router": "nope"}, "noisy_top_k"),
         ({"moe_layers": [9]}, "0 to 3"),
     ],

@@ -72,7 +72,7 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
     upload = "data:image/png;base64," + base64.b64encode((wide / name).read_bytes()).decode()
     assert np.array_equal(_open(upload, entry.examples).pixels, pixels)
 
-    # Saved again, as upcycle and surgery do, it stays.
+    # Saved again, as upcycle does, it stays.
     save_model(model, tmp_path / "again")
     assert load_model(str(tmp_path / "again")).fit == fit
 
