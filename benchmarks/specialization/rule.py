@@ -11,15 +11,16 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.queue import is_dirty
 from benchmarks.specialization.arms import CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, Record
-from moevision.analysis.agreement import pair_experts
 from moevision.analysis.questions import A_LITTLE_WORD, NOT_MEASURED, NOT_SHOWN, NOTHING, YES
 
 MOST_LOADED, LEAST_LOADED, VISIBLE = 1.5, 0.25, 0.75
 CHOOSING = "cats_vs_dogs"  # the real photos
 Layer = Mapping[str, Any]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,35 @@ class Setting:
         """Mean agreement of two seeds' experts after matching, beyond chance; None with fewer than two."""
         routes = [[[int(digit) for digit in image] for image in run["routes"][self.place]] for run in self.runs]
         experts = len(self.layers[0]["load"]["share"])
-        pairs = [pair_experts(np.array(a), np.array(b), experts).kappa for a, b in combinations(routes, 2)]
+        pairs = [matched_kappa(np.array(a), np.array(b), experts) for a, b in combinations(routes, 2)]
         return float(np.mean(pairs)) if pairs else None
+
+
+def matched_kappa(first: Array, second: Array, num_experts: int, seed: int = 0) -> float:
+    """Agreement of two routers' choices [I, ...] of E experts on the same images, after their experts are paired.
+
+    The pairing (Hungarian method) is found on one half of the images and its agreement measured on the other: the best
+    of E! pairings agrees by chance too.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    half = np.random.default_rng(seed).permutation(len(first))
+    fitted, measured = half[: len(half) // 2], half[len(half) // 2 :]
+    _, order = linear_sum_assignment(pair_counts(first[fitted], second[fitted], num_experts), maximize=True)
+    return cohen_kappa(pair_counts(first[measured], second[measured], num_experts)[:, order])
+
+
+def pair_counts(a: Array, b: Array, num_experts: int) -> Array:
+    """[E, E]: how often `a` has expert i where `b` has expert j."""
+    pairs = a.astype(np.int64).ravel() * num_experts + b.ravel()  # cell of the table, row-major
+    return np.bincount(pairs, minlength=num_experts**2).reshape(num_experts, num_experts)
+
+
+def cohen_kappa(table: Array) -> float:
+    """Cohen's kappa of a square table: agreement beyond what the margins give; 0 where nothing could disagree."""
+    share = table / table.sum()
+    observed, expected = float(np.trace(share)), float(share.sum(1) @ share.sum(0))
+    return (observed - expected) / (1 - expected) if expected < 1 - 1e-12 else 0.0
 
 
 def settings_of(records: Sequence[Record], data: str, unit: str, split: str | None = None) -> list[Setting]:

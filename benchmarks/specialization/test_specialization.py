@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+from sklearn.metrics import cohen_kappa_score
 
 from benchmarks.queue import BEGIN, END, read_records, write_run
 from benchmarks.specialization import report, training, trunk
 from benchmarks.specialization.arms import ARMS, CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, queue
-from benchmarks.specialization.rule import CHOOSING, CONDITIONS, chosen, confirmation, failures, settings_of
+from benchmarks.specialization.rule import (
+    CHOOSING,
+    CONDITIONS,
+    chosen,
+    cohen_kappa,
+    confirmation,
+    failures,
+    pair_counts,
+    settings_of,
+)
 from moevision.layers import ROUTERS
 from moevision.models.convert import pool_patches
 
@@ -151,6 +161,15 @@ def test_no_setting_is_an_outcome_too() -> None:
     sentence, table = report.wanted(study(**{"switch-image": layer(swap=0.0)}))
     assert sentence == report.OUTCOMES["none"].format(count=24)
     assert "| the swap costs accuracy | 23 of 24 | `switch-image, L11` |" in table
+
+
+def test_kappa_agrees_with_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(5, size=400)
+    b = np.where(rng.random(400) < 0.6, a, rng.integers(5, size=400))
+    assert cohen_kappa(pair_counts(a, b, 5)) == pytest.approx(cohen_kappa_score(a, b))
+    assert cohen_kappa(np.array([[7, 0], [0, 0]])) == 0  # both always say the same: nothing to agree beyond
+    assert cohen_kappa(np.diag([3, 4])) == 1
 
 
 def test_experts_are_matched_whatever_their_numbers() -> None:

@@ -2,7 +2,7 @@
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
 - is it more than chance: `questions` (three answers about any model, the swap test), from `readings` of what is
-  recorded of it and of its baselines; `information`, `agreement`
+  recorded of it and of its baselines; `information`
 - what if: `intervention`, `effects`
 - what it looks like: `plots` (all figures) and `report` (`moevision analyze`); `good_data` (`moevision data score`)
 
@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.analysis.agreement import consistency, expert_similarity, match_experts
     from moevision.analysis.collect import Table, collect_routing
     from moevision.analysis.describe import class_expert_map, compare_classes
     from moevision.analysis.effects import class_effect, effect
@@ -38,11 +37,8 @@ _HOME = {
     "class_expert_map": "describe",
     "collect_routing": "collect",
     "compare_classes": "describe",
-    "consistency": "agreement",
     "effect": "effects",
-    "expert_similarity": "agreement",
     "intervene": "intervention",
-    "match_experts": "agreement",
     "measure_baselines": "readings",
     "open_pictures": "images",
     "patch_crop": "images",
@@ -62,11 +58,8 @@ __all__ = [
     "class_expert_map",
     "collect_routing",
     "compare_classes",
-    "consistency",
     "effect",
-    "expert_similarity",
     "intervene",
-    "match_experts",
     "measure_baselines",
     "open_pictures",
     "patch_crop",

@@ -34,7 +34,7 @@ from moevision.analysis.trace import RoutingTrace, StreamedRows, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
-from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, moe_layers, routing_lock
+from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
 from moevision.models.convert import unread_layers
 from moevision.models.io import SavedModel, best_device, load_model
@@ -290,22 +290,14 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
 
 
 @torch.no_grad()
-def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) -> dict[int, Tensor]:
-    """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens.
-
-    `filled_slots`: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
-    """
+def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
+    """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens."""
     received: dict[int, Tensor] = {}
 
     prefix = int(getattr(net, "num_prefix_tokens", 0))
 
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0]
-        if filled_slots and isinstance(module, MoEMlp) and module.router.kind == "soft":
-            weight = module.router(tokens).dispatch_weight.flatten(2)  # [B, N, slots of all experts]
-            received[block] = weight.mT.to(tokens.dtype) @ tokens  # [B, slots of all experts, D]
-        else:
-            received[block] = tokens[:, prefix:]
+        received[block] = arguments[0][:, prefix:]
 
     layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
     with routing_lock(net):  # so that no other thread's images pass the hooks

@@ -41,7 +41,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moevision.analysis.plots as plots
 from moevision import __version__
-from moevision.analysis.agreement import consistency, expert_similarity, match_experts
 from moevision.analysis.collect import UNREAD, collect_routing, model_title
 from moevision.analysis.describe import (
     QUANTILES,
@@ -56,7 +55,7 @@ from moevision.analysis.describe import (
 )
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
-from moevision.analysis.information import Array, Floats, Json, Pixels, as_json
+from moevision.analysis.information import Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
@@ -143,7 +142,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     others = [(titles[address], load_model(address)) for address in settings.seeds]
     before = None if settings.before is None else load_model(settings.before)
     folder = claim_folder(settings.out)
-    stages = Stages(total=8, show=settings.progress)
+    stages = Stages(total=7, show=settings.progress)
     with stages.bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
         with stages.stage("collecting the routing"):
@@ -225,7 +224,6 @@ class Results:
     questions: Sequence[LayerAnswers]  # the three answers about each layer
     maps: dict[int, ClassExpertMap]  # block index -> class x expert map; empty with fewer than two labelled classes
     parts: Floats | None  # [I, P, parts] share of each patch that belongs to each part; None where images have none
-    stability: list[Json]  # per layer agreement under changes and with other trainings, and similarity of its experts
     effects: Json  # from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
@@ -249,9 +247,9 @@ class Results:
                 "layers": layers,
             },
             "questions": self.questions,
-            "specialization": [],  # what an earlier version measured, and its readers look for
+            "specialization": [],  # with `stability` what earlier versions measured, and their readers look for
+            "stability": [],
             "maps": list(self.maps.values()),
-            "stability": self.stability,
             "effects": self.effects,
             "skipped": [{"what": "Taking experts away was left out", "why": why}] if why else [],
         }
@@ -298,38 +296,9 @@ def measure(
             )
             for layer in (trace.layers if known else ())
         }
-    with stages.stage("mirroring and cropping"):
-        changes, stability = consistency(model, pictures, seed=settings.seed), []
-        for layer in trace.layers:
-            similarity = expert_similarity(model, pictures, layer.layer, seed=settings.seed)
-            matches = [(other.model, match_experts(layer, other.layer(layer.layer))) for other in seeds]
-            stability.append(
-                {
-                    "layer": layer.layer,
-                    "name": layer.name,
-                    "similarity": similarity,
-                    **of_pairs(similarity),
-                    "matches": [{"run": name, **vars(match)} for name, match in matches],
-                    "consistency": [change for change in changes if change.layer == layer.layer],
-                }
-            )
     with stages.stage("taking experts away"):
         effects = measure_effects(model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed)
-    return Results(questions, maps, parts, stability, effects)
-
-
-def of_pairs(similarity: Array) -> Json:
-    """Mean and largest similarity of two experts, and which two: from [E, E]; all None for one expert."""
-    pairs = np.argwhere(np.triu(np.ones_like(similarity, dtype=bool), 1))
-    if not len(pairs):
-        return {"similarity_mean": None, "similarity_most": None, "most_similar": None}
-    values = similarity[tuple(pairs.T)]
-    first, second = pairs[values.argmax()]
-    return {
-        "similarity_mean": float(values.mean()),
-        "similarity_most": float(values.max()),
-        "most_similar": f"E{first} and E{second}",
-    }
+    return Results(questions, maps, parts, effects)
 
 
 def measure_effects(

@@ -177,7 +177,7 @@ def test_mistakes_have_the_distance_of_their_routes_by_hand():
 def test_every_anchor_of_the_contents_exists(report):
     anchors = re.findall(r'href="#([^"]+)"', report[2])
     assert anchors[0] == "verdict"
-    assert len(anchors) == 10 + bool(report[1]["wrong"])
+    assert len(anchors) == 9 + bool(report[1]["wrong"])
     for anchor in anchors:
         assert report[2].count(f'id="{anchor}"') == 1
 
@@ -221,7 +221,6 @@ def test_it_says_where_it_comes_from(report):
     assert facts["weights_sha256"] in page
     assert facts["libraries"]["torch"] == torch.__version__
     assert numbers["settings"]["seeds"] == ["two"]
-    assert [match["run"] for layer in numbers["stability"] for match in layer["matches"]] == ["two", "two"]
 
 
 def test_the_three_answers_are_printed_and_stand_first(report):
@@ -235,7 +234,7 @@ def test_the_three_answers_are_printed_and_stand_first(report):
     assert first.index(escape(plain)) < first.index('id="verdict"')
     headings = [re.findall(r'<h2 id="([a-z]+)-title">', part) for part in (first, details)]
     assert headings[0] == ["verdict", "pictures", "limits"]
-    assert len(headings[1]) == 7
+    assert len(headings[1]) == 6
     open_text = re.sub(r"<details>.*?</details>", "", first, flags=re.DOTALL)
     assert not [answer for answer in answers if str(escape(answer["sentence"])) in open_text]  # its numbers are folded
     for answer in answers:

@@ -5,7 +5,7 @@ import pytest
 
 from moevision.analysis.images import Remembered, aligned_pictures
 from moevision.analysis.information import as_json
-from moevision.analysis.report import number, of_pairs, shown_pictures
+from moevision.analysis.report import number, shown_pictures
 from moevision.errors import UserError
 
 
@@ -21,14 +21,6 @@ from moevision.errors import UserError
 )
 def test_numbers_are_shown_rounded_and_kept_exactly(value, form, shown):
     assert number(value, form) == f'<data value="{value}">{shown}</data>'
-
-
-def test_similarity_is_of_pairs_which_one_expert_has_not():
-    three = np.array([[1, 0.1, 0.2], [0.1, 1, 0.6], [0.2, 0.6, 1]])
-    found = of_pairs(three)
-    assert (found["similarity_mean"], found["similarity_most"]) == (pytest.approx(0.3), 0.6)
-    assert found["most_similar"] == "E1 and E2"
-    assert set(of_pairs(np.ones((1, 1))).values()) == {None}
 
 
 def test_no_number_is_a_dash():
@@ -91,3 +83,8 @@ def test_pictures_are_read_once():
     for _ in range(3):
         assert [int(kept.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
     assert pictures.reads == 10
+    some = Remembered(pictures, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
+    for _ in range(3):
+        assert (int(some.image(0)[0, 0, 0]), int(some.image(1)[0, 0, 0])) == (0, 1)
+    assert pictures.reads == 10 + 1 + 3
+    assert (len(some), some.label(3), some.picture_name(3)) == (10, 1, "picture 3")

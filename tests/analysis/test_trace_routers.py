@@ -10,7 +10,6 @@ import torch
 
 from moevision import forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.agreement import match_experts
 from moevision.analysis.describe import (
     class_expert_map,
     co_activation,
@@ -100,15 +99,6 @@ def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
 def test_shares_of_weights_below_one() -> None:
     """An image may take little in sum: experts that nobody wants have small gates."""
     np.testing.assert_allclose(image_shares(np.array([[0.1, 0.3], [0.0, 0.0]])), [[0.25, 0.75], [0.5, 0.5]])
-
-
-def test_patches_that_nobody_took_agree_with_each_other_only() -> None:
-    """Two images each half; patch 1 of both routers has no expert, which no matching of experts may hide."""
-    layer = replace(TAKEN, **{name: np.repeat(array, 4, 0) for name, array in TAKEN.arrays().items()})
-    found = match_experts(layer, layer)
-    assert (found.order, found.agreement, found.kappa) == ((0, 1), 1.0, 1.0)
-    nobody = replace(layer, kept=np.zeros_like(layer.kept))
-    assert match_experts(layer, nobody).agreement == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
