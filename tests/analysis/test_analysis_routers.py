@@ -211,7 +211,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         for e in range(layer.num_experts)
         for name in trace.class_names
     ]
-    results = Results([], maps, None, [], {"rows": rows, "what": "it is away"})
+    results = Results([], maps, None, {"rows": rows, "what": "it is away"})
     drawn = list(draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers]))
     files = {item.file for item in drawn}
     numbers = model_numbers(trace, "here", 32)
