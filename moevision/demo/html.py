@@ -152,10 +152,10 @@ def _framed(page: str, height: int, rows: float = 0) -> str:
 
     Below 816 px, as on a phone, photo and `rows` of boxes stand below one another, each box a third of the width high.
     """
-    below = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
+    below = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))" if rows else f"{height}px"
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        f'style="width:100%;height:{below if rows else f"{height}px"};border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{below};border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 

@@ -79,16 +79,17 @@ export class Asker {
 const SPINNER = new Markup(`<svg class="mv-spinner" viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="9"/>
   <path d="M12 3a9 9 0 0 1 9 9"><animateTransform attributeName="transform" type="rotate" from="0 12 12" to="360 12 12" dur="0.9s" repeatCount="indefinite"/></path></svg>`);
 
+const sliding = new WeakMap();
 /**
  * Show that an answer is waited for; the bar moves where motion is wanted.
  * @param {HTMLElement} bar @param {boolean} is
  */
 export function slide(bar, is) {
-  const piece = present(bar.firstElementChild);
   bar.hidden = !is;
-  piece.getAnimations().forEach((one) => one.cancel());
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (is && !still) piece.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
+  sliding.get(bar)?.cancel(); // getAnimations() would lay out the page, once more for each answer
+  if (!is || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+  const way = [{ left: "-30%" }, { left: "100%" }];
+  sliding.set(bar, present(bar.firstElementChild).animate(way, { duration: 1000, iterations: Infinity }));
 }
 
 /** @param {string} text */
