@@ -44,7 +44,7 @@ VERBS = {
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
         "moevision.commands.upcycle:run",
     ),
-    "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
+    "export": Verb("write a model as ONNX, checked against it", "moevision.commands.export:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
@@ -265,14 +265,13 @@ def _upcycle(add: Add) -> None:
 
 def _export(add: Add) -> None:
     add("model", help=TRAINED)
-    add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
-    add("--format", choices=("onnx", "torch"), help="by default what FILE's ending says")
+    add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx")
     add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic (%(default)s)")
     add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
     add("--root", help=_ROOT)
     add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
     add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
-    add("--routes", action="store_true", help="ONNX: tell each patch's experts and gates too, and take experts away")
+    add("--routes", action="store_true", help="tell each patch's experts and gates too, and take experts away")
     add("--force", action="store_true", help="replace FILE")
 
 
@@ -376,12 +375,11 @@ model costs.""",
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
   moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe"""),
     "export": (_export, """\
-Write a model as one file that runs without moevision: ONNX (for onnxruntime and others), or a torch.export program.
-Any batch size, float32; class names and preprocessing travel in the file, which is run on seeded images and compared
-with the model: if a logit differs by more than 1e-4, no file is left. It computes ALL experts for every token, so
-that it saves no computation; what that costs is printed. ONNX needs: pip install onnx onnxscript onnxruntime.""", """\
+Write a model as one ONNX file, which runs in onnxruntime and others without moevision. Any batch size, float32; class
+names and preprocessing travel in the file, which is run on seeded images and compared with the model: if a logit
+differs by more than 1e-4, no file is left. It computes ALL experts for every token, so that it saves no computation;
+what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""", """\
   moevision export runs/pets --out pets.onnx
-  moevision export runs/pets --out pets.pt2                          the file's ending says which format
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),
     "analyze": (_analyze, """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that

@@ -1,4 +1,4 @@
-"""`moevision export MODEL --out FILE`: one ONNX file or torch.export program, and what it costs beside the model."""
+"""`moevision export MODEL --out FILE`: one ONNX file, and what it costs beside the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, shown
 from moevision.layers import moe_layers
-from moevision.models.export import OPSET, SUFFIX, TOLERANCE, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, load_exported
 from moevision.models.io import SavedModel
 from moevision.train.report import template
 from moevision.train.resume import load_trained
@@ -33,30 +33,21 @@ _ROUNDS = 10  # per batch size
 def run(chosen: Namespace) -> None:
     """Write a saved model to one file, check it, measure it, and print all that."""
     out = Path(chosen.out)
-    form: Format | None = chosen.format or {suffix: name for name, suffix in SUFFIX.items()}.get(out.suffix)
-    if form is None:
-        raise UserError(f"{out} says no format: end it in .onnx or .pt2, or give --format.")
-    if out.suffix != SUFFIX[form]:
-        raise UserError(f"{out} is no name for the format {form}: end it in {SUFFIX[form]}.")
-    if form != "onnx" and chosen.opset is not None:
-        raise UserError(f"--opset is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
-    if form != "onnx" and chosen.routes:
-        raise UserError(f"--routes is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
+    if out.suffix != ".onnx":
+        raise UserError(f"{out} is no name of an ONNX file: end it in .onnx.")
     if out.exists() and not chosen.force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
     with Console(stderr=True).status("loading the model") as status:
         saved = load_trained(chosen.model)
         pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
-        options = {"dtype": chosen.dtype, "pictures": pictures}
-        if form == "onnx":
-            report = export_onnx(saved, out, opset=chosen.opset or OPSET, routes=chosen.routes, **options)
-        else:
-            report = export_torch(saved, out, **options)
+        report = export_onnx(
+            saved, out, opset=chosen.opset or OPSET, dtype=chosen.dtype, pictures=pictures, routes=chosen.routes
+        )
         status.update("measuring")
         net = saved.net.cpu().float()
         latency_ms = measure_latency(
-            {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out, form)}, saved.image_size
+            {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out)}, saved.image_size
         )
         costs = [measure_cost(net, saved.image_size, backend=each) for each in ("loop", "dense")]
     file = shown(str(out))
@@ -75,8 +66,7 @@ def run(chosen: Namespace) -> None:
     Console().print(table)
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
-    outputs = "logits" if saved.strangers is None else "logits, distance"
-    code = template("run_exported.py.jinja").render(form=form, file=repr(file), outputs=outputs, fit=FITS[saved.fit])
+    code = template("run_exported.py.jinja").render(file=repr(file), fit=FITS[saved.fit])
     print(f"\nRun it without moevision:\n\n{code}")
 
 

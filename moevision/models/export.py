@@ -1,11 +1,11 @@
-"""A finished model as one file, checked against the model that it came from: ONNX, or a torch.export program.
+"""A finished model as one ONNX file, checked against the model that it came from.
 
 A model that knows how far an image lies from its classes (`moevision.models.strangers`) tells that beside the logits.
-With `routes` an ONNX file also tells where the patches went, and takes experts away (`_WithRoutes`).
+With `routes` the file also tells where the patches went, and takes experts away (`_WithRoutes`).
 
-Both hold the network in eval mode for any batch size, and what is needed to use it: class names and the preparation of
-an image. Experts are computed by the `dense` backend, all E of them for every token, since neither format has an
-operation for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
+It holds the network in eval mode for any batch size, and what is needed to use it: class names and the preparation of
+an image. Experts are computed by the `dense` backend, all E of them for every token, since ONNX has no operation for
+rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
 
 Axes: B images, C classes, S side of an image in pixels; M MoE layers, P patches, E experts, K choices of a patch.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import json
 import logging
 import warnings
@@ -35,13 +34,9 @@ from moevision.layers import Backend, Routing, moe_layers, record_routing, routi
 from moevision.models.io import SavedModel
 from moevision.models.strangers import REFUSED, Strangers, answers
 
-Format = Literal["onnx", "torch"]
 Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
-SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 20  # by default
-METADATA_FILE = "moevision.json"
-"""Name of the description among the `extra_files` of a torch.export program."""
 
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
@@ -56,7 +51,6 @@ class ExportReport:
     """What was written, and how near it is to the model."""
 
     path: Path
-    format: Format  # `onnx` or `torch`
     size_bytes: int
     pictures: int  # how many were compared, four of seeded noise and the given ones
     max_logit_delta: float  # largest difference of a logit on the noise, and of a distance of 1
@@ -101,20 +95,64 @@ def export_onnx(
     if opset not in _OPSETS:
         raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
     if sum(4 * tensor.numel() for tensor in model.net.state_dict().values()) > _MAX_ONNX_BYTES:
-        raise UserError("The model is larger than the 2 GB that one ONNX file can hold: export it as torch.")
-    return _export(model, Path(path), "onnx", opset, dtype, pictures, routes)
+        raise UserError("The model is larger than the 2 GB that one ONNX file can hold.")
+    _refuse_layers(model.net, routes)
+    with routing_lock(model.net):
+        net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
+    net = net.cpu().float().eval().requires_grad_(False)
+
+    halved = copy.deepcopy(net).half() if dtype == "fp16" else net
+    written, net = (
+        _WithRoutes(told) if routes else told for told in (_Exported(own, model.strangers) for own in (halved, net))
+    )
+    tolerance = TOLERANCE[dtype]
+    inputs: list[Tensor] = []  # behind the image
+    if isinstance(net, _WithRoutes):
+        inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
+    generator = torch.Generator().manual_seed(0)
+    given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
+    try:
+        data = _to_bytes(_with_backend(written, "dense"), inputs, exported_facts(model), opset)
+        run = load_exported(data)
+        _with_backend(net, "loop")
+        for _ in range(_DRAWS):
+            noise = torch.randn(_NOISE, 3, model.image_size, model.image_size, generator=generator)
+            # One image alone, then several together: the file is for any batch size.
+            parts = [noise[:1], noise[1:], *(given.split(32) if len(given) else ())]
+            logits, told = (
+                torch.cat([_columns(each(part, *inputs), model) for part in parts])
+                for each in (torch.no_grad()(net.__call__), run)
+            )  # [n, C], or [n, C + 1] with the distance
+            delta = float((told - logits)[:_NOISE].abs().max())
+            if delta <= tolerance:  # NaN isn't
+                break
+    except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
+        raise UserError(
+            f"{type(model.net).__name__} can't be exported ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): try another opset."
+        ) from error
+    if not delta <= tolerance:
+        raise UserError(
+            f"The exported file differs from the model by {delta:.2g} in a logit, more than {tolerance:g}, and was not "
+            "kept: try another opset."
+        )
+    path = Path(path)
+    write_bytes_atomic(path, data)
+    classes = len(model.class_names)
+    agreement = float((told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean())
+    return ExportReport(path, len(data), len(logits), delta, agreement)
 
 
-def export_torch(
-    model: SavedModel, path: str | Path, *, dtype: Dtype = "fp32", pictures: Tensor | None = None
-) -> ExportReport:
-    """Write the model as a torch.export program, which runs with torch alone (neither timm nor moevision).
-
-    It gives the logits, and as a second output the distance where the model knows it.
-
-    `exported_facts(model)` is the JSON of the extra file `moevision.json`. The rest is as for `export_onnx`.
-    """
-    return _export(model, Path(path), "torch", OPSET, dtype, pictures)
+def _refuse_layers(net: nn.Module, routes: bool) -> None:
+    for layer in moe_layers(net):
+        if routes and layer.router.kind != "token_choice":
+            raise UserError("Routes are exported where patches choose experts: leave them out for this model.")
+        options = getattr(layer.router, "options", None)
+        if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
+            raise UserError(
+                "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
+                "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
+            )
 
 
 def exported_facts(model: SavedModel) -> dict[str, Any]:
@@ -145,69 +183,6 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "architecture": cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {})).get("architecture"),
         "moe_config": getattr(model.net, "moe_config", None),
     }
-
-
-def _export(
-    model: SavedModel,
-    path: Path,
-    format: Format,
-    opset: int,
-    dtype: Dtype,
-    pictures: Tensor | None,
-    routes: bool = False,
-) -> ExportReport:
-    for layer in moe_layers(model.net):
-        if routes and layer.router.kind != "token_choice":
-            raise UserError("Routes are exported where patches choose experts: leave them out for this model.")
-        options = getattr(layer.router, "options", None)
-        if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
-            raise UserError(
-                "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
-                "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
-            )
-    with routing_lock(model.net):
-        net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
-    net = net.cpu().float().eval().requires_grad_(False)
-
-    halved = copy.deepcopy(net).half() if dtype == "fp16" else net
-    written, net = (
-        _WithRoutes(told) if routes else told for told in (_Exported(own, model.strangers) for own in (halved, net))
-    )
-    tolerance = TOLERANCE[dtype]
-    inputs: list[Tensor] = []  # behind the image
-    if isinstance(net, _WithRoutes):
-        inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
-    generator = torch.Generator().manual_seed(0)
-    given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
-    try:
-        data = _to_bytes(_with_backend(written, "dense"), inputs, exported_facts(model), format, opset)
-        run = load_exported(data, format)
-        _with_backend(net, "loop")
-        for _ in range(_DRAWS):
-            noise = torch.randn(_NOISE, 3, model.image_size, model.image_size, generator=generator)
-            # One image alone, then several together: the file is for any batch size.
-            parts = [noise[:1], noise[1:], *(given.split(32) if len(given) else ())]
-            logits, told = (
-                torch.cat([_columns(each(part, *inputs), model) for part in parts])
-                for each in (torch.no_grad()(net.__call__), run)
-            )  # [n, C], or [n, C + 1] with the distance
-            delta = float((told - logits)[:_NOISE].abs().max())
-            if delta <= tolerance:  # NaN isn't
-                break
-    except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
-        raise UserError(
-            f"{type(model.net).__name__} can't be exported as {format} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}): try the other format."
-        ) from error
-    if not delta <= tolerance:
-        raise UserError(
-            f"The exported file differs from the model by {delta:.2g} in a logit, more than {tolerance:g}, and was not "
-            "kept: try the other format, or another opset."
-        )
-    write_bytes_atomic(path, data)
-    classes = len(model.class_names)
-    agreement = float((told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean())
-    return ExportReport(path, format, len(data), len(logits), delta, agreement)
 
 
 class _Exported(nn.Module):
@@ -274,7 +249,7 @@ def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
     return net
 
 
-def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], format: Format, opset: int) -> bytes:
+def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], opset: int) -> bytes:
     side = int(facts["image_size"])
     with _quiet(), torch.no_grad():
         program = torch.export.export(
@@ -288,10 +263,6 @@ def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], forma
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # it holds paths of this machine
-        if format == "torch":
-            file = io.BytesIO()
-            torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(facts, ensure_ascii=False)})
-            return file.getvalue()
         told = ["logits"] if facts["distance"] is None else ["logits", "distance"]
         onnx_program = torch.onnx.export(
             program,
@@ -326,17 +297,12 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.aten.sort.stable: stable_sort, torch.ops.aten._cdist_forward.default: distance}
 
 
-def load_exported(source: bytes | str | Path, format: Format) -> Runner:
+def load_exported(source: bytes | str | Path) -> Runner:
     """The function that a file computes, on the CPU with torch's thread count.
 
     It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B]; of a file with
     routes it also takes who is `away`, and gives the routes.
-
-    Loading a torch program can run code that is hidden in it.
     """
-    if format == "torch":
-        program = torch.export.load(io.BytesIO(source) if isinstance(source, bytes) else source).module()
-        return torch.no_grad()(lambda images: program(images))
     runtime = require_extra("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -16,23 +16,21 @@ from moevision.models.io import load_model
 from moevision.train.report import template
 
 
-def snippet(form: str, file: str) -> str:
+def snippet(file: str) -> str:
     """What export prints."""
-    names = {"form": form, "file": repr(file), "outputs": "logits", "fit": FITS["crop"]}
+    names = {"file": repr(file), "fit": FITS["crop"]}
     code: str = template("run_exported.py.jinja").render(**names)
     return code
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(
-    ("form", "suffix"), [pytest.param("onnx", ".onnx", marks=pytest.mark.needs("onnx")), ("torch", ".pt2")]
-)
+@pytest.mark.needs("onnx")
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # a copy of the run's images lacks the broken one
-def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+def test_export_says_what_it_costs_and_how_to_run_it(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("export", tiny_run, "--out", f"pets{suffix}", "--data", drawn_pets, "--limit", 2)
+    outcome = cli("export", tiny_run, "--out", "pets.onnx", "--data", drawn_pets, "--limit", 2)
     assert outcome.code == 0, outcome.err
-    assert f"pets{suffix}: " in outcome.out
+    assert "pets.onnx: " in outcome.out
     assert "2 classes, 32 px" in outcome.out
     assert "compared on 6 images" in outcome.out  # four of noise
     assert "computes ALL 4 experts of every MoE layer for every token; the model computes 2 of them." in outcome.out
@@ -40,7 +38,7 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
     # Two MoE layers of 16 tokens, D 32, H 64; two more experts of 2·(D·H + H·D) FLOPs per token.
     assert dense - sparse == pytest.approx(2 * 16 * 2 * 2 * (32 * 64 + 64 * 32) / 1e6, abs=0.11)
 
-    lines = snippet(form, f"pets{suffix}")
+    lines = snippet("pets.onnx")
     assert outcome.out.endswith(f"{lines}\n")
     picture = next(drawn_pets.rglob("*.png"))
     (tmp_path / "image.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost
@@ -52,13 +50,10 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--out", "model.bin"), "model.bin says no format: end it in .onnx or .pt2"),
-        (("--out", "model.pt2", "--format", "onnx"), "end it in .onnx"),
+        (("--out", "model.bin"), "model.bin is no name of an ONNX file: end it in .onnx"),
         (("--out", "there.onnx"), "--force to replace it"),
-        (("--out", "model.pt2", "--opset", "20"), "--opset is for ONNX"),
-        (("--out", "model.pt2", "--routes"), "--routes is for ONNX"),
-        (("--out", "model.pt2", "--data", "nothing.jpg"), "nothing.jpg"),
-        (("--out", "model.pt2", "--data", "there.onnx"), "there.onnx can't be read"),
+        (("--out", "model.onnx", "--data", "nothing.jpg"), "nothing.jpg"),
+        (("--out", "model.onnx", "--data", "there.onnx"), "there.onnx can't be read"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_run, tmp_path, monkeypatch):
@@ -72,15 +67,15 @@ def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_a_place_that_can_not_be_written_is_named(cli, tiny_run, tmp_path):
     (tmp_path / "file").touch()
-    outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.pt2")
+    outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.onnx")
     assert outcome.code == 2
     assert "give another place" in outcome.err
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch"])
-def test_the_printed_lines_turn_an_image_upright_as_predict_does(form, tmp_path, monkeypatch):
+def test_the_printed_lines_turn_an_image_upright_as_predict_does(tmp_path, monkeypatch):
     """The line that opens the image, run alone, on a photo that was taken with the camera on its side."""
     monkeypatch.chdir(tmp_path)
     pixels = np.zeros((60, 80, 3), np.uint8)
@@ -88,7 +83,7 @@ def test_the_printed_lines_turn_an_image_upright_as_predict_does(form, tmp_path,
     exif = Image.Exif()
     exif[0x112] = 6  # orientation: to be turned by 90 degrees clockwise
     Image.fromarray(pixels).save("image.jpg", exif=exif, quality=95)
-    (line,) = [line for line in snippet(form, "x").split("\n") if "Image.open" in line]
+    (line,) = [line for line in snippet("x").split("\n") if "Image.open" in line]
     names = {"Image": Image, "ImageOps": ImageOps}
     exec(line, names)
     assert names["image"].tobytes() == safe_open("image.jpg").tobytes()

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,11 @@ from moevision.analysis.intervention import intervene
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
-from moevision.models.export import export_onnx, export_torch, exported_facts
+from moevision.models.export import export_onnx, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.strangers import answers, fit_strangers, pooled
 
 NAMES = ["cat", "dog", "Käuzchen"]
-EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
-FORMS = [pytest.param("onnx", marks=pytest.mark.needs("onnx")), "torch"]
 # A file takes seconds to write, whatever is in it: each router, and each option, is one layer of a model.
 KINDS = ("vmoe_top_k", "expert_choice", "soft")  # one of each kind of routing
 OTHERS = [name for name in ROUTERS if name not in KINDS]
@@ -89,41 +86,33 @@ def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(["logits"], {"image": images.numpy()})[0])
 
 
-def run_torch(path: Path, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.export.load(path).module()(images)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_second_output_is_the_distance(form: str, tmp_path: Path) -> None:
+@pytest.mark.needs("onnx")
+def test_a_second_output_is_the_distance(tmp_path: Path) -> None:
     """For any batch size, and the file says what it is."""
     model, path = with_distances(tiny(router="vmoe_top_k")), tmp_path / "model"
-    assert EXPORTERS[form](model, path).max_logit_delta <= 1e-4
+    assert export_onnx(model, path).max_logit_delta <= 1e-4
     assert "nearest class" in exported_facts(model)["distance"]
     assert exported_facts(replace(model, strangers=None))["distance"] is None
-    run = export_module.load_exported(path, form)
+    run = export_module.load_exported(path)
     for batch in (1, 3):
         with torch.no_grad():
             expected = answers(model.net, model.strangers, pictures(3)[:batch])
         for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
             torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
-    if form == "onnx":  # whoever asks for the logits alone gets them
-        torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
+    # whoever asks for the logits alone gets them
+    torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
 
 
-RUN = {"onnx": run_onnx, "torch": run_torch}
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.needs("onnx")
 @pytest.mark.parametrize(
     "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.deep) for name in CASES]
 )
-def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> None:
+def test_the_file_answers_as_the_model(case: str, tmp_path: Path) -> None:
     chosen = CASES[case]
     model, path = tiny(**chosen) if isinstance(chosen, dict) else tiny(*chosen), tmp_path / "model"
     before = copy.deepcopy(model.net.state_dict())
-    report = EXPORTERS[form](model, path)
-    assert (report.path, report.format, report.size_bytes) == (path, form, path.stat().st_size)
+    report = export_onnx(model, path)
+    assert (report.path, report.size_bytes) == (path, path.stat().st_size)
     assert report.pictures == 4
     assert report.max_logit_delta <= 1e-4
     assert report.top1_agreement == 1
@@ -132,7 +121,7 @@ def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> 
         expected, routings = moevision.forward_routing(model.net, pictures(5))
     assert all((routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings)
     for batch in (1, 3, 5):
-        torch.testing.assert_close(RUN[form](path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4)
+        torch.testing.assert_close(run_onnx(path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4)
 
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
@@ -164,7 +153,7 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
     for number, layer in enumerate(moe_layers(model.net)):
         layer.layer_index = number
     assert export_onnx(model, path, routes=True).max_logit_delta <= 1e-4
-    run = export_module.load_exported(path, "onnx")
+    run = export_module.load_exported(path)
     sizes = [layer.router.num_experts for layer in moe_layers(model.net)]
     last = len(sizes) - 1
     for gone in ([], [(0, 1)], [(0, 0), (0, 2), (last, 1)], [(last, expert) for expert in range(sizes[last] - 1)]):
@@ -207,17 +196,17 @@ def test_routes_are_refused_where_no_patch_chooses(router: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_fp16_halves_the_file_and_answers_nearly_the_same(form: str, tmp_path: Path) -> None:
+@pytest.mark.needs("onnx")
+def test_fp16_halves_the_file_and_answers_nearly_the_same(tmp_path: Path) -> None:
     """Eleven bits of a number are left: logits of a few units move by less than a hundredth."""
     model, path = tiny(router="vmoe_top_k"), tmp_path / "model"
-    whole = EXPORTERS[form](model, tmp_path / "whole").size_bytes
-    report = EXPORTERS[form](model, path, dtype="fp16")
+    whole = export_onnx(model, tmp_path / "whole").size_bytes
+    report = export_onnx(model, path, dtype="fp16")
     weights = sum(value.numel() for value in model.net.parameters())
     assert whole - report.size_bytes == pytest.approx(2 * weights, rel=0.1)
     assert 0 < report.max_logit_delta < 0.01
     images = pictures(5)
-    logits = RUN[form](path, images)
+    logits = run_onnx(path, images)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, model.net(images).detach(), rtol=0, atol=0.01)
     assert next(model.net.parameters()).dtype == torch.float32
@@ -240,38 +229,33 @@ def test_a_wrong_expert_would_be_noticed() -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("form", FORMS)
-def test_a_converted_timm_model_can_be_exported_after_saving(form: str, tmp_path: Path) -> None:
+@pytest.mark.needs("onnx")
+def test_a_converted_timm_model_can_be_exported_after_saving(tmp_path: Path) -> None:
     base = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     deit = timm.create_model("deit_tiny_patch16_224", **base).eval()
     net = with_character(moevision.convert_to_moe(deit, "every2", 4, router="vmoe_top_k")).eval()
     save_model(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
-    EXPORTERS[form](model, tmp_path / "file")
-    torch.testing.assert_close(RUN[form](tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
+    export_onnx(model, tmp_path / "file")
+    torch.testing.assert_close(run_onnx(tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: Path) -> None:
+@pytest.mark.needs("onnx")
+def test_what_is_needed_to_use_a_model_travels_in_the_file(tmp_path: Path) -> None:
     model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path / "model"
-    EXPORTERS[form](model, path)
-    if form == "onnx":
-        import onnxruntime
+    export_onnx(model, path)
+    import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path))
-        facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-        image, logits = session.get_inputs()[0], session.get_outputs()[0]
-        assert (image.name, image.shape, logits.name, logits.shape) == (
-            "image",
-            ["batch", 3, 32, 32],
-            "logits",
-            ["batch", 3],
-        )
-    else:
-        extra = {"moevision.json": ""}
-        torch.export.load(path, extra_files=extra)
-        facts = json.loads(extra["moevision.json"])
+    session = onnxruntime.InferenceSession(str(path))
+    facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    image, logits = session.get_inputs()[0], session.get_outputs()[0]
+    assert (image.name, image.shape, logits.name, logits.shape) == (
+        "image",
+        ["batch", 3, 32, 32],
+        "logits",
+        ["batch", 3],
+    )
     assert facts == exported_facts(model)
     assert (facts["class_names"], facts["image_size"]) == (NAMES, 32)
     assert (facts["mean"], facts["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
@@ -296,82 +280,74 @@ def test_the_preparation_is_that_of_predict() -> None:
 
 
 @pytest.mark.deep
-def test_a_torch_program_needs_neither_timm_nor_moevision(tmp_path: Path) -> None:
-    model, path = tiny(router="soft"), tmp_path / "model.pt2"
-    export_torch(model, path)
-    images = torch.ones(2, 3, 32, 32)
-    code = (
-        "import sys, torch\n"
-        f"print(torch.export.load({str(path)!r}).module()(torch.ones(2, 3, 32, 32)).tolist())\n"
-        "assert not {'timm', 'moevision'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), model.net(images), rtol=0, atol=1e-4)
-
-
-@pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k")
     with moevision.record_routing(model.net) as routings:
-        export_torch(model, tmp_path / "model.pt2")
+        export_onnx(model, tmp_path / "model.onnx")
         assert routings == []
         model.net(pictures(1))
     assert len(routings) == 2
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
-    report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2", pictures=pictures(40))
+    report = export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx", pictures=pictures(40))
     assert (report.pictures, report.top1_agreement) == (44, 1)
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path, monkeypatch) -> None:
     """Off on the first draw of noise only, as where two scores tie but for a digit; a wrong file is off on all."""
     load, calls = export_module.load_exported, []
 
-    def off_at_first(source, form):
-        run = load(source, form)
+    def off_at_first(source):
+        run = load(source)
         return lambda images: calls.append(0) or run(images) + (1.0 if len(calls) == 1 else 0.0)
 
     monkeypatch.setattr(export_module, "load_exported", off_at_first)
-    report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2")
+    report = export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx")
     assert len(calls) == 4  # one image and three, twice
     assert report.max_logit_delta <= 1e-4
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("form", FORMS)
-def test_what_can_not_be_exported_says_why(form: str, tmp_path: Path) -> None:
+@pytest.mark.needs("onnx")
+def test_what_can_not_be_exported_says_why(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k", eval_capacity_factor=1.0, capacity_group="batch")
     with pytest.raises(UserError, match="which images share its batch"):
-        EXPORTERS[form](model, tmp_path / "model")
+        export_onnx(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
     model = tiny(router="vmoe_top_k", capacity_factor=1.0, capacity_group="batch")
-    assert export_torch(model, tmp_path / "model.pt2").max_logit_delta <= 1e-4
+    assert export_onnx(model, tmp_path / "model.onnx").max_logit_delta <= 1e-4
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 @pytest.mark.parametrize("error", [2e-4, math.nan])
 def test_a_file_that_answers_differently_is_not_kept(error: float, tmp_path: Path, monkeypatch) -> None:
     model, load = tiny(router="vmoe_top_k"), export_module.load_exported
 
-    def off_by_a_little(source, form):
-        run = load(source, form)
+    def off_by_a_little(source):
+        run = load(source)
         return lambda images: run(images) + torch.tensor([0, error, 0])
 
     monkeypatch.setattr(export_module, "load_exported", off_by_a_little)
     with pytest.raises(UserError, match=re.escape(f"differs from the model by {error:.2g} in a logit")):
-        export_torch(model, tmp_path / "model.pt2")
+        export_onnx(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
 
 
 @pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -379,8 +355,8 @@ def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
 
     model = tiny(router="vmoe_top_k")
     model.net.norm = nn.Sequential(model.net.norm, Asks())
-    with pytest.raises(UserError, match="can't be exported as torch") as caught:
-        export_torch(model, tmp_path / "model.pt2")
+    with pytest.raises(UserError, match="can't be exported") as caught:
+        export_onnx(model, tmp_path / "model.onnx")
     assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
 
