@@ -56,7 +56,7 @@ class Data:
     Args:
         path: A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the columns
             path and label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of
-            synthetic_pets, cifar10, cifar100, imagenette, pets, pets_cat_dog, flowers102, food101, imagenet [FOLDER].
+            synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet [FOLDER].
         root: Folder in which named datasets live.
         download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
         image_size: Side of the square images the model sees, in pixels [64; from pretrained weights about 112, on a GPU

@@ -17,7 +17,6 @@ import numpy as np
 from torchvision import datasets
 
 from moevision.data.collection import (
-    SPLITS,
     ArrayCollection,
     Collection,
     DrawnCollection,
@@ -82,8 +81,8 @@ def _words(names: Sequence[str]) -> list[str]:
     return [name.replace("_", " ") for name in names]
 
 
-def _cifar(factory: Callable[..., Any], root: Path, download: bool) -> Collection:
-    parts = {split: factory(root, train=split == "train", download=download) for split in ("train", "test")}
+def _cifar10(root: Path, download: bool) -> Collection:
+    parts = {split: datasets.CIFAR10(root, train=split == "train", download=download) for split in ("train", "test")}
     given = {
         split: [Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)]
         for split, part in parts.items()
@@ -120,11 +119,6 @@ def _pets(binary: bool, root: Path, download: bool) -> Collection:
     classes = parts["train"].bin_classes if binary else parts["train"].classes
     labels = {split: part._bin_labels if binary else part._labels for split, part in parts.items()}
     return _files(root, classes, {split: (part._images, labels[split]) for split, part in parts.items()})
-
-
-def _listed(factory: Callable[..., Any], splits: Sequence[str], root: Path, download: bool) -> Collection:
-    parts = {split: factory(root, split=split, download=download) for split in splits}
-    return _files(root, parts["train"].classes, {split: (p._image_files, p._labels) for split, p in parts.items()})
 
 
 def _imagenet(root: Path, download: bool) -> Collection:
@@ -171,19 +165,10 @@ class Named(NamedTuple):
 _CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009"
 _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
-_FOOD = (
-    "photos of Foodspotting's users: more than scientific fair use must be negotiated with each of them (the dataset's "
-    "license_agreement.txt)"
-)
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
 NAMED: Final = {
     SYNTHETIC: Named("SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)),
-    "cifar10": Named(
-        "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, partial(_cifar, datasets.CIFAR10), "cifar-10-batches-py"
-    ),
-    "cifar100": Named(
-        "CIFAR-100", _CIFAR, "uoft-cs/cifar100", 60_000, partial(_cifar, datasets.CIFAR100), "cifar-100-python"
-    ),
+    "cifar10": Named("CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, _cifar10, "cifar-10-batches-py"),
     "imagenette": Named(
         "Imagenette", f"a selection of ImageNet's photos, which are {_IMAGENET}", "frgfm/imagenette", 13_394,
         _imagenette, "imagenette2-320",
@@ -193,12 +178,6 @@ NAMED: Final = {
     ),
     "pets_cat_dog": Named(
         "Oxford-IIIT Pet, cat or dog", _OXFORD, "timm/oxford-iiit-pet", 7_349, partial(_pets, True), "oxford-iiit-pet"
-    ),
-    "flowers102": Named(
-        "flowers102", UNKNOWN, "", 8_189, partial(_listed, datasets.Flowers102, SPLITS), "flowers-102"
-    ),
-    "food101": Named(
-        "Food-101", _FOOD, "ethz/food101", 101_000, partial(_listed, datasets.Food101, ("train", "test")), "food-101"
     ),
     "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
 }  # fmt: skip

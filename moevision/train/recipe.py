@@ -59,12 +59,9 @@ _MODEL = tuple(
 _NAMED_IMAGES = {
     "synthetic_pets": 16_000,
     "cifar10": 60_000,
-    "cifar100": 60_000,
     "imagenette": 13_394,
     "pets": 7_349,
     "pets_cat_dog": 7_349,
-    "flowers102": 8_189,
-    "food101": 101_000,
     "imagenet": 1_331_167,
 }
 _NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -255,7 +255,7 @@ def test_wrong_path_names_the_one_that_was_meant(cli, drawn_pets):
 
 
 def test_dataset_that_is_not_there(cli):
-    refused(cli("fit", "cifar100"), "--data.download true")
+    refused(cli("fit", "pets"), "--data.download true")
     Path("pets").mkdir()
     refused(cli("fit", "pets"), "--data.download true", "for your own folder write ./pets")
 

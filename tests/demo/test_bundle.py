@@ -245,14 +245,14 @@ def test_named_datasets_are_looked_for_in_root_and_never_fetched(tiny_run, tmp_p
     monkeypatch.setattr("moevision.analysis.images.open_collection", nothing)
     open_entries(str(run), DataOptions())
     open_entries(str(run), DataOptions(None, "elsewhere"))
-    for name in ("cifar10", "cifar100"):
+    for name in ("cifar10", "imagenette"):
         with pytest.raises(UserError, match="not there"):
             open_entries(str(run), DataOptions(name, "elsewhere"))
     assert asked == [
         ("cifar10", own, False),
         ("cifar10", "elsewhere", False),
         ("cifar10", "elsewhere", False),
-        ("cifar100", "elsewhere", False),
+        ("imagenette", "elsewhere", False),
     ]
 
 
