@@ -8,11 +8,11 @@ decided here: statistics come from `describe`.
 Colours of experts: the first seven are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common
 colour vision, with the values of matplotlib's `color_sequences["okabe_ito"]`. The eighth is the grey of Tol's "bright"
 scheme (SRON technical note, 2021) instead of their black. No palette of more than about eight colours is safe: beyond
-that an expert is a number on grey, and one expert at a time is highlighted. A colour never stands alone, the number is
+that an expert is a number on grey. A colour never stands alone, the number is
 always with it; and equal numbers in two layers are two unrelated experts. The explorer's `palette.js` has the same.
 
 Axes: L MoE layers, C classes (or parts), E experts, K choices, P patches (row-major in a grid of rows x columns),
-S pixels of a side, Q quantiles. Those of the arguments named `layer_names` are such as "L4".
+S pixels of a side. Those of the arguments named `layer_names` are such as "L4".
 """
 
 from __future__ import annotations
@@ -35,15 +35,9 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator
 from PIL import Image
 
-from moevision.analysis.describe import (
-    QUANTILES,
-    ExpertGallery,
-    GalleryPatch,
-    expected_co_activation,
-    layer_gallery,
-)
+from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
 from moevision.analysis.images import PictureSet, patch_crop
-from moevision.analysis.information import Flags, Floats, Ints, Pixels
+from moevision.analysis.information import Flags, Floats, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import shown
@@ -63,10 +57,7 @@ EXPERT_COLOURS: Final = (
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 
 NEUTRAL: Final = "#C9CDD2"
-"""Every expert of a layer with more than eight, but for the highlighted one."""
-
-HIGHLIGHT: Final = "#0072B2"
-"""The highlighted expert of a layer with more than eight."""
+"""Every expert of a layer with more than eight."""
 
 BLACK: Final = "#000000"
 WHITE: Final = "#FFFFFF"
@@ -86,9 +77,6 @@ BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
     "moevision_below_above", ["#8A3F00", "#D98A4E", "#F7F7F7", "#5FA3CC", "#00466F"]
 )
 """Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
-
-AMOUNT: Final = LinearSegmentedColormap.from_list("moevision_amount", ["#F5F8FA", "#9CC5DF", "#2F83B5", "#0B3C5D"])
-"""From nothing (nearly white) to much (dark blue); also right in grey print."""
 
 
 NOTEBOOK_DPI = 110
@@ -198,9 +186,6 @@ def chip(colour: str, pad: float = 0.25) -> dict[str, str]:
     return {"boxstyle": f"round,pad={pad}", "facecolor": colour, "edgecolor": "none"}
 
 
-_TAG: Final = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}  # so that lines don't cross it
-
-
 def panels(count: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels of bars below and beside each other, in one column or on a page."""
     rows = -(-count // columns)
@@ -269,11 +254,9 @@ def rgb_of(colour: str) -> Floats:
     return np.array(to_rgb(colour), dtype=np.float64)
 
 
-def expert_colour(expert: int, num_experts: int, *, highlight: bool = False) -> str:
-    """`#RRGGBB` of one expert of E; of many, the one that is highlighted has a colour."""
-    if num_experts <= len(EXPERT_COLOURS):
-        return EXPERT_COLOURS[expert]
-    return HIGHLIGHT if highlight else NEUTRAL
+def expert_colour(expert: int, num_experts: int) -> str:
+    """`#RRGGBB` of one expert of E; of many, none has a colour of its own."""
+    return EXPERT_COLOURS[expert] if num_experts <= len(EXPERT_COLOURS) else NEUTRAL
 
 
 def expert_colours(num_experts: int) -> list[str]:
@@ -294,10 +277,8 @@ def ink_on(colour: str) -> str:
 # ---- figures of numbers
 
 _NUMBERED = 16  # experts: up to here every bar and cell carries its number
-_RANKS = 4  # choices whose weights are drawn; Soft MoE has as many as experts
 _LONGEST_NAME = 28
 _MOST_CLASSES = 25  # of more, those with the largest effect are shown
-_NOBODY = "#D55E00"
 _CONTROL = "#9AA0A6"
 
 
@@ -356,114 +337,6 @@ def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None
     for expert, share in enumerate(load / total):
         inside = share > 0.3 / experts  # else the bar is too low for a number, which then stands above it
         over_bar(axes, expert, 0 if inside else share, share, ink_on(colours[expert]) if inside else INK, up=3)
-
-
-def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
-    """Gate weights by depth: per MoE layer the distribution of the weight of the 1st .. Kth choice.
-
-    From `gate_weight_quantiles`, per layer [5, K]; K may differ, nan for a rank that no patch has.
-    """
-    values = [np.asarray(layer, dtype=np.float64) for layer in quantiles]
-    layers, most = len(values), max(layer.shape[1] for layer in values)
-    choices = min(most, _RANKS)
-    figure = new_figure(COLUMN_INCHES if layers * choices <= 12 else PAGE_INCHES, 2.1)
-    axes = figure.add_subplot()
-    calm(axes)
-    step = min(0.2, 0.7 / choices)
-    for choice in range(choices):
-        there = [place for place in range(layers) if choice < values[place].shape[1]]
-        there = [place for place in there if np.isfinite(values[place][:, choice]).all()]
-        if not there:
-            continue
-        x = np.array(there) + (choice - (choices - 1) / 2) * step
-        low, lower, middle, upper, high = np.stack([values[place][:, choice] for place in there], axis=-1)
-        colour = EXPERT_COLOURS[choice % len(EXPERT_COLOURS)]
-        axes.vlines(x, low, high, color=colour, linewidth=1.0)
-        axes.vlines(x, lower, upper, color=colour, linewidth=4.5, alpha=0.45)
-        axes.plot(x, middle, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.6,
-                  label=("1st", "2nd", "3rd", "4th")[choice], zorder=4)  # fmt: skip
-        axes.plot(x, middle, "-", color=colour, linewidth=0.8, alpha=0.5)
-    highest = max(float(np.nanmax(layer)) for layer in values)
-    axes.set(ylim=(0, min(1.05, 1.1 * highest)), xlim=(-0.5, layers - 0.5))
-    axes.set_xticks(range(layers), layer_names)
-    name_axis(axes, "gate weight", "y")
-    name_axis(axes, "MoE layer, from shallow to deep", "x")
-    if choices > 1:
-        legend = axes.legend(title="choice", fontsize=SMALL, title_fontsize=SMALL, frameon=False, labelcolor=INK,
-                             loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)  # fmt: skip
-        legend.get_title().set_color(INK)
-    spans = [percent(QUANTILES[4 - place] - QUANTILES[place], 0) for place in (1, 0)]
-    fewer = "" if choices == most else f" The largest {choices} of {most} weights of a patch."
-    note = f"Dot: median patch; thick: middle {spans[0]} of patches; thin: middle {spans[1]}.{fewer}"
-    heading(figure, "How much weight each choice gets", note)
-    return figure
-
-
-def plot_experts_per_patch(counts: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
-    """How many experts compute a patch: per MoE layer the patches [K + 1] of `LayerTrace.kept_per_patch`."""
-    tables = [np.asarray(count, dtype=np.float64) for count in counts]
-    last = max(int(np.flatnonzero(table)[-1]) for table in tables)
-    columns = min(len(tables), 4)
-    figure, axes_of = panels(len(tables), columns)
-    highest = 1.18 * max(float((table / table.sum()).max()) for table in tables)
-    for place, (axes, table, name) in enumerate(zip(axes_of, tables, layer_names, strict=True)):
-        calm(axes)
-        share = np.pad(table, (0, max(0, last + 1 - len(table))))[: last + 1] / table.sum()
-        axes.bar(range(last + 1), share, 0.78, color=[_NOBODY, *[EXPERT_COLOURS[0]] * last])
-        for number, height in enumerate(share):
-            over_bar(axes, number, height, height, INK, up=2)
-        share_axis(axes, highest, last + 1)
-        panel_title(axes, name, f"mean {float((np.arange(len(table)) * table).sum() / table.sum()):.2f}")
-        if place % columns == 0:
-            name_axis(axes, "share of patches", "y")
-        if place >= len(tables) - columns:
-            name_axis(axes, "experts that compute a patch", "x")
-    note = "Orange: patches that no expert computes; they pass the layer by the residual path alone."
-    heading(figure, "How many experts a patch has", note)
-    return figure
-
-
-def plot_co_activation(counts: Ints, top_k: int | None, *, layer_name: str) -> Figure:
-    """Which experts are chosen for the same patch: conditional shares for all pairs, coloured by their excess.
-
-    From `co_activation` [E, E]; K is None where experts choose, so that patches have different numbers of them.
-    """
-    table = np.asarray(counts, dtype=np.float64)
-    experts = len(table)
-    chosen = np.diagonal(table)[:, None]
-    share = np.divide(table, chosen, out=np.full_like(table, np.nan), where=chosen > 0)
-    expected = expected_co_activation(counts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.log2(table / expected)
-    np.fill_diagonal(times, np.nan)
-    reach = 2.0  # a quarter to four times
-    side = float(np.clip(0.29 * experts, 1.7, 6.0))
-    figure = new_figure(max(COLUMN_INCHES, side + 1.1), side + 0.45)
-    axes = figure.add_subplot()
-    norm = TwoSlopeNorm(0, -reach, reach)
-    axes.imshow(np.ma.masked_invalid(np.clip(times, -reach, reach)), cmap=BELOW_ABOVE, norm=norm)
-    bare(axes)
-    expert_chips(axes, experts)
-    expert_chips(axes, experts, "left")
-    if experts <= _NUMBERED:
-        for i, j in zip(*np.nonzero(np.isfinite(times) | (table == 0)), strict=True):
-            if i != j and np.isfinite(share[i, j]):
-                colour = hex_of(BELOW_ABOVE(norm(np.clip(times[i, j], -reach, reach))))
-                put(axes, j, i, f"{100 * share[i, j]:.0f}", ink_on(colour))
-    chose = "chose" if top_k else "have"
-    name_axis(axes, f"of the patches that {chose} ...", "y", 14)
-    name_axis(axes, f"... the share that also {chose} ... (%)", "x")
-    times_label = FuncFormatter(lambda power, _: f"{2.0**power:g}×")
-    bar = colour_bar(axes, BELOW_ABOVE, norm, "share ÷ share that the loads alone give", times_label)
-    bar.set_ticks(list(range(-int(reach), int(reach) + 1)))
-    note = "All pairs of experts that took the same patch; colour allows for how often each is in a pair."
-    if top_k:
-        note = (
-            f"All pairs of the {top_k} choices. Were all pairs as frequent, every cell would be "
-            f"{percent((top_k - 1) / (experts - 1))}; colour allows for unequal loads."
-        )
-    heading(figure, f"{layer_name}: experts {'chosen' if top_k else 'that take patches'} together", note)
-    return figure
 
 
 def plot_class_experts(
@@ -541,42 +414,6 @@ def plot_part_experts(
         of, bracket = "what experts read of the part", "the part's share of all that they read"
     note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
     heading(figure, f"{layer_name}: which parts go to which expert", note)
-    return figure
-
-
-def plot_positions(
-    share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: str, kind: RoutingKind = "token_choice"
-) -> Figure:
-    """Position × expert: one small map of the grid (rows, columns) per expert, all on one scale.
-
-    From `position_share` [E, P]: share of the choices at each position that falls on the expert.
-    """
-    shares = np.asarray(share, dtype=np.float64)
-    experts = len(shares)
-    columns = min(experts, 4 if experts <= 8 else 8)
-    rows = -(-experts // columns)
-    width = COLUMN_INCHES if columns <= 4 else PAGE_INCHES
-    side = (width - 0.7) / columns
-    figure = new_figure(width, rows * (side * grid[0] / grid[1] + 0.22))
-    maps = figure.subplots(rows, columns, squeeze=False)
-    norm = Normalize(0, max(float(shares.max()), 2 / experts))
-    for expert, axes in enumerate(maps.flat):
-        bare(axes)
-        if expert >= experts:
-            axes.set_visible(False)
-            continue
-        axes.imshow(shares[expert].reshape(grid), cmap=AMOUNT, norm=norm, interpolation="nearest")
-        colour = expert_colour(expert, experts)
-        axes.set_title(str(expert), fontsize=SMALL, color=ink_on(colour), pad=4,
-                       bbox=chip(colour, 0.2))  # fmt: skip
-    what = {"soft": "reading done there", "expert_choice": "patches taken there"}.get(kind, "choices made there")
-    bar = colour_bar(list(maps.flat), AMOUNT, norm, f"share of the {what}", FuncFormatter(_tick))
-    bar.ax.axhline(1 / experts, color=INK, linewidth=1.2)
-    note = (
-        f"One map of the image per expert, one scale for all: {percent(shares.min())} to "
-        f"{percent(shares.max())}. Line in the bar: equal use, {percent(1 / experts)}."
-    )
-    heading(figure, f"{layer_name}: where in the image each expert works", note)
     return figure
 
 
@@ -775,76 +612,6 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
         names = trace.prediction_names or trace.class_names
         words.append(f"predicted {names[guess]} ({percent(trace.probabilities[image, guess], 0)})")
     return ", ".join(words) or shown(trace.picture_names[image])
-
-
-def plot_path(picture: Pixels, trace: RoutingTrace, image: int, patch: int) -> Figure:
-    """The path of one patch (row-major index) through the MoE layers: all K choices and the router's probabilities."""
-    rows, columns = trace.grid
-    experts = max(layer.num_experts for layer in trace.layers)
-    height = float(np.clip(0.24 * experts, 1.9, 6.5))
-    figure = new_figure(PAGE_INCHES * (0.7 if len(trace.layers) <= 4 else 1), height)
-    left, right = figure.subplots(1, 2, width_ratios=(1.75, figure.get_size_inches()[0] - 1.75))
-    left.imshow(picture, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    for width, colour in ((3.0, "white"), (1.3, INK)):
-        left.add_patch(
-            Rectangle((patch % columns - 0.5, patch // columns - 0.5), 1, 1, fill=False, ec=colour, lw=width)
-        )
-    bare(left)
-    left.set_anchor("N")
-    panel_title(left, f"row {patch // columns + 1}, column {patch % columns + 1}")
-    _draw_path(right, trace, image, patch, experts)
-    soft = any(layer.kind == "soft" for layer in trace.layers)
-    lines = "the largest of each layer" if soft else "first choices, thin ones the others"
-    note = (
-        f"Discs: {'experts' if soft else 'chosen experts'} and their gate weights; the thick line joins {lines}. "
-        "Grey dots: router probability (area). Equal numbers in two layers are unrelated experts."
-    )
-    heading(figure, f"The path of one patch: {verdict_on(trace, image)}", note)
-    return figure
-
-
-def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts: int) -> None:
-    calm(axes, "both")
-    x = np.arange(len(trace.layers))
-    dense = experts > 24
-    for place, layer in enumerate(trace.layers):
-        probs = np.asarray(layer.probs[image, patch], dtype=np.float64)
-        axes.scatter(np.full(len(probs), place), np.arange(len(probs)), s=60 * probs + 1.5, color="#B9BEC4", zorder=2)
-    for choice in reversed(range(max(layer.top_k for layer in trace.layers))):
-        there = [  # one that capacity dropped counts, an expert that took nothing doesn't
-            place
-            for place, layer in enumerate(trace.layers)
-            if choice < layer.top_k and (layer.kind != "expert_choice" or layer.kept[image, patch, choice])
-        ]
-        at = {place: int(trace.layers[place].expert_index[image, patch, choice]) for place in there}
-        if choice == 0 or not any(layer.kind == "soft" for layer in trace.layers):
-            line = [at.get(place, np.nan) for place in range(len(x))]  # interrupted where a layer has no such choice
-            axes.plot(x, line, color=INK if choice == 0 else "#9AA0A6", linewidth=1.8 if choice == 0 else 0.8, zorder=3)
-        for place, expert in at.items():
-            layer = trace.layers[place]
-            weight = float(layer.combine_weight[image, patch, choice])
-            colour, kept = (
-                expert_colour(expert, layer.num_experts, highlight=choice == 0),
-                bool(layer.kept[image, patch, choice]),
-            )
-            size = (5.0 if dense else 8.0) + (3.0 if dense else 6.0) * weight
-            axes.plot(place, expert, "o", markersize=size, color=colour if kept else "white", zorder=4,
-                      markeredgecolor="white" if kept else INK, markeredgewidth=0.8)  # fmt: skip
-            put(axes, place, expert, str(expert), ink_on(colour) if kept else INK, SMALL - (2.5 if dense else 0),
-                va="center_baseline", zorder=5)  # fmt: skip
-            label = f"{weight:.2f}" if kept else "dropped"
-            axes.annotate(label, (place, expert), (size / 2 + 1.5, 0), textcoords="offset points", va="center",
-                          fontsize=SMALL - 0.5, color=INK if choice == 0 else SOFT, zorder=4,
-                          bbox=_TAG)  # fmt: skip
-    for place, layer in enumerate(trace.layers):
-        if layer.kind == "expert_choice" and not layer.kept[image, patch].any():
-            put(axes, place, (layer.num_experts - 1) / 2, "no expert", SOFT, rotation=90, zorder=4, bbox=_TAG)
-    axes.set(xlim=(-0.35, len(x) - 0.45), ylim=(experts - 0.4, -0.6))
-    axes.set_xticks(x, [layer.name for layer in trace.layers])
-    axes.set_yticks(range(0, experts, 1 if experts <= 16 else 4))
-    axes.grid(color=GRID, linewidth=0.6)
-    name_axis(axes, "expert", "y")
-    name_axis(axes, "MoE layer, from shallow to deep", "x")
 
 
 def plot_gallery(

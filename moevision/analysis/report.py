@@ -43,15 +43,11 @@ import moevision.analysis.plots as plots
 from moevision import __version__
 from moevision.analysis.collect import UNREAD, collect_routing, model_title
 from moevision.analysis.describe import (
-    QUANTILES,
     ClassExpertMap,
     class_expert_map,
-    co_activation,
     fractions_of_parts,
-    gate_weight_quantiles,
     majority_part,
     part_expert_table,
-    position_share,
 )
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
@@ -401,7 +397,7 @@ def data_numbers(trace: RoutingTrace) -> Json:
 
 
 def layer_numbers(layer: LayerTrace) -> Json:
-    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced).
+    """Load and certainty of one layer, over the patches (class and register tokens are not traced).
 
     Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
     take from each; nothing is dropped where tokens don't choose.
@@ -422,10 +418,6 @@ def layer_numbers(layer: LayerTrace) -> Json:
         count_squares=torch.from_numpy((image_counts**2).sum(0)),
         images=torch.tensor(len(image_counts)),
     )
-    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight), kept=None if chooses else kept)
-    together = None
-    if layer.kind != "soft" and layer.top_k > 1:  # all that a token chose, or those that took it
-        together = co_activation(index, layer.num_experts, None if chooses else kept).tolist()
     return {
         "layer": layer.layer,
         "name": layer.name,
@@ -442,12 +434,9 @@ def layer_numbers(layer: LayerTrace) -> Json:
         "dead": load.dead,
         "dropped": load.dropped if chooses else None,
         "unrouted": load.unrouted,
-        "kept_per_patch": layer.kept_per_patch().tolist(),
         "entropy_bits": load.entropy_bits,
         "entropy_bits_most": math.log2(layer.num_experts),
         "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
-        "gate_weight_quantiles": {"levels": list(QUANTILES), "values": quantiles.tolist()},
-        "co_activation": together,
     }
 
 
@@ -533,27 +522,16 @@ def draw_figures(
 
     `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
-    images, (height, width) = shown_pictures(trace, seed), trace.grid
-    for place, image in enumerate(images, start=1):
+    for place, image in enumerate(shown_pictures(trace, seed), start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
         yield Drawn("overlay", f"overlay_{place}.png", f"Which expert each patch goes to, image {place}", overlay)
-    first = pictures.image(images[0])
-    path = plots.plot_path(first, trace, images[0], height // 2 * width + width // 2)  # of the patch in the middle
-    yield Drawn("path", "path.png", "The path of one patch, image 1", path)
     names = [layer.name for layer in trace.layers]
     counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
     kinds = [layer.kind for layer in trace.layers]
     load = plots.plot_load(counts, names, requested=None if wanted == counts else wanted, kinds=kinds)
     yield Drawn("load", "load.png", "Load of each expert", load)
-    uneven = [each for each in layers if any(each["kept_per_patch"][:-1])]
-    if uneven:
-        kept, which = ([each[what] for each in uneven] for what in ("kept_per_patch", "name"))
-        number = plots.plot_experts_per_patch(kept, which)
-        yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", number)
-    quantiles = [each["gate_weight_quantiles"]["values"] for each in layers]
-    yield Drawn("gate_weights", "gate_weights.png", "Gate weights by depth", plots.plot_gate_weights(quantiles, names))
-    for layer, found in zip(trace.layers, layers, strict=True):
-        for kind, title, figure in _draw_layer(trace, pictures, results, layer, found, seed):
+    for layer in trace.layers:
+        for kind, title, figure in _draw_layer(trace, pictures, results, layer, seed):
             yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
     if rows := results.effects["rows"]:
         tables: dict[str, list[Floats]] = {"delta_logit": [], "control_delta_logit": []}  # by layer, [E, C]
@@ -578,12 +556,9 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN)
 
 
 def _draw_layer(
-    trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
+    trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, seed: int
 ) -> Iterator[tuple[str, str, Figure]]:
     name, index, kind = layer.name, np.asarray(layer.expert_index), layer.kind
-    if numbers["co_activation"] is not None:
-        figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
-        yield "co_activation", "experts chosen together", figure
     if layer.layer in results.maps:
         found = results.maps[layer.layer]
         figure = plots.plot_class_experts(
@@ -591,9 +566,6 @@ def _draw_layer(
             layer_name=name, excess=found.excess, threshold=found.threshold, kind=kind,
         )  # fmt: skip
         yield "class_experts", "which classes use which expert", figure
-    share = position_share(index, layer.num_experts, layer.wanted)
-    figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=kind)
-    yield "positions", "where in the image each expert works", figure
     if results.parts is not None:
         table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
         figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)

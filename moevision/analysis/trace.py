@@ -135,11 +135,6 @@ class LayerTrace:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
         return self._sums(self._takes)
 
-    def kept_per_patch(self) -> Ints:
-        """[K + 1]: how many patches are computed by 0, 1, ... K experts."""
-        counts: Ints = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
-        return counts
-
     def _reads(self, part: slice) -> Array:
         return self.kept[part] if self.read_weight is None else self.read_weight[part] * self.kept[part]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -11,20 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moevision.analysis.describe import (
-    co_activation,
-    expected_co_activation,
-    gate_weight_quantiles,
     majority_part,
     part_expert_table,
     part_fractions,
     part_stands_out,
-    position_share,
 )
 from moevision.analysis.plots import (
     EXPERT_COLOURS,
-    HIGHLIGHT,
     NEUTRAL,
-    expert_colour,
     expert_colours,
     ink_on,
 )
@@ -76,71 +69,8 @@ def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> Non
     assert set(expert_colours(9)) == {NEUTRAL}
 
 
-def test_one_expert_of_many_is_highlighted() -> None:
-    assert [expert_colour(e, 64, highlight=e == 5) for e in (4, 5, 6)] == [NEUTRAL, HIGHLIGHT, NEUTRAL]
-    assert expert_colour(1, 3, highlight=True) == EXPERT_COLOURS[1]
-
-
 # Two images of two patches, three choices of four experts.
 CHOICES = np.array([[[0, 1, 2], [0, 1, 3]], [[3, 1, 0], [2, 0, 1]]], dtype=np.int16)
-
-
-def test_co_activation_counts_all_pairs() -> None:
-    # By hand. The four sets are {0,1,2}, {0,1,3}, {0,1,3}, {0,1,2}. Rank neighbours alone would miss (0, 2) of the
-    # first set, whose ranks are 1 and 3.
-    expected = [[4, 4, 2, 2], [4, 4, 2, 2], [2, 2, 2, 0], [2, 2, 0, 2]]
-    np.testing.assert_array_equal(co_activation(CHOICES, 4), expected)
-
-
-@given(st.integers(2, 7), st.integers(1, 4), st.integers(0, 1000))
-def test_co_activation_adds_up(experts: int, choices: int, seed: int) -> None:
-    choices = min(choices, experts)
-    rng = np.random.default_rng(seed)
-    index = rng.random((3, 5, experts)).argsort(-1)[..., :choices]
-    counts = co_activation(index, experts)
-    np.testing.assert_array_equal(counts, counts.T)
-    # Each patch that chose an expert chose K - 1 others beside it.
-    np.testing.assert_array_equal(counts.sum(1), choices * np.diagonal(counts))
-    listed = sum(
-        (tuple(sorted(pair)) == (0, 1)) for p in index.reshape(-1, choices) for pair in itertools.combinations(p, 2)
-    )
-    assert counts[0, 1] == listed
-
-
-def test_expected_co_activation_with_equal_loads() -> None:
-    # 4 experts chosen 30 times each with k = 2: every one of the other three is the partner in 10.
-    counts = np.array([[30, 30, 0, 0], [30, 30, 0, 0], [0, 0, 30, 30], [0, 0, 30, 30]])
-    expected = np.full((4, 4), 10.0) + 20.0 * np.eye(4)
-    np.testing.assert_allclose(expected_co_activation(counts), expected, rtol=1e-9)
-
-
-def test_expected_co_activation_recovers_planted_independence() -> None:
-    # N_ij = a_i a_j with a = (1, 2, 3, 4) · 5 has no preference in it, so it is its own expectation.
-    planted = 25.0 * np.outer([1, 2, 3, 4], [1, 2, 3, 4])
-    np.fill_diagonal(planted, 0)
-    np.fill_diagonal(planted, planted.sum(1))
-    np.testing.assert_allclose(expected_co_activation(planted.astype(np.int64)), planted, rtol=1e-6)
-
-
-def test_expected_co_activation_of_an_unused_expert() -> None:
-    expected = expected_co_activation(np.array([[6, 6, 0], [6, 6, 0], [0, 0, 0]]))
-    np.testing.assert_allclose(expected, [[6, 6, 0], [6, 6, 0], [0, 0, 0]], atol=1e-6)
-
-
-def test_position_share_by_hand() -> None:
-    # Position 0 holds choices 0,1,2 and 3,1,0: six in all. Position 1 holds 0,1,3 and 2,0,1.
-    expected = np.array([[2, 2], [2, 2], [1, 1], [1, 1]]) / 6
-    np.testing.assert_allclose(position_share(CHOICES, 4), expected)
-    first_only = position_share(CHOICES[:, :, :1], 4)
-    np.testing.assert_allclose(first_only, np.array([[1, 1], [0, 0], [0, 1], [1, 0]]) / 2)
-
-
-def test_gate_weight_quantiles_by_hand() -> None:
-    weights = np.array([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.5, 0.3]]], dtype=np.float32)
-    # First choices sorted: .5 .6 .8 .9, seconds: .1 .2 .3 .4; the median is the mean of the middle two.
-    np.testing.assert_allclose(
-        gate_weight_quantiles(weights, (0, 0.5, 1)), [[0.5, 0.1], [0.7, 0.25], [0.9, 0.4]], rtol=1e-6
-    )
 
 
 # An image of 4 x 4 pixels, a grid of 2 x 2 patches of 4 pixels, parts 0, 1 and 2.

@@ -18,7 +18,6 @@ from matplotlib.text import Text
 from PIL import Image
 
 from moevision.analysis import plots
-from moevision.analysis.describe import co_activation, gate_weight_quantiles, position_share
 from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, hex_of, wrap
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 
@@ -160,27 +159,6 @@ def test_overlay_of_many_experts_is_grey() -> None:
     assert {hex_of(cell) for cell in cells} == {NEUTRAL}
 
 
-def test_path_draws_every_choice_with_its_weight() -> None:
-    trace = make_trace(top_k=3, layers=4)
-    figure = plots.plot_path(PICTURE, trace, 2, 6)
-    axes = figure.axes[1]
-    drawn = [text.get_text() for text in axes.texts]
-    for layer in trace.layers:
-        for choice in range(3):
-            assert str(layer.expert_index[2, 6, choice]) in drawn
-            assert f"{layer.combine_weight[2, 6, choice]:.2f}" in drawn
-    lines = [line for line in axes.lines if len(line.get_xdata()) == 4]  # type: ignore[arg-type]
-    paths = {tuple(np.asarray(line.get_ydata())): line.get_linewidth() for line in lines}
-    wanted = [tuple(layer.expert_index[2, 6, choice] for layer in trace.layers) for choice in range(3)]
-    assert paths[wanted[0]] > paths[wanted[1]] == paths[wanted[2]]
-
-
-def test_path_says_what_capacity_dropped() -> None:
-    trace = make_trace()
-    trace.layers[0].kept[0, 3, 1] = False
-    assert words(plots.plot_path(PICTURE, trace, 0, 3)).count("dropped") == 1
-
-
 def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
     figure = plots.plot_load([[10, 20, 30, 40], [25, 25, 25, 25]], ["L1", "L3"])
     bars = [patch.get_height() for patch in figure.axes[0].patches[4:]]  # behind them the four requested loads
@@ -195,27 +173,6 @@ def test_load_bars_show_what_was_dropped() -> None:
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     np.testing.assert_allclose(heights, [0.75, 0.25, 0.25, 0.25])  # requested, then computed, of 80 choices
     assert "dropped" in heading_of(figure)
-
-
-def test_gate_weights_are_drawn_at_their_quantiles() -> None:
-    quantiles = np.linspace(0.05, 0.95, 20).reshape(2, 5, 2)
-    axes = plots.plot_gate_weights(quantiles, ["L1", "L3"]).axes[0]
-    dots = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
-    np.testing.assert_allclose(dots, quantiles[:, 2].T)
-    outer, inner = (np.array([path[:, 1] for path in c.get_segments()]) for c in axes.collections[:2])  # type: ignore[attr-defined]
-    np.testing.assert_allclose(outer, quantiles[:, [0, 4], 0])
-    np.testing.assert_allclose(inner, quantiles[:, [1, 3], 0])
-
-
-def test_co_activation_writes_conditional_shares_and_states_chance() -> None:
-    # Experts 0 and 1 in three patches, 0 and 2 in one: of expert 0's four patches 75 % chose 1 and 25 % chose 2.
-    counts = co_activation(np.array([[[0, 1], [1, 0], [0, 1], [2, 0]]]), 3)
-    figure = plots.plot_co_activation(counts, 2, layer_name="L4")
-    cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts if text.get_text().isdigit()}
-    assert cells[1, 0] == "75"
-    assert cells[2, 0] == "25"
-    assert cells[0, 1] == cells[0, 2] == "100"
-    assert "50.0 %" in heading_of(figure)  # (k - 1) / (E - 1)
 
 
 SHARE = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
@@ -272,13 +229,6 @@ def test_part_map_shares_areas_and_absent_parts() -> None:
     assert "Nothing is tested" in heading_of(figure)
 
 
-def test_position_maps_are_laid_out_as_the_picture() -> None:
-    share = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
-    figure = plots.plot_positions(share, (2, 3), layer_name="L1")
-    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    assert len({axes.images[0].norm for axes in figure.axes[:2]}) == 1  # one scale
-
-
 def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     trace = make_trace(experts=4, layers=1)
     layer = trace.layers[0]
@@ -305,14 +255,9 @@ def test_all_sizes_are_readable(experts: int, top_k: int, layers: int, grid: tup
     layer = trace.layers[-1]
     figures = [
         plots.plot_overlay(picture, trace, 0),
-        plots.plot_path(picture, trace, 0, 3),
         plots.plot_load(np.stack([layer.counts().sum(0) for layer in trace.layers]), names),
-        plots.plot_gate_weights([gate_weight_quantiles(layer.combine_weight) for layer in trace.layers], names),
-        plots.plot_positions(position_share(layer.expert_index, experts), grid, layer_name=layer.name),
         plots.plot_part_experts(np.ones((10, experts)), ["background"] * 10, layer_name=layer.name),
     ]
-    if top_k > 1:
-        figures.append(plots.plot_co_activation(co_activation(layer.expert_index, experts), top_k, layer_name="L1"))
     for figure in figures:
         assert_readable(figure)
         assert figure.get_size_inches().max() < 17

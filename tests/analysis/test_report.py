@@ -23,9 +23,8 @@ from moevision.layers.moe import moe_layers
 from moevision.models.io import SavedModel, save_model
 
 FIGURES = {
-    *("overlay_1", "overlay_2", "overlay_3", "path", "load", "gate_weights", "effects"),
-    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("co_activation", "class_experts", "positions")),
-    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("parts", "gallery")),
+    *("overlay_1", "overlay_2", "overlay_3", "load", "effects"),
+    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("class_experts", "parts", "gallery")),
 }
 
 

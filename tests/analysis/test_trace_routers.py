@@ -12,14 +12,11 @@ from moevision import forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
 from moevision.analysis.describe import (
     class_expert_map,
-    co_activation,
     compare_classes,
     first_choice_paths,
-    gate_weight_quantiles,
     image_shares,
     layer_gallery,
     part_expert_table,
-    position_share,
     random_patches,
     top_patches,
 )
@@ -67,17 +64,11 @@ def test_expert_choice_counts_what_was_taken() -> None:
     assert TAKEN.counts().tolist() == [[1, 2]]
     np.testing.assert_allclose(TAKEN.image_takes(), [[0.3, 1.3]], rtol=1e-6)
     assert TAKEN.first_choice().tolist() == [[1, -1, 1]]
-    assert TAKEN.kept_per_patch().tolist() == [1, 1, 1]
     assert TAKEN.experts_per_patch == 1.0
     assert [len(gallery.random) for gallery in layer_gallery(TAKEN)] == [1, 2]
-    assert co_activation(TAKEN.expert_index, 2, TAKEN.kept).tolist() == [[1, 1], [1, 2]]
-    share = position_share(TAKEN.expert_index, 2, TAKEN.wanted)
-    np.testing.assert_allclose(share, [[0.5, 0, 0], [0.5, 0, 1]])  # nobody reads patch 1
     fractions = np.array([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
     table = part_expert_table(TAKEN.expert_index, fractions, 2, TAKEN.wanted)
     np.testing.assert_allclose(table, [[1, 1.5], [0, 0.5]])
-    quantiles = gate_weight_quantiles(TAKEN.combine_weight, [0.5], TAKEN.kept)
-    np.testing.assert_allclose(quantiles, [[0.65, 0.3]], rtol=1e-6)  # of the patches that have so many experts
 
 
 def test_soft_moe_reads_and_takes() -> None:
@@ -86,8 +77,6 @@ def test_soft_moe_reads_and_takes() -> None:
     np.testing.assert_allclose(image_shares(MIXED.image_takes()), [[1 / 3, 2 / 3]], rtol=1e-6)
     assert MIXED.first_choice().tolist() == [[1, 0, 1]]
     assert [patch.patch for patch in top_patches(MIXED, 1, count=1)] == [0]  # read most, though patch 2 takes more
-    share = position_share(MIXED.expert_index, 2, MIXED.wanted)
-    np.testing.assert_allclose(share[:, 1], [7 / 8, 1 / 8], rtol=1e-6)
 
 
 def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
