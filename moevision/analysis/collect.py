@@ -13,7 +13,6 @@ import html
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from moevision import __version__
 from moevision.analysis.images import Data, PictureSet, open_pictures
 from moevision.analysis.information import Array, Pixels
-from moevision.analysis.trace import RoutingTrace, StreamedRows, metadata_of
+from moevision.analysis.trace import RoutingTrace, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
@@ -70,8 +69,7 @@ def collect_routing(
             `PictureSet`.
         batch_size: images per forward pass.
         limit: take at most so many images, balanced by class.
-        path: a file to stream the trace to; memory then stays bounded whatever the number of images, and the arrays
-            of the result are mapped from the file.
+        path: a file to save the trace to.
         progress: show a progress bar where there are more than a few batches.
         split: which part of the data: test, val, train or all.
         seed: of the split, of drawn images and of `limit`.
@@ -103,9 +101,8 @@ def collect_routing(
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
-    in_memory: list[dict[str, Array]] = []
-    with evaluating(net), ExitStack() as files:
-        streamed = None if path is None else StreamedRows(path, files)
+    collected: list[dict[str, Array]] = []
+    with evaluating(net):
         with routing_lock(net), torch.inference_mode(False):
             unread = unread_layers(net)
         if unread:
@@ -119,15 +116,14 @@ def collect_routing(
             outputs = rows["probabilities"].shape[1]  # called as the model or the data call them, or numbered
             names = next((known for known in (saved.class_names, pictures.class_names) if len(known) == outputs), None)
             about |= place | {"prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))}
-            (in_memory.append if streamed is None else streamed.add)(rows)
+            collected.append(rows)
         reader.report()
         about["provenance"] |= {"unreadable": len(reader.bad)}
-        metadata = metadata_of(about | {"picture_names": reader.names})
-        if streamed is not None:
-            streamed.finish(metadata)
-            return RoutingTrace.load(streamed.path)
-    arrays = {name: np.concatenate([rows[name] for rows in in_memory]) for name in in_memory[0]}
-    return RoutingTrace.from_arrays(arrays, metadata)
+    arrays = {name: np.concatenate([rows[name] for rows in collected]) for name in collected[0]}
+    trace = RoutingTrace.from_arrays(arrays, metadata_of(about | {"picture_names": reader.names}))
+    if path is not None:
+        trace.save(path)
+    return trace
 
 
 def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,27 +12,20 @@ Axes: I images, P patches (row-major in a grid of rows x columns; class and regi
 best first (all E experts where tokens don't choose), E experts, C classes. An expert is named by block and index, both
 counted from 0: "L4·E3".
 
-The file is one safetensors file, read through a memory map. The library writes a file from arrays that lie in memory
-whole, and reads them so, too. The format is plain (https://github.com/huggingface/safetensors#format): 8 bytes with the
-length of the header (little-endian), a header in JSON, and the arrays one after the other. So `write_tensors` takes
-arrays part by part, and `StreamedRows` keeps what is collected in files without a name, which a killed process doesn't
-leave behind. The file appears under its name when it is whole. The checks of what is read are the library's.
+The file is one safetensors file, which appears under its name when it is whole.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moevision.analysis.information import Array, Flags, Floats, Ints
 from moevision.errors import UserError, shown
@@ -42,7 +35,7 @@ from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
-_CHUNK = 64  # images that are counted or copied at once
+_CHUNK = 64  # images that are counted at once
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,7 @@ class LayerTrace:
 
 
 def chunks(images: int) -> Iterator[slice]:
-    """Slices that cover all images, a few at a time: arrays that are mapped from a file aren't read whole."""
+    """Slices that cover all images, a few at a time: what is counted is no second trace in memory."""
     for start in range(0, images, _CHUNK):
         yield slice(start, min(start + _CHUNK, images))
 
@@ -267,17 +260,32 @@ class RoutingTrace:
         Raises:
             UserError: if the file can't be written.
         """
-        arrays = {name: (array.dtype, array.shape, _parts(array)) for name, array in self.arrays().items()}
-        write_tensors(path, arrays, self.metadata())
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays().items()}
+        try:
+            write_bytes_atomic(path, save(arrays, self.metadata()))
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be written ({error.strerror}): give another place, or free some space."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Open a trace; its arrays are mapped from the file (read-only) and not read before they are used.
+        """Read a trace.
 
         Raises:
             UserError: if there is no such file, it is damaged, or another version wrote it.
         """
-        arrays, metadata = read_tensors(path)
+        try:
+            with safe_open(str(path), framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
+        except FileNotFoundError as error:
+            raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged, or is no file of this kind ({error}): collect the routing again, or give another "
+                "file."
+            ) from error
         schema = metadata.get("schema")
         if schema != SCHEMA:
             what = f"has the schema {schema!r}" if schema else "is no routing trace"
@@ -322,105 +330,3 @@ def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
     usual = {"kinds": {"token_choice"}, "route_by": {"token"}}
     told = {name: value for name, value in about.items() if name not in usual or set(value) != usual[name]}
     return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in told.items()}}
-
-
-_DTYPES = {name: np.dtype(dtype) for name, dtype in
-           (("F32", "float32"), ("F16", "float16"), ("I64", "int64"), ("I16", "int16"), ("BOOL", "bool"))}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BLOCK_BYTES = 1 << 16
-TensorParts = tuple[np.dtype[Any], tuple[int, ...], Iterable[bytes]]
-"""Type and shape of an array, and its bytes part by part."""
-
-
-def _parts(array: Array) -> Iterator[bytes]:
-    return (array[part].tobytes() for part in chunks(len(array)))
-
-
-def write_tensors(path: str | Path, arrays: Mapping[str, TensorParts], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, whole or not at all.
-
-    Wide types come first, and blanks (which the format allows) fill the header up to a multiple of 8 bytes: then every
-    array is aligned, which NumPy needs to be fast.
-    """
-    ordered = sorted(arrays.items(), key=lambda item: -item[1][0].itemsize)
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape, _) in ordered:
-        end = offset + dtype.itemsize * prod(shape)
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-
-    def data() -> Iterator[bytes]:
-        yield len(header).to_bytes(8, "little") + header
-        for _, (_, _, parts) in ordered:
-            yield from parts
-
-    try:
-        write_bytes_atomic(path, data())
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path} can't be written ({error.strerror}): give another place, or free some space.")
-
-
-class StreamedRows:
-    """Arrays that grow row by row on the disk, until they are put together into the safetensors file at `path`.
-
-    `files` closes those that hold the arrays.
-    """
-
-    def __init__(self, path: str | Path, files: ExitStack) -> None:
-        self.path, self.files, self.rows = Path(path), files, 0
-        self.found: dict[str, tuple[np.dtype[Any], tuple[int, ...], IO[bytes]]] = {}
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        """Add rows to every array; `UserError` if the disk doesn't take them."""
-        try:
-            for name, values in rows.items():
-                if name not in self.found:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    file = self.files.enter_context(tempfile.TemporaryFile(dir=self.path.parent))  # noqa: SIM115
-                    self.found[name] = values.dtype, values.shape[1:], file
-                self.found[name][2].write(values.tobytes())
-            self.rows += len(values)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-    def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the file."""
-
-        def parts(file: IO[bytes]) -> Iterator[bytes]:
-            with file:  # its room is free again when it has been copied
-                file.seek(0)
-                yield from iter(lambda: file.read(_BLOCK_BYTES), b"")
-
-        arrays = {name: (dtype, (self.rows, *row), parts(file)) for name, (dtype, row, file) in self.found.items()}
-        write_tensors(self.path, arrays, metadata)
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Map the arrays of a safetensors file into memory, read-only; they are returned with the header's metadata."""
-    try:
-        with safe_open(str(path), framework="np") as checked:  # also that the file ends where it should
-            metadata = checked.metadata() or {}
-        with Path(path).open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(start - 8))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        entries.pop("__metadata__", None)
-        arrays: dict[str, Array] = {}
-        for name, entry in entries.items():
-            count, first = prod(entry["shape"]), start + entry["data_offsets"][0]
-            flat = np.frombuffer(mapped, _DTYPES[entry["dtype"]], count, first if count else 0)
-            arrays[name] = flat.reshape(entry["shape"])
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged, or is no file of this kind ({error}): collect the routing again, or give another file."
-        ) from error
-    return arrays, metadata

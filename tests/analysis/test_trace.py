@@ -2,7 +2,6 @@
 
 import json
 import os
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -176,13 +175,12 @@ def test_choices_that_capacity_dropped():
     assert free.counts().sum(-1).tolist() == [32] * 24
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_the_file(tmp_path, streamed):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_file(tmp_path, at_once):
     trace = collect_routing(saved(small()), PETS, batch_size=10)
     file = tmp_path / "new" / "trace.safetensors"
-    if streamed:
-        mapped = collect_routing(saved(small()), PETS, batch_size=10, path=file)
-        arrays_equal(mapped, trace)
+    if at_once:
+        arrays_equal(collect_routing(saved(small()), PETS, batch_size=10, path=file), trace)
     else:
         trace.save(file)
     loaded = RoutingTrace.load(file)
@@ -196,10 +194,6 @@ def test_the_file(tmp_path, streamed):
         assert opened.metadata()["schema"] == SCHEMA == "moevision.trace/1"
         assert json.loads(opened.metadata()["picture_names"]) == list(trace.picture_names)
     assert os.listdir(file.parent) == [file.name]
-    for array in loaded.arrays().values():
-        assert array.ctypes.data % array.dtype.itemsize == 0
-        with pytest.raises(ValueError, match="read-only"):
-            array[:] = 0
 
 
 def test_a_part_of_a_trace(tmp_path):
@@ -227,11 +221,11 @@ def test_names_of_files_that_are_no_unicode(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{0, 1, 2, 3, 4, 5, 6, 7}, {3, 9, 23}, set(range(1, 24))])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, streamed):
+@pytest.mark.parametrize("with_file", [False, True])
+def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, with_file):
     net = small()
     good = [index for index in range(24) if index not in bad]
-    path = tmp_path / "trace" if streamed else None
+    path = tmp_path / "trace" if with_file else None
     first = min(bad)
     with pytest.warns(DataWarning, match=rf"{len(bad)} of 24 images .* the first is {first:06d}: it is torn"):
         trace = collect_routing(saved(net), Broken(bad), batch_size=4, path=path)
@@ -242,7 +236,7 @@ def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, streamed):
         # Other batch-mates: sums are rounded otherwise in the last bit.
         np.testing.assert_allclose(array.astype(float), whole.arrays()[name].astype(float), atol=2e-3, err_msg=name)
     assert trace.labels.tolist() == [index % 8 for index in good]
-    if streamed:
+    if with_file:
         assert safetensors.numpy.load_file(path)["labels"].tolist() == trace.labels.tolist()
         assert os.listdir(tmp_path) == ["trace"]
 
@@ -251,52 +245,6 @@ def test_no_picture_can_be_read(tmp_path):
     with pytest.raises(UserError, match="None of the 24 images can be read"):
         collect_routing(saved(small()), Broken(set(range(24))), path=tmp_path / "trace")
     assert os.listdir(tmp_path) == []
-
-
-class Repeated:
-    """An image set of any length that holds one image."""
-
-    class_names, name, part_names = SyntheticPets.classes, "one picture", ()
-
-    def __init__(self, length):
-        self.length, self.pixels = length, PETS.image(0)
-
-    def __len__(self):
-        return self.length
-
-    def image(self, index):
-        return self.pixels
-
-    def label(self, index):
-        return index % 8
-
-    def picture_name(self, index):
-        return str(index)
-
-    def part_mask(self, index):
-        return None
-
-
-def test_memory_is_bounded(tmp_path):
-    model = saved(with_class_and_register_tokens())
-
-    def peak_bytes(length, path):
-        tracemalloc.start()
-        trace = collect_routing(model, Repeated(length), batch_size=16, path=path, progress=False)
-        counts = trace.layers[0].counts()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert counts.sum() == length * 64 * 3
-        return peak, sum(array.nbytes for array in trace.arrays().values())
-
-    peak_bytes(16, tmp_path / "first")  # imports and caches
-    small_peak, small_bytes = peak_bytes(64, tmp_path / "small")
-    large_peak, large_bytes = peak_bytes(640, tmp_path / "large")
-    assert large_bytes == 10 * small_bytes > 3_000_000
-    # What grows is the list of names and the counts asked for: far less than the arrays.
-    assert large_peak - small_peak < 0.15 * (large_bytes - small_bytes)
-    in_memory, _ = peak_bytes(640, None)
-    assert in_memory > large_bytes  # the measurement does see arrays
 
 
 @pytest.fixture
@@ -418,7 +366,7 @@ def test_what_has_no_routing():
     with pytest.raises(UserError, match="batch_size is 0"):
         collect_routing(saved(small()), PETS, batch_size=0)
     with pytest.raises(UserError, match="resize it"):
-        collect_routing(replace(saved(small()), image_size=64), Repeated(2))
+        collect_routing(replace(saved(small()), image_size=64), open_pictures(PETS, 32))
 
 
 def test_arrays_that_do_not_belong_together():
