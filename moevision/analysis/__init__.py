@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.collect import Table, collect_routing
-    from moevision.analysis.describe import class_expert_map, compare_classes
+    from moevision.analysis.describe import class_expert_map
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
@@ -36,7 +36,6 @@ _HOME = {
     "class_effect": "effects",
     "class_expert_map": "describe",
     "collect_routing": "collect",
-    "compare_classes": "describe",
     "effect": "effects",
     "intervene": "intervention",
     "measure_baselines": "readings",
@@ -57,7 +56,6 @@ __all__ = [
     "class_effect",
     "class_expert_map",
     "collect_routing",
-    "compare_classes",
     "effect",
     "intervene",
     "measure_baselines",

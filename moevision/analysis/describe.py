@@ -17,10 +17,6 @@ without any pattern shows a single coloured cell is then 5 %.
 `part_stands_out` asks the same of parts: the images' masks are permuted over the routing, so that chance keeps where in
 an image a part lies. Rare parts vary more, so each cell is measured in its own standard deviations.
 
-`compare_classes`: intervals come from resampling the images of each class (percentile bootstrap, which is sound for a
-difference of means), p-values from permuting the two labels over the images, and over all layers and experts the false
-discovery rate is held (Benjamini and Hochberg 1995).
-
 Axes: I images, P patches (row-major in a grid of rows x columns), K choices best first, E experts, L MoE layers,
 C classes, S pixels of a side, R resamples or permutations.
 """
@@ -34,7 +30,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moevision.analysis.information import (
-    ENDS,
     Array,
     Flags,
     Floats,
@@ -228,12 +223,8 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
     return np.stack(fractions)
 
 
-MIN_IMAGES = 20
-"""Fewer images a side make intervals that are not to be trusted."""
-
 _PERMUTATIONS = 1000
 _LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
-_RATE = 0.05  # of false discoveries, over all experts of a comparison
 _CHUNK_CELLS = 1 << 22
 
 
@@ -319,132 +310,3 @@ def _largest_of_permuted(centred: Floats, labels: Ints, n_images: Ints, num_perm
         tables = _class_sums(centred, permuted, len(n_images))[:, present] / n_images[present, None]
         largest.append(np.abs(tables).max((1, 2)))
     return np.concatenate(largest)
-
-
-@dataclass(frozen=True)
-class ExpertDifference:
-    """One expert's mean share (of choices; of weights where tokens don't choose) in class a minus that in class b."""
-
-    expert: int  # index of the expert
-    difference: float  # between -1 and 1
-    low: float  # lower end of the 95 % interval
-    high: float  # upper end
-    p_value: float  # of "both classes use it alike", two-sided
-    q: float  # the p-value corrected for all layers and experts (false discovery rate)
-    significant: bool  # whether q is at most 0.05
-
-
-@dataclass(frozen=True)
-class LayerDifference(Numbers):
-    """The differences of one layer's experts; `name` is the layer as it is shown, such as "L4"."""
-
-    name: str
-    layer: int
-    experts: tuple[ExpertDifference, ...]
-
-
-@dataclass(frozen=True)
-class ClassComparison(Numbers):
-    """Two classes side by side, their images [n_a, n_b], the layers in order of depth, and the result in words."""
-
-    class_a: str
-    class_b: str
-    n_a: int
-    n_b: int
-    layers: tuple[LayerDifference, ...]
-    sentence: str
-
-
-def compare_classes(
-    trace: RoutingTrace,
-    a: str | int,
-    b: str | int,
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> ClassComparison:
-    """Differences of expert use between two classes, in all layers.
-
-    Args:
-        trace: the routing.
-        a: a class, by name or label.
-        b: another one.
-        num_resamples: R, of the bootstrap and of the permutations.
-        seed: of both.
-
-    Raises:
-        UserError: there is no such class, the two are one, or a side has fewer than 20 images.
-    """
-    (name_a, label_a), (name_b, label_b) = _class(trace, a), _class(trace, b)
-    if label_a == label_b:
-        raise UserError("Choose two different classes to compare.")
-    side_a, side_b = (np.flatnonzero(np.asarray(trace.labels) == label) for label in (label_a, label_b))
-    for name, side in ((name_a, side_a), (name_b, side_b)):
-        if len(side) < MIN_IMAGES:
-            raise UserError(
-                f"A comparison needs at least {MIN_IMAGES} images of each class, and there are {len(side)} of "
-                f"{name}: give more images."
-            )
-    shares = np.concatenate([image_shares(layer.image_takes()) for layer in trace.layers], axis=1)  # [I, sum of E]
-    x, y = shares[side_a], shares[side_b]  # [images of a or b, sum of E]
-    rng = np.random.default_rng(seed)
-    difference = x.mean(0) - y.mean(0)
-    drawn = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=num_resamples) for side in (x, y)]
-    resampled = drawn[0] @ x / len(x) - drawn[1] @ y / len(y)  # [R, sum of E]
-    low, high = np.quantile(resampled, ENDS, axis=0)
-    p_value = _permutation_p(x, y, num_resamples, rng)
-    from scipy.stats import false_discovery_control
-
-    q = false_discovery_control(p_value)
-    numbers = np.stack([difference, low, high, p_value, q], axis=-1).tolist()  # [sum of E, 5]
-    layers, first = [], 0
-    for layer in trace.layers:
-        experts = tuple(
-            ExpertDifference(expert, change, least, most, p, corrected, corrected <= _RATE)
-            for expert, (change, least, most, p, corrected) in enumerate(numbers[first : first + layer.num_experts])
-        )
-        first += layer.num_experts
-        layers.append(LayerDifference(layer.name, layer.layer, experts))
-    sentence = _sentence(name_a, name_b, layers, len(x), len(y))
-    return ClassComparison(name_a, name_b, len(x), len(y), tuple(layers), sentence)
-
-
-def _class(trace: RoutingTrace, which: str | int) -> tuple[str, int]:
-    names = trace.class_names
-    if isinstance(which, str) and which in names:
-        return which, names.index(which)
-    if not isinstance(which, str) and 0 <= which < len(names):
-        return names[which], int(which)
-    raise UserError(f"There is no class {which!r}: choose two of {', '.join(names)}.")
-
-
-def _permutation_p(x: Floats, y: Floats, num_permutations: int, rng: np.random.Generator) -> Floats:
-    """Two-sided p-value of each cell [cells], the two labels permuted over images."""
-    both = np.concatenate([x, y])
-    weight = np.concatenate([np.full(len(x), 1 / len(x)), np.full(len(y), -1 / len(y))])
-    permuted = np.abs(rng.permuted(np.tile(weight, (num_permutations, 1)), axis=1) @ both)
-    # Differences below the rounding of a sum are ties.
-    as_large = (permuted >= np.abs(weight @ both) - 1e-12).sum(0)
-    result: Floats = (1 + as_large) / (1 + num_permutations)
-    return result
-
-
-def _sentence(a: str, b: str, layers: list[LayerDifference], n_a: int, n_b: int) -> str:
-    found = [(layer.name, e) for layer in layers for e in layer.experts if e.significant]
-    pictures = f"({n_a:,} and {n_b:,} images)"
-    total = sum(len(layer.experts) for layer in layers)
-    if not found:
-        return (
-            f"No expert is used differently by {a} and {b} as far as these images can tell {pictures}: a router need "
-            "not tell classes apart for the model to do so."
-        )
-    name, most = max(found, key=lambda pair: abs(pair[1].difference))
-    more, less = (a, b) if most.difference > 0 else (b, a)
-    size = abs(most.difference)
-    low, high = (most.low, most.high) if most.difference > 0 else (-most.high, -most.low)
-    span = f"{100 * low:.1f} to {100 * high:.1f}".replace("-", "−")
-    return (
-        f"{len(found)} of {total} experts are used differently by {a} and {b} {pictures}; the largest difference is "
-        f"{name}·E{most.expert}, which takes {100 * size:.1f} percentage points more of {more} than of {less} "
-        f"({span})."
-    )

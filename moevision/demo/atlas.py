@@ -162,7 +162,7 @@ def counted_name(expert: Json) -> Json | None:
 
 
 def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
-    """Two classes by the maps of an atlas, in the form of `ClassComparison`; it has no intervals.
+    """Two classes by the maps of an atlas: the difference of their shares of every expert; there are no intervals.
 
     An expert is marked where the share of one of the two stands out. A UserError if no image of one was counted.
     """

@@ -17,13 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.describe import (
-    MIN_IMAGES,
-    class_expert_map,
-    compare_classes,
-    image_shares,
-    patches_on_path,
-)
+from moevision.analysis.describe import class_expert_map, image_shares, patches_on_path
 from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.information import Pixels
 from moevision.analysis.intervention import Intervention
@@ -214,7 +208,6 @@ class AtlasPages:
         self.entries, self.galleries = entries, galleries
         # An answer with all its crops; there are as many as variants times layers.
         self._experts: Recent[Json] = Recent(64)
-        self._compared: Recent[Json] = Recent(256)
 
     def model(self, request: Mapping[str, Any]) -> tuple[Entry, Variant]:
         """The model and variant that a request names; variant `trained` if it names none."""
@@ -273,18 +266,16 @@ class AtlasPages:
         return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
 
     def compare(self, request: Any) -> Json:
-        """How two classes differ in the experts they use: by enough images with intervals, else by the atlas."""
+        """How two classes differ in the experts they use, by the maps of the atlas."""
         given = read.fields(request, ("model", "variant", "a", "b"))
         entry, variant = self.model(given)
         a, b = (read.choice(given, name, variant.facts.class_names) for name in ("a", "b"))
         if a == b:
             raise RequestError("Choose two different classes to compare.")
-        gallery, atlas = self.galleries.gallery(entry, variant.facts.variant), self.atlas(entry, variant)
-        if atlas is not None and (gallery is None or not gallery.has(MIN_IMAGES, a, b)):
-            return compare_by_atlas(atlas, a, b)
-        gallery = self._gallery(entry, variant)
-        key = (entry.card.id, variant.facts.variant, a, b)
-        return self._compared.get(key, lambda: compare_classes(gallery.trace, a, b).to_json())
+        atlas = self.atlas(entry, variant)
+        if atlas is None:
+            raise self._without_images(entry)
+        return compare_by_atlas(atlas, a, b)
 
     def cell(self, request: Any) -> Json:
         """The images of a class that use an expert most."""
@@ -347,11 +338,14 @@ class AtlasPages:
 
     def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
         gallery = self.galleries.gallery(entry, variant.facts.variant)
-        if gallery is not None:
-            return gallery
+        if gallery is None:
+            raise self._without_images(entry)
+        return gallery
+
+    def _without_images(self, entry: Entry) -> RequestError:
         if self.galleries.status(entry) == "computing":
-            raise RequestError("The images are still being looked through: try again in a few seconds.", "busy")
-        raise RequestError(f"{entry.card.title} {_NO_PICTURES}")
+            return RequestError("The images are still being looked through: try again in a few seconds.", "busy")
+        return RequestError(f"{entry.card.title} {_NO_PICTURES}")
 
     def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
         found = next(item for item in atlas["layers"] if item["layer"] == layer)

@@ -12,7 +12,6 @@ from moevision import forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
 from moevision.analysis.describe import (
     class_expert_map,
-    compare_classes,
     first_choice_paths,
     image_shares,
     layer_gallery,
@@ -152,5 +151,3 @@ def test_a_class_map_of_expert_choice_is_about_weights(make_trace) -> None:
     found = class_expert_map(weighted, 1, num_permutations=99)
     np.testing.assert_allclose(found.share, [[0.9, 0.1], [0.1, 0.9]])
     assert found.significant.all()
-    compared = compare_classes(weighted, 0, 1, num_resamples=99)
-    assert [expert.difference for expert in compared.layers[0].experts] == pytest.approx([0.8, -0.8])

@@ -142,7 +142,7 @@ def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
     assert page.locator(".mv-thumbs img").count() == len(pictures) > 0
 
 
-def test_two_classes_get_intervals_or_plain_words(visit, ask):
+def test_two_classes_are_compared(visit, ask):
     answer = ask("compare", a="fox", b="pig")
     page = visit("?tab=compare").page  # where it was in earlier versions
     page.wait_for_selector("[data-tab=classes][aria-selected=true]")

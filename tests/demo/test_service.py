@@ -361,7 +361,7 @@ def test_classes_are_the_atlas(explorer):
         assert layer["load_words"].startswith(f"max/mean load {load.max() / load.mean():.2f}, in effect ")
 
 
-def test_what_the_gallery_is_too_small_for_the_atlas_answers():
+def test_the_atlas_answers_about_more_images_than_are_carried():
     """The model that opens has three or five photos of a class, and 416 in its atlas."""
     (entry,) = [entry for entry in open_entries(None, DataOptions()) if entry.card.id == "cats_vs_dogs"]
     explorer = Explorer([entry], Galleries([entry]))
@@ -391,8 +391,8 @@ def test_compare_is_the_difference_of_shares(explorer):
     names = list(trace.class_names)
     cat, owl = (shares[trace.labels == names.index(name)].mean(0) for name in ("cat", "owl"))
     experts = page["layers"][0]["experts"]
-    assert [expert["difference"] for expert in experts] == pytest.approx(list(cat - owl))
-    assert all(expert["low"] <= expert["difference"] <= expert["high"] for expert in experts)
+    assert [expert["difference"] for expert in experts] == pytest.approx(list(cat - owl), abs=1e-4)  # rounded
+    assert {expert["low"] for expert in experts} == {None}
     assert (page["n_a"], page["n_b"]) == (20, 20)
 
 
