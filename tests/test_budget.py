@@ -25,7 +25,7 @@ SIZE = {
     "moevision/analysis": (13, 6_690, 50_810),  # routes of mistakes, live views, doubts about a weak model
     "moevision/commands": (8, 1_215, 9_240),  # predict --features, export --dtype fp16; push, shards, surgery went
     "moevision/data": (13, 4_325, 33_920),  # images padded or squashed; tar shards went
-    "moevision/demo": (15, 4_255, 30_290),  # single slots went, mistakes came
+    "moevision/demo": (15, 4_215, 30_000),  # single slots went, mistakes came
     "moevision/layers": (10, 2_635, 16_470),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (10, 2_885, 19_110),  # an exported file tells routes; surgery went
     "moevision/train": (20, 6_250, 45_410),  # the simplest model within a standard error

@@ -9,12 +9,9 @@ One JSON object, `"schema": "moevision.atlas/1"`:
   `answers` (the three `Answer`s about the layer), `load_words` and `experts`: per expert its `top` and
   `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
   most) and its `parts` (null where the images have none), largest excess first, `significant` where one stands out
-  beyond chance; and where it was measured `without`, what taking the expert away does (`measure_effects`);
-- `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
-  "patches": [[index of the image, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
-  expert of some layer took (expert choice) is on no path.
+  beyond chance; and where it was measured `without`, what taking the expert away does (`measure_effects`).
 
-`shown`, where it stands, says which other images galleries and paths are of.
+`shown`, where it stands, says which other images galleries are of. Earlier versions wrote `paths`, too.
 
 `num_experts` and `top_k` are the first layer's.
 
@@ -34,12 +31,10 @@ import numpy.typing as npt
 
 from moevision.analysis.describe import (
     GalleryPatch,
-    first_choice_paths,
     fractions_of_parts,
     layer_gallery,
     part_expert_table,
     part_stands_out,
-    spread_over_pictures,
 )
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
@@ -57,7 +52,6 @@ SCHEMA = "moevision.atlas/1"
 Json = dict[str, Any]
 _DIGITS = 4
 _CLASSES_SHOWN = 5
-_PATCHES_PER_PATH = 24
 
 
 def build_atlas(
@@ -69,7 +63,6 @@ def build_atlas(
     shown: RoutingTrace | None = None,
     effects: Json | None = None,
     count: int = 8,
-    max_patches: int = 3000,
     seed: int = 0,
 ) -> Json:
     """Sum up a trace.
@@ -79,10 +72,9 @@ def build_atlas(
         pictures: whose parts are counted; None leaves parts out.
         maps: block index -> `class_expert_map(trace, layer)`.
         questions: from `three_questions`; without them there are no answers.
-        shown: of other images, whose patches stand in galleries and on paths, where those of `trace` can't be shown.
+        shown: of other images, whose patches stand in galleries, where those of `trace` can't be shown.
         effects: of taking each expert away, from `moevision.analysis.report.measure_effects`.
         count: patches in each gallery.
-        max_patches: of all paths together.
         seed: of what is drawn at random.
 
     Returns:
@@ -135,7 +127,6 @@ def build_atlas(
             "grid": list(trace.grid),
             "accuracy": trace.accuracy,
             "layers": layers,
-            "paths": sample_paths(on_show, max_patches, seed),
             **({} if shown is None else {"shown": shown.data}),
         }
     )
@@ -219,40 +210,6 @@ def load_atlas(path: str | Path) -> Json:
     if schema != SCHEMA:
         raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
     return atlas
-
-
-def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) -> list[Json]:
-    """Patches by the path of their first choices, the most frequent path first.
-
-    Args:
-        trace: the routing.
-        max_patches: of all paths together; rare paths are left out when it is reached.
-        seed: of the patches that stand for a path; those of one path spread over images.
-    """
-    paths = first_choice_paths(trace)
-    images, patches, depth = paths.shape
-    routed = np.flatnonzero((paths >= 0).all(-1))
-    distinct, of_path, counts = np.unique(
-        paths.reshape(images * patches, depth)[routed], axis=0, return_inverse=True, return_counts=True
-    )
-    members = np.split(routed[np.argsort(of_path.ravel(), kind="stable")], np.cumsum(counts)[:-1])
-    rng = np.random.default_rng(seed)
-    found: list[Json] = []
-    left = max_patches
-    for place in np.argsort(-counts, kind="stable"):
-        if left <= 0:
-            break
-        cells = members[place]
-        chosen = cells[spread_over_pictures(cells // patches, min(_PATCHES_PER_PATH, left), rng)]
-        left -= len(chosen)
-        found.append(
-            {
-                "path": distinct[place].tolist(),
-                "count": int(counts[place]),
-                "patches": [[int(cell) // patches, int(cell) % patches] for cell in chosen],
-            }
-        )
-    return found
 
 
 def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:

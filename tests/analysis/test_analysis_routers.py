@@ -26,7 +26,7 @@ from moevision.analysis.report import (
 )
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
-from moevision.demo.atlas import build_atlas, sample_paths
+from moevision.demo.atlas import build_atlas
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 
@@ -68,7 +68,7 @@ def test_every_step_takes_every_router(router) -> None:
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=20) for layer in trace.layers}
     for found in maps.values():
         np.testing.assert_allclose(found.share.sum(1), 1, rtol=1e-5)
-    atlas = build_atlas(trace, pictures, maps, count=2, max_patches=20)
+    atlas = build_atlas(trace, pictures, maps, count=2)
     assert [layer["kind"] for layer in atlas["layers"]] == [layer.kind for layer in trace.layers]
     assert json.dumps([layer_numbers(layer) for layer in trace.layers])
     found = effect(model, pictures.image(0), Intervention("ablate", layer=1, expert=0), num_controls=3)
@@ -169,15 +169,6 @@ def test_weights_that_follow_the_class_are_found() -> None:
     found = class_information(maps, labels, num_permutations=50)
     assert found.value_bits + found.null_mean == pytest.approx(expected, abs=1e-5)
     assert found.low > 0
-
-
-def test_patches_without_expert_are_on_no_path() -> None:
-    trace = collect_routing(saved("expert_choice", top_k=1), open_pictures(PETS, 32), progress=False)
-    alone = np.stack([layer.first_choice() for layer in trace.layers], -1)
-    assert (alone < 0).any()
-    paths = sample_paths(trace, max_patches=10**6)
-    assert sum(path["count"] for path in paths) == (alone >= 0).all(-1).sum()
-    assert min(min(path["path"]) for path in paths) == 0
 
 
 @pytest.mark.deep

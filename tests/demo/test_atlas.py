@@ -11,7 +11,7 @@ from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import class_expert_map, fractions_of_parts
 from moevision.analysis.images import View, open_pictures
 from moevision.data import SyntheticPets
-from moevision.demo.atlas import SCHEMA, build_atlas, counted_name, load_atlas, sample_paths, save_atlas
+from moevision.demo.atlas import SCHEMA, build_atlas, counted_name, load_atlas, save_atlas
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
 
@@ -35,7 +35,7 @@ def trace(pictures):
 @pytest.fixture(scope="module")
 def atlas(trace, pictures):
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
-    return build_atlas(trace, pictures, maps, max_patches=100)
+    return build_atlas(trace, pictures, maps)
 
 
 def test_it_says_what_it_is_about(atlas, trace):
@@ -115,31 +115,14 @@ def test_the_effect_of_taking_an_expert_away_is_kept(trace, pictures):
     maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=5) for layer in trace.layers}
     told = {"delta_logit": -0.5, "control_delta_logit": -0.1, "strongest_class": "cat", "strongest_delta_logit": -1.25}
     effects = {"pictures_per_class": 7, "experts": [{"layer": 3, "expert": 2, "name": "L3·E2", **told}]}
-    made = build_atlas(trace, pictures, maps, effects=effects, max_patches=1)
+    made = build_atlas(trace, pictures, maps, effects=effects)
     found = [expert.get("without") for layer in made["layers"] for expert in layer["experts"]]
     assert found == [*[None] * 6, {"images_per_class": 7, **told}, None]  # two layers of four
 
 
-def test_paths_are_counted_and_sampled(atlas, trace):
-    first = [layer.expert_index[..., 0] for layer in trace.layers]
-    paths = [tuple(int(layer[i, p]) for layer in first) for i, p in np.ndindex(first[0].shape)]
-    sampled = 0
-    for group in atlas["paths"]:
-        assert group["count"] == paths.count(tuple(group["path"]))
-        for image, patch in group["patches"]:
-            assert paths[image * first[0].shape[1] + patch] == tuple(group["path"])
-        sampled += len(group["patches"])
-    assert sampled == 100  # max_patches
-    counts = [group["count"] for group in atlas["paths"]]
-    assert counts == sorted(counts, reverse=True)
-    assert sum(group["count"] for group in sample_paths(trace, 10_000)) == len(paths)
-
-
-def test_the_file_is_small_and_comes_back(atlas, trace, pictures, tmp_path):
+def test_the_file_is_small_and_comes_back(atlas, tmp_path):
     save_atlas(atlas, tmp_path / "atlas.json")
     assert load_atlas(tmp_path / "atlas.json") == atlas
-    everything = dict(atlas, paths=sample_paths(trace))
-    save_atlas(everything, tmp_path / "atlas.json")
     assert (tmp_path / "atlas.json").stat().st_size < 300_000
 
 
