@@ -114,6 +114,7 @@ def asked_for(request: Any) -> str:
 
 TUNNEL = "https://abc.tunnel.example"
 LOGIN = ("class", "secret")
+WRONG_S = 0.25  # that a wrong password takes, in the place of a second
 # Further ways into the explorer of `serve`; a process for each would cost ten seconds more.
 DOORS: dict[str, dict[str, Any]] = {
     "locked": {"auth": LOGIN},
@@ -129,6 +130,7 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
     """
     from gradio import networking
 
+    from moevision.demo import server as its_module
     from moevision.demo.galleries import Galleries
     from moevision.demo.gate import Serving
     from moevision.demo.models import DataOptions, open_entries
@@ -143,6 +145,7 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
         return explorer
 
     networking.setup_tunnel = lambda *_: TUNNEL
+    its_module.WRONG_LOGIN_S = WRONG_S
     explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
     photos = explorer_of(photos_home, GALLERY)
     doors = {name: (explorer, door) for name, door in DOORS.items()}
