@@ -47,7 +47,6 @@ Json = dict[str, Any]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
-ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # their quantiles
 _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
