@@ -108,8 +108,8 @@ CLAIMS = [
     Claim(LATENCY, "| {what} | {cells} |", waiting),
     Claim(
         "benchmarks/demo/latency_before.json",
-        "The page before took {layer_change[median_ms]:.0f} ms for another layer of the photo model on the same machine "
-        "and {expert_away[median_ms]:.0f} ms for an expert taken away",
+        "The page before took {layer_change[median_ms]:.0f} ms for another layer of the photo model on the same "
+        "machine and {expert_away[median_ms]:.0f} ms for an expert taken away",
         lambda record: record["models"]["cats_vs_dogs"],
     ),
     Claim(LOAD, "{visitors} visitors for {seconds} s with different images"),
