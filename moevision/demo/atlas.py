@@ -153,7 +153,7 @@ def counted_name(expert: Json) -> Json | None:
 
 
 def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
-    """Two classes by the maps of an atlas: the difference of their shares of every expert; there are no intervals.
+    """Two classes by the maps of an atlas: the difference of their shares of every expert.
 
     An expert is marked where the share of one of the two stands out. A UserError if no image of one was counted.
     """
@@ -167,17 +167,10 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
             "name": f"L{of['layer']}",
             "layer": of["layer"],
             "experts": [
-                {"expert": expert, "difference": x - y, "low": None, "high": None, "q": None, "significant": marked}
+                {"expert": expert, "difference": x - y, "significant": any(stands)}
                 for expert, (x, y, *stands) in enumerate(
-                    zip(
-                        of["share"][one],
-                        of["share"][other],
-                        of["significant"][one],
-                        of["significant"][other],
-                        strict=True,
-                    )
+                    zip(*(of[key][row] for key in ("share", "significant") for row in (one, other)), strict=True)
                 )
-                for marked in [any(stands)]
             ],
         }
         for of in maps

@@ -147,7 +147,6 @@ export const TERMS = {
   load: "How many patch choices an expert computes. Ideal is an equal share for each.",
   slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",
   dense: "A model without experts, of the same compute per image, trained by the same recipe on the same images.",
-  fdr: "Among the differences that are marked, at most about 5 % are expected to be chance.",
 };
 
 /**

@@ -3,7 +3,7 @@
 
 import { asAskError, AskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import { shareOf } from "./core_kinds.js";
-import { chip, clamp, fillBox, fixed, html, layerExpert, Markup, MINUS, percent, pictureSource, present, signed, term } from "./core_util.js";
+import { chip, clamp, fillBox, fixed, html, layerExpert, Markup, MINUS, percent, pictureSource, present, signed } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassesAnswer, CompareAnswer, DifferenceLayer, ExpertDifference, Wanted } from "./types.js" */
@@ -175,28 +175,23 @@ export class ClassesTab {
   /** @param {CompareAnswer} answer */
   differences({ class_a: a, class_b: b, n_a: first, n_b: second, sentence, layers }) {
     const all = layers.flatMap(({ experts }) => experts);
-    const reach = Math.max(...all.flatMap(({ difference, low, high }) => [difference, low ?? 0, high ?? 0].map(Math.abs)), 1e-6);
-    const [found, intervals] = [all.some(({ significant }) => significant), all.some(({ low }) => low !== null)];
+    const reach = Math.max(...all.map(({ difference }) => Math.abs(difference)), 1e-6);
+    const found = all.some(({ significant }) => significant);
     return html`<p class="mv-sentence">${sentence}</p>
       ${!found && html`<p class="mv-note">That is a result too: at this number of images, ${a} and ${b} share their experts.</p>`}
-      <p class="mv-note">${first} images of ${a}, ${second} of ${b}. ${intervals
-  ? html`Lines: 95 % intervals from resampling images. Filled: stands out after ${term("fdr", "correction")} for looking at
-        ${all.length} experts.` : "Filled: the share of one of the two stands out beyond labels shuffled over images."}</p>
+      <p class="mv-note">${first} images of ${a}, ${second} of ${b}. Filled: the share of one of the two stands out beyond
+        labels shuffled over images.</p>
       ${layers.map((layer) => html`<h3>L${layer.layer}</h3>
-        <ul class="mv-forest">${layer.experts.map((entry) => this.interval(entry, layer, reach))}</ul>`)}
+        <ul class="mv-forest">${layer.experts.map((entry) => this.difference(entry, layer, reach))}</ul>`)}
       <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
   }
 
   /** @param {ExpertDifference} given @param {DifferenceLayer} layer @param {number} reach */
-  interval({ expert, difference, low, high, q, significant }, layer, reach) {
-    const at = (value) => 50 + (value / reach) * 48;
-    const points = (value) => signed(value * 100, 1);
-    const span = low !== null && high !== null && q !== null;
-    const words = `L${layer.layer}·E${expert}: ${points(difference)} points${span ? `, ${points(low)} to ${points(high)}, q ${fixed(q, 3)}` : ""}`;
+  difference({ expert, difference, significant }, layer, reach) {
+    const points = signed(difference * 100, 1);
     return html`<li class="${significant && "mv-stands"}">${chip(expert, layer.experts.length)}
-      <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i>
-      ${span && html`<i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>`}
-      <i class="mv-dot ${significant && "mv-main"}" style="left:${at(difference)}%"></i></span>
-      <span class="mv-num">${points(difference)} pts</span></li>`;
+      <span class="mv-dots" role="img" aria-label="L${layer.layer}·E${expert}: ${points} points"><i class="mv-zero" style="left:50%"></i>
+      <i class="mv-dot ${significant && "mv-main"}" style="left:${50 + (difference / reach) * 48}%"></i></span>
+      <span class="mv-num">${points} pts</span></li>`;
   }
 }

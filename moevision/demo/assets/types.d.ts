@@ -306,7 +306,7 @@ export interface ClassLayer {
 }
 export interface ClassesAnswer { status: string; note: string; n_images: number; class_names: string[]; layers: ClassLayer[] }
 /** Intervals are null where the atlas alone answers. */
-export interface ExpertDifference { expert: number; difference: number; low: number | null; high: number | null; q: number | null; significant: boolean }
+export interface ExpertDifference { expert: number; difference: number; significant: boolean }
 export interface DifferenceLayer { layer: number; experts: ExpertDifference[] }
 export interface CompareAnswer {
   class_a: string;
