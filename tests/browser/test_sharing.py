@@ -135,7 +135,7 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
 
 
 def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
-    from moevision.analysis.plots import HIGHLIGHT, NEUTRAL
+    from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL
     from moevision.demo import route_image
     from moevision.demo.html import view_html
 
@@ -152,7 +152,7 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, l
     assert "read the numbers" in page.text_content(".mv-box-legend")
     expert = layer["experts"][0][0]
     page.click(f".mv-loadbar[data-expert='{expert}']")
-    bright = [fill[:3] == rgb(HIGHLIGHT) for fill in look.fills(page)]
+    bright = [fill[:3] == rgb(EXPERT_COLOURS[0]) for fill in look.fills(page)]
     assert bright == [expert in choices for choices in layer["experts"]]
 
 

@@ -94,7 +94,7 @@ def test_the_page_has_the_colours_of_the_figures():
     script = Page(opened().text).scripts[0]
     assert constant(script, "PALETTE") == list(plots.EXPERT_COLOURS)
     assert constant(script, "NEUTRAL") == plots.NEUTRAL
-    assert constant(script, "HIGHLIGHT") == plots.HIGHLIGHT
+    assert constant(script, "HIGHLIGHT") == plots.EXPERT_COLOURS[0]
 
 
 @pytest.mark.parametrize("file", sorted([*ASSETS.iterdir(), *LESSON.glob("lesson*")]), ids=lambda file: file.name)
