@@ -286,5 +286,5 @@ def test_behind_a_proxy_or_a_tunnel(server):
     begin = time.monotonic()
     guesses = [{"x-forwarded-for": f"{claim}198.51.100.1"} for claim in ("", "203.0.113.9, ", "1.2.3.4, ")]
     assert [log_in(url, "guess", **guess) for guess in guesses] == [401] * 3
-    assert time.monotonic() - begin >= 3
+    assert time.monotonic() - begin >= 3 * WRONG_S
     assert log_in(url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200
