@@ -56,10 +56,10 @@ default_cfgs = generate_default_cfgs({f"{WIDE_TWIN}.untrained": _cfg(32, _MODELS
 
 @register_model
 def vit_moe_hybrid_wide_twin_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """`vit_moe_hybrid_wide_patch4_32` with dense MLPs of HIDDEN units, or of others by `twin`."""
+    """`vit_moe_hybrid_wide_patch4_32` with dense MLPs of HIDDEN units: the twin of all of so many narrow experts."""
     size, given = _MODELS[WIDE]
-    widths = {"twin": [HIDDEN] * 2, "img_size": size}
-    model: VisionTransformerMoE = _build(VisionTransformerMoE, WIDE_TWIN, pretrained, {**widths, **given, **kwargs})
+    widths = {"num_experts": 8, "expert_hidden": HIDDEN // 8, "twin": "total_params", "img_size": size}
+    model: VisionTransformerMoE = _build(VisionTransformerMoE, WIDE_TWIN, pretrained, {**given, **widths, **kwargs})
     return model
 
 
