@@ -213,6 +213,16 @@ def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
         assert needed <= given
 
 
+def test_a_framed_view_shows_the_layer_that_is_chosen(new_visit, ask):
+    page = new_visit(door=False, reduced_motion="reduce").page
+    page.set_content(f"<!doctype html>{flow_html(ask('route', picture=FIRST))}")
+    frame = page.frame_locator("iframe")
+    for layer in (0, 1):
+        frame.locator("[data-change=flow-layer]").select_option(str(layer))
+        shown = frame.locator(".mv-flow-box small").all_text_contents()
+        assert [int(text) if text.isdigit() else 0 for text in shown] == experts(ask, layer)[1]
+
+
 @pytest.mark.alone
 def test_the_flight_is_smooth(visit):
     """Median of a frame in three flights, ms."""
