@@ -179,7 +179,11 @@ class Contrast:
     @property
     def half(self) -> float:
         """Half the width of the 95 % interval; infinite with fewer than two seeds."""
-        return float(student.ppf(0.975, len(self.gaps) - 1)) * self.error if len(self.gaps) > 1 else math.inf
+        return self.half_at(0.05)
+
+    def half_at(self, level: float) -> float:
+        """Half the width of the interval that misses with the probability `level`."""
+        return float(student.ppf(1 - level / 2, len(self.gaps) - 1)) * self.error if len(self.gaps) > 1 else math.inf
 
     @property
     def error(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.study import Contrast, contrasts
+from moevision.words import points
 
 Runs = Sequence[Mapping[str, Any]]
 SHOWN = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}
@@ -16,6 +17,8 @@ SHOWN = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}
 PAIRS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
 PAYS = 0.005  # of accuracy: half a point
 FIRST_SEED = 200
+LOOKS, LEVEL = (6, 12), 0.0294
+"""How many pairs are judged, and the level at which both looks together err with 5 % (Pocock, Biometrika 64, 1977)."""
 
 
 def by_seed(runs: Runs, arm: str, quantity: str = "test_top1") -> dict[int, float]:
@@ -34,9 +37,9 @@ def found(runs: Runs) -> list[Contrast]:
 
 def verdict(contrast: Contrast) -> str:
     """`pays`, `doesn't pay here` or `undecided`, by the protocol's rule; of the first contrast."""
-    if contrast.p < 0.05 and contrast.mean >= PAYS:
+    if contrast.p < LEVEL and contrast.mean >= PAYS:
         return "pays"
-    return "doesn't pay here" if contrast.mean + contrast.half < PAYS else "undecided"
+    return "doesn't pay here" if contrast.mean + contrast.half_at(LEVEL) < PAYS else "undecided"
 
 
 SENTENCES = {
@@ -47,14 +50,27 @@ SENTENCES = {
 
 
 def answer(runs: Runs) -> str:
-    """The sentence, with its numbers and how many of the seeds are done."""
-    first = next((each for each in found(runs) if (each.first, each.second) == PAIRS[0]), None)
-    if first is None or len(first.gaps) < 2:
+    """The sentence, with its numbers: of the first look that decides, or else how many of the seeds are done."""
+    first = _first(runs)
+    if first is None:
         return "Not run to an end yet."
-    done = len(first.gaps)
-    if done < SHOWN["moe"]:
-        return f"{done} of {SHOWN['moe']} pairs so far, no verdict: {first.interval} points."
-    return f"{SENTENCES[verdict(first)]}: {first.interval} points; {done} pairs."
+    for pairs in LOOKS:
+        own = _first([run for run in runs if run["seed"] < FIRST_SEED + pairs])
+        if own is not None and len(own.gaps) == pairs and (pairs == LOOKS[-1] or verdict(own) != "undecided"):
+            return f"{SENTENCES[verdict(own)]}: {_interval(own)}; {pairs} pairs."
+    looked = f"; undecided after {LOOKS[0]}" if len(first.gaps) >= LOOKS[0] else ""
+    return f"{len(first.gaps)} of {LOOKS[-1]} pairs so far, no verdict{looked}: {_interval(first)}."
+
+
+def _first(runs: Runs) -> Contrast | None:
+    """The contrast that decides, of at least two pairs."""
+    own = (each for each in found(runs) if (each.first, each.second) == PAIRS[0] and len(each.gaps) > 1)
+    return next(own, None)
+
+
+def _interval(contrast: Contrast) -> str:
+    low, high = (points(contrast.mean + side * contrast.half_at(LEVEL)) for side in (-1, 1))
+    return f"{points(contrast.mean)} points ({low} to {high}, {100 * (1 - LEVEL):.0f} %)"
 
 
 def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:

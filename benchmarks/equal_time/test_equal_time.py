@@ -50,6 +50,12 @@ def test_the_faster_step_gets_as_many_more() -> None:
     assert steps_of_equal_time(prices) == 4001
 
 
+def pairs(count: int, gap: float, spread: float) -> list[dict[str, Any]]:
+    """So many pairs, half of them above the mean gap by `spread`, half below."""
+    runs = [run("twin-time", 200 + place, 0.87) for place in range(count)]
+    return runs + [run("moe", 200 + place, 0.87 + gap + spread * (-1) ** place) for place in range(count)]
+
+
 @pytest.mark.parametrize(
     ("gap", "spread", "said"),
     [
@@ -60,13 +66,22 @@ def test_the_faster_step_gets_as_many_more() -> None:
     ],
 )
 def test_the_verdict_is_the_protocols(gap: float, spread: float, said: str) -> None:
-    """Twelve pairs, half of them above the mean gap by `spread`, half below: half the interval is .66 of it."""
-    runs = [run("twin-time", 200 + place, 0.87) for place in range(12)]
-    runs += [run("moe", 200 + place, 0.87 + gap + spread * (-1) ** place) for place in range(12)]
+    """Of 12 pairs half the interval is 2.50 (Student's t of 11, 97.06 %) · 1.045 / √12 = .75 of the spread."""
+    runs = pairs(12, gap, spread)
     (contrast,) = report.found(runs)
+    assert contrast.half_at(report.LEVEL) == pytest.approx(0.75 * spread, rel=0.01)
     assert report.verdict(contrast).startswith(said)
-    assert report.SENTENCES[report.verdict(contrast)] in report.answer(runs)
-    assert "11 of 12 pairs so far, no verdict" in report.answer(runs[:-1])
+    assert f"{report.SENTENCES[report.verdict(contrast)]}: " in report.answer(runs)
+
+
+def test_six_pairs_decide_if_they_can() -> None:
+    """Half the interval of 6 pairs is 2.99 · 1.095 / √6 = 1.34 of the spread; what comes later changes nothing."""
+    assert "5 of 12 pairs so far, no verdict: +1.0 points" in report.answer(pairs(5, 0.01, 0.002))
+    assert report.answer(pairs(6, 0.01, 0.002)).endswith("experts pay: +1.0 points (+0.7 to +1.3, 97 %); 6 pairs.")
+    later = [*pairs(7, 0.01, 0.002)[:-1], run("moe", 206, 0.5)]
+    assert report.answer(later) == report.answer(pairs(6, 0.01, 0.002))
+    assert "8 of 12 pairs so far, no verdict; undecided after 6" in report.answer(pairs(8, 0.004, 0.006))
+    assert "11 of 12 pairs so far, no verdict; undecided after 6" in report.answer(pairs(12, 0.004, 0.006)[:-1])
 
 
 def test_tuning_failed_and_changed_trees_enter_no_contrast() -> None:
