@@ -65,7 +65,7 @@ def ideas(records: Records) -> str:
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
         ("They help at equal time too", said(records, "sparsity", hypothesis("H2"), "accuracy", reached)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
-        ("A learned gate beats fixed rules", said(records, "sparsity", hypothesis("H4", "H6", "H7"))),
+        ("A learned router beats fixed rules", said(records, "sparsity", hypothesis("H4", "H6", "H7"))),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
         ("Uneven experts make others wait", said(records, "waiting", waits)),
         ("Sparse training is unstable", said(records, "small", small.rates_answer)),
@@ -160,7 +160,7 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     (bundled, of_bundled), (small, of_small) = above(False), above(True)
     most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in (0, 1)]
     both = bundled > of_bundled / 2 and small > of_small / 2
-    part = ", 1 in part" if not both and bundled + small else ""
+    part = ", another in part" if not both and bundled + small else ""
     return f"{sum(most) + both} of 3 questions{part}", (
         f"Do classes go to different experts? In upcycled models yes in {differ}. Did training the router add to that? "
         f"In {counted(1, asked)}. Do experts do different things, by class? In {bundled} of {of_bundled} layers of "

@@ -104,8 +104,8 @@ def test_what_no_hypothesis_asked_stands_beside_the_verdict() -> None:
     assert "14 % more steps give the twin +1.0 (+1.0 to +1.0; 6 seeds)" in row(
         table, "More parameters help at equal compute"
     )
-    assert "| not `position` |" in row(table, "A learned gate beats fixed rules")
-    assert "Against `hash` alone, unadjusted: +" in row(table, "A learned gate beats fixed rules")
+    assert "| not `position` |" in row(table, "A learned router beats fixed rules")
+    assert "Against `hash` alone, unadjusted: +" in row(table, "A learned router beats fixed rules")
 
 
 def test_waiting_is_shown_only_if_both_measures_agree() -> None:

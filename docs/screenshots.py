@@ -50,12 +50,16 @@ def shoot(page: Page, url: str) -> None:
 
 
 FRAME = 50  # ms
-FACE = ".mv-flow-box[data-expert='3']"  # the network of the cat's face
 
 
 def film(page: Page, url: str) -> None:
-    """flow.webp: the patches fly; one network's part; what becomes of it when that is taken away."""
+    """flow.webp: the patches fly; one network's part; the answer that changes when that is taken away."""
     opened(page, url)
+    page.click("[data-action=matters]")
+    page.wait_for_url("**away=*")
+    address, _, away = page.url.partition("&away=")
+    box = f".mv-flow-box[data-expert='{away.rpartition('.')[2]}']"
+    opened(page, address)
     page.clock.install()
     page.clock.pause_at(page.evaluate("Date.now()") + 1000)
     frames: list[Image.Image] = []
@@ -72,12 +76,14 @@ def film(page: Page, url: str) -> None:
 
     page.evaluate("document.querySelector('[data-action=fly]').click()")
     run(2200, 1200)
-    page.hover(FACE)
+    page.hover(box)
     run(FRAME, 1600)
     page.mouse.move(5, 5)
-    page.evaluate(f'document.querySelector("{FACE}").click()')
-    page.wait_for_selector(f"{FACE}[aria-pressed=true]")
-    run(700, 2500)
+    page.evaluate(f'document.querySelector("{box}").click()')
+    page.wait_for_selector(f"{box}[aria-pressed=true]")
+    run(700, 600)
+    page.wait_for_selector("text=at random")
+    run(FRAME, 3000)
     frames[0].save(
         IMAGES / "flow.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=62, method=6
     )

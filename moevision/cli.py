@@ -61,7 +61,7 @@ usage: moevision VERB [arguments]      (moevision VERB --help tells more)
 {verbs}
 
 begin with
-  moevision fit --config quickstart      drawn pets, a few minutes on a CPU, no download
+  moevision fit --config quickstart      drawn pets, a minute and a half on a CPU, no download
   moevision fit path/to/images           your own images, one folder per class
   moevision predict runs/NAME/model image.jpg
   moevision demo                         the explorer, with models that come along
@@ -406,7 +406,8 @@ image.""", """\
   moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv"""),
     "demo": (_demo, """\
 See in a browser which experts every patch of an image goes to. Without MODEL it shows the models that come with the
-package. Nothing is downloaded and nothing leaves this computer; images that you drop on the page are not kept.""", """\
+package. Nothing is downloaded, and without --share or --host nothing leaves this computer; images that you drop on the
+page are not kept.""", """\
   moevision demo                                     the bundled models, on this computer only
   moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
   moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed"""),

@@ -831,7 +831,7 @@ _OWN_WORDS = {
     "print_config": "print all settings as YAML, to edit, and end",
 }
 _HELP = """\
-usage: moevision {verb} [FOLDER] [options]
+usage: moevision {verb} {place} [options]
 
 {about}
 
@@ -846,8 +846,8 @@ options
 _ABOUT = {
     "fit": "Train a model on a folder of images (one subfolder per class), a dataset or a recipe. Everything that it\n"
     "leaves is in runs/NAME/; start with its summary.md.",
-    "validate": "Evaluate a checkpoint on the validation images, by its run's config.yaml unless --config is given.",
-    "test": "Evaluate a checkpoint on the test images, by its run's config.yaml unless --config is given.",
+    "validate": "Evaluate a run, or a checkpoint, on its validation images, or on others (--data.path, --config).",
+    "test": "Evaluate a run, or a checkpoint, on its test images, or on others (--data.path, --config).",
 }
 _EXAMPLES = """\
   moevision fit --config quickstart
@@ -897,8 +897,9 @@ def help_of(verb: str, *, everything: bool = False) -> str:
         lines += [f"{head:38}{text[0]}", *(f"{'':38}{line}" for line in text[1:])]
     return _HELP.format(
         verb=verb,
+        place="[FOLDER]" if verb == "fit" else "[RUN]",
         about=_ABOUT[verb],
-        examples=_EXAMPLES if verb == "fit" else f"  moevision {verb} --ckpt_path runs/pets/checkpoints/best.ckpt",
+        examples=_EXAMPLES if verb == "fit" else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
         below=_BELOW if verb == "fit" else _BELOW_EVALUATION,
     )

@@ -196,7 +196,7 @@ def answer(records: Sequence[Record]) -> tuple[str, str]:
         apart.append(f"{GATES[gate].title} {count}")
         said.append(f"{sum(separate(layer) and different(layer) for layer in every)}")
     head = "Cats and dogs get experts of their own in so many layers"
-    text = f"{head}: {', '.join(apart)}; shown to do different things: {listed(said)}"
+    text = f"{head}: {', '.join(apart)}; of these, experts are also shown to do different things in {listed(said)}"
     if to_show(records) is None:
         done = sum(len(runs_of(records, gate, learn)) for gate in FEW for learn in LEARN)
         return "", f"So far ({done} of {len(FEW) * len(LEARN) * len(SEEDS)} runs): {text[0].lower()}{text[1:]}"

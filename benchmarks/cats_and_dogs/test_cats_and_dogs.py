@@ -159,7 +159,7 @@ def test_the_answer_follows_from_the_records() -> None:
     titles = ("learned alone", "learned with balance", "supervised by the class")
     apart = ", ".join(f"{title} 6 of 12" for title in titles)
     said = f"Cats and dogs get experts of their own in so many layers: {apart}"
-    assert text == f"{said}; shown to do different things: 6, 6 and 6"
+    assert text == f"{said}; of these, experts are also shown to do different things in 6, 6 and 6"
     assert report.answer(study(alone=MIXED, balanced=MIXED))[0] == report.ONLY_TOLD
     assert report.answer(study(alone=MIXED, balanced=MIXED, **{"class": MIXED}))[0] == report.OPEN
     verdict, text = report.answer(runs[:-5])

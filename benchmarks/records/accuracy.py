@@ -106,7 +106,9 @@ def reached(twin: Json, *records: Json) -> Json:
 def of_folders(*records: Json) -> Json:
     """Minutes that `fit FOLDER` took, and what it reached."""
     minutes = [record["cost"]["duration_s"] / 60 for record in records]
-    return {"fastest": min(minutes), "slowest": max(minutes), **mean(*records)}
+    right = [record["test"]["correct"] / record["test"]["total"] for record in records]
+    return {"fastest": min(minutes), "slowest": max(minutes), "least": 100 * min(right), "most": max(right),
+            **mean(*records)}  # fmt: skip
 
 
 def to_ninety(*records: Json) -> Json:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.records import Claim, accuracy, infer, modular, readme
+from benchmarks.records import Claim, accuracy, cats_and_dogs, infer, modular, readme
 
 
 def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
@@ -28,6 +28,14 @@ CLAIMS = [
         one_in_bf16,
     ),
     Claim(infer.BEFORE, "64 images take {many:.2f} times the time", readme.few_and_many),
+    Claim(
+        cats_and_dogs.FILES,
+        "it cost {cost:.1f} points ({low:.1f} to {high:.1f}) where only experts learned; by the expert of block 7 that "
+        "an untold router chose, cats and dogs are told apart in {alone_experts_L7[guess]:.0%} to "
+        "{alone_blocks_L7[guess]:.0%} (chance 50), with balance losses in {balanced_experts_L7[guess]:.0%} to "
+        "{balanced_blocks_L7[guess]:.0%}",
+        cats_and_dogs.result,
+    ),
     Claim(modular.FILES, "bring {sources}, {far} and {imagenette} points over such heads", modular.gaps),
 ]
 DEFINITIONS: list[Any] = []

@@ -14,7 +14,6 @@ DEFINITIONS = [
     Definition("blocks 7 and 9 of 12 instead of 9 and 11", "block numbers"),
     *(Definition(row, "counted again by `tests/models/test_upcycle.py`") for row in _TABLES),
     Definition("0.75^(L − i), the embedding at `lr` · 0.75^(L + 1)", "the rule of layer decay"),
-    Definition("hundreds of billions of tokens", "the cited paper"),
     Definition("holds at most 2 GB", "a limit of the format"),
     Definition("checked with 5.24", "a version"),
 ]
