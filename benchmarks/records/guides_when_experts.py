@@ -31,7 +31,7 @@ CLAIMS = [
     Claim(
         cats_and_dogs.FILES,
         "it cost {cost:.1f} points ({low:.1f} to {high:.1f}) where only experts learned; by the expert of block 7 that "
-        "an untold router chose, cats and dogs are told apart in {alone_experts_L7[guess]:.0%} to "
+        "an untold router chose, cats and dogs are distinguished in {alone_experts_L7[guess]:.0%} to "
         "{alone_blocks_L7[guess]:.0%} (chance 50), with balance losses in {balanced_experts_L7[guess]:.0%} to "
         "{balanced_blocks_L7[guess]:.0%}",
         cats_and_dogs.result,
