@@ -4,9 +4,9 @@
     python -m benchmarks scratch --only small-s0 --cifar DIR
 
 The study beside it asks models that were upcycled and trained briefly, whose experts began as copies of one MLP. Here
-are the three bundled models, on their test images (cats and dogs: upcycled too, but trained to the end), and six seeds
-of the routers' small model, trained for 500 steps on CIFAR-10. One record for each: accuracy and, for each MoE layer,
-the answer and all costs of `moevision.analysis.questions`.
+are the three bundled models with eight experts, on their test images (cats and dogs: upcycled too, but trained to the
+end), and six seeds of the routers' small model, trained for 500 steps on CIFAR-10. One record for each: accuracy and,
+for each MoE layer, the answer and all costs of `moevision.analysis.questions`.
 """
 
 from __future__ import annotations
