@@ -24,5 +24,4 @@ DEFINITIONS = [
     Definition("An image may have 8 MB and 16 megapixels (a JPEG 50", "limits in the code"),
     Definition("Up to 64 requests wait", "a limit in the code"),
     Definition("more than 20 times as long as wide", "a limit in the code"),
-    Definition("is dropped after 10 minutes", "a limit in the code"),
 ]

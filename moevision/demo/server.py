@@ -1,8 +1,7 @@
-"""A running explorer on Starlette, safe by default; gradio stands behind it for programs and `--share`.
+"""A running explorer on Starlette, safe by default.
 
-    /                          the page, or the form that asks for the password
-    /api/NAME                  the page's questions: a JSON object in, one out (`Explorer.handlers`)
-    /config, /gradio_api/...   gradio's API with its one endpoint `route`, for gradio_client and curl
+    /           the page, or the form that asks for the password
+    /api/NAME   a question of the page or of a program: a JSON object in, one out (`Explorer.handlers`)
 
 `Door.__call__` meets every request first: which host it names, whose it is, how much its address has inside already.
 """
@@ -10,16 +9,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import inspect
 import json
-import os
 import secrets
 import threading
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, suppress
 from socket import socket
 from typing import TYPE_CHECKING, Any, Final
@@ -28,41 +23,28 @@ from urllib.parse import urlsplit
 import orjson
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartParser
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from moevision.demo.gate import EACH, MAX_CONNECTIONS, WAITING, Connection, Gate, Serving, client_address, in_url
+from moevision.demo.gate import EACH, MAX_CONNECTIONS, Connection, Gate, Serving, client_address, in_url
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
-from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS, RequestError
+from moevision.demo.wire import MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 if TYPE_CHECKING:
-    import gradio as gr
-
     from moevision.demo.service import Explorer, Json
 
-API: Final = "/gradio_api"
-READS: Final = (
-    "/config",
-    *(f"{API}/{path}" for path in ("info", "queue/data", "call/route/{id}", "call/v2/route/{id}")),
-)
-CALLS: Final = tuple(
-    f"{API}/{path}" for path in ("call/route", "call/v2/route", "run/route", "api/route", "queue/join")
-)
 MAX_BODY: Final = MAX_CHARACTERS + 16_384
 MAX_LOGIN: Final = 4096
 MAX_BODIES: Final = 16 * MAX_BODY  # of all requests that are being read or answered
-MAX_UPLOADS: Final = 8 * MAX_BYTES
-MAX_WORD: Final = 100
-READ_S, DRAIN_S, UPLOAD_S, WRONG_LOGIN_S = 60.0, 5.0, 600.0, 1.0
+READ_S, DRAIN_S, WRONG_LOGIN_S = 60.0, 5.0, 1.0
 HEADERS: Final = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -74,41 +56,6 @@ POLICY: Final = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'self' "
 )
-MultiPartParser.spool_max_size = MAX_BODY  # a visitor's image is never written to disk
-
-
-class Uploads:
-    """Files that gradio's clients send ahead of a request, in memory, each for one request and at most 10 minutes.
-
-    gradio would write them to a folder and later open the path that a request names, or fetch it if it is an address.
-    Here the "path" of a file is a random word, and `text_of` puts the file itself in its place. Beyond `limit` bytes
-    the oldest one of the address with most of them makes room.
-    """
-
-    def __init__(self, limit: int = MAX_UPLOADS) -> None:
-        self.limit = limit
-        self._files: dict[str, tuple[str, bytes]] = {}  # address and content
-
-    def keep(self, address: str, data: bytes) -> str:
-        """The name by which a request may ask for the file."""
-        name = f"upload:{secrets.token_urlsafe(16)}"
-        self._files[name] = (address, data)
-        held = Counter[str]()
-        for owner, content in self._files.values():
-            held[owner] += len(content)
-        while held.total() > self.limit:
-            ((most, _),) = held.most_common(1)
-            oldest = next(one for one, (owner, _) in self._files.items() if owner == most)
-            held[most] -= len(self._files.pop(oldest)[1])
-        asyncio.get_running_loop().call_later(UPLOAD_S, self._files.pop, name, None)
-        return name
-
-    def text_of(self, found: dict[str, Any]) -> Any:
-        """In the place of a file object its file as base64 text, once, or its path, which nothing opens."""
-        if not ("meta" in found and isinstance(path := found.get("path"), str)):
-            return found
-        _, data = self._files.pop(path, ("", None))
-        return path if data is None else base64.b64encode(data).decode("ascii")
 
 
 class Door:
@@ -120,22 +67,16 @@ class Door:
         self._cookie, self._word = f"moevision-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
         # Decoding a visitor's image takes up to 0.4 GB; wrong logins wait for each other.
         self._decoding, self._answering, self._logins = Gate(1), Gate(cpu_workers()), Gate(1)
-        self._uploads = Uploads()
         self._inside, self._held = Counter[str](), Counter[str]()  # by address: requests, and bytes of their bodies
-        self._gradio, self._blocks, self._arguments = _gradio(self.ask, next(iter(explorer.entries)), serving.root_path)
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
                 Route("/lesson.html", self._lesson),
                 Route("/login", self._log_in, methods=["POST"]),
                 Route("/api/{name}", self._answer, methods=["POST"]),
-                Route(f"{API}/upload", self._upload, methods=["POST"]),
-                *(Route(path, self._call, methods=["POST"]) for path in CALLS),
-                *(Route(path, self._read) for path in READS),
             ],
             middleware=[Middleware(GZipMiddleware, compresslevel=6)],
             exception_handlers={HTTPException: _refuse},
-            lifespan=self._gradio.router.lifespan_context,
         )
         self._app.router.redirect_slashes = False
 
@@ -281,48 +222,8 @@ class Door:
         answer = await self.ask(request.scope["client"][0], name, await _json(request))
         return Response(orjson.dumps(answer), media_type="application/json")
 
-    async def _upload(self, request: Request) -> Response:
-        try:
-            async with request.form(max_files=1, max_fields=0) as form:
-                file = form.get("files")
-                data = await file.read() if isinstance(file, UploadFile) else None
-        except (LookupError, UnicodeError):
-            data = None
-        if data is None:
-            raise HTTPException(400, "A file is sent as multipart/form-data, one at a time and named 'files'.")
-        if len(data) > MAX_BYTES:
-            raise _too_large(MAX_BYTES)
-        return JSONResponse([self._uploads.keep(request.scope["client"][0], data)])
-
-    async def _read(self, request: Request) -> ASGIApp:
-        return self._gradio
-
-    async def _call(self, request: Request) -> ASGIApp:
-        """A program's call: gradio gets the arguments of `route` and the session, and nothing else of the body.
-
-        gradio 6.31 opens files that a body names, answers what doesn't fit with 422 or 500, and an empty `session_hash`
-        ends the loop that starts all calls.
-        """
-        found, arguments = await _json(request, self._uploads.text_of), self._arguments
-        data, session = found.get("data"), found.get("session_hash")
-        if "/v2/" in (path := request.scope["path"]):
-            data = [] if found.keys() - arguments else [found.get(name, one) for name, one in arguments.items()]
-        if not isinstance(data, list) or not 0 < len(data) <= len(arguments):
-            raise _misfit()
-        data += list(arguments.values())[len(data) :]
-        change = data[-1].values() if isinstance(data[-1], dict) else data[-1:]
-        if any(isinstance(one, list | dict) for one in (*data[:-1], *change)):
-            raise _misfit()
-        if session is not None and not (
-            isinstance(session, str) and session.isascii() and 0 < len(session) <= MAX_WORD
-        ):
-            raise HTTPException(400, f"session_hash must be a text of 1 to {MAX_WORD} ASCII characters.")
-        call = {"data": data, "session_hash": session, "fn_index": next(iter(self._blocks.fns))}
-        return _replayed(self._gradio, path.replace("/v2/", "/"), json.dumps(call).encode())
-
     def close(self) -> None:
         """Let nobody in any more and wait for those inside."""
-        self._blocks.close(verbose=False)
         for gate in (self._decoding, self._answering, self._logins):
             gate.close()
 
@@ -382,9 +283,9 @@ def cpu_workers() -> int:
     return min(4, usable_cores())
 
 
-async def _json(request: Request, exchange: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+async def _json(request: Request) -> dict[str, Any]:
     try:
-        found = json.loads(await request.body(), object_hook=exchange)
+        found = json.loads(await request.body())
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -394,10 +295,8 @@ async def _json(request: Request, exchange: Callable[[dict[str, Any]], Any] | No
 
 def _refuse(_: Request | None, refused: Exception) -> Response:
     assert isinstance(refused, HTTPException)
-    status, code = (
-        refused.status_code,
-        {413: "too_large", 429: "busy", 503: "busy"}.get(refused.status_code, "bad_request"),
-    )
+    status = refused.status_code
+    code = {413: "too_large", 429: "busy", 503: "busy"}.get(status, "bad_request")
     sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(status, refused.detail)
     # What is left of a body is not read.
     headers = {"connection": "close"} if status in (408, 413, 503) else None
@@ -406,83 +305,3 @@ def _refuse(_: Request | None, refused: Exception) -> Response:
 
 def _too_large(most: int) -> HTTPException:
     return HTTPException(413, f"A request has at most {most:,} bytes here: send less.")
-
-
-def _misfit() -> HTTPException:
-    return HTTPException(400, "The body doesn't have the form that this route takes: look at /gradio_api/info.")
-
-
-def _replayed(app: ASGIApp, path: str, body: bytes) -> ASGIApp:
-    """`app`, which is told that the request came to this path with this JSON."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        first = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again() -> Message:
-            return first.pop() if first else await receive()
-
-        headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-type", b"content-length")]
-        headers.append((b"content-type", b"application/json"))
-        await app({**scope, "path": path, "raw_path": path.encode(), "headers": headers}, again, send)
-
-    return answer
-
-
-def _gradio(
-    ask: Callable[[str, str, Any], Awaitable[Json]], default: str, root_path: str
-) -> tuple[Starlette, gr.Blocks, dict[str, Any]]:
-    """The app of gradio, the blocks in it, and the arguments of its one function with their defaults."""
-    # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import gradio as gr
-
-    async def route(
-        picture: str = "",
-        example: str = "",
-        model: str = default,
-        variant: str = "trained",
-        top_k: int | None = None,
-        capacity: float | None = None,
-        intervention: dict[str, Any] | None = None,
-        _visitor: Any = None,
-    ) -> dict[str, Any]:
-        """Send an image through a model and get the route of every patch.
-
-        Args:
-            picture: gradio_client.handle_file("cat.jpg"), or the image itself as base64 text, with or without
-                "data:image/...;base64," in front. Paths and addresses are never opened.
-            example: instead of an image, the id of an example such as "pets/test/0".
-            model: id of a model.
-            variant: trained, unbalanced or untrained.
-            top_k: experts per patch (on average, where experts choose patches); null as trained.
-            capacity: capacity factor; null for the model's own limit, if it has one.
-            intervention: {"kind": "ablate" | "force" | "swap" | "random", "layer": int, "expert": int, "other": int,
-                "fill": "next_best" | "zero", "seed": int}, or null.
-
-        Returns:
-            A moevision.view/2 object, whose fields docs/reference/explorer.md lists; or {"error": a sentence,
-            "code": "bad_request" | "busy" | "bad_image" | "too_large"}.
-        """
-        given = {"kind": "example", "id": example} if example else {"kind": "upload", "data": picture}
-        settings = {"top_k": top_k, "capacity": capacity, "intervention": intervention}
-        request = {"model": model, "variant": variant, "picture": given, **settings}
-        return await ask(_visitor.client.host, "route", request)
-
-    route.__annotations__["_visitor"] = gr.Request  # by which gradio knows what to give
-    with gr.Blocks(title="moevision explorer", analytics_enabled=False) as blocks:
-        # gradio's queue knows no addresses: it hands every call on at once, and the gates say whose turn it is.
-        gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=None)
-    # Clients are told that an image is a file, or text; by its annotation alone it would be text.
-    (called,) = blocks.fns.values()
-    picture: Any = called.inputs[0]
-    picture._api_info = {"anyOf": [gr.Image(type="filepath").api_info(), {"type": "string"}]}
-    # At "auto" the loop that starts the calls also tells who waits how long they will, and ends for good if it can't.
-    blocks.queue(max_size=32, status_update_rate=2.0)
-    blocks._queue.max_thread_count = 2 * WAITING + 32  # more than the gates take, so that none waits in its queue
-    # gradio's queue looks for calls a thousand times a second, so that an idle page keeps 4 % of a core busy.
-    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = 0.05
-    app = Starlette()
-    shut = {"run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False, "enable_monitoring": False}
-    gr.mount_gradio_app(app, blocks, "", root_path=root_path, show_error=False, footer_links=[], **shut)
-    arguments = {name: one.default for name, one in inspect.signature(route).parameters.items() if name[0] != "_"}
-    return app, blocks, arguments

@@ -13,7 +13,6 @@ import pytest
 from tests.demo.conftest import (  # noqa: F401  (fixtures)
     bundle,
     explorer,
-    gradio_dir,
     home,
     make,
     photos_home,

@@ -173,12 +173,6 @@ def explorer(home):
 
 
 @pytest.fixture(scope="session")
-def gradio_dir(tmp_path_factory):
-    """Where gradio would keep files."""
-    return tmp_path_factory.mktemp("gradio")
-
-
-@pytest.fixture(scope="session")
 def routers_home(tmp_path_factory):
     """A model of expert choice whose experts leave patches out, and one of Soft MoE."""
     home = tmp_path_factory.mktemp("routers")
@@ -188,14 +182,13 @@ def routers_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(home, routers_home, photos_home, gradio_dir):
+def server(home, routers_home, photos_home):
     """The same explorer behind its web page, in a process of its own.
 
     `server.url` is where; `server.doors` has further addresses, "other" that of the models in `routers_home`, "photos"
     that of `photos_home`.
     """
-    env = {"GRADIO_TEMP_DIR": str(gradio_dir)}
-    with running(serving.__file__, str(home), str(routers_home), str(photos_home), env=env) as server:
+    with running(serving.__file__, str(home), str(routers_home), str(photos_home)) as server:
         yield server
 
 

@@ -1,7 +1,6 @@
 """An explorer in a process of its own, as a visitor meets it; also run as a script, with bundled models of a folder.
 
-A process of its own, because gradio 6.31 leaves its event loops and sockets open when it stops, which in the process of
-the tests would be errors.
+A process of its own, so that its memory, its threads and its end are those of a visitor's server.
 """
 
 from __future__ import annotations

@@ -74,60 +74,7 @@ def test_past_the_page(http, still_right):
         headers = {"content-type": "application/json"} if body else {}
         answer = http.request(method, path, content=body, headers=headers)
         assert 400 <= answer.status_code < 500, (answer.status_code, method, path, body[:80])
-        assert "root:" not in answer.text
-        assert "Traceback" not in answer.text
-
-
-def test_a_body_that_fits_no_route_is_a_4xx_with_one_sentence(http, still_right):
-    for path, body in hostile.misfits():
-        answer = http.post(path, content=body, headers={"content-type": "application/json"})
-        what = (path, body[:100], answer.status_code, answer.text[:200])
-        if answer.status_code == 200:  # the queue takes it and tells the mistake later, or `route` tells it itself
-            told = answer.json()
-            if "event_id" in told:
-                told = http.get(f"gradio_api/call/route/{told['event_id']}").text
-                assert told.startswith(("event: error", "event: complete")), what
-            else:
-                assert set(told["data"][0]) == {"error", "code"}, what
-            continue
-        assert 400 <= answer.status_code < 500, what
-        told = answer.json()
-        sentence = told.get("error") or told["detail"]  # "detail" is gradio's own
-        assert isinstance(sentence, str), what
-        assert len(sentence) > 8, what
-
-
-def test_no_body_stops_the_queue(server, http):
-    """gradio 6.31 keys a session by "" and looks it up by another name, which ends the loop that starts all calls."""
-    for _ in range(24):
-        answer = http.post("gradio_api/call/route", json={"data": ["", "pets/test/1"], "session_hash": ""})
-        assert answer.status_code == 400
-    call = http.post("gradio_api/call/route", json={"data": ["", "pets/test/1", "pets", "trained", None, None, None]})
-    lines = http.get(f"gradio_api/call/route/{call.json()['event_id']}").text
-    assert lines.startswith("event: complete")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "openapi.json"),
-        ("GET", "gradio_api/openapi.json"),
-        ("GET", "logout"),  # would log out everyone who shares the account
-        ("GET", "gradio_api/token"),
-        ("GET", "gradio_api/user"),
-        ("GET", "gradio_api/app_id"),
-        ("GET", "gradio_api/upload_progress?upload_id=x"),
-        ("GET", "gradio_api/infox"),
-        ("GET", "configx"),
-        ("GET", "pwa_icon"),
-        ("GET", "gradio_api/vibe-code"),
-        ("POST", "loginx"),
-        ("POST", "gradio_api/queue/joinx"),
-        ("OPTIONS", ""),
-    ],
-)
-def test_a_route_that_nobody_uses_does_not_exist(http, method, path):
-    assert http.request(method, path).status_code in (404, 405)
+        assert answer.json()["error"].endswith("."), (answer.text[:200], method, path)
 
 
 @pytest.fixture
@@ -224,14 +171,14 @@ def test_connections_are_counted(tiny, unfinished):
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:7860", "", "a b", "["])
 def test_a_name_that_is_not_ours_is_refused(http, host):
     """Or a website could have its name point to this computer, and read the answers."""
-    answer = http.get("config", headers={"host": host})
+    answer = http.get("", headers={"host": host})
     assert answer.status_code == 421
     assert "--allow-host" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1", "[::1]:7860", "localhost.", "192.168.1.7"])
 def test_localhost_and_addresses_are_names_of_ours(http, host):
-    assert http.get("config", headers={"host": host}).status_code == 200
+    assert http.get("", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("data", hostile.PATHS + hostile.ADDRESSES)
@@ -385,7 +332,7 @@ def test_a_short_form_is_enough_for_a_login(ask_door):
 )
 def test_another_website_may_not_ask(http, headers):
     """With the visitor's login, if there is one; the page itself may be linked to."""
-    for method, path in (("POST", "api/boot"), ("POST", "gradio_api/call/route"), ("POST", "login"), ("GET", "config")):
+    for method, path in (("POST", "api/boot"), ("POST", "api/route"), ("POST", "login"), ("GET", "nothing")):
         assert http.request(method, path, headers=headers).status_code == 403
     assert http.get("", headers=headers).status_code == 200
 
@@ -397,4 +344,4 @@ def test_the_page_itself_may_ask(http):
 
 def test_there_are_no_sockets(http):
     headers = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "x"}
-    assert http.get("config", headers=headers).status_code == 200
+    assert http.get("", headers=headers).status_code == 200

@@ -49,7 +49,7 @@ def test_every_intervention_of_the_readme_gets_an_answer(
     monkeypatch.chdir(ROOT / "moevision/demo/models/cats_vs_dogs/examples/cat")
     code = PAGE_BLOCK.replace("cat.jpg", "chelsea.jpg")
     with running("-m", "moevision", "demo", "--no-browser") as server:
-        exec(compile(code.replace("http://127.0.0.1:7860", server.url), "README.md", "exec"), {})
+        exec(compile(code.replace("http://127.0.0.1:7860", server.url.rstrip("/")), "README.md", "exec"), {})
     said = [line for line in capsys.readouterr().out.splitlines() if "(" in line]
     assert len(said) == PAGE_BLOCK.count("print(") == 9
     assert all("'cat'" in line for line in said[:1])
