@@ -113,16 +113,11 @@ def lesson_page() -> str | None:
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:
-    """One view as HTML that needs neither server nor network.
+    """One view, JSON of the schema `moevision.view/2`, as HTML that needs neither server nor network.
 
-    Args:
-        view: JSON of a `moevision.view/2` object.
-        full_page: True for a document to save; False for a frame to show in a notebook. The frame keeps the page's
-            style and script to itself, and is sandboxed: the script can't reach the notebook.
-        history: of the image, as the request `history` answers it; then the page has the moments of the training too.
-
-    Raises:
-        ValueError: the view has another schema.
+    A `full_page` is a document to save, anything else a frame to show in a notebook. The frame keeps the page's style
+    and script to itself, and is sandboxed: the script can't reach the notebook. With the image's `history`, as the
+    request of that name answers it, the page has the moments of the training too.
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")

@@ -131,26 +131,15 @@ TOP, LENS_TOP = 10, 2
 
 @dataclass(frozen=True)
 class LayerView:
-    """Where one MoE layer sent the patches of the image.
+    """Where one MoE layer sent the patches of the image."""
 
-    Attributes:
-        facts: which layer, and how it routes; `top_k` is what is shown, which may not be as trained.
-        expert_index: [P, K] experts of each patch, best first.
-        combine_weight: [P, K] weight of each of them in the output.
-        kept: [P, K] False where an expert didn't compute the patch: a capacity dropped the choice, or the expert chose
-            other patches.
-        probs: [P, E] the router's affinities, summing to 1.
-        reads: [E, P] what an expert reads of each patch, the mean over its slots; None but for Soft MoE.
-        computation: what was computed of it, in numbers; None where nobody listened.
-    """
-
-    facts: LayerFacts
-    expert_index: npt.NDArray[np.int64]
-    combine_weight: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.bool_]
-    probs: npt.NDArray[np.float32]
-    reads: npt.NDArray[np.float64] | None = None
-    computation: Computation | None = None
+    facts: LayerFacts  # which layer, and how it routes; `top_k` is what is shown, which may not be as trained
+    expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
+    combine_weight: npt.NDArray[np.float32]  # [P, K] weight of each of them in the output
+    kept: npt.NDArray[np.bool_]  # [P, K] False where a capacity dropped the choice, or the expert chose other patches
+    probs: npt.NDArray[np.float32]  # [P, E] the router's affinities, summing to 1
+    reads: npt.NDArray[np.float64] | None = None  # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
+    computation: Computation | None = None  # what was computed of it, in numbers; None where nobody listened
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
