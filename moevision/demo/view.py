@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
+from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
 from moevision.demo.computation import Computation, Heard, listen
 from moevision.demo.facts import (
     LayerFacts,
@@ -87,7 +87,7 @@ class Settings:
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
     routers = {number: layer.router for number, layer in layers.items()}
-    able = [number for number, one in routers.items() if refusal(kind, routing_kind(one), routed_unit(one)) is None]
+    able = [number for number, one in routers.items() if refusal(kind, one.kind, routed_unit(one)) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 
