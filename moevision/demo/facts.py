@@ -31,7 +31,7 @@ from moevision.data.images import BadImageError, full_size, safe_open, upright_r
 from moevision.data.transforms import square_pixels
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError, shown
-from moevision.layers import MoEMlp, Routing, forward_routing, routing_lock
+from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.convert import routes_read
@@ -123,7 +123,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             num_shared_experts=layer.num_shared_experts,
             capacity=_option(layer, "eval_capacity_factor"),
             train_capacity=_option(layer, "capacity_factor"),
-            slots=slots_of(routing),
+            slots=int(routing.slot_weight.shape[-1]) if isinstance(routing, SoftRouting) else None,
             read_by_classifier=is_read,
             refused={
                 kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
@@ -135,12 +135,6 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
         )
         for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
     )
-
-
-def slots_of(routing: Routing) -> int | None:
-    """S of Soft MoE, else None."""
-    weight = getattr(routing, "slot_weight", None)
-    return None if weight is None else int(weight.shape[-1])
 
 
 def common(values: Iterable[int]) -> int | None:
@@ -280,7 +274,14 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int, frami
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
     image = upright_rgb(image)
-    _check_shape(image, image_size)
+    width, height = size = full_size(image)[0]
+    short, long = min(size), max(size)
+    if size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
+        raise BadImageError(
+            "given",
+            f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "
+            f"least {MIN_SIDE} px, and its longer side at most {MAX_ASPECT} times as many",
+        )
     return square_pixels(image, image_size, framing)
 
 
@@ -293,17 +294,6 @@ def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -
     size = full_size(image)[0]
     side = min(max(size) if framing.fit == "pad" else min(size), SHARP_PX)
     return square_pixels(image, side, framing) if side > image_size else None
-
-
-def _check_shape(image: Image.Image, image_size: int) -> None:
-    width, height = size = full_size(image)[0]
-    short, long = min(size), max(size)
-    if size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
-        raise BadImageError(
-            "given",
-            f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "
-            f"least {MIN_SIDE} px, and its longer side at most {MAX_ASPECT} times as many",
-        )
 
 
 @torch.inference_mode()

@@ -394,10 +394,8 @@ async def _json(request: Request, exchange: Callable[[dict[str, Any]], Any] | No
 
 def _refuse(_: Request | None, refused: Exception) -> Response:
     assert isinstance(refused, HTTPException)
-    status, code = (
-        refused.status_code,
-        {413: "too_large", 429: "busy", 503: "busy"}.get(refused.status_code, "bad_request"),
-    )
+    status = refused.status_code
+    code = {413: "too_large", 429: "busy", 503: "busy"}.get(status, "bad_request")
     sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(status, refused.detail)
     # What is left of a body is not read.
     headers = {"connection": "close"} if status in (408, 413, 503) else None

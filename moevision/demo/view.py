@@ -284,6 +284,9 @@ def route_image(
             _layer_view(routing, router, settings, one)
             for routing, router, one in zip(routings, facts.routers, heard, strict=True)
         )
+    if dense is not None:
+        alike = pixels if dense.image_size == len(pixels) else model_input(image, dense.image_size, dense.framing)
+        dense_probabilities = softmax(route_batch(dense, alike[None])[0])[0]
     after_blocks = lens(saved.net, outputs)
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
@@ -291,7 +294,7 @@ def route_image(
         picture=replace(known, pixels=pixels),
         layers=layers,
         probabilities=softmax(logits)[0],
-        dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
+        dense_probabilities=dense_probabilities,
         settings=settings,
         lens=None if after_blocks is None else softmax(after_blocks),
     )
@@ -301,13 +304,6 @@ def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32], co
     """The `count` likeliest classes, best first: `{"class", "p"}`."""
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
-
-
-def _dense(dense: SavedModel, image: Image.Image | Pixels | str | Path, pixels: Pixels) -> npt.NDArray[np.float32]:
-    if dense.image_size != len(pixels):
-        pixels = model_input(image, dense.image_size, dense.framing)
-    probabilities: npt.NDArray[np.float32] = softmax(route_batch(dense, pixels[None])[0])[0]
-    return probabilities
 
 
 def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: Heard) -> LayerView:
