@@ -13,7 +13,7 @@ import html
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from moevision.errors import DataWarning, UserError
 from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
 from moevision.models.convert import unread_layers
-from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device, describe, load_model
 
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
 
@@ -244,16 +244,14 @@ def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
         return model
     if not isinstance(model, nn.Module):
         return load_model(str(model))
-    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if sides is None or len(set(sides)) != 1:
+    if getattr(getattr(model, "patch_embed", None), "img_size", None) is None:
         raise UserError(
             f"{type(model).__name__} doesn't say which square images it takes: give a timm ViT, or a SavedModel with "
             "image_size, mean and std."
         )
-    config = timm.data.resolve_model_data_config(model)
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
-    words = list(names.values()) if isinstance(names, dict) else list(names)
-    return SavedModel(model, words, int(sides[0]), tuple(config["mean"]), tuple(config["std"]))
+    saved = describe(model)
+    numbered = saved.class_names == [f"class {index}" for index in range(len(saved.class_names))]
+    return replace(saved, class_names=[]) if numbered else saved
 
 
 def model_title(model: SavedModel | nn.Module | str | Path) -> str:

@@ -183,18 +183,12 @@ def patches_on_path(
     if label is not None:
         on_path &= (trace.labels == label)[:, None]
     images, patches = np.nonzero(on_path)
-    chosen = spread_over_pictures(images, count, np.random.default_rng(seed))
+    order = np.random.default_rng(seed).permutation(len(images))
+    once = np.zeros(len(order), dtype=bool)
+    once[np.unique(images[order], return_index=True)[1]] = True  # an image's second patch only fills up
+    chosen = np.sort(np.concatenate([order[once], order[~once]])[:count])
     weights = np.asarray(trace.layers[-1].combine_weight)[images[chosen], patches[chosen], 0]
     return _as_patches(images[chosen], patches[chosen], weights)
-
-
-def spread_over_pictures(images: Ints, count: int, rng: np.random.Generator) -> Ints:
-    """Positions in `images` [N] of random entries, sorted; an image's second entry only fills up what others can't."""
-    order = rng.permutation(len(images))
-    _, first = np.unique(images[order], return_index=True)
-    once = np.zeros(len(order), dtype=bool)
-    once[first] = True
-    return np.sort(np.concatenate([order[once], order[~once]])[:count])
 
 
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:

@@ -37,7 +37,6 @@ from moevision.analysis.intervention import (
     Ranking,
     computed_pairs,
     edited,
-    routing_kind,
 )
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
@@ -78,7 +77,7 @@ def effect(
         before = net(x)[0].double()
         after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-        kinds = {routing_kind(layer.router) for layer in intervention.edits(net)}
+        kinds: set[RoutingKind] = {layer.router.kind for layer in intervention.edits(net)}
         keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
         logits = run_compared(net, x, intervention, taken, keys) if keys else before.new_empty(0, len(before))
     delta_logits = (logits - before)[:, index].tolist()

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import numpy as np
@@ -88,7 +88,6 @@ def class_information(
         np.concatenate(null),
         (flat * (pointwise_bits(table)[values] - plug_in)).sum(1) / flat.sum(),
         bias_surplus=float(null_bias.mean() - bias(values[None])[0]),
-        entropy=entropy_bits(np.bincount(values)),
         num_means=num_classes,
     )
 
@@ -129,7 +128,6 @@ def part_information(
         null,
         (together - separately) / table.sum(),
         keeps_effect=True,
-        entropy=entropy_bits(shown.sum((0, 1))),
     )
 
 
@@ -230,11 +228,9 @@ def pointwise_bits(tables: Floats) -> Floats:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses by their fields, NumPy scalars and arrays as JSON primitives; NaN and infinity become null."""
+    """`Numbers` by their fields, NumPy scalars and arrays as JSON primitives; NaN and infinity become null."""
     if hasattr(value, "to_json"):
         return value.to_json()
-    if is_dataclass(value):
-        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -255,7 +251,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Estimate(Numbers):
+class Estimate:
     """Excess mutual information of one layer, over images."""
 
     value_bits: float  # plug-in mutual information minus the mean of its null
@@ -263,10 +259,7 @@ class Estimate(Numbers):
     low: float
     high: float  # upper end
     null_mean: float  # mean of the plug-in under the null, in bits: what chance alone gives with this number of images
-    null_sd: float  # its standard deviation
     p_value: float  # one-sided, ``(1 + null values at least as large) / (1 + permutations)``
-    share_of_entropy: float  # `value_bits` over the entropy of what the experts are asked about
-    n_images: int  # images that the estimate rests on
 
 
 def excess_estimate(
@@ -274,22 +267,16 @@ def excess_estimate(
     null: Floats,
     influence: Floats,
     *,
-    entropy: float,
     keeps_effect: bool = False,
     bias_surplus: float = 0.0,
     num_means: int = 1,
 ) -> Estimate:
     """The excess of a plug-in (bits) over its null [R], with its interval.
 
-    Args:
-        plug_in: observed plug-in information.
-        null: plug-in values under the null.
-        influence: [I] what each image adds to the plug-in to first order, in bits; centred here.
-        entropy: of what the experts are asked about, in bits.
-        keeps_effect: the null keeps a part of the effect, so that it has a first-order variance of its own; the
-            interval is then a normal one.
-        bias_surplus: by how many bits the null's mean overstates the bias of the plug-in.
-        num_means: how many means the images were compared with (the classes), for the degrees of freedom.
+    `influence` [I] is what each image adds to the plug-in to first order, in bits; it is centred here. Where the null
+    `keeps_effect`, a part of it, it has a first-order variance of its own, and the interval is a normal one. The null's
+    mean overstates the bias of the plug-in by `bias_surplus` bits. `num_means`, how many means (classes) the images
+    were compared with, is for the degrees of freedom.
     """
     mean, variance = float(null.mean()), float(null.var(ddof=1))
     excess, n = plug_in - mean, len(influence)
@@ -303,14 +290,10 @@ def excess_estimate(
         kappa = delta_variance / plug_in if plug_in > 0 else 0.0
         low = score_interval(excess + min(0.0, bias_surplus), variance, kappa, z)[0]
         high = score_interval(excess + max(0.0, bias_surplus), variance, kappa, z)[1]
-        low, high = (
-            min(low, excess),
-            max(high, excess),
-        )  # of a negative excess the other lies above
+        low = min(low, excess)  # of a negative excess it may lie above
     # A difference below the rounding of the sums is no evidence.
     p_value = (1 + int((null >= plug_in - 1e-9).sum())) / (1 + len(null))
-    share = excess / entropy if entropy > 0 else 0.0
-    return Estimate(excess, low, high, mean, math.sqrt(variance), p_value, share, n)
+    return Estimate(excess, low, high, mean, p_value)
 
 
 def students_quantile(freedom: int) -> float:

@@ -142,7 +142,7 @@ class Intervention:
         return {layer: self._edit(number, layer.router) for number, layer in chosen.items()}
 
     def _edit(self, layer: int, router: Any) -> Edit:
-        why = refusal(self.kind, routing_kind(router), routed_unit(router))
+        why = refusal(self.kind, router.kind, routed_unit(router))
         if why is not None:
             raise UserError(f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one.")
         last = router.num_experts - 1
@@ -230,7 +230,8 @@ class _Edits:
     def __call__(self, routing: Routing) -> Routing:
         if threading.get_ident() != self.thread:
             return routing
-        decision = decision_of(self.router, routing)
+        kinds: dict[str, type[Decision]] = {"token_choice": Ranking, "expert_choice": TokenLists, "soft": SlotWeights}
+        decision = kinds[self.router.kind].of(self.router, routing)
         for edit in self.edits:
             decision = edit(decision)
         return decision.settle()
@@ -354,12 +355,6 @@ def draw_orders(key: Sequence[int], rows: int, length: int, device: torch.device
     """[rows, length] int64: random orders of 0 .. length - 1, the same for the same key on every machine."""
     drawn = np.random.default_rng(tuple(key)).random((rows, length)).argsort(-1)
     return torch.from_numpy(drawn).to(device)
-
-
-def routing_kind(router: Any) -> RoutingKind:
-    """Who chooses: tokens their experts, experts their tokens, or nobody (Soft MoE)."""
-    kind: RoutingKind = router.kind
-    return kind
 
 
 @dataclass(frozen=True)
@@ -584,12 +579,6 @@ class SlotWeights(Decision):
         order = draw_orders(key, 1, slots, self.takes.device)[0]
         reads, takes = (x.flatten(2)[..., order].view_as(x) for x in (self.reads, self.takes))
         return replace(self, reads=reads, takes=takes)
-
-
-def decision_of(router: Any, routing: Routing) -> Decision:
-    """A router's decision in the form of its kind."""
-    kinds: dict[str, type[Decision]] = {"token_choice": Ranking, "expert_choice": TokenLists, "soft": SlotWeights}
-    return kinds[routing_kind(router)].of(router, routing)
 
 
 def _token_view(weights: Tensor, computed: Tensor, order: Tensor) -> dict[str, Any]:

@@ -25,14 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
@@ -193,55 +192,20 @@ def panels(count: int, columns: int, width: float | None = None) -> tuple[Figure
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
-def share_axis(axes: Axes, highest: float, bars: int) -> None:
-    """Bars 0, 1, ... by share, from 0 to `highest`."""
-    axes.set(ylim=(0, highest), xlim=(-0.6, bars - 0.4))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xticks(range(0, bars, 1 if bars <= _NUMBERED else 4))
-
-
-def over_bar(axes: Axes, x: float, y: float, share: float, ink: str, up: float) -> None:
-    """A bar's number in percent, as the axis beside it says, `up` points above (x, y)."""
-    text = f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
-    axes.annotate(text, (x, y), (0, up), textcoords="offset points", ha="center", fontsize=SMALL - 0.5, color=ink)
-
-
-def colour_bar(
-    axes: Axes | Sequence[Axes], colours: Colormap, norm: Normalize, label: str, form: Formatter | str
-) -> Colorbar:
-    """A thin bar beside `axes` (one, or all that share it), named with its unit."""
-    parent = axes if isinstance(axes, Axes) else list(axes)
-    figure = axes.figure if isinstance(axes, Axes) else next(iter(axes)).figure
-    aspect = float(np.clip(9 * figure.get_figure(root=True).get_size_inches()[1], 20, 60))  # about 0.08 in wide
-    scale = ScalarMappable(norm, colours)
-    bar = figure.colorbar(scale, ax=parent, shrink=0.75, aspect=aspect, pad=0.02, format=form)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
-    bar.set_label(label, fontsize=SMALL, color=SOFT)
-    return bar
-
-
-def expert_chips(axes: Axes, num_experts: int, side: Literal["top", "left"] = "top") -> None:
-    """Name the columns (or rows) 0..E - 1 of a map by chips: the expert's colour and its number.
+def expert_chips(axes: Axes, num_experts: int) -> None:
+    """Name the columns 0..E - 1 of a map by chips: the expert's colour and its number.
 
     Of many experts every fourth is named, without a chip.
     """
-    top, crowded = side == "top", num_experts > _CHIPS
-    (axes.set_xticks if top else axes.set_yticks)([])
+    crowded = num_experts > _CHIPS
+    axes.set_xticks([])
     for expert in range(0, num_experts, 4 if crowded else 1):
         colour = expert_colour(expert, num_experts)
         axes.annotate(
-            str(expert), (expert, 1.0) if top else (0.0, expert), (0, 7) if top else (-8, 0),
-            xycoords=("data", "axes fraction") if top else ("axes fraction", "data"), textcoords="offset points",
+            str(expert), (expert, 1.0), (0, 7), xycoords=("data", "axes fraction"), textcoords="offset points",
             ha="center", va="center", fontsize=SMALL, color=INK if crowded else ink_on(colour), annotation_clip=False,
             bbox=None if crowded else chip(colour),
         )  # fmt: skip
-
-
-def _tick(share: float, _position: int | None = None) -> str:
-    """A tick's label: a share as a percentage, with as many decimals as it has."""
-    return f"{100 * share:.3g} %"
 
 
 def hex_of(colour: npt.ArrayLike) -> str:
@@ -331,12 +295,19 @@ def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None
     axes.bar(range(experts), wanted / total, 0.78, color="none", edgecolor=SOFT, linewidth=0.5 * (wanted > load))
     axes.bar(range(experts), load / total, 0.78, color=colours)
     axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
-    share_axis(axes, max(1.18 * highest, 1.4 / experts), experts)
+    axes.set(ylim=(0, max(1.18 * highest, 1.4 / experts)), xlim=(-0.6, experts - 0.4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xticks(range(0, experts, 1 if experts <= _NUMBERED else 4))
     if experts > _NUMBERED:
         return
     for expert, share in enumerate(load / total):
         inside = share > 0.3 / experts  # else the bar is too low for a number, which then stands above it
-        over_bar(axes, expert, 0 if inside else share, share, ink_on(colours[expert]) if inside else INK, up=3)
+        text = f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
+        axes.annotate(
+            text, (expert, 0 if inside else share), (0, 3), textcoords="offset points", ha="center",
+            fontsize=SMALL - 0.5, color=ink_on(colours[expert]) if inside else INK,
+        )  # fmt: skip
 
 
 def plot_class_experts(
@@ -445,7 +416,14 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)
     if flags.any():
-        colour_bar(axes, BELOW_ABOVE, norm, "difference (points)", FuncFormatter(_points))
+        aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
+        bar = figure.colorbar(
+            ScalarMappable(norm, BELOW_ABOVE), ax=axes, shrink=0.75, aspect=aspect, pad=0.02,
+            format=FuncFormatter(_points),
+        )  # fmt: skip
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
+        bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)
     return figure
 
 
@@ -575,9 +553,16 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, gr
     if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
         weight = np.clip((layer.num_experts * weight - 1) / max(1, layer.num_experts - 1), 0, 1)
     alpha = np.where(kept, 0.12 + 0.75 * weight, 0.0)
-    pale = _pale(picture, 0.55)
+    # The image pale and without its colours, so that those on top mean one thing: [S, S] in [0.55, 1].
+    pale = 0.55 + 0.45 * (picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255)
     overlay = np.concatenate([palette[first], alpha[:, None]], axis=1).reshape(rows, columns, 4)
-    _over(axes, pale, overlay, grid)
+    # Data units are patches.
+    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+    axes.imshow(overlay, interpolation="nearest")
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    bare(axes)
+    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
     ground = pale[..., None].repeat(3, -1).reshape(rows, pale.shape[0] // rows, columns, -1, 3).mean((1, 3))
     shade = alpha[:, None] * palette[first] + (1 - alpha[:, None]) * ground.reshape(-1, 3)
     points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
@@ -585,23 +570,6 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, gr
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
         put(axes, column, row, text, ink_on(hex_of(shade[patch])), size)
-
-
-def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int], **style: object) -> None:
-    """A pale image with one translucent cell per patch on it, thin white lines between; data units are patches."""
-    rows, columns = grid
-    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    axes.imshow(overlay, interpolation="nearest", **style)  # type: ignore[arg-type]
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    bare(axes)
-    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
-    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
-
-
-def _pale(picture: Pixels, darkest: float) -> Floats:
-    """[S, S] in [darkest, 1]: the image without its colours, so that those on top mean one thing."""
-    grey = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
-    return darkest + (1 - darkest) * grey
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:

@@ -238,7 +238,8 @@ def experts_answer(found: LayerReadings) -> Answer:
         f", {percent(reading.bits.value / found.most_bits)} of the {signed(found.probe.bits.value)} bits of a linear "
         f"probe in {layer.num_experts} balanced groups"
     )  # fmt: skip
-    numbers = [f"{layer.name}: {_bits_words(reading)}{beside}; {found.load.words}."]
+    bits = f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
+    numbers = [f"{layer.name}: {bits}{beside}; {found.load.words}."]
     numbers += [_reading_words(each) for each in found.readings[1:]]
     if not (estimate.low > 0 and estimate.p_value <= _P_VALUE):
         return Answer("experts", NOT_SHOWN, detail, numbers)
@@ -352,10 +353,6 @@ def _interval(interval: Interval, digits: int = 3) -> str:
     return f"95 % CI {signed(interval.low, digits)} to {signed(interval.high, digits)}"
 
 
-def _bits_words(reading: Reading) -> str:
-    return f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
-
-
 def _reading_words(reading: Reading) -> str:
     """A reading as a sentence of numbers."""
     which = {"first": "First choices", "all": "All choices"}[reading.choices]
@@ -418,14 +415,10 @@ class Swap(Numbers):
 
 
 def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0) -> Swap | None:
-    """Change the routes of one layer and measure what that costs; None where no exchange moves a token.
+    """Change the routes of the layer at `place` and measure what that costs; None where no exchange moves a token.
 
-    Args:
-        recording: with `run`.
-        place: of the layer.
-        draws: exchanges per image, each with experts drawn anew.
-        limit: images at most, as many of each class; of more classes than that, one image of as many.
-        seed: of everything drawn.
+    `recording` needs its `run`. An image has `draws` exchanges, each with experts drawn anew. At most `limit` images
+    are run, as many of each class; of more classes than that, one image of as many.
     """
     layer = recording.layers[place]
     images, own, target, half, favourite, rng = images_to_run(recording, place, limit, seed)

@@ -179,7 +179,6 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
                 "weights_sha256": trace.provenance.get("weights_sha256"),
                 "unreadable": trace.provenance.get("unreadable", 0),
                 "libraries": {name: metadata.version(name) for name in LIBRARIES},
-                "python": platform.python_version(),
                 "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             },
         }
@@ -302,12 +301,9 @@ def measure_effects(
 ) -> Json:
     """Take every expert away, one at a time, and follow the true class of images of each class, for about `budget_s`.
 
-    How many images of a class are used follows from the time that a first call takes.
-
-    Returns:
-        `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
-        the classes and the class that changes most); both lists are empty, and `why` says why, where it takes too long
-        or no class of the model has images.
+    How many images of a class are used follows from the time that a first call takes. `rows` are of each layer, expert
+    and class, `experts` are means over the classes, with the class that changes most; where it takes too long or no
+    class of the model has images, both are empty, and `why` says why.
     """
     classes = [
         name for label, name in enumerate(trace.class_names)

@@ -18,7 +18,7 @@ The file is one safetensors file, which appears under its name when it is whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,17 +138,12 @@ class LayerTrace:
         """[I, E] amounts [I, P, K] by image and expert; int64 where an amount is whether a choice counts."""
         images, experts = len(self.expert_index), self.num_experts
         sums = np.zeros((images, experts), np.int64 if amount(slice(0)).dtype == bool else np.float64)
-        for part in chunks(images):
-            cells = np.arange(part.stop - part.start)[:, None, None] * experts + self.expert_index[part]
+        for start in range(0, images, _CHUNK):  # a few at a time, so that it takes no second trace's memory
+            part = slice(start, min(start + _CHUNK, images))
+            cells = np.arange(part.stop - start)[:, None, None] * experts + self.expert_index[part]
             weights = amount(part).ravel().astype(np.float64)
             sums[part] = np.bincount(cells.ravel(), weights, minlength=sums[part].size).reshape(-1, experts)
         return sums
-
-
-def chunks(images: int) -> Iterator[slice]:
-    """Slices that cover all images, a few at a time: what is counted is no second trace in memory."""
-    for start in range(0, images, _CHUNK):
-        yield slice(start, min(start + _CHUNK, images))
 
 
 SCHEMA = "moevision.trace/1"

@@ -49,7 +49,9 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
         with Server(explorer, serving, listener) as server:
             print(announcement(server, serving), flush=True)
             try:
-                (wait or _wait_for_interrupt)()
+                while wait is None:
+                    time.sleep(3600)
+                wait()
             except KeyboardInterrupt:
                 print("\nStopped.")
 
@@ -141,8 +143,3 @@ def _own_address(family: socket.AddressFamily) -> str:
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])
-
-
-def _wait_for_interrupt() -> None:
-    while True:
-        time.sleep(3600)

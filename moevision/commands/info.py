@@ -22,7 +22,7 @@ from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError, shown
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.convert import dense_twin, one_or_list
-from moevision.models.io import SavedModel, load_model
+from moevision.models.io import SavedModel, describe, load_model
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading
 
@@ -59,10 +59,7 @@ def run(chosen: Namespace) -> None:
 def load_any(address: str) -> SavedModel:
     """A saved model, or a timm name, for which weights are neither needed nor fetched."""
     if timm.is_model(address) and not Path(address).exists():
-        net = timm.create_model(address).eval()
-        size = int(cast(dict[str, Any], net.pretrained_cfg)["input_size"][-1])
-        names = [f"class {index}" for index in range(cast(int, net.num_classes))]
-        return SavedModel(net, names, size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return describe(timm.create_model(address).eval())
     return load_model(address)
 
 

@@ -65,20 +65,12 @@ def build_atlas(
     count: int = 8,
     seed: int = 0,
 ) -> Json:
-    """Sum up a trace.
+    """Sum up a trace of `pictures` as JSON primitives, ready for `save_atlas`.
 
-    Args:
-        trace: of `pictures`.
-        pictures: whose parts are counted; None leaves parts out.
-        maps: block index -> `class_expert_map(trace, layer)`.
-        questions: from `three_questions`; without them there are no answers.
-        shown: of other images, whose patches stand in galleries, where those of `trace` can't be shown.
-        effects: of taking each expert away, from `moevision.analysis.report.measure_effects`.
-        count: patches in each gallery.
-        seed: of what is drawn at random.
-
-    Returns:
-        JSON primitives, ready for `save_atlas`.
+    `pictures` are those whose parts are counted; None leaves parts out. `maps` has `class_expert_map(trace, layer)` by
+    block index, `questions` are those of `three_questions`, and `effects`, of taking each expert away, is from
+    `moevision.analysis.report.measure_effects`. Galleries have `count` patches, from the images of `shown` where those
+    of `trace` can't be shown; `seed` is of what is drawn at random.
     """
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
     layers = []
@@ -134,14 +126,10 @@ def build_atlas(
 
 
 def counted_name(expert: Json) -> Json | None:
-    """What an expert is called after: the part, or without parts the class, that stands out most beyond chance.
+    """What one of a layer's `experts` is called after: the part, or else the class, that stands out most beyond chance.
 
-    Args:
-        expert: one of a layer's `experts`.
-
-    Returns:
-        `kind` (`part` or `class`), `name`, the expert's `share` of it and its `overall` share of everything; None where
-        nothing stands out, or where an atlas of an earlier version doesn't say.
+    It is `kind` (`part` or `class`), `name`, the expert's `share` of it and its `overall` share of everything; None
+    where nothing stands out, or where an atlas of an earlier version doesn't say.
     """
     for kind, rows in (("part", expert["parts"]), ("class", expert["classes"])):
         able = [row for row in rows or [] if row.get("significant") and row["above"] > 0]

@@ -33,30 +33,18 @@ class Channels:
 
     They are those channels that the layer changes most in this image. A patch gets from the layer
     `Σ weight · outputs + shared = total`; the stream goes on with `before + scale · total = after`.
-
-    Attributes:
-        of: D.
-        hidden: width of an expert's hidden layer.
-        index: [V] which of the D channels, in order.
-        scale: [V] the block's layer scale, 1 without one; None as `before`.
-        read: [P, V] what the router and the experts read.
-        outputs: [P, K, V] what each chosen expert gave, before its weight; as `Computation.outputs` has its length.
-        shared: [P, V] what the shared experts gave; None without.
-        total: [P, V] the layer's output.
-        before: [P, V] the residual stream that the block's MLP branch reads; None as in `Computation`.
-        after: [P, V] the stream behind the block; None as `before`.
     """
 
-    of: int
-    hidden: int
-    index: list[int]
-    scale: Floats | None
-    read: Floats
-    outputs: Floats
-    shared: Floats | None
-    total: Floats
-    before: Floats | None
-    after: Floats | None
+    of: int  # D
+    hidden: int  # width of an expert's hidden layer
+    index: list[int]  # [V] which of the D channels, in order
+    scale: Floats | None  # [V] the block's layer scale, 1 without one; None as `before`
+    read: Floats  # [P, V] what the router and the experts read
+    outputs: Floats  # [P, K, V] what each chosen expert gave, before its weight; lengths: `Computation.outputs`
+    shared: Floats | None  # [P, V] what the shared experts gave; None without
+    total: Floats  # [P, V] the layer's output
+    before: Floats | None  # [P, V] the residual stream that the block's MLP branch reads; None as in `Computation`
+    after: Floats | None  # [P, V] the stream behind the block; None as `before`
 
     def to_json(self) -> dict[str, Any]:
         """The fields; each array as `wire.packed` writes it."""
@@ -65,33 +53,21 @@ class Channels:
 
 @dataclass(frozen=True)
 class Computation:
-    """The numbers of one layer for the patches of one image; lengths are Euclidean norms of vectors of width D.
+    """The numbers of one layer for the patches of one image; lengths are Euclidean norms of vectors of width D."""
 
-    Attributes:
-        scores: [P, E] the router's clean logits.
-        noise: [P, E] what was added to them, as in training; None without.
-        bias: [E] what is added to an affinity for the choice alone; None without.
-        outputs: [P, K] length of what each chosen expert gave, before its weight; of Soft MoE, of the weighted mean of
-            the expert's slots; 0 where the expert didn't take the patch.
-        shared: [P] length of what the shared experts gave; None without.
-        total: [P] length of the weighted sum, shared experts included: the layer's output.
-        before: [P] length of the residual stream that the block's MLP branch reads; None if the layer doesn't stand
-            behind a norm in a residual branch.
-        added: [P] length of what the branch adds to it: the layer's output, after a layer scale if there is one.
-        after: [P] length of the stream behind the block.
-        channels: some numbers of these vectors.
-    """
-
-    scores: Floats
-    noise: Floats | None
-    bias: Floats | None
+    scores: Floats  # [P, E] the router's clean logits
+    noise: Floats | None  # [P, E] what was added to them, as in training; None without
+    bias: Floats | None  # [E] what is added to an affinity for the choice alone; None without
+    # [P, K] length of what each chosen expert gave, before its weight; of Soft MoE, of the weighted mean of the
+    # expert's slots; 0 where the expert didn't take the patch
     outputs: Floats
-    shared: Floats | None
-    total: Floats
+    shared: Floats | None  # [P] length of what the shared experts gave; None without
+    total: Floats  # [P] length of the weighted sum, shared experts included: the layer's output
+    # [P] length of the residual stream that the block's MLP branch reads; None if the layer doesn't stand behind a norm
+    # in a residual branch
     before: Floats | None
-    added: Floats | None
-    after: Floats | None
-    channels: Channels
+    after: Floats | None  # [P] length of the stream behind the block; None as `before`
+    channels: Channels  # some numbers of these vectors
 
     def to_json(self) -> dict[str, Any]:
         """Each array by name as `wire.packed` writes it, or None; `channels` as an object of its own."""
@@ -120,9 +96,7 @@ class Heard:
     def computation(self, routing: Routing, *, noisy: bool = False) -> Computation:
         """The numbers of the image's patches under the decision that was recorded with them.
 
-        Args:
-            routing: the decision.
-            noisy: whether the router drew noise for it; it must be back in evaluation.
+        `noisy` is whether the router drew noise for it; it must be back in evaluation.
         """
         assert self.tokens is not None
         assert self.output is not None
@@ -144,8 +118,7 @@ class Heard:
         total, shared = self.output.flatten(0, -2)[first:], of_patches(self.shared)
         outputs = self._expert_outputs(x, routing)[first:]
         bias = getattr(self.layer.router, "bias", None)
-        added = None if before is None or after is None else after - before
-        changed = (total if added is None else added).float().abs().mean(0)
+        changed = (total if before is None or after is None else after - before).float().abs().mean(0)
         index = changed.topk(min(SHOWN, len(changed))).indices.sort().values
         gamma = getattr(getattr(self.block, "ls2", None), "gamma", None)
         scale = (torch.ones_like(changed) if gamma is None else gamma) if in_branch else None
@@ -159,7 +132,6 @@ class Heard:
             shared=lengths(shared),
             total=_numpy(_length(total)),
             before=lengths(before),
-            added=lengths(added),
             after=lengths(after),
             channels=Channels(
                 x.shape[-1],
@@ -198,8 +170,7 @@ class Heard:
 def listen(net: nn.Module) -> Iterator[list[Heard]]:
     """Keep what the MoE layers of `net` compute about one image; in this thread, and until the scope closes.
 
-    Yields:
-        One `Heard` per MoE layer, in order of depth; filled while the model runs.
+    It gives one `Heard` per MoE layer, in order of depth, which fills while the model runs.
     """
     parents = {child: module for module in net.modules() for child in module.children() if isinstance(child, MoEMlp)}
     heard = [Heard(layer, parents.get(layer)) for layer in moe_layers(net)]

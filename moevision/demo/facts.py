@@ -31,7 +31,7 @@ from moevision.data.images import BadImageError, full_size, safe_open, upright_r
 from moevision.data.transforms import square_pixels
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError, shown
-from moevision.layers import MoEMlp, Routing, forward_routing, routing_lock
+from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.convert import routes_read
@@ -50,44 +50,26 @@ CHANGES: Final[tuple[Change, ...]] = ("ablate", "force", "random", "top_k", "cap
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What there is to know about one MoE layer before an image is routed.
+    """What there is to know about one MoE layer before an image is routed."""
 
-    Attributes:
-        layer: index of the transformer block.
-        router: its name in `moevision.layers.ROUTERS`.
-        kind: `token_choice`, `expert_choice` or `soft`.
-        learned: False for gates by a rule.
-        num_experts: E.
-        top_k: K: experts that a patch chooses, or has on average where experts choose; for Soft MoE what the slots
-            cost, in experts per patch.
-        num_shared_experts: experts that compute every patch besides the routed ones.
-        capacity: the model's own capacity factor in evaluation; None if it drops nothing there.
-        train_capacity: the same in training.
-        slots: S of Soft MoE, else None.
-        read_by_classifier: whether what it computes for patches reaches the classifier; else routes change no answer.
-        refused: why a change of that kind has no meaning here, as the end of a sentence; kinds that aren't in it do.
-        route_by: `token`, or `image` where all patches of an image share one choice.
-        steps: what the router does, step by step (`moevision.layers.words`).
-        expert_parameters: parameters of one routed expert.
-        noise: what the router adds in training: `learned`, `fixed`, `jitter` or `none`.
-    """
-
-    layer: int
-    router: str
+    layer: int  # index of the transformer block
+    router: str  # its name in `moevision.layers.ROUTERS`
     kind: Kind
-    learned: bool
-    num_experts: int
+    learned: bool  # False for gates by a rule
+    num_experts: int  # E
+    # K: experts that a patch chooses, or has on average where experts choose; for Soft MoE what the slots cost, in
+    # experts per patch
     top_k: int
-    num_shared_experts: int = 0
-    capacity: float | None = None
-    train_capacity: float | None = None
-    slots: int | None = None
-    read_by_classifier: bool = True
-    refused: dict[str, str] = field(default_factory=dict)
-    route_by: RouteBy = "token"
-    steps: dict[str, str] = field(default_factory=dict)
-    expert_parameters: int = 0
-    noise: str = "none"
+    num_shared_experts: int = 0  # experts that compute every patch besides the routed ones
+    capacity: float | None = None  # the model's own capacity factor in evaluation; None if it drops nothing there
+    train_capacity: float | None = None  # the same in training
+    slots: int | None = None  # S of Soft MoE
+    read_by_classifier: bool = True  # False: what it computes for patches isn't read, and routes change no answer
+    refused: dict[str, str] = field(default_factory=dict)  # change -> why it has no meaning here, to end a sentence
+    route_by: RouteBy = "token"  # `image`: all patches of an image share one choice
+    steps: dict[str, str] = field(default_factory=dict)  # what the router does, see `moevision.layers.words`
+    expert_parameters: int = 0  # of one routed expert
+    noise: str = "none"  # what the router adds in training: `learned`, `fixed`, `jitter` or `none`
 
     @property
     def name(self) -> str:
@@ -141,7 +123,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             num_shared_experts=layer.num_shared_experts,
             capacity=_option(layer, "eval_capacity_factor"),
             train_capacity=_option(layer, "capacity_factor"),
-            slots=slots_of(routing),
+            slots=int(routing.slot_weight.shape[-1]) if isinstance(routing, SoftRouting) else None,
             read_by_classifier=is_read,
             refused={
                 kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
@@ -153,12 +135,6 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
         )
         for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
     )
-
-
-def slots_of(routing: Routing) -> int | None:
-    """S of Soft MoE, else None."""
-    weight = getattr(routing, "slot_weight", None)
-    return None if weight is None else int(weight.shape[-1])
 
 
 def common(values: Iterable[int]) -> int | None:
@@ -236,23 +212,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """The image as the model saw it.
+    """The image as the model saw it."""
 
-    Attributes:
-        pixels: uint8 [S, S, 3].
-        id: how the explorer asks for it again; None for an image that a visitor brought.
-        name: in words.
-        label: its class in words, if known.
-        unlike: what to say if it is unlike the images that the model learned from; None if it isn't, or not known.
-        credit: whose image it is and under which licence; None where nothing has to be said.
-    """
-
-    pixels: Pixels = field(repr=False)
-    id: str | None = None
-    name: str = "image"
-    label: str | None = None
-    unlike: str | None = None
-    credit: str | None = None
+    pixels: Pixels = field(repr=False)  # uint8 [S, S, 3]
+    id: str | None = None  # how the explorer asks for it again; None for an image that a visitor brought
+    name: str = "image"  # in words
+    label: str | None = None  # its class in words, if known
+    unlike: str | None = None  # what to say if it is unlike the images that the model learned from, as far as known
+    credit: str | None = None  # whose image it is and under which licence; None where nothing has to be said
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a PNG."""
@@ -267,11 +234,7 @@ class PictureFacts:
 
 
 def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:
-    """What a view says about a model, read off the network.
-
-    Raises:
-        UserError: if it has no MoE layer, or its patches aren't a grid.
-    """
+    """What a view says about a model, read off the network; a UserError without MoE layer or grid of patches."""
     layers = moe_layers(model.net)
     if not layers:
         raise UserError("This model has no MoE layer, so there is no routing to see: give a model made by moevision.")
@@ -300,9 +263,7 @@ def title_of(address: str | Path) -> str:
 def model_input(image: Image.Image | Pixels | str | Path, image_size: int, framing: Framing = CROP) -> Pixels:
     """An image as the model sees it, uint8 [S, S, 3].
 
-    Raises:
-        BadImageError: if it can't be read, or is too small or too narrow to show anything.
-        UserError: if an array isn't uint8 [H, W, 3].
+    A `BadImageError` if it can't be read, or is too small or too narrow to show anything.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -313,26 +274,6 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int, frami
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
     image = upright_rgb(image)
-    _check_shape(image, image_size)
-    return square_pixels(image, image_size, framing)
-
-
-SHARP_PX: Final = 672
-"""Most pixels on a side of what lies under the patches: enough for a stage of 560 px on a sharper screen."""
-
-
-def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels | None:
-    """The part of an image that a model sees, uint8 [Q, Q, 3], in more pixels than the model's S; never enlarged.
-
-    Returns:
-        With S < Q <= `SHARP_PX`; None where the image isn't larger than the model's input.
-    """
-    size = full_size(image)[0]
-    side = min(max(size) if framing.fit == "pad" else min(size), SHARP_PX)
-    return square_pixels(image, side, framing) if side > image_size else None
-
-
-def _check_shape(image: Image.Image, image_size: int) -> None:
     width, height = size = full_size(image)[0]
     short, long = min(size), max(size)
     if size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
@@ -341,6 +282,18 @@ def _check_shape(image: Image.Image, image_size: int) -> None:
             f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "
             f"least {MIN_SIDE} px, and its longer side at most {MAX_ASPECT} times as many",
         )
+    return square_pixels(image, image_size, framing)
+
+
+SHARP_PX: Final = 672
+"""Most pixels on a side of what lies under the patches: enough for a stage of 560 px on a sharper screen."""
+
+
+def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels | None:
+    """The part of an image that a model sees, uint8 [Q, Q, 3], with S < Q <= `SHARP_PX`; None if it has no more px."""
+    size = full_size(image)[0]
+    side = min(max(size) if framing.fit == "pad" else min(size), SHARP_PX)
+    return square_pixels(image, side, framing) if side > image_size else None
 
 
 @torch.inference_mode()
@@ -368,12 +321,8 @@ def noise_of(router: Any) -> str:
 def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
     """Let the routers of `net` that have noise draw it inside the scope; other threads wait for their turn on it.
 
-    Everything else stays as in evaluation, the capacity too. The draw depends on the seed and on the number of tokens
-    alone; the process's own generator is left as it was.
-
-    Args:
-        net: a model in evaluation.
-        seed: of the draw; None for no noise.
+    Everything else stays as in evaluation, the capacity too. The draw depends on the seed (None: no noise) and on the
+    number of tokens alone; the process's own generator is left as it was.
     """
     if seed is None:
         yield

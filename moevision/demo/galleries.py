@@ -73,17 +73,9 @@ class _UntilStopped(View):
 
     def image(self, index: int) -> Pixels:
         """The image, uint8 [S, S, 3]; raises `BadImageError`."""
-        self._go_on()
-        return super().image(index)
-
-    def part_mask(self, index: int) -> Pixels | None:
-        """The part at each pixel, uint8 [S, S]; None without parts."""
-        self._go_on()
-        return super().part_mask(index)
-
-    def _go_on(self) -> None:
         if self.stopping.is_set():
             raise _StoppedError
+        return super().image(index)
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class Galleries:
         return self._done.wait(timeout_s)
 
     def close(self) -> None:
-        """Stop after the image that is being read or routed."""
+        """Stop after the image that is being read or routed, or the atlas that is being built."""
         self.stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -153,7 +145,9 @@ class Galleries:
                 continue
             try:
                 if entry.card.id not in held:
-                    held[entry.card.id] = self._hold(entry, entry.examples.pictures)
+                    limit = max(self.limit, MOST) if entry.shown else self.limit
+                    chosen = open_pictures(entry.examples.pictures, entry.facts.image_size, limit=limit)
+                    held[entry.card.id] = read_into_memory(_UntilStopped(chosen, self.stopping))
                 self._collect(entry, variant, held[entry.card.id])
                 self._ready(entry, variant)
             except _StoppedError:
@@ -163,11 +157,6 @@ class Galleries:
                 self._failed[entry.card.id, variant] = str(error) or type(error).__name__
         self._done.set()
 
-    def _hold(self, entry: Entry, pictures: PictureSet) -> View:
-        limit = max(self.limit, MOST) if entry.shown else self.limit
-        chosen = open_pictures(pictures, entry.facts.image_size, limit=limit)
-        return read_into_memory(_UntilStopped(chosen, self.stopping))
-
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
         key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
         # Small batches: a visitor's image waits no longer than one of them takes.
@@ -176,7 +165,7 @@ class Galleries:
         )
         self._galleries[key] = Gallery(held, trace)
         if key not in self._atlases:
-            self._atlases[key] = atlas_of(trace, pictures)
+            self._atlases[key] = atlas_of(trace, held)
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
@@ -256,7 +245,11 @@ class AtlasPages:
                 "layer": layer["layer"],
                 "name": layer["name"],
                 **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
-                "answers": [_with_command(answer, entry) for answer in layer["answers"]],
+                # What wasn't measured names the command that measures it of this model.
+                "answers": [
+                    {**answer, "sentence": answer["sentence"].replace("analyze MODEL", f"analyze {entry.address}")}
+                    for answer in layer["answers"]
+                ],
                 "load_words": layer["load_words"],
             }
             for layer in atlas["layers"]
@@ -464,11 +457,6 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
     label = pictures.label(index)
     word = pictures.class_names[label] if label >= 0 else None
     return Found(entry.examples.id_of(pictures, index), "", word, pictures.image(index))
-
-
-def _with_command(answer: Json, entry: Entry) -> Json:
-    """What wasn't measured names the command that measures it of this model."""
-    return {**answer, "sentence": answer["sentence"].replace("analyze MODEL", f"analyze {entry.address}")}
 
 
 def _waiting(status: str, **empty: Any) -> Json:

@@ -113,16 +113,11 @@ def lesson_page() -> str | None:
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:
-    """One view as HTML that needs neither server nor network.
+    """One view, JSON of the schema `moevision.view/2`, as HTML that needs neither server nor network.
 
-    Args:
-        view: JSON of a `moevision.view/2` object.
-        full_page: True for a document to save; False for a frame to show in a notebook. The frame keeps the page's
-            style and script to itself, and is sandboxed: the script can't reach the notebook.
-        history: of the image, as the request `history` answers it; then the page has the moments of the training too.
-
-    Raises:
-        ValueError: the view has another schema.
+    A `full_page` is a document to save, anything else a frame to show in a notebook. The frame keeps the page's style
+    and script to itself, and is sandboxed: the script can't reach the notebook. With the image's `history`, as the
+    request of that name answers it, the page has the moments of the training too.
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
@@ -193,7 +188,12 @@ def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None
 
     It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
     """
-    lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
+    lines = []
+    for name, value in constants.items():
+        text = json_text(value, separators=(",", ":"))
+        for sign in "<>&":  # which could end or change the script element that it stands in
+            text = text.replace(sign, f"\\u{ord(sign):04x}")
+        lines.append(f"const {name} = {text};")
     texts = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
     joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)) for text in texts)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
@@ -213,14 +213,6 @@ def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, 
 
     visit(entry)
     return tuple(order)
-
-
-def _inline_json(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever texts it holds."""
-    text = json_text(value, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
 
 
 def read_css(names: tuple[str, ...]) -> str:

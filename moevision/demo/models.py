@@ -21,9 +21,8 @@ and a model of photos
 
 from __future__ import annotations
 
-import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -41,7 +40,7 @@ from moevision.errors import DataWarning, UserError, shown
 from moevision.models.history import FILE
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
-from moevision.words import percent
+from moevision.words import percent, shell_word
 
 Floats = npt.NDArray[np.float32]
 SOURCES: Final = Path("examples/SOURCES.json")
@@ -112,7 +111,7 @@ def card_of_run(address: str) -> Card:
             title=shown(str(summary["name"])),
             subtitle=str(summary["model"]),
             data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
-            recipe=f"moevision fit --config {shlex.quote(shown(str(run)))}/config.yaml",
+            recipe=f"moevision fit --config {shell_word(shown(str(run / 'config.yaml')))}",
             seed=seed if type(seed) is int else None,
             accuracy=accuracy,
             data_kind=str(summary["data"]),
@@ -219,23 +218,18 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
     if not folders:
         raise UserError("This installation carries no model: give one, as in moevision demo runs/NAME/model.")
     cards = [read_card(folder / "card.json") for folder in folders]
-    entries = [
-        _open_bundled(folder, card, replace(options, data=_data_for(card, options.data, cards)))
-        for folder, card in zip(folders, cards, strict=True)
-    ]
+    kinds, entries = {card.data_kind for card in cards}, []
+    for folder, card in zip(folders, cards, strict=True):
+        # The drawn images are for the model of their kind, the user's for the one that knows photos.
+        data = SYNTHETIC if card.data_kind == SYNTHETIC else options.data
+        entries.append(
+            _open_bundled(folder, card, replace(options, data=None if data in kinds - {card.data_kind} else data))
+        )
     drawn_first = options.data == SYNTHETIC
     return sorted(
         entries,
         key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first),
     )
-
-
-def _data_for(card: Card, data: str | None, cards: Sequence[Card]) -> str | None:
-    """The images of a bundled model: the drawn ones for its own kind, the user's for the one that knows photos."""
-    if card.data_kind == SYNTHETIC:
-        return SYNTHETIC
-    kinds = {other.data_kind for other in cards}
-    return data if data is not None and (data not in kinds or data == card.data_kind) else None
 
 
 def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
@@ -252,10 +246,12 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
     entry = _entry(card, nets, dense, pictures, folder, credits)
     histories = {variant: folder / name for variant, name in HISTORIES.items()}
     own = credits is not None or card.data_kind == SYNTHETIC  # else the images are others than those of the history
+    file = folder / "dense.json"
+    said = read_json(file)["probabilities"] if credits is not None and file.is_file() else {}
     return replace(
         entry,
         shown=_named(options, entry.examples.pictures),
-        dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
+        dense_answers={entry.examples.id_of_name(name): np.array(row, np.float32) for name, row in said.items()},
         histories={variant: file for variant, file in histories.items() if own and variant in nets and file.is_file()},
     )
 
@@ -266,15 +262,6 @@ def credits_of(file: Path) -> dict[str, str]:
         name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
         for name, row in read_json(file).items()
     }
-
-
-def _dense_answers(folder: Path, examples: Examples) -> dict[str, Floats]:
-    """What the dense twin says about the examples, by their ids."""
-    file = folder / "dense.json"
-    if not file.is_file():
-        return {}
-    found = read_json(file)["probabilities"]
-    return {examples.id_of_name(name): np.array(row, dtype=np.float32) for name, row in found.items()}
 
 
 def _open_own(address: str, options: DataOptions) -> Entry:
@@ -300,7 +287,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     history = None if run is None or images is None or images.run is None else run / FILE
     histories = {"trained": history} if history is not None and history.is_file() else {}
     named = _named(options, pictures, held_out=own)
-    return replace(entry, address=shlex.quote(shown(address)), shown=named, histories=histories)
+    return replace(entry, address=shell_word(shown(address)), shown=named, histories=histories)
 
 
 def _entry(

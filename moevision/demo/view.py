@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
+from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
 from moevision.demo.computation import Computation, Heard, listen
 from moevision.demo.facts import (
     LayerFacts,
@@ -87,7 +87,7 @@ class Settings:
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
     routers = {number: layer.router for number, layer in layers.items()}
-    able = [number for number, one in routers.items() if refusal(kind, routing_kind(one), routed_unit(one)) is None]
+    able = [number for number, one in routers.items() if refusal(kind, one.kind, routed_unit(one)) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 
@@ -131,26 +131,15 @@ TOP, LENS_TOP = 10, 2
 
 @dataclass(frozen=True)
 class LayerView:
-    """Where one MoE layer sent the patches of the image.
+    """Where one MoE layer sent the patches of the image."""
 
-    Attributes:
-        facts: which layer, and how it routes; `top_k` is what is shown, which may not be as trained.
-        expert_index: [P, K] experts of each patch, best first.
-        combine_weight: [P, K] weight of each of them in the output.
-        kept: [P, K] False where an expert didn't compute the patch: a capacity dropped the choice, or the expert chose
-            other patches.
-        probs: [P, E] the router's affinities, summing to 1.
-        reads: [E, P] what an expert reads of each patch, the mean over its slots; None but for Soft MoE.
-        computation: what was computed of it, in numbers; None where nobody listened.
-    """
-
-    facts: LayerFacts
-    expert_index: npt.NDArray[np.int64]
-    combine_weight: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.bool_]
-    probs: npt.NDArray[np.float32]
-    reads: npt.NDArray[np.float64] | None = None
-    computation: Computation | None = None
+    facts: LayerFacts  # which layer, and how it routes; `top_k` is what is shown, which may not be as trained
+    expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
+    combine_weight: npt.NDArray[np.float32]  # [P, K] weight of each of them in the output
+    kept: npt.NDArray[np.bool_]  # [P, K] False where a capacity dropped the choice, or the expert chose other patches
+    probs: npt.NDArray[np.float32]  # [P, E] the router's affinities, summing to 1
+    reads: npt.NDArray[np.float64] | None = None  # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
+    computation: Computation | None = None  # what was computed of it, in numbers; None where nobody listened
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
@@ -295,6 +284,9 @@ def route_image(
             _layer_view(routing, router, settings, one)
             for routing, router, one in zip(routings, facts.routers, heard, strict=True)
         )
+    if dense is not None:
+        alike = pixels if dense.image_size == len(pixels) else model_input(image, dense.image_size, dense.framing)
+        dense_probabilities = softmax(route_batch(dense, alike[None])[0])[0]
     after_blocks = lens(saved.net, outputs)
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
@@ -302,7 +294,7 @@ def route_image(
         picture=replace(known, pixels=pixels),
         layers=layers,
         probabilities=softmax(logits)[0],
-        dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
+        dense_probabilities=dense_probabilities,
         settings=settings,
         lens=None if after_blocks is None else softmax(after_blocks),
     )
@@ -312,13 +304,6 @@ def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32], co
     """The `count` likeliest classes, best first: `{"class", "p"}`."""
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
-
-
-def _dense(dense: SavedModel, image: Image.Image | Pixels | str | Path, pixels: Pixels) -> npt.NDArray[np.float32]:
-    if dense.image_size != len(pixels):
-        pixels = model_input(image, dense.image_size, dense.framing)
-    probabilities: npt.NDArray[np.float32] = softmax(route_batch(dense, pixels[None])[0])[0]
-    return probabilities
 
 
 def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: Heard) -> LayerView:

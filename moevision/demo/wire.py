@@ -29,11 +29,7 @@ Code = Literal["bad_request", "busy", "bad_image", "too_large"]
 
 
 class RequestError(UserError):
-    """A request that can't be answered.
-
-    Attributes:
-        code: what kind of mistake it is, for the page.
-    """
+    """A request that can't be answered; `code` is what kind of mistake it is, for the page."""
 
     def __init__(self, message: str, code: Code = "bad_request") -> None:
         super().__init__(message)
@@ -78,12 +74,8 @@ def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
 def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
     """The upright RGB image that came inside a request as `data:image/...;base64,...`, or as the base64 alone.
 
-    A JPEG may come with fewer pixels if it will be shrunk to `short_side` (`safe_open`).
-
-    Raises:
-        RequestError: with code "too_large" if it has more than `MAX_BYTES` bytes.
-        BadImageError: if it is not base64, has more than `MAX_PIXELS` (a JPEG) or `MAX_PIXELS_WHOLE` pixels, or is not
-            an image that `safe_open` accepts.
+    A JPEG may come with fewer pixels if it will be shrunk to `short_side` (`safe_open`). More than `MAX_BYTES` are a
+    RequestError with code "too_large"; anything else that isn't accepted is a BadImageError.
     """
     too_large = RequestError(
         f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.", "too_large"

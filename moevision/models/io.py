@@ -100,7 +100,7 @@ def load_model(address: str) -> SavedModel:
 def describe(net: nn.Module) -> SavedModel:
     """A model with the class names, size and colour statistics that it carries."""
     config = timm.data.resolve_model_data_config(net)
-    words = _class_names(cast(dict[str, Any], net.pretrained_cfg), cast(int, net.num_classes))
+    words = _class_names(getattr(net, "pretrained_cfg", None) or {}, getattr(net, "num_classes", 0))
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
     if size[-1] != size[-2]:

@@ -38,11 +38,11 @@ def measured():
 
 
 def test_difference_interval_by_hand() -> None:
-    a = Estimate(0.5, 0.4, 0.6, 0, 0, 0, 0, 100)
+    a = Estimate(0.5, 0.4, 0.6, 0, 0)
     # lower end of a - b: d - sqrt(0.1² + (high - value of b)²); with 0.24² it is 0.26 wide
     assert math.hypot(0.1, 0.24) == pytest.approx(0.26)
-    assert exceeds(a, Estimate(0.239, 0.2, 0.479, 0, 0, 0, 0, 100))
-    assert not exceeds(a, Estimate(0.241, 0.2, 0.481, 0, 0, 0, 0, 100))
+    assert exceeds(a, Estimate(0.239, 0.2, 0.479, 0, 0))
+    assert not exceeds(a, Estimate(0.241, 0.2, 0.481, 0, 0))
 
 
 def test_baselines_of_a_model(measured) -> None:

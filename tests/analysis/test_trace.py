@@ -335,6 +335,13 @@ def test_a_bare_module():
     headless = collect_routing(small(num_classes=0), PETS)
     assert headless.probabilities.shape == (24, 0)
     assert set(headless.predictions.tolist()) == {-1}
+    told = {"crop_mode": "squash", "label_names": ["n01", "n02"], "label_descriptions": {"n01": "cat"}}
+    net = small(num_classes=2)
+    net.pretrained_cfg = {**net.pretrained_cfg, **told}
+    wide = [(Image.effect_noise((64, 32), 90), 0)]
+    trace = collect_routing(net, wide)
+    assert trace.prediction_names == ("cat", "n02")
+    arrays_equal(trace, collect_routing(replace(imagenet, net=net, class_names=["cat", "n02"], fit="squash"), wide))
 
 
 def test_one_expert():

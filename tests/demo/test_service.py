@@ -503,16 +503,15 @@ def test_a_closed_explorer_reads_no_more_images(home):
     assert galleries.gallery(entry, "trained") is None
 
 
-@pytest.mark.parametrize("work", ["collect_routing", "atlas_of"])
-def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch, work):
+def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch):
     entry = open_entries(None, DataOptions(), home=home)[0]
-    galleries, done = Galleries([entry], limit=32), getattr(galleries_module, work)
+    galleries, done = Galleries([entry], limit=32), galleries_module.collect_routing
 
     def close_first(*arguments, **options):
         galleries.stopping.set()
         return done(*arguments, **options)
 
-    monkeypatch.setattr(galleries_module, work, close_first)
+    monkeypatch.setattr(galleries_module, "collect_routing", close_first)
     galleries.start()
     assert galleries.wait(60)
     assert galleries.atlas(entry, "trained") is None  # and no error
