@@ -38,14 +38,10 @@ class ModelCost:
 def measure_cost(
     model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3, *, backend: Backend = "loop"
 ) -> ModelCost:
-    """Count the parameters of a model and the FLOPs of one image, on the model's own device.
+    """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
-    Args:
-        model: an image model, MoE or dense.
-        image_size: side(s) of the input in pixels.
-        in_chans: channels of the input.
-        backend: whose FLOPs to count: `dense` computes all experts, as exported files do (`flops_per_image` is then no
-            longer what is active); the others compute the chosen ones and agree.
+    The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
+    The others compute the chosen ones and agree.
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())

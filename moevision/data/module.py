@@ -76,9 +76,6 @@ class ImageDataModule(Data, LightningDataModule):
     """Images of one folder, table or named dataset, split, augmented and batched; nothing is read before ``setup``.
 
     Its arguments are the fields of `moevision.config.Data`, which says what each of them is.
-
-    Raises:
-        UserError: If a value is out of range.
     """
 
     __hash__ = object.__hash__
@@ -128,11 +125,7 @@ class ImageDataModule(Data, LightningDataModule):
             self._open_collection(download=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the file list, split it, and decode what fits into memory.
-
-        Raises:
-            UserError: If the data are missing, laid out otherwise, or too many files are bad.
-        """
+        """Read the file list, split it, and decode what fits into memory."""
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
             self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))

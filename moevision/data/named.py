@@ -185,12 +185,7 @@ DATASET_NAMES: Final = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:
-    """What is certain about the data that `--data` names.
-
-    Args:
-        path: a name of `DATASET_NAMES`, a folder, or another place of images. Of a path only its last part is told:
-            the rest may be private.
-    """
+    """What is certain about the data that `--data` names; of a path its last part, the rest may be private."""
     if path.startswith(HF):
         name = shown(path.removeprefix(HF).partition(":")[0])
         return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)

@@ -70,19 +70,12 @@ def base_side(image_size: int) -> int:
 
 
 def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
-    """The image as evaluation sees it: its central square, or the whole padded or squashed, resized to S x S.
+    """The image as evaluation sees it, uint8 [S, S, 3]: its central square, or the whole padded or squashed, resized.
 
     Bicubic, antialiased. `crop` equals resizing the short side and then cropping the centre, but an image of
     10 x 10 000 pixels never becomes a huge one in between. An image that is S x S already is returned as it is.
-    The three are the `crop_mode`s of timm's transforms: center, border, squash.
-
-    Args:
-        image: an RGB image of any size, perhaps decoded at a reduced size by `safe_open`.
-        image_size: side of the result, S, in pixels.
-        framing: what to do if it isn't square.
-
-    Returns:
-        uint8 [S, S, 3].
+    The three are the `crop_mode`s of timm's transforms: center, border, squash. `safe_open` may have decoded the image
+    at a reduced size.
     """
     (width, height), reduction = full_size(image)
     if framing.fit != "crop" and width != height:
@@ -146,14 +139,8 @@ class TrainTransform:
     ) -> None:
         """Choose the steps; images come in S x S for the crop "pad", in any size for "random_resized".
 
-        Args:
-            image_size: side of the result, S.
-            augment: "none" leaves out crop, flip and policy.
-            crop: how.
-            min_crop_scale: smallest share of the image's area in a random resized crop.
-            hflip: mirror every image in every other epoch, half of them in the first (arXiv:2404.00498, section 3.6).
-            random_erasing: probability that a random rectangle is filled with the mean colour.
-            mean: mean colour in [0, 1], the filling of what lies outside the image.
+        The arguments are as in `moevision.config.Data`; `augment` "none" leaves out crop, flip and policy, and the mean
+        colour fills what lies outside the image.
         """
         self.image_size, self.min_crop_scale, self.random_erasing = image_size, min_crop_scale, random_erasing
         self.crop: CropMode | None = None if augment == "none" else crop
@@ -178,7 +165,7 @@ class TrainTransform:
         rows = list(out)
         if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
             first = uniform(1, seed, _FLIP, 0, index)[:, 0] < 0.5  # [B]
-            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides
+            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides (arXiv:2404.00498, section 3.6)
             rows = [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
         if self.crop == "pad":
             out[:] = self.fill

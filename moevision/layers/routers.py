@@ -67,20 +67,8 @@ class TopKRouter(Router):
     the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
     image, and a capacity (of the batch) counts images.
 
-    Args:
-        dim: D, the width of a token.
-        num_experts: E.
-        top_k: K, between 1 and E.
-        noise: `learned` (a second linear map gives each token's noise), `fixed` (σ = 1/E), `jitter` or `none`.
-        softmax_over: `kept` (after the choice, sums to 1) or `all` (before the choice).
-        options: `route_by`, capacity, its priority and group, `normalize_gates` (over either softmax); `noise` in it
-            wins.
-        default_losses: weights of the balance losses where the user gives none.
-        device: where the parameters live.
-        dtype: dtype of the parameters.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts.
+    `options` say the rest, and their `noise` wins. `default_losses` are weights of the balance losses where the user
+    gives none.
     """
 
     words = by_softmax

@@ -137,11 +137,7 @@ def load_dense(
     depth: int | None = None,
     seed: int | None = 0,
 ) -> nn.Module:
-    """The dense model that `upcycle` with the same arguments starts from, in training mode.
-
-    Raises:
-        UserError: if it can't be found or loaded.
-    """
+    """The dense model that `upcycle` with the same arguments starts from, in training mode."""
     with _seeded(seed):
         return create_from(source, num_classes, image_size, weights=weights, depth=depth)
 

@@ -129,14 +129,11 @@ def chosen(
     """What a command line asks for, by dotted names, with what is chosen for the images where it says nothing.
 
     `FOLDER`, or a dataset's name, gets a recipe unless `--config` is given; a name of a shipped configuration is that
-    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given.
+    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given. A run
+    that is `recorded` has a config already: nothing needs to be said, and no recipe is chosen.
 
-    Args:
-        verb: `fit`, `validate` or `test`.
-        given: the command line.
-        recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
-        decide: calls a function in the first process of a training alone, and gives its result to all of them.
-        say: takes the line that says what the training starts from.
+    `decide` calls a function in the first process of a training alone, and gives its result to all of them; `say` takes
+    the line that says what the training starts from.
     """
     path, typed = given.folder, dict(given.options)
     if typed.get("model.arch.twin") and typed.get("with_twin"):
