@@ -147,7 +147,8 @@ class ImageDataModule(Data, LightningDataModule):
             splits = self.choices.apply(make_splits(collection, cut), class_names)
             if table is not None and is_main_process():
                 write_splits(table, splits, class_names)
-        counts = count_classes(splits.samples, class_names)
+        labels = {split: Counter(sample.label for sample in members) for split, members in splits.samples.items()}
+        counts = {split: {name: own[label] for label, name in enumerate(class_names)} for split, own in labels.items()}
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
         imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
         self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
@@ -452,15 +453,6 @@ class Quarantine:
                     f"{count} of {size} {split} images can't be used, more than the allowed share of "
                     f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
                 )
-
-
-def count_classes(samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str]) -> ClassCounts:
-    """Images per split and class name, unreadable ones included."""
-    counts: ClassCounts = {}
-    for split, members in samples.items():
-        labels = Counter(sample.label for sample in members)
-        counts[split] = {name: labels[label] for label, name in enumerate(class_names)}
-    return counts
 
 
 def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:

@@ -566,22 +566,16 @@ def _train_twin(
     return write_comparison(result, other, match)
 
 
-def _of_a_run(given: Given) -> Given:
-    """The checkpoint that a training ends with, where its run folder stands in the place of images."""
-    folder = Path(given.folder or "") / "checkpoints"
-    if given.folder is None or given.options.get("ckpt_path") or not folder.is_dir():
-        return given
-    checkpoint, _ = final_checkpoint(folder)
-    return given._replace(folder=None, options={**given.options, "ckpt_path": str(checkpoint)})
-
-
 def evaluate(verb: str, given: Given) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
     session = Session(given.command)
     with _in_sentences(session):
         if given.options.get("resume") is not None:
             raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
-        given = _of_a_run(given)
+        folder = Path(given.folder or "") / "checkpoints"
+        if given.folder is not None and not given.options.get("ckpt_path") and folder.is_dir():  # a run's, not images
+            last = str(final_checkpoint(folder)[0])
+            given = given._replace(folder=None, options={**given.options, "ckpt_path": last})
         options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")

@@ -259,22 +259,17 @@ def choose_recipe(
     }
 
 
-def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
-    """Batches of a training epoch, for each process, with --trainer.limit_train_batches."""
-    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-
-
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
-    epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
+    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
+    epoch = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    epochs, steps = max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
     per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
     whole_epochs, more = divmod(steps, per_epoch)
     if steps and (not epochs or whole_epochs < epochs):
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
-    whole = epoch == data.train_batches(trainer.world_size)
-    images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
+    images = sum(data.class_counts["train"].values()) if epoch == batches else epoch * at_once
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 

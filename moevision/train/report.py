@@ -189,7 +189,7 @@ class RunSummary:
     seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
     cpu_s: float | None = None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
-    data_wait: float | None = None  # share of the training time without data; None where it wasn't measured
+    data_wait: float | None = None  # share of the training time spent waiting for data; None where not measured
     gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
     bad_images: Sequence[tuple[str, str, str]] = ()  # (path, reason, split) of files that could not be read
