@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Given, checked
 from moevision.data import ImageDataModule
-from moevision.data.named import HF
+from moevision.data.named import HF, NAMED
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, shown
@@ -55,15 +55,6 @@ _MODEL = tuple(
     f"model.arch.{name}"
     for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 )
-# Images in the datasets known by name, which may have to be fetched before they can be counted.
-_NAMED_IMAGES = {
-    "synthetic_pets": 16_000,
-    "cifar10": 60_000,
-    "imagenette": 13_394,
-    "pets": 7_349,
-    "pets_cat_dog": 7_349,
-    "imagenet": 1_331_167,
-}
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -142,7 +133,7 @@ def chosen(
     files = [find_config(name) for name in given.configs]
     named = path is not None and path in shipped_configs() and not Path(path).exists()
     if named and not files:
-        if asked in (None, NONE) or path not in _NAMED_IMAGES:
+        if asked in (None, NONE) or path not in NAMED:
             files, path = [find_config(cast(str, path))], None
         else:  # recipes from scratch don't suit pretrained weights, their data do
             typed.setdefault("data.download", True)
@@ -216,8 +207,7 @@ def choose_recipe(
 
     `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); `given` win.
     """
-    named = path in _NAMED_IMAGES
-    images = _NAMED_IMAGES[path] if named else count_images(path)
+    named, images = path in NAMED, count_images(path)
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if given.get(option) is not None), None)
     if asked is None and few and named_model is not None:
