@@ -193,13 +193,6 @@ class Gap:
         error = self.error
         return math.nan if math.isnan(error) else detectable(self.seeds) * math.sqrt(self.seeds) * error
 
-    @property
-    def text(self) -> str:
-        """`-0.40 (-1.20 to +0.40)`."""
-        if math.isnan(self.mean):
-            return "-"
-        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
-
 
 def detectable(seeds: int, level: float = LEVEL) -> float:
     """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with 80 % power.
