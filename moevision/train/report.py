@@ -25,7 +25,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from torch import nn
 
-from moevision.data.named import UNKNOWN, terms_of
+from moevision.data.named import NAMED, UNKNOWN, terms_of
 from moevision.efficiency import ModelCost
 from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
@@ -417,7 +417,7 @@ def model_card(facts: dict[str, Any]) -> str:
     result = EvalResult(
         task_type="image-classification",
         task_name="Image Classification",
-        dataset_type=terms.hub_id or terms.kind,
+        dataset_type=terms.hub_id or (summary.data if summary.data in NAMED else "imagefolder"),
         dataset_name=terms.title,
         dataset_split="test",
         metric_type="accuracy",
