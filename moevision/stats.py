@@ -234,13 +234,3 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
     # Convex in 1 / T, so there is one minimum.
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6})
     return Calibration(float(np.exp(found.x)), n)
-
-
-def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any]) -> float:
-    """Expected calibration error in [0, 1] (arXiv:1706.04599, eq. 3): mean gap over 15 equally wide bins.
-
-    The gap is that between the probability of the answer, `confidence` [n], and whether it was right, `correct` [n].
-    """
-    place = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(place, confidence - correct, minlength=15)
-    return float(np.abs(gaps).sum() / len(confidence))
