@@ -411,7 +411,6 @@ def fixed_std(logits: Tensor) -> Tensor:
 class RouterKind:
     """A router's name in the table."""
 
-    summary: str  # what it does, in words for a help text
     make: Callable[..., Any]  # constructor (dim, E, K, options, device, dtype)
     options: tuple[str, ...] = ()  # the `RouterOptions` that it has a use for
     top_k: int = 2  # K where the user gives none
@@ -450,24 +449,18 @@ _SIGMOID = (
 )
 _TOKEN_CHOICE = ("noise", *_SIGMOID)
 ROUTERS: dict[str, RouterKind] = {
-    "noisy_top_k": RouterKind(
-        "noisy top-k with learned noise (Shazeer 2017)",
-        partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD),
-        _TOKEN_CHOICE,
-    ),
-    "vmoe_top_k": RouterKind("softmax, fixed noise, top-k (V-MoE)", partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
-    "switch": RouterKind("one expert per token, no noise (Switch Transformer)", _switch, _TOKEN_CHOICE, top_k=1),
-    "sigmoid": RouterKind("top-k of independent sigmoids", partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
-    "bias_balanced": RouterKind(
-        "sigmoids, balanced by a bias instead of a loss (DeepSeek-V3)", _bias_balanced, (*_SIGMOID, "bias_rate")
-    ),
-    "cosine": RouterKind("scaled cosine with expert embeddings (X-MoE)", partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
-    "expert_choice": RouterKind("experts choose tokens", ExpertChoiceRouter, ("noise", "normalize_gates")),
-    "soft": RouterKind("experts read weighted means of tokens (Soft MoE)", SoftRouter, ("slots_per_expert",)),
-    "hash": RouterKind("baseline: by a hash of the position", partial(_fixed_rule, HashRouter)),
-    "random": RouterKind("baseline: at random", partial(_fixed_rule, RandomRouter)),
-    "position": RouterKind("hand-made: bands of the image", partial(_fixed_rule, PositionRouter)),
-    "colour": RouterKind("hand-made: clusters of the patch's colour", _colour),
+    "noisy_top_k": RouterKind(partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD), _TOKEN_CHOICE),
+    "vmoe_top_k": RouterKind(partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
+    "switch": RouterKind(_switch, _TOKEN_CHOICE, top_k=1),
+    "sigmoid": RouterKind(partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
+    "bias_balanced": RouterKind(_bias_balanced, (*_SIGMOID, "bias_rate")),
+    "cosine": RouterKind(partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
+    "expert_choice": RouterKind(ExpertChoiceRouter, ("noise", "normalize_gates")),
+    "soft": RouterKind(SoftRouter, ("slots_per_expert",)),
+    "hash": RouterKind(partial(_fixed_rule, HashRouter)),
+    "random": RouterKind(partial(_fixed_rule, RandomRouter)),
+    "position": RouterKind(partial(_fixed_rule, PositionRouter)),
+    "colour": RouterKind(_colour),
 }
 
 
