@@ -54,7 +54,6 @@ from moevision.train.health import (
     StopEarly,
     Stopwatch,
     WeightEMA,
-    log_routers,
 )
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
@@ -302,12 +301,11 @@ def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callba
     asked = {**settings.trainer, **named}
     if asked["accelerator"] == "auto" and torch.backends.mps.is_available():
         asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
-    per_layer = settings.log_routers == "layers"
     others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
     asked |= {
         "default_root_dir": str(run_dir),
         # The first one: Lightning takes the run folder from it.
-        "logger": [RunLogger(run_dir), *(log_routers(each, per_layer=per_layer) for each in others)],
+        "logger": [RunLogger(run_dir), *others],
         "plugins": [*_as_list(asked.get("plugins")), SafeCheckpointIO()],
         "callbacks": callbacks,
     }
