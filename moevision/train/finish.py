@@ -189,8 +189,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     write_text_atomic(run_dir / "classes_test.csv", csv_text(("class", "images", *shares), table))
     calibrated_ece = None
     if temperature is not None and np.isfinite(confidence).all():
-        told, right = torch.from_numpy(confidence), torch.from_numpy(correct)
-        calibrated_ece = float(binary_calibration_error(told, right, n_bins=15))  # as test/ece: of the answer alone
+        surest, right = torch.from_numpy(confidence), torch.from_numpy(correct)
+        calibrated_ece = float(binary_calibration_error(surest, right, n_bins=15))  # as test/ece has it
     test = TestScores(
         correct=int(correct.sum()),
         total=len(found),
