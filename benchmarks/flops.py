@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moevision.efficiency import LayerCount, count_layers, flop_counter
+from moevision.layers import moe_layers
 
 _aten = torch.ops.aten
 
@@ -99,38 +100,47 @@ def training_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | 
 
 def _count(model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool) -> FlopCount:
     executed, recomputed, layers = _run(model, images, autocast, training=training, checkpointing=False)
-    experts = [(layer.rows, int(layer.routing.counts().sum()), _per_row(layer, training=training)) for layer in layers]
+    experts = [
+        (layer.rows, int(layer.routing.counts().sum()), _per_row(layer, reached, training=training))
+        for layer, reached in layers
+    ]
     wasted = sum((rows - kept) * per_row for rows, kept, per_row in experts)
     return FlopCount(
         images=len(images),
         executed=executed,
         useful=executed - wasted - recomputed,
-        router=sum(_router_flops(layer, training=training) for layer in layers),
+        router=sum(_router_flops(layer, reached, training=training) for layer, reached in layers),
         experts_executed=sum(rows * per_row for rows, _, per_row in experts),
         experts_useful=sum(kept * per_row for _, kept, per_row in experts),
     )
 
 
-def _per_row(layer: LayerCount, *, training: bool) -> int:
-    """FLOPs of one row through one expert: forward, and as much again for each gradient."""
+def _per_row(layer: LayerCount, reached: bool, *, training: bool) -> int:
+    """FLOPs of one row through one expert: forward, and as much again for each gradient.
+
+    `reached`: whether the layer's input has a gradient to be computed.
+    """
     if not training:
         return layer.per_row
     fc1, fc2 = layer.layer.experts.fc1, layer.layer.experts.fc2
-    hidden_needs_gradient = layer.input_needs_gradient or any(p.requires_grad for p in fc1.parameters())
-    first = 2 * fc1.in_features * fc1.out_features * (1 + fc1.weight.requires_grad + layer.input_needs_gradient)
+    hidden_needs_gradient = reached or any(p.requires_grad for p in fc1.parameters())
+    first = 2 * fc1.in_features * fc1.out_features * (1 + fc1.weight.requires_grad + reached)
     return first + 2 * fc2.in_features * fc2.out_features * (1 + fc2.weight.requires_grad + hidden_needs_gradient)
 
 
-def _router_flops(layer: LayerCount, *, training: bool) -> int:
+def _router_flops(layer: LayerCount, reached: bool, *, training: bool) -> int:
     """The router's FLOPs; all of its products have a weight and an activation."""
     trains = any(parameter.requires_grad for parameter in layer.layer.router.parameters())
-    return layer.router * (1 + training * (trains + layer.input_needs_gradient))
+    return layer.router * (1 + training * (trains + reached))
 
 
 def _run(
     model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool, checkpointing: bool
-) -> tuple[int, int, list[LayerCount]]:
-    """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing)."""
+) -> tuple[int, int, list[tuple[LayerCount, bool]]]:
+    """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing).
+
+    With each layer comes whether its input has a gradient to be computed.
+    """
     # The copy of a compiled block is an uncompiled one; `torch.compile(model)` wraps the model instead.
     net = copy.deepcopy(cast(nn.Module, getattr(model, "_orig_mod", model))).train(training)
     if getattr(net, "grad_checkpointing", False) and not checkpointing:
@@ -139,6 +149,9 @@ def _run(
         nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
     )
     layers: list[LayerCount] = []
+    reached: list[bool] = []
+    for layer in moe_layers(net):  # of the copy, which nobody else uses
+        layer.register_forward_pre_hook(lambda _, arguments: reached.append(arguments[0].requires_grad))
     with flop_counter() as counter, torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         with scope, torch.set_grad_enabled(training):
             if checkpointing:
@@ -148,7 +161,8 @@ def _run(
         if training:
             # Any loss without a matrix product, whose gradient is no expanded tensor (`grouped_mm` refuses those).
             output.float().square().mean().backward()
-    return int(counter.get_total_flops()), recomputed_attention_flops(counter), layers
+    pairs = [] if checkpointing else list(zip(layers, reached, strict=True))
+    return int(counter.get_total_flops()), recomputed_attention_flops(counter), pairs
 
 
 def recomputed_attention_flops(counter: FlopCounterMode) -> int:

@@ -576,8 +576,6 @@ class Settings:
             random].
         check_memory: refuse a model whose weights, gradients and moments alone are larger than the memory; --force
             doesn't.
-        log_routers: what a logger of `trainer.logger` gets about the routers: brief (worst load, mean entropy, dead
-            experts over all layers) or layers (each of them too). metrics.csv always has all.
         resume: resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very command,
             if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, label and
             file size, not by content. On the command line only.
@@ -596,7 +594,6 @@ class Settings:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     record_routing: RecordRoutingConfig = field(default_factory=RecordRoutingConfig)
     router_start: Literal["random", "cluster"] = "random"
-    log_routers: Literal["brief", "layers"] = "brief"
     name: str | None = None
     with_twin: bool = False
     check_memory: bool = True
@@ -808,7 +805,7 @@ FLAGS = {
     "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
     "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
 }
-WRITTEN = ("guard.snapshots_in",)  # into every config.yaml before it left
+WRITTEN = ("guard.snapshots_in", "log_routers")  # into every config.yaml before they left
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
 _SHORT = (
     *("config", "pretrained", "dense", "with-twin", "seed_everything", "name", "resume", "data.image_size"),

@@ -38,14 +38,10 @@ class ModelCost:
 def measure_cost(
     model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3, *, backend: Backend = "loop"
 ) -> ModelCost:
-    """Count the parameters of a model and the FLOPs of one image, on the model's own device.
+    """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
-    Args:
-        model: an image model, MoE or dense.
-        image_size: side(s) of the input in pixels.
-        in_chans: channels of the input.
-        backend: whose FLOPs to count: `dense` computes all experts, as exported files do (`flops_per_image` is then no
-            longer what is active); the others compute the chosen ones and agree.
+    The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
+    The others compute the chosen ones and agree.
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
@@ -95,16 +91,12 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """FLOPs of one MoE layer's forward pass: of its router, and of its routed experts.
-
-    `input_needs_gradient`: whether the layer's input has a gradient to be computed.
-    """
+    """FLOPs of one MoE layer's forward pass: of its router, and of its routed experts."""
 
     layer: MoEMlp
     routing: Routing
     router: int
     experts: int
-    input_needs_gradient: bool
 
     @property
     def per_row(self) -> int:
@@ -134,11 +126,9 @@ def count_layers(
 ) -> tuple[Any, list[LayerCount]]:
     """Run one forward pass under an open `flop_counter()`: what it returned, and its MoE layers in order of depth."""
     spent: dict[nn.Module, int] = {}  # FLOPs between start and end of a layer, its router and its shared experts
-    needs_gradient: dict[nn.Module, bool] = {}
 
-    def start(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def start(module: nn.Module, _: tuple[Any, ...]) -> None:
         spent[module] = -int(counter.get_total_flops())
-        needs_gradient[module] = arguments[0].requires_grad
 
     def end(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
         spent[module] += int(counter.get_total_flops())
@@ -160,7 +150,7 @@ def count_layers(
             # Slots are filled with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
             experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, spent[layer.router], experts, needs_gradient[layer]))
+        counts.append(LayerCount(layer, routing, spent[layer.router], experts))
     return output, counts
 
 

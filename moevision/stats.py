@@ -193,13 +193,6 @@ class Gap:
         error = self.error
         return math.nan if math.isnan(error) else detectable(self.seeds) * math.sqrt(self.seeds) * error
 
-    @property
-    def text(self) -> str:
-        """`-0.40 (-1.20 to +0.40)`."""
-        if math.isnan(self.mean):
-            return "-"
-        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
-
 
 def detectable(seeds: int, level: float = LEVEL) -> float:
     """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with 80 % power.
@@ -241,13 +234,3 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
     # Convex in 1 / T, so there is one minimum.
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6})
     return Calibration(float(np.exp(found.x)), n)
-
-
-def calibration_error(confidence: npt.NDArray[Any], correct: npt.NDArray[Any]) -> float:
-    """Expected calibration error in [0, 1] (arXiv:1706.04599, eq. 3): mean gap over 15 equally wide bins.
-
-    The gap is that between the probability of the answer, `confidence` [n], and whether it was right, `correct` [n].
-    """
-    place = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(place, confidence - correct, minlength=15)
-    return float(np.abs(gaps).sum() / len(confidence))

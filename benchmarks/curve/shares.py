@@ -300,6 +300,13 @@ def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
     return last, Gap.of([100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both])
 
 
+def with_interval(gap: Gap) -> str:
+    """`-0.40 (-1.20 to +0.40)`."""
+    if math.isnan(gap.mean):
+        return "-"
+    return f"{gap.mean:+.2f}" + ("" if math.isnan(gap.low) else f" ({gap.low:+.2f} to {gap.high:+.2f})")
+
+
 def is_as_good(gap: Gap, margin: float) -> bool:
     """Whether an interval shows that at most `margin` points were lost."""
     return gap.low > -margin
@@ -320,15 +327,16 @@ def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> li
     found = [
         f"Training on {_percent(row.share)} of the images, "
         f"{'drawn at random' if row.by == 'random' else f'chosen by {row.by}'}, "
-        f"{verdict(row.beside_all, margin)}: {row.beside_all.text} points."
+        f"{verdict(row.beside_all, margin)}: {with_interval(row.beside_all)} points."
         for row in chosen
         if row.share == asked
     ]
     if (end := slope(rows)) is not None:
         last, gap = end
         found.append(
-            f"The last {_percent(1 - last.share)} of the images, drawn at random, are worth {gap.text} points per "
-            "1,000 images. What more images than these would be worth was not measured."
+            f"The last {_percent(1 - last.share)} of the images, drawn at random, are worth "
+            f"{with_interval(gap)} points per 1,000 images. What more images than these would be worth was not "
+            "measured."
         )
     seeds, total = len({record["seed"] for record in records}), records[0]["total"]
     return [*found, f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
@@ -344,7 +352,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     head = f"{'by':<10} {'kept':>7} {'images':>10} {'accuracy':>9} {'sd':>6}  {'beside all':<26}beside random"
     return [head, *(
         f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  "
-        f"{row.beside_all.text:<26}{row.beside_random.text}"
+        f"{with_interval(row.beside_all):<26}{with_interval(row.beside_random)}"
         for row in rows
     )]  # fmt: skip
 

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from benchmarks.curve.shares import jobs, lines, schedule, sentences, slope, table, verdict
+from benchmarks.curve.shares import jobs, lines, schedule, sentences, slope, table, verdict, with_interval
 from moevision.errors import UserError
 from moevision.stats import Gap
 
@@ -71,9 +71,9 @@ def test_an_interval_needs_a_spread():
     two = Gap.of([0.0, 2.0])
     assert (two.low, two.high) == pytest.approx((1 - T2, 1 + T2), abs=1e-3)
     for each in (Gap.of([0.5]), Gap.of([0.5, 0.5])):
-        assert (each.mean, math.isnan(each.low), each.text) == (0.5, True, "+0.50")
+        assert (each.mean, math.isnan(each.low), with_interval(each)) == (0.5, True, "+0.50")
         assert "isn't shown" in verdict(each, 1.0)
-    assert Gap.of([]).text == "-"
+    assert with_interval(Gap.of([])) == "-"
 
 
 @pytest.mark.parametrize(

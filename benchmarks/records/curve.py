@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.curve import EPOCHS, FOLDER, IMAGES, MARGIN, SEEDS, parts_of
-from benchmarks.curve.shares import table
+from benchmarks.curve.shares import table, with_interval
 from benchmarks.records import ROOT, Claim, Definition
 from benchmarks.records.studies import shown
 
@@ -17,7 +17,7 @@ def _parts(*records: Any) -> list[dict[str, str]]:
 def beside_all(record: Any) -> dict[str, str]:
     """Points beside all images, by method and percent: `ccs_70`."""
     rows = table(record["trainings"], record["methods"])
-    return {f"{row.by}_{round(100 * row.share)}": row.beside_all.text for row in rows}
+    return {f"{row.by}_{round(100 * row.share)}": with_interval(row.beside_all) for row in rows}
 
 
 assert (IMAGES, EPOCHS, SEEDS, MARGIN) == (8_000, 4, 3, 1)

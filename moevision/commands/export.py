@@ -72,26 +72,24 @@ def run(chosen: Namespace) -> None:
 
 def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
     """The first images of `data`, as the model gets them: one file, a folder, or a dataset's name."""
-    from moevision.analysis.images import pictures_for  # scikit-learn comes along
+    from moevision.analysis.collect import PictureReader  # scikit-learn comes along
+    from moevision.analysis.images import pictures_for
     from moevision.data.images import BadImageError, safe_open
     from moevision.data.transforms import normalize, square_pixels
 
-    data, pixels = chosen.data, []
+    data = chosen.data
     if Path(data).is_file():
         try:
-            pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size, saved.framing)]
+            pixels = square_pixels(safe_open(data, saved.image_size), saved.image_size, saved.framing)
         except BadImageError as error:
             raise UserError(f"{data} can't be read ({error.reason}): give another image.") from error
-    elif (pictures := pictures_for(chosen.model, saved, data, limit=chosen.limit, root=chosen.root)) is not None:
-        for index in range(len(pictures)):
-            try:
-                pixels.append(pictures.image(index))
-            except BadImageError:
-                continue  # a comparison needs images, not all of them; the report says how many there were
-    if not pixels:
+        return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None], saved.mean, saved.std)
+    pictures = pictures_for(chosen.model, saved, data, limit=chosen.limit, root=chosen.root)
+    # A comparison needs images, not all of them: some may be unreadable, and the report says how many there were.
+    read = [] if pictures is None else [batch.images for batch in PictureReader(pictures, saved, 64).batches(False)]
+    if not read:
         raise UserError(f"{data} holds no image that can be read: give another --data.")
-    stacked = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in pixels])  # uint8 [B, 3, S, S]
-    return normalize(stacked, saved.mean, saved.std)
+    return torch.cat(read)
 
 
 def measure_latency(

@@ -96,12 +96,8 @@ class PositionSampler(Sampler[tuple[int, int]]):
         self.epoch, self.start = epoch, start
         self.running_epoch = None
 
-    def order(self, epoch: int) -> list[int]:
-        """The indices that this process reads in ``epoch``, in order."""
-        return [index for _, index in self.keys(epoch)]
-
     def keys(self, epoch: int) -> list[tuple[int, int]]:
-        """The keys of those indices; an image that comes again has another epoch in its key, for another crop."""
+        """What this process reads in ``epoch``, in order; an image that comes again has another epoch in its key."""
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
         if self._class_members is None:

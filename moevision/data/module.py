@@ -76,9 +76,6 @@ class ImageDataModule(Data, LightningDataModule):
     """Images of one folder, table or named dataset, split, augmented and batched; nothing is read before ``setup``.
 
     Its arguments are the fields of `moevision.config.Data`, which says what each of them is.
-
-    Raises:
-        UserError: If a value is out of range.
     """
 
     __hash__ = object.__hash__
@@ -128,11 +125,7 @@ class ImageDataModule(Data, LightningDataModule):
             self._open_collection(download=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the file list, split it, and decode what fits into memory.
-
-        Raises:
-            UserError: If the data are missing, laid out otherwise, or too many files are bad.
-        """
+        """Read the file list, split it, and decode what fits into memory."""
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
             self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))
@@ -154,7 +147,8 @@ class ImageDataModule(Data, LightningDataModule):
             splits = self.choices.apply(make_splits(collection, cut), class_names)
             if table is not None and is_main_process():
                 write_splits(table, splits, class_names)
-        counts = count_classes(splits.samples, class_names)
+        labels = {split: Counter(sample.label for sample in members) for split, members in splits.samples.items()}
+        counts = {split: {name: own[label] for label, name in enumerate(class_names)} for split, own in labels.items()}
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
         imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
         self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
@@ -459,15 +453,6 @@ class Quarantine:
                     f"{count} of {size} {split} images can't be used, more than the allowed share of "
                     f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
                 )
-
-
-def count_classes(samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str]) -> ClassCounts:
-    """Images per split and class name, unreadable ones included."""
-    counts: ClassCounts = {}
-    for split, members in samples.items():
-        labels = Counter(sample.label for sample in members)
-        counts[split] = {name: labels[label] for label, name in enumerate(class_names)}
-    return counts
 
 
 def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from torchvision import datasets
@@ -144,20 +144,17 @@ class DataTerms:
     """What is certain about one dataset."""
 
     title: str  # its name in words
-    terms: str = UNKNOWN  # licence or terms of use, with the page that states them
-    hub_id: str = ""  # its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used
-    kind: str = "imagefolder"  # what a model card calls its type: the dataset's name, or `imagefolder`
+    terms: str  # licence or terms of use, with the page that states them
+    hub_id: str  # its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used
 
 
-class Named(NamedTuple):
-    """A dataset known by name: what a model's card says of it, its images, how it is read, torchvision's folder."""
+@dataclass(frozen=True)
+class Named(DataTerms):
+    """A dataset known by name."""
 
-    title: str
-    terms: str
-    hub_id: str
     images: int
     read: Callable[[Path, bool], Collection]
-    unpacked: str = ""
+    unpacked: str = ""  # torchvision's folder
 
 
 # Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,
@@ -185,18 +182,12 @@ DATASET_NAMES: Final = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:
-    """What is certain about the data that `--data` names.
-
-    Args:
-        path: a name of `DATASET_NAMES`, a folder, or another place of images. Of a path only its last part is told:
-            the rest may be private.
-    """
+    """What is certain about the data that `--data` names; of a path its last part, the rest may be private."""
     if path.startswith(HF):
         name = shown(path.removeprefix(HF).partition(":")[0])
         return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)
     if path in NAMED:
-        known = NAMED[path]
-        return DataTerms(known.title, known.terms, known.hub_id, path)
+        return NAMED[path]
     if path.lower().endswith(".csv"):
-        return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)")
-    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")
+        return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)", UNKNOWN, "")
+    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)", UNKNOWN, "")

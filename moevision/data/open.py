@@ -52,15 +52,10 @@ def open_collection(
 ) -> Collection:
     """Find the dataset that ``path`` names.
 
-    Args:
-        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images, a
-            CSV manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
-        root: folder in which named datasets live.
-        download: fetch a named dataset that isn't there.
-        image_size: side of the drawn images, in pixels.
-        seed: seed of the drawn images.
-        sizes: number of drawn images per split.
-        columns: of a table, those with image and label; None finds them.
+    That is one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images, a CSV
+    manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to). ``image_size``,
+    ``seed`` and ``sizes`` (per split) are of the drawn images, ``root`` and ``download`` of named ones; ``columns`` are
+    those of a table with image and label, which None finds.
     """
     kind, place = kind_of(path), Path(path).expanduser()
     if kind == "drawn":

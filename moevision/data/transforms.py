@@ -70,19 +70,12 @@ def base_side(image_size: int) -> int:
 
 
 def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
-    """The image as evaluation sees it: its central square, or the whole padded or squashed, resized to S x S.
+    """The image as evaluation sees it, uint8 [S, S, 3]: its central square, or the whole padded or squashed, resized.
 
     Bicubic, antialiased. `crop` equals resizing the short side and then cropping the centre, but an image of
     10 x 10 000 pixels never becomes a huge one in between. An image that is S x S already is returned as it is.
-    The three are the `crop_mode`s of timm's transforms: center, border, squash.
-
-    Args:
-        image: an RGB image of any size, perhaps decoded at a reduced size by `safe_open`.
-        image_size: side of the result, S, in pixels.
-        framing: what to do if it isn't square.
-
-    Returns:
-        uint8 [S, S, 3].
+    The three are the `crop_mode`s of timm's transforms: center, border, squash. `safe_open` may have decoded the image
+    at a reduced size.
     """
     (width, height), reduction = full_size(image)
     if framing.fit != "crop" and width != height:
@@ -146,14 +139,8 @@ class TrainTransform:
     ) -> None:
         """Choose the steps; images come in S x S for the crop "pad", in any size for "random_resized".
 
-        Args:
-            image_size: side of the result, S.
-            augment: "none" leaves out crop, flip and policy.
-            crop: how.
-            min_crop_scale: smallest share of the image's area in a random resized crop.
-            hflip: mirror every image in every other epoch, half of them in the first (arXiv:2404.00498, section 3.6).
-            random_erasing: probability that a random rectangle is filled with the mean colour.
-            mean: mean colour in [0, 1], the filling of what lies outside the image.
+        The arguments are as in `moevision.config.Data`; `augment` "none" leaves out crop, flip and policy, and the mean
+        colour fills what lies outside the image.
         """
         self.image_size, self.min_crop_scale, self.random_erasing = image_size, min_crop_scale, random_erasing
         self.crop: CropMode | None = None if augment == "none" else crop
@@ -178,7 +165,7 @@ class TrainTransform:
         rows = list(out)
         if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
             first = uniform(1, seed, _FLIP, 0, index)[:, 0] < 0.5  # [B]
-            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides
+            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides (arXiv:2404.00498, section 3.6)
             rows = [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
         if self.crop == "pad":
             out[:] = self.fill
@@ -203,8 +190,8 @@ class TrainTransform:
             for row, image in zip(rows, images, strict=True):
                 row[:] = image
         if self.policy is not None:  # on PIL images: two to four times as fast as on tensors
-            for row, *key in zip(out, epoch.tolist(), index.tolist(), strict=True):
-                with seeded_torch(seed, _POLICY, *key):
+            for row, number in zip(out, hash_u64_array(seed, _POLICY, epoch, index).tolist(), strict=True):
+                with seeded_torch(number):
                     changed = self.policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
                 row[:] = np.asarray(changed).transpose(2, 0, 1)
         if self.random_erasing > 0:
@@ -240,7 +227,7 @@ class BatchMixer:
         Returns:
             The mixed images, and soft targets float32 [B, C], whose rows sum to 1.
         """
-        with seeded_torch(seed, _MIX, epoch, index):
+        with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
             image, target = self.mixers[choice](image, label)
         return image, target
@@ -317,24 +304,18 @@ _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def hash_u64(*values: int) -> int:
-    """Mix integers, in their order, into one number in [0, 2**64), the same on every machine and in every process.
-
-    SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
-    """
-    state = 0
-    for value in values:
-        state = (state + value + _GAMMA) & _MASK
-        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
-        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
-        state ^= state >> 31
-    return state
+    """Mix integers, in their order, into one number in [0, 2**64), the same on every machine and in every process."""
+    return int(hash_u64_array(*values)[0])
 
 
 def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
-    """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64."""
+    """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64.
+
+    SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
+    """
     state = np.zeros((), np.uint64)
     for value in values:
-        # a negative number counts modulo 2**64, as it does in hash_u64
+        # a negative number counts modulo 2**64
         term = np.uint64(value & _MASK) if isinstance(value, int) else value.astype(np.uint64)
         state = np.atleast_1d(state + term)  # arrays wrap around silently, NumPy's scalars warn
         state += np.uint64(_GAMMA)
@@ -354,15 +335,15 @@ def uniform(count: int, *key: _Key) -> npt.NDArray[np.float64]:
 
 
 @contextmanager
-def seeded_torch(*key: int) -> Iterator[None]:
-    """Seed torch's CPU generator from ``key`` inside the block and put its state back afterwards.
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the block and put its state back afterwards.
 
     ``torch.manual_seed`` isn't used because it would reseed the GPU generators too, and so tie the dropout
     of the model to the last image that was loaded.
     """
     generator = torch.default_generator
     state = generator.get_state()
-    generator.manual_seed(hash_u64(*key))
+    generator.manual_seed(seed)
     try:
         yield
     finally:

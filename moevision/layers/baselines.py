@@ -145,7 +145,7 @@ class ColourRouter(HandmadeRouter):
 
     def look(self, patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Remember the mean colour of every patch; a forward pre-hook of timm's `PatchEmbed`."""
-        rows, columns = (int(side) for side in _grid(patch_embed))
+        rows, columns = (int(side) for side in cast(Any, patch_embed).grid_size)
         image = arguments[0].detach().float()
         self._colours = F.adaptive_avg_pool2d(image, (rows, columns)).flatten(2).mT  # [B, P, 3]
         if self.training and not self._colours.is_meta and not self.fitted:
@@ -180,12 +180,6 @@ class ColourRouter(HandmadeRouter):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no images along."""
         return {**super().__getstate__(), "_colours": None}  # type: ignore[no-untyped-call]
-
-
-def _grid(patch_embed: nn.Module) -> tuple[int, int]:
-    """(rows, columns) of a patch embedding."""
-    rows, columns = cast(tuple[int, int], patch_embed.grid_size)
-    return int(rows), int(columns)
 
 
 def _scrambled(number: Tensor) -> Tensor:

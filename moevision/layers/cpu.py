@@ -134,12 +134,7 @@ def send_choices(
 
 
 def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by their expert [R] int64, equal ones as they stand.
-
-    Returns:
-        int64: [R] the choices in order, [R] where each of them stands then (the inverse), [E] how many fell on each
-        expert.
-    """
+    """Sort choices by their expert [R] int64, equal ones as they stand: their order, its inverse, and counts [E]."""
     if _eager(expert) and len(expert) <= FEW:  # few calls count here
         order = expert.argsort(stable=True)
         return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
@@ -166,14 +161,8 @@ def padded_counts(
     below 1 024 rows an expert). Elsewhere that padding would cost more than it saves, unless rows are few: without
     gradients it is done where the added rows cost less than the calls that it spares (`_rows_of_a_call`).
 
-    Args:
-        counts: [E] int64, rows of each expert.
-        x: the tokens; their device, dtype and width count.
-        row_multiple: what group sizes are rounded up to on a CPU; 1 turns padding off; None: the rule above.
-        max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
-
-    Returns:
-        [E] int64.
+    Of the tokens `x` device, dtype and width count. `row_multiple` is what sizes are rounded up to on a CPU, and
+    `max_padding` rows over choices up to which groups are made equally long: 1 turns it off, None is the rule above.
     """
     if not _eager(x):
         return counts

@@ -111,14 +111,9 @@ class Experts(nn.Module):
         self.fc2 = PackedLinear(num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert e to the e-th group of rows.
+        """Apply expert e to the e-th group of rows [R, D], in `compute_dtype`: [R, out_features].
 
-        Args:
-            rows: [R, D] in `compute_dtype`, sorted by expert.
-            counts: [E'] int64, the length of each group, one for each expert in this process; any may be zero.
-
-        Returns:
-            [R, out_features] in that dtype.
+        `counts` [E'] int64 has the length of each group, one for each expert in this process; any may be zero.
         """
         return self._grouped(rows, counts) if self._use_grouped(rows) else self._loop(rows, counts.tolist())
 

@@ -67,20 +67,8 @@ class TopKRouter(Router):
     the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
     image, and a capacity (of the batch) counts images.
 
-    Args:
-        dim: D, the width of a token.
-        num_experts: E.
-        top_k: K, between 1 and E.
-        noise: `learned` (a second linear map gives each token's noise), `fixed` (σ = 1/E), `jitter` or `none`.
-        softmax_over: `kept` (after the choice, sums to 1) or `all` (before the choice).
-        options: `route_by`, capacity, its priority and group, `normalize_gates` (over either softmax); `noise` in it
-            wins.
-        default_losses: weights of the balance losses where the user gives none.
-        device: where the parameters live.
-        dtype: dtype of the parameters.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts.
+    `options` say the rest, and their `noise` wins. `default_losses` are weights of the balance losses where the user
+    gives none.
     """
 
     words = by_softmax
@@ -423,7 +411,6 @@ def fixed_std(logits: Tensor) -> Tensor:
 class RouterKind:
     """A router's name in the table."""
 
-    summary: str  # what it does, in words for a help text
     make: Callable[..., Any]  # constructor (dim, E, K, options, device, dtype)
     options: tuple[str, ...] = ()  # the `RouterOptions` that it has a use for
     top_k: int = 2  # K where the user gives none
@@ -462,24 +449,18 @@ _SIGMOID = (
 )
 _TOKEN_CHOICE = ("noise", *_SIGMOID)
 ROUTERS: dict[str, RouterKind] = {
-    "noisy_top_k": RouterKind(
-        "noisy top-k with learned noise (Shazeer 2017)",
-        partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD),
-        _TOKEN_CHOICE,
-    ),
-    "vmoe_top_k": RouterKind("softmax, fixed noise, top-k (V-MoE)", partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
-    "switch": RouterKind("one expert per token, no noise (Switch Transformer)", _switch, _TOKEN_CHOICE, top_k=1),
-    "sigmoid": RouterKind("top-k of independent sigmoids", partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
-    "bias_balanced": RouterKind(
-        "sigmoids, balanced by a bias instead of a loss (DeepSeek-V3)", _bias_balanced, (*_SIGMOID, "bias_rate")
-    ),
-    "cosine": RouterKind("scaled cosine with expert embeddings (X-MoE)", partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
-    "expert_choice": RouterKind("experts choose tokens", ExpertChoiceRouter, ("noise", "normalize_gates")),
-    "soft": RouterKind("experts read weighted means of tokens (Soft MoE)", SoftRouter, ("slots_per_expert",)),
-    "hash": RouterKind("baseline: by a hash of the position", partial(_fixed_rule, HashRouter)),
-    "random": RouterKind("baseline: at random", partial(_fixed_rule, RandomRouter)),
-    "position": RouterKind("hand-made: bands of the image", partial(_fixed_rule, PositionRouter)),
-    "colour": RouterKind("hand-made: clusters of the patch's colour", _colour),
+    "noisy_top_k": RouterKind(partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD), _TOKEN_CHOICE),
+    "vmoe_top_k": RouterKind(partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
+    "switch": RouterKind(_switch, _TOKEN_CHOICE, top_k=1),
+    "sigmoid": RouterKind(partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
+    "bias_balanced": RouterKind(_bias_balanced, (*_SIGMOID, "bias_rate")),
+    "cosine": RouterKind(partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
+    "expert_choice": RouterKind(ExpertChoiceRouter, ("noise", "normalize_gates")),
+    "soft": RouterKind(SoftRouter, ("slots_per_expert",)),
+    "hash": RouterKind(partial(_fixed_rule, HashRouter)),
+    "random": RouterKind(partial(_fixed_rule, RandomRouter)),
+    "position": RouterKind(partial(_fixed_rule, PositionRouter)),
+    "colour": RouterKind(_colour),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a router is asked (`RouterOptions`), what it answers (`Routing`), and the scope that collects the answers.
+"""What a router answers (`Routing`), the scope that collects the answers, and what all routers share.
 
 `Routing` is one MoE layer's decision about a batch, and the only thing that losses, metrics, analysis and the demo
 read. It is written here for token choice; where experts choose tokens or mix them (`routers_soft.py`), a subclass adds
@@ -302,7 +302,7 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
     return output, routings
 
 
-# ---- what all routers share: options, interface, precision, capacity
+# ---- what all routers share: interface, precision, capacity
 
 
 class Router(nn.Module):
@@ -403,17 +403,12 @@ def within_capacity(
     priority routing: V-MoE (arXiv:2106.05974), §4.1.
 
     All first choices come before all second ones. Among those, earlier tokens come first; with `priority` tokens with
-    a larger first gate (of equal ones the earlier). A dropped choice goes nowhere else.
+    a larger first gate (of equal ones the earlier). A dropped choice goes nowhere else, and one that `kept` has dropped
+    already takes no room.
 
-    Args:
-        index: [B, N, K] chosen experts.
-        weight: [B, N, K] their gates, best choice first.
-        kept: [B, N, K] bool; choices that are dropped already take no room.
-        num_experts: E.
-        factor: capacity over the load of perfect balance.
-        priority: V-MoE's batch priority routing.
-        whole_batch: a group is the whole batch, so that a prediction depends on its batch-mates; else one image.
-        unit: how many tokens are counted as one: N where images are routed as a whole.
+    A group is one image; with `whole_batch` the batch, so that a prediction depends on its batch-mates. `index`,
+    `weight` and `kept` [B, N, K] are as in `Routing`, and so many tokens as `unit` says (N where images are routed as a
+    whole) are counted as one.
     """
     shape = kept.shape
     if whole_batch:  # one group: [B, N, K] -> [1, B·N, K]

@@ -34,9 +34,7 @@ Match = Literal["active_flops", "total_params"]
 def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
     """Indices of the MoE blocks, counting from 0.
 
-    Args:
-        moe_layers: `every2` = 1, 3, 5, ...; `last2` = the last two of those (V-MoE's "Last-2"); `all`; or a list.
-        depth: number of blocks.
+    `every2` = 1, 3, 5, ...; `last2` = the last two of those (V-MoE's "Last-2"); `all`; or a list.
     """
     odd = list(range(1, depth, 2))
     named = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}

@@ -36,7 +36,7 @@ from moevision.models.strangers import REFUSED, Strangers, answers
 
 Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
-OPSET = 20  # by default
+OPSET = 20  # by default; from here on GELU is one of the operators
 
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
@@ -68,22 +68,17 @@ def export_onnx(
 ) -> ExportReport:
     """Write the model as ONNX: input `image` float32 [B, 3, S, S], outputs `logits` [B, C] and `distance` [B], any B.
 
-    The distance is left out of a model that was saved without. With `routes` there are three more outputs for the MoE
-    layer of each block, of which 3 is an example: `experts.3` int64 [B, P, K], best first, their gates `weights.3`
-    [B, P, K], and the router's affinities `probs.3` [B, P, E]. A second input then takes experts away from all images:
-    `away` bool [M, E], one row per MoE layer in order of depth, E of the layer that has most. Their tokens go to the
-    next best, as `moevision.analysis.ablate` sends them; a choice for which no expert is left has the weight 0.
+    The distance is left out of a model that was saved without. With `dtype` fp16 weights and arithmetic are that;
+    images, logits, distance and routers stay float32. With `routes`, which only patches that choose have, there are
+    three more outputs for the MoE layer of each block, of which 3 is an example: `experts.3` int64 [B, P, K], best
+    first, their gates `weights.3` [B, P, K], and the router's affinities `probs.3` [B, P, E]. A second input then takes
+    experts away from all images: `away` bool [M, E], one row per MoE layer in order of depth, E of the layer that has
+    most. Their tokens go to the next best, as `moevision.analysis.ablate` sends them; a choice for which no expert is
+    left has the weight 0.
 
     What `exported_facts(model)` gives are the file's `metadata_props`, each as JSON. The file is run by onnxruntime and
-    compared with the model before it gets its name; the model itself is not changed.
-
-    Args:
-        model: a loaded model.
-        path: file to write; an existing one is replaced.
-        opset: version of ONNX's operators, 18 to 23; from 20 on GELU is one of them.
-        dtype: of weights and arithmetic; images, logits, distance and routers are float32 in fp16 too.
-        pictures: [n, 3, S, S] prepared images to compare too, besides four of seeded noise.
-        routes: whether the file tells routes and takes experts away; only where patches choose.
+    compared with the model on four images of seeded noise and the prepared `pictures` [n, 3, S, S] before it takes its
+    name, in the place of an existing file; the model itself is not changed.
 
     Raises:
         UserError: if the extra `export` is not installed, the model can't be exported, or the file would answer

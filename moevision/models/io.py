@@ -205,14 +205,9 @@ def create_from(
 ) -> nn.Module:
     """A model and its weights; another class count replaces the classifier, another size resamples positions.
 
-    Args:
-        source: a timm name, any timm address (`local-dir:`, `hf-hub:`), a saved model's folder or its run folder.
-        num_classes: C; that of the weights if None.
-        image_size: side(s) of the input in pixels; that of the weights if None.
-        weights: a `.safetensors` file for the architecture that `source` names.
-        load_weights: False builds the same architecture without weights.
-        depth: keep so many of the first blocks; all if None.
-        **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
+    `source` is a timm name, any timm address (`local-dir:`, `hf-hub:`), a saved model's folder or its run folder;
+    `weights` a `.safetensors` file for the architecture that it names. `depth` keeps so many of the first blocks, and
+    `rates` are timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))

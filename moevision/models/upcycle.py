@@ -88,7 +88,17 @@ def upcycle(
     for name, value, highest in (("noise", noise, math.inf), ("reinit", reinit, 1.0)):
         if not 0 <= value <= highest or value == math.inf:
             raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest == 1 else "."))
-    dense, device = _dense_copy(source, weights, num_classes, image_size, depth, seed)
+    device = torch.device("cpu")  # where seeds mean the same on every machine
+    if not isinstance(source, nn.Module):
+        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed)
+    elif weights is not None:
+        raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
+    else:
+        device = next(source.parameters()).device
+        with _seeded(seed):
+            dense = copy.deepcopy(source)
+            dense = dense if device.type == "meta" else dense.cpu()
+            dense = reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size)
     check_upcyclable(dense, "last2" if layers is None else layers)
     if layers is None and not (layers := read_layer_indices(dense, "last2")):
         raise UserError("The classifier reads the patches of none of the last two blocks: name layers.")
@@ -137,11 +147,7 @@ def load_dense(
     depth: int | None = None,
     seed: int | None = 0,
 ) -> nn.Module:
-    """The dense model that `upcycle` with the same arguments starts from, in training mode.
-
-    Raises:
-        UserError: if it can't be found or loaded.
-    """
+    """The dense model that `upcycle` with the same arguments starts from, in training mode."""
     with _seeded(seed):
         return create_from(source, num_classes, image_size, weights=weights, depth=depth)
 
@@ -163,27 +169,6 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
     if len(widths) > 1:
         raise UserError(f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks.")
-
-
-def _dense_copy(
-    source: str | Path | nn.Module,
-    weights: str | Path | None,
-    num_classes: int | None,
-    image_size: ImageSize | None,
-    depth: int | None,
-    seed: int | None,
-) -> tuple[nn.Module, torch.device]:
-    """The dense model on the CPU, where seeds mean the same on every machine, and the device that it came from."""
-    if not isinstance(source, nn.Module):
-        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed)
-        return dense, torch.device("cpu")
-    if weights is not None:
-        raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
-    device = next(source.parameters()).device
-    with _seeded(seed):
-        dense = copy.deepcopy(source)
-        dense = dense if device.type == "meta" else dense.cpu()
-        return reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size), device
 
 
 @torch.no_grad()

@@ -175,23 +175,10 @@ def _embed(
 class VisionTransformerMoE(VisionTransformer):
     """timm's VisionTransformer with MoE layers in some blocks.
 
-    Args:
-        num_experts: E, experts in each MoE layer; like the next two and `expert_hidden` a list gives each its own.
-        top_k: K, experts that compute each token; by default the router's own.
-        router: a name of `moevision.layers.ROUTERS`.
-        moe_layers: `every2`, `last2`, `all`, or block indices counting from 0; an empty list gives timm's ViT.
-        expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
-            the plain ViT.
-        backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        stem: `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or `wide_stages` (the hybrids', for small images
-            from scratch); see `STEMS`.
-        twin: build the dense twin instead, matched in `active_flops` or `total_params`.
-        img_size: side(s) of the image in pixels.
-        patch_size: side of a patch in pixels; it must divide img_size.
-        embed_dim: D.
-        num_shared_experts: experts that every token passes besides the routed ones.
-        expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
-        **kwargs: options of the router (`moevision.layers.RouterOptions`), and timm's own arguments.
+    Its arguments are those of `convert_to_moe`, whose `layers` are called `moe_layers` (an empty list gives timm's
+    ViT), timm's own, and two more. `stem` is `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or `wide_stages`
+    (the hybrids', for small images from scratch). `twin` builds the dense twin instead, matched in `active_flops` or
+    `total_params`.
 
     Raises:
         UserError: if patches don't tile the image, or K, E, router, placement or stem don't exist or fit.

@@ -18,6 +18,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
+from torchmetrics.functional.classification import binary_calibration_error
 
 from moevision.config import Settings
 from moevision.data import ImageDataModule
@@ -27,7 +28,7 @@ from moevision.files import csv_text, file_sha256, write_json_atomic, write_text
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
-from moevision.stats import calibration_error, paired_difference
+from moevision.stats import paired_difference
 from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
@@ -186,7 +187,10 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     told = [["" if (x := getattr(each, name)) is None else f"{x:.4f}" for name in shares] for each in per_class]
     table = ((csv_name(each.name), each.images, *values) for each, values in zip(per_class, told, strict=True))
     write_text_atomic(run_dir / "classes_test.csv", csv_text(("class", "images", *shares), table))
-    calibrated = temperature is not None and bool(np.isfinite(confidence).all())
+    calibrated_ece = None
+    if temperature is not None and np.isfinite(confidence).all():
+        surest, right = torch.from_numpy(confidence), torch.from_numpy(correct)
+        calibrated_ece = float(binary_calibration_error(surest, right, n_bins=15))  # as test/ece has it
     test = TestScores(
         correct=int(correct.sum()),
         total=len(found),
@@ -197,7 +201,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         ece=float(metrics["test/ece"]),
         temperature=temperature,
         calibrated_on=0 if task.calibration is None else task.calibration.images,
-        calibrated_ece=calibration_error(confidence, correct) if calibrated else None,
+        calibrated_ece=calibrated_ece,
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
         weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",

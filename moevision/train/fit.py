@@ -54,7 +54,6 @@ from moevision.train.health import (
     StopEarly,
     Stopwatch,
     WeightEMA,
-    log_routers,
 )
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
@@ -302,12 +301,11 @@ def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callba
     asked = {**settings.trainer, **named}
     if asked["accelerator"] == "auto" and torch.backends.mps.is_available():
         asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
-    per_layer = settings.log_routers == "layers"
     others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
     asked |= {
         "default_root_dir": str(run_dir),
         # The first one: Lightning takes the run folder from it.
-        "logger": [RunLogger(run_dir), *(log_routers(each, per_layer=per_layer) for each in others)],
+        "logger": [RunLogger(run_dir), *others],
         "plugins": [*_as_list(asked.get("plugins")), SafeCheckpointIO()],
         "callbacks": callbacks,
     }
@@ -566,22 +564,16 @@ def _train_twin(
     return write_comparison(result, other, match)
 
 
-def _of_a_run(given: Given) -> Given:
-    """The checkpoint that a training ends with, where its run folder stands in the place of images."""
-    folder = Path(given.folder or "") / "checkpoints"
-    if given.folder is None or given.options.get("ckpt_path") or not folder.is_dir():
-        return given
-    checkpoint, _ = final_checkpoint(folder)
-    return given._replace(folder=None, options={**given.options, "ckpt_path": str(checkpoint)})
-
-
 def evaluate(verb: str, given: Given) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
     session = Session(given.command)
     with _in_sentences(session):
         if given.options.get("resume") is not None:
             raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
-        given = _of_a_run(given)
+        folder = Path(given.folder or "") / "checkpoints"
+        if given.folder is not None and not given.options.get("ckpt_path") and folder.is_dir():  # a run's, not images
+            last = str(final_checkpoint(folder)[0])
+            given = given._replace(folder=None, options={**given.options, "ckpt_path": last})
         options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")

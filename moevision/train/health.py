@@ -15,11 +15,9 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final, cast
 
 import lightning as L
@@ -28,7 +26,7 @@ import numpy.typing as npt
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.utils import ModelEmaV3
@@ -410,38 +408,6 @@ class Calibrate(L.Callback):
         known = list(chain.from_iterable(gather(own)))
         if known:
             task.calibration = fit_temperature(*(np.concatenate(part) for part in zip(*known, strict=True)))
-
-
-# ---- what loggers besides metrics.csv get: a tracker draws a chart for every key (NeMo-Automodel#1232)
-
-# Over all layers: the slowest expert, how decided a token is on average, experts without work.
-_BRIEF: Final[dict[str, Callable[[Iterable[float]], float]]] = {
-    "load_max": max,
-    "max_violation": max,
-    "entropy": fmean,
-    "dead": sum,
-}
-
-
-def log_routers(logger: Logger, *, per_layer: bool) -> Logger:
-    """Let this logger get router health in brief, or per layer too; the same logger."""
-    whole = logger.log_metrics
-
-    def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
-        whole(metrics=condensed(metrics, per_layer=per_layer), step=step)
-
-    cast(Any, logger).log_metrics = log_metrics
-    return logger
-
-
-def condensed(metrics: Mapping[str, float], *, per_layer: bool) -> dict[str, float]:
-    """`moe/<layer>/<what>` as `moe/<what>` over all layers; per layer also as they are."""
-    of_layers = {name: value for name, value in metrics.items() if name.startswith("moe/")}
-    kept = dict(metrics) if per_layer else {name: value for name, value in metrics.items() if name not in of_layers}
-    for what, over in _BRIEF.items():
-        if values := [value for name, value in of_layers.items() if name.endswith(f"/{what}")]:
-            kept[f"moe/{what}"] = float(over(values))
-    return kept
 
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`

@@ -185,8 +185,12 @@ def plot_confusion(
     Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes count classes.
     `labels` and `predictions` are [n], `class_names` [C].
     """
-    share, images = row_normalised_confusion(labels, predictions, len(class_names))
     classes = len(class_names)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    images = counts.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # a class without images has a row of NaN: nothing is known about it
+        share = counts / images[:, None]
     named, numbered = classes <= _MAX_NAMED, classes <= _MAX_NUMBERED
     side = float(np.clip(2.8 + 0.42 * classes, 4.2, 10.5))
     figure = Figure(figsize=(side + 0.6, side), dpi=150, layout="constrained")
@@ -222,17 +226,3 @@ def plot_confusion(
     bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
     bar.set_label("share of the true class", fontsize=8, color=INK)
     save(figure, out)
-
-
-def row_normalised_confusion(
-    labels: npt.NDArray[np.integer], predictions: npt.NDArray[np.integer], num_classes: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Share [C, C] of each true class (row) that got each prediction (column), and images per class [C].
-
-    A class without images has a row of NaN: nothing is known about it, which isn't the same as zero.
-    """
-    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    images = counts.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        return counts / images[:, None].astype(np.float64), images

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Given, checked
 from moevision.data import ImageDataModule
-from moevision.data.named import HF
+from moevision.data.named import HF, NAMED
 from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, shown
@@ -55,15 +55,6 @@ _MODEL = tuple(
     f"model.arch.{name}"
     for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 )
-# Images in the datasets known by name, which may have to be fetched before they can be counted.
-_NAMED_IMAGES = {
-    "synthetic_pets": 16_000,
-    "cifar10": 60_000,
-    "imagenette": 13_394,
-    "pets": 7_349,
-    "pets_cat_dog": 7_349,
-    "imagenet": 1_331_167,
-}
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -129,14 +120,11 @@ def chosen(
     """What a command line asks for, by dotted names, with what is chosen for the images where it says nothing.
 
     `FOLDER`, or a dataset's name, gets a recipe unless `--config` is given; a name of a shipped configuration is that
-    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given.
+    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given. A run
+    that is `recorded` has a config already: nothing needs to be said, and no recipe is chosen.
 
-    Args:
-        verb: `fit`, `validate` or `test`.
-        given: the command line.
-        recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
-        decide: calls a function in the first process of a training alone, and gives its result to all of them.
-        say: takes the line that says what the training starts from.
+    `decide` calls a function in the first process of a training alone, and gives its result to all of them; `say` takes
+    the line that says what the training starts from.
     """
     path, typed = given.folder, dict(given.options)
     if typed.get("model.arch.twin") and typed.get("with_twin"):
@@ -145,7 +133,7 @@ def chosen(
     files = [find_config(name) for name in given.configs]
     named = path is not None and path in shipped_configs() and not Path(path).exists()
     if named and not files:
-        if asked in (None, NONE) or path not in _NAMED_IMAGES:
+        if asked in (None, NONE) or path not in NAMED:
             files, path = [find_config(cast(str, path))], None
         else:  # recipes from scratch don't suit pretrained weights, their data do
             typed.setdefault("data.download", True)
@@ -219,8 +207,7 @@ def choose_recipe(
 
     `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); `given` win.
     """
-    named = path in _NAMED_IMAGES
-    images = _NAMED_IMAGES[path] if named else count_images(path)
+    named, images = path in NAMED, count_images(path)
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if given.get(option) is not None), None)
     if asked is None and few and named_model is not None:
@@ -262,22 +249,17 @@ def choose_recipe(
     }
 
 
-def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
-    """Batches of a training epoch, for each process, with --trainer.limit_train_batches."""
-    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-
-
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
-    epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
+    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
+    epoch = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    epochs, steps = max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
     per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
     whole_epochs, more = divmod(steps, per_epoch)
     if steps and (not epochs or whole_epochs < epochs):
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
-    whole = epoch == data.train_batches(trainer.world_size)
-    images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
+    images = sum(data.class_counts["train"].values()) if epoch == batches else epoch * at_once
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 

@@ -25,7 +25,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from torch import nn
 
-from moevision.data.named import UNKNOWN, terms_of
+from moevision.data.named import NAMED, UNKNOWN, terms_of
 from moevision.efficiency import ModelCost
 from moevision.errors import UserError, shown
 from moevision.files import write_text_atomic
@@ -169,13 +169,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Everything that summary.md says about one finished run.
-
-    Attributes:
-        data_wait: share of the training time in which the process waited for data; None where it wasn't measured.
-        choice: beside a linear probe, the dense fine-tune, or both; None where there was neither.
-        monitor: what best.ckpt had the highest of; None in summaries of earlier versions, which was val/top1.
-    """
+    """Everything that summary.md says about one finished run."""
 
     name: str
     model: str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
@@ -195,17 +189,17 @@ class RunSummary:
     seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
     cpu_s: float | None = None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
-    data_wait: float | None = None
+    data_wait: float | None = None  # share of the training time spent waiting for data; None where not measured
     gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
     bad_images: Sequence[tuple[str, str, str]] = ()  # (path, reason, split) of files that could not be read
     notes: Sequence[str] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
     twin: TwinComparison | None = None
-    choice: Recommendation | None = None
+    choice: Recommendation | None = None  # beside a linear probe, the dense fine-tune, or both
     ms_per_image: float | None = None  # one image at a time, on the device of the training
     mbytes: float | None = None  # of the weights as a file
     expected_s: float | None = None  # how long the training was expected to take; None where nothing was said
-    monitor: str | None = None
+    monitor: str | None = None  # what best.ckpt had the highest of; None in earlier versions' summaries: val/top1
 
     @property
     def unbalanced(self) -> bool:
@@ -423,7 +417,7 @@ def model_card(facts: dict[str, Any]) -> str:
     result = EvalResult(
         task_type="image-classification",
         task_name="Image Classification",
-        dataset_type=terms.hub_id or terms.kind,
+        dataset_type=terms.hub_id or (summary.data if summary.data in NAMED else "imagefolder"),
         dataset_name=terms.title,
         dataset_split="test",
         metric_type="accuracy",

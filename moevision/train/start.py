@@ -66,6 +66,7 @@ _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets 
 # What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
 # 112 px reached 75e9 with AVX-512, decoding included.
 _CPU_FLOPS_PER_S = 30e9
+_SMALL_FLOPS = 2.9e9  # of a forward pass of SMALL at the size that a CPU trains at
 
 # folder-* in benchmarks/accuracy/runs.jsonl, three seeds and one; a test compares.
 LOST = (
@@ -74,17 +75,11 @@ LOST = (
 )
 
 
-class Candidate(NamedTuple):
-    """Weights that are chosen unasked: timm's name, FLOPs of a forward pass at the size that a CPU trains at."""
-
-    name: str
-    flops: float
-
-
-# All under Apache-2.0. DINOv2's features need the fewest images (arXiv:2304.07193); DeiT-Ti costs a fifth of a ViT-S.
-BASE = Candidate("vit_base_patch14_dinov2.lvd142m", 11.3e9)
-SMALL = Candidate("vit_small_patch14_dinov2.lvd142m", 2.9e9)
-TINY = Candidate("deit_tiny_patch16_224.fb_in1k", 0.54e9)
+# Weights that are chosen unasked, all under Apache-2.0. DINOv2's features need the fewest images (arXiv:2304.07193);
+# DeiT-Ti costs a fifth of a ViT-S.
+BASE = "vit_base_patch14_dinov2.lvd142m"
+SMALL = "vit_small_patch14_dinov2.lvd142m"
+TINY = "deit_tiny_patch16_224.fb_in1k"
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
             f"Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
         )
 
-    candidates = [published(candidate.name) for candidate in fitting(images)]
+    candidates = [published(name) for name in fitting(images)]
     for weights in candidates:
         if is_free(weights.licence) and cached(weights) is not None:
             return chosen(weights, "from the hub's cache on this computer")
@@ -229,13 +224,13 @@ def weights_file(source: str) -> Path | None:
 # ---- what follows from the weights
 
 
-def fitting(images: int) -> list[Candidate]:
+def fitting(images: int) -> list[str]:
     """The weights that suit this device and so many images, the best first."""
     if has_gpu():
         large = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >= _LARGE_GPU_BYTES
         return [BASE, SMALL, TINY] if large else [SMALL, TINY]
     # Backward costs twice a forward pass.
-    flops = epochs_for(images) * images * 3 * SMALL.flops
+    flops = epochs_for(images) * images * 3 * _SMALL_FLOPS
     return [SMALL, TINY] if flops <= _PATIENT_S * torch.get_num_threads() * _CPU_FLOPS_PER_S else [TINY]
 
 

@@ -90,11 +90,8 @@ class ClassificationTask(L.LightningModule):
         self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
-        self.label_smoothing, self.compile_blocks, self.grad_checkpointing = (
-            label_smoothing,
-            compile,
-            grad_checkpointing,
-        )
+        self.label_smoothing = label_smoothing
+        self.compile_blocks, self.grad_checkpointing = compile, grad_checkpointing
         check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
         parts = self.arch, self.optim, self.aux_weights
         given = Model(*parts, label_smoothing, compile, grad_checkpointing, num_classes, image_size)

@@ -140,8 +140,8 @@ def test_options_in_short():
 
 
 def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
-    """Every config.yaml of then names where snapshots of the guard lay."""
-    written = {"guard": {"snapshots_in": "auto", "snapshots": 3}, "fault": None}
+    """Every config.yaml of then names where snapshots of the guard lay, and what loggers got about the routers."""
+    written = {"guard": {"snapshots_in": "auto", "snapshots": 3}, "log_routers": "brief", "fault": None}
     assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
 
 

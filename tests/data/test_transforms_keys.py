@@ -12,10 +12,22 @@ from scipy import stats
 from moevision.data.transforms import hash_u64, hash_u64_array, seeded_torch, uniform
 
 
+def splitmix64(*values: int) -> int:
+    """In Python's integers, chained over the values."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state
+
+
 def test_hash_is_splitmix64():
     # First output of SplitMix64 seeded with 0 and with 1234567 (published test vectors, e.g. Rosetta Code).
     assert hash_u64(0) == 0xE220A8397B1DCDAF
     assert hash_u64(1234567) == 6457827717110365317
+    assert hash_u64(-3, 2**64 - 1, 5) == splitmix64(-3, 2**64 - 1, 5)
 
 
 def test_hash_depends_on_every_value_and_their_order():
@@ -26,13 +38,13 @@ def test_hash_depends_on_every_value_and_their_order():
 @given(seed=st.integers(-(2**70), 2**70), many=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))
 def test_the_hash_of_arrays_is_that_of_their_elements(seed, many):
     column, row = np.array(many, np.int64)[:, None], np.arange(3)[None, :]
-    expected = [[hash_u64(seed, value, number) for number in range(3)] for value in many]
+    expected = [[splitmix64(seed, value, number) for number in range(3)] for value in many]
     assert hash_u64_array(seed, column, row).tolist() == expected
 
 
 def test_uniform_by_hand():
     found = uniform(3, 7, np.array([4, 5]), np.array([10, 11]))
-    expected = [[(hash_u64(7, a, b, number) >> 11) / 2**53 for number in range(3)] for a, b in ((4, 10), (5, 11))]
+    expected = [[(splitmix64(7, a, b, number) >> 11) / 2**53 for number in range(3)] for a, b in ((4, 10), (5, 11))]
     assert found.tolist() == expected
 
 

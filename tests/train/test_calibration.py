@@ -1,4 +1,8 @@
-"""Temperature and calibration error, against torchmetrics and a data set whose temperature is known."""
+"""The temperature, against a data set whose temperature is known, and the error that is left."""
+
+import csv
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +10,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from moevision.stats import calibration_error, fit_temperature
+from moevision.stats import fit_temperature
 
 
 def drawn(temperature, n=20_000, classes=4):
@@ -26,8 +30,8 @@ def test_the_temperature_is_found_and_calibrates(temperature):
     assert found.temperature == pytest.approx(temperature, rel=0.05)
 
     def error(t):
-        p = softmax(logits / t, axis=1)
-        return calibration_error(p.max(1), p.argmax(1) == labels)
+        p = torch.from_numpy(softmax(logits / t, axis=1))
+        return multiclass_calibration_error(p, torch.from_numpy(labels), 4, n_bins=15)
 
     assert error(found.temperature) < 0.02
     if temperature != 1:
@@ -55,9 +59,11 @@ def test_what_can_not_be_fitted():
     assert fit_temperature(np.array([[1.0, np.inf]]), np.array([0])) is None
 
 
-def test_the_error_is_that_of_torchmetrics():
-    logits, labels = drawn(1.0, n=500)
-    p = softmax(logits / 0.6, axis=1)
-    theirs = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(labels), 4, n_bins=15)
-    assert calibration_error(p.max(1), p.argmax(1) == labels) == pytest.approx(float(theirs), abs=1e-6)
-    assert calibration_error(np.array([1.0]), np.array([True])) == 0
+def test_the_error_that_a_run_reports(tiny_run: Path):
+    """arXiv:1706.04599, eq. 3, from the predictions beside it, whose probabilities have four digits."""
+    with (tiny_run / "predictions_test.csv").open(newline="") as file:
+        rows = [(float(row["probability"]), int(row["correct"])) for row in csv.DictReader(file)]
+    confidence, correct = np.array(rows).T
+    gaps = np.bincount((confidence * 15).astype(int).clip(max=14), confidence - correct)
+    reported = json.loads((tiny_run / "summary.json").read_text())["test"]["calibrated_ece"]
+    assert reported == pytest.approx(np.abs(gaps).sum() / len(rows), abs=1e-3)

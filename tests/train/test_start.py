@@ -22,7 +22,7 @@ from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.train import health, start
 from moevision.train.recipe import choose_recipe, chosen
-from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
+from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ IMAGES = 500
 def one_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tiny model is all there is to choose; the hub's cache is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "fitting", lambda images: [Candidate(NAME, 1e6)])
+    monkeypatch.setattr(start, "fitting", lambda images: [NAME])
     monkeypatch.setattr(start, "_on_terminal", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 

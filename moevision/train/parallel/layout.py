@@ -121,15 +121,12 @@ def share_buffers(net: nn.Module) -> None:
 
 
 def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
-    """Divide a network over the processes of a layout, in place; all of them have the same weights before.
+    """Divide a timm model over the processes of a layout, in place; all of them have the same weights before.
 
-    Args:
-        net: a timm model with `blocks`.
-        layout: the processes.
-        gathered: autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
-            they are used. Everything else, routers and norms with it, travels as it is stored.
-        offload: keep parts of weights and gradients, and so the optimizer's moments, in main memory (FSDP2's offload):
-            a block's weights go to the device while it computes. Collectives of parts are then gloo's.
+    `gathered` is autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
+    they are used. Everything else, routers and norms with it, travels as it is stored. With `offload` parts of weights
+    and gradients, and so the optimizer's moments, stay in main memory (FSDP2's offload): a block's weights go to the
+    device while it computes. Collectives of parts are then gloo's.
     """
     whole = _evenly(layout.world.size(-1))
     logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
