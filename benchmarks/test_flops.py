@@ -13,13 +13,7 @@ from moevision import MoEMlp, dense_twin, forward_routing
 from moevision.efficiency import flop_counter, measure_cost
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
-BACKENDS = [
-    ("loop", None),
-    ("loop", torch.bfloat16),
-    ("grouped", None),
-    ("grouped", torch.bfloat16),
-    ("dense", None),
-]
+BACKENDS = [("loop", None), ("loop", torch.bfloat16), ("grouped", None), ("grouped", torch.bfloat16), ("dense", None)]
 BATCH, SIDE, PATCH, DIM, HIDDEN, EXPERTS, CLASSES = 3, 32, 8, 32, 48, 4, 5
 BLOCKS, MOE_BLOCKS = 4, 2
 TOKENS = (SIDE // PATCH) ** 2

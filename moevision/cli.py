@@ -30,8 +30,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fit": Verb(
-        "train a model on a folder of images, a dataset or a config; writes runs/NAME/",
-        "moevision.train.fit:fit",
+        "train a model on a folder of images, a dataset or a config; writes runs/NAME/", "moevision.train.fit:fit"
     ),
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
@@ -41,8 +40,7 @@ VERBS = {
         "compare two runs, or several seeds of two recipes, on the same test images", "moevision.commands.compare:run"
     ),
     "upcycle": Verb(
-        "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.upcycle:run",
+        "turn a pretrained dense ViT into a Mixture of Experts that computes the same", "moevision.commands.upcycle:run"
     ),
     "export": Verb("write a model as ONNX, checked against it", "moevision.commands.export:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
@@ -212,12 +210,7 @@ def _predict(add: Add) -> None:
         help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
     )
     add("--features", metavar="FILE.npy", help="also write the pooled features, records of path and feature")
-    add(
-        "--unsure",
-        type=_probability,
-        metavar="P",
-        help='answer "unsure" where no class reaches P',
-    )
+    add("--unsure", type=_probability, metavar="P", help='answer "unsure" where no class reaches P')
 
 
 def _info(add: Add) -> None:

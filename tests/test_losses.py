@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, build_router
-from moevision.losses import (
-    AuxLoss,
-    AuxLossWeights,
-    importance_loss,
-    load_balancing_loss,
-    load_loss,
-    z_loss,
-)
+from moevision.losses import AuxLoss, AuxLossWeights, importance_loss, load_balancing_loss, load_loss, z_loss
 
 GATES = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]
 # The 3 x 3 example of V-MoE's own test suite: clean logits, noise, standard deviation 0.1, k = 2.
@@ -96,10 +89,7 @@ def test_smooth_load_averages_k_and_ignores_a_shift() -> None:
     from moevision.losses import _load
 
     torch.manual_seed(0)
-    logits, std = (
-        torch.randn(20_000, 8, dtype=torch.float64),
-        torch.rand(20_000, 8, dtype=torch.float64) + 0.5,
-    )
+    logits, std = (torch.randn(20_000, 8, dtype=torch.float64), torch.rand(20_000, 8, dtype=torch.float64) + 0.5)
     noise = torch.randn(20_000, 8, dtype=torch.float64) * std
     shift = 5 * torch.randn(20_000, 1, dtype=torch.float64)
     loads = _load(routing_from(logits, noise, std, 2), "shazeer")

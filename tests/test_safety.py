@@ -30,13 +30,7 @@ from moevision.demo.atlas import load_atlas
 from moevision.demo.models import read_card
 from moevision.models import io as models_io
 from moevision.models.io import create_from, load_model, open_model
-from moevision.models.safe_files import (
-    parse_yaml,
-    read_config,
-    read_header,
-    read_json,
-    read_yaml,
-)
+from moevision.models.safe_files import parse_yaml, read_config, read_header, read_json, read_yaml
 from tests.models.fake_hub import fake_hub
 
 Cli = Callable[..., Any]
@@ -116,12 +110,7 @@ def test_a_checkpoint_is_data_only(
 
 
 def test_going_on_with_a_run_never_runs_a_pickle(
-    cli: Cli,
-    tiny: tuple[str, ...],
-    tiny_run: Path,
-    drawn_pets: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Cli, tiny: tuple[str, ...], tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the place of last.ckpt."""
     monkeypatch.chdir(tmp_path)

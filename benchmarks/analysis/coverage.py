@@ -203,11 +203,6 @@ def main() -> None:
         rows.append(study(cell, options.simulations * (3 if cell.about == "class" else 5) // 5))
         print(json.dumps(rows[-1]), flush=True)
     lowest = {m: min(r["methods"][m]["coverage"] for r in rows if m in r["methods"]) for m in rows[0]["methods"]}
-    result = {
-        **origin,
-        "seconds": round(time.perf_counter() - start),
-        "lowest_coverage": lowest,
-        "rows": rows,
-    }
+    result = {**origin, "seconds": round(time.perf_counter() - start), "lowest_coverage": lowest, "rows": rows}
     if options.out:
         write_lines(options.out, result)

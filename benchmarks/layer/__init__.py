@@ -99,11 +99,7 @@ def parser() -> ArgumentParser:
         "--backend", nargs="+", default=["auto"], metavar="NAME", help="auto, loop, grouped or dense (%(default)s)"
     )
     parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=tuple(DTYPES),
-        default=["bf16"],
-        help="autocast to bf16, or fp32 (bf16)",
+        "--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="autocast to bf16, or fp32 (bf16)"
     )
     parser.add_argument(
         "--preset",

@@ -157,8 +157,7 @@ def test_a_difference_is_the_mean_of_domains_with_both_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("better", "said"),
-    [((), "Don't"), (("far",), "Don't"), (("far", "imagenette"), "Build"), (tuple(SETS), "Build")],
+    ("better", "said"), [((), "Don't"), (("far",), "Don't"), (("far", "imagenette"), "Build"), (tuple(SETS), "Build")]
 )
 def test_the_gate_opens_by_two_sets(better: tuple[str, ...], said: str) -> None:
     """All of a domain right that was wrong, in every seed: 50 points without any spread."""

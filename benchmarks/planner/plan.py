@@ -27,16 +27,7 @@ from torch import nn
 
 from benchmarks.harness import argument_parser, positive
 from benchmarks.planner.footprint import shape_of
-from benchmarks.planner.formulas import (
-    Job,
-    Layout,
-    ModelShape,
-    Plan,
-    layouts,
-    plan,
-    recommend,
-    verdict_on_experts,
-)
+from benchmarks.planner.formulas import Job, Layout, ModelShape, Plan, layouts, plan, recommend, verdict_on_experts
 from benchmarks.planner.machine import GPUS, Machine, measured_links, measured_machine, sheet_machine
 from moevision.analysis.trace import RoutingTrace
 from moevision.cli import MODEL, _option
@@ -190,11 +181,7 @@ def run(chosen: Namespace) -> None:
         if group is not None and group.rank:
             return
         shape = shape_of(
-            planned.net,
-            planned.image_size,
-            name=chosen.model,
-            optimizer=cast(Any, planned.optimizer),
-            dtype=dtype,
+            planned.net, planned.image_size, name=chosen.model, optimizer=cast(Any, planned.optimizer), dtype=dtype
         )
         loads = loads_of(chosen.trace, shape) if chosen.trace else ()
     job = Job(chosen.gpus, batch, cv=CV if chosen.cv is None else chosen.cv, loads=loads)
@@ -479,10 +466,7 @@ def _print(answer: Answer) -> None:
         "MFU",
     )
     _table(
-        console,
-        "one step of one GPU: MB sent, messages, ms",
-        columns,
-        ((each.name, *_step(each)) for each in plans),
+        console, "one step of one GPU: MB sent, messages, ms", columns, ((each.name, *_step(each)) for each in plans)
     )
     for sentence in filter(None, (verdict_on_experts(plans), _sentence(answer.best, answer.checkpointing))):
         console.print(sentence, markup=False, highlight=False)

@@ -37,9 +37,7 @@ def extremes(images: int, least: str, most: str) -> Any:
 CLAIMS = [
     Claim(ACCUMULATION, "| {images} {kind} | {loss} | 1 | {cells} |", table),
     Claim(
-        ACCUMULATION,
-        "With 256 images every draw is between {least:.2f} and {most:.2f}",
-        extremes(256, "least", "most"),
+        ACCUMULATION, "With 256 images every draw is between {least:.2f} and {most:.2f}", extremes(256, "least", "most")
     ),
     Claim(ACCUMULATION, "the mean is between {least:.2f} and {most:.2f}", extremes(32, "projection", "projection")),
     Claim(ACCUMULATION, "single draws lie between {least:.2f} and {most:.2f}", extremes(32, "least", "most")),

@@ -46,9 +46,7 @@ CLAIMS = [
     Claim(ATLAS, "{n_images:,} of the test images"),
     Claim(ATLAS, "first choices: {bits} bits in L2, clusters {clusters}", answers),
     Claim(
-        ATLAS,
-        "| {name} | **{first}** ({of_first}) | {all} ({of_all}) | {untrained} | {clusters} | {beyond} |",
-        table,
+        ATLAS, "| {name} | **{first}** ({of_first}) | {all} ({of_all}) | {untrained} | {clusters} | {beyond} |", table
     ),
     Claim(ATLAS, "A little in L1: {detail}.", lambda record: record["layers"][0]["answers"][2]),
     Claim(ATLAS, "Yes in L2: {detail}.", lambda record: record["layers"][1]["answers"][2]),

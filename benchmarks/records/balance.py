@@ -22,5 +22,5 @@ CLAIMS = [
         "ends at {without:.1f} times an equal share ({without_right:.1%} of the test images right), with one at "
         "{with_loss:.1f} times ({with_loss_right:.1%})",
         ends,
-    ),
+    )
 ]

@@ -133,11 +133,7 @@ CLAIMS = [
         ),
     ),
     Claim(PHOTOS, "All {photos} views of bundled photos", lambda record: record["bundled"]),
-    Claim(
-        PHOTOS,
-        "of the test photos {right} of {photos} are named right",
-        lambda record: record["unseen"],
-    ),
+    Claim(PHOTOS, "of the test photos {right} of {photos} are named right", lambda record: record["unseen"]),
     Claim(
         PHOTOS,
         "{complaints} complaints of the browser, {too_wide} pages too wide",

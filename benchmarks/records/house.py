@@ -36,11 +36,7 @@ def trips(record: Json) -> list[Json]:
 
 CLAIMS = [
     Claim(HOUSE, "| {name} | {after:,} | {half:,} |", counts),
-    Claim(
-        HOUSE,
-        "| {name} | {after[files]} | {half[files]} | {after[hops]} | {half[hops]} |",
-        trips,
-    ),
+    Claim(HOUSE, "| {name} | {after[files]} | {half[files]} | {after[hops]} | {half[hops]} |", trips),
     Claim(
         HOUSE,
         "| `moevision analyze` | {after[files]} | {half[files]} | | |",

@@ -63,6 +63,4 @@ CLAIMS = [
     Claim(ROOFLINE, "| {part} | {fp32} | {bf16} |", parts),
 ]
 
-DEFINITIONS = [
-    Definition("at most 1.3 times the twin's time", "a goal"),
-]
+DEFINITIONS = [Definition("at most 1.3 times the twin's time", "a goal")]

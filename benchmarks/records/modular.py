@@ -5,17 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.modular.domains import SETS, runs_of
-from benchmarks.modular.report import (
-    DECIDES,
-    Gap,
-    before_and_after,
-    having,
-    mebibytes,
-    parts_of,
-    right,
-    seconds,
-    split,
-)
+from benchmarks.modular.report import DECIDES, Gap, before_and_after, having, mebibytes, parts_of, right, seconds, split
 from benchmarks.records import Claim, Definition
 from benchmarks.records.studies import shown
 from moevision.words import points

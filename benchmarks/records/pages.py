@@ -3,17 +3,7 @@
 import re
 from typing import Any
 
-from benchmarks.records import (
-    ROOT,
-    Claim,
-    Definition,
-    accuracy,
-    analysis,
-    demo,
-    quickstart,
-    strangers,
-    upcycling,
-)
+from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, strangers, upcycling
 
 
 def planned_too_short(record: dict[str, Any]) -> dict[str, float]:
@@ -30,9 +20,7 @@ CLAIMS = {
             lambda record: record["rows"],
         ),
         Claim(
-            "benchmarks/planner/record.json",
-            "{epochs} epochs of {images:,} images",
-            lambda record: record["imagenet"],
+            "benchmarks/planner/record.json", "{epochs} epochs of {images:,} images", lambda record: record["imagenet"]
         ),
         Claim(
             "benchmarks/planner/record.json",
@@ -46,15 +34,11 @@ CLAIMS = {
     ],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
-        Claim(
-            quickstart.NOW,
-            "{tests} % of {total:,} test images, {seconds} CPU seconds",
-            quickstart.of_command,
-        ),
+        Claim(quickstart.NOW, "{tests} % of {total:,} test images, {seconds} CPU seconds", quickstart.of_command),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
     ],
     "docs/guides/dense-sparse.md": [
-        Claim(upcycling.STUDY, "one dense schedule of as many steps the change is {in_one} points", upcycling.rivals),
+        Claim(upcycling.STUDY, "one dense schedule of as many steps the change is {in_one} points", upcycling.rivals)
     ],
     "docs/guides/own-images.md": [
         Claim(
@@ -63,17 +47,13 @@ CLAIMS = {
             accuracy.of_folders,
         ),
         Claim(
-            accuracy.NONE,
-            "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)",
-            accuracy.of_folders,
+            accuracy.NONE, "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)", accuracy.of_folders
         ),
     ],
     "docs/guides/several-gpus.md": [
-        Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short),
+        Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short)
     ],
-    "docs/reference/files.md": [
-        Claim(strangers.FILE, "{rates} % with the bundled models", strangers.recognized),
-    ],
+    "docs/reference/files.md": [Claim(strangers.FILE, "{rates} % with the bundled models", strangers.recognized)],
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,
@@ -118,10 +98,7 @@ DEFINITIONS = {
         Definition("2,048 to learn from and 832 to test", "the data"),
     ],
     "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
-    "configs/moe_vie.yaml": [
-        Definition("4 of 32", "a setting"),
-        Definition("a hundred times larger", "by the paper"),
-    ],
+    "configs/moe_vie.yaml": [Definition("4 of 32", "a setting"), Definition("a hundred times larger", "by the paper")],
     "docs/alternatives.md": [
         Definition("| AGPL-3.0, or a paid enterprise licence", "a licence"),
         Definition("| AGPL-3.0, a commercial or", "a licence"),

@@ -140,11 +140,7 @@ def memory(record: Json) -> list[Json]:
     """Rows of the table of memory."""
     names = {"MoE": "MoE", TWIN: "dense twin of equal active FLOPs", LARGE: "dense twin of equal parameters"}
     return [
-        {
-            **row,
-            "name": names[name],
-            "state_mib": row["weights_mib"] + row["gradients_mib"] + row["optimizer_mib"],
-        }
+        {**row, "name": names[name], "state_mib": row["weights_mib"] + row["gradients_mib"] + row["optimizer_mib"]}
         for name, row in record["memory"]["models"].items()
     ]
 

@@ -55,11 +55,7 @@ VERDICT = re.compile(
 
 
 @pytest.mark.parametrize(
-    ("name", "section"),
-    [
-        ("README.md", "What experts bring, and what they cost"),
-        ("docs/results.md", "Results"),
-    ],
+    ("name", "section"), [("README.md", "What experts bring, and what they cost"), ("docs/results.md", "Results")]
 )
 def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
     """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""

@@ -29,11 +29,7 @@ from moevision.words import flops
 
 FOLDER = HERE / "stem"
 CONFIG, STEPS, PRECISION = "cifar10", 351, "bf16-mixed"
-FACTORS: dict[str, tuple[Any, Any]] = {
-    "stem": ("patch", "wide_stages"),
-    "embed_dim": (64, 128),
-    "depth": (2, 4),
-}
+FACTORS: dict[str, tuple[Any, Any]] = {"stem": ("patch", "wide_stages"), "embed_dim": (64, 128), "depth": (2, 4)}
 """Argument of the model: the value that comes first in a difference's name is the second one here."""
 
 Arm = Mapping[str, Any]

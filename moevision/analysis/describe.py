@@ -29,17 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moevision.analysis.information import (
-    Array,
-    Flags,
-    Floats,
-    Ints,
-    Json,
-    Numbers,
-    Pixels,
-    choice_counts,
-    chunks,
-)
+from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Numbers, Pixels, choice_counts, chunks
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 

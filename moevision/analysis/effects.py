@@ -239,11 +239,7 @@ def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Te
 
 
 def run_compared(
-    net: nn.Module,
-    x: Tensor,
-    intervention: Intervention,
-    taken: Taken,
-    keys: Sequence[tuple[int, int]],
+    net: nn.Module, x: Tensor, intervention: Intervention, taken: Taken, keys: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Logits [R, C] of one batch in which every row has its own draw of the control.
 

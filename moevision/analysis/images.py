@@ -541,12 +541,7 @@ def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def pictures_for(
-    address: str,
-    model: SavedModel,
-    data: str | None = None,
-    *,
-    limit: int | None = None,
-    root: str | None = None,
+    address: str, model: SavedModel, data: str | None = None, *, limit: int | None = None, root: str | None = None
 ) -> PictureSet | None:
     """Test images for a model at an address: of `data`, or else of what its run was trained on.
 

@@ -51,11 +51,7 @@ _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
 def class_information(
-    patch_counts: Floats | Ints,
-    labels: Ints,
-    *,
-    num_permutations: int = 200,
-    seed: int = 0,
+    patch_counts: Floats | Ints, labels: Ints, *, num_permutations: int = 200, seed: int = 0
 ) -> Estimate:
     """I(expert; class) of counts [I, P, E] of kept choices (or weights), against labels [I] permuted over images.
 
@@ -124,10 +120,7 @@ def part_information(
     separately = np.einsum("ipv,ve,pe->i", shown, bits_apart, mean_map, optimize=True)
     separately += np.einsum("pv,ve,ipe->i", mean_shown, bits_apart, maps, optimize=True)
     return excess_estimate(
-        float(mutual_information_bits(table)),
-        null,
-        (together - separately) / table.sum(),
-        keeps_effect=True,
+        float(mutual_information_bits(table)), null, (together - separately) / table.sum(), keeps_effect=True
     )
 
 

@@ -584,11 +584,7 @@ class SlotWeights(Decision):
 def _token_view(weights: Tensor, computed: Tensor, order: Tensor) -> dict[str, Any]:
     """The token's view of `Routing` from weights and whether they count, [B, N, E]: the largest `order` first."""
     index = order.argsort(dim=-1, descending=True, stable=True)
-    return {
-        "expert_index": index,
-        "combine_weight": weights.gather(-1, index),
-        "kept": computed.gather(-1, index),
-    }
+    return {"expert_index": index, "combine_weight": weights.gather(-1, index), "kept": computed.gather(-1, index)}
 
 
 def _swapped(x: Tensor, a: int, b: int, dim: int) -> Tensor:

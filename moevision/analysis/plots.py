@@ -361,11 +361,7 @@ def plot_class_experts(
 
 
 def plot_part_experts(
-    table: npt.ArrayLike,
-    part_names: Sequence[str],
-    *,
-    layer_name: str,
-    kind: RoutingKind = "token_choice",
+    table: npt.ArrayLike, part_names: Sequence[str], *, layer_name: str, kind: RoutingKind = "token_choice"
 ) -> Figure:
     """Part × expert heatmap of one layer: where the patches of each part of an image go.
 

@@ -118,11 +118,7 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
 
 @torch.inference_mode()
 def predict_batch(
-    model: SavedModel,
-    files: Sequence[Path],
-    precision: Literal["fp32", "bf16"] = "fp32",
-    *,
-    features: bool = False,
+    model: SavedModel, files: Sequence[Path], precision: Literal["fp32", "bf16"] = "fp32", *, features: bool = False
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device, side = best_device(), model.image_size

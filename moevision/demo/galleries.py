@@ -302,10 +302,7 @@ class AtlasPages:
             {
                 **{name: group[name] for name in ("label", "called", "images", "layers")},
                 "pictures": [
-                    {
-                        "id": entry.examples.id_of(gallery.pictures, index),
-                        "thumb": thumb(gallery.pictures.image(index)),
-                    }
+                    {"id": entry.examples.id_of(gallery.pictures, index), "thumb": thumb(gallery.pictures.image(index))}
                     for index in group["index"][:CELL_PICTURES]
                 ],
             }
@@ -460,8 +457,5 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
 
 
 def _waiting(status: str, **empty: Any) -> Json:
-    notes = {
-        "computing": "The images are being looked through.",
-        "no_pictures": f"This model {_NO_PICTURES}",
-    }
+    notes = {"computing": "The images are being looked through.", "no_pictures": f"This model {_NO_PICTURES}"}
     return {"status": status, **empty, "note": notes[status]}

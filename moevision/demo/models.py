@@ -227,8 +227,7 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
         )
     drawn_first = options.data == SYNTHETIC
     return sorted(
-        entries,
-        key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first),
+        entries, key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first)
     )
 
 

@@ -12,14 +12,7 @@ from moevision.layers.moe import (
     moe_layers,
     update_router_bias,
 )
-from moevision.layers.routers import (
-    ROUTERS,
-    CosineRouter,
-    SigmoidRouter,
-    TopKRouter,
-    build_router,
-    router_kind,
-)
+from moevision.layers.routers import ROUTERS, CosineRouter, SigmoidRouter, TopKRouter, build_router, router_kind
 from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
 from moevision.layers.routing import (
     LayerLoad,

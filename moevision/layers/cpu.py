@@ -100,11 +100,7 @@ class _Refuse(torch.autograd.Function):
 
 
 def send_choices(
-    x: Tensor,
-    expert: Tensor,
-    num_experts: int,
-    row_multiple: int | None = None,
-    max_padding: float | None = None,
+    x: Tensor, expert: Tensor, num_experts: int, row_multiple: int | None = None, max_padding: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copies of tokens x [T, D] sorted by their experts [T, K], equal choices as they stand, with padding.
 

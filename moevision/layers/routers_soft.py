@@ -23,15 +23,7 @@ from torch import Tensor, nn
 
 from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
-from moevision.layers.routing import (
-    Kind,
-    Router,
-    Routing,
-    at_least_float32,
-    capacity_of,
-    check_top_k,
-    full_precision,
-)
+from moevision.layers.routing import Kind, Router, Routing, at_least_float32, capacity_of, check_top_k, full_precision
 from moevision.layers.words import by_experts, by_slots
 
 _EPS = 1e-6  # under the root, as in Soft MoE's released code
@@ -50,12 +42,7 @@ class ExpertChoiceRouting(Routing):
 
     @classmethod
     def of(
-        cls,
-        logits: Tensor,
-        noisy_logits: Tensor,
-        noise_std: Tensor | None,
-        token_index: Tensor,
-        token_weight: Tensor,
+        cls, logits: Tensor, noisy_logits: Tensor, noise_std: Tensor | None, token_index: Tensor, token_weight: Tensor
     ) -> ExpertChoiceRouting:
         """The decision by tokens and weights [B, E, C] of each expert, with its token's view; scores are [B, N, E]."""
         by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]

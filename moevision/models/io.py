@@ -411,11 +411,7 @@ def best_device() -> torch.device:
 PATIENCE_S = 3.0
 """How long an answer of the hub is waited for."""
 
-_SAFE_NAMES = {
-    "": WEIGHTS,
-    "pytorch_model.bin": WEIGHTS,
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
+_SAFE_NAMES = {"": WEIGHTS, "pytorch_model.bin": WEIGHTS, "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 # Licences, as the hub abbreviates them, that let anybody use the weights for anything, with attribution at most.
 FREE_LICENCES = frozenset(
     [

@@ -136,12 +136,7 @@ class SafeCheckpointIO(CheckpointIO):
         write_bytes_atomic(path, memory.getvalue(), before=path.with_name(PREVIOUS) if path.name == LAST else None)
 
     def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Any | None = None,
-        weights_only: bool | None = None,
-        *,
-        mmap: bool = False,
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None, *, mmap: bool = False
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake, `mmap` as above.
 

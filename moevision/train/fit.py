@@ -46,15 +46,7 @@ from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import (
-    Calibrate,
-    RecordRouting,
-    RouterHealth,
-    RunLogger,
-    StopEarly,
-    Stopwatch,
-    WeightEMA,
-)
+from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, WeightEMA
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,

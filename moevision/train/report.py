@@ -436,11 +436,7 @@ def model_card(facts: dict[str, Any]) -> str:
         eval_results=[result],
     )
     card: str = template("card.md.jinja").render(
-        facts=facts,
-        terms=terms,
-        header=header.to_yaml(),
-        unknown_terms=UNKNOWN,
-        without_example=without_example,
+        facts=facts, terms=terms, header=header.to_yaml(), unknown_terms=UNKNOWN, without_example=without_example
     )
     return card
 

@@ -34,14 +34,7 @@ from moevision.files import remove_leftovers, write_json_atomic
 from moevision.models.config import build_model
 from moevision.models.io import SavedModel, load_model, saying_what_fails
 from moevision.models.safe_files import check_arguments
-from moevision.train.checkpoint import (
-    LAST,
-    START,
-    SafeCheckpointIO,
-    check_checkpoint,
-    load_archive,
-    newest_valid,
-)
+from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_checkpoint, load_archive, newest_valid
 from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,

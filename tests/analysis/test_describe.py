@@ -9,18 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.analysis.describe import (
-    majority_part,
-    part_expert_table,
-    part_fractions,
-    part_stands_out,
-)
-from moevision.analysis.plots import (
-    EXPERT_COLOURS,
-    NEUTRAL,
-    expert_colours,
-    ink_on,
-)
+from moevision.analysis.describe import majority_part, part_expert_table, part_fractions, part_stands_out
+from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL, expert_colours, ink_on
 
 
 def test_the_palette_is_okabe_and_itos_with_grey_for_black() -> None:

@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.describe import (
-    first_choice_paths,
-    layer_gallery,
-    patches_on_path,
-    random_patches,
-    top_patches,
-)
+from moevision.analysis.describe import first_choice_paths, layer_gallery, patches_on_path, random_patches, top_patches
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 

@@ -229,10 +229,7 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
     rng = np.random.default_rng(6)
     maps, labels = one_hot(rng.integers(8, size=(2000, 64)), 8), np.arange(2000) % 8
     parts = rng.integers(8, size=(2000, 64))
-    for call in (
-        lambda: class_information(maps, labels),
-        lambda: part_information(maps, parts),
-    ):
+    for call in (lambda: class_information(maps, labels), lambda: part_information(maps, parts)):
         fastest = math.inf
         for _ in range(3):
             start = time.process_time()

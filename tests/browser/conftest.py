@@ -10,17 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.demo.conftest import (  # noqa: F401  (fixtures)
-    bundle,
-    explorer,
-    home,
-    make,
-    photos_home,
-    pixels,
-    routers_home,
-    scored_run,
-    server,
-)
+from tests.demo.conftest import bundle, explorer, home, make, photos_home, pixels, routers_home, scored_run, server  # noqa: F401  (fixtures)
 from tests.demo.serving import asked_for
 from tests.needs import chromium
 

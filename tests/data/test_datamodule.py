@@ -114,13 +114,7 @@ def test_synthetic_pets_is_the_default():
     [
         {"crop": "pad"},
         {"crop": "random_resized"},
-        {
-            "crop": "random_resized",
-            "augment": "trivialaugment",
-            "random_erasing": 0.5,
-            "mixup": 0.5,
-            "cutmix": 1.0,
-        },
+        {"crop": "random_resized", "augment": "trivialaugment", "random_erasing": 0.5, "mixup": 0.5, "cutmix": 1.0},
     ],
     ids=["pad", "random_resized", "everything"],
 )
@@ -275,11 +269,7 @@ def test_resume_goes_on_exactly(image_folder, tmp_path):
     # in the middle of an epoch, on its last batch, on the first of the next, in the middle of a later one
     for step in (2, 4, 5, 10):
         resumed = fit(
-            root,
-            tmp_path / f"from{step}",
-            3,
-            tmp_path / f"whole/step{step}.ckpt",
-            num_workers=2 * (step == 2),
+            root, tmp_path / f"from{step}", 3, tmp_path / f"whole/step{step}.ckpt", num_workers=2 * (step == 2)
         )
         assert resumed.seen == whole.seen[step:], step
         assert torch.equal(resumed.weight, whole.weight), step
@@ -486,10 +476,7 @@ def test_a_batch_without_a_good_picture_is_an_error_where_others_would_wait(imag
         ({"cat": 0, "dog": 0}, "holds no images: expected one subfolder per class"),
         ({".": 3}, "holds 3 images but no class folders"),
         ({"train/cat": 4, "train/dog": 4, "val/cat": 2}, "val has no images of the class 'dog'"),
-        (
-            {"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 0},
-            "test has no images of the class 'dog'",
-        ),
+        ({"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 0}, "test has no images of the class 'dog'"),
         (
             {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 1, "val/elk": 1},
             "val has the class 'elk', which .*train lacks",
@@ -691,9 +678,7 @@ def test_pets_cat_dog_through_torchvision(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 0}, {"random_erasing": 1.5}, {"mixup": -1.0}, {"std": (1.0, 0.0, 1.0)}],
-    ids=str,
+    "options", [{"batch_size": 0}, {"random_erasing": 1.5}, {"mixup": -1.0}, {"std": (1.0, 0.0, 1.0)}], ids=str
 )
 def test_arguments_out_of_range(options):
     (name,) = options

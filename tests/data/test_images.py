@@ -23,10 +23,7 @@ from moevision.data.transforms import base_pixels, base_side, square_pixels
 from moevision.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SHARPEST: dict[str, dict[str, object]] = {
-    "JPEG": {"quality": 100, "subsampling": 0},
-    "WEBP": {"lossless": True},
-}
+SHARPEST: dict[str, dict[str, object]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
 def quadrants(width: int = 16, height: int = 8) -> Image.Image:

@@ -27,11 +27,7 @@ def test_unsplit_folder_is_cut_by_class(image_folder):
     collection = read_folder(image_folder({"cat": 40, "dog": 25, "elk": 3}))
     splits = make_splits(collection, Cut(val_fraction=0.1, test_fraction=0.2))
     # test: round(40 x 0.2) = 8, round(25 x 0.2) = 5, at least 1 of 3; val: 4, round(2.5) = 2 (to even), 1
-    assert per_class(splits) == {
-        "train": {0: 28, 1: 18, 2: 1},
-        "val": {0: 4, 1: 2, 2: 1},
-        "test": {0: 8, 1: 5, 2: 1},
-    }
+    assert per_class(splits) == {"train": {0: 28, 1: 18, 2: 1}, "val": {0: 4, 1: 2, 2: 1}, "test": {0: 8, 1: 5, 2: 1}}
     assert sum(len(samples) for samples in splits.samples.values()) == len(split_of(splits)) == 68
     assert splits.sentences()[1] == "val: 7 images, cut from all images at random by class, seed 0."
     assert splits.sentences()[-1].endswith("keep them together by --data.group_by.")
@@ -95,11 +91,7 @@ def test_three_given_splits_stay(image_folder):
 
 def test_train_alone_counts_as_unsplit(image_folder):
     splits = make_splits(read_folder(image_folder({"train/cat": 10, "train/dog": 10})), Cut())
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {
-        "train": 16,
-        "val": 2,
-        "test": 2,
-    }
+    assert {split: len(samples) for split, samples in splits.samples.items()} == {"train": 16, "val": 2, "test": 2}
 
 
 def copy_files(root: Path, sets: int, copies: int) -> None:

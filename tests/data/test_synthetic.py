@@ -106,11 +106,7 @@ def test_classes_are_balanced() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        ({"size": 0}, "at least 1"),
-        ({"image_size": 8}, "at least 16"),
-        ({"split": "valid"}, "train, val, test"),
-    ],
+    [({"size": 0}, "at least 1"), ({"image_size": 8}, "at least 16"), ({"split": "valid"}, "train, val, test")],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -39,9 +39,7 @@ def still_right(http, explorer):
 def post(http, name, body):
     start = time.monotonic()
     answer = http.post(
-        f"api/{name}",
-        content=body.encode("utf-8", "surrogatepass"),
-        headers={"content-type": "application/json"},
+        f"api/{name}", content=body.encode("utf-8", "surrogatepass"), headers={"content-type": "application/json"}
     )
     return answer, time.monotonic() - start
 

@@ -50,8 +50,7 @@ def test_loopback(host, expected):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--host", "0.0.0.0"], ["--host", "::"], ["--share"], ["--host", "192.168.1.7"], ["--host", "myhost"]],
+    "arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--share"], ["--host", "192.168.1.7"], ["--host", "myhost"]]
 )
 def test_others_are_kept_out_without_a_password(arguments, cli):
     outcome = cli("demo", *arguments)

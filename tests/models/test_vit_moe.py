@@ -110,18 +110,10 @@ def test_flops_are_the_closed_form() -> None:
     [
         ("test_vit_moe", {"num_classes": 3}, 32),
         ("test_vit_moe", {"num_classes": 3, "num_experts": 2, "top_k": 1, "img_size": 64}, 64),
-        (
-            "test_vit_moe",
-            {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"},
-            32,
-        ),
+        ("test_vit_moe", {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"}, 32),
         ("test_vit_moe", {"num_classes": 3, "twin": "total_params"}, 32),
         ("vit_moe", {"base": "test_vit", "num_classes": 4, "img_size": 64, "moe_layers": [0, 5]}, 64),
-        (
-            "vit_moe",
-            {"base": "deit_tiny_patch16_224", "num_classes": 4, "img_size": 32, "twin": "active_flops"},
-            32,
-        ),
+        ("vit_moe", {"base": "deit_tiny_patch16_224", "num_classes": 4, "img_size": 32, "twin": "active_flops"}, 32),
     ],
 )
 def test_saved_models_load_bit_equal(name: str, options: dict[str, object], size: int, tmp_path: Path) -> None:

@@ -292,8 +292,7 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "first", "says"),
-    [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
+    ("name", "options", "first", "says"), [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)]
 )
 def test_another_process_that_dies_is_said_in_one_sentence(
     work: Path, name: str, options: tuple[str, ...], first: bool, says: str

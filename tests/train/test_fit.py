@@ -380,14 +380,7 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "limit_train_batches=0.01",
-        "limit_val_batches=0.01",
-        "val_check_interval=500",
-    ],
-)
+@pytest.mark.parametrize("option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"])
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
     assert outcome.code == 2

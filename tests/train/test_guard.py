@@ -132,11 +132,7 @@ def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_what_was_left_out(
-    cli: Callable[..., Any],
-    tiny: tuple[str, ...],
-    drawn_pets: Path,
-    tmp_path: Path,
-    strike: Callable[[str], None],
+    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path, strike: Callable[[str], None]
 ) -> None:
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     strike("nan_loss@1, nan_input@2, nan_weight@4")

@@ -158,10 +158,7 @@ def test_a_sharded_run_goes_on_in_one_process(work: Path) -> None:
         (["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"], "does not divide the 4 experts of block"),
         (["--parallel=fsdp", "--trainer.devices=2", "--trainer.precision=bf16-true"], "not in bf16-true"),
         (["--parallel=fsdp", "--trainer.devices=2", "--model.compile=true"], "--model.compile has no tests"),
-        (
-            ["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"],
-            "8 val images in batches of 1 leave one",
-        ),
+        (["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"], "8 val images in batches of 1 leave one"),
     ],
 )
 def test_what_can_not_work_is_refused(

@@ -337,9 +337,7 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
 
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
-    [
-        ("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options"),
-    ],
+    [("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options")],
 )
 def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, drawn_pets, name, arguments, said):
     strategy = json.dumps({"class_path": f"lightning.pytorch.strategies.{name}", **arguments})

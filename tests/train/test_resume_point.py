@@ -13,13 +13,7 @@ import torch
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
 from moevision.train.fit import keep_the_step
-from moevision.train.processes import (
-    Interrupted,
-    Interruption,
-    part_random_state,
-    random_state,
-    restore_random_state,
-)
+from moevision.train.processes import Interrupted, Interruption, part_random_state, random_state, restore_random_state
 from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between_batches
 
 

@@ -28,14 +28,7 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import parameter_groups
-from moevision.train.parallel.layout import (
-    Layout,
-    check_divides,
-    check_network,
-    same_everywhere,
-    shard,
-    share_buffers,
-)
+from moevision.train.parallel.layout import Layout, check_divides, check_network, same_everywhere, shard, share_buffers
 from moevision.train.parallel.parts import DIVIDED, divide, filled, gathered, is_sharded, like_these, outline
 from moevision.train.task import ClassificationTask
 
