@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.demo import load as demo_load
 from moevision.demo.wire import packed
-from tests.demo.conftest import explorer, gradio_dir, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
+from tests.demo.conftest import explorer, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
 
 
 @pytest.mark.alone
