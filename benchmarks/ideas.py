@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cats_and_dogs import report as cats_and_dogs
-from benchmarks.curve.shares import is_as_good
+from benchmarks.curve.shares import is_as_good, with_interval
 from benchmarks.curve.shares import table as curve_table
 from benchmarks.harness import HERE, argument_parser
 from benchmarks.queue import fill_readme, read_records
@@ -223,7 +223,7 @@ def fewer_images(record: Json) -> Answer:
     """What 70 % of the images cost, by method, and for which it is shown to be as good as all."""
     rows = [row for row in curve_table(record["trainings"], record["methods"]) if row.share == _SHARE]
     good = [row.by for row in rows if is_as_good(row.beside_all, record["margin"])]
-    costs = ", ".join(f"{row.by} {row.beside_all.text}" for row in rows).replace("-", "−")
+    costs = ", ".join(f"{row.by} {with_interval(row.beside_all)}" for row in rows).replace("-", "−")
     return (YES if good else OPEN), (
         f"{_SHARE:.0%} of the images less all: {costs} points; as good to within "
         f"{record['margin']:g} point is shown for {' and '.join(good) or 'none'}"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.curve.shares import schedule
+from benchmarks.curve.shares import schedule, with_interval
 from benchmarks.harness import HERE, about, argument_parser, count, positive, print_table
 from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
 from benchmarks.study import drawn
@@ -356,7 +356,7 @@ def dropping(records: Sequence[dict[str, Any]], noise: str) -> list[str]:
 
 def _beside(mine: Mapping[int, Any], other: Mapping[int, Any]) -> str:
     common = sorted(mine.keys() & other.keys())
-    return Gap.of([100 * (mine[seed]["test_top1"] - other[seed]["test_top1"]) for seed in common]).text
+    return with_interval(Gap.of([100 * (mine[seed]["test_top1"] - other[seed]["test_top1"]) for seed in common]))
 
 
 def _cell(values: Sequence[float], form: str = ".3f") -> str:

@@ -75,6 +75,13 @@ def first_of(model: str) -> Callable[..., dict[str, Any]]:
     return values
 
 
+def headline_of_bundled(*runs: Any) -> dict[str, Any]:
+    """In how many layers a class's favourite costs more than any two others, and the numbers of CIFAR-10's."""
+    rows = of_bundled(*runs)
+    above = sum(row["more_log_loss_low"] > 0 for row in rows)
+    return {"above": above, "of": len(rows), **first_of("cifar10")(*runs)}
+
+
 def over_seeds(*runs: Any) -> dict[str, Any]:
     """What the six seeds say together."""
     rows = of_seeds(*runs)
