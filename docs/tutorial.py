@@ -66,12 +66,13 @@ nearly the same photo is trained on and tested, and the accuracy is flattered.
 
 What it says, from the top:
 
-- **start**: the training starts from a pretrained model, which is why so few photos are enough. `auto` downloads one (88 MB).
-  This page used a file of the same architecture instead, because it was made offline, so your first line names another.
+- **start**: the training starts from a pretrained model, which is why so few photos are enough. `auto` downloads one (88 MB);
+  this page was made offline from a file, so your first line names another.
 - **train, val, test**: the photos are split once. The model learns from the first part; the best epoch is chosen on the
   second; the accuracy is reported on the third, which training never sees.
 - **linear probe**: a simple classifier on the pretrained features, as a first estimate.
 - **plan**: how long the training will take. Ctrl-C stops it at any time; the last line is then the command that continues.
+- **Epoch 2/2**: the last of three; they are counted from 0.
 - **Use …**: a recommendation, the simplest model within one standard error of the best. 288 test photos leave several points
   open; more give a clearer answer. `predict` uses the Mixture of Experts.
 
@@ -95,8 +96,8 @@ confident first:
 
 {wrong}
 
-Open these photos. Some are hard (a face turned away, a person in front), some may be mislabelled. (They aren't shown here,
-because the data set's licence doesn't allow it.) `moevision data score
+Open these photos (their licence forbids to show them here). Some are hard (a face turned away), some may be mislabelled.
+`moevision data score
 runs/photos` writes a page with the images most likely to be mislabelled, duplicated or unreadable, from *all* splits
 ([Good data](guides/good-data.md)).
 
@@ -104,8 +105,8 @@ runs/photos` writes a page with the images most likely to be mislabelled, duplic
 
 {predict}
 
-A high probability is no guarantee: the kitten is called a dog with 98 %, so `--unsure 0.9`, which answers `unsure` below
-90 %, keeps it. `distance` says how unlike the training photos an image is; above 1 it is called a stranger, here three of
+A high probability is no guarantee: the kitten is called a dog with 98 %. `--unsure 0.9` answers `unsure` below 90 %, which would
+not catch it. `distance` says how unlike the training photos an image is; above 1 it is called a stranger, here three of
 four: a hint, no verdict. For JSON, ONNX or a web service see [Serve a model](guides/serve.md#only-the-predictions).
 
 ## 6. Look inside
@@ -120,8 +121,7 @@ calibrates them.)
 
 ![The explorer with the model of this page and one of the new photos](img/tutorial-explorer.jpg)
 
-Before you read meaning into the colours, run `moevision analyze runs/photos` ([Is it more than
-chance?](guides/more-than-chance.md)).
+Do the colours mean anything? `moevision analyze runs/photos` ([more than chance?](guides/more-than-chance.md)).
 
 ## 7. If the accuracy is poor
 

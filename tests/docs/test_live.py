@@ -110,7 +110,7 @@ def test_the_page_is_the_explorers_with_another_who_answers() -> None:
     assert len(set(declared)) == len(declared)
     page = app_page({"models": []}, [], read=live.read_module, style="nothing{}").text
     assert "new Worker(" in page
-    assert "/api/" not in page
+    assert "api/${" not in page  # where the explorer's asks its server
     assert "nothing{}" in page
 
 
