@@ -50,13 +50,6 @@ def test_nothing_is_needed_to_collect_every_tier(tmp_path):
     assert "tests/browser/test_tabs.py::" in done.stdout
 
 
-def test_a_folder_is_tested_in_two_processes_which_start_none_themselves(tmp_path):
-    done = run_tests(tmp_path, "nothing", "tests/layers", "-k", "test_machine", "-vv")
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "2 workers" in done.stdout
-    assert set(re.findall(r"\[gw\d+\]", done.stdout)) <= {"[gw0]", "[gw1]"}  # whoever asks first may run both
-
-
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):
     """Also of a worker's tests, which the first process hears of."""
     light = ("tests/docs/test_notebooks.py", "-k", "stays_small", "-n", "1")

@@ -1,7 +1,6 @@
 """A short version of `python -m benchmarks demo-load`: visitors at once get their own answers."""
 
 import numpy as np
-import pytest
 import torch
 
 from benchmarks.demo import load as demo_load
@@ -9,7 +8,6 @@ from moevision.demo.wire import packed
 from tests.demo.conftest import explorer, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
 
 
-@pytest.mark.alone
 def test_five_seconds_of_visitors(explorer, server):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

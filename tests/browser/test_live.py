@@ -2,32 +2,18 @@
 
 import os
 import socket
-import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.demo.live import (
-    BOX,
-    OWN,
-    SAID,
-    bring,
-    compared,
-    first_answer,
-    first_choices,
-    own_images,
-    served,
-    view_of,
-)
+from benchmarks.demo.live import BOX, OWN, SAID, bring, compared, first_choices, own_images, served, view_of
 from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import no_sideways_scroll
 from tests.docs.test_live import live
 
 pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")
-
-COLD_S = 3.0  # from the address to the first answer
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +140,3 @@ def test_what_lies_there_is_small(folder):
     assert photos <= 30e6
     assert sizes["index.html"] <= 1e6
     assert "onnxruntime-web" in (folder / "NOTICE.txt").read_text("utf-8")
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("model", OWN)
-def test_the_first_answer_comes_soon(model, browser, home):
-    """From an empty browser: the page, the runtime, the model, and one expert away; the median of three."""
-    assert statistics.median(first_answer(browser, f"{home}?model={model}")[0] for _ in range(3)) < COLD_S

@@ -154,7 +154,7 @@ def readable(file: Path) -> bool:
     return True
 
 
-@pytest.mark.alone
+@pytest.mark.deep
 def test_the_largest_pictures_take_bounded_memory(tmp_path: Path) -> None:
     """50 megapixels in a few KB are let in. Pillow holds a colour in 4 bytes and makes copies: 572 MB, 765 in a row."""
     side = 7_071  # 7071² is just below 50 million
