@@ -298,11 +298,15 @@ def _entry(
     credits: Mapping[str, str] | None = None,
     scored: ScoredRun | None = None,
 ) -> Entry:
-    variants = {}
+    variants: dict[str, Variant] = {}
     for name, (saved, file) in nets.items():
         saved.net.to(best_device())
-        texts = {"accuracy_text": card.accuracy_text(name), "data_text": card.data}
-        facts = describe(saved, id=card.id, title=card.title, variant=name, **texts)
+        text = card.accuracy_text(name)
+        if name == "untrained":  # which has the trained one's architecture
+            facts = replace(variants["trained"].facts, variant=name, accuracy_text=text)
+        else:
+            names = {"id": card.id, "title": card.title, "data_text": card.data}
+            facts = describe(saved, variant=name, accuracy_text=text, **names)
         atlas = None if folder is None or not (folder / file).is_file() else folder / file
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:
