@@ -25,7 +25,7 @@ SIZE = {
     "moevision/analysis": (13, 6_570, 50_190),  # routes of mistakes, live views, doubts about a weak model
     "moevision/commands": (8, 1_205, 9_160),  # predict --features, export --dtype fp16; push, shards, surgery went
     "moevision/data": (13, 4_270, 33_780),  # images padded or squashed; tar shards went
-    "moevision/demo": (15, 3_870, 28_180),  # programs ask as the page does: gradio's API behind the door went
+    "moevision/demo": (15, 3_875, 28_210),  # programs ask as the page does: gradio's API behind the door went
     "moevision/layers": (10, 2_565, 16_390),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (10, 2_845, 19_030),  # an exported file tells routes; surgery went
     "moevision/train": (20, 6_135, 44_970),  # the simplest model within a standard error
