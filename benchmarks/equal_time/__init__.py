@@ -12,14 +12,13 @@ import statistics
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 
-from benchmarks.equal_time.report import FIRST_SEED, SHOWN, parts_of
+from benchmarks.equal_time.report import FIRST_SEED, LOOKS, SHOWN, judged, parts_of, verdict
 from benchmarks.harness import HERE, about, argument_parser, in_a_process
 from benchmarks.memory import measure
 from benchmarks.places import WIDE
@@ -102,7 +101,7 @@ class Job:
 
 
 def queue(records: Sequence[Mapping[str, Any]], more_steps: int) -> Iterator[Job]:
-    """All runs in the protocol's order, as far as these records decide their rates.
+    """All runs in the protocol's order, as far as these records decide their rates, and how many pairs there are.
 
     Args:
         records: of the runs so far.
@@ -111,12 +110,13 @@ def queue(records: Sequence[Mapping[str, Any]], more_steps: int) -> Iterator[Job
     for arm in TUNED:
         for lr in rates_around(BASE_LR, validation(records, TUNING_SEEDS, arm=arm)):
             yield from (Job(arm, seed, lr, STEPS) for seed in TUNING_SEEDS)
-    first, last = ("twin-parameters", "moe", "twin-time"), ("twin-wide",)
-    for arms, place in product((first, last), range(max(SHOWN.values()))):
-        for name in arms:
-            lr = rate_of(records, ARMS[name].tuned_as)
-            if lr is not None and place < SHOWN[name]:
-                yield Job(name, FIRST_SEED + place, lr, more_steps if name == "twin-time" else STEPS)
+    look = judged(records, LOOKS[0])
+    pairs = LOOKS[-1] if look is not None and verdict(look) == "undecided" else LOOKS[0]
+    arms = [(pairs, ("twin-parameters", "moe", "twin-time")), *([(pairs, ("twin-wide",))] if look else [])]
+    for place, name in ((place, name) for most, names in arms for place in range(most) for name in names):
+        lr = rate_of(records, ARMS[name].tuned_as)
+        if lr is not None and place < SHOWN[name]:
+            yield Job(name, FIRST_SEED + place, lr, more_steps if name == "twin-time" else STEPS)
 
 
 def rate_of(records: Sequence[Mapping[str, Any]], arm: str) -> float | None:
