@@ -164,7 +164,7 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     return f"{sum(most) + both} of 3 questions{part}", (
         f"Do classes go to different experts? In upcycled models yes in {differ}. Did training the router add to that? "
         f"In {counted(1, asked)}. Do experts do different things, by class? In {bundled} of {of_bundled} layers of "
-        f"bundled models, {small} of {of_small} of small ones."
+        f"bundled models of eight, {small} of {of_small} of small ones."
     )
 
 

@@ -198,9 +198,14 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
     wants = any(each.verdict == "above" for each in large)
     without = not wants and all(each.mean + each.half < MARGIN for each in large)
     gaps = ", ".join(f"{each.interval} at {batch}" for batch, each in found.items())
+    falls = []
+    for arm, name in (("dense", "dense goes"), ("learned", "the MoE")):
+        ends = [by_seed(runs, question="batches", arm=arm, batch=batch).values() for batch in (64, LARGE[-1])]
+        falls.append(f"{name} from {' to '.join(f'{100 * statistics.fmean(end):.0f}' for end in ends)} %")
     return YES if wants else NO if without else OPEN, (
         f"Compared with batches of 64, the MoE's lead over dense changes by so many points: {gaps}; "
-        f"{len(large[0].gaps)} seeds. Larger batches cost both models accuracy: of as many images they make fewer steps"
+        f"{len(large[0].gaps)} seeds. Of as many images larger batches make fewer steps: from 64 to {LARGE[-1]} "
+        f"{', '.join(falls)}"
     )
 
 

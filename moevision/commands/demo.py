@@ -1,6 +1,6 @@
 """`moevision demo`: loads the models, serves the explorer until Ctrl-C, and says who can see it.
 
-The models, gradio and torch are imported when all arguments are known to be right.
+The models and torch are imported when all arguments are known to be right.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ class TopKRouter(Router):
     the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
     image, and a capacity (of the batch) counts images.
 
-    `options` say the rest, and their `noise` wins. `default_losses` are weights of the balance losses where the user
-    gives none.
+    K lies between 1 and E, else a UserError. `noise` is `learned` (a second linear map gives each token's), `fixed`
+    (σ = 1/E), `jitter` or `none`; the one in `options`, `RouterOptions`, wins. `default_losses` are weights of the
+    balance losses where the user gives none.
     """
 
     words = by_softmax

@@ -397,7 +397,7 @@ def within_capacity(
     whole_batch: bool = False,
     unit: int = 1,
 ) -> Tensor:
-    """[B, N, K] bool: which choices remain if an expert computes at most `capacity_of` choices of one group.
+    """[B, N, K] bool: which choices remain if an expert computes at most `factor` times an even share of a group's.
 
     Capacity and its order of filling: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961), eq. 3. Batch
     priority routing: V-MoE (arXiv:2106.05974), §4.1.

@@ -175,10 +175,10 @@ def _embed(
 class VisionTransformerMoE(VisionTransformer):
     """timm's VisionTransformer with MoE layers in some blocks.
 
-    Its arguments are those of `convert_to_moe`, whose `layers` are called `moe_layers` (an empty list gives timm's
-    ViT), timm's own, and two more. `stem` is `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or `wide_stages`
-    (the hybrids', for small images from scratch). `twin` builds the dense twin instead, matched in `active_flops` or
-    `total_params`.
+    Its arguments are those of `convert_to_moe` but `copy_weights`, `layers` called `moe_layers` (an empty list gives
+    timm's ViT), timm's own, and two more. `stem` is `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or
+    `wide_stages` (the hybrids', for small images from scratch). `twin` builds the dense twin instead, matched in
+    `active_flops` or `total_params`.
 
     Raises:
         UserError: if patches don't tile the image, or K, E, router, placement or stem don't exist or fit.

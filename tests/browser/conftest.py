@@ -1,7 +1,7 @@
 """A real Chromium for the tests of the page.
 
 Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the tests are skipped (`tests/needs.py`).
-What a page shows is compared with the service's own answer, which `ask` gets past gradio and the page.
+What a page shows is compared with the service's own answer, which `ask` gets past the page.
 """
 
 import re

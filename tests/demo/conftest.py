@@ -182,13 +182,16 @@ def routers_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(home, routers_home, photos_home):
+def server(home, routers_home, photos_home, tmp_path_factory):
     """The same explorer behind its web page, in a process of its own.
 
     `server.url` is where; `server.doors` has further addresses, "other" that of the models in `routers_home`, "photos"
-    that of `photos_home`.
+    that of `photos_home`. `server.files` is where it would keep files.
     """
-    with running(serving.__file__, str(home), str(routers_home), str(photos_home)) as server:
+    files = tmp_path_factory.mktemp("server")
+    env = {"TMPDIR": str(files)}
+    with running(serving.__file__, str(home), str(routers_home), str(photos_home), env=env) as server:
+        server.files = files
         yield server
 
 

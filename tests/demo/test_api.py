@@ -38,6 +38,7 @@ def test_a_program_gets_what_route_image_computes(server, explorer, pixels, pict
         answer = route(server, picture={"kind": "upload", "data": data})
         assert answer["layers"] == alone["layers"]
         assert answer["prediction"] == alone["prediction"]
+    assert list(server.files.iterdir()) == []  # images are not kept
 
 
 def test_mistakes_come_back_as_a_sentence(server):

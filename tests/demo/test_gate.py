@@ -146,7 +146,7 @@ def test_images_are_decoded_one_by_one_and_do_not_hold_up_the_rest(explorer, mon
     export = {**upload, "model": "pets"}
 
     async def talk():
-        door = Door(explorer, Serving())  # gradio leaves an event loop open where none runs
+        door = Door(explorer, Serving())
         asked = [asyncio.create_task(door.ask("a", "route", upload)) for _ in range(5)]
         asked.append(asyncio.create_task(door.ask("a", "export_html", export)))
         example = await door.ask("a", "route", hostile.ROUTE)

@@ -265,7 +265,7 @@ def ask_door(explorer, monkeypatch):
             "client": ("192.0.2.1", 9),
         }
 
-        async def talk():  # gradio leaves an event loop open where none runs
+        async def talk():
             door = Door(explorer, Serving(auth=auth))
             await door(scope, receive, send)
             door.close()
