@@ -163,8 +163,8 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     part = ", another in part" if not both and bundled + small else ""
     return f"{sum(most) + both} of 3 questions{part}", (
         f"Do classes go to different experts? In upcycled models yes in {differ}. Did training the router add to that? "
-        f"In {counted(1, asked)}. Do experts do different things, by class? In {bundled} of {of_bundled} layers of "
-        f"bundled models of eight, {small} of {of_small} of small ones."
+        f"In {counted(1, asked)}. Do experts do different things, by class? By log-loss in {bundled} of {of_bundled} "
+        f"layers of bundled models, {small} of {of_small} of small ones."
     )
 
 

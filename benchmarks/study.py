@@ -206,9 +206,13 @@ class Contrast:
 
     @property
     def interval(self) -> str:
-        """`+1.6 (+0.2 to +2.9)`, in points."""
-        bounds = f" ({points(self.mean - self.half)} to {points(self.mean + self.half)})" if self.gaps[1:] else ""
-        return points(self.mean) + bounds
+        """`+1.6 (+0.2 to +2.9)`, in points, of 95 %."""
+        return self.interval_at(0.05)
+
+    def interval_at(self, level: float) -> str:
+        """The same of the interval that misses with the probability `level`."""
+        low, high = (points(self.mean + side * self.half_at(level)) for side in (-1, 1))
+        return points(self.mean) + (f" ({low} to {high})" if self.gaps[1:] else "")
 
     @property
     def shown_p(self) -> str:

@@ -112,8 +112,10 @@ def queue(records: Sequence[Mapping[str, Any]], more_steps: int) -> Iterator[Job
             yield from (Job(arm, seed, lr, STEPS) for seed in TUNING_SEEDS)
     look = judged(records, LOOKS[0])
     pairs = LOOKS[-1] if look is not None and verdict(look) == "undecided" else LOOKS[0]
-    arms = [(pairs, ("twin-parameters", "moe", "twin-time")), *([(pairs, ("twin-wide",))] if look else [])]
-    for place, name in ((place, name) for most, names in arms for place in range(most) for name in names):
+    wanted = [(name, place) for place in range(pairs) for name in ("twin-parameters", "moe", "twin-time")]
+    if look is not None:
+        wanted += [("twin-wide", place) for place in range(pairs)]
+    for name, place in wanted:
         lr = rate_of(records, ARMS[name].tuned_as)
         if lr is not None and place < SHOWN[name]:
             yield Job(name, FIRST_SEED + place, lr, more_steps if name == "twin-time" else STEPS)

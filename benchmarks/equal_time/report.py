@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.study import Contrast, contrasts
-from moevision.words import points
 
 Runs = Sequence[Mapping[str, Any]]
 SHOWN = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}
@@ -17,7 +16,7 @@ SHOWN = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}
 PAIRS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
 PAYS = 0.005  # of accuracy: half a point
 FIRST_SEED = 200
-LOOKS, LEVEL = (6, 12), 0.0294
+LOOKS, LEVEL = (6, SHOWN["moe"]), 0.0294
 """How many pairs are judged, and the level at which both looks together err with 5 % (Pocock, Biometrika 64, 1977)."""
 
 
@@ -64,18 +63,14 @@ def answer(runs: Runs) -> str:
     looks = [each for pairs in LOOKS if (each := judged(runs, pairs)) is not None]
     for look in looks:
         if len(look.gaps) == LOOKS[-1] or verdict(look) != "undecided":
-            return f"{SENTENCES[verdict(look)]}: {_interval(look)} points (97 %); {len(look.gaps)} pairs."
+            return f"{SENTENCES[verdict(look)]}: {look.interval_at(LEVEL)} points (97 %); {len(look.gaps)} pairs."
     first = next((each for each in found(runs) if (each.first, each.second) == PAIRS[0]), None)
     if first is None or len(first.gaps) < 2:
         return "Not run to an end yet."
     looked = f"; undecided after {LOOKS[0]}" if looks else ""
-    return f"{len(first.gaps)} of {LOOKS[-1]} pairs so far, no verdict{looked}: {_interval(first)} points (97 %)."
-
-
-def _interval(contrast: Contrast) -> str:
-    """`+1.0 (+0.7 to +1.3)`, in points, at the level of a look."""
-    low, high = (points(contrast.mean + side * contrast.half_at(LEVEL)) for side in (-1, 1))
-    return points(contrast.mean) + (f" ({low} to {high})" if contrast.gaps[1:] else "")
+    return (
+        f"{len(first.gaps)} of {LOOKS[-1]} pairs so far, no verdict{looked}: {first.interval_at(LEVEL)} points (97 %)."
+    )
 
 
 def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,7 +92,7 @@ def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
         [
             f"`{each.first}` − `{each.second}`",
             str(len(each.gaps)),
-            _interval(each),
+            each.interval_at(LEVEL),
             each.shown_p,
             each.verdict if each.p < LEVEL else "not told apart",
         ]

@@ -76,10 +76,10 @@ def first_of(model: str) -> Callable[..., dict[str, Any]]:
 
 
 def headline_of_bundled(*runs: Any) -> dict[str, Any]:
-    """In how many layers a class's favourite costs more than any two others, and the numbers of CIFAR-10's."""
+    """In how many layers the answer is yes, in how many a class's favourite costs more log-loss; CIFAR-10's numbers."""
     rows = of_bundled(*runs)
-    above = sum(row["more_log_loss_low"] > 0 for row in rows)
-    return {"above": above, "of": len(rows), **first_of("cifar10")(*runs)}
+    counts = {"yes": [row["answer"] == "yes" for row in rows], "above": [row["more_log_loss_low"] > 0 for row in rows]}
+    return {name: sum(each) for name, each in counts.items()} | {"of": len(rows), **first_of("cifar10")(*runs)}
 
 
 def over_seeds(*runs: Any) -> dict[str, Any]:

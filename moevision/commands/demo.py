@@ -49,9 +49,7 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
         with Server(explorer, serving, listener) as server:
             print(announcement(server, serving), flush=True)
             try:
-                while wait is None:
-                    time.sleep(3600)
-                wait()
+                (wait or _wait_for_interrupt)()
             except KeyboardInterrupt:
                 print("\nStopped.")
 
@@ -143,3 +141,8 @@ def _own_address(family: socket.AddressFamily) -> str:
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])
+
+
+def _wait_for_interrupt() -> None:
+    while True:
+        time.sleep(3600)

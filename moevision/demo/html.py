@@ -188,12 +188,7 @@ def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None
 
     It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
     """
-    lines = []
-    for name, value in constants.items():
-        text = json_text(value, separators=(",", ":"))
-        for sign in "<>&":  # which could end or change the script element that it stands in
-            text = text.replace(sign, f"\\u{ord(sign):04x}")
-        lines.append(f"const {name} = {text};")
+    lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
     texts = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
     joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)) for text in texts)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
@@ -213,6 +208,14 @@ def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, 
 
     visit(entry)
     return tuple(order)
+
+
+def _inline_json(value: Any) -> str:
+    """JSON that may stand inside a script element, whatever texts it holds."""
+    text = json_text(value, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
 
 
 def read_css(names: tuple[str, ...]) -> str:

@@ -220,11 +220,12 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
     cards = [read_card(folder / "card.json") for folder in folders]
     kinds, entries = {card.data_kind for card in cards}, []
     for folder, card in zip(folders, cards, strict=True):
-        # The drawn images are for the model of their kind, the user's for the one that knows photos.
-        data = SYNTHETIC if card.data_kind == SYNTHETIC else options.data
-        entries.append(
-            _open_bundled(folder, card, replace(options, data=None if data in kinds - {card.data_kind} else data))
-        )
+        data = options.data
+        if card.data_kind == SYNTHETIC:  # the drawn images are for the model of their kind alone
+            data = SYNTHETIC
+        elif data in kinds - {card.data_kind}:  # another model's; a folder of photos is for all that know photos
+            data = None
+        entries.append(_open_bundled(folder, card, replace(options, data=data)))
     drawn_first = options.data == SYNTHETIC
     return sorted(
         entries, key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first)
@@ -305,8 +306,7 @@ def _entry(
         if name == "untrained":  # which has the trained one's architecture
             facts = replace(variants["trained"].facts, variant=name, accuracy_text=text)
         else:
-            names = {"id": card.id, "title": card.title, "data_text": card.data}
-            facts = describe(saved, variant=name, accuracy_text=text, **names)
+            facts = describe(saved, id=card.id, title=card.title, variant=name, accuracy_text=text, data_text=card.data)
         atlas = None if folder is None or not (folder / file).is_file() else folder / file
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:

@@ -564,8 +564,8 @@ def evaluate(verb: str, given: Given) -> None:
             raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
         folder = Path(given.folder or "") / "checkpoints"
         if given.folder is not None and not given.options.get("ckpt_path") and folder.is_dir():  # a run's, not images
-            last = str(final_checkpoint(folder)[0])
-            given = given._replace(folder=None, options={**given.options, "ckpt_path": last})
+            final = str(final_checkpoint(folder)[0])
+            given = given._replace(folder=None, options={**given.options, "ckpt_path": final})
         options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")

@@ -41,6 +41,17 @@ def test_a_program_gets_what_route_image_computes(server, explorer, pixels, pict
     assert list(server.files.iterdir()) == []  # images are not kept
 
 
+def test_a_program_changes_what_the_page_can_change(server, explorer):
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
+    request = {"model": "pets", "picture": {"kind": "example", "id": "pets/test/3"}}
+    for settings in (
+        {"variant": "unbalanced", "top_k": 3, "capacity": 1.5, "intervention": change},
+        {"away": [[3, 1]]},
+    ):
+        told = explorer.answer("route", {**request, **settings})
+        assert route(server, **request, **settings) == json.loads(json.dumps(told))
+
+
 def test_mistakes_come_back_as_a_sentence(server):
     for data in ("no picture", "/etc/passwd", "http://127.0.0.1/x.png", "upload:x"):  # none is opened
         assert route(server, picture={"kind": "upload", "data": data})["code"] == "bad_image"
