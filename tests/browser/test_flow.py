@@ -96,7 +96,8 @@ def bundled():
 @pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
 def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
     page = new_visit(door=False, reduced_motion="reduce", **size).page
-    page.set_content(bundled(model))
+    page.route("http://localhost/*", lambda route: route.fulfill(body=bundled(model), content_type="text/html"))
+    page.goto("http://localhost/")
     page.wait_for_selector(LANDED, state="attached")
     text = page.evaluate(READ)
     assert len([word for word in text.split() if any(map(str.isalnum, word))]) <= WORDS, text
