@@ -141,9 +141,9 @@ def beside(runs: Sequence[Json], device: str, result: Result) -> list[str]:
 def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     """In how many settings of upcycled models the first two questions are answered with yes in every seed.
 
-    The third is asked of experts that were trained for long: in how many layers a class's favourite, exchanged, costs
-    more log-loss than any two others at the same share of moved choices. A question is answered with yes if most are,
-    the third if most of the bundled and most of the small model's are.
+    The third is also asked of experts that were trained for long: in how many layers the answer is yes, and in how many
+    a class's favourite, exchanged, costs more log-loss than any two others at the same share of moved choices. A
+    question is answered with yes if most are, the third if most of the bundled and most of the small model's are.
     """
     settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
     asked = [each for own in settings.values() for each in own]
@@ -151,20 +151,22 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     def counted(question: int, each: Sequence[Any]) -> str:
         return f"{sum(setting.answer(question) == YES for setting in each)} of {len(each)}"
 
-    def above(small: bool) -> tuple[int, int]:
+    def long(small: bool) -> tuple[int, int, int]:
         layers = [layer for run in trained if ("seed" in run) == small for layer in run["layers"]]
-        return sum(layer["swap"]["more"]["log_loss"]["low"] > 0 for layer in layers), len(layers)
+        by_log_loss = sum(layer["swap"]["more"]["log_loss"]["low"] > 0 for layer in layers)
+        return sum(layer["answer"] == YES for layer in layers), len(layers), by_log_loss
 
     differ = ", ".join(f"{counted(0, own)} on {name}" for name, own in settings.items())
     differ = differ.replace(" on ", " settings on ", 1)
-    (bundled, of_bundled), (small, of_small) = above(False), above(True)
+    (bundled, of_bundled, bundled_loss), (small, of_small, small_loss) = long(False), long(True)
     most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in (0, 1)]
     both = bundled > of_bundled / 2 and small > of_small / 2
     part = ", another in part" if not both and bundled + small else ""
     return f"{sum(most) + both} of 3 questions{part}", (
         f"Do classes go to different experts? In upcycled models yes in {differ}. Did training the router add to that? "
-        f"In {counted(1, asked)}. Do experts do different things, by class? By log-loss in {bundled} of {of_bundled} "
-        f"layers of bundled models, {small} of {of_small} of small ones."
+        f"In {counted(1, asked)}. Do experts do different things, by class? In {counted(2, asked)}; in trained models "
+        f"yes in {bundled} of {of_bundled} layers of bundled ones (by log-loss alone {bundled_loss}), {small} of "
+        f"{of_small} of small ones ({small_loss})."
     )
 
 
@@ -220,13 +222,15 @@ def _share_until(run: Json, level: float) -> float:
 
 
 def fewer_images(record: Json) -> Answer:
-    """What 70 % of the images cost, by method, and for which it is shown to be as good as all."""
+    """What 70 % of the images cost, by method, and which is shown to be worse than all or as good."""
     rows = [row for row in curve_table(record["trainings"], record["methods"]) if row.share == _SHARE]
     good = [row.by for row in rows if is_as_good(row.beside_all, record["margin"])]
+    worse = [row.by for row in rows if row.by not in good and row.beside_all.high < 0]
     costs = ", ".join(f"{row.by} {with_interval(row.beside_all)}" for row in rows).replace("-", "−")
     return (YES if good else OPEN), (
-        f"{_SHARE:.0%} of the images less all: {costs} points; as good to within "
-        f"{record['margin']:g} point is shown for {' and '.join(good) or 'none'}"
+        f"{_SHARE:.0%} of the images less all: {costs} points; to be worse is shown for "
+        f"{' and '.join(worse) or 'none'}, to be as good to within {record['margin']:g} point for "
+        f"{' and '.join(good) or 'none'}"
     ).replace("%", " %")
 
 

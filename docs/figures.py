@@ -191,7 +191,7 @@ def effects() -> list[Effect]:
     def of(name: str, records: Any, function: Any, sign: int = 1) -> Effect:
         it = values(Claim(records, "", function))
         low, high = sorted((sign * it["low"], sign * it["high"]))
-        verdict = it.get("verdict", "better" if low > 0 else "no difference shown")
+        verdict = it.get("verdict", "")  # none: which of them is better wasn't asked, or isn't shown
         better = verdict.startswith(("better", "above"))
         return Effect(name, sign * it["mean"], low, high, better - verdict.startswith(("worse", "below")))
 
@@ -238,7 +238,7 @@ def forest(found: Sequence[Effect]) -> str:
         parts.append(text(500, y + 18, effect.words, 16, "end", color, bool(effect.verdict)))
         parts.append(line(x(effect.low), y + 36, x(effect.high), y + 36, color, 4, ' stroke-linecap="round"'))
         parts.append(f'<circle cx="{x(effect.mean):g}" cy="{y + 36}" r="6.5" fill="{color}"/>')
-    note = "Blue: the first is better; orange: worse; grey: not shown."
+    note = "Blue: the first is shown to be better; orange: worse; grey: neither."
     parts.append(text(24, bottom + 42, note, 15, color=GREY))
     return svg(width, bottom + 58, parts, "Differences in test accuracy that the studies measured")
 

@@ -20,11 +20,10 @@ DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
 
 
-def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None) -> None:
-    """A JPEG of 1200 px; what is cut out gets a margin."""
+def save(pixels: bytes, name: str, margin: int = 0) -> None:
+    """A JPEG of 1200 px."""
     image = Image.open(io.BytesIO(pixels)).convert("RGB")
-    if box is not None:
-        image = ImageOps.expand(image.crop(box), 24, image.getpixel((0, 0)))
+    image = ImageOps.expand(image, margin, image.getpixel((0, 0)))
     image.resize((1200, round(1200 * image.height / image.width)), Image.Resampling.LANCZOS).save(
         IMAGES / name, quality=88, optimize=True
     )
@@ -44,9 +43,7 @@ def shoot(page: Page, url: str) -> None:
     page.wait_for_timeout(DRAWN)
     page.get_by_role("tab", name="Classes").click()
     page.wait_for_timeout(DRAWN)
-    below = page.locator(".mv-below").screenshot()
-    width, height = Image.open(io.BytesIO(below)).size
-    save(below, "explorer-classes.jpg", (0, 0, width, min(height, width // 2)))
+    save(page.locator("[data-part=table]").screenshot(), "explorer-classes.jpg", margin=48)
 
 
 FRAME = 50  # ms
@@ -107,7 +104,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         with served() as url:
-            shoot(browser.new_page(viewport={"width": 1600, "height": 1034}), url)
+            shoot(browser.new_page(viewport={"width": 1600, "height": 1034}, device_scale_factor=2), url)
             film(browser.new_page(viewport={"width": 1200, "height": 800}), url)
         browser.close()
 

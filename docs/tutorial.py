@@ -50,7 +50,7 @@ hide: [navigation]
 
 You have photos sorted into folders and want a model that sorts the next ones. This page trains one on 2,880 photos of cats
 and dogs, on one CPU thread without a GPU, and shows what every command prints. `python docs/tutorial.py` ran the commands
-and wrote the page. Your times will differ; the CPU time in section 3 is the fair measure.
+and wrote the page. Your times will differ.
 
 ## 1. Put one folder per class
 
@@ -73,8 +73,8 @@ What it says, from the top:
 - **linear probe**: a simple classifier on the pretrained features, as a first estimate.
 - **plan**: how long the training will take. Ctrl-C stops it at any time; the last line is then the command that continues.
 - **Epoch 2/2**: the last of three; they are counted from 0.
-- **Use …**: a recommendation, the simplest model within one standard error of the best. 288 test photos leave several points
-  open; more give a clearer answer. `predict` uses the Mixture of Experts.
+- **Use …**: the simplest model within one standard error of the best that was trained. The dense one wasn't; it [often does as
+  well](guides/when-experts.md). 288 test photos leave several points open.
 
 ## 3. How good is it?
 
@@ -129,7 +129,7 @@ Do the colours mean anything? `moevision analyze runs/photos` ([more than chance
 |---|---|
 | mistakes that you would make too, or wrong labels | clean the folders; `moevision data score runs/photos` lists candidates |
 | a training loss far below that of validation | more photos, or `--data.augment trivialaugment` |
-| curves that still rise at the end | `--trainer.max_epochs 10` |
+| curves that still rise at the end | `--epochs 10` |
 | small details decide | `--data.image_size 224`: about four times the time of 112 |
 | rare classes are missed | `--data.balanced_sampling true` |
 | nothing helps | the same model without experts (`--dense`), or one of the [alternatives](alternatives.md) |

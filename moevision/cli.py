@@ -227,7 +227,7 @@ def _upcycle(add: Add) -> None:
     add("model", metavar="NAME_OR_PATH", help="a timm name, a saved model's folder, or a timm address")
     add("--out", required=True, metavar="DIR", help="folder to write to")
     add("--num-experts", type=_positive, default=8, metavar="E", help="experts per layer (%(default)s)")
-    add("--layers", type=_layers, help="last2 (of the odd blocks; default), every2, all, or numbers such as 8,10")
+    add("--layers", type=_layers, help="last2 (odd blocks), every2, all, or numbers: 8,10 (the last two that count)")
     add("--top-k", type=_positive, default=1, metavar="K", help="experts per token (%(default)s)")
     add("--router", default="vmoe_top_k", metavar="NAME", help="router of the new layers (%(default)s)")
     add("--weights", metavar="FILE", help="a .safetensors file for the architecture NAME")
@@ -370,7 +370,7 @@ model costs.""",
     "export": (_export, """\
 Write a model as one ONNX file, which runs in onnxruntime and others without moevision. Any batch size, float32; class
 names and preprocessing travel in the file, which is run on seeded images and compared with the model: if a logit
-differs by more than 1e-4, no file is left. It computes ALL experts for every token, so that it saves no computation;
+differs by more than rounding, no file is left. It computes ALL experts for every token and so saves no computation;
 what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""", """\
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),

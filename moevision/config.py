@@ -217,7 +217,7 @@ class MoEConfig(RouterOptions):
             architecture is found out, or given as `base`), or a folder that timm or moevision saved. Without it fit
             asks on a terminal, and elsewhere takes only what is there already. A dense model is upcycled: experts start
             as copies of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only
-            `depth` may be given beside it [auto below 200,000 images].
+            `depth` may be given beside it [below 200,000 images what is cached; else fit asks, in a script none].
         num_experts: E, experts in each MoE layer [the model's own; from pretrained weights 4].
         top_k: K, experts that compute each token; by default the router's own, 2 for most [the router's own; from
             pretrained weights 1].
@@ -852,6 +852,7 @@ _EXAMPLES = """\
   moevision fit path/to/images --model.arch.num_experts 16 --model.arch.router expert_choice"""
 _BELOW = """\
 --help-all shows the other options; all keys of a configuration, also those of Lightning's Trainer, may be given so.
+Short for keys such as --model.optim.lr: --lr, --epochs, --image-size, --batch-size, --gpus, --device.
 
 exit codes: 0 done; 2 user error, the last line explains the fix; 3 diverged, see divergence.md; 130 Ctrl-C,
 129 terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line is the command that resumes."""

@@ -34,10 +34,11 @@ def answers(record: Json) -> Json:
     bits = re.match(r"L2: ([\d.]+) bits", experts["numbers"][0])
     clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
     points = re.match(r"exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", function["detail"])
-    others = re.search(r"any two other experts ([−\d.]+)", function["detail"])
-    assert bits and clusters and points and others  # noqa: PT018
+    alike = re.search(r"moved choices, [\d.]+ %, ([−\d.]+), any two other experts ([−\d.]+)", function["detail"])
+    assert bits and clusters and points and alike  # noqa: PT018
     assert (experts["answer"], function["answer"]) == ("yes", "yes")
-    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "interval": points[2], "others": others[1]}
+    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "interval": points[2]}
+    found |= {"favourite": alike[1], "others": alike[2]}
     return {**found, "n_images": record["n_images"], "training": training["answer"]}
 
 

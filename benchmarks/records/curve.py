@@ -20,6 +20,12 @@ def beside_all(record: Any) -> dict[str, str]:
     return {f"{row.by}_{round(100 * row.share)}": with_interval(row.beside_all) for row in rows}
 
 
+def worse_than_random(record: Any) -> dict[str, float]:
+    """The largest share at which AUM is shown to be worse than as many images at random."""
+    rows = table(record["trainings"], record["methods"])
+    return {"share": max(row.share for row in rows if row.by == "aum" and row.beside_random.high < 0)}
+
+
 assert (IMAGES, EPOCHS, SEEDS, MARGIN) == (8_000, 4, 3, 1)
 CLAIMS = [Claim(FILES, "{text}", _parts)]
 DEFINITIONS = [

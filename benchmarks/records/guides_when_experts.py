@@ -27,11 +27,11 @@ CLAIMS = [
         "{one:.2f} times the time of a dense model of equal FLOPs in float32, {bf16:.2f} times in bf16",
         one_in_bf16,
     ),
-    Claim(infer.BEFORE, "64 images take {many:.2f} times the time", readme.few_and_many),
+    Claim(infer.BEFORE, "64 take {many:.2f} times the time", readme.few_and_many),
     Claim(
         cats_and_dogs.FILES,
-        "it cost {cost:.1f} points ({low:.1f} to {high:.1f}) where only experts learned; by the expert of block 7 that "
-        "an untold router chose, cats and dogs are distinguished in {alone_experts_L7[guess]:.0%} to "
+        "it changed accuracy by {cost:.1f} points ({low:.1f} to {high:.1f}) where only experts learned; from the "
+        "expert that an untold router chose in block 7, the class is guessed in {alone_experts_L7[guess]:.0%} to "
         "{alone_blocks_L7[guess]:.0%} (chance 50), with balance losses in {balanced_experts_L7[guess]:.0%} to "
         "{balanced_blocks_L7[guess]:.0%}",
         cats_and_dogs.result,

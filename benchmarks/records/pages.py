@@ -3,7 +3,19 @@
 import re
 from typing import Any
 
-from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, strangers, upcycling
+from benchmarks.records import (
+    ROOT,
+    Claim,
+    Definition,
+    accuracy,
+    analysis,
+    curve,
+    demo,
+    quickstart,
+    routers,
+    strangers,
+    upcycling,
+)
 
 
 def planned_too_short(record: dict[str, Any]) -> dict[str, float]:
@@ -37,8 +49,9 @@ CLAIMS = {
         Claim(quickstart.NOW, "{tests} % of {total:,} test images, {seconds} CPU seconds", quickstart.of_command),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
     ],
+    "docs/guides/good-data.md": [Claim(curve.FILES, "`aum` already at {share:.0%}", curve.worse_than_random)],
     "docs/guides/dense-sparse.md": [
-        Claim(upcycling.STUDY, "one dense schedule of as many steps the change is {in_one} points", upcycling.rivals)
+        Claim(upcycling.STUDY, "one dense schedule of as many steps it is {in_one} points", upcycling.rivals)
     ],
     "docs/guides/own-images.md": [
         Claim(
@@ -53,26 +66,31 @@ CLAIMS = {
     "docs/guides/several-gpus.md": [
         Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short)
     ],
-    "docs/reference/files.md": [Claim(strangers.FILE, "{rates} % with the bundled models", strangers.recognized)],
+    "docs/reference/files.md": [Claim(strangers.FILE, "{rates} %.", strangers.recognized)],
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
             "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things, yes: "
-            "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}), "
-            "any two other experts {others}",
+            "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}); "
+            "at equally many moved choices {favourite}, any two other experts {others}",
             analysis.answers,
         ),
         Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),
     ],
     "docs/guides/serve.md": [
-        Claim(demo.LIVE, "On {images} images all classes and first choices are Python's", demo.of_all),
+        Claim(demo.LIVE, "On {images} images all classes and first choices equal Python's", demo.of_all),
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
         Claim(
             demo.LOAD,
             "a new image after {s:.1f} s (median)",
             lambda record: {"s": record["latency"]["new picture"]["p50_ms"] / 1e3},
         ),
+    ],
+    "docs/reference/routers.md": [
+        Claim(
+            routers.STUDY, "it was {mean:.1f} points above the dense twin ({low:+.1f} to {high:+.1f})", routers.learned
+        )
     ],
     "docs/reference/models.md": [
         Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),

@@ -50,9 +50,9 @@ CLAIMS = [
     ),
     Claim(
         specialization.BUNDLED,
-        "Yes in {yes} of {of} layers of bundled models with eight, by log-loss in {above}. In CIFAR-10's first, "
-        "exchanging a class's favourite expert with any other costs {first_whole_points:.1f} points; at equally many "
-        "changed patches it costs {first_favourite_points:.1f}, any two others {first_any_two_points:.1f} "
+        "Yes in {yes} of {of} layers of bundled models with eight experts, by log-loss alone in {above}. In the first "
+        "of CIFAR-10's, exchanging a class's favourite expert with any other costs {first_whole_points:.1f} points; at "
+        "equally many changed patches it costs {first_favourite_points:.1f}, any two others {first_any_two_points:.1f} "
         "(difference {first_more_points:.1f}, {first_more_points_low:.1f} to {first_more_points_high:.1f})",
         specialization.headline_of_bundled,
     ),

@@ -32,6 +32,15 @@ def _above(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def learned(record: dict[str, Any]) -> dict[str, float]:
+    """`vmoe_top_k` above the dense twin, the most of all that learn; those in `ALIKE` aren't shown to be above."""
+    own, rows = report("routers"), list(_rows(record).values())
+    found = own.against(rows, own.TWIN)["vmoe_top_k"]
+    assert 100 * found.mean == _above(record)["most_above"], "of the routers that learn, the best"
+    mean, half = 100 * found.mean, 100 * found.half
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def at_random(record: dict[str, Any]) -> dict[str, Any]:
     """`random` minus the twin over common seeds, at the common rate: points, unadjusted, and in words."""
     by_seed: dict[str, dict[int, float]] = {"random": {}, "dense twin": {}}

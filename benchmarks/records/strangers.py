@@ -15,8 +15,8 @@ def _parts(*records: Any) -> list[dict[str, str]]:
 
 def recognized(*records: Any) -> dict[str, str]:
     """Of the bundled models, the best one first."""
-    rates = sorted((round(100 * record["recognized"]) for record in records), reverse=True)
-    return {"rates": f"{', '.join(map(str, rates[:-1]))} and {rates[-1]}"}
+    rates = sorted(records, key=lambda record: -record["recognized"])
+    return {"rates": ", ".join(f"`{record['name']}` {100 * record['recognized']:.0f}" for record in rates)}
 
 
 CLAIMS = [Claim(FILE, "{text}", _parts)]

@@ -32,7 +32,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _LOAD = re.compile(r"moe/(.+)/load_max")
-_MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes: cells carry numbers up to the first, axes names up to the second
+_MAX_COUNTED, _MAX_NUMBERED, _MAX_NAMED = 5, 20, 60  # classes: cells have counts, percentages, axes have names
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -154,7 +154,9 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
         _dashed(axes, test[1][-1])
         note += f"; dashed: test {percent(test[1][-1])}"
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
-    axes.set_ylim(0, 1)
+    drawn = [value for value in (*val[1], *(() if test is None else test[1])) if np.isfinite(value)]
+    lowest = np.floor(10 * min(drawn, default=0.0)) / 10
+    axes.set_ylim(lowest, max(lowest + 0.1, np.ceil(10 * max(drawn, default=1.0)) / 10))
     title(axes, "top-1 accuracy", note)
 
 
@@ -182,7 +184,8 @@ def plot_confusion(
 ) -> None:
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
-    Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes count classes.
+    Up to 20 classes the cells carry percentages, up to 5 also counts; up to 60 the classes are named, beyond that the
+    axes count them.
     `labels` and `predictions` are [n], `class_names` [C].
     """
     classes = len(class_names)
@@ -201,7 +204,8 @@ def plot_confusion(
     picture = axes.imshow(np.ma.masked_invalid(share), cmap="Blues", norm=norm, interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)
-    axes.set_xlabel("predicted class", fontsize=9, color=INK)
+    cells = " (% of the true class)" if _MAX_COUNTED < classes <= _MAX_NUMBERED else ""
+    axes.set_xlabel(f"predicted class{cells}", fontsize=9, color=INK)
     axes.set_ylabel("true class (number of images)" if named else "true class", fontsize=9, color=INK)
     # A class name may hold a dollar sign, which matplotlib would read as mathematics.
     short = [(name if len(name) <= 22 else name[:21] + "…").replace("$", r"\$") for name in class_names]
@@ -217,12 +221,15 @@ def plot_confusion(
         for (row, column), value in np.ndenumerate(share):
             if value > 0:  # False for NaN as well; empty cells stay empty, so that what is mixed up stands out
                 text = "<1" if value < 0.005 else f"{100 * value:.0f}"
+                if classes <= _MAX_COUNTED:
+                    text = f"{counts[row, column]:,}\n{text} %"
                 color = "white" if value > 0.55 else INK
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     title(axes, f"{images.sum():,} images, {percent(np.mean(np.equal(labels, predictions)))} correct")
-    bar = figure.colorbar(picture, ax=axes, shrink=0.6, aspect=32, pad=0.015)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
-    bar.set_label("share of the true class", fontsize=8, color=INK)
+    if not numbered:
+        bar = figure.colorbar(picture, ax=axes, shrink=0.6, aspect=32, pad=0.015)
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
+        bar.set_label("share of the true class", fontsize=8, color=INK)
     save(figure, out)

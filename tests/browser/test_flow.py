@@ -153,12 +153,12 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     assert counts(page) == ["away" if expert == gone else count or "none" for expert, count in enumerate(moved)]
     page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
     measured = ask("what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone})
-    assert page.text_content(".mv-flow-say p") == f"1 of 8 away: {result(measured)}."
+    assert page.text_content(".mv-flow-say p") == f"1 network away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = moved.index(max(moved))
     page.click(f".mv-flow-box[data-expert='{other}']")
     page.wait_for_selector(f".mv-flow-box[data-expert='{other}'][aria-pressed=true]")
-    assert "2 of 8 away" in page.text_content(".mv-flow-say")
+    assert "2 networks away" in page.text_content(".mv-flow-say")
     page.wait_for_function(
         "away => new URLSearchParams(location.search).get('away') === away", arg=f"3.{gone}_3.{other}"
     )
@@ -177,7 +177,7 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
     everything = ask("route", picture=FIRST, away=[[3, expert] for expert in range(4)])
     assert not any(any(row) for row in everything["layers"][1]["kept"])
     page.goto(page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4)))
-    page.wait_for_function("document.querySelector('.mv-flow-say')?.textContent.includes('4 of 8 away')")
+    page.wait_for_function("document.querySelector('.mv-flow-say')?.textContent.includes('4 networks away')")
     assert counts(page) == ["away"] * 4
 
 

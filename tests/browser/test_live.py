@@ -84,7 +84,7 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     for away in ([[layers[-1], 3]], [[layers[-1], 3], [layers[0], 1]]):
         if len(away) > 1:
             one.open(f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1")
-        page.wait_for_selector(f"{SAID}:has-text('{len(away)} of ')")
+        page.wait_for_selector(f"{SAID}:has-text('{len(away)} network')")
         found = view_of(page)
         picture = {"kind": "example", "id": found["picture"]["id"]}
         expected = whole.answer("route", {"model": model, "picture": picture, "away": away})
@@ -110,7 +110,7 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     one = visit_live()
     page = one.page
     page.click("[data-action=matters]")
-    page.wait_for_selector(f"{SAID}:has-text('1 of 16 away: now')")
+    page.wait_for_selector(f"{SAID}:has-text('1 network away: now')")
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
     assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == ["experts", "about"]
@@ -128,7 +128,7 @@ def test_on_a_phone_nothing_is_cut_off(visit_live):
     one = visit_live("?model=pets", viewport={"width": 390, "height": 844}, door=False)
     page = one.page
     page.click(f"{BOX} >> nth=0")
-    page.wait_for_selector(f"{SAID}:has-text('1 of 16 away')")
+    page.wait_for_selector(f"{SAID}:has-text('1 network away')")
     assert no_sideways_scroll(page)
 
 

@@ -142,6 +142,7 @@ def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch: pytest.Mo
     np.testing.assert_allclose(share[[0, 1, 3]], expected[[0, 1, 3]])
     assert share.mask[2].all()
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (3)", "b (1)", "c (0)", "d (1)"]
+    assert [text.get_text() for text in axes.texts] == ["1\n33 %", "2\n67 %", "1\n100 %", "1\n100 %"]
 
 
 @pytest.mark.parametrize("classes", [2, 20, 37, 102])

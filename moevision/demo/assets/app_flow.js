@@ -345,7 +345,6 @@ export const isAway = (app, layer, expert) => app.away.some(([where, which]) => 
 /** @param {FlowHost} app @param {View} view */
 function say(app, view) {
   const control = effectOf(view);
-  const all = view.layers.reduce((sum, { num_experts: experts }) => sum + experts, 0);
   if (!app.asker) return "";
   const { length: gone } = view.settings.away ?? [];
   const best = view.prediction.moe[0].class;
@@ -358,7 +357,7 @@ function say(app, view) {
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
-  return html`<p><b>${gone} of ${all} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>
+  return html`<p><b>${gone} ${gone === 1 ? "network" : "networks"} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>
     <button type="button" class="mv-button" data-action="put-back" data-key="put-back">Put all back</button>`;
 }
 
