@@ -1,9 +1,10 @@
 """What a trace shows: counts and shares for the figures, what an expert's patches are, and which classes use it.
 
-Counts are of *requested* choices, what the router wants, before any capacity. Where tokens don't choose,
-`expert_index` names all experts and `amount` ([I, P, K], `LayerTrace.wanted`) says what each counts: whether it took
-the patch, or how much of it it reads. Whether a pattern is more than chance is tested over images, since patches of
-one image are not independent: of classes here, of what experts tell in `information` and `readings`.
+Parts are counted by *requested* choices, what the router wants, before any capacity; loads, galleries and the map of
+classes by those that are computed. Where tokens don't choose, `expert_index` names all experts and `amount` ([I, P, K],
+`LayerTrace.wanted`) says what each counts: whether it took the patch, or how much of it it reads. Whether a pattern is
+more than chance is tested over images, since patches of one image are not independent: of classes here, of what experts
+tell in `information` and `readings`.
 
 The top patches of an expert alone mislead: the best eight of ten thousand patches look alike for any expert. So a
 gallery shows as many random patches of the same expert. An expert of Soft MoE reads something of every patch: its

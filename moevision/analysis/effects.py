@@ -14,7 +14,6 @@ Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,18 +28,18 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet
 from moevision.analysis.information import Json, Pixels
 from moevision.analysis.intervention import (
-    Capacity,
     Decision,
     Edit,
     Fill,
     Intervention,
-    Ranking,
     computed_pairs,
+    each_alone,
     edited,
+    run_repeated,
 )
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, moe_layers, routing_lock
+from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
@@ -262,31 +261,8 @@ def run_compared(
         with edited(net, edits):
             logits: Tensor = net(x).double()
         return logits
-    # Rows of one image must not share a capacity that the model shares over its batch.
-    shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
-    with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
-        return _repeated(net, x, len(keys), next(iter(taken))).double()
-
-
-def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
-    """Run one image `times` times, as one image up to the block that holds `first`: until there all rows agree."""
-    blocks, thread = getattr(net, "blocks", None), threading.get_ident()
-    by_colour = any(layer.router.sees_image for layer in moe_layers(net))  # looks at the images again
-    if blocks is None or first.layer_index is None or by_colour:
-        logits: Tensor = net(x.expand(times, -1, -1, -1))
-        return logits
-
-    def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if threading.get_ident() != thread:  # a plain forward pass elsewhere, which waits for no lock
-            return inputs
-        return (inputs[0].expand(times, -1, -1), *inputs[1:])
-
-    hook = blocks[first.layer_index].register_forward_pre_hook(repeat)
-    try:
-        logits = net(x)
-    finally:
-        hook.remove()
-    return logits
+    with each_alone(net), edited(net, edits):
+        return run_repeated(net, x, torch.zeros(len(keys), dtype=torch.int64), next(iter(taken))).double()
 
 
 @dataclass(frozen=True)

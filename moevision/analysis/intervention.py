@@ -62,7 +62,7 @@ from moevision.layers import (
 )
 from moevision.layers.routers_soft import shares_of_token
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.layers.routing import RouteBy, routed_unit
+from moevision.layers.routing import routed_unit
 
 Kind = Literal["ablate", "force", "swap", "random", "top_k", "capacity"]
 Fill = Literal["next_best", "zero"]
@@ -142,7 +142,7 @@ class Intervention:
         return {layer: self._edit(number, layer.router) for number, layer in chosen.items()}
 
     def _edit(self, layer: int, router: Any) -> Edit:
-        why = refusal(self.kind, router.kind, routed_unit(router))
+        why = refusal(self.kind, router)
         if why is not None:
             raise UserError(f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one.")
         last = router.num_experts - 1
@@ -167,11 +167,14 @@ class Intervention:
                 return methodcaller("at_capacity", self.factor)
 
 
-def refusal(kind: Kind, routing: RoutingKind, route_by: RouteBy = "token") -> str | None:
-    """Why an intervention has no meaning for a kind of routing, as the end of a sentence; None where it has one."""
-    if route_by == "image" and kind == "capacity":
+def refusal(kind: Kind, router: Any) -> str | None:
+    """Why an intervention has no meaning for a router, as the end of a sentence; None where it has one."""
+    missing = [name for name in ("gate_logits", "gates", "priority") if not hasattr(router, name)]
+    if router.kind == "token_choice" and missing:
+        return f"{type(router).__name__} doesn't say which weights other choices would get ({', '.join(missing)})"
+    if routed_unit(router) == "image" and kind == "capacity":
         return "an image is routed as a whole, so one image never fills an expert"
-    return _REFUSALS.get((routing, kind))
+    return _REFUSALS.get((router.kind, kind))
 
 
 def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
@@ -217,6 +220,33 @@ def edited(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
         finally:
             for layer, intervention in outer.items():
                 layer.intervention = intervention
+
+
+def each_alone(model: nn.Module) -> AbstractContextManager[None]:
+    """A scope in which rows don't share a capacity that the model shares over its batch: they are one image's."""
+    shared = [layer for layer in moe_layers(model) if (own := Capacity.own(layer.router)) and own.whole_batch]
+    return edited(model, dict.fromkeys(shared, Ranking.apart))
+
+
+def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:
+    """Logits [R, C] of the images `rows` [R] of x; up to the block that holds `first` each image is computed once."""
+    blocks, thread, rows = getattr(model, "blocks", None), threading.get_ident(), rows.to(x.device)
+    by_colour = any(layer.router.sees_image for layer in moe_layers(model))  # looks at the images again
+    if blocks is None or first.layer_index is None or by_colour:
+        logits: Tensor = model(x[rows])
+        return logits
+
+    def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != thread:  # a plain forward pass elsewhere, which waits for no lock
+            return inputs
+        return (inputs[0][rows], *inputs[1:])
+
+    hook = blocks[first.layer_index].register_forward_pre_hook(repeat)
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
+    return logits
 
 
 @dataclass(frozen=True)

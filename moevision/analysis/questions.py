@@ -172,6 +172,10 @@ def three_questions(
             why = "no logit reads these patches, so that no swap can cost anything"
         elif own.why is not None:
             why = own.why
+        elif layer.num_experts < 2:
+            why = "it has one expert"
+        elif not len(images_to_run(recording, place, swap_images, seed)[0]):
+            why = "it takes two images of a class: give more images, --limit"
         else:
             swap = swap_test(recording, place, draws=draws, limit=swap_images, seed=seed)
             why = "no exchange moves a patch, which have all chosen all experts" if swap is None else None
@@ -200,6 +204,8 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
         # The deepest of them is quoted: there experts know most about the image.
         quoted = next(answer for name, answer in reversed(answers) if name == names[-1])
         where = "" if len(layers) == 1 else f"{names[-1]}: " if len(names) == 1 else f"{listed(names)}; {names[-1]}: "
+        if len(names) < len(layers) and best in (YES, A_LITTLE_WORD):
+            where = f"{len(names)} of {len(layers)} layers, each tested at 5 %; {where}"
         found.append(replace(quoted, question=question, detail=where + quoted.detail))
     return found
 

@@ -48,7 +48,7 @@ from moevision.analysis.information import (
     part_information,
     students_quantile,
 )
-from moevision.analysis.intervention import edited, numbered_layers
+from moevision.analysis.intervention import each_alone, edited, numbered_layers, refusal, run_repeated
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
@@ -215,7 +215,7 @@ def recording_of(
     if parts is not None and "background" in part_names:
         objects = np.asarray(parts) != list(part_names).index("background")
     run = None
-    if swap and trace.accuracy is not None:
+    if swap and trace.accuracy is not None and not any(refusal("swap", each.router) for each in moe_layers(model.net)):
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
 
@@ -241,32 +241,29 @@ def run_forced(
 
     The blocks before the layer compute an image once for all its neighbours in the list that are the same image.
     """
-    layer = numbered_layers(model.net)[blocks[place]]
+    layer, logits = numbered_layers(model.net)[blocks[place]], []
     prefix = int(getattr(model.net, "num_prefix_tokens", 0))
-    block = cast(Any, model.net).blocks[blocks[place]]
-    logits = []
     for start in range(0, len(images), _BATCH):
         part = slice(start, start + _BATCH)
         each, rows = np.unique(images[part], return_inverse=True)
         pixels = network_input(model, read_images(pictures, each))
-        again = torch.from_numpy(rows).to(pixels.device)
-        repeat = block.register_forward_pre_hook(lambda _, inputs, again=again: (inputs[0][again], *inputs[1:]))
-        try:
-            logits.append(forced_logits(model.net, layer, pixels, experts[part], prefix))
-        finally:
-            repeat.remove()
+        again = partial(run_repeated, model.net, rows=torch.from_numpy(rows), first=layer)
+        logits.append(forced_logits(model.net, layer, pixels, experts[part], prefix, again))
     return np.concatenate(logits)
 
 
 @torch.inference_mode()
-def forced_logits(net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0) -> Floats:
+def forced_logits(
+    net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0,
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Floats:  # fmt: skip
     """Logits [R, C] of `net(inputs)` while the patches go to these experts [R, P, K] in one of its layers; see `Run`.
 
-    The first `prefix` tokens stay where they are.
+    The first `prefix` tokens stay where they are. `run` stands for `net`.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
-    with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
-        logits: Floats = net(inputs).float().cpu().numpy()
+    with each_alone(net), edited(net, {layer: methodcaller("choose", wanted, prefix)}):
+        logits: Floats = (run or net)(inputs).float().cpu().numpy()
     return logits
 
 
@@ -322,7 +319,7 @@ def measure_baselines(
 def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
     """The same architecture with newly drawn weights, as an untrained model starts, but with random routers.
 
-    Nothing of the trained weights or statistics is left; torch's generator is put back.
+    Nothing of the trained weights is left (the rule `colour` keeps its colours); the CPU's generator is put back.
     """
     fresh = copy.deepcopy(net)
     with torch.random.fork_rng(devices=[]):
@@ -714,17 +711,18 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
     Returns:
         The share guessed right, with an interval over images, and that of always guessing the most frequent value.
     """
-    image, patch = (target >= 0).nonzero()
+    image, patch = (target >= 0).nonzero()  # [N]
     values, ranks = np.unique(target[image, patch], return_inverse=True)
-    tables = np.zeros((len(counts), len(values), counts.shape[2]))  # [I, V, E]
-    np.add.at(tables, (image, ranks), counts[image, patch])
-    total = tables.sum((1, 2))  # [I]
-    right = np.zeros(len(total))
+    own = counts[image, patch].astype(np.float64)  # [N, E]
+    hits = np.zeros(len(own))
     for half in (True, False):
-        known = tables[halves != half].sum(0)  # [V, E]
+        fit = halves[image] != half
+        known = np.zeros((len(values), own.shape[1]))  # [V, E]
+        np.add.at(known, ranks[fit], own[fit])
         best = np.where(known.sum(0) > 0, known.argmax(0), known.sum(1).argmax())  # [E]
-        right[halves == half] = tables[halves == half][:, best, np.arange(tables.shape[2])].sum(1)
-    frequency = tables.sum((0, 2))
+        hits[~fit] = (own[~fit] * (ranks[~fit, None] == best)).sum(1)
+    right, total = (np.bincount(image, each, len(counts)).astype(np.float64) for each in (hits, own.sum(1)))  # [I]
+    frequency = np.bincount(ranks, own.sum(1))
     return ratio_interval(right, total), float(frequency.max() / max(frequency.sum(), 1e-12))
 
 

@@ -2,18 +2,15 @@
 
 One JSON object, `"schema": "moevision.atlas/1"`:
 
-- `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
-- `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
-  `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
-  `map` (a `ClassExpertMap`),
-  `answers` (the three `Answer`s about the layer), `load_words` and `experts`: per expert its `top` and
-  `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
-  most) and its `parts` (null where the images have none), largest excess first, `significant` where one stands out
-  beyond chance; and where it was measured `without`, what taking the expert away does (`measure_effects`).
+- `data`, `n_images`, `class_names`;
+- `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `loads` ([E] choices that each expert
+  computed; Soft MoE: weight that patches took), `map` (a `ClassExpertMap`), `answers` (the three `Answer`s about the
+  layer), `load_words` and `experts`: per expert its `top` and `random` patches as `[image name, index of the image,
+  patch, weight]`, its `classes` (the five that prefer it most) and its `parts` (null where the images have none),
+  largest excess first, `significant` where one stands out beyond chance; and where it was measured `without`, what
+  taking the expert away does (`measure_effects`).
 
-`shown`, where it stands, says which other images galleries are of. Earlier versions wrote `paths`, too.
-
-`num_experts` and `top_k` are the first layer's.
+`shown`, where it stands, says which other images galleries are of. Earlier versions wrote more.
 
 Floats are rounded to four decimals; null stands where there is no number, as for a class without images.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
@@ -80,7 +77,6 @@ def build_atlas(
         for found in questions
     }
     for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
-        loads = layer.counts().sum(0)
         parts = None if fractions is None or pictures is None else _part_shares(layer, fractions)
         class_map = maps[layer.layer]
         layers.append(
@@ -88,10 +84,7 @@ def build_atlas(
                 "layer": layer.layer,
                 "name": layer.name,
                 "kind": layer.kind,
-                "num_experts": layer.num_experts,
-                "experts_per_patch": layer.experts_per_patch,
-                "loads": loads.tolist(),
-                "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
+                "loads": layer.counts().sum(0).tolist(),
                 "map": class_map.to_json(),
                 **told.get(layer.name, {"answers": [], "load_words": ""}),
                 "experts": [
@@ -111,13 +104,8 @@ def build_atlas(
         {
             "schema": SCHEMA,
             "data": trace.data,
-            "model": trace.model,
             "n_images": len(trace),
             "class_names": list(trace.class_names),
-            "num_experts": trace.layers[0].num_experts,
-            "top_k": trace.layers[0].top_k,
-            "grid": list(trace.grid),
-            "accuracy": trace.accuracy,
             "layers": layers,
             **({} if shown is None else {"shown": shown.data}),
         }

@@ -125,9 +125,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             train_capacity=_option(layer, "capacity_factor"),
             slots=int(routing.slot_weight.shape[-1]) if isinstance(routing, SoftRouting) else None,
             read_by_classifier=is_read,
-            refused={
-                kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
-            },
+            refused={kind: why for kind in CHANGES if (why := refusal(kind, layer.router)) is not None},
             route_by=routing.route_by,
             steps=layer.router.words(noisy=False, top_k=layer.router.top_k, capacity=None),
             expert_parameters=sum(weight.numel() for weight in layer.experts.parameters()) // routing.num_experts,
@@ -222,7 +220,7 @@ class PictureFacts:
     credit: str | None = None  # whose image it is and under which licence; None where nothing has to be said
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON, the pixels as a PNG."""
+        """The fields as JSON, the pixels as a WebP without loss."""
         return {
             "id": self.id,
             "name": self.name,

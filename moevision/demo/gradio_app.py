@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from moevision.analysis.intervention import Intervention
+from moevision.data.images import upright_rgb
 from moevision.demo.examples import sharp
 from moevision.demo.html import flow_html
 from moevision.demo.models import DataOptions, Entry, open_entries
@@ -53,7 +54,7 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
         gr.Markdown(f"# See inside a Mixture of Experts\n{LEAD}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(type="pil", label="Your photo", height=240)
+                image = gr.Image(type="pil", image_mode=None, label="Your photo", height=240)
                 label = gr.Label(num_top_classes=5, label="The model says")
                 choice = gr.Dropdown(list(entries), value=first, label="Model", visible=len(entries) > 1)
                 # programs may name those of any model: what a page's list holds at its start isn't all that is right
@@ -81,7 +82,7 @@ def route(entries: dict[str, Entry], image: Image.Image | None, model: str, away
     if image is None:
         return None, ""
     trained = entries[model].variants["trained"]
-    photo = image.convert("RGB")
+    photo = upright_rgb(image)
     gone = [one.removeprefix("L").partition("·E") for one in away if one in experts(entries[model])]
     settings = Settings(away=tuple(Intervention("ablate", int(layer), int(expert)) for layer, _, expert in gone))
     view = route_image(trained.saved, photo, settings=settings, facts=trained.facts).to_json()

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +203,7 @@ class Explorer:
             raise RequestError("The field 'intervention' must say what to change.")
         if settings.noise is not None:
             raise RequestError("A change is measured without noise: the field 'noise' must be null.")
-        with settings.conditions_applied(variant.saved.net):
+        with replace(settings, intervention=None).applied(variant.saved.net):
             return effect(variant.saved, found.pixels, change).to_json()
 
     def class_effect(self, request: Any) -> Json:
@@ -210,7 +211,7 @@ class Explorer:
 
         For an expert that is taken away, `without` has what the atlas says over test images; null where not measured.
         """
-        given = read.fields(request, ("model", "variant", "top_k", "capacity", "intervention", "class"))
+        given = read.fields(request, ("model", "variant", "top_k", "capacity", "intervention", "away", "class"))
         entry, variant = self.pages.model(given)
         settings = read.settings(given, variant.facts)
         name = read.choice(given, "class", variant.facts.class_names)
@@ -221,7 +222,7 @@ class Explorer:
         pictures = gallery.pictures
 
         def measure() -> ClassEffect:
-            with settings.conditions_applied(variant.saved.net):
+            with replace(settings, intervention=None).applied(variant.saved.net):
                 return class_effect(variant.saved, pictures, name, change, limit=CLASS_PICTURES)
 
         key = (entry.card.id, variant.facts.variant, settings, name)

@@ -39,7 +39,6 @@ from moevision.demo.facts import (
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
 from moevision.layers import Routing, SoftRouting, routing_lock
-from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
 
 KINDS: Final = ("ablate", "force", "swap", "random")
@@ -64,16 +63,9 @@ class Settings:
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
-        """Hold `net` in these settings inside the scope; other threads wait for their turn on it."""
-        changed = self.away if self.intervention is None else (*self.away, self.intervention)
-        with intervene(net, *self.conditions(net), *changed), noise_of_training(net, self.noise):
-            yield
-
-    @contextmanager
-    def conditions_applied(self, net: nn.Module) -> Iterator[None]:
-        """Hold `net` in the other k and capacity only; without those the lock stays free for other threads."""
-        conditions = self.conditions(net)
-        with intervene(net, *conditions) if conditions else nullcontext():
+        """Hold `net` in these settings inside the scope; if they change anything, other threads wait for their turn."""
+        changed = (*self.conditions(net), *self.away, *filter(None, [self.intervention]))
+        with intervene(net, *changed) if changed else nullcontext(), noise_of_training(net, self.noise):
             yield
 
     def off_reason(self, routers: Sequence[LayerFacts]) -> str | None:
@@ -87,7 +79,7 @@ class Settings:
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
     routers = {number: layer.router for number, layer in layers.items()}
-    able = [number for number, one in routers.items() if refusal(kind, one.kind, routed_unit(one)) is None]
+    able = [number for number, router in routers.items() if refusal(kind, router) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 

@@ -170,10 +170,7 @@ class ColourRouter(HandmadeRouter):
         """The nearest colour of each patch; a prefix token has the image's mean colour."""
         colours = self._colours
         if colours is None or x.shape[:2] != (colours.shape[0], colours.shape[1] + self.num_prefix_tokens):
-            raise UserError(
-                "The router 'colour' needs the image of these tokens: use it in a converted timm ViT, and leave "
-                "patch_drop_rate at 0."
-            )
+            raise UserError("The router 'colour' needs the image of these tokens: use it in a converted timm ViT.")
         mean = colours.mean(1, keepdim=True).expand(-1, self.num_prefix_tokens, -1)
         return torch.cdist(torch.cat([mean, colours], 1), self.centroids.float()).argmin(-1)
 

@@ -308,7 +308,8 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
 class Router(nn.Module):
     """What an MoE layer, training, analysis and the explorer need of a router; calling it gives a `Routing`.
 
-    A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here.
+    A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here. Where
+    tokens choose, interventions also need its `gate_logits`, `gates` and `priority`, as `TopKRouter` has them.
 
     Attributes:
         num_experts: E.

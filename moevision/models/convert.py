@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
+from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
 
@@ -92,7 +93,7 @@ def convert_to_moe(
             option doesn't fit. The model is then as it was.
     """
     blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(vit, "num_prefix_tokens"):
         raise UserError(f"{type(vit).__name__} has no transformer blocks to convert: give a timm ViT or DeiT.")
     if moe_layers(vit):
         raise UserError(f"{type(vit).__name__} has experts already: convert all layers in one call.")
@@ -107,6 +108,12 @@ def convert_to_moe(
     _check_twin(vit, indices)
     # All of them first: a layer that can't be made leaves the model as it was.
     experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
+    if not isinstance(getattr(vit, "patch_drop", None), nn.Identity | None) and any(
+        isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in experts
+    ):
+        raise UserError(
+            "Fixed rules route by the patch's place, which dropped patches change: leave patch_drop_rate at 0."
+        )
     for index, moe in zip(indices, experts, strict=True):
         blocks[index].mlp = moe
     state = cast(Any, vit)
@@ -478,13 +485,15 @@ def make_dense(model: nn.Module, match: Match) -> None:
         if isinstance(block.mlp, MoEMlp):
             moe = block.mlp
             units = moe.router.top_k if match == "active_flops" else moe.router.num_experts
-            block.mlp = _mlp_like(moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features)
+            # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
+            drop = (moe.drop if "expert_drop" in state.moe_config else moe.experts.drop).p
+            block.mlp = _mlp_like(moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features, drop)
             if getattr(model, "fix_init", False):
                 scale_by_depth(block.mlp.fc2.weight, index)
     state.moe_config = {**state.moe_config, "twin": match}
 
 
-def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:
+def _mlp_like(moe: MoEMlp, hidden_features: int, drop: float) -> Mlp:
     fc1, fc2 = moe.experts.fc1, moe.experts.fc2
     mlp = Mlp(
         fc1.in_features,
@@ -492,7 +501,7 @@ def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:
         fc2.out_features,
         act_layer=cast(Any, lambda: copy.deepcopy(moe.experts.act)),
         bias=(fc1.bias is not None, fc2.bias is not None),
-        drop=(moe.experts.drop.p, moe.drop.p),
+        drop=(drop, moe.drop.p),
         device=fc1.weight.device,
         dtype=fc1.weight.dtype,
     )

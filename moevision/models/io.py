@@ -399,9 +399,9 @@ def unpack(file: Path) -> dict[str, Tensor]:
 
 
 def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+    """The accelerator if there is one, else the CPU, and in the place of Apple's GPU: effects are taken in float64."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or found.type == "mps" else found
 
 
 # ---- weights that are published under a timm name, and the Hugging Face hub

@@ -330,8 +330,8 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
         for kind in kinds:
             with pytest.raises(UserError, match=r"has no meaning in L0: .* choose another"), scopes[kind]():
                 pass
-            assert refusal(kind, layer.router.kind) is not None
-    assert refusal("force", "token_choice") is None
+            assert refusal(kind, layer.router) is not None
+    assert refusal("force", layer_of("switch").router) is None
     mixed = make_model(["soft", "noisy_top_k"])  # every layer, one of which can't
     with pytest.raises(UserError, match="no meaning in L1"), use_top_k(mixed, 1):
         pass

@@ -13,10 +13,21 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
 from moevision.analysis.intervention import ablate, numbered_layers
-from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly, swap_test
+from moevision.analysis.questions import (
+    A_LITTLE_WORD,
+    NOT_MEASURED,
+    NOT_SHOWN,
+    NOTHING,
+    YES,
+    headline,
+    plainly,
+    swap_test,
+)
 from moevision.analysis.readings import run_forced
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
+from moevision.errors import UserError
+from moevision.layers import Router, moe_layers
 from moevision.models.io import SavedModel
 
 PATCHES = 12
@@ -205,6 +216,60 @@ def test_a_limit_holds_whatever_the_number_of_classes() -> None:
     choices = np.tile(labels[:, None, None] % 8, (1, 4, 1))
     found = swap_test(planted(np.zeros((8, 50)), labels, choices, ran=ran), 0, limit=10)
     assert found.n_images == len(np.unique(ran[0][0])) == len(found.favourites) == 10
+
+
+def test_what_can_not_be_asked_says_why() -> None:
+    """Of one expert there is no other; of one image of each class there is none to find the favourite on."""
+    labels, choices = routed(np.random.default_rng(7))
+    _, alone = answered(planted([[1.0] * 4], labels, np.zeros_like(choices[..., :1])))
+    assert (alone.answer, alone.detail) == (NOT_MEASURED, "it has one expert")
+    labels = np.arange(40)
+    _, answer = answered(planted(np.zeros((6, 40)), labels, routed(np.random.default_rng(8), images=40)[1]))
+    assert (answer.answer, answer.detail) == (NOT_MEASURED, "it takes two images of a class: give more images, --limit")
+
+
+@pytest.mark.parametrize("options", [{"router": "colour"}, {"router": "vmoe_top_k", "capacity": "batch"}])
+def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
+    """A router that looks at the images again, and a capacity that a batch shares: beside rows without the layer."""
+    if options.pop("capacity", None):
+        options |= {"eval_capacity_factor": 0.7, "capacity_group": "batch"}
+    net = timm.create_model("test_vit_moe", num_classes=8, stem="patch", **options).eval()
+    pictures = open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
+    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
+    trace = collect_routing(model, pictures, progress=False)
+    forced = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers], 1)
+    images = np.repeat(np.arange(4), 2)
+    own = np.asarray(trace.layers[1].expert_index)[images].astype(np.int64)
+    alone = np.concatenate([forced(images[[row]], own[[row]]) for row in range(len(images))])
+    assert forced(images, own) == pytest.approx(alone, abs=1e-5)
+    own[1::2] = ~own[1::2]
+    assert forced(images, own)[::2] == pytest.approx(alone[::2], abs=1e-5)
+
+
+def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
+    """It chooses and computes; what other choices would weigh isn't known."""
+
+    class Mine(Router):
+        num_experts, top_k = 4, 2
+
+        def __init__(self, router):
+            super().__init__()
+            self.inner = router
+
+        def forward(self, x):
+            return self.inner(x)
+
+    net = timm.create_model("test_vit_moe", num_classes=8, stem="patch").eval()
+    for layer in moe_layers(net):
+        layer.router = Mine(layer.router)
+    pictures = open_pictures(SyntheticPets(16, 32, 0, "test"), 32)
+    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
+    trace = collect_routing(model, pictures, progress=False)
+    answers = three_questions(recording_of(model, pictures, trace), permutations=20)[0].answers
+    assert answers[2].sentence == "The experts do different things: not measured (routes were not forced)."
+    why = r"'ablate' has no meaning in L1: Mine doesn't say which weights other choices would get \(gate_logits, gates"
+    with pytest.raises(UserError, match=why), ablate(net, 1, 0):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,12 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries):
     assert route(entries, None, title, []) == (None, "")
 
 
+def test_what_is_transparent_is_white(entries):
+    """As everywhere else; what lies under it is black here."""
+    title, photo = next(iter(entries)), Image.new("RGBA", (90, 64), (0, 0, 0, 0))
+    assert route(entries, photo, title, [])[0] == route(entries, Image.new("RGB", (90, 64), "white"), title, [])[0]
+
+
 def test_examples_are_as_large_as_their_data(entries):
     found = examples(entries)
     assert [title for _, title in found] == ["The pets"] * 3  # the other model has none here

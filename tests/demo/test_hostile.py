@@ -285,6 +285,17 @@ def test_a_body_in_pieces_arrives_whole(ask_door, explorer):
     assert (door._held, door._inside) == ({}, {})
 
 
+@pytest.mark.parametrize(("text", "status"), [(b"[" * 5_000_000, 400), (b'{"a":[' + b"1," * 5_000_000 + b"1]}", 400)])
+def test_a_body_of_millions_of_parts_is_refused_before_it_is_parsed(ask_door, monkeypatch, text, status):
+    """Parsing it takes seconds in which nobody else is answered."""
+    parsed = []
+    monkeypatch.setattr(server_module.json, "loads", lambda body: parsed.append(body) or {})
+    (start, *_), _ = ask_door([text])
+    assert (start["status"], parsed) == (status, [])
+    (start, *_), _ = ask_door([json.dumps(hostile.ROUTE).encode()])
+    assert (start["status"], len(parsed)) == (200, 1)
+
+
 def test_a_body_without_a_length_is_counted(ask_door):
     (start, *_), door = ask_door([b"x" * 60, b"x" * 60, b"x" * 60], MAX_BODY=100)
     assert (start["status"], door._held) == (413, {})

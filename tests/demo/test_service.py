@@ -275,6 +275,23 @@ def test_what_if_answers_what_effect_measures(explorer, pixels):
     assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before[:5]]
 
 
+def test_an_effect_is_measured_without_the_experts_that_are_away(explorer, pixels):
+    """As the view beside it is computed; over images of the class too."""
+    request = {"model": "pets", "intervention": {"kind": "force", "layer": 3, "expert": 2}, "away": [[1, 0]]}
+    answer = good(explorer, "what_if", picture=PICTURE, **request)
+    change = Intervention("force", layer=3, expert=2)
+    with ablate(saved(explorer).net, 1, 0):
+        alone = effect(saved(explorer), pixels, change)
+    assert answer["delta_logit"] == pytest.approx(alone.delta_logit)
+    view = good(explorer, "route", picture=PICTURE, **request)["prediction"]["moe"]
+    assert [one["p"] for one in answer["after"]] == pytest.approx([one["p"] for one in view[:5]], abs=1e-4)
+    pictures = explorer.galleries.gallery(explorer.entries["pets"], "trained").pictures
+    with ablate(saved(explorer).net, 1, 0):
+        expected = class_effect(saved(explorer), pictures, "bear", change, limit=50).to_json()
+    found = good(explorer, "class_effect", **request, **{"class": "bear"})["class_effect"]
+    assert found["delta_logit"] == pytest.approx(expected["delta_logit"])
+
+
 def test_a_swap_is_measured_and_shown(explorer, pixels):
     request = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
     answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=request)

@@ -85,6 +85,13 @@ def test_dense_twin(match: str, hidden: int) -> None:
     assert len(moe_layers(model)) == 2
 
 
+@pytest.mark.parametrize("expert_drop", [None, 0.4])
+def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(expert_drop: float | None) -> None:
+    model = timm.create_model("test_vit_moe", proj_drop_rate=0.1, expert_drop=expert_drop)
+    assert moe_layers(model)[0].experts.drop.p == (expert_drop or 0.1)
+    assert {(block.mlp.drop1.p, block.mlp.drop2.p) for block in dense_twin(model).blocks} == {(0.1, 0.1)}
+
+
 def test_twins_match_what_they_say() -> None:
     """Equal FLOPs apart from the routers; equal parameters apart from the routers and E - 1 output biases."""
     model = timm.create_model("test_vit_moe", num_classes=3)
@@ -319,6 +326,12 @@ def test_numbers_that_can_not_be_are_refused_by_name(options: dict[str, Any], wo
 def test_models_that_cannot_be_converted() -> None:
     with pytest.raises(UserError, match="no transformer blocks"):
         convert_to_moe(nn.Linear(3, 3))
+    with pytest.raises(UserError, match="no transformer blocks"):  # blocks, but none of a ViT
+        convert_to_moe(hiera := timm.create_model("hiera_tiny_224"))
+    assert not moe_layers(hiera)
+    for router in ("position", "hash", "colour"):  # dropped patches come in another order
+        with pytest.raises(UserError, match="leave patch_drop_rate at 0"):
+            timm.create_model("test_vit_moe", router=router, patch_drop_rate=0.5)
     with pytest.raises(UserError, match="VisionTransformerMoE has experts already"):
         convert_to_moe(timm.create_model("test_vit_moe"))
     with pytest.raises(UserError, match="can't be converted"):
