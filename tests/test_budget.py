@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).parents[1]
 SIZE = {
     # folder, with those below: (modules, lines, tokens)  # what raised it last
     "moevision": (11, 2_645, 14_430),  # the film's options; --data.fit, predict --features, export --dtype
-    "moevision/analysis": (13, 6_580, 50_320),  # defects mended: rows that share a capacity or a colour, routers without gates, why nothing was asked
+    "moevision/analysis": (13, 6_580, 50_320),  # mended: rows that share a capacity, routers without gates
     "moevision/commands": (8, 1_205, 9_170),  # predict --features, export --dtype fp16; push, shards, surgery went
     "moevision/data": (13, 4_270, 33_780),  # images padded or squashed; tar shards went
     "moevision/demo": (15, 3_860, 28_140),  # the atlas carries what is read; one way to apply settings
