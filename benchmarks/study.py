@@ -217,7 +217,7 @@ class Contrast:
     @property
     def shown_p(self) -> str:
         """`0.037`, or `below 0.001` where three digits would be zeros."""
-        return "below 0.001" if self.p < 0.0005 else f"{self.p:.3f}"
+        return "" if math.isnan(self.p) else "below 0.001" if self.p < 0.0005 else f"{self.p:.3f}"
 
     @property
     def sentence(self) -> str:

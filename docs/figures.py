@@ -238,7 +238,7 @@ def forest(found: Sequence[Effect]) -> str:
         parts.append(text(500, y + 18, effect.words, 16, "end", color, bool(effect.verdict)))
         parts.append(line(x(effect.low), y + 36, x(effect.high), y + 36, color, 4, ' stroke-linecap="round"'))
         parts.append(f'<circle cx="{x(effect.mean):g}" cy="{y + 36}" r="6.5" fill="{color}"/>')
-    note = "Blue: the first is shown to be better; orange: worse; grey: neither."
+    note = "Blue: the first is better; orange: worse; grey: neither is shown."
     parts.append(text(24, bottom + 42, note, 15, color=GREY))
     return svg(width, bottom + 58, parts, "Differences in test accuracy that the studies measured")
 
