@@ -108,10 +108,16 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, restval="", strict=True))
+def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
+
+    A ValueError if one of `columns` isn't there.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
+        rows = csv.DictReader(file, restval="", strict=True)
+        if missing := {*columns} - {*(rows.fieldnames or ())}:
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        return list(rows)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

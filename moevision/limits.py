@@ -33,13 +33,8 @@ def total_memory_bytes() -> int | None:
 
 def usable_memory_bytes(root: Path = ROOT) -> int | None:
     """Physical memory, or what the control group grants of it; None where the system doesn't say."""
-    sizes = (total_memory_bytes(), memory_limit_bytes(root))
+    sizes = (total_memory_bytes(), *(limit for limit, _ in _memory_limits(root)))
     return min((size for size in sizes if size is not None), default=None)
-
-
-def memory_limit_bytes(root: Path = ROOT) -> int | None:
-    """Memory that the control group grants; None without a limit."""
-    return min((limit for limit, _ in _memory_limits(root)), default=None)
 
 
 def memory_available_bytes(root: Path = ROOT) -> int | None:

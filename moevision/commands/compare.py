@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import MORE, flat
+from moevision.config import MORE, WRITTEN, flat
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, refuse_equal_seeds, shown
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
@@ -49,9 +49,9 @@ from moevision.words import duration, flops, percent, points
 PREDICTIONS: Final = "predictions_test.csv"
 _SCHEMA: Final = "moevision.compare/1"
 # Besides what may change while a run goes on: what a seed changes, and what is only watched.
-_NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "log_routers", "check_memory")
-# These may change too while a run goes on, and yet make another recipe.
-_RECIPE = ("guard", "data.path")
+_NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_memory", *WRITTEN)
+# These may change too while a run goes on, and yet make another recipe; max_time ended an earlier version's.
+_RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
 _LISTED = 6  # options that differ
 _TRAINERS = {name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE}
 _ACCURACIES = ("correct", "total", "accuracy", "interval", "balanced_accuracy")
@@ -94,7 +94,7 @@ class FinishedRun:
     @cached_property
     def recipe(self) -> dict[str, str]:
         """What makes the training, but for its seed: options as text, without nulls and the Trainer's own defaults."""
-        recipe = {}
+        recipe = {"images per step": str(self.summary.batch_size)}
         for option, value in self.options.items():
             of_recipe = option.startswith(_RECIPE) or not (is_free(option) or option.startswith(_NO_RECIPE))
             usual = value is None or _TRAINERS.get(option.removeprefix("trainer.")) == value
@@ -249,9 +249,10 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
 def told(found: Comparison) -> list[list[str]]:
     """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
     machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]})
-    names = {"found": found, "options": differing(found.a[0], found.b[0]), "machines": machines}
-    parts = template("compare.txt.jinja").render(**names).split("---\n")
-    return [part.splitlines() for part in parts]
+    text = template("compare.txt.jinja").render(
+        found=found, options=differing(found.a[0], found.b[0]), machines=machines
+    )
+    return [part.splitlines() for part in text.split("---\n")]
 
 
 # ---- what is printed and written

@@ -57,6 +57,8 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
 def login(argument: str | None) -> tuple[str, str] | None:
     """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get."""
     variable = os.environ.pop(AUTH, None)
+    if variable and variable.partition(":")[0] == argument:
+        argument = None  # its password is known
     given = variable if argument is None else argument
     if given is None:
         return None

@@ -64,8 +64,8 @@ def run(chosen: Namespace) -> None:
         flops = cost.flops_per_image + cost.router_flops_per_image
         table.add_row(name, f"{flops / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
     Console().print(table)
-    threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
-    print(f"median of {_ROUNDS} turns on {threads} of this machine; one multiply-add is two FLOPs")
+    n = torch.get_num_threads()
+    print(f"median of {_ROUNDS} turns on {n} CPU thread{'s' * (n > 1)} of this machine; one multiply-add is two FLOPs")
     code = template("run_exported.py.jinja").render(file=repr(file), fit=FITS[saved.fit])
     print(f"\nRun it without moevision:\n\n{code}")
 

@@ -59,8 +59,8 @@ def run(chosen: Namespace) -> None:
     if chosen.features is not None and linear_head(model.net) is None:
         raise UserError(f"{chosen.model} has no linear classifier, and so no features before it: leave --features out.")
     files = list(images_at(chosen.paths))
-    heads = {"--out": to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD, "--features": NPY_HEAD}
-    for (option, head), out in zip(heads.items(), (chosen.out, chosen.features), strict=True):
+    head_of_text = to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD
+    for option, out, head in (("--out", chosen.out, head_of_text), ("--features", chosen.features, NPY_HEAD)):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
             Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,8 @@ def run(chosen: Namespace) -> None:
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     wanted = chosen.features is not None
     rows = [row for batch in progress for row in predict_batch(model, batch, chosen.precision, features=wanted)]
-    calibrated = model.temperature is not None
-    text = to_csv(rows, chosen.unsure)
-    if chosen.format == "json":
-        text = to_json(rows, chosen.unsure, calibrated=calibrated)
+    calibrated, limit = model.temperature is not None, chosen.unsure
+    text = to_json(rows, limit, calibrated=calibrated) if chosen.format == "json" else to_csv(rows, limit)
     if chosen.out is None:
         print(text, end="")
     else:
@@ -81,7 +79,7 @@ def run(chosen: Namespace) -> None:
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
     for count, what in (
-        (sum(row.is_unsure(chosen.unsure) for row in rows), "images are unsure: no class reaches {chosen.unsure:g}"),
+        (sum(row.is_unsure(limit) for row in rows), "images are unsure: no class reaches {chosen.unsure:g}"),
         (
             sum((row.distance or 0) > 1 for row in rows),
             "images are unlike the training images: their distance is above 1",

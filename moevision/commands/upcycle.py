@@ -84,8 +84,7 @@ def run(chosen: Namespace) -> None:
     write_model(saved, out, record)
     console = Console(highlight=False)
     _print_upcycling(console, record)
-    unread = unread_layers(saved.net)
-    if unread:
+    if unread := unread_layers(saved.net):
         console.print(
             f"the classifier reads the class token alone, so the routes of patches in block {unread[-1]} change no "
             "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",

@@ -196,6 +196,11 @@ def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]
         loose = sum(is_image_path(entry) for entry in folder.iterdir())
         inside = f"holds {loose} images but no class folders" if loose else "holds no images"
         raise UserError(f"{folder} {inside}: {_LAYOUT}{left_out}")
+    if SPLIT_NAMES.keys() >= set(map(str.lower, classes)):
+        raise UserError(
+            f"{folder} has the folders {some_of([*classes])} and no classes: make a folder per class inside each, "
+            "train among them (train/cat/1.jpg, test/cat/7.jpg), or give one that has them"
+        )
     if len(classes) == 1:
         only = folder / next(iter(classes))
         inner = [entry.name for entry in subfolders(only)]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moevision.config import CROP, Framing
+from moevision.config import Framing
 from moevision.data.collection import Collection, Sample
 from moevision.data.images import BadImageError
 from moevision.data.transforms import (
@@ -194,7 +194,7 @@ class ImageDataset(Dataset[RawBatch]):
         samples: Sequence[Sample],
         *,
         image_size: int,
-        framing: Framing = CROP,
+        framing: Framing,
         square: bool,
         seed: int = 0,
         transform: TrainTransform | None = None,
@@ -284,10 +284,6 @@ class ImageDataset(Dataset[RawBatch]):
             for row, prepared in zip(pixels.numpy(), images, strict=True):
                 row[:] = prepared
         return RawBatch(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> RawBatch:
-        """A batch of one key."""
-        return self.__getitems__([key])
 
 
 class PixelCache:

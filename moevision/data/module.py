@@ -14,7 +14,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from moevision.config import Data, Framing
-from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
+from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample, check_same_classes
 from moevision.data.images import BadImageError
 from moevision.data.loader import (
     SHM,
@@ -41,7 +41,7 @@ from moevision.data.loader import (
 )
 from moevision.data.open import open_collection
 from moevision.data.scores import ImageLists
-from moevision.data.splits import Cut, make_splits, read_splits, write_splits
+from moevision.data.splits import Cut, all_for, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import (
     AT_LEAST_0,
@@ -87,6 +87,7 @@ class ImageDataModule(Data, LightningDataModule):
         kept, relabelled = (None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel))
         self.choices = ImageLists(kept, relabelled)
         self.run_dir: Path | None = None
+        self.only_for: str | None = None  # the split that all images are for, where they aren't the run's
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
@@ -119,6 +120,14 @@ class ImageDataModule(Data, LightningDataModule):
             columns=self.columns,
         )
 
+    def is_of(self, run_dir: Path, path: str) -> bool:
+        """Whether these are images of the run that was trained on those at `path`, or copies of some of them."""
+        table, own = run_dir / "splits.csv", replace(self, path=path)
+        if self.path == path or not table.exists():
+            return self.path == path
+        here, there = self._open_collection(False), Path(path).expanduser().exists()
+        return is_copy(table, here, lambda: own._open_collection(False) if there else None, part=True)
+
     def prepare_data(self) -> None:
         """Fetch the dataset if asked to; Lightning calls this in one process only."""
         if self.download:
@@ -128,7 +137,7 @@ class ImageDataModule(Data, LightningDataModule):
         """Read the file list, split it, and decode what fits into memory."""
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
-            self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))
+            self.batch_size = min(self.batch_size, len(self._contents.datasets["train"]) or self.batch_size)
             self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
@@ -140,7 +149,9 @@ class ImageDataModule(Data, LightningDataModule):
         # Drawn images need no record, unless some are left out or relabelled.
         recorded = self.run_dir is not None and (self.choices or not isinstance(collection, DrawnCollection))
         table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
-        if table is not None and table.exists():  # it holds the choices already
+        if self.only_for is not None:
+            splits = all_for(self.only_for, collection)
+        elif table is not None and table.exists():  # it holds the choices already
             splits, class_names = read_splits(table, collection)
         else:
             cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
@@ -174,11 +185,11 @@ class ImageDataModule(Data, LightningDataModule):
             )
             for split, samples in splits.samples.items()
         }
-        notes = [*collection.notes, *splits.warnings, *imbalance]
+        notes = list(map(shown, [*collection.notes, *splits.warnings, *imbalance]))
         bad = self.run_dir / "bad_images.csv" if self.run_dir is not None and is_main_process() else None
         quarantine = Quarantine(splits.samples, self.max_bad_fraction, bad)
         return Contents(
-            datasets, class_names, counts, splits.sentences(), list(map(shown, notes)), quarantine, self.cache_mb
+            datasets, class_names, counts, splits.sentences(), notes, quarantine, self.cache_mb // self.processes
         )
 
     def _limit_workers(self, contents: Contents) -> None:
@@ -209,6 +220,14 @@ class ImageDataModule(Data, LightningDataModule):
     def class_names(self) -> list[str]:
         """Class names in words; labels index them."""
         return self.contents.class_names
+
+    def number_classes(self, names: list[str]) -> None:
+        """Let labels index a model's class names; raises UserError for other classes."""
+        check_same_classes("the model", names, self.path, self.class_names)
+        label = [names.index(name) for name in self.class_names]
+        for dataset in self.contents.datasets.values():
+            dataset.samples = [Sample(name, label[old]) for name, old in dataset.samples]
+        self.contents.class_names = names
 
     @property
     def num_classes(self) -> int:
@@ -300,7 +319,7 @@ class ImageDataModule(Data, LightningDataModule):
         rank, world_size = self._rank_and_world()
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
-            raise UserError("set --trainer.use_distributed_sampler false: the images are shared out already")
+            raise UserError("Give Trainer use_distributed_sampler=False: the images are shared out already.")
         dataset = self.contents.datasets["train"]
         labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
         self.sampler = PositionSampler(
@@ -343,7 +362,7 @@ class ImageDataModule(Data, LightningDataModule):
         dataset = known
         if split == "train":
             dataset = ImageDataset(
-                split, known.collection, known.samples, image_size=self.image_size, square=True, seed=self.seed
+                split, known.collection, known.samples, image_size=self.image_size, framing=self.framing, square=True
             )
         wanted = list(range(len(dataset)) if indices is None else indices)
         batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
@@ -366,7 +385,7 @@ class ImageDataModule(Data, LightningDataModule):
         """Go on from a checkpoint's position; another batch size or process count gets a warning."""
         now = {"batch_size": self.batch_size, "world_size": self._rank_and_world()[1]}
         for name, value in now.items():
-            if state_dict[name] != value:
+            if state_dict[name] != value and getattr(self.trainer, "training", True):
                 rank_zero_warn(
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the images can't be repeated exactly"

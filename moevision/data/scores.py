@@ -49,7 +49,7 @@ import torch
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError, csv_name, name_bytes
-from moevision.files import csv_text, write_text_atomic
+from moevision.files import csv_text, read_csv, write_text_atomic
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -432,18 +432,14 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
     """
     found: dict[str, _T] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, restval="", strict=True)
-            if missing := {"image", *({column} - {KEEP})} - set(rows.fieldnames or ()):
-                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-            for line, row in enumerate(rows, start=2):
-                name = csv_name(row["image"])
-                if name in found:
-                    raise ValueError(f"it lists {name!r} twice: keep one of the rows")
-                try:
-                    found[name] = meaning(row)
-                except ValueError as error:
-                    raise ValueError(f"line {line}: {error}") from error
+        for line, row in enumerate(read_csv(path, {"image", column} - {KEEP}), start=2):
+            name = csv_name(row["image"])
+            if name in found:
+                raise ValueError(f"it lists {name!r} twice: keep one of the rows")
+            try:
+                found[name] = meaning(row)
+            except ValueError as error:
+                raise ValueError(f"line {line}: {error}") from error
     except OSError as error:
         raise UserError(f"{option}: {path} can't be read ({error.strerror}): give a CSV file.") from error
     except (ValueError, csv.Error) as error:

@@ -241,7 +241,9 @@ def _datasets() -> Any:
 def _load(path: str, download: bool) -> Any:
     """A dataset, or a dict of datasets by split; kept to the cache unless it may fetch."""
     datasets = _datasets()
-    name, _, config = path.removeprefix(HF).partition(":")
+    name, config = path.removeprefix(HF), ""
+    if not os.path.exists(name):  # hf:C:\tars has a colon too
+        name, _, config = name.partition(":")
     offline = datasets.config.HF_HUB_OFFLINE  # what the environment forbids stays forbidden
     datasets.config.HF_HUB_OFFLINE = offline or not download
     try:

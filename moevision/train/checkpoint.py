@@ -28,7 +28,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.train.processes import from_first, is_first, tell
+from moevision.train.processes import decide, is_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 START = "start"  # a folder beside them, with the config.json of the model that training started from
@@ -144,7 +144,7 @@ class SafeCheckpointIO(CheckpointIO):
         """
         path = Path(path)
         fault = "is missing" if not path.exists() else verify(path).fault if is_first() else None
-        fault = from_first(fault)
+        fault = decide(lambda: fault)
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with saying_what_is_damaged(path):

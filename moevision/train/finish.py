@@ -7,6 +7,7 @@ written, with the comparison with the dense twin.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import gather, parallel_strategy, tell
+from moevision.train.processes import callback_of, gather, parallel_strategy, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
@@ -131,15 +132,14 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     monitor = training.settings.checkpoint.monitor
     seed: int | None = training.settings.seed_everything
     seed = None if seed is False else seed
-    watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
-    epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
-    stopped_early = [
-        each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
-    ]
+    watched = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
+    duration_s, cpu_s, steps = stopwatch.run_s, stopwatch.cpu_s, trainer.global_step - watched.not_applied
+    epochs = round(trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 1)
+    stop = callback_of(trainer, StopEarly)
+    stopped_early = [] if stop is None else stop.sentences(trainer)
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints")
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    names = ("index", "label", "prediction", "probability")
-    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    own = [row for batch in task.test_outputs for row in zip(*(x.tolist() for x in batch.values()), strict=True)]
     found = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the test images
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
     if training.divided is not None:
@@ -149,12 +149,11 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     indices, labels, predictions, confidence = map(np.array, zip(*found, strict=True))
     samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
     temperature = None if task.calibration is None else task.calibration.temperature
-    mean, std, classes = cast(Any, data.mean), cast(Any, data.std), data.class_names
-    model = SavedModel(task.net, classes, data.image_size, mean, std, temperature, _strangers(training), data.fit)
+    classes, colours = data.class_names, (data.mean, data.std)
+    model = SavedModel(task.net, classes, data.image_size, *colours, temperature, _strangers(training), data.fit)
     save_model(model, run_dir / "model")
-    for each in cast(Any, trainer).callbacks:
-        if isinstance(each, RecordRouting):
-            each.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
+    if (recorder := callback_of(trainer, RecordRouting)) is not None:
+        recorder.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
     rows = (
         (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
         for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
@@ -204,7 +203,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         calibrated_ece=calibrated_ece,
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
-        weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
+        weights=weights if callback_of(trainer, WeightEMA) is None else f"the moving average (EMA) of {weights}",
     )
     summary = RunSummary(
         name=run_dir.name,
@@ -215,7 +214,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         class_counts=data.class_counts,
         test=test,
         cost=measure_cost(task.net, data.image_size),
-        epochs=epochs,
+        epochs=int(epochs) if epochs.is_integer() else epochs,
         steps=steps,
         refused=watched.not_applied,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,

@@ -38,7 +38,7 @@ from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, ParallelCon
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
-from moevision.files import write_text_atomic
+from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
@@ -68,12 +68,14 @@ from moevision.train.recipe import (
     expected_seconds,
     memory_advice,
     new_run_folder,
+    read_config,
     refuse_among_images,
     run_name,
     run_of_checkpoint,
 )
 from moevision.train.report import is_unbalanced
 from moevision.train.resume import (
+    MARK,
     EpochEnd,
     ResumePoint,
     Session,
@@ -122,7 +124,7 @@ def fit(given: Given) -> None:
         run_dir = training.run_dir
         if training.trial:  # logged nothing and saved nothing
             if is_first() and start is None:  # else the folder may be an earlier run's
-                shutil.rmtree(run_dir)
+                session.unused = run_dir
             return
         command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
         result = finish(training, command)
@@ -143,10 +145,12 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
     `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
     started, stopwatch = datetime.now(UTC), Stopwatch()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier training: the twin's run
     _seed(settings, session)
     task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
-    with _no_trace_of_a_failure(run_dir, stopwatch, new=start is None):
+    with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None):
         # Trainer
         point = ResumePoint(run_dir / "checkpoints", settings.checkpoint, session.interruption)
         best = ModelCheckpoint(
@@ -210,13 +214,13 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
 
 @contextmanager
-def _no_trace_of_a_failure(run_dir: Path, stopwatch: Stopwatch, *, new: bool) -> Iterator[None]:
+def _no_trace_of_a_failure(run_dir: Path, session: Session, stopwatch: Stopwatch, *, new: bool) -> Iterator[None]:
     """Remove a new run folder if everything ends before one batch was trained on."""
     try:
         yield
     except BaseException:
         if new and stopwatch.images == 0 and is_first():
-            shutil.rmtree(run_dir, ignore_errors=True)
+            session.unused = run_dir
         raise
 
 
@@ -291,11 +295,12 @@ def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
 def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
     """A Trainer that logs to and saves in the run folder."""
     asked = {**settings.trainer, **named}
-    if asked["accelerator"] == "auto" and torch.backends.mps.is_available():
-        asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
+    if asked.get("logger") is False:
+        raise UserError("metrics.csv is always written, the report is made of it: leave --trainer.logger false out.")
     others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
     asked |= {
         "default_root_dir": str(run_dir),
+        "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
         # The first one: Lightning takes the run folder from it.
         "logger": [RunLogger(run_dir), *others],
         "plugins": [*_as_list(asked.get("plugins")), SafeCheckpointIO()],
@@ -316,7 +321,9 @@ def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callba
     return trainer
 
 
-def _made(asked: Mapping[str, Any]) -> L.Trainer:
+def _made(asked: dict[str, Any]) -> L.Trainer:
+    if asked.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
+        asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
         return L.Trainer(**asked)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
@@ -574,19 +581,24 @@ def evaluate(verb: str, given: Given) -> None:
         checkpoint = options.get("ckpt_path")
         if not checkpoint:
             raise UserError(f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path.")
-        model = checked({"model": check_checkpoint(checkpoint)["hyper_parameters"]}, checkpoint)
+        saved, origin = check_checkpoint(checkpoint), run_of_checkpoint(checkpoint)
+        model = checked({"model": saved["hyper_parameters"]}, checkpoint)
         known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
         asked = settings({**options, **model, **given.options})
         _seed(asked, session)
         task, data, named = _task(asked), ImageDataModule(**vars(asked.data)), instantiated(asked.trainer)
         run_dir = _new_folder(asked, session, f"-{verb}")
-        with _no_trace_of_a_failure(run_dir, Stopwatch(), new=True):
+        with _no_trace_of_a_failure(run_dir, session, Stopwatch(), new=True):
             trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
-            origin = run_of_checkpoint(checkpoint)
-            if (origin / "splits.csv").is_file():
+            config = newest_config(origin)
+            if config.is_file() and not data.is_of(origin, read_config(config).get("data.path", data.path)):
+                data.only_for = "val" if verb == "validate" else "test"
+            elif (origin / "splits.csv").is_file():
                 shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
             data.run_dir = run_dir
             _read_data(data, trainer, session, verb, moved=True)
+            if (names := saved.get(MARK, {}).get("data", {}).get("class_names")) is not None:  # 0.1 wrote none
+                data.number_classes(names)
             classes, side = (
                 known or own for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
             )
@@ -618,7 +630,7 @@ def _in_sentences(session: Session) -> Iterator[None]:
         if isinstance(stopped, Interrupted):
             command = session.resume_command
             how = f" To go on:\n{command}" if command else " Nothing was saved yet."
-            tell(f"Stopped by {stopped.signal_name}.{how}")
+            tell(f"Stopped by {session.interruption.by or stopped.signal_name}.{how}")
         raise
     except UserError:
         raise

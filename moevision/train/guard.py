@@ -36,7 +36,7 @@ from moevision.errors import DIVERGED, UserError, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
-from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.processes import callback_of, gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.report import template
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -78,12 +78,6 @@ class StabilityGuard(L.Callback):
         self._indices: list[Tensor] = []  # images of the window
         self._loss: float | None = None  # of the window, if it was decided and applied
         self._bad_state: str | None = None
-
-    @staticmethod
-    def record_of(trainer: L.Trainer) -> GuardRecord:
-        """A copy of what the guard of this training has counted so far; an empty one without a guard."""
-        guards = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, StabilityGuard))
-        return deepcopy(next((guard.record for guard in guards), GuardRecord()))
 
     # -- Lightning's hooks, in the order in which they come
 
@@ -288,7 +282,7 @@ class TrainingSnapshot:
         self.restored, self.extra = 0, extra
         self._tensors = _copied(_own_tensors(trainer, task))
         self._states = [_copied(each.state_dict()) for each in _stateful(trainer)]
-        average, scores = WeightEMA.of(trainer), ExampleScores.of(trainer)
+        average, scores = WeightEMA.of(trainer), getattr(callback_of(trainer, ExampleScores), "sums", None)
         self._averaged = None if average is None else average.updates
         self._random = random_state()
         self._scores = None if scores is None else scores.rows.copy()
@@ -302,7 +296,7 @@ class TrainingSnapshot:
             each.load_state_dict(_copied(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        average, scores = WeightEMA.of(trainer), ExampleScores.of(trainer)
+        average, scores = WeightEMA.of(trainer), getattr(callback_of(trainer, ExampleScores), "sums", None)
         if average is not None and self._averaged is not None:
             average.updates = self._averaged
         restore_random_state(self._random)

@@ -43,7 +43,7 @@ from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
-from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
+from moevision.train.processes import callback_of, gather, parallel_strategy, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -309,12 +309,12 @@ class WeightEMA(L.Callback):
     @classmethod
     def of(cls, trainer: L.Trainer) -> WeightEMA | None:
         """The average of this training, if it has one."""
-        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
+        return callback_of(trainer, cls)
 
     @property
     def network(self) -> nn.Module | None:
         """The averaged network (the weights in training, while `swapped`); None before the training."""
-        return None if self._average is None else cast(nn.Module, self._average.module)
+        return None if self._average is None else self._average.module
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._average is None:

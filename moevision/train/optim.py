@@ -216,8 +216,8 @@ def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     """
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices
-    # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 is far slower than in float32.
-    fast = bfloat16 or matrices.is_cuda
+    # bfloat16 suffices where it is multiplied fast: GPUs before Ampere and a CPU with AVX2 are faster in float32.
+    fast = bfloat16 or (matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False))
     dtype = torch.bfloat16 if fast else torch.promote_types(matrices.dtype, torch.float32)
     return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
 

@@ -7,7 +7,6 @@ Axes: S points of one curve, n test images, C classes.
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.signal import lfilter
 
-from moevision.files import write_bytes_atomic
+from moevision.files import read_csv, write_bytes_atomic
 from moevision.words import percent
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -71,8 +70,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step."""
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(metrics_csv)
     curves: dict[str, Curve] = {}
     for name in rows[0] if rows else ():
         points = sorted((float(row["step"]), float(row[name])) for row in rows if row["step"] and row[name])

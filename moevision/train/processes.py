@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import lightning as L
 import numpy as np
@@ -34,6 +34,7 @@ from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, shown_lines
 
+_Callback = TypeVar("_Callback")
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
 _HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows
 
@@ -48,18 +49,12 @@ def is_first() -> bool:
     return not several_processes() or dist.get_rank() == 0
 
 
-def sum_over_processes(counts: Tensor) -> Tensor:
-    """Sum over the processes of a training, in place."""
-    if several_processes():
-        dist.all_reduce(counts)
-    return counts
-
-
 def sums_over_processes(counts: Sequence[Tensor]) -> list[Tensor]:
     """Each of these tensors, of one dtype, summed over processes; all of them in one exchange."""
     if not several_processes() or not counts:
         return list(counts)
-    total = sum_over_processes(torch.cat([count.flatten() for count in counts]))
+    total = torch.cat([count.flatten() for count in counts])
+    dist.all_reduce(total)
     parts = total.split([count.numel() for count in counts])
     return [part.view_as(count) for part, count in zip(parts, counts, strict=True)]
 
@@ -76,17 +71,9 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     """Sums over processes of a few numbers, in double precision."""
     if not several_processes():
         return values
-    total = sum_over_processes(torch.tensor(values, dtype=torch.float64, device=device))
-    return cast(list[float], total.tolist())
-
-
-def from_first(value: Any) -> Any:
-    """What the first process has here."""
-    if not several_processes():
-        return value
-    found = [value]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def gather(value: Any) -> list[Any]:
@@ -123,12 +110,14 @@ class Interrupted(SystemExit):
 class Interruption:
     """Listens to the signals that ask a process to stop, as a context manager.
 
-    While it is `training`, stopping waits for the end of a step; `requested` is the signal that asked for it.
+    While it is `training`, stopping waits for the end of a step; `requested` is the signal that asked for it, `by` what
+    else did.
     """
 
     def __init__(self) -> None:
         self.training = False
         self.requested: int | None = None
+        self.by = ""
         self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
 
@@ -163,7 +152,7 @@ class Interruption:
         tell(f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it.")
 
     def stop(self) -> None:
-        """Stop now, with SIGTERM's code if only another process was asked to."""
+        """Stop now, with SIGTERM's code if this process got no signal."""
         raise Interrupted(signal.SIGTERM if self.requested is None else self.requested)
 
 
@@ -323,6 +312,11 @@ def trains_on(accelerator: str | None) -> Iterator[None]:
 def has_gpu() -> bool:
     """Whether the training will have a GPU of CUDA or ROCm. Apple's isn't used: it has no float64."""
     return _accelerator.get() != "cpu" and torch.cuda.is_available()
+
+
+def callback_of(trainer: L.Trainer, kind: type[_Callback]) -> _Callback | None:
+    """The callback of this kind that a training has, if it has one."""
+    return next((each for each in cast(Any, trainer).callbacks if isinstance(each, kind)), None)
 
 
 def parallel_strategy(trainer: L.Trainer) -> Any:

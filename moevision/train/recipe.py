@@ -41,7 +41,7 @@ from moevision.models.io import architecture_of, first_blocks
 from moevision.models.safe_files import read_yaml
 from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of
-from moevision.train.processes import has_gpu, tell, trains_on
+from moevision.train.processes import callback_of, has_gpu, tell, trains_on
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 from moevision.train.task import ClassificationTask
@@ -103,7 +103,7 @@ def find_config(name: str) -> Path:
 
 
 def default_precision() -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 (it halves the time of a step), else 32-true."""
+    """bf16-mixed where the hardware multiplies bfloat16 (it halves a step's time), else 32-true, on a GPU 16-mixed."""
     if has_gpu():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
@@ -224,10 +224,13 @@ def choose_recipe(
         say(line)
     if weights is not None and given.get("model.arch.depth") is not None:
         first_blocks(weights.net, given["model.arch.depth"])  # before experts are placed
+    devices = given.get("trainer.devices", 1)
+    if not isinstance(devices, int) or devices < 1:  # auto, -1, a list: at most all
+        devices = torch.cuda.device_count()
     options: dict[str, Any] = {
         "data.crop": "auto" if named else "random_resized",
         "data.cache_mb": (memory_available_bytes() or 2**32) // 4 // 2**20,  # a quarter of the free memory
-        "data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
+        "data.num_workers": min(8, (usable_cores() - 1) // devices) if has_gpu() else 0,
     }
     if weights is not None:
         options |= pretrained_options(weights, images)
@@ -348,7 +351,7 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
         while len(times) < 3 or (len(times) < 8 and sum(times) < 10):
             start = time.perf_counter()
             with trainer.precision_plugin.forward_context():
-                loss = F.cross_entropy(cast(torch.Tensor, net(image)).float(), label)
+                loss = F.cross_entropy(net(image).float(), label)
             loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -391,7 +394,7 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
     """Bytes of fp32 weights, their moving average, gradients and moments: of all but the experts, and of these."""
     of_experts = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
     matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()  # one moment; AdamW keeps two
-    weights, size = 1 if WeightEMA.of(trainer) is None else 2, {False: 0, True: 0}
+    weights, size = 1 if callback_of(trainer, WeightEMA) is None else 2, {False: 0, True: 0}
     for name, p in task.net.named_parameters():
         learning = (2 if name in matrices else 3) if p.requires_grad else 0
         size[id(p) in of_experts] += 4 * p.numel() * (weights + learning)

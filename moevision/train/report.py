@@ -179,7 +179,7 @@ class RunSummary:
     class_counts: Mapping[str, Mapping[str, int]]  # images per split and class in words
     test: TestScores
     cost: ModelCost
-    epochs: int
+    epochs: float
     steps: int  # optimizer steps that were applied; `refused` are those that weren't
     batch_size: int  # images per optimizer step, over all devices and accumulation
     duration_s: float
@@ -379,7 +379,7 @@ def _origin(run: Path) -> tuple[str, dict[str, str]]:
 def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
     """The timm name with the base in brackets, the MoE layers, and their options that stand in neither."""
     base = dict(getattr(net, "_model_args", {})).get("base")
-    config = cast(dict[str, Any], getattr(net, "pretrained_cfg", None) or {})
+    config = getattr(net, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(net).__name__) + (f" ({base} with experts)" if base else "")
     layers, chosen = moe_layers(net), dict(getattr(net, "moe_config", {}))
     if not layers:

@@ -13,9 +13,10 @@ generators are restored in `on_train_start`, after everything that draws from th
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from moevision.config import CheckpointConfig, Given, complete
 from moevision.data import ImageDataModule
@@ -38,6 +39,7 @@ from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_chec
 from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,
+    callback_of,
     decide,
     gather,
     part_random_state,
@@ -55,11 +57,10 @@ SESSIONS = "sessions.json"
 # May differ in a run that goes on, and is listed then. What isn't here makes another training, and is refused.
 _FREE = (
     *("data.num_workers", "data.cache_mb", "data.path", "data.root", "data.download", "data.max_bad_fraction"),
-    "data.scores",
+    *("data.scores", "trainer.deterministic", "trainer.plugins"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks"),
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.max_time", "trainer.enable_model_summary"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),
-    *("trainer.deterministic", "trainer.default_root_dir", "trainer.plugins", "trainer.use_distributed_sampler"),
     *("model.compile", "model.grad_checkpointing", "model.arch.backend", "parallel"),
     *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
 )
@@ -82,7 +83,7 @@ class ResumePoint(L.Callback):
         self.path, self.config, self.interruption = folder / LAST, config, interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
-        self._saved_s, self._saved_step = time.monotonic(), -1
+        self._saved_s, self._saved_step, self._until_s = time.monotonic(), -1, float("inf")
         self._states: list[dict[str, Any]] | None = None
         self._goes_on = False
 
@@ -99,6 +100,9 @@ class ResumePoint(L.Callback):
         elif trainer.world_size > 1:
             part_random_state(trainer.global_rank)
         self._states, self.began = None, True
+        if (timer := callback_of(trainer, Timer)) is not None:  # would end the training as if it were finished
+            cast(Any, trainer).callbacks.remove(timer)
+            self._until_s = time.monotonic() + (timer.time_remaining() or 0)
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
         self.interruption.training = True
@@ -106,7 +110,7 @@ class ResumePoint(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, and stop if a signal asked for it."""
+        """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
         wanted, stop = self.decide(trainer)
@@ -121,7 +125,10 @@ class ResumePoint(L.Callback):
         since = trainer.global_step - self._saved_step
         due = self.config.every_steps is not None and since >= self.config.every_steps
         due = due or time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
-        stop = self.interruption.requested is not None
+        late = time.monotonic() >= self._until_s and trainer.is_global_zero
+        if late and trainer.global_step < trainer.estimated_stepping_batches:
+            self.interruption.by = "--trainer.max_time"
+        stop = self.interruption.requested is not None or self.interruption.by != ""
         if trainer.world_size > 1:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -144,7 +151,7 @@ class ResumePoint(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add random generators, the place in metrics.csv, what numbers depend on, and what `load_trained` needs."""
         data = cast(Any, trainer).datamodule
-        known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)]}
+        known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)], "fit": data.fit}
         checkpoint[MARK] = {
             "random": gather(random_state()),
             "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
@@ -279,11 +286,8 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
     """Whether everything that the run should leave is there."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return not with_twin or summary.get("twin") is not None
+    summary = _json(run_dir / "summary.json")
+    return summary is not None and not (with_twin and summary.get("twin") is None)
 
 
 def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -319,9 +323,7 @@ def resume_command(run_dir: Path) -> str:
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
     file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
-    origin = None
-    if start.checkpoint is not None:
-        origin = {"checkpoint": start.checkpoint.name, "step": start.step}
+    origin = None if start.checkpoint is None else {"checkpoint": start.checkpoint.name, "step": start.step}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json_atomic(
         file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
@@ -334,10 +336,13 @@ def begun_by(run_dir: Path) -> list[str] | None:
 
 
 def _sessions(run_dir: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads((run_dir / SESSIONS).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return []
+    return _json(run_dir / SESSIONS) or []
+
+
+def _json(file: Path) -> Any:
+    """What a file holds; None where it can't be read."""
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def claim(run_dir: Path) -> FileLock:
@@ -354,12 +359,13 @@ class Session:
     """This process's share of a training: what stops it, where it may write, and how to go on with it.
 
     `command` is the command line as typed, the program first; `notes` are phrases on what differs from the run that is
-    resumed, `lines` are to be told when the training can begin. `run_dir` is the run's, also while its twin trains, and
-    `probe` that of the weights that both start from.
+    resumed, `lines` are to be told when the training can begin. `run_dir` is the run's, also while its twin trains,
+    `probe` that of the weights that both start from, and `unused` a folder that nothing was trained in.
     """
 
     probe: Probe | None = None
     run_dir: Path | None = None
+    unused: Path | None = None
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
@@ -387,11 +393,13 @@ class Session:
         return " ".join([resume_command(self.run_dir), *map(shell_word, again)])
 
     def close(self) -> None:
-        """Leave the other processes, and release the claimed folders."""
+        """Leave the other processes, release the claimed folders, and then remove one: Windows keeps open files."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
         while self._claims:
             self._claims.pop().release()
+        if self.unused is not None:
+            shutil.rmtree(self.unused, ignore_errors=True)
 
 
 def without_resume(arguments: Sequence[str]) -> list[str]:
@@ -500,4 +508,4 @@ def load_trained(address: str) -> SavedModel:
         names, (mean, std) = known["class_names"], ((float(r), float(g), float(b)) for r, g, b in known["mean_std"])
         if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
             raise ValueError("its classes have no names")
-        return SavedModel(task.net.eval(), list(names), sizes[1], mean, std)
+        return SavedModel(task.net.eval(), list(names), sizes[1], mean, std, fit=known.get("fit", "crop"))

@@ -41,12 +41,6 @@ class ExampleScores(L.Callback):
         self._window: list[tuple[Tensor, Tensor]] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> ScoreSums | None:
-        """The rows of this training, if it keeps any."""
-        found = next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
-        return None if found is None else found.sums
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.sums = self._saved = None

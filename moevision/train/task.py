@@ -53,7 +53,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise UserError(
             "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
-            "--trainer.max_time may end it sooner."
+            "--trainer.max_time may stop it before, to be resumed."
         )
     for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
         if getattr(trainer, name) == 0:

@@ -288,6 +288,20 @@ def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
     assert json.loads(Path("found.json").read_text())["differ_in"] == {"trainer.limit_val_batches": ["null", "0.5"]}
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"summary": {"batch_size": 16}}, "images per step (8, 16)"),  # as of two devices instead of one
+        ({"max_time": "00:00:10:00"}, "trainer.max_time (null, 00:00:10:00)"),
+        ({"callbacks": "[{class_path: EarlyStopping}]"}, "trainer.callbacks (null, [{'class_path': 'EarlyStopping'}])"),
+    ],
+)
+def test_what_changes_the_training_makes_another_recipe(cli, change, said):
+    outcome = cli("compare", make("a", [1, 0]), make("b", [1, 0], 1, **change))
+    assert outcome.code == 0, outcome.err
+    assert f"A and B differ in {said}." in outcome.out
+
+
 def test_options_that_only_watch_make_no_recipe(cli):
     """Names, logging and how often to save differ; what the guard does makes another recipe."""
     runs = [make(f"{kind}-{seed}", [1, seed], seed, log_every_n_steps=10 + seed, every_minutes=5.0 + seed,

@@ -20,10 +20,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
+from moevision.config import Framing
 from moevision.data import ImageDataModule
 from moevision.data.collection import words_of
 from moevision.data.folder import read_folder
 from moevision.data.open import open_collection
+from moevision.data.transforms import square_pixels
 from moevision.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,6 +91,19 @@ def test_evaluation_pixels_by_hand(image_folder):
     assert equal([batch], list(data.val_dataloader()))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pixels_without_augmentation_are_framed_as_for_the_training(image_folder, split):
+    """What the linear probe, the routers' start and the distance of strangers are measured on."""
+    root = image_folder({"cat": 5, "dog": 5}, size=(24, 12))
+    data = ready(root, fit="pad", mean=(0.0,) * 3, std=(1.0,) * 3)
+    (batch,) = data.plain_loader(split)
+    for row, index in enumerate(batch["index"].tolist()):
+        image = Image.open(root / data.sample_id(split, index))
+        expected = square_pixels(image, 16, Framing("pad", (0.0,) * 3))
+        assert np.array_equal(batch["image"][row].permute(1, 2, 0).mul(255).round(), expected)
+        assert not expected[:4].any()  # 24 x 12 px become 16 x 8, between borders of 4 px
+
+
 def test_small_training_set_is_not_dropped(image_folder):
     data = ready(image_folder({"cat": 5, "dog": 5}), batch_size=64)
     assert [len(batch["label"]) for batch in data.train_dataloader()] == [6]
@@ -137,6 +152,16 @@ def test_a_worker_that_is_not_forked_gets_the_buffers_and_no_copies(image_folder
     held = sum(image.nbytes for image in before)
     assert held < len(sent) < 2 * held
     assert all(np.array_equal(*pair) for pair in zip(pickle.loads(sent).take(range(len(dataset))), before, strict=True))
+
+
+@pytest.mark.parametrize(("processes", "kept"), [(1, True), (3, True), (4, False)])
+def test_the_memory_for_decoded_images_is_that_of_all_processes(image_folder, processes, kept):
+    """80 images of 64 x 64 px take 0.94 MiB, and each process keeps all of them."""
+    data = ImageDataModule(str(image_folder({"cat": 40, "dog": 40})), image_size=64, crop="pad", cache_mb=3)
+    data.processes = processes
+    data.setup("fit")
+    assert 80 * 3 * 64**2 / 2**20 == 0.9375
+    assert (data.contents.datasets["train"].cache is not None) is kept
 
 
 def by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, bytes]:
@@ -482,6 +507,11 @@ def test_a_batch_without_a_good_picture_is_an_error_where_others_would_wait(imag
             "val has the class 'elk', which .*train lacks",
         ),
         ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "valid/cat": 2}, "both stand for val: keep one"),
+        (
+            {"train": 4, "test": 4},
+            "has the folders 'test', 'train' and no classes: make a folder per class inside each",
+        ),
+        ({"val/cat": 4, "val/dog": 4, "Test/cat": 4}, "has the folders 'Test', 'val' and no classes: .* train among"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from moevision.data.collection import Collection, Sample
 from moevision.data.folder import read_folder
-from moevision.data.splits import Cut, Splits, identical, make_splits, read_splits, stratified_cut, write_splits
+from moevision.data.splits import (
+    Cut,
+    Splits,
+    identical,
+    is_copy,
+    make_splits,
+    read_splits,
+    stratified_cut,
+    write_splits,
+)
 from moevision.errors import UserError
 
 
@@ -256,6 +265,34 @@ def test_splits_csv_repeats_the_split(image_folder, tmp_path):
     assert names == ["cat", "dog"]
     assert not again.warnings  # the dropped copy is known
     assert again.sentences()[2] == "test: 6 images, as the dataset gives them (as listed in splits.csv)."
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "copied", "expected"),
+    [
+        (20, True, 20, (True, True)),
+        (20, False, 20, (True, True)),
+        (19, True, 19, (False, True)),  # a copy of a part: images of the training are among them
+        (19, False, 19, (False, True)),
+        (20, True, 10, (False, True)),
+        (20, True, 9, (False, False)),  # other images that are numbered alike
+        (0, True, 0, (False, False)),
+    ],
+)
+def test_images_of_a_run_are_known_by_name_and_size(image_folder, tmp_path, names, there, copied, expected):
+    """Of 20 images; whether a folder is a whole copy, and whether it is one of a part."""
+    root, table = image_folder({"cat": 10, "dog": 10}), tmp_path / "splits.csv"
+    saved(root, table, Cut())
+    other = image_folder({"cat": 20, "dog": 20}, size=(9, 9), name="other")
+    paths = sorted(path.relative_to(root) for path in root.rglob("*.png"))
+    for number, path in enumerate(paths):
+        if number < copied:
+            shutil.copy(root / path, other / path)
+        elif number >= names:
+            (other / path).unlink()
+    known = read_folder(root) if there else None
+    found = [is_copy(table, read_folder(other), lambda: known, part=part) for part in (False, True)]
+    assert tuple(found) == expected
 
 
 def test_files_that_came_or_went_are_told_and_left_out(image_folder, tmp_path):

@@ -449,7 +449,7 @@ def test_a_dataset_that_is_not_there(hub, tmp_path, monkeypatch):
 
 
 @needs_datasets
-def test_nothing_is_fetched_unless_it_may_be(hub, monkeypatch):
+def test_nothing_is_fetched_unless_it_may_be(hub, tmp_path, monkeypatch):
     """What `load_dataset` would find as its network setting, with and without --data.download."""
     seen = []
 
@@ -461,7 +461,11 @@ def test_nothing_is_fetched_unless_it_may_be(hub, monkeypatch):
     monkeypatch.setattr(hub.config, "HF_HUB_OFFLINE", False)
     opened("hf:user/pets")
     open_collection("hf:user/pets:small", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES)
-    assert seen == [("user/pets", None, True), ("user/pets", "small", False)]
+    (tmp_path / "C:tars").mkdir()  # as C:\\tars on Windows, a folder with a colon in its name
+    opened(f"hf:{tmp_path / 'C:tars'}")
+    assert seen == [
+        ("user/pets", None, True), ("user/pets", "small", False), (str(tmp_path / "C:tars"), None, True)
+    ]  # fmt: skip
     assert hub.config.HF_HUB_OFFLINE is False
 
 

@@ -106,6 +106,9 @@ def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
         monkeypatch.setenv(AUTH, "other:a:secret")
         assert launch.login(argument) == (user, "a:secret")
         assert AUTH not in os.environ  # the program of gradio's tunnel doesn't need it
+    monkeypatch.setenv(AUTH, "class:of the variable")  # for this very user: nobody is asked
+    assert launch.login("class") == ("class", "of the variable")
+    monkeypatch.setenv(AUTH, "class:of the variable")
     assert capsys.readouterr().err == ""
     assert launch.login("class:secret") == ("class", "secret")
     note = capsys.readouterr().err

@@ -18,7 +18,7 @@ from PIL import Image
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.config import read
+from moevision.config import options, read
 from moevision.data.open import holds
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -27,6 +27,8 @@ from moevision.models.io import load_model
 from moevision.models.strangers import answers
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, chosen, default_precision, find_config, read_config
+from moevision.train.resume import claim
+from moevision.train.start import epochs_for
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,7 @@ def test_predictions_agree_with_the_summary(tiny_run):
 
 def test_summary_has_loads_twin_and_next_commands(tiny_run):
     summary = (tiny_run / "summary.md").read_text()
+    assert "images per step | 2; 6; 8 |" in summary  # whole epochs have no decimal
     tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
     for layer in (1, 3):
         assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
@@ -222,18 +225,24 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
 
 
-def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
-    """Or those of the same names; others aren't in its splits.csv, so nothing says which are for the test."""
+def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
+    """Also of a copy, whole or not, since a split of its own would test with images of the training; of others all."""
     monkeypatch.chdir(tmp_path)
-    given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+    given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt", "--data.max_bad_fraction=0.2")
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
-    assert cli("test", other, *given).code == 0
+    lost = next(row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "train")
+    for vanished in (0, 1):
+        outcome = cli("test", other, *given)
+        assert outcome.code == 0, outcome.err
+        assert "test: 12 images, cut from all images at random by class (as listed in splits.csv)." in outcome.out
+        assert outcome.out.count("1 images listed in") == vanished
+        (other / lost).unlink(missing_ok=True)
     for picture in [*other.rglob("*.png")]:
         picture.rename(picture.with_stem(f"another {picture.stem}"))
-    outcome = cli("test", other, *given)
-    assert outcome.code == 2
-    assert "splits.csv" in outcome.err
-    assert [path.name for path in Path("again").iterdir()] == ["other photos-test"]
+    for verb, split in (("test", "test"), ("validate", "val")):
+        outcome = cli(verb, other, *given)
+        assert outcome.code == 0, outcome.err
+        assert f"{split}: 40 images, all of these data, which are not the run's.\n" in outcome.out
 
 
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
@@ -446,6 +455,47 @@ def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     assert asked("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
 
 
+@pytest.mark.parametrize(
+    ("devices", "workers"), [([], 8), (["1"], 8), (["2"], 7), (["[0,3,5]"], 3), (["-1"], 3), (["auto"], 3)]
+)
+def test_processes_share_the_cores_for_data_workers(monkeypatch, devices, workers):
+    """16 cores, one of them for the first process; -1, auto and lists are taken for all of the four GPUs."""
+    monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
+    monkeypatch.setattr(recipe, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    given = read("fit", [f"--gpus={each}" for each in devices]).options
+    assert choose_recipe("synthetic_pets", "none", given)["data.num_workers"] == workers
+
+
+def test_the_help_says_what_is_chosen_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fewest, most = (epochs_for(images) for images in (10**9, 1))
+    assert options()["trainer.max_epochs"].chosen.endswith(f", on a GPU {fewest} to {most}")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert options()["trainer.precision"].chosen.endswith(f", on a GPU {default_precision()}")
+
+
+def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pets, monkeypatch):
+    """The folder is no longer claimed when it is removed: Windows removes no file that is open."""
+    real, calls = shutil.rmtree, []
+
+    def removed(folder, **options):
+        calls.append(claim(Path(folder)).release())
+        real(folder, **options)
+
+    monkeypatch.setattr("moevision.train.resume._PATIENCE_S", 0.0)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("peak"))
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1")
+    assert outcome.code == 0, outcome.err
+    assert calls == ["peak", None]
+    assert cli("fit", drawn_pets, *tiny, "--model.arch.top_k=9").code == 2
+    assert calls == ["peak", None] * 2
+    assert not list(Path("runs").iterdir())
+
+
 def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     picked = choose_recipe("synthetic_pets")
@@ -483,6 +533,7 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
     assert outcome.code == 0, outcome.err
     (run,) = Path("runs").iterdir()
+    assert "images per step | 0.3; 1; 8 |" in (run / "summary.md").read_text()  # a batch of 8 of 24 images
     (command,) = re.findall(r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE)
     again = cli(*shlex.split(command))
     assert again.code == 0, again.err

@@ -3,9 +3,14 @@
 import base64
 import csv
 import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageOps
 
@@ -21,6 +26,7 @@ from moevision.demo.service import Explorer, _open
 from moevision.demo.view import route_image
 from moevision.models.export import exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
+from moevision.train.resume import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,7 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
     assert outcome.code == 0, outcome.err
     model = load_model("runs/wide")
     assert model.framing == Framing(fit, model.mean)
+    assert load_trained("runs/wide/checkpoints/best.ckpt").framing == model.framing
     assert json.loads((tmp_path / "runs/wide/model/config.json").read_text())["pretrained_cfg"]["crop_mode"] in (
         "border",
         "squash",
@@ -77,6 +84,19 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
     assert load_model(str(tmp_path / "again")).fit == fit
 
 
+def test_the_example_of_a_server_prepares_images_so_too(tmp_path, monkeypatch):
+    """deploy/litserve_app.py, beside a package litserve that only has its class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "litserve", SimpleNamespace(LitAPI=object))
+    net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    save_model(SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3, fit="pad"), tmp_path / "runs" / "pets" / "model")
+    server = runpy.run_path(str(Path(__file__).parents[2] / "deploy" / "litserve_app.py"))["Classifier"]()
+    server.setup("cpu")
+    Image.new("RGB", (40, 20), "red").save("red.png")
+    pixels = server.decode_request({"image": SimpleNamespace(file="red.png")})
+    assert np.array_equal(pixels.permute(1, 2, 0), square_pixels(safe_open("red.png"), 32, Framing("pad", (0.5,) * 3)))
+
+
 def test_a_padded_photo_under_the_patches_keeps_its_long_side():
     """The explorer shows up to 672 px of it."""
     image = Image.new("RGB", (600, 300))
@@ -85,8 +105,6 @@ def test_a_padded_photo_under_the_patches_keeps_its_long_side():
 
 
 def test_a_model_of_timms_says_how_it_was_trained(tmp_path):
-    import timm
-
     net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
     save_model(SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -63,6 +63,16 @@ def test_as_many_processes_as_devices(
         assert started == [3, 3]
 
 
+def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch: Any) -> None:
+    """Lightning's `auto` would take the GPU, which can't be used."""
+    started = list[int]()
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    monkeypatch.setattr(training, "start_processes", started.append)
+    training.start_one_each({"trainer.devices": 2})
+    assert started == [2]
+
+
 def test_several_machines_are_begun_by_others(cli: Any, tiny: Any, drawn_pets: Path) -> None:
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", "--trainer.num_nodes=2")
     assert outcome.code == 2

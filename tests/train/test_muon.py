@@ -51,6 +51,24 @@ def test_orthogonal_is_the_nearest_orthogonal_matrix(shape: tuple[int, ...]) -> 
     assert (found * (u @ vh)).sum() / found.norm() / (u @ vh).norm() > 0.98
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(fast: bool, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Those before Ampere emulate it."""
+    seen = []
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: fast)
+    monkeypatch.setattr(
+        "moevision.train.optim.zeropower_via_newtonschulz", lambda x, *_, dtype: seen.append(dtype) or x
+    )
+    orthogonal(torch.eye(3).as_subclass(OnGpu))
+    assert seen == [dtype]
+
+
 def test_experts_are_made_orthogonal_one_by_one() -> None:
     """As one matrix [E, out · in], which timm 1.0.31 makes of them, the update would point elsewhere."""
     stack = torch.randn(8, 12, 20, generator=torch.Generator().manual_seed(0))

@@ -90,6 +90,11 @@ def test_the_weight_of_a_class_is_above_0(weight):
         ("--trainer.accelerator=tpu", "The Trainer does not take these options"),
         ("--model.optim.lr=-1", "lr is -1.0: it must be at least 0"),
         ("--model.arch.num_experts=100000000", "Weights, gradients and moments of this model take"),
+        (
+            "--trainer.logger=false",
+            "metrics.csv is always written, the report is made of it: leave --trainer.logger false",
+        ),
+        ("--trainer.default_root_dir=x", "there is no option 'trainer.default_root_dir'"),
         ("--seed_everything=-5", "seed_everything is -5: it must be at least 0 and less than 2**32"),
         ("--seed_everything=99999999999999999999", "it must be at least 0 and less than 2**32"),
     ],

@@ -146,6 +146,29 @@ def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
     assert "is finished" in again.err
 
 
+def test_a_training_that_runs_out_of_time_goes_on_later(cli, tiny, drawn_pets, whole, monkeypatch):
+    """Between two steps, as after a signal: nothing is lost, and the rate comes down to its end."""
+    real = Stopwatch.on_train_batch_end
+
+    def slow(self, trainer, *rest):
+        real(self, trainer, *rest)
+        time.sleep(1.1 * (trainer.global_step == LATE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stopwatch, "on_train_batch_end", slow)
+        outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_time=00:00:00:01")
+    assert outcome.code == 143, outcome.err
+    assert outcome.err.splitlines()[-2:] == [
+        "Stopped by --trainer.max_time. To go on:",
+        "moevision fit --resume runs/pets",
+    ]
+    assert not Path("runs/pets/summary.json").exists()
+    outcome = cli("fit", "--resume=runs/pets", "--trainer.max_time=00:01:00:00")  # a slow machine needs more than 1 s
+    assert outcome.code == 0, outcome.err
+    assert "from last.ckpt, step " in outcome.err
+    assert differing(Path("runs/pets"), whole) == ["config.yaml"]
+
+
 def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_signal, whole):
     command = ("fit", drawn_pets, *tiny, "--resume", "auto")
     send_signal(2, signal.SIGINT)

@@ -29,7 +29,7 @@ def point(tmp_path):
 def trainer(**values):
     """What a `ResumePoint` asks of a trainer."""
     alone = {"world_size": 1, "global_rank": 0, "is_global_zero": True, "global_step": 0, "loggers": []}
-    data = {"datamodule": None, "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+    data = {"datamodule": None, "callbacks": [], "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
     return SimpleNamespace(**{**alone, **data, "state": SimpleNamespace(fn="fit"), **values})
 
 

@@ -1,11 +1,15 @@
 """A checkpoint of a training is a model: that of the same weights in the run's `model/`."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.train.resume import load_trained
@@ -32,8 +36,6 @@ def test_a_checkpoint_is_the_model_of_its_weights(run):
 
 
 def test_predict_reads_it(run, cli, tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     said = [
         cli("predict", str(model), str(tmp_path), "--format=json") for model in (run, run / "checkpoints/best.ckpt")
@@ -67,6 +69,42 @@ def test_odd_records_are_one_sentence(part, name, value, run, cli, tmp_path):
     outcome = cli("predict", file, tmp_path)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome.err
     assert "last.ckpt" in outcome.err or "test_vit_moe" in outcome.err
+
+
+def loss_of(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return next(float(row["test/loss"]) for row in csv.DictReader(file) if row["test/loss"])
+
+
+def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, tmp_path, monkeypatch):
+    """The run's eight test images as a folder: its classes are in alphabetical order, and nothing is cut off."""
+    monkeypatch.chdir(tmp_path)
+    pets = SyntheticPets(8, 32, 0, "test")
+    assert [*pets.classes] != sorted(pets.classes)
+    for index in range(8):
+        place = Path("pets", "test", pets.classes[pets.label(index)])
+        place.mkdir(parents=True)
+        Image.fromarray(pets.image(index)).save(place / "0.png")
+    shutil.copytree("pets/test", "split/train")
+    shutil.copytree("pets/test", "split/val")
+    given = ("--runs_root=again", "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    assert cli("test", *given).code == 0
+    for folder, said, split in (
+        ("pets/test", "test: 8 images, all of these data, which are not the run's.", "test"),
+        ("split", "test: 8 images, val of these data, which are not the run's.", "test"),
+        ("split/val", "val: 8 images, all of these data, which are not the run's.", "validate"),
+    ):
+        outcome = cli(split, folder, *given)
+        assert outcome.code == 0, outcome.err
+        assert said in outcome.out
+        assert outcome.out.count(" images, ") == 1
+    assert loss_of(Path("again/test-test")) == pytest.approx(loss_of(Path("again/synthetic_pets-test")), rel=1e-4)
+    assert loss_of(Path("again/split-test")) == loss_of(Path("again/test-test"))
+
+    Path("pets/test/cat").rename("pets/test/lion")
+    outcome = cli("test", "pets/test", *given)
+    assert outcome.code == 2
+    assert "pets/test has no images of the class 'cat', which the model has: add some there" in outcome.err
 
 
 def test_what_is_none_is_refused(run, tmp_path):
