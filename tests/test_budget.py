@@ -28,7 +28,7 @@ SIZE = {
     "moevision/demo": (15, 3_860, 28_140),  # the atlas carries what is read; one way to apply settings
     "moevision/layers": (10, 2_565, 16_390),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (10, 2_850, 19_120),  # a twin's own dropout; rules by place refuse dropped patches
-    "moevision/train": (20, 6_145, 45_240),  # a run goes on after max_time; counts in the confusion matrix
+    "moevision/train": (20, 6_150, 45_280),  # a run goes on after max_time; counts in the confusion matrix
 }
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0

@@ -174,11 +174,11 @@ def three_questions(
             why = own.why
         elif layer.num_experts < 2:
             why = "it has one expert"
-        elif not len(images_to_run(recording, place, swap_images, seed)[0]):
-            why = "it takes two images of a class: give more images, --limit"
         else:
             swap = swap_test(recording, place, draws=draws, limit=swap_images, seed=seed)
-            why = "no exchange moves a patch, which have all chosen all experts" if swap is None else None
+            why = "no exchange moves a patch, which have all chosen all experts"
+            if swap is None and not len(images_to_run(recording, place, swap_images, seed)[0]):
+                why = "it takes two images of a class: give more images, --limit"
         answers = (experts_answer(own), training_answer(own, others), function_answer(swap, why))
         gains = [each.controls.gain for each in (own, *others)]
         found.append(

@@ -122,10 +122,10 @@ class ImageDataModule(Data, LightningDataModule):
 
     def is_of(self, run_dir: Path, path: str) -> bool:
         """Whether these are images of the run that was trained on those at `path`, or copies of some of them."""
-        table, own = run_dir / "splits.csv", replace(self, path=path)
+        table = run_dir / "splits.csv"
         if self.path == path or not table.exists():
             return self.path == path
-        here, there = self._open_collection(False), Path(path).expanduser().exists()
+        own, here, there = replace(self, path=path), self._open_collection(False), Path(path).expanduser().exists()
         return is_copy(table, here, lambda: own._open_collection(False) if there else None, part=True)
 
     def prepare_data(self) -> None:

@@ -139,7 +139,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     stopped_early = [] if stop is None else stop.sentences(trainer)
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints")
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    own = [row for batch in task.test_outputs for row in zip(*(x.tolist() for x in batch.values()), strict=True)]
+    names = ("index", "label", "prediction", "probability")
+    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
     found = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the test images
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
     if training.divided is not None:

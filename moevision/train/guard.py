@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
+from moevision.data.scores import ScoreSums
 from moevision.errors import DIVERGED, UserError, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
@@ -282,7 +283,7 @@ class TrainingSnapshot:
         self.restored, self.extra = 0, extra
         self._tensors = _copied(_own_tensors(trainer, task))
         self._states = [_copied(each.state_dict()) for each in _stateful(trainer)]
-        average, scores = WeightEMA.of(trainer), getattr(callback_of(trainer, ExampleScores), "sums", None)
+        average, scores = WeightEMA.of(trainer), _scores_of(trainer)
         self._averaged = None if average is None else average.updates
         self._random = random_state()
         self._scores = None if scores is None else scores.rows.copy()
@@ -296,7 +297,7 @@ class TrainingSnapshot:
             each.load_state_dict(_copied(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        average, scores = WeightEMA.of(trainer), getattr(callback_of(trainer, ExampleScores), "sums", None)
+        average, scores = WeightEMA.of(trainer), _scores_of(trainer)
         if average is not None and self._averaged is not None:
             average.updates = self._averaged
         restore_random_state(self._random)
@@ -319,6 +320,11 @@ def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.n
 def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
     networks = _networks(trainer, task).values()
     return [local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())]
+
+
+def _scores_of(trainer: L.Trainer) -> ScoreSums | None:
+    kept = callback_of(trainer, ExampleScores)
+    return None if kept is None else kept.sums
 
 
 def _copied(state: Any) -> Any:

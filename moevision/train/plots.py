@@ -153,7 +153,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
         note += f"; dashed: test {percent(test[1][-1])}"
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
     drawn = [value for value in (*val[1], *(() if test is None else test[1])) if np.isfinite(value)]
-    lowest = np.floor(10 * min(drawn, default=0.0)) / 10
+    lowest = min(0.9, np.floor(10 * min(drawn, default=0.0)) / 10)
     axes.set_ylim(lowest, max(lowest + 0.1, np.ceil(10 * max(drawn, default=1.0)) / 10))
     title(axes, "top-1 accuracy", note)
 

@@ -114,6 +114,20 @@ def test_curves_survive_a_diverged_run(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("values", "ends"), [((1.0, 1.0), (0.9, 1.0)), ((0.12, 0.87), (0.1, 0.9)), ((0.5,), (0.5, 0.6))]
+)
+def test_accuracy_is_drawn_in_its_own_range(
+    values: tuple[float, ...], ends: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the tenth below the lowest to the one above the highest, and never beyond 100 %."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
+    rows: list[Row] = [{"step": step, "val/top1": value} for step, value in enumerate(values)]
+    plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / "curves.png")
+    assert figures[0].axes[0].get_ylim() == pytest.approx(ends)
+
+
 def test_there_are_no_curves_where_nothing_was_logged(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("epoch,step\n0,1\n")
     plot_curves(tmp_path / "empty.csv", tmp_path / "curves.png")  # of a training that ended before anything was logged
