@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.cats_and_dogs import report as cats_and_dogs
 from benchmarks.curve.shares import is_as_good, with_interval
 from benchmarks.curve.shares import table as curve_table
+from benchmarks.equal_time import report as equal_time
 from benchmarks.harness import HERE, argument_parser
 from benchmarks.queue import fill_readme, read_records
 from benchmarks.small import report as small
@@ -46,7 +47,7 @@ Answer = tuple[str, str]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     lists = {"scratch": "specialization/scratch.jsonl"}
-    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch", "cats_and_dogs")
+    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch", "cats_and_dogs", "equal_time")
     found: dict[str, Any] = {name: read_records(root / lists.get(name, f"{name}/runs.jsonl")) for name in names}
     single = {"curve": "curve/record", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
@@ -63,7 +64,8 @@ def ideas(records: Records) -> str:
         ("Experts specialize", said(records, "specialization", partial(specialization, trained=records["scratch"]))),
         ("Expert 1 focuses on cats, expert 2 on dogs", said(records, "cats_and_dogs", cats_and_dogs.answer)),
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
-        ("They help at equal time too", said(records, "sparsity", hypothesis("H2"), "accuracy", reached)),
+        ("They help at equal time too", said(
+            records, "equal_time", full_length, "sparsity", hypothesis("H2"), "accuracy", reached)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
         ("A learned router beats fixed rules", said(records, "sparsity", hypothesis("H4", "H6", "H7"))),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
@@ -117,6 +119,15 @@ def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
         return (verdicts or [""])[0], " ".join(found) or NOT_RUN
 
     return ask
+
+
+def full_length(runs: Sequence[Json]) -> Answer:
+    """The verdict of the study at full length; nothing is said before a look has given it."""
+    look = equal_time.decided(runs)
+    if look is None:
+        return "", NOT_RUN
+    verdicts = {"pays": YES, "doesn't pay here": NO, "undecided": UNDECIDED}
+    return verdicts[equal_time.verdict(look)], equal_time.answer(runs)
 
 
 _UNASKED = {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.equal_time.test_equal_time import pairs as equal_pairs
 from benchmarks.ideas import NOT_RUN, ideas, read_all, waits
 from benchmarks.small import BASE_LR
 from benchmarks.small.test_small import run as small_run
@@ -42,6 +43,21 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     few = ideas({**nothing, "sparsity": study([0.02, 0.021])})
     assert "| undecided |" in row(few, "More parameters help at equal compute")
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")
+
+
+@pytest.mark.parametrize(
+    ("count", "gap", "spread", "expected"),
+    [
+        (6, 0.01, 0.002, "yes"),
+        (6, 0.001, 0.002, "no"),
+        (12, 0.004, 0.006, "undecided"),
+        (6, 0.004, 0.006, "not run yet"),
+    ],
+)
+def test_equal_time_is_decided_at_full_length(count, gap, spread, expected) -> None:
+    """By the study's own looks; one that doesn't decide says nothing yet."""
+    table = ideas({**read_all(Path("nowhere")), "equal_time": equal_pairs(count, gap, spread)})
+    assert f"| {expected} |" in row(table, "They help at equal time too")
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,21 @@ def judged(runs: Runs, pairs: int) -> Contrast | None:
     return next((each for each in own if (each.first, each.second) == PAIRS[0] and len(each.gaps) == pairs), None)
 
 
-def answer(runs: Runs) -> str:
-    """The sentence, with its numbers: of the first look that decides, or else how many of the seeds are done."""
+def decided(runs: Runs) -> Contrast | None:
+    """The first contrast of the look that gives the verdict: of the first that decides, or else of the last."""
     looks = [each for pairs in LOOKS if (each := judged(runs, pairs)) is not None]
-    for look in looks:
-        if len(look.gaps) == LOOKS[-1] or verdict(look) != "undecided":
-            return f"{SENTENCES[verdict(look)]}: {look.interval_at(LEVEL)} points (97 %); {len(look.gaps)} pairs."
+    return next((each for each in looks if len(each.gaps) == LOOKS[-1] or verdict(each) != "undecided"), None)
+
+
+def answer(runs: Runs) -> str:
+    """The sentence, with its numbers, or else how many of the seeds are done."""
+    look = decided(runs)
+    if look is not None:
+        return f"{SENTENCES[verdict(look)]}: {look.interval_at(LEVEL)} points (97 %); {len(look.gaps)} pairs."
     first = next((each for each in found(runs) if (each.first, each.second) == PAIRS[0]), None)
     if first is None or len(first.gaps) < 2:
         return "Not run to an end yet."
-    looked = f"; undecided after {LOOKS[0]}" if looks else ""
+    looked = f"; undecided after {LOOKS[0]}" if judged(runs, LOOKS[0]) else ""
     return (
         f"{len(first.gaps)} of {LOOKS[-1]} pairs so far, no verdict{looked}: {first.interval_at(LEVEL)} points (97 %)."
     )
@@ -75,8 +80,9 @@ def answer(runs: Runs) -> str:
 
 def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
     """The answer, the table of arms beside their prices, and that of contrasts, as Markdown."""
-    rows = []
-    for arm, planned in SHOWN.items():
+    rows, look = [], decided(runs)
+    for arm, most in SHOWN.items():
+        planned = min(most, len(look.gaps)) if look else most
         own = by_seed(runs, arm)
         done = [run for run in runs if run["arm"] == arm and run["seed"] in own]
         accuracy = [100 * value for value in own.values()]

@@ -84,6 +84,15 @@ def test_six_pairs_decide_if_they_can() -> None:
     assert "11 of 12 pairs so far, no verdict; undecided after 6" in report.answer(pairs(12, 0.004, 0.006)[:-1])
 
 
+def test_what_a_verdict_leaves_out_is_no_longer_planned() -> None:
+    """After the first look decided: 6 pairs of 6, three runs of dense parameters, four of `twin-wide`."""
+    for count, planned in ((5, (12, 12, 3, 4)), (6, (6, 6, 3, 4))):
+        found = report.parts_of(pairs(count, 0.01, 0.002), [])[1]
+        assert [f"of {number} |" in line for number, line in zip(planned, found.splitlines()[2:], strict=True)] == [
+            True
+        ] * 4
+
+
 def test_tuning_failed_and_changed_trees_enter_no_contrast() -> None:
     dirty = {"code": {"git_commit": "a", "dirty": True}}
     runs = [run("moe", 100, 0.9), run("moe", 200, 0.9, failed="NaN"), run("moe", 201, 0.9, **dirty)]
