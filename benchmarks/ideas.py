@@ -65,7 +65,7 @@ def ideas(records: Records) -> str:
         ("Expert 1 focuses on cats, expert 2 on dogs", said(records, "cats_and_dogs", cats_and_dogs.answer)),
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
         ("They help at equal time too", said(
-            records, "equal_time", full_length, "sparsity", hypothesis("H2"), "accuracy", reached)),
+            records, "equal_time", full_length, "sparsity", one_epoch, "accuracy", reached)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
         ("A learned router beats fixed rules", said(records, "sparsity", hypothesis("H4", "H6", "H7"))),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
@@ -119,6 +119,12 @@ def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
         return (verdicts or [""])[0], " ".join(found) or NOT_RUN
 
     return ask
+
+
+def one_epoch(runs: Sequence[Json]) -> Answer:
+    """The same question after one epoch."""
+    verdict, text = hypothesis("H2")(runs)
+    return verdict, text if text == NOT_RUN else f"After one epoch: {text[0].lower()}{text[1:]}"
 
 
 def full_length(runs: Sequence[Json]) -> Answer:

@@ -43,7 +43,7 @@ def verdict(contrast: Contrast) -> str:
 
 SENTENCES = {
     "pays": "At equal time and full length experts pay",
-    "doesn't pay here": "At equal time and full length experts don't pay here: half a point is excluded",
+    "doesn't pay here": "At equal time and full length experts don't pay here; half a point is excluded",
     "undecided": "Whether experts pay half a point at equal time and full length is undecided",
 }
 
