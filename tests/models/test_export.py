@@ -21,7 +21,7 @@ from moevision.analysis.intervention import intervene
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
-from moevision.models.export import export_onnx, exported_facts
+from moevision.models.export import ExportReport, export_onnx, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.strangers import answers, fit_strangers, pooled
 
@@ -240,11 +240,28 @@ def test_a_converted_timm_model_can_be_exported_after_saving(tmp_path: Path) -> 
     torch.testing.assert_close(run_onnx(tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedModel, Path, ExportReport]:
+    """One file for several tests, written with pictures to compare and under an open recorder, which sees nothing."""
+    model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path_factory.mktemp("exported") / "model"
+    with moevision.record_routing(model.net) as routings:
+        report = export_onnx(model, path, pictures=pictures(40))
+        assert routings == []
+        model.net(pictures(1))
+    assert len(routings) == 2
+    return model, path, report
+
+
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
-def test_what_is_needed_to_use_a_model_travels_in_the_file(tmp_path: Path) -> None:
-    model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path / "model"
-    export_onnx(model, path)
+def test_given_pictures_are_compared_too(exported: tuple[SavedModel, Path, ExportReport]) -> None:
+    assert (exported[2].pictures, exported[2].top1_agreement) == (44, 1)
+
+
+@pytest.mark.deep
+@pytest.mark.needs("onnx")
+def test_what_is_needed_to_use_a_model_travels_in_the_file(exported: tuple[SavedModel, Path, ExportReport]) -> None:
+    model, path, _ = exported
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
@@ -281,26 +298,11 @@ def test_the_preparation_is_that_of_predict() -> None:
 
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
-def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) -> None:
-    model = tiny(router="vmoe_top_k")
-    with moevision.record_routing(model.net) as routings:
-        export_onnx(model, tmp_path / "model.onnx")
-        assert routings == []
-        model.net(pictures(1))
-    assert len(routings) == 2
-
-
-@pytest.mark.deep
-@pytest.mark.needs("onnx")
-def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
-    report = export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx", pictures=pictures(40))
-    assert (report.pictures, report.top1_agreement) == (44, 1)
-
-
-@pytest.mark.deep
-@pytest.mark.needs("onnx")
-def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path, monkeypatch) -> None:
+def test_another_draw_decides_where_rounding_chose_another_expert(
+    exported: tuple[SavedModel, Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Off on the first draw of noise only, as where two scores tie but for a digit; a wrong file is off on all."""
+    model, file, _ = exported
     load, calls = export_module.load_exported, []
 
     def off_at_first(source):
@@ -308,7 +310,8 @@ def test_another_draw_decides_where_rounding_chose_another_expert(tmp_path: Path
         return lambda images: calls.append(0) or run(images) + (1.0 if len(calls) == 1 else 0.0)
 
     monkeypatch.setattr(export_module, "load_exported", off_at_first)
-    report = export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx")
+    monkeypatch.setattr(export_module, "_to_bytes", lambda *_: file.read_bytes())
+    report = export_onnx(model, tmp_path / "model.onnx")
     assert len(calls) == 4  # one image and three, twice
     assert report.max_logit_delta <= 1e-4
 
@@ -332,14 +335,17 @@ def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("error", [2e-4, math.nan])
-def test_a_file_that_answers_differently_is_not_kept(error: float, tmp_path: Path, monkeypatch) -> None:
-    model, load = tiny(router="vmoe_top_k"), export_module.load_exported
+def test_a_file_that_answers_differently_is_not_kept(
+    error: float, exported: tuple[SavedModel, Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, file, _), load = exported, export_module.load_exported
 
     def off_by_a_little(source):
         run = load(source)
         return lambda images: run(images) + torch.tensor([0, error, 0])
 
     monkeypatch.setattr(export_module, "load_exported", off_by_a_little)
+    monkeypatch.setattr(export_module, "_to_bytes", lambda *_: file.read_bytes())
     with pytest.raises(UserError, match=re.escape(f"differs from the model by {error:.2g} in a logit")):
         export_onnx(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
