@@ -70,7 +70,7 @@ def test_the_toy_collapses_and_recovers_as_the_slider_moves(lesson):
 
 def test_a_slider_that_moves_ends_the_collapse_late_as_well(lesson):
     """While the router trains, and after it has stopped: each move is worth 800 more steps, and so is another press."""
-    page = lesson("#step-6").page
+    page = lesson("#step-6", reduced_motion="reduce").page  # its first 1 600 steps at once
     steps = page.locator("[data-play-box=steps]")
 
     def ended(count):
@@ -84,6 +84,7 @@ def test_a_slider_that_moves_ends_the_collapse_late_as_well(lesson):
     assert page.text_content("[data-play-box=facts]").startswith("1 of 4")
     page.click("[data-play=run]")
     ended(1600)
+    page.emulate_media(reduced_motion="no-preference")
     page.click("[data-play=run]")
     page.locator("[data-play=balance]").fill("1")
     page.wait_for_function("document.querySelector('[data-play=run]').textContent === 'Pause'")
