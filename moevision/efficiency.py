@@ -13,7 +13,7 @@ Axes: B images, N tokens, D width, H hidden width of an expert, O output width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +135,11 @@ def count_layers(
 
     layers = moe_layers(model)
     parts = [part for layer in layers for part in (layer, layer.router, layer.shared) if part is not None]
-    handles = [part.register_forward_pre_hook(start) for part in parts]
-    handles += [part.register_forward_hook(end) for part in parts]
-    try:
-        with record_routing(model) as routings:
-            output = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with record_routing(model) as routings, ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(part.register_forward_pre_hook(start))
+            hooks.enter_context(part.register_forward_hook(end))
+        output = forward()
     counts = []
     for layer, routing in zip(layers, routings, strict=True):  # every MoE layer runs once in a forward pass
         experts = spent[layer] - spent[layer.router] - (0 if layer.shared is None else spent[layer.shared])

@@ -13,6 +13,7 @@ import html
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -287,20 +288,16 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
 def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
     """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens."""
     received: dict[int, Tensor] = {}
-
     prefix = int(getattr(net, "num_prefix_tokens", 0))
 
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         received[block] = arguments[0][:, prefix:]
 
     layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
-    with routing_lock(net):  # so that no other thread's images pass the hooks
-        handles = [layer.register_forward_pre_hook(partial(keep, block)) for block, layer in layers.items()]
-        try:
-            net(pixels)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with routing_lock(net), ExitStack() as hooks:  # locked, so that no other thread's images pass the hooks
+        for block, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, block)))
+        net(pixels)
     return received
 
 

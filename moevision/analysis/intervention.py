@@ -241,11 +241,8 @@ def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Te
             return inputs
         return (inputs[0][rows], *inputs[1:])
 
-    hook = blocks[first.layer_index].register_forward_pre_hook(repeat)
-    try:
+    with blocks[first.layer_index].register_forward_pre_hook(repeat):
         logits = model(x)
-    finally:
-        hook.remove()
     return logits
 
 

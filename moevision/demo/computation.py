@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,8 +174,7 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
     """
     parents = {child: module for module in net.modules() for child in module.children() if isinstance(child, MoEMlp)}
     heard = [Heard(layer, parents.get(layer)) for layer in moe_layers(net)]
-    thread = threading.get_ident()
-    hooks = []
+    thread, hooks = threading.get_ident(), ExitStack()
 
     def keep(module: Any, one: Heard, output: str, given: str | None = None) -> None:
         """Write what `module` gives, and what it was given, into fields of `one`."""
@@ -185,20 +184,16 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
                 vars(one).update({output: result} if given is None else {output: result, given: arguments[0]})
 
         if isinstance(module, nn.Module):
-            hooks.append(module.register_forward_hook(hook))
+            hooks.enter_context(module.register_forward_hook(hook))
 
-    with routing_lock(net):
+    with routing_lock(net), hooks:
         for one in heard:
             keep(one.layer, one, "output", "tokens")
             keep(one.layer.experts, one, "rows")
             keep(one.layer.shared, one, "shared")
             keep(getattr(one.block, "norm2", None), one, "normed", "before")
             keep(one.block, one, "after")
-        try:
-            yield heard
-        finally:
-            for hook in hooks:
-                hook.remove()
+        yield heard
 
 
 def _of_choices(values: Tensor, routing: Routing) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -335,13 +335,10 @@ def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
         if threading.get_ident() == thread:
             outputs.append(result)
 
-    with routing_lock(net):
-        hooks = [block.register_forward_hook(keep) for block in getattr(net, "blocks", ())]
-        try:
-            yield outputs
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with routing_lock(net), ExitStack() as hooks:
+        for block in getattr(net, "blocks", ()):
+            hooks.enter_context(block.register_forward_hook(keep))
+        yield outputs
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -401,24 +402,19 @@ def routes_read(model: nn.Module) -> list[bool]:
         zeros.append(torch.zeros_like(output, requires_grad=True))
         return output + zeros[-1]
 
-    hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
-    try:
-        with evaluating(model), torch.enable_grad():
-            parameter, state = next(model.parameters()), cast(Any, model)
-            height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
-            noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
-            if hasattr(
-                model, "forward_features"
-            ):  # what a classifier reads: a new one may be zero, and hide everything
-                features = state.forward_head(state.forward_features(noise), pre_logits=True).float()  # [1, D]
-            else:
-                features = state(noise).float()
-            # Against random directions: a plain sum is constant behind a LayerNorm.
-            weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
-            gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(add_zeros))
+        parameter, state = next(model.parameters()), cast(Any, model)
+        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
+        noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
+        if hasattr(model, "forward_features"):  # what a classifier reads: a new one may be zero, and hide everything
+            features = state.forward_head(state.forward_features(noise), pre_logits=True).float()  # [1, D]
+        else:
+            features = state(noise).float()
+        # Against random directions: a plain sum is constant behind a LayerNorm.
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
+        gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     read = []
     for layer, gradient in zip(layers, gradients, strict=True):

@@ -150,29 +150,25 @@ def save_model(model: SavedModel, folder: Path) -> None:
         # Safetensors refuses weights in another order, such as those of a `channels_last` convolution.
         state.update({name: tensor.contiguous() for name, tensor in state.items()})
 
-    hook = model.net.register_state_dict_post_hook(contiguous)
+    data_config = {
+        "input_size": (3, model.image_size, model.image_size),
+        "mean": model.mean,
+        "std": model.std,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": _CROP_MODES[model.fit],
+    }
+    names = {"label_names": model.class_names}
     try:
-        timm.models.save_for_hf(
-            model.net,
-            str(folder),
-            model_config={"label_names": model.class_names},
-            data_config={
-                "input_size": (3, model.image_size, model.image_size),
-                "mean": model.mean,
-                "std": model.std,
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-                "crop_mode": _CROP_MODES[model.fit],
-            },
-            safe_serialization=True,
-        )
+        with model.net.register_state_dict_post_hook(contiguous):
+            timm.models.save_for_hf(
+                model.net, str(folder), model_config=names, data_config=data_config, safe_serialization=True
+            )
     except SafetensorError as error:
         (folder / WEIGHTS).unlink(missing_ok=True)
         number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(folder)) from error
-    finally:
-        hook.remove()
     sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.

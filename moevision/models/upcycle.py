@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,16 +253,14 @@ def _router_inputs(
             chosen = tokens.double().cpu().gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             found[place].append(chosen.flatten(0, 1))
 
-    with routing_lock(model), evaluating(model):  # so that no other thread's images pass the hooks
-        handles = [layer.register_forward_pre_hook(partial(keep, place)) for place, layer in enumerate(layers)]
-        try:
-            for images in batches:
-                model(images)
-                if all(sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)):
-                    break
-        finally:
-            for handle in handles:
-                handle.remove()
+    # Locked, so that no other thread's images pass the hooks.
+    with routing_lock(model), evaluating(model), ExitStack() as hooks:
+        for place, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, place)))
+        for images in batches:
+            model(images)
+            if all(sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)):
+                break
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
     return [
