@@ -1,12 +1,12 @@
 """Interventions: what if an expert were away, forced, swapped, the router random, k another, the capacity limited?
 
-    with ablate(model, layer=3, expert=2):
+    with intervene(model, Intervention("ablate", layer=3, expert=2)):
         logits, routings = forward_routing(model, images)
 
 What holds for all of them:
 
 - They act on every token of the layer, the class and register tokens too.
-- Scopes nest. `force`, `swap` and `random_route` act on what the scopes around them left, in order of entry. Ablated
+- Scopes nest. `force`, `swap` and `random` act on what the scopes around them left, in order of entry. Ablated
   experts, k and the capacity are conditions of the layer that hold for whatever is entered inside or outside: an
   ablated expert is never brought back, the capacity is applied last; of two k or two capacities the inner one counts.
 - A `Routing` recorded inside tells what was computed (`expert_index`, `combine_weight`, `kept`); its logits and
@@ -86,6 +86,33 @@ _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
 class Intervention:
     """One change of the routing, as data: for JSON, for sentences, and for `intervene`.
 
+    - `ablate` takes an expert away. With the fill `next_best` its tokens go to the best expert that they haven't chosen
+      yet, by the router's own gate rule: a softmax over the chosen is taken anew, a softmax over all experts keeps its
+      denominator (the choice comes after it), so that tokens which didn't use the expert are computed bit for bit as
+      before. With `zero` the expert's part is left out of the sum and the other gates stay. Expert choice: the expert
+      takes no token. Its tokens keep the other experts that took them, with the same weights (`next_best` sums those to
+      1 again if the router does), and no other expert takes its place: `zero` and `next_best` differ only there. Soft
+      MoE: no token takes from the expert's slots; with `next_best` a token's softmax is taken over the other slots,
+      with `zero` it stays as it is. The slots of the others read what they did.
+    - `force` sends every token of a layer first to one expert. Weights stay with the rank: the forced expert gets the
+      gate of the token's own first choice, which becomes the second and gets the second's gate, and so on; the token's
+      last choice falls out (with k = 1 its only one). A token that had the expert among its choices keeps the same
+      experts, in the new order. Expert choice and Soft MoE: refused, since there a token has no choice.
+    - `swap` gives the tokens (Soft MoE: the slots) of an expert to another one, with the same weights, and the other
+      way round.
+    - `random` sends every token to K different experts drawn at random, with the gates of its own choices by rank. The
+      draw depends on seed, block index and token position (not on that where images are routed as a whole): every image
+      is sent the same way, so that its result is the same alone and in any batch. Use several seeds to average over
+      maps. Expert choice: every expert takes as many tokens as before, at positions drawn at random, with the weights
+      of its own choices by rank. Soft MoE: the slots read and give what they did, and are dealt out at random.
+    - `top_k` routes as the same weights would in a model built with this k (off the distribution that it was trained
+      on). Expert choice: every expert then takes ceil(N · k / E) tokens. Soft MoE: refused.
+    - `capacity` lets an expert compute at most ceil(factor · N · K / E) choices of one image; N counts prefix tokens
+      too. First choices stay before second ones, and among those the tokens that are surest of it (V-MoE's batch
+      priority routing); the others are dropped (kept = False, nothing added) and go nowhere else. This takes the place
+      of a capacity that the model has itself. Expert choice: every expert takes that many of its best tokens, more than
+      by itself for a factor above 1. Soft MoE: refused.
+
     Raises:
         UserError: if a value that the kind needs is missing or impossible.
     """
@@ -97,8 +124,7 @@ class Intervention:
     fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
     seed: int = 0  # of `random`, not negative
     top_k: int | None = None  # k of `top_k`
-    # of `capacity`: an expert computes at most ceil(factor · N · K / E) choices of one image
-    factor: float | None = None
+    factor: float | None = None  # of `capacity`
 
     def __post_init__(self) -> None:
         if self.kind not in _FIELDS:
@@ -262,73 +288,6 @@ class _Edits:
         for edit in self.edits:
             decision = edit(decision)
         return decision.settle()
-
-
-def ablate(model: nn.Module, layer: int, expert: int, fill: Fill = "next_best") -> AbstractContextManager[None]:
-    """Take an expert away.
-
-    With `next_best` its tokens go to the best expert that they haven't chosen yet, by the router's own gate rule: a
-    softmax over the chosen is taken anew, a softmax over all experts keeps its denominator (the choice comes after
-    it), so that tokens which didn't use the expert are computed bit for bit as before. With `zero` the expert's part
-    is left out of the sum and the other gates stay.
-
-    Expert choice: the expert takes no token. Its tokens keep the other experts that took them, with the same weights
-    (`next_best` sums those to 1 again if the router does), and no other expert takes its place: `zero` and `next_best`
-    differ only there. Soft MoE: no token takes from the expert's slots; with `next_best` a token's softmax is taken
-    over the other slots, with `zero` it stays as it is. The slots of the others read what they did.
-    """
-    return intervene(model, Intervention("ablate", layer=layer, expert=expert, fill=fill))
-
-
-def force(model: nn.Module, layer: int, expert: int) -> AbstractContextManager[None]:
-    """Send every token of a layer first to one expert.
-
-    Weights stay with the rank: the forced expert gets the gate of the token's own first choice, which becomes the
-    second and gets the second's gate, and so on; the token's last choice falls out (with k = 1 its only one). A token
-    that had the expert among its choices keeps the same experts, in the new order.
-
-    Expert choice and Soft MoE: refused, since there a token has no choice.
-    """
-    return intervene(model, Intervention("force", layer=layer, expert=expert))
-
-
-def swap(model: nn.Module, layer: int, a: int, b: int) -> AbstractContextManager[None]:
-    """Give the tokens (Soft MoE: the slots) of expert a to expert b, with the same weights, and the other way round."""
-    return intervene(model, Intervention("swap", layer=layer, expert=a, other=b))
-
-
-def random_route(model: nn.Module, layer: int | None = None, seed: int = 0) -> AbstractContextManager[None]:
-    """Send every token to K different experts drawn at random, with the gates of its own choices by rank.
-
-    The draw depends on seed, block index and token position (not on that where images are routed as a whole): every
-    image is sent the same way, so that its result is the same alone and in any batch. Use several seeds to average over
-    maps.
-
-    Expert choice: every expert takes as many tokens as before, at positions drawn at random, with the weights of its
-    own choices by rank. Soft MoE: the slots read and give what they did, and are dealt out to the experts at random.
-    """
-    return intervene(model, Intervention("random", layer=layer, seed=seed))
-
-
-def use_top_k(model: nn.Module, k: int, layer: int | None = None) -> AbstractContextManager[None]:
-    """Route as the same weights would in a model built with top_k=k (off the distribution that it was trained on).
-
-    Expert choice: every expert then takes ceil(N · k / E) tokens. Soft MoE: refused.
-    """
-    return intervene(model, Intervention("top_k", layer=layer, top_k=k))
-
-
-def limit_capacity(model: nn.Module, factor: float, layer: int | None = None) -> AbstractContextManager[None]:
-    """Let an expert compute at most ceil(factor · N · K / E) choices of one image; N counts prefix tokens too.
-
-    First choices stay before second ones, and among those the tokens that are surest of it (V-MoE's batch priority
-    routing); the others are dropped (kept = False, nothing added) and go nowhere else. This takes the place of a
-    capacity that the model has itself.
-
-    Expert choice: every expert takes ceil(factor · N · K / E) of its best tokens, more than by itself for a factor
-    above 1. Soft MoE: refused.
-    """
-    return intervene(model, Intervention("capacity", layer=layer, factor=factor))
 
 
 @dataclass(frozen=True)

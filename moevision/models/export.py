@@ -73,8 +73,8 @@ def export_onnx(
     three more outputs for the MoE layer of each block, of which 3 is an example: `experts.3` int64 [B, P, K], best
     first, their gates `weights.3` [B, P, K], and the router's affinities `probs.3` [B, P, E]. A second input then takes
     experts away from all images: `away` bool [M, E], one row per MoE layer in order of depth, E of the layer that has
-    most. Their tokens go to the next best, as `moevision.analysis.ablate` sends them; a choice for which no expert is
-    left has the weight 0.
+    most. Their tokens go to the next best, as under `moevision.analysis.Intervention("ablate", …)`; a choice for which
+    no expert is left has the weight 0.
 
     What `exported_facts(model)` gives are the file's `metadata_props`, each as JSON. The file is run by onnxruntime and
     compared with the model on four images of seeded noise and the prepared `pictures` [n, 3, S, S] before it takes its

@@ -20,11 +20,12 @@ from moevision.analysis.effects import (
     run_under,
     take_away_random,
 )
-from moevision.analysis.intervention import Intervention, Ranking, ablate, edited, intervene, use_top_k
+from moevision.analysis.intervention import Intervention, Ranking, edited, intervene
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
 from moevision.models.io import SavedModel
+from tests.scopes import ablate, use_top_k
 
 CLASSES = ["cat", "dog", "fox"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.intervention import (
-    Intervention,
-    ablate,
-    edited,
-    force,
-    intervene,
-    limit_capacity,
-    random_route,
-    swap,
-    use_top_k,
-)
+from moevision.analysis.intervention import Intervention, edited, intervene
 from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
+from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 ROUTERS = ("noisy_top_k", "vmoe_top_k")
 WAIT_S = 120.0

@@ -10,19 +10,9 @@ from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
 from moevision.analysis.effects import control_in_words, in_words
-from moevision.analysis.intervention import (
-    Intervention,
-    ablate,
-    edited,
-    force,
-    intervene,
-    limit_capacity,
-    random_route,
-    refusal,
-    swap,
-    use_top_k,
-)
+from moevision.analysis.intervention import Intervention, edited, intervene, refusal
 from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
+from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 TOKEN_CHOICE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
 OPTIONS: list[tuple[str, dict[str, object]]] = [

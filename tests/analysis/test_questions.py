@@ -15,7 +15,6 @@ from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
-from moevision.analysis.intervention import swap
 from moevision.analysis.questions import (
     A_LITTLE_WORD,
     NOT_MEASURED,
@@ -46,6 +45,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.io import load_model, save_model
 from moevision.models.upcycle import start_routers
+from tests.scopes import swap
 
 IMAGES, PATCHES = 80, 9
 LABELS = np.arange(IMAGES) % 2

@@ -12,7 +12,7 @@ from moevision.analysis import RecordedLayer, Recording, collect_routing, open_p
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
-from moevision.analysis.intervention import ablate, numbered_layers
+from moevision.analysis.intervention import numbered_layers
 from moevision.analysis.questions import (
     A_LITTLE_WORD,
     NOT_MEASURED,
@@ -29,6 +29,7 @@ from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import Router, moe_layers
 from moevision.models.io import SavedModel
+from tests.scopes import ablate
 
 PATCHES = 12
 GATES = np.array([0.7, 0.3])

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moevision.analysis.intervention import ablate
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.gradio_app import examples, experts, route
 from moevision.demo.models import DataOptions, open_entries
 from moevision.demo.view import route_image
+from tests.scopes import ablate
 
 ROOT = Path(__file__).parents[2]
 LION = (200, 150, 90)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.images import View, open_pictures, original_image
-from moevision.analysis.intervention import Intervention, ablate
+from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
@@ -30,6 +30,7 @@ from moevision.errors import UserError
 from moevision.models.io import save_model
 from moevision.models.strangers import answers
 from tests.demo.conftest import SIZE, make_model, usual_pets
+from tests.scopes import ablate
 
 PICTURE = {"kind": "example", "id": "pets/test/3"}
 ABLATE = {"kind": "ablate", "layer": 3, "expert": 1}

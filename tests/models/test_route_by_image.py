@@ -9,16 +9,7 @@ import torch
 
 from moevision import UserError, convert_to_moe, dense_twin, forward_routing
 from moevision.analysis import RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.intervention import (
-    Intervention,
-    ablate,
-    force,
-    intervene,
-    limit_capacity,
-    random_route,
-    swap,
-    use_top_k,
-)
+from moevision.analysis.intervention import Intervention, intervene
 from moevision.analysis.readings import measure_baselines
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
@@ -27,6 +18,7 @@ from moevision.layers import describe_moe, moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.upcycle import step0_gap, upcycle
+from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 8}
 STATS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
