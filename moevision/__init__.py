@@ -30,17 +30,10 @@ __all__ = [
     "update_router_bias",
 ]
 
-# The module that defines each name.
-_HOME = {
-    "MoEMlp": "layers",
-    "Routing": "layers",
-    "VisionTransformerMoE": "models",
-    "convert_to_moe": "models",
-    "dense_twin": "models",
-    "forward_routing": "layers",
-    "record_routing": "layers",
-    "upcycle": "models.upcycle",
-    "update_router_bias": "layers",
+_NAMES = {
+    "layers": ("MoEMlp", "Routing", "forward_routing", "record_routing", "update_router_bias"),
+    "models": ("VisionTransformerMoE", "convert_to_moe", "dense_twin"),
+    "models.upcycle": ("upcycle",),
 }
 _MODULES = ("analysis", "data", "demo", "efficiency", "layers", "losses", "models", "train")
 
@@ -57,9 +50,10 @@ def package_version(name: str) -> str | None:
 
 def __getattr__(name: str) -> object:
     """Import a public name, or a module of the package, on its first use."""
-    if name in _HOME:
-        import_module(f"{__name__}.models")
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            import_module(f"{__name__}.models")
+            return getattr(import_module(f"{__name__}.{module}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,9 +35,7 @@ class ModelCost:
     router_flops_per_image: int = 0
 
 
-def measure_cost(
-    model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3, *, backend: Backend = "loop"
-) -> ModelCost:
+def measure_cost(model: nn.Module, image_size: int | tuple[int, int], *, backend: Backend = "loop") -> ModelCost:
     """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
     The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
@@ -45,7 +43,7 @@ def measure_cost(
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
-    image = torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad(), _eval_with(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
     router = sum(layer.router for layer in layers)

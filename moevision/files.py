@@ -49,11 +49,8 @@ def newest_config(run_dir: Path) -> Path:
 
 def sync_file(path: Path) -> None:
     """Flush a file's bytes to the disk."""
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.health import WeightEMA
 from moevision.train.parallel.parts import first_index, own_part
+from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 
 KINDS = {
@@ -101,7 +102,7 @@ class FaultInjector(L.Callback):
         """
         net = cast(ClassificationTask, pl_module).net
         for fault in self.faults:
-            if fault.kind == "nan_ema" and WeightEMA.of(trainer) is None:
+            if fault.kind == "nan_ema" and callback_of(trainer, WeightEMA) is None:
                 raise UserError("The fault nan_ema needs a moving average of the weights: add WeightEMA.")
             if fault.kind == "nan_router" or fault.block is not None or fault.expert is not None:
                 _layer(net, fault)
@@ -143,7 +144,7 @@ class FaultInjector(L.Callback):
             elif fault.kind == "nan_buffer":
                 _spoil(_buffer(net, fault), fault)
             else:
-                average = WeightEMA.of(trainer) if fault.kind == "nan_ema" else None
+                average = callback_of(trainer, WeightEMA) if fault.kind == "nan_ema" else None
                 _spoil(_weight(net if average is None else cast(nn.Module, average.network), fault), fault)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -24,25 +24,15 @@ if TYPE_CHECKING:
     from moevision.analysis.readings import RecordedLayer, Recording, measure_baselines, recording_of
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
-# The module that defines each name.
-_HOME = {
-    "Intervention": "intervention",
-    "LayerTrace": "trace",
-    "PictureSet": "images",
-    "RecordedLayer": "readings",
-    "Recording": "readings",
-    "RoutingTrace": "trace",
-    "Table": "collect",
-    "class_effect": "effects",
-    "class_expert_map": "describe",
-    "collect_routing": "collect",
-    "effect": "effects",
-    "intervene": "intervention",
-    "measure_baselines": "readings",
-    "open_pictures": "images",
-    "patch_crop": "images",
-    "recording_of": "readings",
-    "three_questions": "questions",
+_NAMES = {
+    "collect": ("Table", "collect_routing"),
+    "describe": ("class_expert_map",),
+    "effects": ("class_effect", "effect"),
+    "images": ("PictureSet", "open_pictures", "patch_crop"),
+    "intervention": ("Intervention", "intervene"),
+    "questions": ("three_questions",),
+    "readings": ("RecordedLayer", "Recording", "measure_baselines", "recording_of"),
+    "trace": ("LayerTrace", "RoutingTrace"),
 }
 
 __all__ = [
@@ -68,6 +58,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the module that defines ``name``."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,17 +71,11 @@ def _carried(expert_index: Ints, num_experts: int, amount: Array | None) -> Floa
 
 
 def part_stands_out(
-    expert_index: Ints,
-    fractions: Floats,
-    num_experts: int,
-    amount: Array | None = None,
-    *,
-    num_permutations: int = 400,
-    seed: int = 0,
+    expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None, *, num_permutations: int = 400
 ) -> Flags:
     """[parts, E] bool: which experts get another share of a part than if masks belonged to other images.
 
-    The arguments are those of `part_expert_table`, R permutations and their seed.
+    The arguments are those of `part_expert_table`, and R permutations.
     """
     carried, area = _carried(expert_index, num_experts, amount), np.asarray(fractions, np.float64)
 
@@ -91,7 +85,7 @@ def part_stands_out(
         share: Floats = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
         return share
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     permuted = np.stack([shares(rng.permutation(len(area))) for _ in range(num_permutations)])  # [R, parts, E]
     mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
 
@@ -161,7 +155,7 @@ def first_choice_paths(trace: RoutingTrace) -> Ints:
 
 
 def patches_on_path(
-    trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8, seed: int = 0
+    trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8
 ) -> list[GalleryPatch]:
     """Random patches whose first choice is `path` [L], at most one of each image as long as images suffice.
 
@@ -174,7 +168,7 @@ def patches_on_path(
     if label is not None:
         on_path &= (trace.labels == label)[:, None]
     images, patches = np.nonzero(on_path)
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(0).permutation(len(images))
     once = np.zeros(len(order), dtype=bool)
     once[np.unique(images[order], return_index=True)[1]] = True  # an image's second patch only fills up
     chosen = np.sort(np.concatenate([order[once], order[~once]])[:count])

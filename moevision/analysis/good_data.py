@@ -299,11 +299,11 @@ def _cells(white: Floats) -> list[Ints]:
     return [cell[start : start + CELL] for cell in cells for start in range(0, len(cell), CELL)]
 
 
-def projection(width: int, seed: int = 0) -> Floats:
+def projection(width: int) -> Floats:
     """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
     if width <= WIDTH:
         return np.eye(width, dtype=np.float32)
-    square, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, WIDTH)))
+    square, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, WIDTH)))
     return square.astype(np.float32)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -170,9 +170,9 @@ def bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def name_axis(axes: Axes, words: str, which: Literal["x", "y"], pad: float | None = None) -> None:
+def name_axis(axes: Axes, words: str, which: Literal["x", "y"]) -> None:
     """What an axis counts, in grey."""
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(words, fontsize=SMALL, color=SOFT, labelpad=pad)
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(words, fontsize=SMALL, color=SOFT)
 
 
 def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any) -> None:
@@ -206,11 +206,6 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
             ha="center", va="center", fontsize=SMALL, color=INK if crowded else ink_on(colour), annotation_clip=False,
             bbox=None if crowded else chip(colour),
         )  # fmt: skip
-
-
-def hex_of(colour: npt.ArrayLike) -> str:
-    """`#RRGGBB` of a colour with channels in [0, 1]; an alpha channel is ignored."""
-    return "#" + "".join(f"{round(float(channel) * 255):02X}" for channel in np.asarray(colour)[:3])
 
 
 def rgb_of(colour: str) -> Floats:
@@ -404,7 +399,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     if experts <= _NUMBERED:
         digits = 1 if float(np.ptp(shares)) < 0.03 else 0  # whole numbers would all be the same
         for row, column in np.ndindex(rows, experts):
-            colour = hex_of(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
+            colour = to_hex(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
             ink = ink_on(colour) if flags[row, column] else SOFT
             put(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
     short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
@@ -565,7 +560,7 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, gr
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
-        put(axes, column, row, text, ink_on(hex_of(shade[patch])), size)
+        put(axes, column, row, text, ink_on(to_hex(shade[patch])), size)
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:

@@ -242,19 +242,16 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
-def resized_crop_boxes(
-    u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float], ratio: tuple[float, float] = CROP_RATIO
-) -> Boxes:
+def resized_crop_boxes(u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float]) -> Boxes:
     """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
-    u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area,
-    `ratio` of width / height.
+    u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
-    crop_width, crop_height = _sides(u, height * width, scale, ratio)
+    crop_width, crop_height = _sides(u, height * width, scale, CROP_RATIO)
     fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
     boxes = _first_that_fits(u, fits, crop_height, crop_width, sizes)
-    return np.where(fits.any(axis=1, keepdims=True), boxes, _central(sizes, ratio))
+    return np.where(fits.any(axis=1, keepdims=True), boxes, _central(sizes))
 
 
 def erasing_boxes(u: Uniform, size: int) -> Boxes:
@@ -288,11 +285,11 @@ def _first_that_fits(
     return np.concatenate([corner, sides], axis=1)
 
 
-def _central(sizes: npt.NDArray[np.int64], ratio: tuple[float, float]) -> Boxes:
-    """The largest central crops whose width / height lies within ``ratio``."""
+def _central(sizes: npt.NDArray[np.int64]) -> Boxes:
+    """The largest central crops whose width / height lies within `CROP_RATIO`."""
     height, width = sizes.T
-    crop_height = np.minimum(height, np.rint(width / ratio[0])).astype(np.int64)
-    crop_width = np.minimum(width, np.rint(height * ratio[1])).astype(np.int64)
+    crop_height = np.minimum(height, np.rint(width / CROP_RATIO[0])).astype(np.int64)
+    crop_width = np.minimum(width, np.rint(height * CROP_RATIO[1])).astype(np.int64)
     return np.stack([(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1)
 
 

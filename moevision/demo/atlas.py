@@ -18,7 +18,7 @@ Axes: I images, P patches, C classes, E experts, L MoE layers.
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from moevision.analysis.describe import (
     part_expert_table,
     part_stands_out,
 )
+from moevision.analysis.information import as_json
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
@@ -60,14 +61,13 @@ def build_atlas(
     shown: RoutingTrace | None = None,
     effects: Json | None = None,
     count: int = 8,
-    seed: int = 0,
 ) -> Json:
     """Sum up a trace of `pictures` as JSON primitives, ready for `save_atlas`.
 
     `pictures` are those whose parts are counted; None leaves parts out. `maps` has `class_expert_map(trace, layer)` by
     block index, `questions` are those of `three_questions`, and `effects`, of taking each expert away, is from
     `moevision.analysis.report.measure_effects`. Galleries have `count` patches, from the images of `shown` where those
-    of `trace` can't be shown; `seed` is of what is drawn at random.
+    of `trace` can't be shown.
     """
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
     layers = []
@@ -96,21 +96,20 @@ def build_atlas(
                         "parts": None if parts is None else _parts_of(parts, gallery.expert, pictures),
                         **_without(effects, layer.layer, gallery.expert),
                     }
-                    for gallery in layer_gallery(of_shown, count, seed)
+                    for gallery in layer_gallery(of_shown, count)
                 ],
             }
         )
-    atlas: Json = _rounded(
-        {
-            "schema": SCHEMA,
-            "data": trace.data,
-            "n_images": len(trace),
-            "class_names": list(trace.class_names),
-            "layers": layers,
-            **({} if shown is None else {"shown": shown.data}),
-        }
-    )
-    return atlas
+    atlas: Json = {
+        "schema": SCHEMA,
+        "data": trace.data,
+        "n_images": len(trace),
+        "class_names": list(trace.class_names),
+        "layers": layers,
+        **({} if shown is None else {"shown": shown.data}),
+    }
+    rounded: Json = json.loads(json_text(as_json(atlas)), parse_float=lambda text: round(float(text), _DIGITS))
+    return rounded
 
 
 def counted_name(expert: Json) -> Json | None:
@@ -235,13 +234,3 @@ def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequ
 
 def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:
     return [[trace.picture_names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return value

@@ -342,6 +342,6 @@ def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool 
     return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
 
 
-def untrained(like: SavedModel, seed: int = 0) -> SavedModel:
+def untrained(like: SavedModel) -> SavedModel:
     """The same architecture with fresh weights, a random router among them."""
-    return replace(like, net=fresh_copy(like.net, seed), strangers=None)
+    return replace(like, net=fresh_copy(like.net, 0), strangers=None)

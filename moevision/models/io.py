@@ -125,10 +125,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
 
 def model_folder(path: Path) -> Path | None:
     """The folder with the files of a saved model, given it or its run folder; None if there is none."""
-    for folder in (path, path / "model"):
-        if (folder / CONFIG).is_file():
-            return folder
-    return None
+    return next((folder for folder in (path, path / "model") if (folder / CONFIG).is_file()), None)
 
 
 def save_model(model: SavedModel, folder: Path) -> None:

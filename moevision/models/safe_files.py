@@ -77,9 +77,9 @@ def _open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: str | Path) -> Any:
     """The content of a JSON file; it raises as `read_bytes` and `parse_json` do."""
-    return parse_json(read_bytes(Path(path), max_bytes), str(path))
+    return parse_json(read_bytes(Path(path), MAX_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, name: str) -> Any:

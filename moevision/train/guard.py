@@ -199,7 +199,7 @@ class StabilityGuard(L.Callback):
     # -- the way back
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        task, average = cast(ClassificationTask, pl_module), WeightEMA.of(trainer)
+        task, average = cast(ClassificationTask, pl_module), callback_of(trainer, WeightEMA)
         swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
         alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
         if trainer.state.fn is not TrainerFn.FITTING or not self.snapshots or swapped or alone:
@@ -283,7 +283,7 @@ class TrainingSnapshot:
         self.restored, self.extra = 0, extra
         self._tensors = _copied(_own_tensors(trainer, task))
         self._states = [_copied(each.state_dict()) for each in _stateful(trainer)]
-        average, scores = WeightEMA.of(trainer), _scores_of(trainer)
+        average, scores = callback_of(trainer, WeightEMA), _scores_of(trainer)
         self._averaged = None if average is None else average.updates
         self._random = random_state()
         self._scores = None if scores is None else scores.rows.copy()
@@ -297,7 +297,7 @@ class TrainingSnapshot:
             each.load_state_dict(_copied(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        average, scores = WeightEMA.of(trainer), _scores_of(trainer)
+        average, scores = callback_of(trainer, WeightEMA), _scores_of(trainer)
         if average is not None and self._averaged is not None:
             average.updates = self._averaged
         restore_random_state(self._random)
@@ -313,7 +313,7 @@ def _stateful(trainer: L.Trainer) -> list[Any]:
 
 def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
     """The network in training, and its moving average if there is one, by what stands before their tensors' names."""
-    average = WeightEMA.of(trainer)
+    average = callback_of(trainer, WeightEMA)
     return {"": task.net} if average is None or average.network is None else {"": task.net, "ema.": average.network}
 
 

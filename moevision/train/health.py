@@ -43,7 +43,7 @@ from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
-from moevision.train.processes import callback_of, gather, parallel_strategy, sums_over_processes, tell
+from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -305,11 +305,6 @@ class WeightEMA(L.Callback):
         self.updates = 0
         self.swapped = False
         self._average: ModelEmaV3 | None = None
-
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> WeightEMA | None:
-        """The average of this training, if it has one."""
-        return callback_of(trainer, cls)
 
     @property
     def network(self) -> nn.Module | None:

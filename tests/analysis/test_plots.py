@@ -12,13 +12,14 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from PIL import Image
 
 from moevision.analysis import plots
-from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, hex_of, wrap
+from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, wrap
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 
@@ -145,7 +146,7 @@ def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
     first = layer.expert_index[1, :, 0]
     assert numbers == ["×" if patch == 5 else str(first[patch]) for patch in range(16)]
     cells = np.asarray(axes.images[1].get_array()).reshape(16, 4)
-    assert [hex_of(cell) for cell in cells] == [EXPERT_COLOURS[expert] for expert in first]
+    assert [to_hex(cell).upper() for cell in cells] == [EXPERT_COLOURS[expert] for expert in first]
     assert cells[5, 3] == 0
     rest = np.delete(np.arange(16), 5)
     order = np.argsort(layer.combine_weight[1, rest, 0])
@@ -156,7 +157,7 @@ def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
 def test_overlay_of_many_experts_is_grey() -> None:
     figure = plots.plot_overlay(PICTURE, make_trace(experts=64), 0)
     cells = np.asarray(figure.axes[1].images[1].get_array()).reshape(16, 4)
-    assert {hex_of(cell) for cell in cells} == {NEUTRAL}
+    assert {to_hex(cell).upper() for cell in cells} == {NEUTRAL}
 
 
 def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
@@ -188,7 +189,7 @@ def test_only_significant_cells_are_coloured() -> None:
     assert rows == ["cat", "dog", "owl"]  # each prefers another expert, in the order of the experts
     np.testing.assert_array_equal(~drawn.mask, significant)
     np.testing.assert_allclose(drawn.compressed(), [0.5 - 1 / 3, 0.6 - 0.4])  # above the mean class
-    assert hex_of(axes.get_facecolor()) == BLANK  # what shows through elsewhere
+    assert to_hex(axes.get_facecolor()).upper() == BLANK  # what shows through elsewhere
     assert "2 of 9 cells" in heading_of(figure)
     assert "10.0 points" in heading_of(figure)
 

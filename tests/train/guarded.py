@@ -23,6 +23,7 @@ from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, OptimizerName
 from moevision.train.parallel.parts import full
 from moevision.train.parallel.strategy import MoEParallelStrategy
+from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 
 CLASSES = 4
@@ -117,11 +118,11 @@ class Averaged(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
-            self.before = whole_tensors(WeightEMA.of(trainer).network)  # type: ignore[union-attr]
+            self.before = whole_tensors(callback_of(trainer, WeightEMA).network)  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
-            after, weights = whole_tensors(WeightEMA.of(trainer).network), whole_tensors(pl_module.net)  # type: ignore[union-attr]
+            after, weights = whole_tensors(callback_of(trainer, WeightEMA).network), whole_tensors(pl_module.net)  # type: ignore[union-attr]
             kept = 1 - (1 + 1) ** -0.75  # in warm-up 1 - (1 + n) ^ -3/4 after the first n updates, below 0.9
             parts = [kept * old + (1 - kept) * weights[name] - after[name] for name, old in self.before.items()]
             self.difference = max(float(part.abs().max()) for part in parts)
@@ -136,7 +137,7 @@ def whole_tensors(net: nn.Module | None) -> dict[str, Tensor]:
 
 def whole_state(trainer: L.Trainer, task: ClassificationTask) -> dict[str, Any]:
     """Weights, buffers, moments and step counts, schedule, average, and the random generator."""
-    average = WeightEMA.of(trainer)
+    average = callback_of(trainer, WeightEMA)
     network = None if average is None else average.network
     return deepcopy(
         {

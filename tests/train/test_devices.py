@@ -27,6 +27,7 @@ from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.layout import Layout, shard
 from moevision.train.parallel.parts import clip, divide, full, gathered, is_sharded, like_these, total_norm
+from moevision.train.processes import callback_of
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
 from tests.train.layouts import kinds
 
@@ -169,7 +170,7 @@ class Kept(L.Callback):
         self.states: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
-        average = WeightEMA.of(trainer)
+        average = callback_of(trainer, WeightEMA)
         assert average is not None
         of_average = {f"average {name}": tensor for name, tensor in whole_tensors(average.network).items()}
         self.states.append(whole_tensors(pl_module.net) | of_average)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moevision.errors import UserError
 from moevision.train.health import EmaConfig, WeightEMA
+from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 from tests.train.guarded import Epochs, Run, batches, tiny_task
 
@@ -76,7 +77,7 @@ class Start(L.Callback):
     """What a resumed training begins with."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        average = WeightEMA.of(trainer)
+        average = callback_of(trainer, WeightEMA)
         assert average is not None
         assert average.network is not None
         self.updates = average.updates
