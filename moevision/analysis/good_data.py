@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.resources import files
 from inspect import signature
 from itertools import zip_longest
@@ -834,20 +835,17 @@ def of_experts(known: Known) -> list[Ranked]:
 
 
 class Thumbnails:
-    """Small copies of images as files beside the page, which a browser loads as one scrolls; each is made once."""
+    """Small copies of images as files beside the page, which a browser loads as one scrolls."""
 
     def __init__(self, images: RunImages, folder: Path) -> None:
         self.images, self.folder = images, folder
-        self._known: dict[int, Json] = {}
 
     def __call__(self, index: int) -> Json:
         """`src`, or `problem` if it can't be read."""
-        if index in self._known:
-            return self._known[index]
         try:
             image = self.images.collection.open(self.images.all[index], THUMB)
         except BadImageError as error:
-            return self._known.setdefault(index, {"src": None, "problem": error.reason})
+            return {"src": None, "problem": error.reason}
         file, kind = io.BytesIO(), "png"
         if max(image.size) <= THUMB:  # a small one as it is
             image.save(file, "PNG")
@@ -858,7 +856,7 @@ class Thumbnails:
         name = f"{index}.{kind}"
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_bytes(file.getvalue())
-        return self._known.setdefault(index, {"src": f"{self.folder.name}/{name}"})
+        return {"src": f"{self.folder.name}/{name}"}
 
 
 def doubts(known: Known, labels: Ints) -> list[str]:
@@ -887,7 +885,7 @@ def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
     script = files("moevision.analysis").joinpath("templates/good_data.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode("ascii")
     page = environment()
-    page.filters |= {"thumbnail": thumbnail}
+    page.filters |= {"thumbnail": cache(thumbnail)}  # an image may stand in several lists
     told = {name: facts[name] for name in ("class_ids", "map", "map_size")}
     return page.get_template("good_data.html.jinja").render(
         facts,

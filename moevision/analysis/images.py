@@ -44,7 +44,7 @@ class PictureSet(Protocol):
 
     class_names: tuple[str, ...]  # names of the labels
     name: str  # what the images are, in words
-    part_names: tuple[str, ...]  # names of the values of a part mask; empty where parts aren't known
+    part_names: tuple[str, ...] = ()  # names of the values of a part mask; empty where parts aren't known
 
     def __len__(self) -> int:
         """Number of images, unreadable ones included."""
@@ -60,6 +60,7 @@ class PictureSet(Protocol):
 
     def part_mask(self, index: int) -> Pixels | None:
         """The part seen at each pixel, uint8 [S, S], an index into `part_names`; None without parts."""
+        return None
 
 
 EXPLORER = "http://127.0.0.1:7860"
@@ -218,14 +219,12 @@ class Collected:
         return self.collection.pets[split].part_mask(int(number))
 
 
-class FromDataset:
+class FromDataset(PictureSet):
     """A torch dataset of (PIL image, label); see `PictureSet` for the attributes.
 
     Labels are taken from its `targets` (as torchvision's datasets have them) or, image by image, from its items.
     Class names are its `classes`, or else the model's.
     """
-
-    part_names: tuple[str, ...] = ()
 
     def __init__(
         self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None, framing: Framing
@@ -275,10 +274,6 @@ class FromDataset:
     def picture_name(self, index: int) -> str:
         """The place in the dataset; a dataset's own file names may be absolute paths."""
         return f"{index:06d}"
-
-    def part_mask(self, index: int) -> Pixels | None:
-        """None: the dataset knows no parts."""
-        return None
 
     def original(self, index: int) -> Image.Image:
         """The image in RGB, of any size; raises `BadImageError`."""

@@ -172,8 +172,6 @@ def load_atlas(path: str | Path) -> Json:
         atlas: Json = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"There is no atlas at {path} ({error.strerror}): build it with build_atlas.") from error
-    except UserError as error:
-        raise UserError(f"The atlas {path} is damaged ({error}): build it again.") from error
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")

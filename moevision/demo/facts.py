@@ -221,14 +221,8 @@ class PictureFacts:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a WebP without loss."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "label": self.label,
-            "src": data_uri(self.pixels),
-            "unlike": self.unlike,
-            "credit": self.credit,
-        }
+        words = {name: value for name, value in vars(self).items() if name != "pixels"}
+        return {**words, "src": data_uri(self.pixels)}
 
 
 def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:
