@@ -112,29 +112,21 @@ def open_pictures(
         pets = SyntheticPets(len(data), image_size, data.seed, data.split)
         pictures = Collected.of_drawn(pets, f"synthetic_pets, {data.split} set, seed {data.seed}")
     elif isinstance(data, str | Path):
-        pictures = _from_collection(data, image_size, framing, split, seed, root, download, run_dir, columns)
+        collection = open_collection(
+            str(data), root=str(root), download=download, image_size=image_size, seed=seed, columns=columns
+        )
+        pictures = _from_collection(collection, str(data), image_size, framing, split, seed, run_dir)
     else:
         pictures = FromDataset(data, image_size, class_names, framing)
     return _viewed(pictures, limit, seed, class_names)
 
 
 def _from_collection(
-    data: str | Path,
-    image_size: int,
-    framing: Framing,
-    split: str,
-    seed: int,
-    root: str | Path,
-    download: bool,
+    collection: Collection, data: str, image_size: int, framing: Framing, split: str, seed: int,
     run_dir: str | Path | None,
-    columns: tuple[str | None, str | None],
-    listed: Collection | None = None,
-) -> PictureSet:
+) -> PictureSet:  # fmt: skip
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
-    collection = listed or open_collection(
-        str(data), root=str(root), download=download, image_size=image_size, seed=seed, columns=columns
-    )
     class_names: Sequence[str] = collection.class_names
     sentences: list[str] = []
     if split == "all":
@@ -152,7 +144,7 @@ def _from_collection(
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
     of_files = isinstance(collection, FileCollection)
-    what = shown(Path(data).expanduser().resolve().name) if of_files else str(data)
+    what = shown(Path(data).expanduser().resolve().name) if of_files else data
     which = "all images" if split == "all" else f"{split} set"
     name = f"{what}, {which}, seed {seed}"
     return Collected(collection, samples, image_size, tuple(class_names), name, framing)
@@ -173,21 +165,19 @@ def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Seq
     return View(pictures, indices, names, new_label, name)
 
 
+@dataclass(eq=False)
 class Collected:
     """Images of a collection; see `PictureSet` for the attributes. Nothing is read before an image is asked for."""
 
-    def __init__(
-        self,
-        collection: Collection,
-        samples: Sequence[Sample],
-        image_size: int,
-        class_names: tuple[str, ...],
-        name: str,
-        framing: Framing = CROP,
-    ) -> None:
-        self.collection, self.samples, self.image_size, self.framing = collection, samples, image_size, framing
-        self.class_names, self.name = class_names, name
-        self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(collection, DrawnCollection) else ()
+    collection: Collection
+    samples: Sequence[Sample]
+    image_size: int
+    class_names: tuple[str, ...]
+    name: str
+    framing: Framing = CROP
+
+    def __post_init__(self) -> None:
+        self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(self.collection, DrawnCollection) else ()
 
     @classmethod
     def of_drawn(cls, pets: SyntheticPets, name: str) -> Collected:
@@ -481,8 +471,11 @@ class FoundImages:
         where = root or str(self.settings.get("root") or "data")
         columns = (None, None) if self.run is None else _columns(self.settings)
         try:
+            collection = self.collection or open_collection(
+                self.path, root=where, download=False, image_size=model.image_size, seed=seed, columns=columns
+            )
             of_model = self.path, model.image_size, model.framing
-            pictures = _from_collection(*of_model, split, seed, where, False, self.run, columns, self.collection)
+            pictures = _from_collection(collection, *of_model, split, seed, self.run)
             return _viewed(pictures, limit, seed, model.class_names)
         except UserError as error:
             trained = self.run is not None and self.collection is None

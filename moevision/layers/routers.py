@@ -297,13 +297,10 @@ class SigmoidRouter(TopKRouter):
         top_k: int,
         *,
         bias_rate: float | None = None,
-        options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
-        default_losses: Mapping[str, float] | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **given: Any,
     ) -> None:
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_experts, top_k, noise="none", options=options, default_losses=default_losses, **place)
+        super().__init__(dim, num_experts, top_k, noise="none", device=device, **given)
         self.bias_rate = bias_rate
         bias = None if bias_rate is None else torch.zeros(num_experts, device=device, dtype=torch.float32)
         self.register_buffer("bias", bias)

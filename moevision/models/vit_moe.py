@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing
-from moevision.layers.experts import Backend
 from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth, scale_outputs_by_depth
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
@@ -187,19 +186,12 @@ class VisionTransformerMoE(VisionTransformer):
     def __init__(
         self,
         *,
-        num_experts: int | Sequence[int] = 8,
-        top_k: int | Sequence[int] | None = None,
-        router: str | Sequence[str] = "noisy_top_k",
         moe_layers: str | Sequence[int] = "every2",
-        expert_hidden: int | Sequence[int] | None = None,
-        backend: Backend = "auto",
         stem: str = "patch",
         twin: Match | None = None,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
-        num_shared_experts: int = 0,
-        expert_drop: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_patches(img_size, patch_size)
@@ -207,20 +199,9 @@ class VisionTransformerMoE(VisionTransformer):
             raise UserError(f"There is no stem {stem!r}: choose {', '.join(map(repr, ('patch', *STEMS)))}.")
         if stem in STEMS:
             kwargs["embed_layer"] = STEMS[stem](embed_dim, patch_size)
-        router_options = {name: kwargs.pop(name) for name in ROUTER_OPTIONS if name in kwargs}
+        moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
         super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
-        convert_to_moe(
-            self,
-            moe_layers,
-            num_experts,
-            top_k,
-            router,
-            expert_hidden=expert_hidden,
-            backend=backend,
-            num_shared_experts=num_shared_experts,
-            expert_drop=expert_drop,
-            **router_options,
-        )
+        convert_to_moe(self, moe_layers, **moe)
         if twin is not None:
             make_dense(self, twin)
 
