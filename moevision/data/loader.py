@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -179,35 +179,24 @@ class RawBatch:
     bad: list[BadImage]  # images that couldn't be used
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset[RawBatch]):
-    """Images of one split.
+    """Images of one split; nothing is read before it is asked for.
 
     Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
     the next readable image stands in for a bad one, so that batches keep their size and a resumed run its
     position; in evaluation a bad image is left out of its batch.
     """
 
-    def __init__(
-        self,
-        split: str,
-        collection: Collection,
-        samples: Sequence[Sample],
-        *,
-        image_size: int,
-        framing: Framing,
-        square: bool,
-        seed: int = 0,
-        transform: TrainTransform | None = None,
-    ) -> None:
-        """Describe the split; nothing is read yet.
-
-        `square`: whether images are prepared to S x S, or kept larger for random resized crops; the seed is that of the
-        augmentation, a transform of None is for evaluation.
-        """
-        self.split, self.collection, self.samples = split, collection, samples
-        self.image_size, self.square, self.seed, self.transform = image_size, square, seed, transform
-        self.framing = framing
-        self.cache: PixelCache | None = None
+    split: str
+    collection: Collection
+    samples: Sequence[Sample]
+    image_size: int
+    framing: Framing
+    square: bool  # whether images are prepared to S x S, or kept larger for random resized crops
+    seed: int  # of the augmentation
+    transform: TrainTransform | None  # None: for evaluation
+    cache: PixelCache | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         """Number of images, bad ones included."""

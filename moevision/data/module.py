@@ -163,15 +163,7 @@ class ImageDataModule(Data, LightningDataModule):
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
         imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
         self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
-        transform = TrainTransform(
-            self.image_size,
-            augment=self.augment,
-            crop=self.crop_mode,
-            min_crop_scale=self.min_crop_scale,
-            hflip=self.hflip,
-            random_erasing=self.random_erasing,
-            mean=self.mean,
-        )
+        transform = TrainTransform(self, self.crop_mode)
         datasets = {
             split: ImageDataset(
                 split,
@@ -358,12 +350,9 @@ class ImageDataModule(Data, LightningDataModule):
 
     def plain_loader(self, split: str, indices: Sequence[int] | None = None) -> ImageLoader:
         """Batches of a split (or of some of its images) in order, prepared as for evaluation, on this process alone."""
-        known = self.contents.datasets[split]
-        dataset = known
+        dataset = self.contents.datasets[split]
         if split == "train":
-            dataset = ImageDataset(
-                split, known.collection, known.samples, image_size=self.image_size, framing=self.framing, square=True
-            )
+            dataset = replace(dataset, square=True, transform=None)
         wanted = list(range(len(dataset)) if indices is None else indices)
         batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
         return ImageLoader(dataset, batch_sampler=batches, **{**self._loader_options(), "persistent_workers": False})

@@ -31,10 +31,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from moevision.config import CROP, Framing
+from moevision.config import CROP, Data, Framing
 from moevision.data.images import full_size
 
-Augment = Literal["none", "light", "randaugment", "trivialaugment"]
 CropMode = Literal["pad", "random_resized"]
 Pixels = npt.NDArray[np.uint8]
 Uniform = npt.NDArray[np.float64]
@@ -126,32 +125,25 @@ def _resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int
 class TrainTransform:
     """Random crop, flip, policy and erasing of a batch; every decision on an image follows from its key."""
 
-    def __init__(
-        self,
-        image_size: int,
-        *,
-        augment: Augment,
-        crop: CropMode,
-        min_crop_scale: float,
-        hflip: bool,
-        random_erasing: float,
-        mean: Sequence[float],
-    ) -> None:
-        """Choose the steps; images come in S x S for the crop "pad", in any size for "random_resized".
+    def __init__(self, data: Data, crop: CropMode) -> None:
+        """Choose the steps by `data`; images come in S x S for the crop "pad", in any size for "random_resized".
 
-        The arguments are as in `moevision.config.Data`; `augment` "none" leaves out crop, flip and policy, and the mean
-        colour fills what lies outside the image.
+        `augment` "none" leaves out crop, flip and policy, and the mean colour fills what lies outside the image.
         """
-        self.image_size, self.min_crop_scale, self.random_erasing = image_size, min_crop_scale, random_erasing
-        self.crop: CropMode | None = None if augment == "none" else crop
-        self.hflip = hflip and augment != "none"
-        fill = [round(255 * channel) for channel in mean]
+        self.image_size, self.min_crop_scale, self.random_erasing = (
+            data.image_size,
+            data.min_crop_scale,
+            data.random_erasing,
+        )
+        self.crop: CropMode | None = None if data.augment == "none" else crop
+        self.hflip = data.hflip and data.augment != "none"
+        fill = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(fill, np.uint8)[:, None, None]
         bilinear = v2.InterpolationMode.BILINEAR
         self.policy: v2.Transform | None = None
-        if augment == "randaugment":
+        if data.augment == "randaugment":
             self.policy = v2.RandAugment(interpolation=bilinear, fill=fill)
-        if augment == "trivialaugment":
+        if data.augment == "trivialaugment":
             self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
 
     def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:

@@ -71,11 +71,8 @@ class Computation:
 
     def to_json(self) -> dict[str, Any]:
         """Each array by name as `wire.packed` writes it, or None; `channels` as an object of its own."""
-        arrays = {name: value for name, value in vars(self).items() if name != "channels"}
-        return {
-            **{name: None if value is None else packed(value) for name, value in arrays.items()},
-            "channels": self.channels.to_json(),
-        }
+        arrays = {name: packed(one) if isinstance(one, np.ndarray) else one for name, one in vars(self).items()}
+        return {**arrays, "channels": self.channels.to_json()}
 
 
 @dataclass

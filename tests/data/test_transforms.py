@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torchvision.transforms import Normalize, v2
 from torchvision.transforms.v2 import functional
 
-from moevision.config import Framing
+from moevision.config import Data, Framing
 from moevision.data import transforms
 from moevision.data.transforms import (
     TRIES,
@@ -32,15 +32,8 @@ MEAN = (0.5, 0.25, 0.75)
 
 
 def transform(size: int = 16, **options) -> TrainTransform:
-    defaults = {
-        "augment": "light",
-        "crop": "pad",
-        "min_crop_scale": 0.25,
-        "hflip": True,
-        "random_erasing": 0.0,
-        "mean": MEAN,
-    }
-    return TrainTransform(size, **(defaults | options))
+    crop = options.pop("crop", "pad")
+    return TrainTransform(Data(image_size=size, **({"mean": MEAN} | options)), crop)
 
 
 def noise(height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
