@@ -188,7 +188,7 @@ class Intervention:
                 k = cast(int, self.top_k)
                 if not 1 <= k <= last + 1:
                     raise UserError(f"k={k} does not fit {last + 1} experts: choose k between 1 and {last + 1}.")
-                return methodcaller("at_top_k", k)
+                return lambda decision: replace(decision, top_k=k)
             case "capacity":
                 return methodcaller("at_capacity", self.factor)
 
@@ -463,10 +463,6 @@ class Ranking(Decision):
         rows = 1 if self.routing.route_by == "image" else tokens
         return replace(self, order=draw_orders(key, rows, num_experts, self.order.device).expand_as(self.order))
 
-    def at_top_k(self, top_k: int) -> Self:
-        """The first `top_k` of the list."""
-        return replace(self, top_k=top_k)
-
     def at_capacity(self, factor: float) -> Self:
         """A limit per image with batch priority, in place of any other."""
         return replace(self, capacity=Capacity(factor))
@@ -519,10 +515,6 @@ class TokenLists(Decision):
         """Let every expert take the tokens at positions drawn at random; weights stay with the rank."""
         _, num_experts, tokens = self.order.shape
         return replace(self, order=draw_orders(key, num_experts, tokens, self.order.device).expand_as(self.order))
-
-    def at_top_k(self, top_k: int) -> Self:
-        """As many tokens per expert as a model built with this K takes."""
-        return replace(self, top_k=top_k)
 
     def at_capacity(self, factor: float) -> Self:
         """`factor` times as many tokens per expert."""

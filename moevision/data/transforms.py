@@ -130,11 +130,8 @@ class TrainTransform:
 
         `augment` "none" leaves out crop, flip and policy, and the mean colour fills what lies outside the image.
         """
-        self.image_size, self.min_crop_scale, self.random_erasing = (
-            data.image_size,
-            data.min_crop_scale,
-            data.random_erasing,
-        )
+        self.image_size, self.min_crop_scale = data.image_size, data.min_crop_scale
+        self.random_erasing = data.random_erasing
         self.crop: CropMode | None = None if data.augment == "none" else crop
         self.hflip = data.hflip and data.augment != "none"
         fill = [round(255 * channel) for channel in data.mean]

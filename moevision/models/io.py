@@ -483,11 +483,6 @@ def ask_hub(weights: Published) -> HubFacts:
     return HubFacts(str(stated or next(tags, "")).lower(), sizes.get(weights.file))
 
 
-def is_free(licence: str) -> bool:
-    """Whether weights under this licence may be taken unasked."""
-    return licence in FREE_LICENCES
-
-
 def fetch_weights(name: str) -> Path:
     """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub."""
     weights = published(name)

@@ -37,6 +37,7 @@ from moevision.layers import moe_layers
 from moevision.layers.routing import evaluating
 from moevision.models.convert import read_layer_indices, reads_class_token_only
 from moevision.models.io import (
+    FREE_LICENCES,
     NOT_STATED,
     HubFacts,
     HubUnreachableError,
@@ -48,7 +49,6 @@ from moevision.models.io import (
     create_from,
     describe,
     fetch_weights,
-    is_free,
     is_timm_name,
     model_folder,
     published,
@@ -121,7 +121,7 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
 
     candidates = [published(name) for name in fitting(images)]
     for weights in candidates:
-        if is_free(weights.licence) and cached(weights) is not None:
+        if weights.licence in FREE_LICENCES and cached(weights) is not None:
             return chosen(weights, "from the hub's cache on this computer")
     weights = candidates[0]
     if asked is None and not _on_terminal():
@@ -136,7 +136,7 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
         more = ", and no pretrained weights are in its cache; --pretrained FILE works" if offline else ""
         return from_scratch(str(error).rstrip(".") + more)
     for licence in (weights.licence, facts.licence):
-        if licence and not is_free(licence):
+        if licence and licence not in FREE_LICENCES:
             return from_scratch(
                 f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
                 f"you name it: --pretrained {weights.name}"
@@ -184,7 +184,7 @@ def _named(source: str, base: str | None = None) -> ChosenStart:
                 facts = ask_hub(weights)
                 licence = facts.licence or licence
                 _download(weights, facts)
-    if licence != NOT_STATED and not is_free(licence):
+    if licence not in (NOT_STATED, *FREE_LICENCES):
         more = ", which restricts what you may do" + more
     return ChosenStart(StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more}).")
 
