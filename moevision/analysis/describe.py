@@ -60,8 +60,7 @@ def part_expert_table(expert_index: Ints, fractions: Floats, num_experts: int, a
     sums are each part's area in patches; or its amount [I, P, K], and row sums are what all experts read of a part.
     """
     area = np.asarray(fractions, np.float64)
-    table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
-    return table
+    return area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
 
 
 def _carried(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
@@ -268,15 +267,13 @@ def class_expert_map(
 def image_shares(takes: Array) -> Floats:
     """[I, E] each expert's share of what an image takes (`LayerTrace.image_takes`); equal shares where that is 0."""
     total = takes.sum(1, keepdims=True)
-    shares: Floats = np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
-    return shares
+    return np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
 
 
 def _class_sums(shares: Floats, labels: Ints, num_classes: int) -> Floats:
     """Sums [R, C, E] of shares [I, E] over the images of each class, for labellings [R, I]."""
     one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float64)  # [R, C, I]
-    sums: Floats = np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(len(labels), num_classes, -1)
-    return sums
+    return np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(len(labels), num_classes, -1)
 
 
 def _largest_of_permuted(centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int) -> Floats:

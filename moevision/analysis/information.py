@@ -103,8 +103,7 @@ def part_information(
     flat_maps = maps.reshape(-1, experts)
 
     def table_of(one_hot: Floats) -> Floats:
-        result: Floats = one_hot.reshape(-1, shown.shape[-1]).T @ flat_maps
-        return result
+        return one_hot.reshape(-1, shown.shape[-1]).T @ flat_maps
 
     rng = np.random.default_rng(seed)
     null = np.array(
@@ -199,13 +198,11 @@ def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    result: Floats = numerator / np.where(denominator > 0, denominator, 1.0)
-    return result
+    return numerator / np.where(denominator > 0, denominator, 1.0)
 
 
 def _n_log2_n(n: Floats) -> Floats:
-    result: Floats = n * np.log2(np.where(n > 0, n, 1.0))
-    return result
+    return n * np.log2(np.where(n > 0, n, 1.0))
 
 
 def pointwise_bits(tables: Floats) -> Floats:
@@ -216,8 +213,7 @@ def pointwise_bits(tables: Floats) -> Floats:
     tables = np.asarray(tables, dtype=np.float64)
     product = tables.sum(-1, keepdims=True) * tables.sum(-2, keepdims=True)
     ratio = tables * tables.sum((-2, -1), keepdims=True) / np.where(product > 0, product, 1.0)
-    result: Floats = np.log2(np.where(ratio > 0, ratio, 1.0))
-    return result
+    return np.log2(np.where(ratio > 0, ratio, 1.0))
 
 
 def as_json(value: Any) -> Any:

@@ -518,8 +518,7 @@ def _others(liked: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
     """[R, E - 1] the experts other than `liked` [R] in random order."""
     order = rng.random((len(liked), num_experts))
     order[np.arange(len(liked)), liked] = np.inf
-    others: Ints = order.argsort(1)[:, :-1]
-    return others
+    return order.argsort(1)[:, :-1]
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,7 @@ class LayerTrace:
         first = self.expert_index[:, :, 0]
         if self.kind != "expert_choice":
             return first
-        taken: Ints = np.where(self.kept[:, :, 0], first, np.int16(-1))
-        return taken
+        return np.where(self.kept[:, :, 0], first, np.int16(-1))
 
     def select(self, images: slice | Ints) -> LayerTrace:
         """The same of some images."""

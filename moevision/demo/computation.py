@@ -204,5 +204,4 @@ def _length(vectors: Tensor) -> Tensor:
 
 
 def _numpy(values: Tensor) -> Floats:
-    array: Floats = values.detach().float().cpu().numpy()
-    return array
+    return values.detach().float().cpu().numpy()

@@ -296,8 +296,7 @@ def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing
 
 def softmax(logits: Tensor) -> npt.NDArray[np.float32]:
     """Probabilities [..., C] of logits [..., C]."""
-    probabilities: npt.NDArray[np.float32] = logits.float().softmax(-1).cpu().numpy()
-    return probabilities
+    return logits.float().softmax(-1).cpu().numpy()
 
 
 _GENERATOR: Final = threading.RLock()

@@ -137,8 +137,7 @@ class LayerView:
     def margin(self) -> npt.NDArray[np.float32]:
         """[P] best minus second-best router probability; with one expert its probability."""
         ordered = np.sort(np.pad(self.probs, ((0, 0), (1, 0))), axis=1)
-        margin: npt.NDArray[np.float32] = ordered[:, -1] - ordered[:, -2]
-        return margin
+        return ordered[:, -1] - ordered[:, -2]
 
     @property
     def entropy_bits(self) -> npt.NDArray[np.float32]:

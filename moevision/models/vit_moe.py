@@ -141,8 +141,7 @@ STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
 
 
 def _conv(before: int, width: int, stride: int = 1, **factory: Any) -> nn.Module:
-    layer: nn.Module = ConvNormAct(before, width, 3, stride=stride, act_layer=nn.GELU, **factory)
-    return layer
+    return ConvNormAct(before, width, 3, stride=stride, act_layer=nn.GELU, **factory)
 
 
 def _halvings(stem: str, patch_size: int) -> int:

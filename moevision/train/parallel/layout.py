@@ -249,8 +249,7 @@ class AllToAllDispatcher(LocalDispatcher):
         return self._home.combine(returned, dispatched.home, routing)
 
     def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        moved: Tensor = functional.all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
-        return moved
+        return functional.all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
 
 
 def _arrived(rows: Tensor) -> Tensor:
