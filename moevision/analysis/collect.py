@@ -72,9 +72,6 @@ def collect_routing(
         name: what the model is called in the trace; by default its folder's or its architecture's name.
         **images: further options of `open_pictures`: `split`, `seed`, `root`, `run_dir`, ...
 
-    Returns:
-        The trace.
-
     Raises:
         UserError: if there is no such model or data, the model has no MoE layer, or no image can be read.
 

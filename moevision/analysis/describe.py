@@ -201,7 +201,6 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
     return np.stack(fractions)
 
 
-_PERMUTATIONS = 1000
 _LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
 _CHUNK_CELLS = 1 << 22
 
@@ -229,16 +228,8 @@ class ClassExpertMap(Numbers):
         return {"name": f"L{self.layer}", **super().to_json()}
 
 
-def class_expert_map(
-    trace: RoutingTrace, layer: int, *, num_permutations: int | None = None, seed: int = 0
-) -> ClassExpertMap:
-    """The class x expert table of one layer with its max-statistic threshold.
-
-    Args:
-        trace: the routing.
-        layer: block index of the MoE layer.
-        num_permutations: R; 1000 if None.
-        seed: of the permutations.
+def class_expert_map(trace: RoutingTrace, layer: int, *, num_permutations: int = 1000, seed: int = 0) -> ClassExpertMap:
+    """The class x expert table of the MoE layer in that block, with its max-statistic threshold of R permutations.
 
     Raises:
         UserError: that block has no MoE layer, or there are fewer than two labelled images.
@@ -251,7 +242,7 @@ def class_expert_map(
     shares, labels, num_classes = shares[known], labels[known], len(trace.class_names)
     overall = shares.mean(0)
     n_images = np.bincount(labels, minlength=num_classes)
-    largest = _largest_of_permuted(shares - overall, labels, n_images, num_permutations or _PERMUTATIONS, seed)
+    largest = _largest_of_permuted(shares - overall, labels, n_images, num_permutations, seed)
     with np.errstate(invalid="ignore"):  # 0 / 0: a class without images has no share
         share = _class_sums(shares, labels[None], num_classes)[0] / n_images[:, None]
     excess = share - overall

@@ -109,8 +109,9 @@ def open_pictures(
     if isinstance(data, PictureSet):
         pictures = data
     elif isinstance(data, SyntheticPets):  # drawn again at the model's size, with its part masks
-        pets = SyntheticPets(len(data), image_size, data.seed, data.split)
-        pictures = Collected.of_drawn(pets, f"synthetic_pets, {data.split} set, seed {data.seed}")
+        drawn = DrawnCollection.of(image_size, data.seed, {data.split: len(data)})
+        name = f"synthetic_pets, {data.split} set, seed {data.seed}"
+        pictures = Collected(drawn, drawn.given[data.split], image_size, data.classes, name)
     elif isinstance(data, str | Path):
         collection = open_collection(
             str(data), root=str(root), download=download, image_size=image_size, seed=seed, columns=columns
@@ -178,13 +179,6 @@ class Collected:
 
     def __post_init__(self) -> None:
         self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(self.collection, DrawnCollection) else ()
-
-    @classmethod
-    def of_drawn(cls, pets: SyntheticPets, name: str) -> Collected:
-        """A set of drawn images, named as the data module names them."""
-        samples = [Sample(f"{pets.split}/{number:06d}", pets.label(number)) for number in range(len(pets))]
-        collection = DrawnCollection(list(pets.classes), {pets.split: samples}, pets={pets.split: pets})
-        return cls(collection, samples, pets.image_size, pets.classes, name)
 
     def __len__(self) -> int:
         return len(self.samples)

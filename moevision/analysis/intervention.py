@@ -215,11 +215,7 @@ def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
 
 @contextmanager
 def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
-    """Change the routing of `model` inside the scope, by several interventions in their order.
-
-    Args:
-        model: any module with MoE layers.
-        interventions: what to change.
+    """Change the routing of `model`, any module with MoE layers, inside the scope: by interventions in their order.
 
     Raises:
         UserError: if the model has no such layer or expert, k doesn't fit, or it has no meaning for the router.

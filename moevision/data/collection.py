@@ -163,7 +163,7 @@ class DrawnCollection(Collection):
     @classmethod
     def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
         """``sizes[split]`` images per split."""
-        pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
+        pets = {split: SyntheticPets(size, image_size, seed, split) for split, size in sizes.items()}
         given = {
             split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
             for split, drawn in pets.items()
