@@ -137,9 +137,7 @@ class StabilityGuard(L.Callback):
             note(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         task = cast(ClassificationTask, pl_module)
         loss, self._loss = self._loss, None
         cause, self._bad_state = self._bad_state, None

@@ -233,9 +233,7 @@ class RouterHealth(L.Callback):
         if is_logged(trainer, trainer.global_step + 1):
             self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         task = cast(ClassificationTask, pl_module)
         before, self._before = self._before, []
         if not task.update_applied:
@@ -326,9 +324,7 @@ class WeightEMA(L.Callback):
             foreach=divided is None,  # torch's functions on lists of tensors want one mesh
         )
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         task = cast(ClassificationTask, pl_module)
         if task.update_applied:
             self.updates += 1
@@ -428,9 +424,7 @@ class RecordRouting(L.Callback):
         if self._begin(trainer, cast(ClassificationTask, pl_module)):
             self._record(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._images is not None and any(self._last < each <= trainer.global_step for each in self._planned):
             self._record(trainer, pl_module)
 

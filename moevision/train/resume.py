@@ -107,9 +107,7 @@ class ResumePoint(L.Callback):
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
         self.interruption.training = True
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved

@@ -88,9 +88,7 @@ class ExampleScores(L.Callback):
             found += map(visit_shares, routings)
         self._window.append((batch["index"], torch.cat(found, 1)))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
         for visits in self._window:
