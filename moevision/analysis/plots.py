@@ -334,11 +334,7 @@ def plot_class_experts(
     best = above[kept].argmax(1)
     order = kept[np.lexsort((-above[kept].max(1), best))]
     figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
-    shown = (
-        ""
-        if len(shares) <= _MOST_CLASSES
-        else f" {len(order)} of {len(shares)} classes, those with the largest effect."
-    )
+    shown = f" {len(order)} of {len(shares)} classes, those with the largest effect." if len(kept) < len(shares) else ""
     limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
     what = "choices" if kind == "token_choice" else "weights"
     cells = (

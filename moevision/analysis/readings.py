@@ -196,9 +196,7 @@ def recording_of(
         old = []
         if before is not None:
             ago = before.layers[place]
-            index = np.asarray(ago.expert_index)
-            takes = np.asarray(ago.takes)
-            old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, takes)]
+            old = [Assignments(layer.layer, 0, ago.expert_index, np.arange(len(before)), ago.num_experts, ago.takes)]
         layers.append(
             replace(
                 choices_of(layer),

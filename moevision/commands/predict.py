@@ -120,17 +120,16 @@ def predict_batch(
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device, side = best_device(), model.image_size
-    pixels: list[torch.Tensor] = []  # uint8 [3, S, S] of those that can be read
-    errors: list[str | None] = []
-    for file in files:
+    rows: dict[int, Prediction] = {}  # by the place of the file
+    pixels: dict[int, torch.Tensor] = {}  # the same of those that can be read: uint8 [3, S, S]
+    for place, file in enumerate(files):
         try:
-            pixels.append(torch.from_numpy(square_pixels(safe_open(file, side), side, model.framing)).permute(2, 0, 1))
-            errors.append(None)
+            image = square_pixels(safe_open(file, side), side, model.framing)
+            pixels[place] = torch.from_numpy(image).permute(2, 0, 1)
         except BadImageError as error:
-            errors.append(error.reason)
-    top: Iterator[tuple[list[float], list[int], float | None, npt.NDArray[np.float32] | None]] = iter(())
+            rows[place] = Prediction(str(file), error=error.reason)
     if pixels:
-        images = normalize(torch.stack(pixels), model.mean, model.std).to(device)  # [B, 3, S, S]
+        images = normalize(torch.stack([*pixels.values()]), model.mean, model.std).to(device)  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             net, distances, rows_of = model.net.to(device), [None] * len(images), [None] * len(images)
             if model.strangers is None and not features:
@@ -144,16 +143,11 @@ def predict_batch(
                     rows_of = list(read.float().cpu().numpy())
         probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
         values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
-        top = zip(values.tolist(), indices.tolist(), distances, rows_of, strict=True)
-    rows = []
-    for file, reason in zip(files, errors, strict=True):
-        if reason is not None:
-            rows.append(Prediction(str(file), error=reason))
-        else:
-            likeliest, classes, distance, feature = next(top)
+        found = zip(pixels, values.tolist(), indices.tolist(), distances, rows_of, strict=True)
+        for place, likeliest, classes, distance, feature in found:
             names = tuple(model.class_names[each] for each in classes)
-            rows.append(Prediction(str(file), names, tuple(likeliest), distance=distance, feature=feature))
-    return rows
+            rows[place] = Prediction(str(files[place]), names, tuple(likeliest), distance=distance, feature=feature)
+    return [rows[place] for place in range(len(files))]
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
