@@ -29,7 +29,6 @@ from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, rout
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
-from moevision.models.strangers import pooled
 
 Match = Literal["active_flops", "total_params"]
 
@@ -406,11 +405,13 @@ def routes_read(model: nn.Module) -> list[bool]:
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(add_zeros))
-        parameter = next(model.parameters())
+        parameter, state = next(model.parameters()), cast(Any, model)
         height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
         noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
-        # [1, D] what a classifier reads: a new one may be zero, and hide everything.
-        features = (pooled(model, noise) if hasattr(model, "forward_features") else model(noise)).float()
+        if hasattr(model, "forward_features"):  # what a classifier reads: a new one may be zero, and hide everything
+            features = state.forward_head(state.forward_features(noise), pre_logits=True).float()  # [1, D]
+        else:
+            features = state(noise).float()
         # Against random directions: a plain sum is constant behind a LayerNorm.
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
         gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
