@@ -283,7 +283,7 @@ class _AllReduce(torch.autograd.Function):
 class RoutingStatistics(Metric):
     """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
 
-    `layers` are block indices in order of depth, `num_experts` is E, one for all layers or one for each.
+    `layers` are block indices in order of depth, `num_experts` is E of each.
     """
 
     full_state_update = False
@@ -295,12 +295,9 @@ class RoutingStatistics(Metric):
     images: Tensor
     unrouted: Tensor
 
-    def __init__(self, layers: Sequence[int], num_experts: int | Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], num_experts: Sequence[int]) -> None:
         super().__init__()
-        self.layers = list(layers)
-        self.num_experts = (
-            [num_experts] * len(self.layers) if isinstance(num_experts, int) else [int(count) for count in num_experts]
-        )
+        self.layers, self.num_experts = list(layers), list(num_experts)
         shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
         for name in ("counts", "count_squares", "requested"):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")

@@ -16,7 +16,7 @@ def test_loads_of_one_layer_and_of_one_expert(num_layers: int, num_experts: int)
     layers = torch.nn.Sequential(
         *(MoEMlp(8, 8, num_experts=num_experts, top_k=1, router="switch") for _ in range(num_layers))
     ).eval()
-    statistics = RoutingStatistics(range(num_layers), num_experts)
+    statistics = RoutingStatistics(range(num_layers), [num_experts] * num_layers)
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
     for _ in range(2):
         with torch.no_grad(), record_routing(layers) as routings:
@@ -35,7 +35,7 @@ def _floor(images: int, tokens: int, together: bool) -> tuple[float, float]:
     expert = torch.randint(4, (images, 1 if together else tokens, 1)).expand(images, tokens, 1)
     zeros = torch.zeros(images, tokens, 4)
     ones = torch.ones(images, tokens, 1)
-    statistics = RoutingStatistics([0], 4)
+    statistics = RoutingStatistics([0], [4])
     statistics.update([Routing(zeros, zeros, zeros + 0.25, None, expert, ones, ones.bool())])
     (load,) = statistics.layer_loads()
     return load.cv_squared, load.cv_squared_floor
@@ -60,7 +60,7 @@ def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> 
     expert = torch.tensor([0, 1]).expand(2, 3, 2)
     kept = torch.tensor([[[1, 1], [0, 0], [0, 1]], [[1, 1], [1, 1], [1, 0]]]).bool()
     zeros = torch.zeros(2, 3, 4)
-    statistics = RoutingStatistics([0], 4)
+    statistics = RoutingStatistics([0], [4])
     statistics.update([Routing(zeros, zeros, zeros + 0.25, None, expert, torch.ones(2, 3, 2), kept)])
     (load,) = statistics.layer_loads()
     assert load.unrouted == pytest.approx(1 / 6)
@@ -71,6 +71,6 @@ def test_entropy_is_in_bits() -> None:
     """Half of the tokens are undecided between 4 experts (2 bits), half between 2 (1 bit)."""
     probs = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]]])
     zeros, expert, ones = torch.zeros(1, 2, 4), torch.tensor([[[0], [1]]]), torch.ones(1, 2, 1)
-    statistics = RoutingStatistics([0], 4)
+    statistics = RoutingStatistics([0], [4])
     statistics.update([Routing(zeros, zeros, probs, None, expert, ones, ones.bool())])
     assert statistics.layer_loads()[0].entropy_bits == pytest.approx(1.5)

@@ -53,8 +53,6 @@ class Explorer:
     """
 
     def __init__(self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True) -> None:
-        if not entries:
-            raise UserError("The explorer needs a model.")
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
         self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}

@@ -78,8 +78,7 @@ class Settings:
 
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
-    routers = {number: layer.router for number, layer in layers.items()}
-    able = [number for number, router in routers.items() if refusal(kind, router) is None]
+    able = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 
