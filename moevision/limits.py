@@ -84,6 +84,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1  # 2**31 - 1 would still trim 2 GiB
 
 _SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
+_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -92,10 +93,17 @@ def keep_freed_memory() -> bool:
     For programs that do the same thing over and over, such as a training. Not without glibc (musl, macOS, Windows), nor
     where `MOEVISION_KEEP_MEMORY=0` asks for the library's own behaviour.
     """
+    global _kept
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # No block is mapped from the system on its own, and the heap is never trimmed. Both calls answer 1 on success.
-    return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in _SETTINGS)
+    _kept = all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in _SETTINGS)
+    return _kept
+
+
+def is_kept() -> bool:
+    """Whether `keep_freed_memory` was called in this process and could do it."""
+    return _kept

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moevision import limits
-from moevision.limits import SWITCH, keep_freed_memory
+from moevision.limits import SWITCH, is_kept, keep_freed_memory
 
 pytestmark = pytest.mark.deep
 
@@ -18,8 +18,9 @@ TENSOR_MIB, REPEATS = 64, 5
 FAULTS = f"""
 import resource
 import torch
-from moevision.limits import keep_freed_memory
+from moevision.limits import is_kept, keep_freed_memory
 kept = keep_freed_memory()
+assert is_kept() == kept
 def use():
     torch.ones({TENSOR_MIB} * 2**20 // 4)
 use()
@@ -88,7 +89,9 @@ def test_it_says_when_it_could_not(refused: str, monkeypatch: pytest.MonkeyPatch
             assert refused == "call"
             return 0
 
+    monkeypatch.setattr(limits, "_kept", False)
     monkeypatch.setattr(limits.ctypes, "CDLL", Library)
     monkeypatch.setattr(limits.sys, "platform", "win32" if refused == "platform" else "linux")
     monkeypatch.setenv(SWITCH, "0" if refused == "switch" else "1")
     assert keep_freed_memory() is False
+    assert is_kept() is False
