@@ -50,8 +50,11 @@ def collect_routing(
     limit: int | None = None,
     path: str | Path | None = None,
     progress: bool = True,
+    split: str = "test",
+    seed: int = 0,
+    root: str | Path = "data",
+    run_dir: str | Path | None = None,
     name: str | None = None,
-    **images: Any,
 ) -> RoutingTrace:
     """Run a model over images and keep what each MoE layer decided about each patch.
 
@@ -69,8 +72,11 @@ def collect_routing(
         limit: take at most so many images, balanced by class.
         path: a file to save the trace to.
         progress: show a progress bar where there are more than a few batches.
+        split: which part of the data: test, val, train or all.
+        seed: of the split, of drawn images and of `limit`.
+        root: folder in which named datasets live.
+        run_dir: a run's folder, whose splits.csv says which images were held out.
         name: what the model is called in the trace; by default its folder's or its architecture's name.
-        **images: further options of `open_pictures`: `split`, `seed`, `root`, `run_dir`, ...
 
     Raises:
         UserError: if there is no such model or data, the model has no MoE layer, or no image can be read.
@@ -85,9 +91,10 @@ def collect_routing(
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
     pictures = open_pictures(
-        data, saved.image_size, framing=saved.framing, class_names=saved.class_names or None, limit=limit, **images
-    )
-    settings = {"limit": limit, "seed": images.get("seed", 0), "batch_size": batch_size}
+        data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed,
+        class_names=saved.class_names or None, root=root, run_dir=run_dir,
+    )  # fmt: skip
+    settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
