@@ -178,6 +178,11 @@ class MoEMlp(Recordable):
         self.num_shared_experts = num_shared_experts
         self.drop = nn.Dropout(drops[1])
 
+    @property
+    def fc2(self) -> nn.Module:
+        """The experts' output weights, as timm's `fix_init_weight` asks an MLP for them."""
+        return self.experts.fc2
+
     def forward(self, x: Tensor) -> Tensor:
         """Σ over a token's chosen experts of gate · expert(x): x [B, ..., D] -> [B, ..., out_features].
 

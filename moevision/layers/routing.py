@@ -100,17 +100,16 @@ class Routing:
 
     def for_tokens(self, tokens: int) -> Self:
         """One decision per image [B, 1, ...] as that of each of its N tokens [B, N, ...], without a copy."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        expanded: dict[str, Any] = {
-            name: x.expand(-1, tokens, -1) for name, x in values.items() if isinstance(x, Tensor)
-        }
-        return replace(self, route_by="image", **expanded)
+        return replace(self._each(lambda x: x.expand(-1, tokens, -1)), route_by="image")
 
     def detach(self) -> Self:
         """The same decision without its autograd graph, for metrics and traces."""
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        detached: dict[str, Any] = {name: x.detach() for name, x in values.items() if isinstance(x, Tensor)}
-        return replace(self, **detached)
+        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

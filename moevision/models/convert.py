@@ -288,8 +288,8 @@ def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bo
     if copy_weights:
         parts = len(mlp.fc1.weight) // int(moe.experts.fc1.out_features)
         (_share_out if parts > 1 else _copy)(mlp, moe, parts)
-    elif getattr(vit, "fix_init", False):
-        scale_outputs_by_depth(moe, index)
+    else:
+        scale_by_depth(vit, moe, index)
     return moe.train(mlp.training)
 
 
@@ -332,16 +332,12 @@ def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
 
 
 @torch.no_grad()
-def scale_by_depth(weight: torch.Tensor, index: int) -> None:
-    """Timm's `fix_init`, applied to a layer made after it ran."""
-    weight.div_(math.sqrt(2.0 * (index + 1)))
-
-
-def scale_outputs_by_depth(moe: MoEMlp, index: int) -> None:
-    """The same for all output weights of a MoE layer."""
-    scale_by_depth(moe.experts.fc2.weight, index)
-    if moe.shared is not None:
-        scale_by_depth(moe.shared.fc2.weight, index)
+def scale_by_depth(vit: nn.Module, mlp: nn.Module | None, index: int) -> None:
+    """Timm's `fix_init` of the outputs of an MLP or MoE layer made after it ran; BEiT and EVA always have it."""
+    if getattr(vit, "fix_init", hasattr(vit, "fix_init_weight")):
+        for each in (mlp, getattr(mlp, "shared", None)):
+            if each is not None:
+                cast(Any, each).fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
 # ---- which routes the classifier reads
@@ -484,8 +480,7 @@ def make_dense(model: nn.Module, match: Match) -> None:
             # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
             drop = (moe.drop if "expert_drop" in state.moe_config else moe.experts.drop).p
             block.mlp = _mlp_like(moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features, drop)
-            if getattr(model, "fix_init", False):
-                scale_by_depth(block.mlp.fc2.weight, index)
+            scale_by_depth(model, block.mlp, index)
     state.moe_config = {**state.moe_config, "twin": match}
 
 

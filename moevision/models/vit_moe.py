@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing
-from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth, scale_outputs_by_depth
+from moevision.layers import Routing, forward_routing
+from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
 MOE_ARGUMENTS = (
@@ -209,13 +209,10 @@ class VisionTransformerMoE(VisionTransformer):
         return forward_routing(self, x)
 
     def fix_init_weight(self) -> None:
-        """Timm's depth-scaled init; a MoE layer keeps its output weights under another name."""
+        """Timm's depth-scaled init, of shared experts too."""
+        super().fix_init_weight()
         for index, block in enumerate(cast(Any, self.blocks)):
-            scale_by_depth(block.attn.proj.weight, index)
-            if isinstance(block.mlp, MoEMlp):
-                scale_outputs_by_depth(block.mlp, index)
-            else:
-                scale_by_depth(block.mlp.fc2.weight, index)
+            scale_by_depth(self, getattr(block.mlp, "shared", None), index)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory by computing blocks again in the backward pass."""

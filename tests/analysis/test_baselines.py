@@ -17,6 +17,7 @@ from moevision.analysis.readings import exceeds, fit_clusters, fresh_copy, liste
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
+from moevision.models.convert import convert_to_moe, dense_twin
 from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -98,6 +99,27 @@ def test_a_fresh_copy_remembers_nothing() -> None:
         assert torch.equal(value, fresh[1][name]), f"{name} depends on what was trained"
     assert not torch.equal(fresh[0]["blocks.1.mlp.experts.fc1.weight"], fresh[2]["blocks.1.mlp.experts.fc1.weight"])
     assert fresh[0]["blocks.1.mlp.router.weight"].any()  # a router at zero would send all patches to the same experts
+
+
+@pytest.mark.parametrize("base", ["beit_base_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_fresh_copy_of_another_architecture_remembers_nothing(base: str) -> None:
+    """BEiT and EVA (DINOv3) scale every block's outputs by 1 / sqrt(2 · number) as they draw weights, from std 0.02."""
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64, "num_classes": 3}
+        nets.append(convert_to_moe(timm.create_model(base, **small), "all", 4, 2))
+        with torch.no_grad():
+            for parameter in nets[-1].parameters():
+                parameter.add_(torch.randn_like(parameter))
+    one, other = (fresh_copy(net, 0).state_dict() for net in nets)
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+    made = convert_to_moe(timm.create_model(base, **small), "all", 4, 2)
+    for state in (one, made.state_dict(), dense_twin(made).state_dict()):
+        weight = next(
+            state[name] for name in ("blocks.1.mlp.experts.fc2.weight", "blocks.1.mlp.fc2.weight") if name in state
+        )
+        assert weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.1)
 
 
 def test_baselines_need_the_pictures_of_the_trace(measured) -> None:
