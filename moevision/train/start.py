@@ -360,14 +360,13 @@ def fit_probe(
     found = features_of(net, data, _MOST_IMAGES, device, context)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
-    own_weight = head.weight.detach().double().cpu().numpy()
-    own_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
+    own: list[Any] = [0 if x is None else x.detach().double().cpu().numpy() for x in (head.weight, head.bias)]
     correct = _classify(test_x, weight, bias) == test_y
     return Probe(
         train_images=len(y),
         val_correct=int((_classify(val_x, weight, bias) == val_y).sum()),
         val_images=len(val_y),
-        head_val_correct=int((_classify(val_x, own_weight, own_bias) == val_y).sum()),
+        head_val_correct=int((_classify(val_x, *own) == val_y).sum()),
         test_correct={
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },
@@ -389,7 +388,8 @@ def features_of(
 ) -> dict[str, list[npt.NDArray[Any]]]:
     """Pooled features [n, D], labels [n] and indices [n] of images of each split, without augmentation.
 
-    At most `most` of a split, of every class the same share.
+    At most `most` of a split, of every class the same share; of training images at least five of each class, if it has
+    them and that many fit: a distance or a classifier that never saw a rare class is wrong about all of its images.
     """
     net, dtype, console = net.to(device), next(net.parameters()).dtype, Console(stderr=True)
     found: dict[str, list[npt.NDArray[Any]]] = {}
@@ -398,7 +398,12 @@ def features_of(
             labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
             order = np.random.default_rng(data.seed).permutation(len(labels))
             order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
-            places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+            places = _evenly(len(order), count)
+            least = min(5, count // data.num_classes) if split == "train" else 0
+            if np.bincount(labels[order[places]], minlength=data.num_classes).min() < least:
+                first = np.arange(len(order)) - np.searchsorted(labels[order], labels[order]) < least  # of their class
+                own, others = np.flatnonzero(first), np.flatnonzero(~first)
+                places = np.concatenate([own, others[_evenly(len(others), count - len(own))]])
             parts: list[tuple[Tensor, Tensor, Tensor]] = []
             loader = data.plain_loader(split, sorted(order[places].tolist()))
             batches = track(
@@ -411,6 +416,10 @@ def features_of(
                 parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
             found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
     return found
+
+
+def _evenly(rows: int, count: int) -> _Integers:
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)
 
 
 @torch.no_grad()
@@ -438,8 +447,7 @@ def _best_regression(
         weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, _ABSENT)
         present, coefficients, intercept = model.classes_, model.coef_, model.intercept_
         if len(present) == 2:  # one row, for the second class against the first
-            coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-            intercept = np.concatenate([-intercept / 2, intercept / 2])
+            coefficients, intercept = (np.concatenate([-x / 2, x / 2]) for x in (coefficients, intercept))
         weight[present] = coefficients / spread
         bias[present] = intercept - weight[present] @ mean
         found.append((int((_classify(val_x, weight, bias) == val_y).sum()), weight, bias))

@@ -1,6 +1,8 @@
 """The linear probe is scikit-learn's regression on the model's own features, and the classifier begins with it."""
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +113,29 @@ def test_it_takes_some_images_of_every_class(
     assert abs(taken.count(0) - 20 * classes.count(0) / len(classes)) <= 1
     said = capsys.readouterr().err
     assert "on the frozen features of 20 training, 4 validation and 10 test images" in said
+
+
+@pytest.mark.parametrize("rare", [1, 3, 30])
+def test_a_rare_class_is_among_the_sampled_training_images(rare: int) -> None:
+    """Of 3,000 images beside 1 to 30 of a class that comes last, every tenth would leave out all or nearly all."""
+    read: dict[str, list[int]] = {}
+    samples = [SimpleNamespace(label=label) for label in [0] * 1500 + [1] * 1500 + [2] * rare]
+    data = SimpleNamespace(
+        contents=SimpleNamespace(datasets=dict.fromkeys(("train", "val"), SimpleNamespace(samples=samples))),
+        plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
+        num_classes=3, seed=0, batch_size=8,
+    )  # fmt: skip
+    net = timm.create_model("test_vit", img_size=32, num_classes=3)
+    start.features_of(net, data, {"train": 300, "val": 300}, CPU)
+    counts = {split: Counter(samples[row].label for row in set(rows)) for split, rows in read.items()}
+    assert counts["train"].total() == counts["val"].total() == 300
+    assert counts["train"][2] >= min(rare, 5)
+    assert abs(counts["train"][0] - counts["train"][1]) <= 2
+    assert counts["val"][2] == pytest.approx(rare / 10, abs=1)  # what is measured keeps the classes' shares
+
+
+def one_batch() -> dict[str, torch.Tensor]:
+    return {"image": torch.zeros(1, 3, 32, 32), "label": torch.zeros(1), "index": torch.zeros(1)}
 
 
 def test_two_heads_have_no_probe(data: ImageDataModule) -> None:
