@@ -94,8 +94,11 @@ def convert_to_moe(
             option doesn't fit. The model is then as it was.
     """
     blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(vit, "num_prefix_tokens"):
-        raise UserError(f"{type(vit).__name__} has no transformer blocks to convert: give a timm ViT or DeiT.")
+    parts = all(hasattr(vit, name) for name in ("num_prefix_tokens", "patch_embed"))
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not parts:
+        raise UserError(
+            f"{type(vit).__name__} has no transformer blocks behind a patch_embed to convert: give a timm ViT or DeiT."
+        )
     if moe_layers(vit):
         raise UserError(f"{type(vit).__name__} has experts already: convert all layers in one call.")
     if copy_weights and num_shared_experts:

@@ -158,8 +158,11 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     if moe_layers(vit):
         raise UserError(f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`.")
     blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
-        raise UserError(f"{name} has no list of transformer blocks: upcycling needs a ViT, DeiT or EVA-style model.")
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks) or not hasattr(vit, "patch_embed"):
+        raise UserError(
+            f"{name} has no list of transformer blocks behind a patch_embed: upcycling needs a ViT, DeiT or EVA-style "
+            "model."
+        )
     indices = moe_layer_indices(layers, len(blocks))
     if not indices:
         raise UserError(f"No block of {name} was chosen: name at least one in layers.")

@@ -364,6 +364,7 @@ def test_folders(vit: nn.Module, tmp_path: Path) -> None:
         ("vit_small_plus_patch16_dinov3", {"img_size": 32, "depth": 2}, "SwiGLU"),
         ("swin_tiny_patch4_window7_224", {}, "no list of transformer blocks"),
         ("resnet18", {}, "no list of transformer blocks"),
+        ("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 64, "num_heads": 2}, "behind a patch_embed"),
         ("hiera_tiny_224", {}, "hierarchical"),
         ("vit_dpwee_patch16_reg1_gap_256", {}, "no MLP of its own"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, "or has a norm"),

@@ -329,6 +329,8 @@ def test_models_that_cannot_be_converted() -> None:
     with pytest.raises(UserError, match="no transformer blocks"):  # blocks, but none of a ViT
         convert_to_moe(hiera := timm.create_model("hiera_tiny_224"))
     assert not moe_layers(hiera)
+    with pytest.raises(UserError, match="behind a patch_embed"):  # training and the twin ask for one
+        convert_to_moe(timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=64, num_heads=2))
     for router in ("position", "hash", "colour"):  # dropped patches come in another order
         with pytest.raises(UserError, match="leave patch_drop_rate at 0"):
             timm.create_model("test_vit_moe", router=router, patch_drop_rate=0.5)
