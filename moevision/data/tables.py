@@ -178,12 +178,13 @@ class ArrowCollection(Collection):
         for split, table in self._pixels.items():
             for batch in table.with_format("arrow").iter(batch_size=1000):
                 for image in batch[self.image_column]:
-                    stored = image["bytes"] if image.is_valid else None
-                    sizes[split].append(len(stored.as_buffer()) if stored is not None and stored.is_valid else 0)
+                    stored, path = image["bytes"], str(image["path"])
+                    named = 0 if stored.is_valid or not os.path.isfile(path) else os.path.getsize(path)
+                    sizes[split].append(len(stored.as_buffer()) if stored.is_valid else named)
         return sizes
 
     def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes; 0 of an image that is only named."""
+        """Number of stored bytes, or of the file that the row names; 0 where there is none."""
         split, row = sample.sample_id.rsplit("/", 1)
         return self._sizes[split][int(row)]
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
+from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError, csv_name
 from moevision.train.recipe import run_name
 
@@ -287,6 +289,22 @@ def test_a_folder_becomes_a_dataset(hub, tmp_path, monkeypatch, image_folder):
     shutil.rmtree(root)
     assert stored_in[root] == stored_in[tmp_path / "saved"]
     assert {split: len(rows) for split, rows in stored_in[root].items()} == {"train": 12, "val": 4, "test": 4}
+
+
+@needs_datasets
+def test_copies_are_found_among_rows_that_name_files(hub, tmp_path, monkeypatch, image_folder):
+    """A dataset's folder of images has paths in its rows, and no bytes; the hub has many of these."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "photos"
+    for split in ("train", "test"):
+        image_folder({"cat": 6, "dog": 6}, name=f"photos/{split}")
+    shutil.copy(root / "train/cat/000.png", root / "test/cat/001.png")
+    pets = open_collection(f"hf:{root}")
+    sizes = sorted(file.stat().st_size for file in root.rglob("*.png"))
+    assert sorted(map(pets.size_bytes, chain.from_iterable(pets.given.values()))) == sizes
+    for data in (pets, open_collection(str(root))):
+        (warning,) = make_splits(data, Cut()).warnings
+        assert "train images are not used: byte-identical copies" in warning
 
 
 @needs_datasets
