@@ -66,7 +66,7 @@ def run(chosen: Namespace) -> None:
     Console().print(table)
     n = torch.get_num_threads()
     print(f"median of {_ROUNDS} turns on {n} CPU thread{'s' * (n > 1)} of this machine; one multiply-add is two FLOPs")
-    code = template("run_exported.py.jinja").render(file=repr(file), fit=FITS[saved.fit])
+    code = template("run_exported.py.jinja").render(file=repr(file), fit=FITS[saved.fit], routes=chosen.routes)
     print(f"\nRun it without moevision:\n\n{code}")
 
 
@@ -120,7 +120,7 @@ def experts_sentence(net: nn.Module) -> str:
         return f"{soft}: the file does the same work as the model."
 
     def span(numbers: set[int]) -> str:
-        return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(min(numbers))
+        return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else f"{min(numbers)}"
 
     average = " on average" if any(router.kind == "expert_choice" for router in routers) else ""
     return (

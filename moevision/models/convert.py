@@ -94,8 +94,8 @@ def convert_to_moe(
             option doesn't fit. The model is then as it was.
     """
     blocks = getattr(vit, "blocks", None)
-    parts = all(hasattr(vit, name) for name in ("num_prefix_tokens", "patch_embed"))
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not parts:
+    parts = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "patch_embed")
+    if not (isinstance(blocks, nn.Sequential | nn.ModuleList) and parts):
         raise UserError(
             f"{type(vit).__name__} has no transformer blocks behind a patch_embed to convert: give a timm ViT or DeiT."
         )
@@ -335,12 +335,12 @@ def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
 
 
 @torch.no_grad()
-def scale_by_depth(vit: nn.Module, mlp: nn.Module | None, index: int) -> None:
+def scale_by_depth(vit: nn.Module, mlp: Any, index: int) -> None:
     """Timm's `fix_init` of the outputs of an MLP or MoE layer made after it ran; BEiT and EVA always have it."""
     if getattr(vit, "fix_init", hasattr(vit, "fix_init_weight")):
         for each in (mlp, getattr(mlp, "shared", None)):
             if each is not None:
-                cast(Any, each).fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
+                each.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
 # ---- which routes the classifier reads

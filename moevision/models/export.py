@@ -296,7 +296,7 @@ def load_exported(source: bytes | str | Path) -> Runner:
     """The function that a file computes, on the CPU with torch's thread count.
 
     It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B]; of a file with
-    routes it also takes who is `away`, and gives the routes.
+    routes it also takes who is `away` (nobody, if that is left out), and gives the routes.
     """
     runtime = require_extra("onnxruntime")
     options = runtime.SessionOptions()
@@ -306,7 +306,9 @@ def load_exported(source: bytes | str | Path) -> Runner:
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Any:
-        feeds = {one.name: given.numpy() for one, given in zip(session.get_inputs(), inputs, strict=True)}
+        asked = session.get_inputs()
+        nobody = [torch.zeros(one.shape).bool() for one in asked[len(inputs) :]]
+        feeds = {one.name: given.numpy() for one, given in zip(asked, [*inputs, *nobody], strict=True)}
         found = [torch.from_numpy(each) for each in session.run(None, feeds)]
         return found[0] if len(found) == 1 else tuple(found)
 

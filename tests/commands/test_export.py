@@ -18,7 +18,7 @@ from moevision.train.report import template
 
 def snippet(file: str) -> str:
     """What export prints."""
-    names = {"file": repr(file), "fit": FITS["crop"]}
+    names = {"file": repr(file), "fit": FITS["crop"], "routes": False}
     code: str = template("run_exported.py.jinja").render(**names)
     return code
 

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import moevision
 from moevision.analysis import Intervention
 from moevision.analysis.intervention import intervene
+from moevision.commands.export import FITS
+from moevision.commands.predict import predict_batch
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
 from moevision.models.export import ExportReport, export_onnx, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.strangers import answers, fit_strangers, pooled
+from moevision.train.report import template
 
 NAMES = ["cat", "dog", "Käuzchen"]
 # A file takes seconds to write, whatever is in it: each router, and each option, is one layer of a model.
@@ -177,6 +181,13 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
             chosen = weights > 0
             assert torch.equal(index[chosen], routing.expert_index[:, first:][chosen])
             assert not any(bool((index[chosen] == expert).any()) for layer, expert in gone if layer == place)
+    nobody = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
+    assert all(map(torch.equal, run(pictures(3)), run(pictures(3), nobody)))  # so it is timed, beside the model
+    Image.new("RGB", (32, 32), (250, 120, 60)).save(tmp_path / "image.png")
+    lines = template("run_exported.py.jinja").render(file=repr(str(path)), fit=FITS["crop"], routes=True)
+    told: list[str] = []
+    exec(lines.replace('"image.jpg"', repr(str(tmp_path / "image.png"))), {"print": told.append})  # what export prints
+    assert told == list(predict_batch(model, [tmp_path / "image.png"])[0].classes[:1])
     if not known:
         import onnxruntime
 
