@@ -24,11 +24,11 @@ SIZE = {
     "moevision": (11, 2_625, 14_350),  # the film's options; --data.fit, predict --features, export --dtype
     "moevision/analysis": (13, 6_455, 49_700),  # mended: rows that share a capacity, routers without gates
     "moevision/commands": (8, 1_200, 9_130),  # predict --features, export --dtype fp16; push, shards, surgery went
-    "moevision/data": (13, 4_265, 33_940),  # a model is tested on other images, in its order of classes
+    "moevision/data": (13, 4_265, 33_970),  # copies among rows of a Hugging Face dataset that name files
     "moevision/demo": (15, 3_825, 27_980),  # the atlas carries what is read; one way to apply settings
-    "moevision/layers": (10, 2_560, 16_340),  # LayerLoad, from the root; few rows without gradients: equal groups
-    "moevision/models": (10, 2_815, 18_980),  # a twin's own dropout; rules by place refuse dropped patches
-    "moevision/train": (20, 6_130, 45_210),  # a run goes on after max_time; counts in the confusion matrix
+    "moevision/layers": (10, 2_565, 16_340),  # LayerLoad, from the root; few rows without gradients: equal groups
+    "moevision/models": (10, 2_815, 19_000),  # depth-scaled BEiT and EVA; an exported file with routes runs without `away`
+    "moevision/train": (20, 6_140, 45_330),  # rare classes among the images of a probe and of the strangers' distance
 }
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0

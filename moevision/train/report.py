@@ -162,7 +162,7 @@ class Recommendation:
         if chosen.behind.difference != best.behind.difference:
             error = f"a standard error of that of the {best.name} ({less(chosen)})"
             why = f"its {measure} is within {error}, and it is simpler"
-        elif near := [each for each in self.contenders if each is not chosen and each.behind.low <= 0]:
+        elif near := [each for each in self.contenders if each.behind.low <= 0 < each.behind.difference]:
             why += f". That the {near[0].name} is worse ({less(near[0])}) may be chance"
         return f"Use {model}: {why}. One seed; another one moves all of them."
 

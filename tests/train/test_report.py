@@ -330,6 +330,8 @@ def test_the_simplest_within_error_is_recommended() -> None:
     )
     only = choose([entry(names[1], [0] * 100), entry(names[2], [1] * 100)], LABELS, unbalanced=False)
     assert only.sentence.startswith("Use the Mixture of Experts: nothing here has a higher accuracy.")
+    equal = choose([entry(names[1], probe), entry(names[2], probe[::-1])], LABELS, unbalanced=False)
+    assert equal.sentence == "Use dense: nothing here has a higher accuracy. One seed; another one moves all of them."
     best_is_dense = choose([entry(names[1], sparse), entry(names[2], probe)], LABELS, unbalanced=False)
     assert best_is_dense.sentence.startswith("Use dense: nothing here has a higher accuracy.")
 
