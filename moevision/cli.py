@@ -6,12 +6,14 @@ import io
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moevision.errors import USER_ERROR, UserError
+from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.words import loading
 
 if TYPE_CHECKING:
@@ -164,7 +166,17 @@ def _call(name: str, arguments: list[str]) -> None:
     module, _, function = VERBS[name].target.partition(":")
     with loading():
         run: Callable[[Any], None] = getattr(import_module(module), function)
-    run(given)
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show, warnings.showwarning)
+        run(given)
+
+
+def _show(otherwise: Callable[..., None], warning: Warning, category: type[Warning], *place: Any) -> None:
+    """What a reader is meant to know in one line, without the place in the code."""
+    if issubclass(category, DataWarning):
+        print(f"warning: {warning}", file=sys.stderr)
+    else:
+        otherwise(warning, category, *place)
 
 
 # ---- what each verb takes, as plain argparse, so that help and usage errors need no torch

@@ -11,13 +11,12 @@ import os
 import socket
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moevision.demo.gate import AUTH, Serving, in_url
-from moevision.errors import DataWarning, UserError
+from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 if TYPE_CHECKING:
@@ -91,14 +90,7 @@ def open_explorer(model: str | None, data: str | None, root: str | None, *, loca
     from moevision.demo.service import Explorer
 
     torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
-        entries = open_entries(model, DataOptions(data, root))
-    for warning in caught:
-        if issubclass(warning.category, DataWarning):
-            print(f"note: {warning.message}", file=sys.stderr)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    entries = open_entries(model, DataOptions(data, root))
     explorer = Explorer(entries, Galleries(entries), local=local)
     explorer.warm()
     explorer.galleries.start(explorer.pages.prepare)

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from moevision.data.folder import walk
+from moevision.data.folder import left_out, walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, csv_name, json_text, shown
@@ -102,11 +102,15 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
         path = Path(name)
         if path.is_dir():
             links: Counter[str] = Counter()
-            images = sorted(Path(file.path) for file in walk(path, links) if is_image_path(file.name))
+            files = list(walk(path, links))
+            images = sorted(Path(file.path) for file in files if is_image_path(file.name))
+            others = left_out(path, (file.name for file in files if not is_image_path(file.name)))
             if links["unreadable"]:
                 tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
             if not images:
-                raise UserError(f"The folder {path} holds no image.")
+                raise UserError("; ".join([f"{path} holds no image", *others]))
+            if others:
+                tell(f"warning: {others[0]}")
             yield from images
         elif path.exists():
             yield path

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moevision.data.collection import (
@@ -54,6 +54,9 @@ def read_folder(root: Path) -> FileCollection:
     for split in given if splits else ():
         check_same_classes(train, classes, splits[split], (name for name, files in given[split].items() if files))
     folders = sorted(classes)
+    folded = Counter(map(str.casefold, folders))
+    if alike := [name for name in folders if folded[name.casefold()] > 1]:
+        notes.append(f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class")
     samples = {
         split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
         for split, found in given.items()
@@ -154,7 +157,7 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
     ``links`` counts the links that were met, those that led to nothing new, and folders that can't be read.
     """
     classes: dict[str, list[str]] = {}
-    ignored: Counter[str] = Counter()
+    ignored: list[str] = []
     above = 0 if root == Path() else len(os.path.join(root, ""))
     links["met"] += folder.is_symlink()
     loose = 0
@@ -172,8 +175,8 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         for found in walk(class_folder, links):
             if is_image_path(found.name):
                 (linked if found.is_symlink() else real).append(found.path)
-            elif not found.name.startswith("."):
-                ignored[Path(found.name).suffix.lower() or found.name] += 1
+            else:
+                ignored.append(found.name)
         # Links to files that are neither among the real ones nor behind an earlier link.
         known = set(map(file_identity, real)) if linked else set()
         behind = {file_identity(path): path for path in sorted(linked, reverse=True)}  # the first path of each stays
@@ -181,21 +184,27 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         links["met"] += len(linked)
         links["repeated"] += len(real) + len(linked) - len(files)
         classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
-    if ignored:
-        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
-        notes.append(f"files in {folder} that are not images were left out: {kinds}")
+    notes += left_out(folder, ignored)
     if classes and loose:
         notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
     return classes
 
 
+def left_out(folder: Path, names: Iterable[str]) -> list[str]:
+    """A sentence on the files of formats that aren't read, such as a phone's; none if all of them are hidden."""
+    kinds = Counter(Path(name).suffix.lower() or name for name in names if name[0] != ".")
+    found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
+    what = f"files in {folder} of formats that aren't read were left out: {found}; convert photos to JPEG or PNG"
+    return [what] if found else []
+
+
 def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]) -> None:
     """At least two class folders, none of them empty; else ``notes`` say what was left out."""
-    left_out = "".join(f"; {note}" for note in [*notes, "convert photos to JPEG or PNG"]) if notes else ""
+    why = "".join(f"; {note}" for note in notes)
     if not any(classes.values()):
         loose = sum(is_image_path(entry) for entry in folder.iterdir())
         inside = f"holds {loose} images but no class folders" if loose else "holds no images"
-        raise UserError(f"{folder} {inside}: {_LAYOUT}{left_out}")
+        raise UserError(f"{folder} {inside}: {_LAYOUT}{why}")
     if SPLIT_NAMES.keys() >= set(map(str.lower, classes)):
         raise UserError(
             f"{folder} has the folders {some_of([*classes])} and no classes: make a folder per class inside each, "
@@ -208,7 +217,7 @@ def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]
         raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise UserError(f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{left_out}")
+        raise UserError(f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{why}")
 
 
 def _missing_folder(root: Path) -> str:

@@ -47,6 +47,7 @@ from moevision.models.safe_files import (
 )
 from moevision.models.strangers import FILE as STRANGERS
 from moevision.models.strangers import Strangers, read_strangers
+from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
@@ -235,6 +236,9 @@ def address_of(source: str) -> str:
     if is_timm_name(source):
         return source
     if path.exists() or source.startswith(FOLDER):
+        if (saved := path / "checkpoints" / "last.ckpt").is_file():
+            resume = f"moevision fit --resume {shell_word(str(path))}"
+            raise UserError(f"{path} isn't finished: go on with `{resume}`. Until then `predict` takes {saved}.")
         raise UserError(
             f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
             "runs/NAME/model; a file of weights goes with the name of its architecture."

@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import moevision
 from moevision import config
 from moevision.cli import VERBS
 from moevision.data import ImageDataModule
-from moevision.errors import UserError
+from moevision.errors import DataWarning, UserError
 from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
@@ -162,6 +163,19 @@ def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
     outcome = cli("predict", "model", "image.jpg")
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.err.split("\n") == ["", "moevision: predict was stopped by Ctrl-C.", ""]
+
+
+def test_a_warning_about_the_images_has_one_line(cli, monkeypatch):
+    """`analyze` named a line of this package, and printed it."""
+
+    def warn(given):
+        warnings.warn("1 x .heic", DataWarning, stacklevel=2)
+        warnings.warn("of a library", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr("moevision.commands.info.run", warn)
+    with pytest.warns(UserWarning, match="of a library") as others:
+        assert cli("info", "pets").err == "warning: 1 x .heic\n"
+    assert len(others) == 1
 
 
 @pytest.mark.parametrize("help_of", [(), ("fit",)])

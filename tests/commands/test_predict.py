@@ -204,6 +204,30 @@ def test_no_model(cli, drawn_pets, tmp_path):
     refused(cli("predict", tmp_path, drawn_pets), "is no saved model", "config.json and model.safetensors")
 
 
+def test_a_run_that_is_not_finished(cli, tiny_run, drawn_pets, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "my run"))
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "best.ckpt").unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    refused(cli("predict", run, drawn_pets), f"{run} isn't finished", f"fit --resume '{run}'", f"takes {last}")
+    assert table(cli("predict", last, drawn_pets).out)
+
+
+def test_photos_of_other_formats_are_told(cli, tiny_run, drawn_pets, tmp_path):
+    """Half a folder of a phone's photos had no row, and nothing said so."""
+    folder = Path(shutil.copytree(drawn_pets, tmp_path / "new"))
+    count = len(table(cli("predict", tiny_run, folder).out))
+    (folder / "cat" / "IMG_1.HEIC").write_bytes(b"no picture")
+    (folder / "cat" / ".DS_Store").touch()
+    outcome = cli("predict", tiny_run, folder)
+    assert len(table(outcome.out)) == count
+    assert outcome.err.startswith(f"warning: files in {folder} of formats that aren't read were left out: 1 x .heic;")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (folder / "cat" / "IMG_1.HEIC").rename(alone / "IMG_1.HEIC")
+    refused(cli("predict", tiny_run, alone), "holds no image", "1 x .heic; convert photos to JPEG or PNG")
+
+
 def cut_short(file):
     file.write_bytes(file.read_bytes()[:-200])
 

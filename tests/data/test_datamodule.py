@@ -554,7 +554,7 @@ def test_other_files_are_left_out_and_told(image_folder):
     (root / "cat/notes.txt").write_text("")
     (root / "cat/._000.png").write_text("")
     (root / "README.md").write_text("")
-    with pytest.warns(UserWarning, match="not images were left out: 1 x .txt"):
+    with pytest.warns(UserWarning, match="formats that aren't read were left out: 1 x .txt"):
         data = ready(root)
     assert sum(sum(counts.values()) for counts in data.class_counts.values()) == 20
 
@@ -580,12 +580,26 @@ def test_photos_in_another_format_are_named(tmp_path):
     for name in ("cat/a.HEIC", "dog/b.HEIC"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True)
         (tmp_path / "photos" / name).write_bytes(b"no picture")
-    said = r"not images were left out: 2 x \.heic; convert photos to JPEG or PNG$"
+    said = r"formats that aren't read were left out: 2 x \.heic; convert photos to JPEG or PNG$"
     with pytest.raises(UserError, match=f"holds no images: .*{said}"):
         read_folder(tmp_path / "photos")
     (tmp_path / "photos/cat/a.png").write_bytes(b"")
     with pytest.raises(UserError, match=f"no images in the class folder 'dog' .*{said}"):
         read_folder(tmp_path / "photos")
+    for name in ("cat/a.HEIC", "dog/b.HEIC"):
+        (tmp_path / "photos" / name).unlink()
+    (tmp_path / "photos/a.png").write_bytes(b"")  # nothing to convert
+    with pytest.raises(UserError, match=r"'dog' .*; 1 images directly in .* belong to no class and were left out$"):
+        read_folder(tmp_path / "photos")
+
+
+def test_classes_that_differ_in_case_alone_are_named(image_folder):
+    """Two people filled folders of one class, on a disk that tells them apart."""
+    root = image_folder({"Parus": 2, "parus": 2, "Turdus": 2})
+    if len(list(root.iterdir())) < 3:
+        pytest.skip("this disk doesn't tell upper from lower case")
+    (note,) = read_folder(root).notes
+    assert note.startswith("'Parus', 'parus' differ only in upper and lower case")
 
 
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
