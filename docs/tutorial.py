@@ -96,7 +96,7 @@ confident first:
 
 {wrong}
 
-Open these photos (their licence forbids to show them here). Some are hard, some may be mislabelled.
+Open them (their licence forbids to show them here): some may be mislabelled.
 `moevision data score
 runs/photos` writes a page with the images most likely to be mislabelled, duplicated or unreadable, from *all* splits
 ([Good data](guides/good-data.md)).

@@ -240,9 +240,10 @@ def experts_answer(found: LayerReadings) -> Answer:
     if found.probe is not None and layer.by_image:
         probe = percent(found.probe.guess.value)
         detail += f", a linear probe of the same input in {layer.num_experts} groups {probe}"
-    beside = "" if found.probe is None else (
-        f", {percent(reading.bits.value / found.most_bits)} of the {signed(found.probe.bits.value)} bits of a linear "
-        f"probe in {layer.num_experts} balanced groups"
+    most = 0.0 if found.probe is None else found.probe.bits.value
+    beside = "" if most <= 0 else (
+        f", {percent(reading.bits.value / most)} of the {signed(most)} bits of a linear probe in "
+        f"{layer.num_experts} balanced groups"
     )  # fmt: skip
     bits = f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
     numbers = [f"{layer.name}: {bits}{beside}; {found.load.words}."]

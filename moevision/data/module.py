@@ -284,7 +284,7 @@ class ImageDataModule(Data, LightningDataModule):
         lines += [f"warning: {sentence}" for sentence in found.warnings]
         if bad := self.bad_images:
             path, reason, split = bad[0]
-            lines.append(f"warning: {len(bad)} images can't be used, the first ({split}) is {path}: {reason}")
+            lines.append(f"warning: {len(bad)} of the images can't be used, the first ({split}) is {path}: {reason}")
         return "\n".join(map(shown, lines))
 
     @property

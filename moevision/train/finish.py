@@ -52,6 +52,7 @@ from moevision.train.report import (
 from moevision.train.resume import Session, Start
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
+from moevision.words import percent
 
 
 @dataclass
@@ -116,10 +117,11 @@ class RunResult:
         loads = [layer.max_over_mean for layer in self.summary.layers]
         balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
         choice = "" if self.summary.choice is None else f"\n{self.summary.choice.sentence}"
-        scores = f"test/top1 {test.correct / test.total:.4f}"
+        low, high = map(percent, test.interval)
+        scores = f"{percent(test.accuracy)} of {test.total:,} test images right (95 % interval {low} to {high})"
         if self.summary.unbalanced:
-            scores = f"test/balanced_acc {test.balanced_accuracy:.4f}, {scores}"
-        return f"{scores} on {test.total:,} test images{balance}{choice}"
+            scores = f"balanced accuracy {percent(test.balanced_accuracy)}; {scores}"
+        return f"{scores}{balance}{choice}"
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:

@@ -89,7 +89,7 @@ from moevision.train.resume import (
 from moevision.train.scores import ExampleScores
 from moevision.train.start import fit_probe, start_with
 from moevision.train.task import ClassificationTask, check_trainer
-from moevision.words import shell_word
+from moevision.words import percent, shell_word
 
 # A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
 ALLOWED = (
@@ -590,9 +590,10 @@ def evaluate(verb: str, given: Given) -> None:
         run_dir = _new_folder(asked, session, f"-{verb}")
         with _no_trace_of_a_failure(run_dir, session, Stopwatch(), new=True):
             trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
+            split = "val" if verb == "validate" else "test"
             config = newest_config(origin)
             if config.is_file() and not data.is_of(origin, read_config(config).get("data.path", data.path)):
-                data.only_for = "val" if verb == "validate" else "test"
+                data.only_for = split
             elif (origin / "splits.csv").is_file():
                 shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
             data.run_dir = run_dir
@@ -606,7 +607,11 @@ def evaluate(verb: str, given: Given) -> None:
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
                 write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False))
-            getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True)
+            (scores,) = getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            if trainer.is_global_zero:
+                print(f"\n{percent(scores[f'{split}/top1'])} of the {split} images right")
+                print("\n".join(f"{name:22}{value:8.4f}" for name, value in scores.items()))
+                tell(f"Everything is in {run_dir}")
 
 
 validate, test = partial(evaluate, "validate"), partial(evaluate, "test")

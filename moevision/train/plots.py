@@ -69,11 +69,15 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
-    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step."""
+    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step.
+
+    Of the test only its own metrics: the experts' loads have one name there and in validation.
+    """
     rows = read_csv(metrics_csv)
     curves: dict[str, Curve] = {}
     for name in rows[0] if rows else ():
-        points = sorted((float(row["step"]), float(row[name])) for row in rows if row["step"] and row[name])
+        of = [row for row in rows if not (name.startswith("moe/") and row.get("test/top1"))]
+        points = sorted((float(row["step"]), float(row[name])) for row in of if row["step"] and row[name])
         if points and name not in ("step", "epoch"):
             steps, values = np.array(points, dtype=np.float64).T
             curves[name] = (steps, values)

@@ -291,8 +291,9 @@ def describe_plan(
     time_it_takes = "how long they take isn't known before"
     if expected_s:
         images = batches * data.batch_size * trainer.world_size
+        minutes = f"about {expected_s / 60:.0f} min" if expected_s >= 60 else "less than a minute"
         time_it_takes = (
-            f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
+            f"{minutes} at {images / expected_s:.0f} images/s (by a few timed "
             "steps on noise, plus a tenth for loading and validation)"
             + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
         )

@@ -123,6 +123,15 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     assert [answer.sentence for answer in headline([found])] == [answer.sentence for answer in found.answers]
 
 
+def test_a_probe_that_tells_nothing_is_no_measure() -> None:
+    """Of twenty images it told −0.005 bits, and 0.001 bits were called 0.1 % of them."""
+    readings = read_layer(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), 0, seed=0, **OPTIONS)
+    assert " bits of a linear probe in 2 balanced groups;" in experts_answer(readings).numbers[0]
+    nothing = readings.probe.bits._replace(value=-0.005)
+    without = replace(readings, probe=replace(readings.probe, bits=nothing))
+    assert "probe" not in experts_answer(without).numbers[0]
+
+
 def test_controls_of_one_half_are_guessed_from_within_it() -> None:
     """Clusters that are the classes, measured on the half they were not fitted on: all right, 1 bit, by both units."""
     measured = np.flatnonzero(halves_by_class(LABELS, 0))

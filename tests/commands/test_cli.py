@@ -344,7 +344,8 @@ def test_a_run_folder_is_tested_by_its_best_weights(cli, tiny_run):
     said = cli("test", tiny_run).out
     assert (tiny_run / "checkpoints" / "best.ckpt").is_file()
     assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt").out
-    assert "top1" in said
+    assert re.search(r"^\d+\.\d % of the test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S)
+    assert "DataLoader" not in said
 
 
 def test_resuming_beyond_the_schedule(cli, tiny_run):

@@ -458,7 +458,7 @@ def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, option
     assert all("not a JPEG" in reason for _, reason, _ in data.bad_images)
     with (tmp_path / "run/bad_images.csv").open() as handle:
         assert {row["path"] for row in csv.DictReader(handle)} == {"train/cat/003.png", "test/dog/001.png"}
-    assert "2 images can't be used" in data.describe()
+    assert "2 of the images can't be used" in data.describe()
 
 
 @pytest.mark.parametrize("cache_mb", [64, 0])

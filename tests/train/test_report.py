@@ -72,6 +72,15 @@ def test_read_metrics_skips_empty_cells_and_sorts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(curves["val/top1"], [[2], [0.25]])
 
 
+def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path: Path) -> None:
+    """They are logged under one name, and the last line of a curve led to the test's."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,val/top1,test/top1,moe/0/load_max\n3,0.5,,1.5\n7,0.6,,1.4\n8,,0.4,1.9\n")
+    curves = read_metrics(path)
+    np.testing.assert_array_equal(curves["moe/0/load_max"], [[3, 7], [1.5, 1.4]])
+    np.testing.assert_array_equal(curves["test/top1"], [[8], [0.4]])
+
+
 def test_smooth_by_hand_and_over_gaps() -> None:
     """span 3: weight 1/2. Weighted means: 1; (.5*.5*1 + .5*3)/.75; NaN is passed over."""
     smoothed = moving_average(np.array([1.0, 3.0, np.nan, 5.0]), span=3)

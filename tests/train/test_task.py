@@ -358,3 +358,4 @@ def test_the_plan_counts_what_will_be_trained(
     seconds = expected_seconds(task, data, trainer)
     assert seconds == pytest.approx(66 * batches)
     assert f"plan: {words}, about {seconds / 60:.0f} min at " in describe_plan(task, data, trainer, seconds)
+    assert f"plan: {words}, less than a minute at " in describe_plan(task, data, trainer, 29.0)
