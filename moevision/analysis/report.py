@@ -63,6 +63,7 @@ from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
+from moevision.words import shell_word
 
 SCHEMA = "moevision.report/1"
 """Version of report.json; a change that an older reader would misread raises the number."""
@@ -586,7 +587,7 @@ def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequ
             "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
         }
 
-    page.filters |= {"image": image}
+    page.filters |= {"image": image, "shell_word": shell_word}
     views = [(title, Markup(view)) for title, view in live]
     return page.get_template("report.html.jinja").render({"wrong": [], **numbers}, explorer=EXPLORER, live=views)
 

@@ -339,6 +339,14 @@ def test_each_answer_has_its_box(report, answer):
     assert f'<div class="verdict {answer.replace(" ", "-")}">' in render(other, {})
 
 
+def test_its_commands_can_be_copied(report):
+    _, numbers, _, _ = report
+    other = json.loads(json.dumps(numbers))
+    other["figures"], other["model"]["address"] = [], "runs/my run"
+    other["wrong"] = [{"label": "cat", "called": "dog", "images": 3, "layers": []}]
+    assert escape("moevision demo 'runs/my run'") in render(other, {})
+
+
 def test_names_from_outside_stay_text(report):
     _, numbers, _, _ = report
     hostile = "<script>alert('x')</script>\" onload=\"x\u202e{{ title }}"

@@ -113,6 +113,7 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     page.wait_for_selector(f"{SAID}:has-text('1 network away: now')")
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
+    page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
     assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == ["experts", "about"]
     page.click("[data-tab=experts]")
     page.wait_for_selector(".mv-cards .mv-crop")

@@ -116,7 +116,9 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
         assert sign == (None if not style else "+" if value > 0 else "−")
     shown = [float(re.match(r"\s*(\d+)", text)[1]) for text in page.locator(".mv-heat td").all_text_contents()]
     assert shown == pytest.approx([100 * share for row in layer["share"] for share in row], abs=0.51)
-    assert page.locator(".mv-answer").all_text_contents() == [one["sentence"] for one in layer["answers"]]
+    told = [one["sentence"] for one in layer["answers"]]
+    assert page.locator(".mv-answer").all_text_contents() == [sentence.replace("`", "") for sentence in told]
+    assert page.locator(".mv-answer code").count() == "".join(told).count("`") / 2
     assert page.locator(".mv-panel").text_content().count("bits") == sum(
         one["sentence"].count("bits") for one in layer["answers"]
     )  # one kind of them

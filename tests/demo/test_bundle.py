@@ -117,6 +117,9 @@ def test_accuracy_in_words():
     assert card.accuracy_text("trained") == "98.8 % of test images right (dense twin: 50.0 %)"
     assert card.accuracy_text("unbalanced") == "100.0 % of test images right, trained without the balance loss"
     assert "random" in card.accuracy_text("untrained")
+    assert Card("x", "X", accuracy={"moe": 0.6}, test_images=1020).accuracy_text("trained") == (
+        "60.0 % of 1,020 test images right"
+    )
     assert Card("x", "X").accuracy_text("trained") == "accuracy not known"
 
 

@@ -201,6 +201,7 @@ export class App {
   /** First the image as it is, then without the network, so that its patches are seen to move. */
   async showStrongest() {
     const model = present(tellingCase(this));
+    const { model: before } = this;
     const { picture, away } = model.card.matters;
     this.away = [];
     if (model.id !== this.model.id) await this.chooseModel(model.id);
@@ -208,6 +209,7 @@ export class App {
     if (this.state?.view.picture.id !== picture) return; // another choice came between
     this.state?.set({ layer: model.layers.indexOf(away[0][0]) });
     await this.chooseSettings({ away });
+    if (model !== before) this.notify(`Another model: ${model.title}.`);
   }
 
   /** @param {string} id */

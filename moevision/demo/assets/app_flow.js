@@ -177,8 +177,9 @@ export class Flow {
       Object.assign(mosaic, { width: side, height: mosaic.clientHeight * scale });
       const tile = brush(mosaic);
       mosaicPlaces(patches.length, mosaic.clientHeight / mosaic.clientWidth).forEach(([x, y, part], place) => {
-        const gap = Math.min(scale, part * side * 0.06);
-        if (!this.away.has(patches[place])) tile.drawImage(image, ...patchOf(image, patches[place], grid), x * side, y * side, part * side - gap, part * side - gap);
+        const gap = Math.round(Math.min(scale, part * side * 0.06 + 0.4)); // whole pixels: else some lines vanish
+        const [left, top, right, bottom] = [x, y, x + part, y + part].map((edge) => Math.round(edge * side));
+        if (!this.away.has(patches[place])) tile.drawImage(image, ...patchOf(image, patches[place], grid), left, top, right - left - gap, bottom - top - gap);
       });
     });
   }

@@ -59,7 +59,7 @@ export function drawRail(box, app) {
     <button type="button" class="mv-button mv-camera" data-action="camera" data-key="camera">Take a photo</button>
     <input type="file" accept="image/*" multiple hidden data-change="file" data-box="file">
     <input type="file" accept="image/*" capture="environment" hidden data-change="file" data-box="camera">
-    <p class="mv-note">They ${app.boot.device ? "stay on this device" : "are made small in your browser and stay between this page and the server"}; the browser forgets them with the tab.</p>`);
+    <p class="mv-note">They ${app.boot.device ? "stay on this device" : app.boot.local ? "stay on this computer" : "are made small in your browser and stay between this page and the server"}; the browser forgets them with the tab.</p>`);
   const now = lists();
   if (now.length === places.length) now.forEach((list, place) => Object.assign(list, places[place]));
 }
