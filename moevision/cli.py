@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moevision.errors import USER_ERROR, DataWarning, UserError
-from moevision.words import loading
+from moevision.words import fitted, loading
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -31,19 +31,13 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "fit": Verb(
-        "train a model on a folder of images, a dataset or a config; writes runs/NAME/", "moevision.train.fit:fit"
-    ),
+    "fit": Verb("train a model on a folder of images; writes runs/NAME/", "moevision.train.fit:fit"),
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
     "info": Verb("parameters and FLOPs of a model", "moevision.commands.info:run"),
-    "compare": Verb(
-        "compare two runs, or several seeds of two recipes, on the same test images", "moevision.commands.compare:run"
-    ),
-    "upcycle": Verb(
-        "turn a pretrained dense ViT into a Mixture of Experts that computes the same", "moevision.commands.upcycle:run"
-    ),
+    "compare": Verb("compare two runs, or several seeds of two recipes", "moevision.commands.compare:run"),
+    "upcycle": Verb("turn a pretrained dense ViT into a Mixture of Experts", "moevision.commands.upcycle:run"),
     "export": Verb("write a model as ONNX, checked against it", "moevision.commands.export:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
     "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
@@ -54,19 +48,19 @@ _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on 
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 USAGE = """\
-moevision: train sparse vision transformers and see which experts every patch goes to
+moevision: train sparse vision transformers, see where every patch goes
 
 usage: moevision VERB [arguments]      (moevision VERB --help tells more)
 
 {verbs}
 
 begin with
-  moevision fit --config quickstart      drawn pets, a minute and a half on a CPU, no download
-  moevision fit path/to/images           your own images, one folder per class
+  moevision fit --config quickstart    drawn pets, 1.5 min on a CPU, no download
+  moevision fit path/to/images         your own images, one folder per class
   moevision predict runs/NAME/model image.jpg
-  moevision demo                         the explorer, with models that come along
+  moevision demo                       the explorer, with bundled models
 
---version prints the version; with --verbose also those of torch, timm and Lightning.
+--version prints the version; --verbose adds those of torch, timm and Lightning.
 --traceback after the verb's arguments shows where an error came from.
 
 exit codes
@@ -74,8 +68,8 @@ exit codes
   2    user error; the last line explains the fix
   3    fit: the training diverged, see divergence.md in its folder
   130  stopped by Ctrl-C
-       fit: also 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1; saved, unless nothing was trained yet; the
-       last line is the command that resumes
+       fit: also 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1;
+       saved, unless nothing was trained; the last line resumes the run
 """
 
 
@@ -372,9 +366,9 @@ seed by seed (paired t). The first run's recipe is A. "No difference found" does
     "upcycle": (_upcycle, """\
 Turn a trained dense ViT into a Mixture of Experts that computes the same: every expert starts as a copy of the MLP
 that it replaces, and learns from there (arXiv:2212.05055). Writes OUT/ with the new model, which every verb takes,
-and upcycle.json: parameters and FLOPs before and after, and how far the outputs are from the dense model's. --num-
-experts E stores E MLPs in each converted block, --top-k K computes K of them per token: K = 1 costs what the dense
-model costs.""",
+and upcycle.json: parameters and FLOPs before and after, and how far the outputs are from the dense model's.
+--num-experts E stores E MLPs in each converted block, --top-k K computes K of them per token: K = 1 costs what the
+dense model costs.""",
     """\
   moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
@@ -435,7 +429,7 @@ def parser_of(name: str) -> ArgumentParser:
     takes, about, examples = _TAKES.get(name) or (None, *_DATA_HELP)
     parser = ArgumentParser(
         prog=f"moevision {name}",
-        description=about,
+        description=fitted(" ".join(about.split("\n"))),
         epilog=f"examples\n{examples}",
         formatter_class=RawDescriptionHelpFormatter,
     )

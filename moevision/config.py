@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, cast, get_arg
 import yaml  # type: ignore[import-untyped]
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
+from moevision.words import columns, fitted
 
 if TYPE_CHECKING:
     import argparse
@@ -836,7 +837,7 @@ options
 {below}
 """
 _ABOUT = {
-    "fit": "Train a model on a folder of images (one subfolder per class), a dataset or a recipe. Everything that it\n"
+    "fit": "Train a model on a folder of images (one subfolder per class), a dataset or a recipe. Everything that it "
     "leaves is in runs/NAME/; start with its summary.md.",
     "validate": "Evaluate a run, or a checkpoint, on its validation images, or on others (--data.path, --config).",
     "test": "Evaluate a run, or a checkpoint, on its test images, or on others (--data.path, --config).",
@@ -845,12 +846,12 @@ _EXAMPLES = """\
   moevision fit --config quickstart
   moevision fit path/to/images --pretrained auto --with-twin
   moevision fit path/to/images --model.arch.num_experts 16 --model.arch.router expert_choice"""
-_BELOW = """\
---help-all shows the other options; all keys of a configuration, also those of Lightning's Trainer, may be given so.
-Short for keys such as --model.optim.lr: --lr, --epochs, --image-size, --batch-size, --gpus, --device.
-
-exit codes: 0 done; 2 user error, the last line explains the fix; 3 diverged, see divergence.md; 130 Ctrl-C,
-129 terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line is the command that resumes."""
+_BELOW = (
+    "--help-all shows the other options; all keys of a configuration, also those of Lightning's Trainer, may be given "
+    "so.\nShort for keys such as --model.optim.lr: --lr, --epochs, --image-size, --batch-size, --gpus, --device.\n\n"
+    "exit codes: 0 done; 2 user error, the last line explains the fix; 3 diverged, see divergence.md; 130 Ctrl-C, 129 "
+    "terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line is the command that resumes."
+)
 _BELOW_EVALUATION = "exit codes: 0 done; 2 user error, the last line explains the fix; 130 stopped by Ctrl-C."
 
 
@@ -883,7 +884,7 @@ def help_of(verb: str, *, everything: bool = False) -> str:
             if default not in (None, False):
                 words += f" ({'yes' if default is True else default})"
         head = f"  --{name} {value}".rstrip()
-        text = textwrap.wrap(words, 78)
+        text = textwrap.wrap(words, columns() - 38)
         if len(head) > 36:
             lines.append(head)
             head = ""
@@ -891,10 +892,10 @@ def help_of(verb: str, *, everything: bool = False) -> str:
     return _HELP.format(
         verb=verb,
         place="[FOLDER]" if verb == "fit" else "[RUN]",
-        about=_ABOUT[verb],
+        about=fitted(_ABOUT[verb]),
         examples=_EXAMPLES if verb == "fit" else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
-        below=_BELOW if verb == "fit" else _BELOW_EVALUATION,
+        below=fitted(_BELOW if verb == "fit" else _BELOW_EVALUATION),
     )
 
 

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +36,16 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def columns() -> int:
+    """How wide help may be: the terminal, at most 116."""
+    return min(116, shutil.get_terminal_size((116, 24)).columns)
+
+
+def fitted(text: str) -> str:
+    """Each line wrapped to these."""
+    return "\n".join(textwrap.fill(line, columns(), break_on_hyphens=False) for line in text.splitlines())
 
 
 def shell_word(text: str) -> str:

@@ -46,6 +46,16 @@ def test_help_lists_every_verb(cli):
     for name, verb in VERBS.items():
         assert f"{name:10} {verb.summary}" in outcome.out
     assert "moevision fit --config quickstart" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_is_as_wide_as_the_terminal(cli, verb, monkeypatch):
+    """But for examples, which are to be copied; words of one line more were broken in their middle."""
+    monkeypatch.setenv("COLUMNS", "80")
+    told = cli(verb, "--help").out
+    examples = told.partition("\nexamples\n")[2].partition("\n\n")[0]
+    assert [line for line in told.splitlines() if len(line) > 80 and line not in examples] == []
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
