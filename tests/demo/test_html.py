@@ -57,6 +57,12 @@ def test_every_asset_is_used():
     assert set(modules("core.js")) < used
 
 
+def test_a_page_of_its_own_has_the_rules_of_the_stage(view):
+    """Its checkbox stood against its words: the rule was among those of the server's page."""
+    assert 'class="mv-check"' in (ASSETS / "core.js").read_text(encoding="utf-8")
+    assert ".mv-check {" in view_html(view, full_page=True)
+
+
 def constant(script, name):
     """A constant of the page's script that is written as JSON."""
     line = next(line for line in script.splitlines() if line.startswith(f"const {name} = "))
