@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "limits": set(),
     "stats": set(),
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "words"},
     "files": {"errors"},
     "layers": _FLOOR,
     "models": _MODELS,
