@@ -73,7 +73,8 @@ def test_every_help_ends_with_examples(cli, verb):
     assert all(f"moevision {verb}" in example for example in examples)
 
 
-def test_fit_help_is_one_screen_with_examples_first(cli):
+def test_fit_help_is_one_screen_with_examples_first(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "116")
     out = cli("fit", "--help").out
     assert len(out.splitlines()) <= 52
     assert max(map(len, out.splitlines())) <= 120
