@@ -263,7 +263,7 @@ def plot_load(
     highest = max(float((each / each.sum()).max()) for each in wanted)
     for place, (axes, name, load, kind) in enumerate(zip(axes_of, layer_names, loads, kinds, strict=True)):
         _draw_load(axes, load, wanted[place], highest)
-        ratio = "largest ÷ mean" if kind == "soft" else "slowest ÷ mean"
+        ratio = "max/mean weight" if kind == "soft" else "max/mean load"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
             name_axis(axes, "share of weight" if kind == "soft" else "share of choices", "y")

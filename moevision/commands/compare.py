@@ -299,11 +299,7 @@ def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
         ("training, CPU time", lambda run: run.cpu_s, duration),
         ("training, images/s", lambda run: run.images_per_s, "{:,.0f}".format),
         ("one image, ms", lambda run: run.ms_per_image, "{:.1f}".format),
-        (
-            "busiest expert / mean",
-            lambda run: max((x.max_over_mean for x in run.layers), default=None),
-            "{:.2f}".format,
-        ),
+        ("max/mean load", lambda run: max((x.max_over_mean for x in run.layers), default=None), "{:.2f}".format),
     ]
     yield "test accuracy", _accuracy(found.a), _accuracy(found.b)
     if found.unbalanced:

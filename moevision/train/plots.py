@@ -170,7 +170,7 @@ def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
-    title(axes, "busiest expert's load ÷ mean load", "per MoE layer; dashed: 1 = every expert equally busy")
+    title(axes, "max/mean load", "busiest expert, per MoE layer; dashed: 1 = every expert equally busy")
 
 
 def _draw_rate(axes: Axes, rate: Curve) -> None:

@@ -165,8 +165,8 @@ def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
     bars = [patch.get_height() for patch in figure.axes[0].patches[4:]]  # behind them the four requested loads
     np.testing.assert_allclose(bars, [0.1, 0.2, 0.3, 0.4])
     assert figure.axes[0].lines[0].get_ydata()[0] == 0.25  # type: ignore[index]
-    assert "slowest ÷ mean 1.60" in words(figure.axes[0])  # 40 / 25
-    assert "slowest ÷ mean 1.00" in words(figure.axes[1])
+    assert "max/mean load 1.60" in words(figure.axes[0])  # 40 / 25
+    assert "max/mean load 1.00" in words(figure.axes[1])
 
 
 def test_load_bars_show_what_was_dropped() -> None:

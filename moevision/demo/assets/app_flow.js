@@ -358,7 +358,7 @@ function say(app, view) {
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
-  return html`<p><b>${gone} ${gone === 1 ? "network" : "networks"} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control)}.</span>`}</p>
+  return html`<p><b>${gone} ${gone === 1 ? "network" : "networks"} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control).replaceAll(" %", "\u00a0%")}.</span>`}</p>
     <button type="button" class="mv-button" data-action="put-back" data-key="put-back">Put all back</button>`;
 }
 

@@ -99,7 +99,7 @@ export function drawLoads(box, state) {
       <i style="height:${(count / top) * 100}%;background:${expertColour(expert, experts)}"></i></span>
     <span class="mv-loadcount">${number(count)}</span>${chip(expert, experts)}</button>`;
   fillBox(box, html`<div class="mv-strip-head"><h2>${soft ? term("part", "Parts of the output") : term("load", "Load")} in ${layer.name}${soft && ", %"}</h2>
-      ${!soft && html`<span class="mv-soft">${term("slowest", "slowest ÷ mean")} <b class="mv-num">${fixed(layer.slowest)}</b></span>`}</div>
+      ${!soft && html`<span class="mv-soft">${term("slowest", "max/mean load")} <b class="mv-num">${fixed(layer.slowest)}</b></span>`}</div>
     <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${done.map(bar)}
       <div class="mv-ideal" aria-hidden="true"></div></div>
     <p class="mv-note">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
