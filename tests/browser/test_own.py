@@ -49,7 +49,8 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit,
         page.wait_for_selector(".mv-route")
         label, most = Counter(patch["label"] for patch in patches).most_common(1)[0]
         text = " ".join(page.text_content("[data-part=route] p").split())
-        expected = f"Its middle ({count} squares) takes the route {route[0]} → {route[1]} of these patches"
+        way = " and ".join(f"{expert} in {layer['name']}" for expert, layer in zip(route, view["layers"], strict=True))
+        expected = f"{count} squares in its middle go to {way}, as do these of other images"
         assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(set(routes.values())) < len(routes)
         assert page.locator(".mv-route img").count() == min(8, len(patches))
     names = view["model"]["class_names"]
