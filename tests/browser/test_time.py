@@ -13,7 +13,7 @@ from tests.browser.conftest import axe
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 SLIDER = "[data-change=moment]"
-WHEN = ["before training", "after 10 of 100 steps", "trained"]
+WHEN = ["before training", "after 10 of 100 steps", "after training"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
     page = one.page
     page.wait_for_function("location.search.includes('picture=')")
     image = image_of(page, recorded)
-    assert page.get_attribute(SLIDER, "aria-valuetext") == "trained"
+    assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     trained = page.text_content(".mv-box-card")
     one.requests.clear()
     scrub(page, "Home", "before training")
@@ -73,7 +73,7 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
         page.keyboard.press("ArrowRight")
         page.wait_for_timeout(200)
     # The last moment is the model itself, with all that is known of it.
-    assert page.get_attribute(SLIDER, "aria-valuetext") == "trained"
+    assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     assert page.text_content(".mv-box-card") == trained
     assert one.asked == ["history"]
     assert page.evaluate("document.activeElement.dataset.change") == "moment"
@@ -199,10 +199,10 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
     assert page.evaluate("history.length") == start + 1
     page.go_back()
     page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
-    scrub(page, "End", "trained")
+    scrub(page, "End", "after training")
     page.wait_for_function("!location.search.includes('step=')")
     strange = photos("?step=11").page
-    assert strange.get_attribute(SLIDER, "aria-valuetext") == "trained"
+    assert strange.get_attribute(SLIDER, "aria-valuetext") == "after training"
 
 
 def test_play_runs_through_the_moments(photos):
@@ -217,9 +217,9 @@ def test_play_runs_through_the_moments(photos):
         words,
     )
     page.click("[data-action=run]")
-    page.wait_for_function("window.seen.at(-1) === 'trained'")
+    page.wait_for_function("window.seen.at(-1) === 'after training'")
     seen = page.evaluate("window.seen.filter((word, at) => word !== window.seen[at - 1])")
-    assert [word for word in seen if word != "loading…"] == ["before training", "after 10 of 100 steps", "trained"]
+    assert [word for word in seen if word != "loading…"] == ["before training", "after 10 of 100 steps", "after training"]
     page.wait_for_selector("[data-action=run]:text-is('Play')")
 
 
