@@ -120,7 +120,7 @@ def experts_sentence(net: nn.Module) -> str:
         return f"{soft}: the file does the same work as the model."
 
     def span(numbers: set[int]) -> str:
-        return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else f"{min(numbers)}"
+        return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(min(numbers))
 
     average = " on average" if any(router.kind == "expert_choice" for router in routers) else ""
     return (

@@ -360,13 +360,14 @@ def fit_probe(
     found = features_of(net, data, _MOST_IMAGES, device, context)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
-    own: list[Any] = [0 if x is None else x.detach().double().cpu().numpy() for x in (head.weight, head.bias)]
+    own_weight = head.weight.detach().double().cpu().numpy()
+    own_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
     correct = _classify(test_x, weight, bias) == test_y
     return Probe(
         train_images=len(y),
         val_correct=int((_classify(val_x, weight, bias) == val_y).sum()),
         val_images=len(val_y),
-        head_val_correct=int((_classify(val_x, *own) == val_y).sum()),
+        head_val_correct=int((_classify(val_x, own_weight, own_bias) == val_y).sum()),
         test_correct={
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },

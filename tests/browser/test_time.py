@@ -219,7 +219,7 @@ def test_play_runs_through_the_moments(photos):
     page.click("[data-action=run]")
     page.wait_for_function("window.seen.at(-1) === 'after training'")
     seen = page.evaluate("window.seen.filter((word, at) => word !== window.seen[at - 1])")
-    assert [word for word in seen if word != "loading…"] == ["before training", "after 10 of 100 steps", "after training"]
+    assert [word for word in seen if word != "loading…"] == WHEN
     page.wait_for_selector("[data-action=run]:text-is('Play')")
 
 

@@ -175,7 +175,8 @@ export class Time {
     if (!slider) return;
     const step = this.steps[this.at];
     const begins = step === 0 && this.pretrained ? ", from pretrained layers" : "";
-    const when = words ?? (this.at === this.last ? "after training" : momentWords({ step, total_steps: this.total }) + begins);
+    const earlier = momentWords({ step, total_steps: this.total }) + begins;
+    const when = words ?? (this.at === this.last ? "after training" : earlier);
     slider.value = String(step);
     slider.setAttribute("aria-valuetext", when);
     const said = present(this.box.querySelector("[data-part=when]"));
