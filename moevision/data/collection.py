@@ -251,6 +251,15 @@ def check_distinct(names: Iterable[str]) -> None:
         known[written] = name
 
 
+def differ_in_case(names: Iterable[str]) -> list[str]:
+    """A sentence on the class names that only upper and lower case tells apart, if there are any."""
+    listed = sorted(names)
+    folded = Counter(map(str.casefold, listed))
+    alike = [name for name in listed if folded[name.casefold()] > 1]
+    what = f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class"
+    return [what] if alike else []
+
+
 def check_same_classes(train: Path | str, classes: Iterable[str], other: Path | str, found: Iterable[str]) -> None:
     """Each split must hold every class, else its score would mean something else than the training's."""
     known, here = set(classes), set(found)

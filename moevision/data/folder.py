@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from moevision.data.collection import (
     Sample,
     check_distinct,
     check_same_classes,
+    differ_in_case,
     file_identity,
     some_of,
     words_of,
@@ -54,9 +56,15 @@ def read_folder(root: Path) -> FileCollection:
     for split in given if splits else ():
         check_same_classes(train, classes, splits[split], (name for name, files in given[split].items() if files))
     folders = sorted(classes)
-    folded = Counter(map(str.casefold, folders))
-    if alike := [name for name in folders if folded[name.casefold()] > 1]:
-        notes.append(f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class")
+    notes += differ_in_case(folders)
+    # training_set and test_set, seg_train and seg_test: alike without the split's name
+    rest = {name: re.sub("|".join(sorted(SPLIT_NAMES, reverse=True)), "*", name.lower(), count=1) for name in folders}
+    often = Counter(each for each in rest.values() if "*" in each)
+    if not splits and (like := [name for name in folders if often[rest[name]] > 1]):
+        notes.append(
+            f"{root} has the folders {some_of(like)}, which were taken for classes: if they are splits, call them "
+            "train, val or test"
+        )
     samples = {
         split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
         for split, found in given.items()

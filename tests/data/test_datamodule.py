@@ -602,6 +602,17 @@ def test_classes_that_differ_in_case_alone_are_named(image_folder):
     assert note.startswith("'Parus', 'parus' differ only in upper and lower case")
 
 
+def test_split_folders_under_other_names_are_named(image_folder):
+    """As in the cats and dogs and the scenes of Kaggle: nothing there is a class."""
+    root = image_folder({f"{split}/{name}": 2 for split in ("training_set", "test_set") for name in ("cat", "dog")})
+    (note,) = read_folder(root).notes
+    assert note == (
+        f"{root} has the folders 'test_set', 'training_set', which were taken for classes: if they are splits, call "
+        "them train, val or test"
+    )
+    assert read_folder(image_folder({"train_station": 2, "val_gardena": 2, "contest": 2}, name="places")).notes == []
+
+
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
     """The system's refusals are made up: root, who runs tests in containers, may read anything."""
     root = image_folder({"cat/more": 4, "cat": 4, "dog": 8}, size=(160, 160))  # 75 KiB each
