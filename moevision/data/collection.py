@@ -62,12 +62,12 @@ class Collection(ABC):
         """
 
     @abstractmethod
-    def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes, 0 if there are none; samples of different size differ."""
-
-    @abstractmethod
     def stored(self, sample: Sample) -> bytes:
         """The stored bytes, of pixels theirs; raises OSError or BadImageError if they can't be read."""
+
+    def size_bytes(self, sample: Sample) -> int:
+        """Number of stored bytes, 0 if there are none; samples of different size differ."""
+        return len(self.stored(sample))
 
     def read_part(self, sample: Sample, start: int, size: int) -> bytes:
         """So many of the stored bytes; raises OSError if they can't be read."""
@@ -99,10 +99,9 @@ class Collection(ABC):
 
 @dataclass
 class FileCollection(Collection):
-    """Image files below ``root``; ``has_links`` says whether a symbolic link leads to any of them."""
+    """Image files below ``root``."""
 
     root: Path = Path()
-    has_links: bool = False
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the file through `safe_open`."""
@@ -126,8 +125,8 @@ class FileCollection(Collection):
             return handle.read(size)
 
     def identity(self, sample: Sample) -> Hashable:
-        """Device and number of the file; nothing is read where there are no links."""
-        return file_identity(self.root / sample.sample_id) if self.has_links else sample.sample_id
+        """Device and number of the file."""
+        return file_identity(self.root / sample.sample_id)
 
 
 @dataclass
@@ -138,16 +137,11 @@ class ArrayCollection(Collection):
 
     def _pixels(self, sample: Sample) -> npt.NDArray[np.uint8]:
         split, number = sample.sample_id.rsplit("/", 1)
-        pixels: npt.NDArray[np.uint8] = self.arrays[split][int(number)]
-        return pixels
+        return np.asarray(self.arrays[split][int(number)])
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Wrap the pixels."""
         return Image.fromarray(self._pixels(sample))
-
-    def size_bytes(self, sample: Sample) -> int:
-        """Number of bytes of the pixels."""
-        return self._pixels(sample).nbytes
 
     def stored(self, sample: Sample) -> bytes:
         """The bytes of the pixels."""
@@ -182,12 +176,8 @@ class DrawnCollection(Collection):
             pets = SyntheticPets(pets.size, side, pets.seed, split)
         return Image.fromarray(pets.image(int(number)))
 
-    def size_bytes(self, sample: Sample) -> int:
-        """0: nothing is stored, and every image is drawn from a random seed of its own."""
-        return 0
-
     def stored(self, sample: Sample) -> bytes:
-        """None."""
+        """Nothing: every image is drawn from a random seed of its own."""
         return b""
 
 

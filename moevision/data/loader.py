@@ -199,7 +199,6 @@ class ImageDataset(Dataset[RawBatch]):
     cache: PixelCache | None = field(default=None, init=False)
 
     def __len__(self) -> int:
-        """Number of images, bad ones included."""
         return len(self.samples)
 
     def decode(self, index: int) -> Pixels:

@@ -61,7 +61,6 @@ class Cut:
     check_duplicates: bool = True  # whether to look for byte-identical images
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing to train on or to select by."""
         val, test = self.val_fraction, self.test_fraction
         if not (val > 0 and test >= 0 and val + test < 1):
             raise UserError(

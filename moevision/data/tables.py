@@ -112,7 +112,6 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
         next((name for name in others if name.lower() == "group" and any(values[name].values())), None),
         values,
         root=file.parent,
-        has_links=True,
     )
 
 

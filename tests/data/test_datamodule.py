@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -360,6 +361,8 @@ def test_class_weights_by_hand(image_folder):
     torch.testing.assert_close(data.class_weight_tensor(), torch.tensor([1.5, 0.75]))
     named = ready(root, class_weights={"dog": 2.5})
     torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([1.0, 2.5]))
+    digits = ready(image_folder({"1": 10, "7": 10}, name="digits"), class_weights=yaml.safe_load("{7: 2.5}"))
+    torch.testing.assert_close(digits.class_weight_tensor(), torch.tensor([1.0, 2.5]))
     with pytest.raises(UserError, match="names 'elk': the classes are cat, dog"):
         ready(root, class_weights={"elk": 1.0})
 
