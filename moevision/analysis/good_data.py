@@ -296,9 +296,7 @@ def _cells(white: Floats) -> list[Ints]:
 
 def projection(width: int) -> Floats:
     """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
-    if width <= WIDTH:
-        return np.eye(width, dtype=np.float32)
-    square, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, WIDTH)))
+    square, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, min(width, WIDTH))))
     return square.astype(np.float32)
 
 

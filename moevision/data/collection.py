@@ -14,11 +14,11 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,17 +69,9 @@ class Collection(ABC):
         """Number of stored bytes, 0 if there are none; samples of different size differ."""
         return len(self.stored(sample))
 
-    def read_part(self, sample: Sample, start: int, size: int) -> bytes:
-        """So many of the stored bytes; raises OSError if they can't be read."""
-        return self.stored(sample)[start : start + size]
-
     def probe(self, sample: Sample) -> bytes:
-        """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
-        size = self.size_bytes(sample)
-        try:
-            return b"" if size < _PROBED_BYTES else self.read_part(sample, size // 2, 1024)
-        except OSError:  # as in digest
-            return b""
+        """What is equal for equal images, and cheaper than the digest."""
+        return b""
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the stored bytes; an unreadable image is unlike any other (opening it will say why)."""
@@ -118,11 +110,15 @@ class FileCollection(Collection):
         """The file."""
         return read_image(self.root / sample.sample_id)
 
-    def read_part(self, sample: Sample, start: int, size: int) -> bytes:
-        """Without reading the rest of the file."""
-        with (self.root / sample.sample_id).open("rb") as handle:
-            handle.seek(start)
-            return handle.read(size)
+    def probe(self, sample: Sample) -> bytes:
+        """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
+        size = self.size_bytes(sample)
+        if size < _PROBED_BYTES:
+            return b""
+        with suppress(OSError), (self.root / sample.sample_id).open("rb") as handle:  # the digest knows what to do
+            handle.seek(size // 2)
+            return handle.read(1024)
+        return b""
 
     def identity(self, sample: Sample) -> Hashable:
         """Device and number of the file."""
@@ -222,13 +218,9 @@ def words_of(class_folders: list[str]) -> list[str]:
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
     lemmas = [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_folders]
-    return told_apart(lemmas, class_folders)
-
-
-def told_apart(names: Sequence[str], ids: Sequence[Any]) -> list[str]:
-    """Names of which those that stand several times carry their id in brackets: labels are found by their names."""
-    count = Counter(names)
-    return [name if count[name] == 1 else f"{name} ({known})" for name, known in zip(names, ids, strict=True)]
+    often = Counter(lemmas)
+    both = zip(lemmas, class_folders, strict=True)
+    return [lemma if often[lemma] == 1 else f"{lemma} ({name})" for lemma, name in both]
 
 
 def check_distinct(names: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -156,7 +156,7 @@ def safe_open(
         raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
     rgb.info.clear()
     if reduction > 1:
-        rgb.info[_FULL_SIZE] = _FullSize(full, reduction)
+        rgb.info[_FULL_SIZE] = full, reduction
     return rgb
 
 
@@ -271,13 +271,6 @@ def _reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
     return 1
 
 
-class _FullSize(NamedTuple):
-    """What `safe_open` notes in a reduced image: width and height of the full one, upright, and the divisor."""
-
-    size: tuple[int, int]
-    reduction: int
-
-
 def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """((width, height) of the full image, upright, reduction): what `safe_open` has divided its size by: 1, 2, 4 or 8.
 
@@ -286,4 +279,4 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """
     found = image.info.get(_FULL_SIZE)
     # an image that was opened elsewhere may have a text of that name in it
-    return (found.size, found.reduction) if isinstance(found, _FullSize) else (image.size, 1)
+    return found if isinstance(found, tuple) else (image.size, 1)

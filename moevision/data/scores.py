@@ -208,8 +208,8 @@ class Scores:
                     numbers.extend(float(cell or "nan") for cell in cells)
         except OSError as error:
             raise UserError(
-                f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, unless "
-                "--data.scores was false."
+                f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, without "
+                "--data.scores false, Mixup, CutMix, or 200,000 images and more."
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error

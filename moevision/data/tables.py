@@ -38,9 +38,8 @@ from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
 from moevision.errors import UserError, shown
 
+# Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
 Columns = tuple[str | None, str | None]
-"""Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""
-
 _LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
 _SEVERAL: Final = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
