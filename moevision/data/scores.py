@@ -163,9 +163,7 @@ class ScoreSums:
             list(labels),
             visits.astype(np.int64),
             {name: values.astype(np.float32) for name, values in found.items()},
-            dict(
-                zip(self.experts, np.split(shares, ends, axis=1), strict=False)
-            ),  # what is behind the last end is empty
+            dict(zip(self.experts, np.split(shares, ends, axis=1), strict=False)),  # nothing is behind the last end
         )
 
 

@@ -124,12 +124,8 @@ class TrainTransform:
         self.hflip = data.hflip and data.augment != "none"
         fill = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(fill, np.uint8)[:, None, None]
-        bilinear = v2.InterpolationMode.BILINEAR
-        self.policy: v2.Transform | None = None
-        if data.augment == "randaugment":
-            self.policy = v2.RandAugment(interpolation=bilinear, fill=fill)
-        if data.augment == "trivialaugment":
-            self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
+        policy = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}.get(data.augment)
+        self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
 
     def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each.
@@ -192,11 +188,8 @@ class BatchMixer:
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
-        self.mixers: list[v2.Transform] = []
-        if mixup > 0:
-            self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-        if cutmix > 0:
-            self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
+        self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Every image float32 [B, 3, H, W] mixed with its neighbour, and soft targets [B, C], whose rows sum to 1."""
