@@ -17,9 +17,7 @@ Axes: n images of all splits, m of the training set (the first m of n), D featur
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +38,8 @@ from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from scipy.fft import dctn
+from scipy.ndimage import laplace
 from scipy.special import log_softmax
 
 from moevision import __version__
@@ -48,10 +48,10 @@ from moevision.analysis.images import EXPLORER, data_settings
 from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
-from moevision.data.scores import FILE, SCORES, Scores, keys_of, rows_of
+from moevision.data.scores import FILE, SCORES, Scores
 from moevision.data.transforms import square_pixels
 from moevision.errors import UserError, csv_name, json_text, shown
-from moevision.files import refuse_foreign, write_text_atomic
+from moevision.files import csv_text, refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
@@ -85,13 +85,12 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     with Progress(console=Console(stderr=True), transient=True, disable=quick or len(images) < 1000) as bar:
         task = bar.add_task("looking at images", total=len(images))
         known = examine(images, scores, model, lambda done: bar.update(task, advance=done))
-    names = images.class_names if model is None else model.class_names
-    facts = page_facts(images, known, names, show)
+    facts = page_facts(images, known, show)
     facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
     facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shell_word(shown(str(run_dir)))}"}
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
-        write_text_atomic(out / TABLE, _table(images, known, names))
+        write_text_atomic(out / TABLE, _table(images, known))
         write_text_atomic(out / PAGE, render(facts, Thumbnails(images, out / THUMBS)))
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): give --out another folder.") from error
@@ -106,10 +105,8 @@ LOOK: Final = np.dtype([
     ("colour", np.float32), ("hash", np.uint64), ("has_hash", np.bool_), ("read", np.bool_),
 ])  # fmt: skip
 """What is kept of one image, 33 bytes; `read` is false where it can't be decoded."""
-_GRID, _KEPT = 32, 8
+_GRID: Final = 32
 _FLAT: Final = 2.0  # grey levels: standard deviation of the 32 x 32 luma below which signs are noise
-# DCT-II, rows k = 0 ... 7: cos(pi k (2 x + 1) / 64).
-_COSINES: Final = np.cos(np.pi * np.outer(np.arange(_KEPT), 2 * np.arange(_GRID) + 1) / (2 * _GRID))
 
 
 def look_at(image: Image.Image) -> Array:
@@ -138,10 +135,7 @@ def look_at(image: Image.Image) -> Array:
 
 def laplacian_variance(luma: Floats) -> float:
     """Variance of the four-neighbour Laplacian of [H, W] inside the edge; 0 of less than 3 x 3 pixels."""
-    if min(luma.shape) < 3:
-        return 0.0
-    inner = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
-    return float(inner.var())
+    return float(laplace(luma)[1:-1, 1:-1].var()) if min(luma.shape) > 2 else 0.0
 
 
 def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
@@ -152,7 +146,7 @@ def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
     compression, and not for a mirrored or strongly cropped one.
     """
     grid = np.asarray(luma.resize((_GRID, _GRID), Image.Resampling.BILINEAR), np.float64)
-    frequencies = (_COSINES @ grid @ _COSINES.T).ravel()[1:]  # without the mean
+    frequencies = dctn(grid)[:8, :8].ravel()[1:]  # without the mean
     bits = np.packbits(np.append(False, frequencies > np.median(frequencies)))
     return bits.view(">u8")[0].astype(np.uint64), bool(grid.std() >= _FLAT)
 
@@ -302,9 +296,7 @@ def _cells(white: Floats) -> list[Ints]:
 
 def projection(width: int) -> Floats:
     """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
-    if width <= WIDTH:
-        return np.eye(width, dtype=np.float32)
-    square, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, WIDTH)))
+    square, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, min(width, WIDTH))))
     return square.astype(np.float32)
 
 
@@ -326,19 +318,17 @@ def class_doubt(x: Floats, labels: Ints) -> Floats:
     if len(classes) < 2:
         return doubt
     counts, width = np.bincount(number), x.shape[1]
-    means, scatter = np.zeros((len(classes), width)), np.zeros((width, width))
+    means = np.zeros((len(classes), width))
     np.add.at(means, number, x[rows])
     means /= counts[:, None]
-    blocks = [slice(start, start + _SOLVED) for start in range(0, len(rows), _SOLVED)]
-    for part in blocks:
-        within = x[rows[part]] - means[number[part]]
-        scatter += within.T @ within
-    scatter /= len(rows)
+    within = x[rows] - means[number]
+    scatter = within.T @ within / len(rows)
     # Shares of a layer add up to 1: one direction has no spread, and the ridge keeps it out of the answer.
     scatter += np.eye(width) * (1e-3 * np.trace(scatter) / width + 1e-12)
     weight = np.linalg.solve(scatter, means.T)  # [H, C]
     bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)
-    for part in blocks:
+    for start in range(0, len(rows), _SOLVED):
+        part = slice(start, start + _SOLVED)
         log_p = log_softmax(x[rows[part]] @ weight + bias, axis=1)  # [rows, C]
         doubt[rows[part]] = -log_p[np.arange(len(log_p)), number[part]]
     return doubt
@@ -432,8 +422,8 @@ def examine(
     A model of None leaves the pass over the images out. `advance` is told how many images were looked at since the last
     call.
     """
-    n, own = len(images), keys_of(csv_name(sample.sample_id) for sample in images.samples["train"])
-    row = rows_of(keys_of(map(csv_name, scores.images)), own)
+    n, row_of = len(images), {csv_name(name): row for row, name in enumerate(scores.images)}
+    row = np.array([row_of.get(csv_name(sample.sample_id), -1) for sample in images.samples["train"]], np.int64)
     there = row >= 0
     if not there.any():
         raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
@@ -564,10 +554,12 @@ def image_id(split: str, name: str) -> str:
 # ---- the table
 
 
-def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[str]:
+def _table(images: RunImages, known: Known) -> Iterator[str]:
     """images.csv, line by line."""
-    look, read, (hash_twin, hash_leak) = known.look, known.look["read"], known.by_hash
-    feature_twin, feature_leak = known.by_features
+    look, read = known.look, known.look["read"]
+    (hash_twin, hash_leak), (feature_twin, _) = known.by_hash, known.by_features
+    leak, names = known.most_alike(across=True).other, images.class_names
+    cosine = np.full(len(images), np.nan) if known.white is None else np.vecdot(known.white, known.white[leak])
 
     def numbers(values: Array, form: str = ".5g") -> Iterator[str]:
         return (format(value, form) if math.isfinite(value) else "" for value in values)
@@ -581,7 +573,7 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
     columns: dict[str, Iterable[Any]] = {
         "split": (split for split, _ in images.each()),
         "image": (csv_name(sample.sample_id) for sample in images.all),
-        "label": (csv_name(images.class_names[sample.label]) for sample in images.all),
+        "label": (csv_name(names[sample.label]) for sample in images.all),
         "visits": known.visits,
         **{name: numbers(known.scores[name]) for name in SCORES},
         "unlike_class": numbers(known.unlike_class),
@@ -596,17 +588,15 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
         "hash_bits": numbers(hash_twin.distance, ".0f"),
         "feature_twin": twins(feature_twin.other),
         "feature_cosine": numbers(1 - feature_twin.distance),
-        "leak": twins(known.most_alike(across=True).other),
+        "leak": twins(leak),
         "leak_bits": numbers(hash_leak.distance, ".0f"),
-        "leak_cosine": numbers(1 - feature_leak.distance),
+        "leak_cosine": numbers(np.where(leak >= 0, cosine, np.nan)),
         "expert_twin": twins(known.by_experts.other),
         "expert_coefficient": numbers(1 - known.by_experts.distance),
     }
-    yield ",".join(columns) + "\n"
+    yield csv_text([*columns], [])
     for row in zip_longest(*columns.values(), fillvalue=""):  # images outside of the training have no scores
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(row)
-        yield text.getvalue()
+        yield csv_text(row, [])
 
 
 # ---- what the page says
@@ -624,13 +614,14 @@ class Ranked:
     about: str = ""  # what it is ranked by
 
 
-def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int) -> Json:
+def page_facts(images: RunImages, known: Known, show: int) -> Json:
     """Everything on the page but the thumbnails: plain numbers and words."""
+    names = images.class_names
 
     def entry(index: int) -> Json:
         split, sample = images.place(index)
         said = shown(names[known.prediction[index]]) if known.prediction[index] >= 0 else ""
-        label = images.class_names[sample.label]
+        label = names[sample.label]
         return {
             "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
             "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
@@ -660,12 +651,12 @@ def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int)
         "lists": told([each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]),
         "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
         "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
-        "classes": class_rows(images, known, names),
+        "classes": class_rows(images, known),
         "experts": expert_rows(images, known),
         "of_classes": told(of_classes(images, known)),
         "of_experts": told(of_experts(known)),
-        "class_names": list(map(shown, images.class_names)),
-        "class_ids": list(map(csv_name, images.class_names)),
+        "class_names": list(map(shown, names)),
+        "class_ids": list(map(csv_name, names)),
     }
 
 
@@ -747,17 +738,15 @@ def _mean_by(labels: Ints, values: Array, classes: int) -> Floats:
     return means
 
 
-def class_rows(images: RunImages, known: Known, names: Sequence[str]) -> list[Json]:
+def class_rows(images: RunImages, known: Known) -> list[Json]:
     """A row for each class, the least certain first."""
-    m, classes = len(known.visits), len(images.class_names)
+    m, names, classes = len(known.visits), images.class_names, len(images.class_names)
     labels, predicted = images.labels[:m], known.prediction[:m]
     means = {
         name: _mean_by(labels, known.scores[name], classes).tolist()
         for name in ("p_mean", "aum", "correct", "forgetting")
     }
-    number_of = {name: number for number, name in enumerate(images.class_names)}
-    own = np.array([*(number_of.get(name, -1) for name in names), -1], np.int64)  # the last one: not asked
-    wrong = (predicted >= 0) & (own[predicted] != labels)
+    wrong = (predicted >= 0) & (predicted != labels)
     taken: dict[int, tuple[int, int]] = {}
     for (label, guess), times in Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True)).items():
         taken[label] = max(taken.get(label, (0, 0)), (times, guess))
@@ -767,9 +756,7 @@ def class_rows(images: RunImages, known: Known, names: Sequence[str]) -> list[Js
             **{key: None if math.isnan(values[label]) else values[label] for key, values in means.items()},
             "taken_for": shown(names[taken[label][1]]) if label in taken else "", "times": taken.get(label, (0, 0))[0],
         }
-        for label, (name, count) in enumerate(
-            zip(images.class_names, np.bincount(labels, minlength=classes).tolist(), strict=True)
-        )
+        for label, (name, count) in enumerate(zip(names, np.bincount(labels, minlength=classes).tolist(), strict=True))
     ]  # fmt: skip
     return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[:_MOST_ROWS]
 
@@ -846,16 +833,10 @@ class Thumbnails:
             image = self.images.collection.open(self.images.all[index], THUMB)
         except BadImageError as error:
             return {"src": None, "problem": error.reason}
-        file, kind = io.BytesIO(), "png"
-        if max(image.size) <= THUMB:  # a small one as it is
-            image.save(file, "PNG")
-        else:
-            scale, kind = THUMB / max(image.size), "jpeg"
-            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-            image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
-        name = f"{index}.{kind}"
+        name = f"{index}.{'jpeg' if max(image.size) > THUMB else 'png'}"  # a small one as it is
+        image.thumbnail((THUMB, THUMB))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_bytes(file.getvalue())
+        image.save(self.folder / name, quality=82)
         return {"src": f"{self.folder.name}/{name}"}
 
 

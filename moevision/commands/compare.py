@@ -113,13 +113,11 @@ def read_run(address: str) -> FinishedRun:
         raise UserError(f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare.")
     summary, file = read_summary(folder / "summary.json"), folder / PREDICTIONS
     try:
-        answers = {row["image"]: (row["label"], row["correct"] == "1") for row in read_csv(file)}
+        rows = sorted((row["image"], row["label"], row["correct"] == "1") for row in read_csv(file))
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UserError(f"{file} can't be read ({error}): restore it, or train the run again.") from error
-    images = tuple(sorted(answers))
-    correct = np.array([answers[image][1] for image in images], dtype=bool)
-    options = flat(read_yaml(folder / "config.yaml"))
-    return FinishedRun(folder, summary, options, images, tuple(answers[image][0] for image in images), correct)
+    images, labels, correct = zip(*rows, strict=True)
+    return FinishedRun(folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct))
 
 
 def differing(first: FinishedRun, second: FinishedRun) -> dict[str, tuple[str, str]]:

@@ -172,12 +172,10 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
 
 def to_npy(predictions: Sequence[Prediction]) -> bytes:
     """Records `path` (text) and `feature` (float32 [D]) of the images that could be read, as an .npy file."""
-    read = [(row.path, row.feature) for row in predictions if row.feature is not None]
-    paths, width = [shown(path) for path, _ in read], len(read[0][1]) if read else 0
-    table = np.zeros(len(read), [("path", f"U{max(map(len, paths), default=1)}"), ("feature", np.float32, (width,))])
-    table["path"], table["feature"] = paths, np.array([each for _, each in read]).reshape(len(read), width)
-    file = io.BytesIO()
-    np.save(file, table, allow_pickle=False)
+    read = [(shown(row.path), row.feature) for row in predictions if row.feature is not None]
+    longest, width = max((len(path) for path, _ in read), default=1), len(read[0][1]) if read else 0
+    file, kinds = io.BytesIO(), [("path", f"U{longest}"), ("feature", np.float32, (width,))]
+    np.save(file, np.array(read, kinds), allow_pickle=False)
     return file.getvalue()
 
 

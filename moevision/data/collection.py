@@ -14,11 +14,11 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,24 +62,16 @@ class Collection(ABC):
         """
 
     @abstractmethod
-    def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes, 0 if there are none; samples of different size differ."""
-
-    @abstractmethod
     def stored(self, sample: Sample) -> bytes:
         """The stored bytes, of pixels theirs; raises OSError or BadImageError if they can't be read."""
 
-    def read_part(self, sample: Sample, start: int, size: int) -> bytes:
-        """So many of the stored bytes; raises OSError if they can't be read."""
-        return self.stored(sample)[start : start + size]
+    def size_bytes(self, sample: Sample) -> int:
+        """Number of stored bytes, 0 if there are none; samples of different size differ."""
+        return len(self.stored(sample))
 
     def probe(self, sample: Sample) -> bytes:
-        """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
-        size = self.size_bytes(sample)
-        try:
-            return b"" if size < _PROBED_BYTES else self.read_part(sample, size // 2, 1024)
-        except OSError:  # as in digest
-            return b""
+        """What is equal for equal images, and cheaper than the digest."""
+        return b""
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the stored bytes; an unreadable image is unlike any other (opening it will say why)."""
@@ -99,10 +91,9 @@ class Collection(ABC):
 
 @dataclass
 class FileCollection(Collection):
-    """Image files below ``root``; ``has_links`` says whether a symbolic link leads to any of them."""
+    """Image files below ``root``."""
 
     root: Path = Path()
-    has_links: bool = False
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the file through `safe_open`."""
@@ -119,15 +110,19 @@ class FileCollection(Collection):
         """The file."""
         return read_image(self.root / sample.sample_id)
 
-    def read_part(self, sample: Sample, start: int, size: int) -> bytes:
-        """Without reading the rest of the file."""
-        with (self.root / sample.sample_id).open("rb") as handle:
-            handle.seek(start)
-            return handle.read(size)
+    def probe(self, sample: Sample) -> bytes:
+        """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
+        size = self.size_bytes(sample)
+        if size < _PROBED_BYTES:
+            return b""
+        with suppress(OSError), (self.root / sample.sample_id).open("rb") as handle:  # the digest knows what to do
+            handle.seek(size // 2)
+            return handle.read(1024)
+        return b""
 
     def identity(self, sample: Sample) -> Hashable:
-        """Device and number of the file; nothing is read where there are no links."""
-        return file_identity(self.root / sample.sample_id) if self.has_links else sample.sample_id
+        """Device and number of the file."""
+        return file_identity(self.root / sample.sample_id)
 
 
 @dataclass
@@ -138,16 +133,11 @@ class ArrayCollection(Collection):
 
     def _pixels(self, sample: Sample) -> npt.NDArray[np.uint8]:
         split, number = sample.sample_id.rsplit("/", 1)
-        pixels: npt.NDArray[np.uint8] = self.arrays[split][int(number)]
-        return pixels
+        return np.asarray(self.arrays[split][int(number)])
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Wrap the pixels."""
         return Image.fromarray(self._pixels(sample))
-
-    def size_bytes(self, sample: Sample) -> int:
-        """Number of bytes of the pixels."""
-        return self._pixels(sample).nbytes
 
     def stored(self, sample: Sample) -> bytes:
         """The bytes of the pixels."""
@@ -182,12 +172,8 @@ class DrawnCollection(Collection):
             pets = SyntheticPets(pets.size, side, pets.seed, split)
         return Image.fromarray(pets.image(int(number)))
 
-    def size_bytes(self, sample: Sample) -> int:
-        """0: nothing is stored, and every image is drawn from a random seed of its own."""
-        return 0
-
     def stored(self, sample: Sample) -> bytes:
-        """None."""
+        """Nothing: every image is drawn from a random seed of its own."""
         return b""
 
 
@@ -232,13 +218,9 @@ def words_of(class_folders: list[str]) -> list[str]:
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
     lemmas = [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_folders]
-    return told_apart(lemmas, class_folders)
-
-
-def told_apart(names: Sequence[str], ids: Sequence[Any]) -> list[str]:
-    """Names of which those that stand several times carry their id in brackets: labels are found by their names."""
-    count = Counter(names)
-    return [name if count[name] == 1 else f"{name} ({known})" for name, known in zip(names, ids, strict=True)]
+    often = Counter(lemmas)
+    both = zip(lemmas, class_folders, strict=True)
+    return [lemma if often[lemma] == 1 else f"{lemma} ({name})" for lemma, name in both]
 
 
 def check_distinct(names: Iterable[str]) -> None:
@@ -249,6 +231,15 @@ def check_distinct(names: Iterable[str]) -> None:
         if (other := known.get(written)) is not None:
             raise UserError(f"{other!r} and {name!r} look the same when they are written down: rename one of them")
         known[written] = name
+
+
+def differ_in_case(names: Iterable[str]) -> list[str]:
+    """A sentence on the class names that only upper and lower case tells apart, if there are any."""
+    listed = sorted(names)
+    folded = Counter(map(str.casefold, listed))
+    alike = [name for name in listed if folded[name.casefold()] > 1]
+    what = f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class"
+    return [what] if alike else []
 
 
 def check_same_classes(train: Path | str, classes: Iterable[str], other: Path | str, found: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from moevision.data.collection import (
     Sample,
     check_distinct,
     check_same_classes,
+    differ_in_case,
     file_identity,
     some_of,
     words_of,
@@ -54,9 +56,15 @@ def read_folder(root: Path) -> FileCollection:
     for split in given if splits else ():
         check_same_classes(train, classes, splits[split], (name for name, files in given[split].items() if files))
     folders = sorted(classes)
-    folded = Counter(map(str.casefold, folders))
-    if alike := [name for name in folders if folded[name.casefold()] > 1]:
-        notes.append(f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class")
+    notes += differ_in_case(folders)
+    # training_set and test_set, seg_train and seg_test: alike without the split's name
+    rest = {name: re.sub("|".join(sorted(SPLIT_NAMES, reverse=True)), "*", name.lower(), count=1) for name in folders}
+    often = Counter(each for each in rest.values() if "*" in each)
+    if not splits and (like := [name for name in folders if often[rest[name]] > 1]):
+        notes.append(
+            f"{root} has the folders {some_of(like)}, which were taken for classes: if they are splits, call them "
+            "train, val or test"
+        )
     samples = {
         split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
         for split, found in given.items()
@@ -72,7 +80,7 @@ def read_folder(root: Path) -> FileCollection:
         notes.append(
             f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
-    return FileCollection(words_of(folders), samples, notes, root=root, has_links=links["met"] > 0)
+    return FileCollection(words_of(folders), samples, notes, root=root)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -103,8 +111,8 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
     """Every file below a folder, with each subfolder entered once, whatever links lead to it.
 
     What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
-    are left out, and so are folders above `folder`: a link to one of them goes in a circle. `links` counts the links to
-    subfolders: `met` all of them, `repeated` those that lead nowhere new; and the folders that are `unreadable`.
+    are left out, and so are folders above `folder`: a link to one of them goes in a circle. `links` counts the links
+    that lead nowhere new, `repeated`, and the folders that are `unreadable`.
     """
     links = Counter() if links is None else links
     entered = {file_identity(above) for above in folder.resolve().parents}
@@ -130,7 +138,6 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
                 elif entry.name[0] in ".@":
                     continue
                 elif entry.is_symlink():
-                    links["met"] += 1
                     waiting.append(entry.path)
                 else:
                     below.append(entry.path)
@@ -154,12 +161,11 @@ def _holds_images(folder: Path) -> bool:
 def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
     """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
 
-    ``links`` counts the links that were met, those that led to nothing new, and folders that can't be read.
+    ``links`` counts those that led to nothing new, and folders that can't be read.
     """
     classes: dict[str, list[str]] = {}
     ignored: list[str] = []
     above = 0 if root == Path() else len(os.path.join(root, ""))
-    links["met"] += folder.is_symlink()
     loose = 0
     for entry in sorted(folder.iterdir()):
         links["repeated"] += _leads_up(entry)
@@ -169,7 +175,6 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         elif entry.name[0] == "_" and entry.name != "__MACOSX" and entry.is_dir() and _holds_images(entry):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
     for class_folder in subfolders(folder):
-        links["met"] += class_folder.is_symlink()
         real: list[str] = []
         linked: list[str] = []
         for found in walk(class_folder, links):
@@ -181,7 +186,6 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         known = set(map(file_identity, real)) if linked else set()
         behind = {file_identity(path): path for path in sorted(linked, reverse=True)}  # the first path of each stays
         files = real + [path for identity, path in behind.items() if identity not in known]
-        links["met"] += len(linked)
         links["repeated"] += len(real) + len(linked) - len(files)
         classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
     notes += left_out(folder, ignored)

@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -38,15 +38,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from moevision.errors import UserError
 
+# File name endings, in lower case, that a folder scan takes for images.
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""File name endings, in lower case, that a folder scan takes for images."""
-
-MAX_BYTES: Final = 256 * 1024 * 1024
-"""Largest file that is read, in bytes."""
-
-MAX_SIDE: Final = 16_384
-"""Longest side, in pixels, that is decoded."""
-
+MAX_BYTES: Final = 256 * 1024 * 1024  # largest file that is read
+MAX_SIDE: Final = 16_384  # longest side, in pixels, that is decoded
 JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
     (JPEG, JpegImageFile),
@@ -74,9 +69,8 @@ _SIDEWAYS: Final = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
 _REPEATED_EXIF: Final = b"Exif\0\0" * 4
 
+# Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is.
 MAX_SCANS: Final = 100
-"""Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is."""
-
 _MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # 0 is a stuffed byte, D0-D7 restart within a scan
 
@@ -86,12 +80,7 @@ _FULL_SIZE: Final = "full_size"
 
 
 class BadImageError(UserError):
-    """An image that can't be used.
-
-    Attributes:
-        path: The file as the caller named it, or `"<stream>"` for an unnamed stream.
-        reason: What is wrong with it, without the path.
-    """
+    """An image that can't be used: `path` as the caller named it or `"<stream>"`, and the `reason` without the path."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot use the image {path}: {reason}")
@@ -167,7 +156,7 @@ def safe_open(
         raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
     rgb.info.clear()
     if reduction > 1:
-        rgb.info[_FULL_SIZE] = _FullSize(full, reduction)
+        rgb.info[_FULL_SIZE] = full, reduction
     return rgb
 
 
@@ -197,10 +186,7 @@ def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
 def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of an image file or stream; a pipe or device isn't opened at all, since reading it might never end.
 
-    `name` is what to call it in an error (a path's own if empty), `max_bytes` the largest file that will be read.
-
-    Raises:
-        BadImageError: If there is no such file, or it can't be read.
+    `name` is what to call it in a `BadImageError` (a path's own if empty), `max_bytes` the largest file that is read.
     """
     name = name or str(source)
     try:
@@ -285,13 +271,6 @@ def _reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
     return 1
 
 
-class _FullSize(NamedTuple):
-    """What `safe_open` notes in a reduced image: width and height of the full one, upright, and the divisor."""
-
-    size: tuple[int, int]
-    reduction: int
-
-
 def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """((width, height) of the full image, upright, reduction): what `safe_open` has divided its size by: 1, 2, 4 or 8.
 
@@ -300,4 +279,4 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """
     found = image.info.get(_FULL_SIZE)
     # an image that was opened elsewhere may have a text of that name in it
-    return (found.size, found.reduction) if isinstance(found, _FullSize) else (image.size, 1)
+    return found if isinstance(found, tuple) else (image.size, 1)

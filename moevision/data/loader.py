@@ -53,6 +53,7 @@ _MAX_TRIES = 100
 _CACHED_AT_ONCE = 512  # images per buffer
 
 
+@dataclass(eq=False, repr=False)
 class PositionSampler(Sampler[tuple[int, int]]):
     """Yields ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone, from any start position.
 
@@ -61,26 +62,21 @@ class PositionSampler(Sampler[tuple[int, int]]):
     Lightning derives the number of batches from it.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        balanced_labels: Sequence[int] | None = None,
-    ) -> None:
-        """Remember what the order depends on; with the labels of the n images every class is drawn equally often."""
-        self.num_samples, self.seed, self.rank, self.world_size = num_samples, seed, rank, world_size
+    num_samples: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    balanced_labels: Sequence[int] | None = None  # of the n images: every class is drawn equally often
+
+    def __post_init__(self) -> None:
         self.epoch = self.start = 0
         self.running_epoch: int | None = None
-        self._class_members: list[torch.Tensor] | None = None
-        if balanced_labels is not None:
-            labels = torch.as_tensor(balanced_labels)
+        self._class_members: list[Tensor] | None = None
+        if self.balanced_labels is not None:
+            labels = torch.as_tensor(self.balanced_labels)
             self._class_members = [(labels == label).nonzero().flatten() for label in labels.unique()]
 
     def __len__(self) -> int:
-        """Number of indices this process draws in a whole epoch."""
         return self.num_samples // self.world_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,7 +122,6 @@ class PositionSampler(Sampler[tuple[int, int]]):
         return pool[torch.randperm(len(pool), generator=generator)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield the keys from the start position to the end of the epoch."""
         # set_epoch may be called while this iterator is alive: hold the epoch in a local name
         epoch, start = self.epoch, self.start
         self.running_epoch, self.start = epoch, 0
@@ -199,7 +194,6 @@ class ImageDataset(Dataset[RawBatch]):
     cache: PixelCache | None = field(default=None, init=False)
 
     def __len__(self) -> int:
-        """Number of images, bad ones included."""
         return len(self.samples)
 
     def decode(self, index: int) -> Pixels:
@@ -376,7 +370,6 @@ class ImageLoader(DataLoader[RawBatch]):
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
-        """Yield batches of tensors only."""
         batches = super().__iter__()
         while True:
             started = time.monotonic()

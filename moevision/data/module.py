@@ -40,7 +40,7 @@ from moevision.data.loader import (
     fitting_workers,
 )
 from moevision.data.open import open_collection
-from moevision.data.scores import ImageLists
+from moevision.data.scores import apply_lists
 from moevision.data.splits import Cut, all_for, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import (
@@ -84,8 +84,7 @@ class ImageDataModule(Data, LightningDataModule):
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
         self.columns = (self.image_column, self.label_column)
-        kept, relabelled = (None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel))
-        self.choices = ImageLists(kept, relabelled)
+        self.lists = [None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel)]
         self.run_dir: Path | None = None
         self.only_for: str | None = None  # the split that all images are for, where they aren't the run's
         self.crop_mode: CropMode = "pad"
@@ -147,7 +146,7 @@ class ImageDataModule(Data, LightningDataModule):
         """Split the collection, or take its split from the run's splits.csv, and describe a dataset per split."""
         class_names = collection.class_names
         # Drawn images need no record, unless some are left out or relabelled.
-        recorded = self.run_dir is not None and (self.choices or not isinstance(collection, DrawnCollection))
+        recorded = self.run_dir is not None and (any(self.lists) or not isinstance(collection, DrawnCollection))
         table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
         if self.only_for is not None:
             splits = all_for(self.only_for, collection)
@@ -155,7 +154,7 @@ class ImageDataModule(Data, LightningDataModule):
             splits, class_names = read_splits(table, collection)
         else:
             cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
-            splits = self.choices.apply(make_splits(collection, cut), class_names)
+            splits = apply_lists(make_splits(collection, cut), class_names, *self.lists)
             if table is not None and is_main_process():
                 write_splits(table, splits, class_names)
         labels = {split: Counter(sample.label for sample in members) for split, members in splits.samples.items()}
@@ -487,7 +486,7 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     counts = torch.tensor(list(train.values()))
     if not isinstance(weights, dict):
         return counts.sum() / (len(train) * counts)
-    weights = {shown(name): weight for name, weight in weights.items()}
+    weights = {shown(str(name)): weight for name, weight in weights.items()}  # YAML reads the class 7 as a number
     for name, weight in weights.items():
         if name not in train:
             raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")

@@ -7,11 +7,11 @@ test), ``splits.py`` cuts one from the training images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from torchvision import datasets
@@ -77,10 +77,6 @@ def fetching(name: str, root: str | Path = "data") -> str:
 # ---- torchvision's datasets as collections
 
 
-def _words(names: Sequence[str]) -> list[str]:
-    return [name.replace("_", " ") for name in names]
-
-
 def _cifar10(root: Path, download: bool) -> Collection:
     parts = {split: datasets.CIFAR10(root, train=split == "train", download=download) for split in ("train", "test")}
     given = {
@@ -88,16 +84,7 @@ def _cifar10(root: Path, download: bool) -> Collection:
         for split, part in parts.items()
     }
     arrays = {split: np.asarray(part.data, dtype=np.uint8) for split, part in parts.items()}
-    return ArrayCollection(_words(parts["train"].classes), given, arrays=arrays)
-
-
-def _files(root: Path, classes: Sequence[str], parts: Mapping[str, tuple[Sequence[Any], Sequence[int]]]) -> Collection:
-    """A collection from lists of paths and labels."""
-    given = {
-        split: [Sample(Path(path).relative_to(root).as_posix(), int(each)) for path, each in zip(*lists, strict=True)]
-        for split, lists in parts.items()
-    }
-    return FileCollection(_words(classes), given, root=root)
+    return ArrayCollection([name.replace("_", " ") for name in parts["train"].classes], given, arrays=arrays)
 
 
 def _imagenette(root: Path, download: bool) -> Collection:
@@ -117,8 +104,14 @@ def _pets(binary: bool, root: Path, download: bool) -> Collection:
         for split, name in (("train", "trainval"), ("test", "test"))
     }
     classes = parts["train"].bin_classes if binary else parts["train"].classes
-    labels = {split: part._bin_labels if binary else part._labels for split, part in parts.items()}
-    return _files(root, classes, {split: (part._images, labels[split]) for split, part in parts.items()})
+    given = {
+        split: [
+            Sample(Path(path).relative_to(root).as_posix(), int(label))
+            for path, label in zip(part._images, part._bin_labels if binary else part._labels, strict=True)
+        ]
+        for split, part in parts.items()
+    }
+    return FileCollection([name.replace("_", " ") for name in classes], given, root=root)
 
 
 def _imagenet(root: Path, download: bool) -> Collection:

@@ -16,8 +16,7 @@ from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
 DataKind = Literal["drawn", "named", "csv", "dataset", "folder"]
-UNKNOWN_COUNT: Final = 10_000
-"""Images that a dataset is taken to have before it is fetched."""
+UNKNOWN_COUNT: Final = 10_000  # images that a dataset is taken to have before it is fetched
 
 
 def kind_of(path: str) -> DataKind:

@@ -56,8 +56,7 @@ Ints = npt.NDArray[np.int64]
 _T = TypeVar("_T")
 
 FILE: Final = "scores.csv"
-MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")
-"""What is measured at a visit, in this order."""
+MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")  # what is measured at a visit, in this order
 SCORES: Final = ("aum", "el2n", "loss_mean", "loss_last", "p_mean", "p_std", "forgetting", "correct")
 METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
 DECISIONS: Final = ("keep", "relabel", "drop")
@@ -83,15 +82,6 @@ def keys_of(ids: Iterable[str]) -> Ints:
     """[n] 64-bit hashes of stable sample ids; in a checkpoint they stand for the names, which may be long."""
     digests = b"".join(blake2b(name_bytes(name), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, np.int64)
-
-
-def rows_of(keys: Ints, wanted: Ints) -> Ints:
-    """[m] the row of `keys` [n] in which each of `wanted` [m] stands; -1 where it doesn't."""
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    order = np.argsort(keys)
-    row = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-    return np.where(keys[row] == wanted, row, -1)
 
 
 class ScoreSums:
@@ -167,16 +157,13 @@ class ScoreSums:
                 "correct": rows["correct"] / visits,
             }
         shares = np.where(routed[:, None], rows["shares"], np.float32(np.nan))
-        ends = np.cumsum(list(self.experts.values()))
+        ends = np.cumsum([*self.experts.values()], dtype=int)
         return Scores(
             list(images),
             list(labels),
             visits.astype(np.int64),
             {name: values.astype(np.float32) for name, values in found.items()},
-            {
-                block: shares[:, end - count : end]
-                for (block, count), end in zip(self.experts.items(), ends, strict=True)
-            },
+            dict(zip(self.experts, np.split(shares, ends, axis=1), strict=False)),  # nothing is behind the last end
         )
 
 
@@ -219,8 +206,8 @@ class Scores:
                     numbers.extend(float(cell or "nan") for cell in cells)
         except OSError as error:
             raise UserError(
-                f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, unless "
-                "--data.scores was false."
+                f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, without "
+                "--data.scores false, Mixup, CutMix, or 200,000 images and more."
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
@@ -247,7 +234,7 @@ class Kept:
     reason: Ints  # [n], which of `reasons` it is
     reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
     value: Floats  # [n], the score that decided
-    rank: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # [n], 1 for the first to keep
+    rank: Ints  # [n], 1 for the first to keep; 0 without an order
     new_label: dict[int, str] = field(default_factory=dict)  # row -> class, for those that a person gave another one
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
@@ -261,8 +248,7 @@ class Kept:
             for row, label in enumerate(scores.labels):
                 new = self.new_label.get(row, label if relabelled else "")
                 value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
-                rank = self.rank[row] if len(self.rank) else 0
-                reason = self.reasons[self.reason[row]].format(value=value, rank=rank)
+                reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
                 keep = YES if self.keep[row] else NO
                 yield csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason
 
@@ -359,7 +345,7 @@ def decide(scores: Scores, path: Path) -> Kept:
         raise UserError(f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own.")
     n = len(scores.images)
     reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]
-    found = Kept(np.ones(n, bool), np.full(n, len(DECISIONS)), reasons, np.zeros(n, np.float32))
+    found = Kept(np.ones(n, bool), np.full(n, len(DECISIONS)), reasons, np.zeros(n, np.float32), np.zeros(n, np.int64))
     for image, (what, new) in listed.items():
         found.reason[row_of[image]] = what
         if new:
@@ -447,58 +433,43 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
     return found
 
 
-@dataclass(frozen=True)
-class ImageLists:
-    """Files that say which training images are used, and as what."""
+def apply_lists(splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None) -> Splits:
+    """The split with the training images that the files choose under the labels that they give, as it was otherwise."""
+    number_of = {csv_name(name): number for number, name in enumerate(class_names)}
 
-    keep: Path | None = None  # list of images to keep; None keeps all
-    relabel: Path | None = None  # list of images with another class; None changes none
+    def new_label(row: Mapping[str, str]) -> int | None:
+        name = csv_name(row[NEW_LABEL])
+        if name and name not in number_of:
+            raise ValueError(f"the data have no class {name!r} ({', '.join(list(number_of)[:8])})")
+        return number_of.get(name)
 
-    def __bool__(self) -> bool:
-        """Whether anything was chosen."""
-        return self.keep is not None or self.relabel is not None
+    def is_kept(row: Mapping[str, str]) -> bool:
+        if DECISION in row:
+            raise ValueError(
+                "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a list "
+                "of such a file"
+            )
+        answer = row.get(KEEP, YES)
+        if answer not in (YES, NO):
+            raise ValueError(f"keep is {answer!r} and must be {YES} or {NO}")
+        return answer == YES
 
-    def apply(self, splits: Splits, class_names: Sequence[str]) -> Splits:
-        """The split with the chosen training images under their new labels; its other parts are as they were."""
-        number_of = {csv_name(name): number for number, name in enumerate(class_names)}
-
-        def new_label(row: Mapping[str, str]) -> int | None:
-            name = csv_name(row[NEW_LABEL])
-            if name and name not in number_of:
-                raise ValueError(f"the data have no class {name!r} ({', '.join(list(number_of)[:8])})")
-            return number_of.get(name)
-
-        def is_kept(row: Mapping[str, str]) -> bool:
-            if DECISION in row:
-                raise ValueError(
-                    "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a "
-                    "list of such a file"
-                )
-            answer = row.get(KEEP, YES)
-            if answer not in (YES, NO):
-                raise ValueError(f"keep is {answer!r} and must be {YES} or {NO}")
-            return answer == YES
-
-        if self.relabel is not None:
-            train = splits.samples["train"]
-            labels = _of_training_images(self.relabel, NEW_LABEL, new_label, "--data.relabel", splits)
-            if not any(label is not None for label in labels):
-                raise UserError(f"--data.relabel: {self.relabel} gives no image a new label: leave it out.")
-            new = [
-                each if label is None else Sample(each.sample_id, label)
-                for each, label in zip(train, labels, strict=True)
-            ]
-            changed = sum(each.label != other.label for each, other in zip(new, train, strict=True))
-            note = f"{changed:,} with another label by {self.relabel.name}"
-            splits = _with_train(splits, new, note, class_names, self.relabel)
-        if self.keep is not None:
-            train = splits.samples["train"]
-            kept = [bool(each) for each in _of_training_images(self.keep, KEEP, is_kept, "--data.keep", splits)]
-            left_out = list(compress(train, (not each for each in kept)))
-            found = replace(splits, unused=[*splits.unused, *left_out])
-            note = f"{len(left_out):,} left out by {self.keep.name}"
-            splits = _with_train(found, list(compress(train, kept)), note, class_names, self.keep)
-        return splits
+    if relabel is not None:
+        train = splits.samples["train"]
+        labels = _of_training_images(relabel, NEW_LABEL, new_label, "--data.relabel", splits)
+        if not any(label is not None for label in labels):
+            raise UserError(f"--data.relabel: {relabel} gives no image a new label: leave it out.")
+        new = [old if label is None else old._replace(label=label) for old, label in zip(train, labels, strict=True)]
+        changed = sum(one != other for one, other in zip(new, train, strict=True))
+        splits = _with_train(splits, new, f"{changed:,} with another label by {relabel.name}", class_names, relabel)
+    if keep is not None:
+        train = splits.samples["train"]
+        kept = _of_training_images(keep, KEEP, is_kept, "--data.keep", splits)
+        left_out = list(compress(train, (not each for each in kept)))
+        found = replace(splits, unused=[*splits.unused, *left_out])
+        note = f"{len(left_out):,} left out by {keep.name}"
+        splits = _with_train(found, list(compress(train, kept)), note, class_names, keep)
+    return splits
 
 
 def _with_train(splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path) -> Splits:

@@ -61,7 +61,6 @@ class Cut:
     check_duplicates: bool = True  # whether to look for byte-identical images
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing to train on or to select by."""
         val, test = self.val_fraction, self.test_fraction
         if not (val > 0 and test >= 0 and val + test < 1):
             raise UserError(
@@ -203,7 +202,10 @@ def _named_groups(collection: Collection, samples: Sequence[Sample], by: str | N
     except re.error as error:
         raise UserError(f"--data.group_by {by!r} is not a regular expression: {error}") from error
     if pattern.groups != 1:
-        raise UserError(f"--data.group_by {by!r} must have exactly one (group), it has {pattern.groups}")
+        raise UserError(
+            f"--data.group_by {by!r} is no column of these data, and as a regular expression it must have exactly one "
+            f"(group), not {pattern.groups}"
+        )
     found = {name: pattern.search(name) for name in ids}
     if unlike := next((name for name, match in found.items() if match is None), None):
         raise UserError(f"--data.group_by {by!r} does not match {unlike!r}: let it match every path")

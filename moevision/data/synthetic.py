@@ -143,8 +143,7 @@ class Face:
 
     vertices: Points  # All vertices in face coordinates, [V, 2]
     groups: npt.NDArray[np.intp]  # The group of each vertex, [V]
-    regions: tuple[int, ...]  # The region id of each shape
-    ranges: tuple[tuple[int, int], ...]  # (first, one past the last) vertex of each shape
+    shapes: tuple[tuple[int, int, int], ...]  # (region id, first vertex, one past the last) of each shape
     center: Points  # Middle of the head with its ears, whiskers left out, [2]
     half_size: float  # Half the longer side of the box around the same
 
@@ -310,8 +309,7 @@ def face(label: int) -> Face:
     return Face(
         vertices=np.concatenate([shape.points for shape in shapes]),
         groups=np.concatenate([np.full(len(shape.points), shape.group, np.intp) for shape in shapes]),
-        regions=tuple(region_id(shape.slot, shape.part) for shape in shapes),
-        ranges=tuple(zip([0, *ends[:-1]], ends, strict=True)),
+        shapes=tuple(zip((region_id(shape.slot, shape.part) for shape in shapes), [0, *ends[:-1]], ends, strict=True)),
         center=(solid.min(axis=0) + solid.max(axis=0)) / 2,
         half_size=float(np.ptp(solid, axis=0).max() / 2),
     )
@@ -339,7 +337,6 @@ _FACE_REGIONS: Final = [
 # Lookup tables over the 256 region ids: region -> 255 where the layer shows.
 _SCENERY_TABLE: Final = [255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)]
 _COAT_TABLE: Final = [255 if region in _FACE_REGIONS else 0 for region in range(256)]
-_PART_TABLE: Final = np.array([region % len(PARTS) for region in range(256)], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -362,9 +359,7 @@ def sample_scene(label: int, rng: np.random.Generator) -> Scene:
     template = face(label)
     to_frame = _pose(template, rng)
     vertices = _vary(template, rng) @ to_frame[:, :2].T + to_frame[:, 2]
-    animal = [
-        (region, vertices[start:end]) for region, (start, end) in zip(template.regions, template.ranges, strict=True)
-    ]
+    animal = [(region, vertices[start:end]) for region, start, end in template.shapes]
     inverse = np.linalg.inv(to_frame[:, :2])
     base = rng.uniform(20, 235, 3)
     base += 0.4 * (base.mean() - base)  # rooms and gardens are duller than paint
@@ -469,13 +464,6 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
     return canvas
 
 
-def part_mask(scene: Scene, image_size: int) -> npt.NDArray[np.uint8]:
-    """The part, as an index into `PARTS`, at the middle of each pixel: uint8 [S, S]."""
-    middle = OVERSAMPLING // 2
-    regions = np.asarray(region_map(scene, image_size))[middle::OVERSAMPLING, middle::OVERSAMPLING]
-    return np.asarray(_PART_TABLE[regions])
-
-
 def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
     regions = region_map(scene, image_size)
@@ -540,14 +528,10 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     An image depends on nothing but (seed, split, index): not on the order of access, the size of the set or
     the process, and the same index shows the same scene at every image size. Image i has label i mod 8, so
     classes are balanced to within one image.
-
-    Attributes:
-        classes: Names of the labels.
-        parts: Names of the values of a part mask.
     """
 
-    classes: ClassVar[tuple[str, ...]] = CLASSES
-    parts: ClassVar[tuple[str, ...]] = PARTS
+    classes: ClassVar[tuple[str, ...]] = CLASSES  # names of the labels
+    parts: ClassVar[tuple[str, ...]] = PARTS  # names of the values of a part mask
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 
     def __init__(self, size: int, image_size: int = 64, seed: int = 0, split: str = "train") -> None:
@@ -568,7 +552,6 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         self.size, self.image_size, self.seed, self.split = size, image_size, seed, split
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.size
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -586,7 +569,9 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
 
     def part_mask(self, index: int) -> npt.NDArray[np.uint8]:
         """The part seen at the middle of each pixel, uint8 [S, S], an index into `parts`."""
-        return part_mask(self._scene(index)[0], self.image_size)
+        regions = np.asarray(region_map(self._scene(index)[0], self.image_size), np.uint8)
+        middle = OVERSAMPLING // 2
+        return regions[middle::OVERSAMPLING, middle::OVERSAMPLING] % np.uint8(len(PARTS))
 
     def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene, and its generator in the state from which the pixel noise is drawn."""

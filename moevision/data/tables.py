@@ -31,15 +31,15 @@ from moevision.data.collection import (
     Sample,
     check_distinct,
     check_splits,
+    differ_in_case,
     words_of,
 )
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
 from moevision.errors import UserError, shown
 
+# Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
 Columns = tuple[str | None, str | None]
-"""Names of a table's columns with the image (a manifest: its path) and its label; None finds them."""
-
 _LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
 _SEVERAL: Final = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
@@ -95,15 +95,22 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     if not given:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
     check_splits(given, names, str(file))
-    others = some.keys() - {path_column, label_column, "split"}
+    others = sorted(some.keys() - {path_column, label_column, "split"})
+    values = {name: {sample_id: row[name] for sample_id, row in rows.items()} for name in others}
+    notes = [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else []
+    notes += differ_in_case(names)
+    notes += [
+        f"the column {name!r} of {file} says train, val or test and was not used: call it split to use it"
+        for name, cells in values.items()
+        if "all" in given and {cell.lower() for cell in cells.values()} <= SPLIT_NAMES.keys()
+    ]
     return FileCollection(
         words_of(names),
         given,
-        [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else [],
-        "group" if "group" in others and any(row["group"] for row in rows.values()) else None,
-        {name: {sample_id: row[name] for sample_id, row in rows.items()} for name in others},
+        notes,
+        next((name for name in others if name.lower() == "group" and any(values[name].values())), None),
+        values,
         root=file.parent,
-        has_links=True,
     )
 
 
@@ -115,6 +122,7 @@ def _csv_rows(file: Path, path: str, label: str) -> Iterator[tuple[int, dict[str
         reader = csv.reader(handle)
         try:
             head = [cell.strip() for cell in next(reader, [])]
+            head = ["split" if cell.lower() == "split" else cell for cell in head]
             if not {path, label} <= set(head) or len(set(head)) < len(head):
                 raise UserError(
                     f"{file} has the columns {', '.join(map(repr, head)) or 'none'}: its first line must name path and "
@@ -222,6 +230,7 @@ def read_dataset(path: str, columns: Columns = (None, None), *, download: bool =
             notes.append(f"{missing} of {len(found)} {split} images of {path} have no label and were left out")
     samples = {split: found for split, found in samples.items() if found}
     check_splits(samples, names, path)
+    notes += differ_in_case(names)
     tables = {split: table.cast_column(image, _datasets().Image(decode=False)) for split, table in given.items()}
     return ArrowCollection(list(map(shown, names)), samples, notes, tables=tables, image_column=image)
 
@@ -311,8 +320,8 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
 
 
 def _classes(feature: Any, values: Mapping[str, Sequence[Any]], where: str) -> tuple[list[str], dict[Any, int]]:
-    """Class names, and the label of every value; none for None and for -1, which stands for a hidden label."""
-    used = {value for found in values.values() for value in found} - {None}
+    """Class names, and the label of every value; none for None, "" and for -1, which stands for a hidden label."""
+    used = {value for found in values.values() for value in found} - {None, ""}
     names: list[str] | None = getattr(feature, "names", None)
     if names is not None:
         used = {value for value in used if 0 <= value < len(names)}

@@ -37,28 +37,16 @@ from moevision.data.images import full_size
 CropMode = Literal["pad", "random_resized"]
 Pixels = npt.NDArray[np.uint8]
 Uniform = npt.NDArray[np.float64]
-
-Boxes = npt.NDArray[np.int64]
-"""[B, 4]: top, left, height, width in pixels."""
-
+Boxes = npt.NDArray[np.int64]  # [B, 4]: top, left, height, width in pixels
 _Key = int | npt.NDArray[np.int64]
 
+# Short side, in units of `image_size`, at which photos are kept for random resized crops: large enough that crops are
+# not enlarged much, small enough that tens of thousands of photos fit into memory.
 BASE_SCALE = 1.15
-"""Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
-that crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
-
-TRIES: Final = 10
-"""How many rectangles are drawn for an image; the first that fits is used."""
-
-CROP_RATIO: Final = (3 / 4, 4 / 3)
-"""Width / height of a random resized crop."""
-
-ERASED_SHARE: Final = (0.02, 0.33)
-"""Area of an erased rectangle, as a share of the image's."""
-
-ERASED_RATIO: Final = (0.3, 3.3)
-"""Height / width of an erased rectangle."""
-
+TRIES: Final = 10  # rectangles that are drawn for an image; the first that fits is used
+CROP_RATIO: Final = (3 / 4, 4 / 3)  # width / height of a random resized crop
+ERASED_SHARE: Final = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
+ERASED_RATIO: Final = (0.3, 3.3)  # height / width of an erased rectangle
 # Streams of random numbers that must never coincide for equal (seed, epoch, index).
 _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 
@@ -136,12 +124,8 @@ class TrainTransform:
         self.hflip = data.hflip and data.augment != "none"
         fill = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(fill, np.uint8)[:, None, None]
-        bilinear = v2.InterpolationMode.BILINEAR
-        self.policy: v2.Transform | None = None
-        if data.augment == "randaugment":
-            self.policy = v2.RandAugment(interpolation=bilinear, fill=fill)
-        if data.augment == "trivialaugment":
-            self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
+        policy = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}.get(data.augment)
+        self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
 
     def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each.
@@ -204,18 +188,11 @@ class BatchMixer:
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
-        self.mixers: list[v2.Transform] = []
-        if mixup > 0:
-            self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-        if cutmix > 0:
-            self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
+        self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Mix every image float32 [B, 3, H, W] with its neighbour in the batch.
-
-        Returns:
-            The mixed images, and soft targets float32 [B, C], whose rows sum to 1.
-        """
+        """Every image float32 [B, 3, H, W] mixed with its neighbour, and soft targets [B, C], whose rows sum to 1."""
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
             image, target = self.mixers[choice](image, label)

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 
 import moevision.analysis.good_data
 from moevision.analysis.good_data import (
+    Nearest,
     RunImages,
     Thumbnails,
     _margins,
@@ -96,7 +97,7 @@ def tiny_model(tiny_run):
 
 
 def listed(images: RunImages, known) -> dict[str, list[str]]:
-    facts = page_facts(images, known, images.class_names, 5)
+    facts = page_facts(images, known, 5)
     return {each["key"]: [entry["image"] for entry in each["entries"]] for each in facts["lists"]}
 
 
@@ -115,7 +116,7 @@ def test_planted_damage_leads_its_list(planted):
 
 def test_the_table_has_every_image_with_what_is_known(planted):
     images, known = planted
-    rows = list(csv.DictReader(io.StringIO("".join(_table(images, known, images.class_names)))))
+    rows = list(csv.DictReader(io.StringIO("".join(_table(images, known)))))
     by_name = {row["image"]: row for row in rows}
     assert [(row["split"], row["image"]) for row in rows] == [(split, each.sample_id) for split, each in images.each()]
     copy, cut = by_name["test/copy.jpg"], by_name["dog/cut.png"]
@@ -127,6 +128,19 @@ def test_the_table_has_every_image_with_what_is_known(planted):
     assert "no such file" in by_name["dog/gone.png"]["problem"]
     assert float(by_name["cat/03.png"]["el2n"]) == pytest.approx(3 / 21, abs=1e-4)
     assert {row["prediction"] for row in rows} <= {"cat", "dog", ""}
+
+
+def test_the_numbers_of_a_leak_are_of_that_pair(planted):
+    """By its hash the copy is like one image, by its features like another: the table names the first."""
+    images, known = planted
+    place = {sample.sample_id: index for index, sample in enumerate(images.all)}
+    copy, origin = place["test/copy.jpg"], place["cat/03.png"]
+    nearest = Nearest(known.by_features[1].other.copy(), known.by_features[1].distance.copy())
+    nearest.other[copy], nearest.distance[copy] = place["cat/05.png"], 0.001
+    table = "".join(_table(images, replace(known, by_features=(known.by_features[0], nearest))))
+    row = next(row for row in csv.DictReader(io.StringIO(table)) if row["image"] == "test/copy.jpg")
+    assert (row["leak"], int(row["leak_bits"])) == ("cat/03.png", known.by_hash[1].distance[copy])
+    assert float(row["leak_cosine"]) == pytest.approx(float(known.white[copy] @ known.white[origin]), abs=1e-4)
 
 
 def test_margins_of_the_finished_model_by_hand():
@@ -141,7 +155,7 @@ def test_tables_of_classes_and_experts_by_hand():
     scores = scores_of(images, p_mean=[1, 0.4], aum=[2, -1], correct=[1, 0])
     scores.experts[1] = np.array([[1, 0], [0.5, 0.5]], np.float32)
     known = examine(images, scores, None)
-    assert [(row["name"], row["images"], row["aum"]) for row in class_rows(images, known, ["a", "b"])] == [
+    assert [(row["name"], row["images"], row["aum"]) for row in class_rows(images, known)] == [
         ("b", 1, -1.0),
         ("a", 1, 2.0),
     ]
@@ -174,7 +188,7 @@ def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
     ]
     (weak,) = doubts(replace(known, prediction=wrong(12)), labels)
     assert weak.startswith("The model is right on 50 % of these images")
-    facts = page_facts(images, replace(known, prediction=wrong(12)), images.class_names, 5) | ABOUT
+    facts = page_facts(images, replace(known, prediction=wrong(12)), 5) | ABOUT
     assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
 
 
@@ -187,7 +201,7 @@ def test_one_image_and_none_with_a_score(tmp_path):
         if not visits:
             for name in SCORES:
                 scores.scores[name][0] = np.nan
-        facts = page_facts(images, examine(images, scores, None), ["a"], 5)
+        facts = page_facts(images, examine(images, scores, None), 5)
         assert [each["key"] for each in facts["lists"]] == (
             ["doubtful", "hardest", "unsteady", "easiest"] if visits else []
         )
@@ -230,7 +244,7 @@ def hostile(tmp_path_factory):
         draw(root, name, index)
     images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
     scores = scores_of(images)
-    facts = page_facts(images, examine(images, scores, None), CLASSES, 8) | ABOUT | {"title": "<u>run" + 200 * "x"}
+    facts = page_facts(images, examine(images, scores, None), 8) | ABOUT | {"title": "<u>run" + 200 * "x"}
     home = tmp_path_factory.mktemp("hostile_page")
     page = render(facts, Thumbnails(images, home / "thumbs"))
     (home / "page.html").write_text(page)
@@ -242,7 +256,7 @@ def test_no_name_becomes_an_element(hostile):
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
     assert {"b", "i", "u"} & found.tags.keys() == set()
-    pairs = page_facts(images, examine(images, scores, None), CLASSES, 8)["lists"][-1]["entries"]
+    pairs = page_facts(images, examine(images, scores, None), 8)["lists"][-1]["entries"]
     # Every list of images shows every training image, classes show all of theirs, each of two experts five.
     assert found.tags["img"] == 5 * 8 + 2 * len(pairs) + 8 + 2 * 5
     assert "\x1b" not in page
@@ -362,7 +376,7 @@ def of_size(width: int, height: int, mode: str = "RGB", kind: str = "PNG"):
 
 def one_image(root: Path):
     draw(root, "a/1.png", 0)
-    return ["a"], [("a/1.png", 0)], [], 0
+    return ["a", "nobody"], [("a/1.png", 0)], [], 0
 
 
 def one_class_and_an_empty_one(root: Path):
@@ -421,7 +435,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
                         {key: np.nan * value for key, value in scores.scores.items()},
                         {block: np.nan * value for block, value in scores.experts.items()})  # fmt: skip
     known = examine(images, scores, tiny_model)
-    facts = page_facts(images, known, tiny_model.class_names, 8)
+    facts = page_facts(images, known, 8)
     page = render(facts | ABOUT | {"title": name}, Thumbnails(images, tmp_path / "thumbs"))
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
@@ -431,7 +445,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     entries = [entry for each in facts["lists"] if each["key"] == "unreadable" for entry in each["entries"]]
     assert (len(known.problems), len(entries)) == (bad, bad)
     assert all(known.problems.values())
-    text = "".join(_table(images, known, tiny_model.class_names))
+    text = "".join(_table(images, known))
     rows = list(csv.DictReader(io.StringIO(text)))
     assert sum(row["problem"] != "" for row in rows) == bad
     assert len(rows) == len(images)

@@ -6,7 +6,7 @@ import pytest
 
 from moevision.data import ImageDataModule
 from moevision.data.collection import Sample
-from moevision.data.scores import ImageLists
+from moevision.data.scores import apply_lists
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 
@@ -23,7 +23,7 @@ def chosen(tmp_path: Path, *, keep: str | None = None, relabel: str | None = Non
             files[name] = tmp_path / f"{name}.csv"
             files[name].write_text(text)
     splits = Splits({"train": list(TRAIN), **HELD}, dict(NOTES), unused=[Sample("cat/copy.png", 0)])
-    return ImageLists(**files).apply(splits, CLASSES)
+    return apply_lists(splits, CLASSES, files.get("keep"), files.get("relabel"))
 
 
 def test_the_training_images_are_those_of_the_list_under_their_new_labels(tmp_path):
@@ -73,7 +73,7 @@ def test_a_list_that_can_not_be_used_says_why(tmp_path, files, words):
 
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"--data.keep: .*none.csv can't be read"):
-        ImageLists(keep=tmp_path / "none.csv").apply(Splits({"train": TRAIN}, dict(NOTES)), CLASSES)
+        apply_lists(Splits({"train": TRAIN}, dict(NOTES)), CLASSES, tmp_path / "none.csv", None)
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -360,6 +361,8 @@ def test_class_weights_by_hand(image_folder):
     torch.testing.assert_close(data.class_weight_tensor(), torch.tensor([1.5, 0.75]))
     named = ready(root, class_weights={"dog": 2.5})
     torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([1.0, 2.5]))
+    digits = ready(image_folder({"1": 10, "7": 10}, name="digits"), class_weights=yaml.safe_load("{7: 2.5}"))
+    torch.testing.assert_close(digits.class_weight_tensor(), torch.tensor([1.0, 2.5]))
     with pytest.raises(UserError, match="names 'elk': the classes are cat, dog"):
         ready(root, class_weights={"elk": 1.0})
 
@@ -600,6 +603,17 @@ def test_classes_that_differ_in_case_alone_are_named(image_folder):
         pytest.skip("this disk doesn't tell upper from lower case")
     (note,) = read_folder(root).notes
     assert note.startswith("'Parus', 'parus' differ only in upper and lower case")
+
+
+def test_split_folders_under_other_names_are_named(image_folder):
+    """As in the cats and dogs and the scenes of Kaggle: nothing there is a class."""
+    root = image_folder({f"{split}/{name}": 2 for split in ("training_set", "test_set") for name in ("cat", "dog")})
+    (note,) = read_folder(root).notes
+    assert note == (
+        f"{root} has the folders 'test_set', 'training_set', which were taken for classes: if they are splits, call "
+        "them train, val or test"
+    )
+    assert read_folder(image_folder({"train_station": 2, "val_gardena": 2, "contest": 2}, name="places")).notes == []
 
 
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):

@@ -11,8 +11,8 @@ from moevision.data.collection import Sample
 from moevision.data.scores import (
     METHODS,
     SCORES,
-    ImageLists,
     Scores,
+    apply_lists,
     class_shares,
     decide,
     expert_shares,
@@ -122,8 +122,7 @@ def test_the_list_says_why_and_is_what_fit_takes(tmp_path):
         assert rows[2] == [label, label, "yes", label if relabelled else "", "aum 3: rank 2 of 4"]
     names = ["x", "=evil,\x1b", "z"]
     train = [Sample(image, names.index(label)) for image, label in zip(found.images, found.labels, strict=True)]
-    lists = ImageLists(tmp_path / "keep.csv", tmp_path / "keep.csv")
-    splits = lists.apply(Splits({"train": train}, {"train": ""}), names)
+    splits = apply_lists(Splits({"train": train}, {"train": ""}), names, tmp_path / "keep.csv", tmp_path / "keep.csv")
     assert splits.samples["train"] == [train[0], train[2], train[3]]
 
 

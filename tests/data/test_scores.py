@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moevision.data.scores import SCORES, Scores, ScoreSums, keys_of, rows_of
+from moevision.data.scores import SCORES, Scores, ScoreSums, keys_of
 from moevision.errors import UserError
 
 NAMES = ["cat/a.png", "cat/b.png", "dog/c.png"]
@@ -102,12 +102,6 @@ def test_what_a_checkpoint_holds_follows_the_rows():
     assert state["rows"].any()
     found.rows[:] = empty
     assert not state["rows"].any()
-
-
-def test_rows_of_keys_and_of_strangers():
-    keys, wanted = np.array([7, -3, 5]), np.array([5, 5, 9, -3, -9, 7])
-    assert rows_of(keys, wanted).tolist() == [2, 2, -1, 1, -1, 0]
-    assert rows_of(keys[:0], wanted).tolist() == [-1] * 6
 
 
 def test_memory_at_imagenets_size(tmp_path: Path):

@@ -85,6 +85,26 @@ def test_splits_and_groups_of_a_manifest(pictures):
     assert "Kept in one split" not in ungrouped.split_note
 
 
+def test_columns_of_another_case_or_name_are_used_or_named(pictures):
+    """Kaggle's lists say `Split` or `data set`: their test images must not become training images in silence."""
+    splits = ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
+    rows = all_rows(pictures, lambda i: f",{splits[i % 10]},{i % 10 // 2}")
+    data = ready(listed(pictures, rows, "path,label,Split,Group"))
+    assert data.class_counts["train"] == {"cat": 6, "dog": 6}
+    assert "images with the same 'Group', 5 groups" in data.split_note
+    unused = opened(listed(pictures, rows, "path,label,data set,patient"))
+    assert [note.partition(" of ")[0] for note in unused.notes] == ["the column 'data set'"]
+    assert unused.notes[0].endswith("says train, val or test and was not used: call it split to use it")
+    assert opened(listed(pictures, rows, "path,label,split,patient")).notes == []
+
+
+def test_classes_that_differ_in_case_alone_are_named(pictures):
+    rows = all_rows(pictures)
+    rows[0] = rows[0].replace(",cat", ",Cat")
+    (note,) = opened(listed(pictures, rows)).notes
+    assert note == "'Cat', 'cat' differ only in upper and lower case: put them together if they are one class"
+
+
 def test_folders_and_patterns_are_named_too(pictures):
     assert (
         "images of one folder (--data.group_by parent), 6 groups."
@@ -354,6 +374,15 @@ def test_copies_and_groups_stay_on_one_side(hub, tmp_path):
 def test_labels_without_names(hub, tmp_path, kind, values):
     rows_of(hub, values * 6, hub.Value(kind)).save_to_disk(tmp_path / "pets")
     assert opened(tmp_path / "pets").class_names == list(map(str, values))
+
+
+@needs_datasets
+def test_labels_in_words_may_be_missing_or_of_another_case(hub, tmp_path):
+    rows_of(hub, ["cat", "dog", "", None, "Dog"] * 2, hub.Value("string")).save_to_disk(tmp_path / "pets")
+    found = opened(tmp_path / "pets")
+    assert (found.class_names, len(found.given["all"])) == (["Dog", "cat", "dog"], 6)
+    assert "4 of 10 all images" in found.notes[0]
+    assert found.notes[1].startswith("'Dog', 'dog' differ only in upper and lower case")
 
 
 @needs_datasets
