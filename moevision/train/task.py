@@ -39,7 +39,7 @@ from moevision.models.config import build_model
 from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.processes import mean_over_processes, sums_over_processes
+from moevision.train.processes import mean_over_processes, sums_over_processes, tell
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -160,6 +160,12 @@ class ClassificationTask(L.LightningModule):
                     f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
                     "on with its own epochs and a number of processes that divides the one before, or start a new run "
                     "from its weights with --pretrained runs/NAME/model."
+                )
+            if known > max(2, planned):
+                tell(
+                    f"warning: the checkpoint's learning rate ends after {known:,} steps and this training has "
+                    f"{planned:,}, so that it does not come down to its end: go on with a number of processes that "
+                    "divides the one before."
                 )
 
     def choose_attention(self) -> None:
