@@ -28,7 +28,7 @@ SIZE = {
     "moevision/demo": (15, 3_825, 27_990),  # the atlas carries what is read; one way to apply settings
     "moevision/layers": (10, 2_565, 16_340),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (10, 2_820, 19_030),  # depth-scaled BEiT and EVA; exported routes run without `away`
-    "moevision/train": (20, 6_155, 45_440),  # rare classes among the images of a probe and of the strangers' distance
+    "moevision/train": (20, 6_140, 45_350),  # a twin and a schedule after a change of processes
 }
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
