@@ -295,8 +295,8 @@ class OptimizerConfig:
         name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest [muon; from
             pretrained weights, or for a model that you name, adamw].
         lr: the highest learning rate [0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003].
-        weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
-            embeddings and class tokens under layer_decay.
+        weight_decay: decoupled weight decay on weight matrices; biases, norms, position embeddings and class tokens
+            have none.
         warmup_fraction: share of all steps in which the learning rate rises.
         beta2: decay of the second moment.
         layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
@@ -516,7 +516,8 @@ class Trainer:
             [bf16-mixed where the device has it, else 32-true, on a GPU 16-mixed].
         max_epochs: epochs of the training [by the number of images: 10 to 100; from pretrained weights 3 to 20, on a
             GPU 5 to 30].
-        max_steps: optimizer steps of the training; -1: by the epochs.
+        max_steps: optimizer steps of the training, in the place of epochs, or until these end if you give both; -1: by
+            the epochs.
         accumulate_grad_batches: batches whose gradients a step sums.
         gradient_clip_val: largest norm of a step's gradients; null: any.
         num_sanity_val_steps: validation batches before the training.

@@ -1,6 +1,6 @@
 """Checkpoints that a crash or a flipped bit can't turn into a wrong training.
 
-Contents: plain data only (`make_plain`), since a checkpoint is read with `weights_only=True`, which refuses NumPy's
+Contents: plain data only (`plain`), since a checkpoint is read with `weights_only=True`, which refuses NumPy's
 numbers, paths and the like. Divided tensors are whole in it (`parallel.parts.gathered`).
 
 Writing: Lightning's own goes through a temporary file in $TMPDIR, without fsync; on another file system a kill leaves
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch.utils._pytree import tree_map
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
@@ -37,31 +37,15 @@ _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
 def plain(value: Any) -> Any:
     """`value` with NumPy numbers and arrays, paths and enumerations as plain data, at any depth; the rest as it is."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, PurePath):
-        return str(value)
-    if type(value) is dict:
-        return {plain(key): plain(each) for key, each in value.items()}
-    if isinstance(value, OrderedDict):  # a module's state, with metadata as an attribute
-        for key, each in value.items():
-            value[key] = plain(each)
-        return value
-    if isinstance(value, Mapping):
-        return {plain(key): plain(each) for key, each in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(plain(each) for each in value)
-    return value
 
+    def each(leaf: Any) -> Any:
+        if isinstance(leaf, np.generic | np.ndarray):
+            return leaf.tolist()
+        if isinstance(leaf, Enum):
+            return each(leaf.value)
+        return str(leaf) if isinstance(leaf, PurePath) else leaf
 
-def make_plain(checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint plain, in place."""
-    for key in list(checkpoint):
-        checkpoint[key] = plain(checkpoint[key])
+    return tree_map(each, value)
 
 
 @contextmanager

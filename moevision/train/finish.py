@@ -270,10 +270,9 @@ def _strangers(training: Training) -> Strangers | None:
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
     """The run beside the linear probe of the weights that it started from, and beside its dense twin."""
     probe = read_probe(result.run_dir)
-    known = [each for each in (result, twin) if each is not None]
-    common = [sample for sample in result.correct if all(sample in each.correct for each in known)]
-    if probe is not None:
-        common = [sample for sample in common if sample in probe.test_correct]
+    tested = [each.correct for each in (result, twin) if each is not None]
+    tested += [] if probe is None else [probe.test_correct]
+    common = [sample for sample in result.correct if all(sample in each for each in tested)]
     if (probe is None and twin is None) or not common:
         return result
 

@@ -539,6 +539,8 @@ def _train_twin(
         known = folder.is_dir()
         session.claim(folder)
         start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+        if start.checkpoint is None and training.start is not None:  # its steps have the images of the run's
+            start = replace(start, fingerprint=training.start.fingerprint)
         if (run_dir / "splits.csv").is_file():
             shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
         print("\nNow the dense twin, by the same recipe.", flush=True)
@@ -607,10 +609,12 @@ def evaluate(verb: str, given: Given) -> None:
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
                 write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False))
-            (scores,) = getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            found = getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            if not found:
+                raise UserError(f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it.")
             if trainer.is_global_zero:
-                print(f"\n{percent(scores[f'{split}/top1'])} of the {split} images right")
-                print("\n".join(f"{name:22}{value:8.4f}" for name, value in scores.items()))
+                print(f"\n{percent(found[0][f'{split}/top1'])} of the {split} images right")
+                print("\n".join(f"{name:22}{value:8.4f}" for name, value in found[0].items()))
                 tell(f"Everything is in {run_dir}")
 
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import numpy as np
@@ -332,8 +332,7 @@ def _copied(state: Any) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One thing that the guard did at a step, counted from 1: `kind` is skip or rollback."""
 
     step: int
@@ -376,8 +375,7 @@ class GuardRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""
-        state = asdict(self)
-        return {**state, "events": [list(event.values()) for event in state["events"]], "sources": dict(self.sources)}
+        return {**vars(self), "events": [list(event) for event in self.events], "sources": dict(self.sources)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:

@@ -61,13 +61,8 @@ class RunLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer, as Lightning asks for it; on the first process only."""
-        return self.file
-
-    @property
-    def file(self) -> MetricsFile:
-        """The file behind it."""
+    def experiment(self) -> MetricsFile:
+        """The file behind it, as Lightning asks for it; on the first process only."""
         if self._experiment is None:
             self._experiment = MetricsFile(self.log_dir)
         return cast(MetricsFile, self._experiment)
@@ -264,7 +259,8 @@ class RouterHealth(L.Callback):
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
         losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
         biased = getattr(layer.router, "bias_rate", None) is not None
-        if not starved or block in self._warned or not (biased or losses):
+        frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+        if not starved or frozen or block in self._warned or not (biased or losses):
             return
         self._warned.add(block)
         advice = "Give the bias a larger --model.arch.bias_rate."

@@ -166,6 +166,9 @@ def chosen(
             typed["trainer.precision"] = default_precision()
     if path is not None:
         typed["data.path"] = path
+    for each in (configured, typed):
+        if not recorded and each.get("trainer.max_steps", -1) > 0:  # all of them, whatever the epochs of the others
+            each.setdefault("trainer.max_epochs", None)
     found = {**recipe, **configured, **typed}
     if verb == "fit" and found.get("ckpt_path") is not None:
         folder = shell_word(str(Path(found["ckpt_path"]).parent.parent))

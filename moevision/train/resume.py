@@ -174,7 +174,7 @@ class ResumePoint(L.Callback):
 
 def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
     """metrics.csv, which the first process writes."""
-    return [each.file for each in trainer.loggers if isinstance(each, RunLogger) and trainer.is_global_zero]
+    return [each.experiment for each in trainer.loggers if isinstance(each, RunLogger) and trainer.is_global_zero]
 
 
 class EpochEnd(Checkpoint):

@@ -41,17 +41,13 @@ class ExampleScores(L.Callback):
         self._window: list[tuple[Tensor, Tensor]] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.sums = self._saved = None
-
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data, saved = cast(Any, trainer).datamodule, self._saved
-        task, self._saved = cast(ClassificationTask, pl_module), None
+        data, task = cast(Any, trainer).datamodule, cast(ClassificationTask, pl_module)
+        saved, self._saved, self.sums = self._saved, None, None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
                 tell("note: no scores of the training images: under Mixup and CutMix no output belongs to one image.")

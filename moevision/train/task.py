@@ -37,9 +37,9 @@ from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers, up
 from moevision.losses import AuxLoss, RoutingStatistics
 from moevision.models.config import build_model
 from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
-from moevision.train.checkpoint import make_plain
+from moevision.train.checkpoint import plain
 from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.processes import mean_over_processes, sums_over_processes
+from moevision.train.processes import mean_over_processes, sums_over_processes, tell
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -161,6 +161,12 @@ class ClassificationTask(L.LightningModule):
                     "on with its own epochs and a number of processes that divides the one before, or start a new run "
                     "from its weights with --pretrained runs/NAME/model."
                 )
+            if known > max(2, planned):
+                tell(
+                    f"warning: the checkpoint's learning rate ends after {known:,} steps and this training has "
+                    f"{planned:,}, so that it does not come down to its end: go on with a number of processes that "
+                    "divides the one before."
+                )
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
@@ -168,7 +174,8 @@ class ClassificationTask(L.LightningModule):
         set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        make_plain(checkpoint)  # NumPy's numbers, which were given in Python, would make it unreadable
+        for part in checkpoint.keys() - {"state_dict"}:  # a state has metadata as an attribute
+            checkpoint[part] = plain(checkpoint[part])  # NumPy's numbers, given in Python, would make it unreadable
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

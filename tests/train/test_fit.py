@@ -18,7 +18,7 @@ from PIL import Image
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.config import options, read
+from moevision.config import options, read, settings
 from moevision.data.open import holds
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -529,6 +529,16 @@ def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
     assert seeds[2] is None
 
 
+def test_a_run_without_validation_is_validated_by_one_more_option(cli, tiny, drawn_pets):
+    assert cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0").code == 0
+    outcome = cli("validate", "runs/pets")
+    assert outcome.code == 2
+    assert "limit_val_batches 0 leaves nothing to validate: say 1.0" in outcome.err
+    outcome = cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0")
+    assert outcome.code == 0, outcome.err
+    assert "of the val images right" in outcome.out
+
+
 def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
     assert outcome.code == 0, outcome.err
@@ -537,6 +547,23 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     (command,) = re.findall(r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE)
     again = cli(*shlex.split(command))
     assert again.code == 0, again.err
+
+
+def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_pets, tmp_path):
+    """Neither by the recipe's, the default or those of a configuration below; both that one source gives limit."""
+
+    def end(*arguments):
+        found = asked("fit", *arguments)
+        return tuple(settings(found).trainer[name] for name in ("max_epochs", "max_steps"))
+
+    steps = "--trainer.max_steps=5000"
+    assert end(drawn_pets, "--pretrained=none", steps) == (None, 5000)
+    assert end("--config=quickstart", steps) == (None, 5000)
+    assert end("--config=quickstart", steps, "--epochs=7") == (7, 5000)
+    (tmp_path / "steps.yaml").write_text("trainer: {max_steps: 5000}")
+    assert end(f"--config={tmp_path / 'steps.yaml'}") == (None, 5000)
+    assert end(f"--config={tmp_path / 'steps.yaml'}", "--epochs=7") == (7, 5000)
+    assert end(drawn_pets, "--pretrained=none") == (100, -1)
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):

@@ -439,6 +439,35 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
     assert "is finished" in cli("fit", "--resume", "runs/two").err
 
 
+def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, send_signal):
+    """A run of more steps, as fewer processes take in its epochs, goes on with six."""
+    send_signal(1)
+    assert cli("fit", drawn_pets, *tiny).code == 143
+    last = Path("runs/pets/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["lr_schedulers"][0]["total_steps"] = 12
+    torch.save(checkpoint, last)
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert "ends after 12 steps and this training has 6, so that it does not come down to its end" in outcome.err
+
+
+@pytest.mark.filterwarnings("ignore:the run began with world_size 2")
+def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processes(cli, tiny, drawn_pets, send_signal):
+    """The run was begun by two processes of 8 images each; by one, each step of it and of its twin has two batches."""
+    send_signal(1)
+    assert cli("fit", drawn_pets, *tiny, "--with-twin").code == 143
+    last = Path("runs/pets/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["ImageDataModule"]["world_size"] = 2
+    checkpoint["moevision"]["fingerprint"] |= {"world_size": 2, "images_per_step": 16}
+    torch.save(checkpoint, last)
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    run, twin = (json.loads(Path(f"runs/pets/{folder}summary.json").read_text()) for folder in ("", "twin/"))
+    assert (run["batch_size"], twin["batch_size"]) == (16, 16)
+
+
 def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_command(cli, drawn_pets, send_signal):
     """A job script repeats it: the recipe was chosen at the first start, and `true` has drawn its seed there."""
     options = ("--pretrained=none", "--data.image_size=32", "--trainer.max_steps=4", "--seed_everything=true")

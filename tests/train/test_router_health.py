@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moevision.config import FreezeAllBut
 from moevision.layers import moe_layers
 from moevision.train.health import RouterHealth
+from moevision.train.optim import freeze_parameters
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
 
@@ -51,13 +53,26 @@ def test_nothing_is_logged_every_0_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("router", "advice"), [(NOISY, "--model.aux.importance or --model.aux.load"), (BIASED, "--model.arch.bias_rate")]
+    ("router", "freeze", "advice"),
+    [
+        (NOISY, None, "--model.aux.importance or --model.aux.load"),
+        (BIASED, None, "--model.arch.bias_rate"),
+        (NOISY, "all_but_head", ""),
+    ],
 )
 def test_a_collapse_is_said_with_advice(
-    router: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    router: dict[str, Any],
+    freeze: FreezeAllBut | None,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer."""
+    """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer.
+
+    No advice balances a router that keeps its weights.
+    """
     task = tiny_task(**router)
+    freeze_parameters(task.net, freeze)
     monkeypatch.setattr("moevision.train.health._PATIENCE", 2)
     task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=10**6)
     task.update_applied = True
@@ -68,6 +83,9 @@ def test_a_collapse_is_said_with_advice(
     for _ in range(4):
         health.on_train_batch_end(task.trainer, task, None, None, 0)
     said = capsys.readouterr().err
+    if freeze is not None:
+        assert said == ""
+        return
     assert said.count("experts collapse in block 1: 2 of 4 experts (2, 3) got less than a tenth") == 1
     assert "block 3" not in said
     assert advice in said
