@@ -93,7 +93,7 @@ def collect_routing(
     saved = as_saved_model(model)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
         found = find_images(str(model), str(data))
-        run_dir = found and found.run  # of its own images those that it was not trained on
+        run_dir = None if found is None else found.run  # of its own images those that it was not trained on
     pictures = open_pictures(
         data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed,
         class_names=saved.class_names or None, root=root, run_dir=run_dir,

@@ -87,14 +87,15 @@ class Routing:
 
     def requested_counts(self) -> Tensor:
         """[E] int64: how many choices fell on each expert, before any capacity."""
-        return _count(self.expert_index.flatten(), torch.ones_like(self.kept).flatten(), self.num_experts)
+        return replace(self, kept=torch.ones_like(self.kept)).counts()
 
     def counts(self) -> Tensor:
         """[E] int64: how many choices each expert computes (the load)."""
-        return _count(self.expert_index.flatten(), self.kept.flatten(), self.num_experts)
+        return self.image_counts().sum(0)
 
     def image_counts(self) -> Tensor:
         """[B, E] int64: `counts()` of each image."""
+        # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
         zeros = torch.zeros(len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device)
         return zeros.scatter_add(1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64))
 
@@ -162,12 +163,6 @@ class LayerLoad:
             dropped=float(1 - total / requested.sum()),
             unrouted=float(unrouted / tokens),
         )
-
-
-def _count(expert: Tensor, kept: Tensor, num_experts: int) -> Tensor:
-    # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-    zeros = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return zeros.scatter_add(0, expert, kept.to(torch.int64))
 
 
 class Recordable(nn.Module):
