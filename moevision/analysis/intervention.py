@@ -141,12 +141,6 @@ class Intervention:
         if self.factor is not None and not 0 < self.factor < float("inf"):
             raise UserError(f"factor={self.factor!r} is no capacity: give a positive number, 1 is perfect balance.")
 
-    @property
-    def where(self) -> str:
-        """What it acts on, in words: "L4·E3", "L4" or "every MoE layer"."""
-        layer = "every MoE layer" if self.layer is None else f"L{self.layer}"
-        return f"{layer}·E{self.expert}" if self.kind in ("ablate", "force", "swap") else layer
-
     def to_json(self) -> dict[str, Any]:
         """The kind and what belongs to it."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in _FIELDS[self.kind]}}

@@ -304,13 +304,11 @@ def measure_baselines(
     if [layer.layer_index for layer in moe_layers(model.net)] != [layer.layer for layer in trace.layers]:
         raise UserError("This trace has other MoE layers than the model: collect it again with this model.")
     pictures = Remembered(aligned_pictures(pictures, trace))  # image i is row i of the trace
-    untrained = []
-    for s in range(seeds):
-        routing = collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False)
-        for own in routing.layers:
-            untrained.append(
-                Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
-            )
+    untrained = [
+        Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
+        for s in range(seeds)
+        for own in collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False).layers
+    ]
     return {"untrained": untrained, "kmeans_input": _clusters(model, pictures, trace, seeds, seed)}
 
 

@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from moevision.analysis.information import Array, Flags, Floats, Ints
 from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
-from moevision.models.safe_files import parse_json
+from moevision.models.safe_files import parse_json, read_metadata
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 _CHUNK = 64  # images that are counted at once
@@ -212,9 +211,7 @@ class RoutingTrace:
 
     def select(self, images: Sequence[int] | Array | slice) -> RoutingTrace:
         """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
-        # An empty list would become an array of floats.
-        wanted = images if isinstance(images, slice) or len(images) else np.zeros(0, np.int64)
-        chosen = wanted if isinstance(wanted, slice) else np.arange(len(self))[np.asarray(wanted)]
+        chosen = images if isinstance(images, slice) else np.arange(len(self))[list(images)]
         return replace(
             self,
             layers=tuple(layer.select(chosen) for layer in self.layers),
@@ -252,16 +249,9 @@ class RoutingTrace:
     def load(cls, path: str | Path) -> RoutingTrace:
         """Read a trace; a UserError if there is no such file, it is damaged, or another version wrote it."""
         try:
-            with safe_open(str(path), framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
+            metadata, arrays = read_metadata(path), load_file(path)
         except FileNotFoundError as error:
             raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged, or is no file of this kind ({error}): collect the routing again, or give another "
-                "file."
-            ) from error
         schema = metadata.get("schema")
         if schema != SCHEMA:
             what = f"has the schema {schema!r}" if schema else "is no routing trace"

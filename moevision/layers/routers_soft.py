@@ -114,23 +114,21 @@ class ExpertChoiceRouter(Router):
     def forward(self, x: Tensor) -> ExpertChoiceRouting:
         """Let every expert choose among the tokens x [B, N, D] of each image."""
         with full_precision(x):
-            return self._choose(at_least_float32(x))
-
-    def _choose(self, x: Tensor) -> ExpertChoiceRouting:
-        logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
-        noise_std = None
-        if self.training and self.noise == "fixed":
-            noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
-            noisy_logits = logits + torch.randn_like(logits) * noise_std
-        tokens = x.shape[1]
-        capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
-        affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
-        # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
-        token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
-        token_weight = affinity.gather(-1, token_index)
-        if self.options.normalize_gates:
-            token_weight = shares_of_token(token_weight, token_index, tokens)
-        return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
+            x = at_least_float32(x)
+            logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
+            noise_std = None
+            if self.training and self.noise == "fixed":
+                noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
+                noisy_logits = logits + torch.randn_like(logits) * noise_std
+            tokens = x.shape[1]
+            capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
+            affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
+            # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
+            token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
+            token_weight = affinity.gather(-1, token_index)
+            if self.options.normalize_gates:
+                token_weight = shares_of_token(token_weight, token_index, tokens)
+            return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -279,7 +279,7 @@ def trace_file(tmp_path):
 def test_a_file_that_was_cut_off(trace_file, left):
     data = trace_file.read_bytes()
     trace_file.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
-    with pytest.raises(UserError, match="is damaged, or is no file of this kind"):
+    with pytest.raises(UserError, match="it is damaged, or no safetensors file"):
         RoutingTrace.load(trace_file)
 
 
