@@ -304,20 +304,13 @@ class Router(nn.Module):
 
     A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here. Where
     tokens choose, interventions also need its `gate_logits`, `gates` and `priority`, as `TopKRouter` has them.
-
-    Attributes:
-        num_experts: E.
-        top_k: K.
-        num_prefix_tokens: class and register tokens in front of the patches; a model's conversion sets it.
-        kind: who chooses.
-        sees_image: whether `look` is called with the patch embedding and its arguments before each forward pass.
     """
 
-    kind: ClassVar[Kind] = "token_choice"
-    sees_image: ClassVar[bool] = False
-    num_experts: int
-    top_k: int
-    num_prefix_tokens: int = 0
+    kind: ClassVar[Kind] = "token_choice"  # who chooses
+    sees_image: ClassVar[bool] = False  # whether `look` gets the patch embedding and its arguments before each pass
+    num_experts: int  # E
+    top_k: int  # K
+    num_prefix_tokens: int = 0  # class and register tokens in front of the patches; a model's conversion sets it
 
     @property
     def rows(self) -> nn.Parameter | None:

@@ -228,11 +228,7 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
 
 
 def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
-    """Refuse a config.json that describes a larger model than its weights are; nothing is allocated to find out.
-
-    Returns:
-        The model, without memory.
-    """
+    """The model, without memory; refused if its config.json describes a larger one than its weights are."""
     import timm
     import torch
 
