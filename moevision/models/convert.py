@@ -454,6 +454,7 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
         model: a converted model.
         match: `active_flops` gives the Mlp K·H hidden units, what one token computes (is sparse better at the same
             cost?); `total_params` gives it E·H, what is stored (what does sparsity save?). Shared experts add theirs.
+            Soft MoE computes K·H with its default slots only, and mixes them besides: `measure_cost` of both tells.
 
     Returns:
         A new model, which saves under the same registered name with `twin=match`.
