@@ -44,7 +44,8 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int], *, backend
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), _eval_with(model, backend), flop_counter() as counter:
+    # With gradients: without, torch's counter fails where a module is given a view of a parameter (SigLIP's head).
+    with torch.enable_grad(), _eval_with(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
     router = sum(layer.router for layer in layers)
     flops = int(counter.get_total_flops()) - router

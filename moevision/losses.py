@@ -14,6 +14,7 @@ Axes: B images, N tokens, E experts, K choices, L MoE layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
@@ -312,17 +313,13 @@ class RoutingStatistics(Metric):
             self.counts[row, : routing.num_experts] += routing.counts()
             self.count_squares[row, : routing.num_experts] += routing.image_counts().square().sum(0)
             self.requested[row, : routing.num_experts] += routing.requested_counts()
-            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / torch.log(torch.tensor(2.0))
+            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / math.log(2)
             self.tokens[row] += probs.shape[0] * probs.shape[1]
             self.images[row] += probs.shape[0]
             self.unrouted[row] += (~routing.kept.any(-1)).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Sums per MoE layer.
-
-        Over images `counts`, `count_squares`, `requested` [L, E] and `images` [L]; over tokens `entropy_bits`, `tokens`
-        and `unrouted` [L].
-        """
+        """Sums per MoE layer by name: `counts`, `count_squares` and `requested` [L, E], the others [L]."""
         return cast(dict[str, Tensor], dict(self.metric_state))
 
     def layer_loads(self) -> list[LayerLoad]:

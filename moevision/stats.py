@@ -48,15 +48,11 @@ def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tup
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Accuracy of model a minus accuracy of model b on the same n images.
-
-    Attributes:
-        low, high: interval of the difference.
-    """
+    """Accuracy of model a minus accuracy of model b on the same n images."""
 
     difference: float
-    low: float
-    high: float
+    low: float  # lower end of the interval of the difference
+    high: float  # upper end
     n: int
     only_a: int  # images that a classifies correctly and b doesn't
     only_b: int  # the other way round

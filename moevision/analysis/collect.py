@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from moevision import __version__
-from moevision.analysis.images import Data, PictureSet, open_pictures
+from moevision.analysis.images import Data, PictureSet, find_images, open_pictures
 from moevision.analysis.information import Array, Pixels
 from moevision.analysis.trace import RoutingTrace, metadata_of
 from moevision.data.images import BadImageError
@@ -75,7 +75,8 @@ def collect_routing(
         split: which part of the data: test, val, train or all.
         seed: of the split, of drawn images and of `limit`.
         root: folder in which named datasets live.
-        run_dir: a run's folder, whose splits.csv says which images were held out.
+        run_dir: a run's folder, whose splits.csv says which images were held out; by default the model's own,
+            where `data` are the images that it was trained on.
         name: what the model is called in the trace; by default its folder's or its architecture's name.
 
     Raises:
@@ -90,6 +91,9 @@ def collect_routing(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
+    if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
+        found = find_images(str(model), str(data))
+        run_dir = None if found is None else found.run  # of its own images those that it was not trained on
     pictures = open_pictures(
         data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed,
         class_names=saved.class_names or None, root=root, run_dir=run_dir,

@@ -413,10 +413,7 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     """A patch (row-major index) with `context` patches on each side, always in the middle of its crop.
 
     Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
-    covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
-
-    Raises:
-        UserError: if there is no such patch or patches don't tile the image.
+    covers the same part of each: the middle 1 / (1 + 2 · context) of either side. Patches have to tile the image.
     """
     rows, columns = grid
     height, width = image.shape[0] // rows, image.shape[1] // columns

@@ -23,12 +23,9 @@ What they mean depends on who chooses, so the second half of the file holds a la
 of router; an intervention is an edit of it, and edits compose. Every edit is a pure function of one image's own tokens.
 
 - Token choice (`Ranking`): each token has a list of all E experts, the K chosen first, the others by the score that the
-  router chooses by. Taking an expert away, forcing one or choosing another k are edits of the list.
-- Expert choice (`TokenLists`): each expert has a list of all tokens of the image, best first, and takes the first C. An
-  expert that is taken away takes none, and no other takes its place: the others have already chosen.
-- Soft MoE (`SlotWeights`): each expert reads slots, weighted means of all tokens. An expert that is taken away is one
-  that tokens no longer take from; their weights over the other slots then sum to 1 again (`removed`) or stay
-  (`silenced`).
+  router chooses by.
+- Expert choice (`TokenLists`): each expert has a list of all tokens of the image, best first, and takes the first C.
+- Soft MoE (`SlotWeights`): each expert reads slots, weighted means of all tokens.
 
 Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices of a token, C tokens that an expert
 takes, P slots of an expert.
@@ -60,7 +57,7 @@ from moevision.layers import (
     routing_lock,
     within_capacity,
 )
-from moevision.layers.routers_soft import shares_of_token
+from moevision.layers.routers_soft import shares_of_token, token_view
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import routed_unit
 
@@ -143,12 +140,6 @@ class Intervention:
                 raise UserError(f"{name}={value!r} does not fit an intervention: give a whole number from 0.")
         if self.factor is not None and not 0 < self.factor < float("inf"):
             raise UserError(f"factor={self.factor!r} is no capacity: give a positive number, 1 is perfect balance.")
-
-    @property
-    def where(self) -> str:
-        """What it acts on, in words: "L4·E3", "L4" or "every MoE layer"."""
-        layer = "every MoE layer" if self.layer is None else f"L{self.layer}"
-        return f"{layer}·E{self.expert}" if self.kind in ("ablate", "force", "swap") else layer
 
     def to_json(self) -> dict[str, Any]:
         """The kind and what belongs to it."""
@@ -498,8 +489,7 @@ class TokenLists(Decision):
             weight = shares_of_token(weight, index, tokens)
         weight = weight.masked_fill(silenced, 0.0)
         computed = by_expert.scatter(-1, index, (~removed & ~silenced).to(by_expert.dtype)).mT
-        weights = by_expert.scatter(-1, index, weight).mT  # [B, N, E]
-        view = _token_view(weights, computed.bool(), order=weights.masked_fill(computed == 0, -1.0))
+        view = token_view(by_expert.scatter(-1, index, weight).mT, computed.bool())
         return replace(cast(ExpertChoiceRouting, self.routing), token_index=index, token_weight=weight, **view)
 
     def exchange(self, a: int, b: int) -> Self:
@@ -538,9 +528,7 @@ class SlotWeights(Decision):
         lost = self.removed.any(-1)[..., None, None] & (total > 0)
         takes = torch.where(lost, left / torch.where(lost, total, 1.0), left)
         takes = takes.masked_fill(self.silenced.unsqueeze(-1), 0.0)
-        computed = ~(self.removed | self.silenced)
-        weights = takes.sum(-1)  # [B, N, E]
-        view = _token_view(weights, computed, order=weights.masked_fill(~computed, -1.0))
+        view = token_view(takes.sum(-1), ~(self.removed | self.silenced))
         return replace(cast(SoftRouting, self.routing), dispatch_weight=self.reads, slot_weight=takes, **view)
 
     def exchange(self, a: int, b: int) -> Self:
@@ -553,12 +541,6 @@ class SlotWeights(Decision):
         order = draw_orders(key, 1, slots, self.takes.device)[0]
         reads, takes = (x.flatten(2)[..., order].view_as(x) for x in (self.reads, self.takes))
         return replace(self, reads=reads, takes=takes)
-
-
-def _token_view(weights: Tensor, computed: Tensor, order: Tensor) -> dict[str, Any]:
-    """The token's view of `Routing` from weights and whether they count, [B, N, E]: the largest `order` first."""
-    index = order.argsort(dim=-1, descending=True, stable=True)
-    return {"expert_index": index, "combine_weight": weights.gather(-1, index), "kept": computed.gather(-1, index)}
 
 
 def _swapped(x: Tensor, a: int, b: int, dim: int) -> Tensor:

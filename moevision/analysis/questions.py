@@ -1,12 +1,10 @@
 """Three questions about the experts of any model whose routing was recorded, each answered beside its controls.
 
-1. Do classes (or parts) go to different experts? How often the class is guessed right from the expert, beside the
-   majority class; bits above labels shuffled over images; share of what a linear probe of the layer's input tells when
-   its answers are dealt to as many balanced groups as there are experts.
-2. Did training the router add to that? The same of the router before training and of k-means clusters of its own input.
-   Every training stands against its own controls. A router that was started from clusters can't answer it.
-3. Do the experts do different things? The swap test, below: the layer left out; a class's favourite expert exchanged
-   with any other, beside any two other experts at the same share of moved choices; routes of other images.
+1. Do classes (or parts) go to different experts?
+2. Did training the router add to that? A router that was started from clusters can't answer it.
+3. Do the experts do different things? The swap test, below.
+
+How each is measured: docs/concepts/evidence.md.
 
 Each answer is "yes", "a little", "not shown" or "not measured", the third also "the layer contributes nothing". There
 is no verdict over all three. The rules:

@@ -304,13 +304,11 @@ def measure_baselines(
     if [layer.layer_index for layer in moe_layers(model.net)] != [layer.layer for layer in trace.layers]:
         raise UserError("This trace has other MoE layers than the model: collect it again with this model.")
     pictures = Remembered(aligned_pictures(pictures, trace))  # image i is row i of the trace
-    untrained = []
-    for s in range(seeds):
-        routing = collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False)
-        for own in routing.layers:
-            untrained.append(
-                Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
-            )
+    untrained = [
+        Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
+        for s in range(seeds)
+        for own in collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False).layers
+    ]
     return {"untrained": untrained, "kmeans_input": _clusters(model, pictures, trace, seeds, seed)}
 
 
@@ -705,9 +703,7 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
     """How often the class (part) is right that an expert's choices mostly are of, in the other half of the images.
 
     From counts [I, P, E], the class or part of each patch [I, P] (negative: left out) and which half an image is in.
-
-    Returns:
-        The share guessed right, with an interval over images, and that of always guessing the most frequent value.
+    Beside the share guessed right, with an interval over images, is that of always guessing the most frequent value.
     """
     image, patch = (target >= 0).nonzero()  # [N]
     values, ranks = np.unique(target[image, patch], return_inverse=True)
@@ -748,9 +744,8 @@ def paired_interval(loss: Floats) -> Interval:
 def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Interval, float, Interval]:
     """What logistic regression tells from the histograms [I, E] of held-out images.
 
-    Returns:
-        The share guessed right, that of the most frequent class, and the bits about the class: the mean of log2 of
-        the predicted over the prior probability of the true class.
+    It is the share guessed right, that of the most frequent class, and the bits about the class: the mean of log2 of
+    the predicted over the prior probability of the true class.
     """
     values, ranks = np.unique(labels, return_inverse=True)
     right, bits = np.zeros(len(labels)), np.zeros(len(labels))

@@ -18,21 +18,20 @@ The file is one safetensors file, which appears under its name when it is whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from moevision.analysis.information import Array, Flags, Floats, Ints
 from moevision.errors import UserError, shown
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
-from moevision.models.safe_files import parse_json
+from moevision.models.safe_files import parse_json, read_metadata
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 _CHUNK = 64  # images that are counted at once
@@ -84,12 +83,12 @@ class LayerTrace:
     @property
     def reads(self) -> Array:
         """[I, P, K] how much of the patch each of `expert_index` reads, see above."""
-        return self._reads(slice(None))
+        return self.kept if self.read_weight is None else self.read_weight * self.kept
 
     @property
     def takes(self) -> Array:
         """[I, P, K] how much the patch takes from each of `expert_index`, see above."""
-        return self._takes(slice(None))
+        return self.kept if self.kind == "token_choice" else self.combine_weight * self.kept
 
     @property
     def wanted(self) -> Array | None:
@@ -121,27 +120,21 @@ class LayerTrace:
 
         Soft MoE, where every expert computes as many slots: float64, the sum of the weights that patches take.
         """
-        return self._sums(self._takes if self.kind == "soft" else self._reads)
+        return self._sums("takes" if self.kind == "soft" else "reads")
 
     def image_takes(self) -> Array:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
-        return self._sums(self._takes)
+        return self._sums("takes")
 
-    def _reads(self, part: slice) -> Array:
-        return self.kept[part] if self.read_weight is None else self.read_weight[part] * self.kept[part]
-
-    def _takes(self, part: slice) -> Array:
-        return self.kept[part] if self.kind == "token_choice" else self.combine_weight[part] * self.kept[part]
-
-    def _sums(self, amount: Callable[[slice], Array]) -> Array:
+    def _sums(self, what: str) -> Array:
         """[I, E] amounts [I, P, K] by image and expert; int64 where an amount is whether a choice counts."""
         images, experts = len(self.expert_index), self.num_experts
-        sums = np.zeros((images, experts), np.int64 if amount(slice(0)).dtype == bool else np.float64)
+        sums = np.zeros((images, experts), np.int64 if getattr(self.select(slice(0)), what).dtype == bool else float)
         for start in range(0, images, _CHUNK):  # a few at a time, so that it takes no second trace's memory
-            part = slice(start, min(start + _CHUNK, images))
-            cells = np.arange(part.stop - start)[:, None, None] * experts + self.expert_index[part]
-            weights = amount(part).ravel().astype(np.float64)
-            sums[part] = np.bincount(cells.ravel(), weights, minlength=sums[part].size).reshape(-1, experts)
+            part = slice(start, start + _CHUNK)
+            amount, into = getattr(self.select(part), what), sums[part]
+            cells = np.arange(len(into))[:, None, None] * experts + self.expert_index[part]
+            into[:] = np.bincount(cells.ravel(), amount.ravel(), minlength=into.size).reshape(-1, experts)
         return sums
 
 
@@ -209,11 +202,7 @@ class RoutingTrace:
         return float((self.predictions == self.labels)[known].mean())
 
     def layer(self, block_index: int) -> LayerTrace:
-        """The MoE layer in the block of that index.
-
-        Raises:
-            UserError: if that block has no MoE layer.
-        """
+        """The MoE layer in the block of that index; a UserError if that block has none."""
         for layer in self.layers:
             if layer.layer == block_index:
                 return layer
@@ -222,9 +211,7 @@ class RoutingTrace:
 
     def select(self, images: Sequence[int] | Array | slice) -> RoutingTrace:
         """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
-        # An empty list would become an array of floats.
-        wanted = images if isinstance(images, slice) or len(images) else np.zeros(0, np.int64)
-        chosen = wanted if isinstance(wanted, slice) else np.arange(len(self))[np.asarray(wanted)]
+        chosen = images if isinstance(images, slice) else np.arange(len(self))[list(images)]
         return replace(
             self,
             layers=tuple(layer.select(chosen) for layer in self.layers),
@@ -249,11 +236,7 @@ class RoutingTrace:
         return metadata_of(about)
 
     def save(self, path: str | Path) -> None:
-        """Write the trace to one safetensors file, whole or not at all.
-
-        Raises:
-            UserError: if the file can't be written.
-        """
+        """Write the trace to one safetensors file, whole or not at all; a UserError if it can't be written."""
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays().items()}
         try:
             write_bytes_atomic(path, save(arrays, self.metadata()))
@@ -264,22 +247,11 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read a trace.
-
-        Raises:
-            UserError: if there is no such file, it is damaged, or another version wrote it.
-        """
+        """Read a trace; a UserError if there is no such file, it is damaged, or another version wrote it."""
         try:
-            with safe_open(str(path), framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
+            metadata, arrays = read_metadata(path), load_file(path)
         except FileNotFoundError as error:
             raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged, or is no file of this kind ({error}): collect the routing again, or give another "
-                "file."
-            ) from error
         schema = metadata.get("schema")
         if schema != SCHEMA:
             what = f"has the schema {schema!r}" if schema else "is no routing trace"

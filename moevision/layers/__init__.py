@@ -1,22 +1,13 @@
 """The MoE layer in pure torch: no timm, no Lightning, no files. Begin with `reference.py`, then `moe.py`."""
 
 from moevision.config import RouterOptions
-from moevision.layers.baselines import ColourRouter, HandmadeRouter
-from moevision.layers.experts import Backend, Experts, PackedLinear
-from moevision.layers.moe import (
-    Dispatched,
-    LocalDispatcher,
-    MoEMlp,
-    SharedExperts,
-    describe_moe,
-    moe_layers,
-    update_router_bias,
-)
-from moevision.layers.routers import ROUTERS, CosineRouter, SigmoidRouter, TopKRouter, build_router, router_kind
+from moevision.layers.baselines import ColourRouter
+from moevision.layers.experts import Backend, PackedLinear
+from moevision.layers.moe import LocalDispatcher, MoEMlp, describe_moe, moe_layers, update_router_bias
+from moevision.layers.routers import ROUTERS, CosineRouter, TopKRouter, build_router, router_kind
 from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
 from moevision.layers.routing import (
     LayerLoad,
-    Recordable,
     Router,
     Routing,
     capacity_of,
@@ -31,21 +22,15 @@ __all__ = [
     "Backend",
     "ColourRouter",
     "CosineRouter",
-    "Dispatched",
     "ExpertChoiceRouter",
     "ExpertChoiceRouting",
-    "Experts",
-    "HandmadeRouter",
     "LayerLoad",
     "LocalDispatcher",
     "MoEMlp",
     "PackedLinear",
-    "Recordable",
     "Router",
     "RouterOptions",
     "Routing",
-    "SharedExperts",
-    "SigmoidRouter",
     "SoftRouter",
     "SoftRouting",
     "TopKRouter",

@@ -40,7 +40,7 @@ class HandmadeRouter(Router):
 
     words = by_rule
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int, **_: Any) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
         self.num_experts, self.top_k = num_experts, top_k
@@ -136,8 +136,8 @@ class ColourRouter(HandmadeRouter):
     centroids: Tensor
     fitted: Tensor
 
-    def __init__(self, num_experts: int, top_k: int, device: torch.device | str | None = None) -> None:
-        super().__init__(num_experts, top_k)
+    def __init__(self, dim: int, num_experts: int, top_k: int, *, device: Any = None, **_: Any) -> None:
+        super().__init__(dim, num_experts, top_k)
         grey = torch.linspace(-2, 2, num_experts, device=device).unsqueeze(1).repeat(1, 3)
         self.register_buffer("centroids", grey)
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool, device=device))

@@ -78,11 +78,7 @@ class PackedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert; D -> H -> out_features.
-
-    Raises:
-        UserError: for an unknown backend.
-    """
+    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert; D -> H -> out_features."""
 
     def __init__(
         self,

@@ -428,14 +428,6 @@ def _bias_balanced(dim: int, num_experts: int, top_k: int, options: RouterOption
     return SigmoidRouter(dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place)
 
 
-def _fixed_rule(make: Callable[..., Any], dim: int, num_experts: int, top_k: int, **_: Any) -> Any:
-    return make(num_experts, top_k)
-
-
-def _colour(dim: int, num_experts: int, top_k: int, device: Any, **_: Any) -> ColourRouter:
-    return ColourRouter(num_experts, top_k, device=device)
-
-
 _VMOE: dict[str, Any] = {"noise": "fixed", "softmax_over": "all", "default_losses": _IMPORTANCE_AND_LOAD}
 _SIGMOID = (
     "route_by",
@@ -455,19 +447,15 @@ ROUTERS: dict[str, RouterKind] = {
     "cosine": RouterKind(partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
     "expert_choice": RouterKind(ExpertChoiceRouter, ("noise", "normalize_gates")),
     "soft": RouterKind(SoftRouter, ("slots_per_expert",)),
-    "hash": RouterKind(partial(_fixed_rule, HashRouter)),
-    "random": RouterKind(partial(_fixed_rule, RandomRouter)),
-    "position": RouterKind(partial(_fixed_rule, PositionRouter)),
-    "colour": RouterKind(_colour),
+    "hash": RouterKind(HashRouter),
+    "random": RouterKind(RandomRouter),
+    "position": RouterKind(PositionRouter),
+    "colour": RouterKind(ColourRouter),
 }
 
 
 def router_kind(name: str) -> RouterKind:
-    """The table's row of a name.
-
-    Raises:
-        UserError: if there is no router of that name.
-    """
+    """The table's row of a name; a UserError if there is none."""
     if name not in ROUTERS:
         raise UserError(f"There is no router {name!r}; choose one of {', '.join(ROUTERS)}.")
     return ROUTERS[name]

@@ -15,7 +15,7 @@ that an expert takes of an image, P slots of an expert.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,15 @@ from moevision.layers.routing import Kind, Router, Routing, at_least_float32, ca
 from moevision.layers.words import by_experts, by_slots
 
 _EPS = 1e-6  # under the root, as in Soft MoE's released code
+
+
+def token_view(weights: Tensor, computed: Tensor) -> dict[str, Any]:
+    """The token's view of a `Routing` from weights [B, N, E] and which of them count.
+
+    Those come first even where a weight has underflowed to 0; equal weights in the order of experts.
+    """
+    index = weights.masked_fill(~computed, -1.0).argsort(dim=-1, descending=True, stable=True)
+    return {"expert_index": index, "combine_weight": weights.gather(-1, index), "kept": computed.gather(-1, index)}
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,15 @@ class ExpertChoiceRouting(Routing):
         """The decision by tokens and weights [B, E, C] of each expert, with its token's view; scores are [B, N, E]."""
         by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]
         weights = by_expert.scatter(-1, token_index, token_weight).mT  # [B, N, E]
-        taken = by_expert.scatter(-1, token_index, 1.0).mT
-        # Taken ones first even where their weight has underflowed to 0; equal weights in the order of experts.
-        expert_index = torch.where(taken > 0, weights, -1.0).argsort(dim=-1, descending=True, stable=True)
+        taken = by_expert.scatter(-1, token_index, 1.0).mT > 0
         return cls(
             logits=logits,
             noisy_logits=noisy_logits,
             probs=logits.softmax(-1),
             noise_std=noise_std,
-            expert_index=expert_index,
-            combine_weight=weights.gather(-1, expert_index),
-            kept=taken.gather(-1, expert_index).bool(),
             token_index=token_index,
             token_weight=token_weight,
+            **token_view(weights, taken),
         )
 
     def requested_counts(self) -> Tensor:
@@ -72,10 +77,7 @@ class ExpertChoiceRouter(Router):
 
     The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none. K is how many
     experts a token has on average (the paper's capacity factor). With `normalize_gates` a token's weights sum to 1 if
-    any expert took it.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts, or for another noise than `fixed` and `none`.
+    any expert took it. K lies between 1 and E and `noise` is `fixed` or `none`, else a UserError.
     """
 
     kind = "expert_choice"
@@ -112,23 +114,21 @@ class ExpertChoiceRouter(Router):
     def forward(self, x: Tensor) -> ExpertChoiceRouting:
         """Let every expert choose among the tokens x [B, N, D] of each image."""
         with full_precision(x):
-            return self._choose(at_least_float32(x))
-
-    def _choose(self, x: Tensor) -> ExpertChoiceRouting:
-        logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
-        noise_std = None
-        if self.training and self.noise == "fixed":
-            noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
-            noisy_logits = logits + torch.randn_like(logits) * noise_std
-        tokens = x.shape[1]
-        capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
-        affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
-        # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
-        token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
-        token_weight = affinity.gather(-1, token_index)
-        if self.options.normalize_gates:
-            token_weight = shares_of_token(token_weight, token_index, tokens)
-        return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
+            x = at_least_float32(x)
+            logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
+            noise_std = None
+            if self.training and self.noise == "fixed":
+                noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
+                noisy_logits = logits + torch.randn_like(logits) * noise_std
+            tokens = x.shape[1]
+            capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
+            affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
+            # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
+            token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
+            token_weight = affinity.gather(-1, token_index)
+            if self.options.normalize_gates:
+                token_weight = shares_of_token(token_weight, token_index, tokens)
+            return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -161,34 +161,21 @@ class SoftRouting(Routing):
         An expert's logit is the log of the sum over its slots, so that `probs` are the softmax of `logits`.
         """
         slot_weight = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)  # over all E · P slots
-        weights = slot_weight.sum(-1)  # [B, N, E]
-        expert_index = weights.argsort(dim=-1, descending=True, stable=True)
         logits = slot_logits.logsumexp(-1)  # [B, N, E]
         return cls(
             logits=logits,
             noisy_logits=logits,
             probs=logits.softmax(-1),
             noise_std=None,
-            expert_index=expert_index,
-            combine_weight=weights.gather(-1, expert_index),
-            kept=torch.ones_like(expert_index, dtype=torch.bool),
             dispatch_weight=slot_logits.softmax(1),
             slot_weight=slot_weight,
+            **token_view(slot_weight.sum(-1), torch.ones_like(logits, dtype=torch.bool)),
         )
-
-    def counts(self) -> Tensor:
-        """[E] int64: slots that each expert computes, the same for all."""
-        images, _, num_experts, slots = self.slot_weight.shape
-        return torch.full((num_experts,), images * slots, dtype=torch.int64, device=self.logits.device)
 
     def image_counts(self) -> Tensor:
         """[B, E] int64: slots that each expert computes in each image, the same everywhere."""
         images, _, num_experts, slots = self.slot_weight.shape
         return torch.full((images, num_experts), slots, dtype=torch.int64, device=self.logits.device)
-
-    def requested_counts(self) -> Tensor:
-        """[E] int64: as `counts()`; no slot is ever dropped."""
-        return self.counts()
 
 
 class SoftRouter(Router):
@@ -196,10 +183,7 @@ class SoftRouter(Router):
 
     `logits = scale · l2(x) · l2(Φ)`; a slot reads the tokens by a softmax over tokens, a token takes the slots by a
     softmax over all E · P slots. K is how many rows are computed per token on average, E · P / N: what the slots cost.
-    The option `slots_per_expert` P is 1 outside a model, K · N / E in one.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts.
+    The option `slots_per_expert` P is 1 outside a model, K · N / E in one. K lies between 1 and E, else a UserError.
     """
 
     kind = "soft"

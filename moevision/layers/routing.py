@@ -87,14 +87,15 @@ class Routing:
 
     def requested_counts(self) -> Tensor:
         """[E] int64: how many choices fell on each expert, before any capacity."""
-        return _count(self.expert_index.flatten(), torch.ones_like(self.kept).flatten(), self.num_experts)
+        return replace(self, kept=torch.ones_like(self.kept)).counts()
 
     def counts(self) -> Tensor:
         """[E] int64: how many choices each expert computes (the load)."""
-        return _count(self.expert_index.flatten(), self.kept.flatten(), self.num_experts)
+        return self.image_counts().sum(0)
 
     def image_counts(self) -> Tensor:
         """[B, E] int64: `counts()` of each image."""
+        # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
         zeros = torch.zeros(len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device)
         return zeros.scatter_add(1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64))
 
@@ -162,12 +163,6 @@ class LayerLoad:
             dropped=float(1 - total / requested.sum()),
             unrouted=float(unrouted / tokens),
         )
-
-
-def _count(expert: Tensor, kept: Tensor, num_experts: int) -> Tensor:
-    # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-    zeros = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return zeros.scatter_add(0, expert, kept.to(torch.int64))
 
 
 class Recordable(nn.Module):
@@ -309,20 +304,13 @@ class Router(nn.Module):
 
     A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here. Where
     tokens choose, interventions also need its `gate_logits`, `gates` and `priority`, as `TopKRouter` has them.
-
-    Attributes:
-        num_experts: E.
-        top_k: K.
-        num_prefix_tokens: class and register tokens in front of the patches; a model's conversion sets it.
-        kind: who chooses.
-        sees_image: whether `look` is called with the patch embedding and its arguments before each forward pass.
     """
 
-    kind: ClassVar[Kind] = "token_choice"
-    sees_image: ClassVar[bool] = False
-    num_experts: int
-    top_k: int
-    num_prefix_tokens: int = 0
+    kind: ClassVar[Kind] = "token_choice"  # who chooses
+    sees_image: ClassVar[bool] = False  # whether `look` gets the patch embedding and its arguments before each pass
+    num_experts: int  # E
+    top_k: int  # K
+    num_prefix_tokens: int = 0  # class and register tokens in front of the patches; a model's conversion sets it
 
     @property
     def rows(self) -> nn.Parameter | None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast, get_args
 import timm
 import torch
 from timm.layers import Mlp
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from moevision.config import RouterOptions
@@ -366,8 +367,9 @@ def pool_patches(vit: nn.Module) -> nn.Module:
         raise UserError(
             f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
         ) from error
-    # What rebuilds the model; timm itself would move the norm behind the pooling.
-    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg", "fc_norm": False}
+    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}  # what rebuilds the model
+    if hasattr(vit, "fc_norm"):  # timm itself would move the norm behind the pooling
+        state._model_args["use_fc_norm" if isinstance(vit, Eva) else "fc_norm"] = False
     return vit
 
 
@@ -452,6 +454,7 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
         model: a converted model.
         match: `active_flops` gives the Mlp K·H hidden units, what one token computes (is sparse better at the same
             cost?); `total_params` gives it E·H, what is stored (what does sparsity save?). Shared experts add theirs.
+            Soft MoE computes K·H with its default slots only, and mixes them besides: `measure_cost` of both tells.
 
     Returns:
         A new model, which saves under the same registered name with `twin=match`.

@@ -95,15 +95,12 @@ class RoutingHistory:
 
     def plus(self, step: int, moment: Moment) -> RoutingHistory:
         """With one more moment, after `step` optimizer steps."""
-        first = not self.steps
         return replace(
             self,
             steps=(*self.steps, step),
             grid=moment.grid,
-            probabilities=_joined(None if first else self.probabilities, moment.probabilities),
-            weights={
-                layer: _joined(None if first else self.weights[layer], own) for layer, own in moment.weights.items()
-            },
+            probabilities=np.stack([*self.probabilities, moment.probabilities]),
+            weights={layer: np.stack([*self.weights.get(layer, ()), own]) for layer, own in moment.weights.items()},
         )
 
     def until(self, step: int) -> RoutingHistory:
@@ -169,10 +166,6 @@ class RoutingHistory:
 
 _KEY: Final = "history"
 _WORDS: Final = ("steps", "total_steps", "pretrained", "image_names", "class_names", "layers", "grid")
-
-
-def _joined(earlier: Half | None, new: Half) -> Half:
-    return new[None] if earlier is None else np.concatenate([earlier, new[None]])
 
 
 def planned_moments(total_steps: int, moments: int) -> list[int]:

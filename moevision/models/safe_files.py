@@ -49,12 +49,7 @@ _COUNTS_LAYERS = re.compile("depth|layers|blocks|stages")
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a small file.
-
-    Raises:
-        UserError: if it is no regular file, or larger than `max_bytes`.
-        FileNotFoundError: if there is none; callers know best what that means.
-    """
+    """The content of a small file, else a UserError; without one a FileNotFoundError: callers know what that means."""
     with _open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
@@ -91,12 +86,7 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file of plain values, such as a run's config.yaml.
-
-    Raises:
-        UserError: if it is no regular file, too large, or no such YAML.
-        FileNotFoundError: if there is none.
-    """
+    """The content of a YAML file of plain values, such as a run's config.yaml; it raises as `read_json` does."""
     try:
         return parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -191,12 +181,7 @@ def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tenso
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The config.json of a model in timm's format, with every field checked.
-
-    Raises:
-        UserError: if it isn't one.
-        FileNotFoundError: if there is none.
-    """
+    """The config.json of a model in timm's format, with every field checked; it raises as `read_json` does."""
     config = read_json(file)
     try:
         # Older files of timm have all fields in one object, newer ones may have more around them, which timm ignores.
@@ -218,11 +203,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not the model's own, and more layers than a model has.
-
-    Raises:
-        ValueError: with the argument.
-    """
+    """Refuse arguments that are not the model's own, and more layers than a model has, by a ValueError."""
     for name, value in arguments.items():
         if _NOT_THE_MODELS.fullmatch(name):
             raise ValueError(f"model_args may not hold {name[:40]!r}")
@@ -247,11 +228,7 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
 
 
 def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
-    """Refuse a config.json that describes a larger model than its weights are; nothing is allocated to find out.
-
-    Returns:
-        The model, without memory.
-    """
+    """The model, without memory; refused if its config.json describes a larger one than its weights are."""
     import timm
     import torch
 

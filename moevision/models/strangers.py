@@ -31,17 +31,11 @@ MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
 
 
 class Strangers(nn.Module):
-    """The distance of features from the nearest class.
+    """The distance of features from the nearest class."""
 
-    Attributes:
-        mean: [D] of all training features.
-        whitening: [D, D] lower triangular: `whitening @ (feature - mean)` has the same spread in all directions.
-        centers: [C, D] where that puts the mean of each class.
-    """
-
-    mean: Tensor
-    whitening: Tensor
-    centers: Tensor
+    mean: Tensor  # [D] of all training features
+    whitening: Tensor  # [D, D] lower triangular: `whitening @ (feature - mean)` has the same spread in all directions
+    centers: Tensor  # [C, D] where that puts the mean of each class
 
     def __init__(self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike) -> None:
         super().__init__()
@@ -58,10 +52,8 @@ def fit_strangers(features: Floats, labels: npt.NDArray[Any], validation: Floats
     """Fit to features [n, D] of training images with labels [n], the threshold to those of validation images [m, D].
 
     The covariance is shrunk towards a multiple of the identity as Ledoit and Wolf do (2004, Journal of Multivariate
-    Analysis 88): fewer images than D would leave it singular.
-
-    Returns:
-        None where that can't be known: of fewer than 20 validation images, or of features that don't differ.
+    Analysis 88): fewer images than D would leave it singular. None where that can't be known: of fewer than 20
+    validation images, or of features that don't differ.
     """
     from scipy.spatial.distance import cdist
     from sklearn.covariance import LedoitWolf

@@ -274,11 +274,9 @@ def _router_inputs(
 
 def _groups(router: TopKRouter) -> Tensor:
     """[E] int64: which experts share a row, numbered as they come; rows that are all equal (zeros) are E rows."""
-    _, group = torch.unique(router.rows.cpu(), dim=0, return_inverse=True)
-    if router.num_experts > 1 and not group.any():
-        return torch.arange(router.num_experts)
-    order: dict[int, int] = {}
-    return torch.tensor([order.setdefault(int(each), len(order)) for each in group])
+    rows = router.rows.cpu()
+    first = (rows[:, None] == rows).all(-1).byte().argmax(1)  # [E] the first expert with the same row
+    return first.unique(return_inverse=True)[1] if first.any() else torch.arange(len(rows))
 
 
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth
 
-ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
 MOE_ARGUMENTS = (
     "num_experts",
     "top_k",
@@ -38,7 +37,7 @@ MOE_ARGUMENTS = (
     "backend",
     "num_shared_experts",
     "expert_drop",
-    *ROUTER_OPTIONS,
+    *(field.name for field in fields(RouterOptions)),
 )
 
 

@@ -1,7 +1,9 @@
 """`collect_routing` and its file: what is recorded, against the model itself, NumPy, SciPy and safetensors."""
 
+import csv
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ import safetensors.numpy
 import scipy.stats
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -143,6 +146,25 @@ def test_predictions_are_those_of_predict(tiny_run, drawn_pets):
         assert trace.class_names[trace.labels[index]] == trace.picture_names[index].split("/")[0]
 
 
+def test_of_a_runs_own_images_those_are_taken_that_it_held_out(tiny_run, tmp_path):
+    """Not those that a cut of their own would hold out: the run was trained on some of them."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    pets = yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]
+    with (run / "splits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["split"] = {"train": "val", "val": "test", "test": "train"}[row["split"]]
+    held_out = {row["path"] for row in rows if row["split"] == "test"}
+    with (run / "splits.csv").open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert len(held_out) > 2
+    assert set(collect_routing(run, pets, progress=False).picture_names) == held_out
+    assert set(collect_routing(run / "model", pets, progress=False).picture_names) == held_out
+    assert set(collect_routing(load_model(str(run)), pets, progress=False).picture_names) != held_out
+
+
 def test_choices_that_capacity_dropped():
     class Capacity(nn.Module):
         """A router that drops every choice of expert 1, and the second choice of the first patch."""
@@ -257,7 +279,7 @@ def trace_file(tmp_path):
 def test_a_file_that_was_cut_off(trace_file, left):
     data = trace_file.read_bytes()
     trace_file.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
-    with pytest.raises(UserError, match="is damaged, or is no file of this kind"):
+    with pytest.raises(UserError, match="it is damaged, or no safetensors file"):
         RoutingTrace.load(trace_file)
 
 

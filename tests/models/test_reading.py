@@ -133,6 +133,14 @@ def test_a_dense_model_has_no_routes() -> None:
     assert routes_read(vit()) == []
 
 
+@pytest.mark.parametrize("name", [VIT, "vit_small_patch16_rope_224", "cait_xxs24_224", "xcit_nano_12_p16_224"])
+def test_a_model_that_was_made_to_pool_opens_again(name: str, tmp_path: Path) -> None:
+    """Constructors of these four classes differ in what they call the norm behind the pooling, if they know one."""
+    net = upcycle(pool_patches(vit(name)), num_experts=2).eval()
+    save_model(describe(net), tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).net(image()), net(image()))
+
+
 def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
     """The features are the mean of the normed patches, computed here by hand; the saved model is the model."""
     net = vit()

@@ -104,6 +104,21 @@ def test_twins_match_what_they_say() -> None:
     assert cost.total_parameters - routers - 2 * 3 * 32 == stored.total_parameters
 
 
+def test_a_head_with_a_token_of_its_own_is_counted() -> None:
+    """SigLIP pools by attention, whose query is a parameter: beside the model's, 2 D² for it and 2 N · 2 D² for keys.
+
+    The rest of that head: 2 · 2 N D of attention, 2 D² behind it, 2 · 2 D · 4 D of its MLP.
+    """
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    n, d = 16, 32
+    by_attention, by_mean = (
+        measure_cost(convert_to_moe(timm.create_model(name, **given, **small)), 32).flops_per_image
+        for name, given in (("vit_base_patch16_siglip_224", {}), ("vit_base_patch16_siglip_gap_224", {}))
+    )
+    head = 2 * d * d + 2 * n * 2 * d * d + 2 * 2 * n * d + 2 * d * d + 2 * 2 * d * 4 * d
+    assert by_attention - by_mean == head
+
+
 def test_flops_are_the_closed_form() -> None:
     """Plain patches, N tokens, depth L: per block 2 N (4 D² + 2 D · 4 D) + 4 N² D; patches 2 N P² 3 D; head 2 D C."""
     model = timm.create_model("test_vit_moe", stem="patch", num_classes=10)
