@@ -28,7 +28,7 @@ SIZE = {
     "moevision/demo": (15, 3_825, 27_990),  # the atlas carries what is read; one way to apply settings
     "moevision/layers": (10, 2_505, 16_070),  # LayerLoad, from the root; few rows without gradients: equal groups
     "moevision/models": (10, 2_780, 18_990),  # depth-scaled BEiT and EVA; exported routes run without `away`
-    "moevision/train": (20, 6_140, 45_350),  # a twin and a schedule after a change of processes
+    "moevision/train": (20, 6_140, 45_390),  # a twin and a schedule after a change of processes
 }
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0

@@ -307,6 +307,8 @@ def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callba
         "callbacks": callbacks,
     }
     trainer = _made(asked)
+    if trainer.max_epochs in (None, -1) and (bar := trainer.progress_bar_callback) is not None:
+        cast(Any, bar)._get_train_description = "Epoch {:<4}".format  # of steps alone it would say "Epoch 0/-2"
     _check_processes(trainer)
     if (divided := parallel_strategy(trainer)) is not None:
         divided.check(trainer)

@@ -566,6 +566,15 @@ def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_p
     assert end(drawn_pets, "--pretrained=none") == (100, -1)
 
 
+def test_of_steps_alone_the_progress_bar_counts_epochs_and_no_last_one(cli, tiny, drawn_pets):
+    """Lightning's own says "Epoch 0/-2"."""
+    options = [each for each in tiny if "max_epochs" not in each and "progress_bar" not in each]
+    outcome = cli("fit", drawn_pets, *options, "--trainer.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"Epoch 0 +\S", outcome.out)
+    assert "Epoch 0/" not in outcome.out
+
+
 def test_a_config_replaces_the_recipe(drawn_pets):
     quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
     # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
