@@ -100,7 +100,7 @@ def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
             str(len(each.gaps)),
             each.interval_at(LEVEL),
             each.shown_p,
-            each.verdict if each.p < LEVEL else "not told apart",
+            each.verdict if each.p < LEVEL else "no difference shown",
         ]
         for each in found(runs)
     ]

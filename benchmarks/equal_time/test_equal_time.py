@@ -136,4 +136,4 @@ def test_the_table_is_judged_at_the_level_of_a_look() -> None:
     (contrast,) = report.found(runs)
     assert report.LEVEL < contrast.p < 0.05
     assert contrast.verdict == "above"
-    assert "| not told apart |" in "\n".join(report.parts_of(runs, []))
+    assert "| no difference shown |" in "\n".join(report.parts_of(runs, []))

@@ -203,7 +203,7 @@ class Comparison:
     low: float
     high: float
     p_value: float  # of the t-test over seeds, or of McNemar's test
-    told_apart: bool  # at 5 %: by the p-value; of two runs' balanced accuracies by the interval
+    differ: bool  # at 5 %: by the p-value; of two runs' balanced accuracies by the interval
     detectable: float  # the difference that would have been found with 80 % power
 
     @property
@@ -213,9 +213,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`A is better`, `B is better`, or `not told apart`, which is not the same as equal."""
-        if not self.told_apart:
-            return "not told apart"
+        """`A is better`, `B is better`, or `no difference found`, which is not the same as equal."""
+        if not self.differ:
+            return "no difference found"
         return "A is better" if self.difference > 0 else "B is better"
 
 
@@ -235,13 +235,13 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
         low, high, p, detectable = gap.low / 100, gap.high / 100, gap.p_value, gap.detectable / 100
         return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, p < LEVEL, detectable)
     (pair,) = by_seed
-    low, high, p, told_apart = pair.low, pair.high, pair.p_value, pair.p_value < LEVEL
+    low, high, p, differ = pair.low, pair.high, pair.p_value, pair.p_value < LEVEL
     if unbalanced:
-        told_apart = not low <= 0 <= high
+        differ = not low <= 0 <= high
         detectable = (1 + norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)) * (high - low) / 2
     else:
         detectable = detectable_on(pair.n, pair.only_a + pair.only_b)
-    return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, told_apart, float(detectable))
+    return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, differ, float(detectable))
 
 
 def told(found: Comparison) -> list[list[str]]:

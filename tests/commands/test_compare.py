@@ -75,7 +75,7 @@ def test_two_runs_by_hand(cli):
     found = json.loads(Path("out.json").read_text())
     assert found["p_value"] == 18 / 256
     assert found["interval"] == pytest.approx([-0.517, -0.026], abs=5e-4)
-    assert (found["verdict"], found["differ_in"]) == ("not told apart", {"model.arch.router": ["null", "hash"]})
+    assert (found["verdict"], found["differ_in"]) == ("no difference found", {"model.arch.router": ["null", "hash"]})
     assert (
         found["a"][0]["flops_per_image"]
         == json.loads((FINISHED / "summary.json").read_text())["cost"]["flops_per_image"]
