@@ -85,12 +85,12 @@ def open_explorer(model: str | None, data: str | None, root: str | None, *, loca
     import torch
 
     from moevision.demo.galleries import Galleries
-    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.models import open_entries
     from moevision.demo.server import cpu_workers
     from moevision.demo.service import Explorer
 
     torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
-    entries = open_entries(model, DataOptions(data, root))
+    entries = open_entries(model, data, root)
     explorer = Explorer(entries, Galleries(entries), local=local)
     explorer.warm()
     explorer.galleries.start(explorer.pages.prepare)

@@ -213,7 +213,7 @@ class PictureFacts:
     """The image as the model saw it."""
 
     pixels: Pixels = field(repr=False)  # uint8 [S, S, 3]
-    id: str | None = None  # how the explorer asks for it again; None for an image that a visitor brought
+    id: str = ""  # how the explorer asks for it again; empty for an image that a visitor brought
     name: str = "image"  # in words
     label: str | None = None  # its class in words, if known
     unlike: str | None = None  # what to say if it is unlike the images that the model learned from, as far as known
@@ -222,7 +222,7 @@ class PictureFacts:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a WebP without loss."""
         words = {name: value for name, value in vars(self).items() if name != "pixels"}
-        return {**words, "src": data_uri(self.pixels)}
+        return {**words, "id": self.id or None, "src": data_uri(self.pixels)}
 
 
 def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:

@@ -21,7 +21,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.data.images import upright_rgb
 from moevision.demo.examples import sharp
 from moevision.demo.html import flow_html
-from moevision.demo.models import DataOptions, Entry, open_entries
+from moevision.demo.models import Entry, open_entries
 from moevision.demo.view import Settings, route_image
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """
     import gradio as gr
 
-    entries = {entry.card.title: entry for entry in open_entries(model, DataOptions(data, None))}
+    entries = {entry.card.title: entry for entry in open_entries(model, data, None)}
     first = next(iter(entries))
     shown = examples(entries)
     app: gr.Blocks

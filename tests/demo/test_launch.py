@@ -312,13 +312,13 @@ def free_port():
 SERVE = """
 import sys, urllib.request
 from pathlib import Path
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.gate import Serving
 from moevision.demo.server import Server
 from moevision.demo.service import Explorer
 home, port, *hosts = sys.argv[1:]
-entries = open_entries(None, DataOptions(), home=Path(home))[:1]
+entries = open_entries(None, home=Path(home))[:1]
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for host in hosts:
     explorer = Explorer(entries, Galleries(entries))
