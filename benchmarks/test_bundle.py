@@ -197,7 +197,8 @@ def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made,
     (entry,) = open_entries(None, home=made / "models")
     assert entry.histories == {"trained": folder / "history.safetensors"}
     explorer = Explorer([entry])
-    assert sorted(entry.examples.ids) == [f"data/{name}" for name in TAKEN]  # no other photos beside them
+    shown = sorted(one.id for one in entry.examples.on_first_screen())
+    assert shown == [f"data/{name}" for name in TAKEN]  # no other photos beside them
     assert explorer.boot({})["models"][0]["has_dense"]
     request = {"picture": {"kind": "example", "id": "data/cat/b.jpg"}}
     view = explorer.answer("route", request)

@@ -242,7 +242,7 @@ def test_the_explorer_names_pictures_in_json(run: Path) -> None:
         warnings.simplefilter("error", DataWarning)
         [entry] = open_entries(str(run))
     assert entry.examples.has_pictures
-    found = [entry.examples.find(id) for id in entry.examples.ids]
+    found = entry.examples.on_first_screen()
     assert {example.label for example in found if example.label} <= set(entry.facts.class_names)
     for example in found:
         assert_harmless(f"{example.id} {example.name} {example.label}", "example")

@@ -85,7 +85,7 @@ def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
     tasks = []
     for index in range(count):
         upload = {"kind": "upload", "data": data_uri(pets.image(index))}
-        example = {"kind": "example", "id": rng.choice(entry.examples.ids)}
+        example = {"kind": "example", "id": rng.choice(entry.examples.on_first_screen()).id}
         change = {"kind": "ablate", "layer": rng.choice(facts.layers), "expert": rng.randrange(facts.num_experts)}
         what_if = rng.random() < WHAT_IF_SHARE
         picture = rng.choice([upload, upload, example])

@@ -93,11 +93,6 @@ class Examples:
         """Whether there is data of the model's own kind."""
         return self.pictures is not None and len(self.pictures) > 0
 
-    @property
-    def ids(self) -> list[str]:
-        """The examples on the first screen: the first of all, then gradio's photos."""
-        return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]
-
     @cached_property
     def all_ids(self) -> list[str]:
         """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
@@ -106,7 +101,7 @@ class Examples:
         return [self.id_of(pictures, index) for index in in_turn(list(map(pictures.label, range(len(pictures)))))]
 
     def on_first_screen(self) -> list[PictureFacts]:
-        """The images of `ids` that can be used."""
+        """The first images that can be used, then gradio's photos."""
         return self.usable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
 
     def usable(self, start: int, stop: int) -> list[PictureFacts]:
@@ -158,10 +153,6 @@ class Examples:
         if kind == "photo" and rest in self.photos:
             return safe_open(self.photos[rest], SHARP_PX)
         return original_image(*self._place(id), SHARP_PX)
-
-    def thumb(self, id: str) -> str:
-        """A small version as a data URI."""
-        return thumb(self.find(id).pixels)
 
     def _open(self, id: str) -> PictureFacts:
         kind, _, rest = id.partition("/")

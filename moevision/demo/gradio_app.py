@@ -38,15 +38,12 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
         model: a run folder, its model, or a timm address; the bundled models if None.
         data: images to choose from, as `moevision demo --data` takes them.
 
-    Returns:
-        Blocks with one endpoint, `route(image, model, away) -> label, view`.
-
-    Raises:
-        UserError: if there is no such model, or it has no experts.
+    It has one endpoint, `route(image, model, away) -> label, view`. A UserError if there is no such model, or it has
+    no experts.
     """
     import gradio as gr
 
-    entries = {entry.card.title: entry for entry in open_entries(model, data, None)}
+    entries = {entry.card.title: entry for entry in open_entries(model, data)}
     first = next(iter(entries))
     shown = examples(entries)
     app: gr.Blocks

@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
+from moevision.analysis.images import FoundImages, PictureSet, find_images, open_pictures, run_folder
 from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
@@ -166,14 +166,9 @@ def bundled_folder(name: str) -> Path:
 
 
 def bundled_model(name: str, variant: str = "trained") -> SavedModel:
-    """One of the models that come with the package.
+    """One of the models that come with the package, such as `pets`; a UserError if there is no such model or variant.
 
-    Args:
-        name: such as `pets`.
-        variant: `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
-
-    Raises:
-        UserError: if there is no such model or variant.
+    `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
     variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
@@ -185,13 +180,9 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def bundled_photos(name: str) -> PictureSet:
-    """The photos that come with a bundled model, as it sees them, labelled with its classes.
+    """The photos that come with a bundled model such as `cats_vs_dogs`, as it sees them, labelled with its classes.
 
-    Args:
-        name: such as `cats_vs_dogs`; its NOTICE says where the photos come from.
-
-    Raises:
-        UserError: if there is no such model, or it comes without photos.
+    Its NOTICE says where they come from. A UserError if there is no such model, or it comes without photos.
     """
     folder = bundled_folder(name)
     if not (folder / SOURCES).is_file():
@@ -238,8 +229,11 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
         nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
     nets["untrained"] = (untrained(trained), "atlas_untrained.json")
     dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
-    pictures, credits = _pictures(data, root, trained), None
-    if pictures is None and (folder / SOURCES).is_file():
+    pictures, credits = None, None
+    if data is not None:  # of a folder, from which the model learned nothing, all
+        split = "test" if data in DATASET_NAMES else "all"
+        pictures = FoundImages(data, None, {}).open(trained, split=split, root=root)
+    elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
@@ -313,20 +307,6 @@ def _entry(
     trained = nets["trained"][0]
     examples = Examples(pictures, trained.image_size, credits, scored, trained.framing)
     return Entry(card, variants, dense, examples)
-
-
-def _pictures(data: str | None, root: str | None, saved: SavedModel) -> PictureSet | None:
-    """What `--data` names: the test set of a known dataset; all of a folder, from which the model learned nothing."""
-    if data is None:
-        return None
-    return open_pictures(
-        data,
-        saved.image_size,
-        framing=saved.framing,
-        split="test" if data in DATASET_NAMES else "all",
-        class_names=saved.class_names,
-        root=root or "data",
-    )
 
 
 def _named(data: str | None, pictures: PictureSet | None, *, held_out: bool = False) -> str:

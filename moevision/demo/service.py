@@ -318,18 +318,14 @@ def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
 
 def told(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
+    sentence, code = str(error), "bad_request"
     if isinstance(error, RequestError):
-        return failure(str(error), error.code)
-    if isinstance(error, BadImageError):
-        return failure(f"This image can't be used: {error.reason}.", "bad_image")
-    if isinstance(error, UserError):
-        return failure(str(error), "bad_request")
-    log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
-    return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
-
-
-def failure(sentence: str, code: str) -> Json:
-    """The answer to a request that can't be answered."""
+        code = error.code
+    elif isinstance(error, BadImageError):
+        sentence, code = f"This image can't be used: {error.reason}.", "bad_image"
+    elif not isinstance(error, UserError):
+        log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
+        sentence, code = "The explorer stumbled over this request; its log on the server says where.", "internal"
     return {"error": sentence, "code": code}
 
 
@@ -364,7 +360,7 @@ def _example(found: PictureFacts) -> Json:
 def _thumb_or_problem(entry: Entry, id: str) -> Json:
     """A small version of an image, or why there is none."""
     try:
-        return {"thumb": entry.examples.thumb(id), "problem": None}
+        return {"thumb": thumb(entry.examples.find(id).pixels), "problem": None}
     except BadImageError as error:
         return {"thumb": None, "problem": f"It can't be used: {error.reason}."}
     except RequestError as error:

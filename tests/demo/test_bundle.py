@@ -141,21 +141,21 @@ def test_own_model_with_own_data(draw, tmp_path, tiny_run):
     assert list(entry.variants) == ["trained", "untrained"]
     assert entry.examples.has_pictures
     explorer = Explorer([entry])
-    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.ids[0]}})
+    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.all_ids[0]}})
     assert view["picture"]["label"] in ("cat", "dog")
     assert view["picture"]["id"].startswith("data/")
-    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.ids[0]).pixels).to_json()
+    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.all_ids[0]).pixels).to_json()
     assert view["layers"] == same["layers"]
 
 
 def test_data_goes_to_the_model_of_photos(home, drawn_pets):
     photos, pets = open_entries(None, str(drawn_pets), home=home)
     assert (photos.card.id, pets.card.id) == ("photos", "pets")  # the page opens on what the user brought
-    assert pets.examples.ids[0].startswith("pets/")
-    assert photos.examples.ids[0].startswith("data/")
+    assert pets.examples.all_ids[0].startswith("pets/")
+    assert photos.examples.all_ids[0].startswith("data/")
     assert photos.examples.pictures.class_names == tuple(SyntheticPets.classes)
     boot = Explorer([photos, pets]).answer("boot", {})
-    assert boot["default"] == {"model": "photos", "picture": photos.examples.ids[0]}
+    assert boot["default"] == {"model": "photos", "picture": photos.examples.all_ids[0]}
 
 
 @pytest.mark.deep
@@ -220,7 +220,7 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
     with pytest.warns(DataWarning, match="no images of the model's own"):
         entry = open_entries(str(run))[0]
     assert not entry.examples.has_pictures
-    assert entry.examples.ids  # gradio's photos
+    assert entry.examples.on_first_screen()  # gradio's photos
     with pytest.raises(UserError, match="gone"):
         open_entries(str(run), str(tmp_path / "gone"))
 

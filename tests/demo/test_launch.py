@@ -176,12 +176,12 @@ def test_names_that_the_page_goes_by(serving, name, expected):
 
 
 def test_who_may_show_the_page_in_a_frame(monkeypatch):
-    assert Serving().frames() == "http://localhost:* http://127.0.0.1:*"  # a notebook
-    assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == ""
-    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "https://lab.example *"
+    assert Serving().frames() == "'self' http://localhost:* http://127.0.0.1:*"  # a notebook
+    assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == "'self'"
+    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "'self' https://lab.example *"
     monkeypatch.setenv("SPACE_ID", "me/moevision")
     space = Serving(host="0.0.0.0", public=True)
-    assert space.frames() == "https://huggingface.co https://*.hf.space"
+    assert space.frames() == "'self' https://huggingface.co https://*.hf.space"
     assert space.known("me-moevision.hf.space")
 
 

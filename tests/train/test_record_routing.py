@@ -98,7 +98,7 @@ def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
     in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
     assert list(history.image_names) == in_turn[:12]
     (entry,) = open_entries(str(plain))
-    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.ids[:12]
+    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.all_ids[:12]
     # Six steps of eight images are soon over: 1 % of that isn't a pass of 12 images, and beginning and end are kept.
     assert history.steps[0] == 0
     assert len(history) == 2
