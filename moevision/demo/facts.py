@@ -1,8 +1,7 @@
 """What a view says about its model, its layers and its image, and the one way an image enters a model.
 
 Layers of one model may differ in router, number of experts and k, so `LayerFacts` describes one layer.
-`noise_of_training` is what training sees of an image: the router's noise in a model that is
-otherwise as in evaluation.
+`noise_of_training` is what training sees of an image: the router's noise in a model otherwise as in evaluation.
 
 Axes: I images, S the model's image size, C classes, P patches, L MoE layers, E experts, K experts per patch.
 """

@@ -159,10 +159,9 @@ class Galleries:
 
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
         key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
+        saved, name = entry.variants[variant].saved, entry.card.title
         # Small batches: a visitor's image waits no longer than one of them takes.
-        trace = collect_routing(
-            entry.variants[variant].saved, pictures, batch_size=16, progress=False, name=entry.card.title
-        )
+        trace = collect_routing(saved, pictures, batch_size=16, progress=False, name=name)
         self._galleries[key] = Gallery(held, trace)
         if key not in self._atlases:
             self._atlases[key] = atlas_of(trace, held)

@@ -34,12 +34,11 @@ LEAD = "Small networks share one photo. Which of them computes each patch, and w
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """A Gradio app: an image and a model in, the likeliest classes and the flow of the patches out.
 
+    Its endpoint is `route(image, model, away) -> label, view`. A UserError if there is no such model, or no experts.
+
     Args:
         model: a run folder, its model, or a timm address; the bundled models if None.
         data: images to choose from, as `moevision demo --data` takes them.
-
-    It has one endpoint, `route(image, model, away) -> label, view`. A UserError if there is no such model, or it has
-    no experts.
     """
     import gradio as gr
 

@@ -124,7 +124,5 @@ def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
     fits = isinstance(value, list) and len(value) == len(counts)
     if not fits or any(type(one) is not int or not 0 <= one < of for one, of in zip(value, counts, strict=True)):
         lasts = ", ".join(f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers)
-        raise RequestError(
-            f"The field 'path' must be a list of {len(facts.routers)} experts, one for each MoE layer: {lasts}."
-        )
+        raise RequestError(f"The field 'path' must be a list of {len(counts)} experts, one per MoE layer: {lasts}.")
     return tuple(value)

@@ -361,7 +361,5 @@ def _thumb_or_problem(entry: Entry, id: str) -> Json:
     """A small version of an image, or why there is none."""
     try:
         return {"thumb": thumb(entry.examples.find(id).pixels), "problem": None}
-    except BadImageError as error:
-        return {"thumb": None, "problem": f"It can't be used: {error.reason}."}
-    except RequestError as error:
-        return {"thumb": None, "problem": str(error)}
+    except (BadImageError, RequestError) as error:
+        return {"thumb": None, "problem": told(error, "data")["error"]}
