@@ -17,7 +17,7 @@ from benchmarks.strangers import distances, features_of
 from moevision.analysis.images import open_pictures
 from moevision.data.transforms import normalize
 from moevision.demo.atlas import load_atlas
-from moevision.demo.models import DataOptions, bundled_folders, open_entries, read_card
+from moevision.demo.models import bundled_folders, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.layers import forward_routing
@@ -194,10 +194,11 @@ def test_the_history_ends_with_the_model_that_is_carried(made, folder):
 
 
 def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made, folder):
-    (entry,) = open_entries(None, DataOptions(), home=made / "models")
+    (entry,) = open_entries(None, home=made / "models")
     assert entry.histories == {"trained": folder / "history.safetensors"}
     explorer = Explorer([entry])
-    assert sorted(entry.examples.ids) == [f"data/{name}" for name in TAKEN]  # no other photos beside them
+    shown = sorted(one.id for one in entry.examples.on_first_screen())
+    assert shown == [f"data/{name}" for name in TAKEN]  # no other photos beside them
     assert explorer.boot({})["models"][0]["has_dense"]
     request = {"picture": {"kind": "example", "id": "data/cat/b.jpg"}}
     view = explorer.answer("route", request)
@@ -213,7 +214,7 @@ def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made,
 
 
 def test_one_own_images_take_the_place_of_the_photos(made):
-    (entry,) = open_entries(None, DataOptions(str(made / "data")), home=made / "models")
+    (entry,) = open_entries(None, str(made / "data"), home=made / "models")
     assert not entry.examples.credits
     assert entry.dense_answers == {}
     assert entry.histories == {}
@@ -262,7 +263,7 @@ def test_a_damaged_file_is_said(made, folder, file, tmp_path):
     home = shutil.copytree(made / "models", tmp_path / "models")
     (home / "cats_vs_dogs" / file).write_text("{cut off")
     with pytest.raises(UserError, match=Path(file).name):
-        open_entries(None, DataOptions(), home=home)
+        open_entries(None, home=home)
 
 
 @pytest.mark.parametrize(

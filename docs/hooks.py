@@ -84,10 +84,10 @@ def on_files(files: Files, config: Any) -> Files:
 @cache
 def _exported() -> dict[str, str]:
     """Pages of one bundled photo as the explorer exports them, by name."""
-    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.models import open_entries
     from moevision.demo.service import Explorer
 
-    explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.histories])
+    explorer = Explorer([entry for entry in open_entries(None) if entry.histories])
     photo = {"kind": "example", "id": "data/cat/chelsea.jpg"}
     gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
     asked = {"cat": None, "without": gone}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.words import fitted, loading
@@ -23,25 +23,19 @@ Add = Callable[..., Any]
 """Declares one option: `ArgumentParser.add_argument`."""
 
 
-class Verb(NamedTuple):
-    """One verb: what it does, and `module:function` that does it to the arguments that were understood."""
-
-    summary: str
-    target: str
-
-
+# Each verb: what it does, and `module:function` that does it to the arguments that were understood.
 VERBS = {
-    "fit": Verb("train a model on a folder of images; writes runs/NAME/", "moevision.train.fit:fit"),
-    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
-    "test": Verb("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
-    "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
-    "info": Verb("parameters and FLOPs of a model", "moevision.commands.info:run"),
-    "compare": Verb("compare two runs, or several seeds of two recipes", "moevision.commands.compare:run"),
-    "upcycle": Verb("turn a pretrained dense ViT into a Mixture of Experts", "moevision.commands.upcycle:run"),
-    "export": Verb("write a model as ONNX, checked against it", "moevision.commands.export:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
-    "data": Verb("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
-    "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
+    "fit": ("train a model on a folder of images; writes runs/NAME/", "moevision.train.fit:fit"),
+    "validate": ("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
+    "test": ("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
+    "predict": ("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
+    "info": ("parameters and FLOPs of a model", "moevision.commands.info:run"),
+    "compare": ("compare two runs, or several seeds of two recipes", "moevision.commands.compare:run"),
+    "upcycle": ("turn a pretrained dense ViT into a Mixture of Experts", "moevision.commands.upcycle:run"),
+    "export": ("write a model as ONNX, checked against it", "moevision.commands.export:run"),
+    "analyze": ("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
+    "data": ("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
+    "demo": ("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
@@ -100,16 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The help of the whole program."""
-    return USAGE.format(verbs="\n".join(f"  {name:10} {verb.summary}" for name, verb in VERBS.items()))
+    return USAGE.format(verbs="\n".join(f"  {name:10} {summary}" for name, (summary, _) in VERBS.items()))
 
 
 def versions() -> str:
     """The package's version, then those of Python and of what it stands on, a line each."""
     from moevision import __version__, package_version
 
-    libraries = [
-        f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")
-    ]
+    names = ("torch", "torchvision", "timm", "lightning")
+    libraries = [f"{name} {package_version(name) or 'not installed'}" for name in names]
     return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
 
 
@@ -149,15 +142,12 @@ def _sentence(name: str, error: Exception) -> str | None:
 def _call(name: str, arguments: list[str]) -> None:
     from moevision import config
 
-    if name not in config.VERBS:
-        given: Any = understood(name, arguments)
-    elif {"-h", "--help", "--help-all", "--help_all"}.isdisjoint(arguments):
-        given = config.read(name, arguments)
-    else:
-        everything = not {"--help-all", "--help_all"}.isdisjoint(arguments)
+    everything = not {"--help-all", "--help_all"}.isdisjoint(arguments)
+    if name in config.VERBS and (everything or not {"-h", "--help"}.isdisjoint(arguments)):
         print(config.help_of(name, everything=everything), end="")
         return
-    module, _, function = VERBS[name].target.partition(":")
+    given = config.read(name, arguments) if name in config.VERBS else understood(name, arguments)
+    module, _, function = VERBS[name][1].partition(":")
     with loading():
         run: Callable[[Any], None] = getattr(import_module(module), function)
     with warnings.catch_warnings():

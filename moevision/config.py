@@ -642,9 +642,8 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """These options and the defaults of the others, by dotted names; the Trainer's own defaults are left out."""
-    return {name: option.default for name, option in options().items() if name.removeprefix("trainer.") not in MORE} | {
-        **given
-    }
+    defaults = {name: one.default for name, one in options().items() if name.removeprefix("trainer.") not in MORE}
+    return {**defaults, **given}
 
 
 def settings(given: Mapping[str, Any]) -> Settings:

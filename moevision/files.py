@@ -19,10 +19,8 @@ from moevision.errors import UserError, json_text
 def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None) -> None:
     """Replace `path` by a file with these bytes, at once or part by part; missing parent folders are made.
 
-    When it returns, the file is on the disk under its name. An older one is then called `before`, if that is given.
-
-    Raises:
-        OSError: the folder can't be written or the disk is full; an older `path` is then untouched.
+    When it returns, the file is on the disk under its name. An older one is then called `before`, if that is given; an
+    OSError (a full disk, a folder that can't be written) leaves it untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

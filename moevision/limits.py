@@ -81,9 +81,7 @@ def _text(file: Path) -> str:
 
 # Of <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = -1  # 2**31 - 1 would still trim 2 GiB
-
-_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))  # -1 is never; 2**31 - 1 would still trim 2 GiB
 _kept = False
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from moevision.analysis import RoutingTrace
 from moevision.data.transforms import normalize
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.models.io import load_model
 from moevision.train.report import gather_facts, model_card, read_summary
 
@@ -94,7 +94,7 @@ def test_a_run_folder_becomes_a_card(there):
 
 
 def test_the_explorer_takes_a_run_folder(there):
-    entry = open_entries("runs/finished", DataOptions())[0]
+    entry = open_entries("runs/finished")[0]
     assert entry.card.title
 
 

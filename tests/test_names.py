@@ -28,7 +28,7 @@ from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.errors import DataWarning, UserError, csv_name, json_text, name_bytes, shown
 from moevision.train.health import Stopwatch
 from moevision.train.report import without_example
@@ -240,9 +240,9 @@ def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
 def test_the_explorer_names_pictures_in_json(run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
-        [entry] = open_entries(str(run), DataOptions())
+        [entry] = open_entries(str(run))
     assert entry.examples.has_pictures
-    found = [entry.examples.find(id) for id in entry.examples.ids]
+    found = entry.examples.on_first_screen()
     assert {example.label for example in found if example.label} <= set(entry.facts.class_names)
     for example in found:
         assert_harmless(f"{example.id} {example.name} {example.label}", "example")

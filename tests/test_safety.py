@@ -77,7 +77,7 @@ def refused(outcome: Any, *words: str) -> None:
 ON_MODELS = ("predict", "info", "analyze", "demo", "export", "upcycle")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb].target.split(":")[0])])
+@pytest.mark.parametrize("verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb][1].split(":")[0])])
 def test_no_verb_on_models_reads_a_pickle(
     verb: str, cli: Cli, saved_model: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

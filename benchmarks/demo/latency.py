@@ -34,7 +34,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.bundle import MODELS as BUNDLED
 from benchmarks.demo import browser_path, running_demo
 from benchmarks.harness import about, argument_parser, write_result
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.server import cpu_workers
 from moevision.demo.service import Explorer
 from moevision.limits import usable_cores
@@ -166,7 +166,7 @@ def forward(model: str) -> list[float]:
 def away_cpu(model: str) -> list[float]:
     """CPU milliseconds of the answers without one expert of the last layer, by one thread."""
     torch.set_num_threads(1)
-    explorer = Explorer(open_entries(None, DataOptions()))
+    explorer = Explorer(open_entries(None))
     entry, times = explorer.entries[model], []
     picture = {"kind": "example", "id": entry.examples.on_first_screen()[0].id}
     last = entry.facts.routers[-1]

@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.demo import browser_path
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.data import SyntheticPets
-from moevision.demo.models import DataOptions, bundled_folder, open_entries
+from moevision.demo.models import bundled_folder, open_entries
 from moevision.demo.service import Explorer
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def main() -> None:
     origin = about()
     sizes = {file.name: file.stat().st_size for file in options.folder.resolve().iterdir()}
     photos = sizes["cats_vs_dogs.onnx.bin"]
-    explorer = Explorer(open_entries(None, DataOptions()))
+    explorer = Explorer(open_entries(None))
     models: dict[str, Any] = {}
     from playwright.sync_api import sync_playwright
 

@@ -29,7 +29,7 @@ import torch
 from benchmarks.demo import running_demo
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.data import SyntheticPets
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
@@ -85,7 +85,7 @@ def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
     tasks = []
     for index in range(count):
         upload = {"kind": "upload", "data": data_uri(pets.image(index))}
-        example = {"kind": "example", "id": rng.choice(entry.examples.ids)}
+        example = {"kind": "example", "id": rng.choice(entry.examples.on_first_screen()).id}
         change = {"kind": "ablate", "layer": rng.choice(facts.layers), "expert": rng.randrange(facts.num_experts)}
         what_if = rng.random() < WHAT_IF_SHARE
         picture = rng.choice([upload, upload, example])
@@ -192,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     origin = about()
     torch.set_num_threads(1)
-    tasks = make_tasks(Explorer(open_entries(options.model, DataOptions())), options.tasks)
+    tasks = make_tasks(Explorer(open_entries(options.model)), options.tasks)
     with running_demo(*([options.model] if options.model else [])) as (pid, url):
         wait_until_ready(url)
         load(url, tasks, options.visitors, options.seconds / 6)  # caches are full and every thread has run

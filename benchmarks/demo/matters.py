@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.bundle import MODELS
 from benchmarks.harness import argument_parser, count
-from moevision.demo.models import DataOptions, Entry, open_entries
+from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import Explorer
 from moevision.files import write_json_atomic
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("model", help="id of a bundled model")
     parser.add_argument("--images", type=count, default=200, metavar="N", help="of its examples (%(default)s)")
     options = parser.parse_args()
-    (entry,) = (one for one in open_entries(None, DataOptions()) if one.card.id == options.model)
+    (entry,) = (one for one in open_entries(None) if one.card.id == options.model)
     file = MODELS / options.model / "card.json"
     card = json.loads(file.read_text(encoding="utf-8"))
     card["matters"] = strongest(entry, options.images)

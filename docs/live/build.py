@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from moevision.demo.facts import LayerFacts, PictureFacts
+from moevision.demo.facts import LayerFacts
 from moevision.demo.html import app_page, read_asset, without_comments
-from moevision.demo.models import DataOptions, Entry, bundled_folder, open_entries
+from moevision.demo.models import Entry, bundled_folder, open_entries
 from moevision.demo.service import Explorer, stranger_words
 from moevision.errors import UserError, json_text
 from moevision.models.export import export_onnx
@@ -69,7 +69,7 @@ def build(out: Path, ort: Path | None = None) -> None:
         shutil.copy(found / ORT_FILES[0], out)
         _pack(out / "ort.bin", (found / ORT_FILES[1]).read_bytes())
     shutil.copy(HERE / "worker.js", out)
-    entries = [entry for entry in open_entries(None, DataOptions()) if entry.card.id != LEFT_OUT]
+    entries = [entry for entry in open_entries(None) if entry.card.id != LEFT_OUT]
     explorer = Explorer(entries)
     notices = [bundled_folder(entry.card.id) / "NOTICE" for entry in entries]
     texts = [f"{file.parent.name}\n\n{file.read_text('utf-8')}" for file in notices if file.is_file()]
@@ -173,10 +173,7 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
     others = shown - {one["id"] for one in examples}
     if others:
         found = [entry.examples.find(id) for id in sorted(others)]
-        answers[key("pictures", model)] = {
-            one.id: PictureFacts(one.pixels, id=one.id, name=one.name, label=one.label, credit=one.credit).to_json()
-            for one in found
-        }
+        answers[key("pictures", model)] = {one.id: one.to_json() for one in found}
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
 
 

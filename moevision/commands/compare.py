@@ -134,9 +134,8 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs that were not tested on the same images, and a run beside itself."""
     if len(runs) < 2:
         raise UserError("One run is nothing to compare: give two, or several seeds of two recipes.")
-    folders = [run.folder.resolve() for run in runs]
     for place, run in enumerate(runs):
-        if folders[place] in folders[:place]:
+        if any(run.folder.samefile(other.folder) for other in runs[:place]):
             raise UserError(f"{run.folder} is given twice: leave one out.")
     first = runs[0]
     for run in runs[1:]:

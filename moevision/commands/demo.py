@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from moevision.demo.gate import AUTH, Serving, in_url
@@ -28,17 +29,8 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
     """Run with parsed command-line arguments until Ctrl-C, or until `wait` returns."""
     if chosen.port is not None and not 0 < chosen.port < 65536:
         raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
-    serving = Serving(
-        host=chosen.host,
-        port=chosen.port,
-        auth=login(chosen.auth),
-        share=chosen.share,
-        public=chosen.public,
-        browser=chosen.browser,
-        allow_host=tuple(chosen.allow_host),
-        allow_embed=tuple(chosen.allow_embed),
-        root_path=chosen.root_path,
-    )
+    given = {each.name: getattr(chosen, each.name) for each in fields(Serving)}
+    serving = Serving(**{**given, "auth": login(chosen.auth)})
     serving.check()
     with serving.listen() as listener:  # before the models are loaded, which takes seconds: who is early waits
         print("Loading the models …", file=sys.stderr)
@@ -85,12 +77,12 @@ def open_explorer(model: str | None, data: str | None, root: str | None, *, loca
     import torch
 
     from moevision.demo.galleries import Galleries
-    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.models import open_entries
     from moevision.demo.server import cpu_workers
     from moevision.demo.service import Explorer
 
     torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
-    entries = open_entries(model, DataOptions(data, root))
+    entries = open_entries(model, data, root)
     explorer = Explorer(entries, Galleries(entries), local=local)
     explorer.warm()
     explorer.galleries.start(explorer.pages.prepare)

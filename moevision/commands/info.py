@@ -68,11 +68,8 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs
-    for match, name in (
-        ("active_flops", "dense twin, same active FLOPs"),
-        ("total_params", "dense twin, same parameters"),
-    ):
-        costs[name] = measure_cost(dense_twin(net, cast(Any, match)), image_size)
+    costs["dense twin, same active FLOPs"] = measure_cost(dense_twin(net, "active_flops"), image_size)
+    costs["dense twin, same parameters"] = measure_cost(dense_twin(net, "total_params"), image_size)
     architecture = cast(dict[str, Any], net.pretrained_cfg).get("architecture")
     if not architecture:
         raise UserError("The plain ViT of a model without a timm name is not known.")

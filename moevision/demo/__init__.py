@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["RoutingView", "blocks", "bundled_model", "bundled_photos", "route_image"]
 
-_HOME = {
-    "RoutingView": "view",
-    "blocks": "gradio_app",
-    "bundled_model": "models",
-    "bundled_photos": "models",
-    "route_image": "view",
+_NAMES = {
+    "gradio_app": ("blocks",),
+    "models": ("bundled_model", "bundled_photos"),
+    "view": ("RoutingView", "route_image"),
 }
 
 
 def __getattr__(name: str) -> object:
     """Import the module that defines ``name``."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

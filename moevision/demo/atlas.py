@@ -70,6 +70,7 @@ def build_atlas(
     of `trace` can't be shown.
     """
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
+    part_names = () if pictures is None else pictures.part_names
     layers = []
     on_show = trace if shown is None else shown
     told = {
@@ -77,7 +78,7 @@ def build_atlas(
         for found in questions
     }
     for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
-        parts = None if fractions is None or pictures is None else _part_shares(layer, fractions)
+        parts = None if fractions is None else _part_shares(layer, fractions)
         class_map = maps[layer.layer]
         layers.append(
             {
@@ -93,7 +94,7 @@ def build_atlas(
                         "top": _named(gallery.top, on_show),
                         "random": _named(gallery.random, on_show),
                         "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
-                        "parts": None if parts is None else _parts_of(parts, gallery.expert, pictures),
+                        "parts": None if parts is None else _parts_of(parts, gallery.expert, part_names),
                         **_without(effects, layer.layer, gallery.expert),
                     }
                     for gallery in layer_gallery(of_shown, count)
@@ -199,17 +200,12 @@ def _without(effects: Json | None, layer: int, expert: int) -> Json:
     return {}
 
 
-def _parts_of(shares: tuple[npt.NDArray[Any], ...], expert: int, pictures: PictureSet | None) -> list[dict[str, Any]]:
+def _parts_of(shares: tuple[npt.NDArray[Any], ...], expert: int, part_names: Sequence[str]) -> list[Json]:
+    """The parts that there are, largest excess first."""
     share, overall, beyond = shares
-    names = pictures.part_names if pictures is not None else ()
-    rows: list[Json] = [
-        {
-            "part": name,
-            "share": float(share[part, expert]),
-            "above": float(share[part, expert] - overall[expert]),
-            "significant": bool(beyond[part, expert]),
-        }
-        for part, name in enumerate(names)
+    rows = [
+        _row("part", name, share[part, expert], share[part, expert] - overall[expert], beyond[part, expert])
+        for part, name in enumerate(part_names)
         if share[part].sum() > 0
     ]
     return sorted(rows, key=lambda row: -row["above"])
@@ -219,15 +215,12 @@ def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequ
     """The classes that send an expert more than the others do, largest excess first; those without images don't."""
     seen = int((class_map.n_images > 0).sum())  # nan sorts last
     order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
-    return [
-        {
-            "class": class_names[index],
-            "share": float(class_map.share[index, expert]),
-            "above": float(class_map.excess[index, expert]),
-            "significant": bool(class_map.significant[index, expert]),
-        }
-        for index in order
-    ]
+    told = (class_map.share, class_map.excess, class_map.significant)  # each [C, E]
+    return [_row("class", class_names[index], *(values[index, expert] for values in told)) for index in order]
+
+
+def _row(kind: str, name: str, share: float, above: float, significant: bool) -> Json:
+    return {kind: name, "share": float(share), "above": float(above), "significant": bool(significant)}
 
 
 def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:

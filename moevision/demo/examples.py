@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -28,7 +27,7 @@ from moevision.data.collection import SPLITS, in_turn
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
+from moevision.demo.facts import SHARP_PX, PictureFacts, Pixels, model_input, sharp_square
 from moevision.demo.wire import RequestError, data_uri
 from moevision.errors import DataWarning, UserError, csv_name, shown
 from moevision.models.io import SavedModel
@@ -64,20 +63,6 @@ class Recent(Generic[T]):
         return made
 
 
-@dataclass(frozen=True)
-class Found:
-    """An image with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them.
-
-    `credit` says whose it is and under which licence, where that has to be said.
-    """
-
-    id: str
-    name: str
-    label: str | None
-    pixels: Pixels
-    credit: str | None = None
-
-
 class Examples:
     """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores.
 
@@ -99,7 +84,7 @@ class Examples:
         self._index = {} if pictures is None else {self.id_of(pictures, index): index for index in range(len(pictures))}
         self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
-        self._recent: Recent[Found] = Recent(256)
+        self._recent: Recent[PictureFacts] = Recent(256)
         self._sharp: Recent[str | None] = Recent(64)
         self._dropping = threading.Lock()
 
@@ -108,11 +93,6 @@ class Examples:
         """Whether there is data of the model's own kind."""
         return self.pictures is not None and len(self.pictures) > 0
 
-    @property
-    def ids(self) -> list[str]:
-        """The examples on the first screen: the first of all, then gradio's photos."""
-        return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]
-
     @cached_property
     def all_ids(self) -> list[str]:
         """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
@@ -120,11 +100,11 @@ class Examples:
             return []
         return [self.id_of(pictures, index) for index in in_turn(list(map(pictures.label, range(len(pictures)))))]
 
-    def on_first_screen(self) -> list[Found]:
-        """The images of `ids` that can be used."""
+    def on_first_screen(self) -> list[PictureFacts]:
+        """The first images that can be used, then gradio's photos."""
         return self.usable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
 
-    def usable(self, start: int, stop: int) -> list[Found]:
+    def usable(self, start: int, stop: int) -> list[PictureFacts]:
         """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
         found, bad = [], set()
         for id in self.all_ids[start:stop]:
@@ -154,7 +134,7 @@ class Examples:
         """Names of all images of the model's data."""
         return set() if self.pictures is None else set(map(self.pictures.picture_name, range(len(self.pictures))))
 
-    def find(self, id: str) -> Found:
+    def find(self, id: str) -> PictureFacts:
         """The image of that id, or RequestError if there is none."""
         return self._recent.get(id, lambda: self._open(id))
 
@@ -174,14 +154,10 @@ class Examples:
             return safe_open(self.photos[rest], SHARP_PX)
         return original_image(*self._place(id), SHARP_PX)
 
-    def thumb(self, id: str) -> str:
-        """A small version as a data URI."""
-        return thumb(self.find(id).pixels)
-
-    def _open(self, id: str) -> Found:
+    def _open(self, id: str) -> PictureFacts:
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
-            return Found(id, rest, None, model_input(self.photos[rest], self.image_size, self.framing))
+            return PictureFacts(model_input(self.photos[rest], self.image_size, self.framing), id, rest)
         pictures, index = self._place(id)
         label = pictures.label(index)
         word = pictures.class_names[label] if label >= 0 else None
@@ -191,7 +167,7 @@ class Examples:
         except BadImageError as error:
             raise (gone(rest) if isinstance(error.__cause__, FileNotFoundError) else error) from error
         name = rest if pictures is self.pictures else id  # which says that it is a training image
-        return Found(id, id if word is None else f"{word}, {name}", word, pixels, credit)
+        return PictureFacts(pixels, id, id if word is None else f"{word}, {name}", word, credit=credit)
 
     def _place(self, id: str) -> tuple[PictureSet, int]:
         index = self._index.get(id)

@@ -1,8 +1,7 @@
 """What a view says about its model, its layers and its image, and the one way an image enters a model.
 
 Layers of one model may differ in router, number of experts and k, so `LayerFacts` describes one layer.
-`noise_of_training` is what training sees of an image: the router's noise in a model that is
-otherwise as in evaluation.
+`noise_of_training` is what training sees of an image: the router's noise in a model otherwise as in evaluation.
 
 Axes: I images, S the model's image size, C classes, P patches, L MoE layers, E experts, K experts per patch.
 """
@@ -213,7 +212,7 @@ class PictureFacts:
     """The image as the model saw it."""
 
     pixels: Pixels = field(repr=False)  # uint8 [S, S, 3]
-    id: str | None = None  # how the explorer asks for it again; None for an image that a visitor brought
+    id: str = ""  # how the explorer asks for it again; empty for an image that a visitor brought
     name: str = "image"  # in words
     label: str | None = None  # its class in words, if known
     unlike: str | None = None  # what to say if it is unlike the images that the model learned from, as far as known
@@ -222,7 +221,7 @@ class PictureFacts:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a WebP without loss."""
         words = {name: value for name, value in vars(self).items() if name != "pixels"}
-        return {**words, "src": data_uri(self.pixels)}
+        return {**words, "id": self.id or None, "src": data_uri(self.pixels)}
 
 
 def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:

@@ -27,8 +27,8 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
-from moevision.demo.examples import Found, Recent, thumb
-from moevision.demo.facts import ModelFacts
+from moevision.demo.examples import Recent, thumb
+from moevision.demo.facts import ModelFacts, PictureFacts
 from moevision.demo.models import OWN, Entry, Variant
 from moevision.demo.view import top_classes
 from moevision.demo.wire import RequestError, data_uri, halves
@@ -159,10 +159,9 @@ class Galleries:
 
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
         key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
+        saved, name = entry.variants[variant].saved, entry.card.title
         # Small batches: a visitor's image waits no longer than one of them takes.
-        trace = collect_routing(
-            entry.variants[variant].saved, pictures, batch_size=16, progress=False, name=entry.card.title
-        )
+        trace = collect_routing(saved, pictures, batch_size=16, progress=False, name=name)
         self._galleries[key] = Gallery(held, trace)
         if key not in self._atlases:
             self._atlases[key] = atlas_of(trace, held)
@@ -434,7 +433,7 @@ def _track(history: RoutingHistory, labels: Sequence[str | None]) -> Json:
     }
 
 
-def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Json:
+def patch_json(found: PictureFacts, facts: ModelFacts, patch: int, weight: float) -> Json:
     """A patch in context: the crop, and where in it the patch lies as fractions [x, y, width, height]."""
     rows, columns = facts.grid
     context = 2 if len(found.pixels) // max(rows, columns) * 3 < CROP_PX else 1
@@ -450,10 +449,10 @@ def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Js
     }
 
 
-def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
+def _found(entry: Entry, pictures: PictureSet, index: int) -> PictureFacts:
     label = pictures.label(index)
     word = pictures.class_names[label] if label >= 0 else None
-    return Found(entry.examples.id_of(pictures, index), "", word, pictures.image(index))
+    return PictureFacts(pictures.image(index), entry.examples.id_of(pictures, index), label=word)
 
 
 def _waiting(status: str, **empty: Any) -> Json:

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -43,8 +43,8 @@ class Serving:
     share: bool = False
     public: bool = False  # the user said that anyone may use it
     browser: bool = False
-    allow_host: tuple[str, ...] = ()  # `*` stands for any characters
-    allow_embed: tuple[str, ...] = ()
+    allow_host: Sequence[str] = ()  # `*` stands for any characters
+    allow_embed: Sequence[str] = ()
     root_path: str = ""  # the proxy may take it off or leave it
 
     @property
@@ -63,12 +63,7 @@ class Serving:
         return self.share or bool(self.allow_host) or _on_space()
 
     def check(self) -> None:
-        """Refuse to open the page to others by accident.
-
-        Raises:
-            UserError: if others could use it without a password and the user didn't say that they may, or a name or a
-                website is not written as one.
-        """
+        """Refuse to open the page to others by accident, and names that are not written as ones: a UserError."""
         for name in self.allow_host:
             if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
                 raise UserError(f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org.")
@@ -87,8 +82,7 @@ class Serving:
     def listen(self) -> socket.socket:
         """A socket at the first of the host's addresses that is one of this computer, at a free port.
 
-        Raises:
-            UserError: if there is no such address, or the port is taken.
+        A UserError if there is no such address, or the port is taken.
         """
         ports = range(7860, 7960) if self.port is None else (self.port,)
         error: OSError = OSError("it has none")
@@ -121,27 +115,27 @@ class Serving:
         own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
         if _on_space() or name in {one.lower() for one in own}:
             return True
-        try:
-            ipaddress.ip_address(name.partition("%")[0])
-        except ValueError:
-            return any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
-        return True
+        return _ip(name) is not None or any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
 
     def frames(self) -> str:
-        """Who may show the page in a frame: a notebook on this computer, Hugging Face for a Space, who was named."""
+        """Who may show the page in a frame: itself, a notebook here, Hugging Face for a Space, who was named."""
         here = ("http://localhost:*", "http://127.0.0.1:*") if self.local else ()
         space = ("https://huggingface.co", "https://*.hf.space") if _on_space() else ()
-        return " ".join((*here, *space, *self.allow_embed))
+        return " ".join(("'self'", *here, *space, *self.allow_embed))
 
 
 def is_loopback(host: str) -> bool:
     """Whether an address to listen at can be reached from this computer only."""
-    if host == "localhost":
-        return True
+    address = _ip(host.strip("[]"))
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is written as, without its zone; None of a name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
+        return None
 
 
 def in_url(host: str) -> str:
@@ -163,11 +157,8 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
     if forwarded and not proxied:
         return "forwarded"
     host = client[0] if client else "unknown"
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if address.version == 4:
+    address = _ip(host)
+    if address is None or address.version == 4:
         return host
     return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
@@ -191,8 +182,7 @@ class Gate:
     async def run(self, address: str, function: Callable[..., T], *args: Any) -> T:
         """What `function` returns, when it is the turn of this address.
 
-        Raises:
-            RequestError: with code "busy" if too many are waiting, or the place was given to another address.
+        A RequestError with code "busy" if too many are waiting, or the place was given to another address.
         """
         if self._running + sum(map(len, self._queues.values())) >= self.workers + self.waiting:
             longest = max(self._queues.values(), key=len, default=deque())

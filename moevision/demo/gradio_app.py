@@ -21,7 +21,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.data.images import upright_rgb
 from moevision.demo.examples import sharp
 from moevision.demo.html import flow_html
-from moevision.demo.models import DataOptions, Entry, open_entries
+from moevision.demo.models import Entry, open_entries
 from moevision.demo.view import Settings, route_image
 
 if TYPE_CHECKING:
@@ -34,19 +34,15 @@ LEAD = "Small networks share one photo. Which of them computes each patch, and w
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """A Gradio app: an image and a model in, the likeliest classes and the flow of the patches out.
 
+    Its endpoint is `route(image, model, away) -> label, view`. A UserError if there is no such model, or no experts.
+
     Args:
         model: a run folder, its model, or a timm address; the bundled models if None.
         data: images to choose from, as `moevision demo --data` takes them.
-
-    Returns:
-        Blocks with one endpoint, `route(image, model, away) -> label, view`.
-
-    Raises:
-        UserError: if there is no such model, or it has no experts.
     """
     import gradio as gr
 
-    entries = {entry.card.title: entry for entry in open_entries(model, DataOptions(data, None))}
+    entries = {entry.card.title: entry for entry in open_entries(model, data)}
     first = next(iter(entries))
     shown = examples(entries)
     app: gr.Blocks

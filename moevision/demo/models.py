@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
+from moevision.analysis.images import FoundImages, PictureSet, find_images, open_pictures, run_folder
 from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
@@ -151,14 +151,6 @@ class Entry:
         return self.variants["trained"].facts
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """What the user said about images: `--data` and `--root`; None for the model's own, or `data`."""
-
-    data: str | None = None
-    root: str | None = None
-
-
 def bundled_folders(home: Path | None = None) -> list[Path]:
     """Folders of the models that the package carries, or of those in `home`."""
     root = Path(str(files("moevision"))) / "demo" / "models" if home is None else home
@@ -174,14 +166,9 @@ def bundled_folder(name: str) -> Path:
 
 
 def bundled_model(name: str, variant: str = "trained") -> SavedModel:
-    """One of the models that come with the package.
+    """One of the models that come with the package, such as `pets`; a UserError if there is no such model or variant.
 
-    Args:
-        name: such as `pets`.
-        variant: `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
-
-    Raises:
-        UserError: if there is no such model or variant.
+    `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
     variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
@@ -193,13 +180,9 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def bundled_photos(name: str) -> PictureSet:
-    """The photos that come with a bundled model, as it sees them, labelled with its classes.
+    """The photos that come with a bundled model such as `cats_vs_dogs`, as it sees them, labelled with its classes.
 
-    Args:
-        name: such as `cats_vs_dogs`; its NOTICE says where the photos come from.
-
-    Raises:
-        UserError: if there is no such model, or it comes without photos.
+    Its NOTICE says where they come from. A UserError if there is no such model, or it comes without photos.
     """
     folder = bundled_folder(name)
     if not (folder / SOURCES).is_file():
@@ -212,37 +195,45 @@ def _photos(folder: Path, model: SavedModel) -> PictureSet:
     return open_pictures(home, model.image_size, framing=model.framing, split="all", class_names=model.class_names)
 
 
-def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones."""
+def open_entries(
+    model: str | None, data: str | None = None, root: str | None = None, *, home: Path | None = None
+) -> list[Entry]:
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
+
+    `data` and `root` are what the user said about images; None for the model's own, and for the folder `data`.
+    """
     if model is not None:
-        return [_open_own(model, options)]
+        return [_open_own(model, data, root)]
     folders = bundled_folders(home)
     if not folders:
         raise UserError("This installation carries no model: give one, as in moevision demo runs/NAME/model.")
     cards = [read_card(folder / "card.json") for folder in folders]
     kinds, entries = {card.data_kind for card in cards}, []
     for folder, card in zip(folders, cards, strict=True):
-        data = options.data
+        own = data
         if card.data_kind == SYNTHETIC:  # the drawn images are for the model of their kind alone
-            data = SYNTHETIC
+            own = SYNTHETIC
         elif data in kinds - {card.data_kind}:  # another model's; a folder of photos is for all that know photos
-            data = None
-        entries.append(_open_bundled(folder, card, replace(options, data=data)))
-    drawn_first = options.data == SYNTHETIC
+            own = None
+        entries.append(_open_bundled(folder, card, own, root))
+    drawn_first = data == SYNTHETIC
     return sorted(
         entries, key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first)
     )
 
 
-def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
+def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) -> Entry:
     trained = load_model(str(folder / "trained"))
     nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "atlas.json")}
     if (folder / "unbalanced").is_dir():
         nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
     nets["untrained"] = (untrained(trained), "atlas_untrained.json")
     dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
-    pictures, credits = _pictures(options, trained), None
-    if pictures is None and (folder / SOURCES).is_file():
+    pictures, credits = None, None
+    if data is not None:  # of a folder, from which the model learned nothing, all
+        split = "test" if data in DATASET_NAMES else "all"
+        pictures = FoundImages(data, None, {}).open(trained, split=split, root=root)
+    elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
@@ -252,7 +243,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
     said = read_json(file)["probabilities"] if credits is not None and file.is_file() else {}
     return replace(
         entry,
-        shown=_named(options, entry.examples.pictures),
+        shown=_named(data, entry.examples.pictures),
         dense_answers={entry.examples.id_of_name(name): np.array(row, np.float32) for name, row in said.items()},
         histories={variant: file for variant, file in histories.items() if own and variant in nets and file.is_file()},
     )
@@ -266,7 +257,7 @@ def credits_of(file: Path) -> dict[str, str]:
     }
 
 
-def _open_own(address: str, options: DataOptions) -> Entry:
+def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     trained = load_model(address)
     card = card_of_run(address)
     nets = {"trained": (trained, ""), "untrained": (untrained(trained), "")}
@@ -275,12 +266,12 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
     images, pictures = None, None
     try:
-        images = find_images(address, options.data)
+        images = find_images(address, data)
         if images is not None:  # of a folder from which the model learned nothing, all
-            split = "test" if images.run is not None or options.data in DATASET_NAMES else "all"
-            pictures = images.open(trained, split=split, root=options.root)
+            split = "test" if images.run is not None or data in DATASET_NAMES else "all"
+            pictures = images.open(trained, split=split, root=root)
     except UserError as error:  # routing one's own images works all the same
-        if options.data is not None:
+        if data is not None:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
     own = images is None or images.run is not None
@@ -288,7 +279,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
     history = None if run is None or images is None or images.run is None else run / FILE
     histories = {"trained": history} if history is not None and history.is_file() else {}
-    named = _named(options, pictures, held_out=own)
+    named = _named(data, pictures, held_out=own)
     return replace(entry, address=shell_word(shown(address)), shown=named, histories=histories)
 
 
@@ -318,26 +309,12 @@ def _entry(
     return Entry(card, variants, dense, examples)
 
 
-def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
-    """What `--data` names: the test set of a known dataset; all of a folder, from which the model learned nothing."""
-    if options.data is None:
-        return None
-    return open_pictures(
-        options.data,
-        saved.image_size,
-        framing=saved.framing,
-        split="test" if options.data in DATASET_NAMES else "all",
-        class_names=saved.class_names,
-        root=options.root or "data",
-    )
-
-
-def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool = False) -> str:
+def _named(data: str | None, pictures: PictureSet | None, *, held_out: bool = False) -> str:
     """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
-    if options.data is None or options.data == SYNTHETIC or pictures is None:
+    if data is None or data == SYNTHETIC or pictures is None:
         return ""
-    name = shown(Path(options.data).expanduser().resolve().name)
-    if options.data in DATASET_NAMES:
+    name = shown(Path(data).expanduser().resolve().name)
+    if data in DATASET_NAMES:
         return f"The {len(pictures):,} test images of {name}"
     if held_out:
         return f"The {len(pictures):,} images of {name} that the run held out"

@@ -119,17 +119,10 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
 
 def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
     """One expert for each MoE layer, in order of depth."""
-    value = request.get("path")
-    if (
-        not isinstance(value, list)
-        or len(value) != len(facts.routers)
-        or any(
-            type(expert) is not int or not 0 <= expert < router.num_experts
-            for expert, router in zip(value, facts.routers, strict=True)
-        )
-    ):
+    value: Any = request.get("path")
+    counts = [router.num_experts for router in facts.routers]
+    fits = isinstance(value, list) and len(value) == len(counts)
+    if not fits or any(type(one) is not int or not 0 <= one < of for one, of in zip(value, counts, strict=True)):
         lasts = ", ".join(f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers)
-        raise RequestError(
-            f"The field 'path' must be a list of {len(facts.routers)} experts, one for each MoE layer: {lasts}."
-        )
+        raise RequestError(f"The field 'path' must be a list of {len(counts)} experts, one per MoE layer: {lasts}.")
     return tuple(value)

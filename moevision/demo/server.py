@@ -55,7 +55,7 @@ HEADERS: Final = {
 }
 POLICY: Final = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
-    "form-action 'self'; frame-ancestors 'self' "
+    "form-action 'self'; frame-ancestors "
 )
 
 
@@ -162,7 +162,7 @@ class Door:
     async def _show(self, request: Request) -> Response:
         if not self._is_logged_in(request):
             return self._form(request)
-        policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}".strip()
+        policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}"
         return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     async def _lesson(self, request: Request) -> Response:
@@ -170,13 +170,11 @@ class Door:
             return self._form(request)
         if (page := lesson_page()) is None:
             raise HTTPException(404)
-        return HTMLResponse(
-            page,
-            headers={"content-security-policy": f"{OFFLINE}; frame-ancestors 'self' {self.serving.frames()}".strip()},
-        )
+        policy = f"{OFFLINE}; frame-ancestors {self.serving.frames()}"
+        return HTMLResponse(page, headers={"content-security-policy": policy})
 
     def _form(self, request: Request, wrong: bool = False) -> Response:
-        headers = {"content-security-policy": (POLICY + self.serving.frames()).strip(), "cache-control": "no-store"}
+        headers = {"content-security-policy": POLICY + self.serving.frames(), "cache-control": "no-store"}
         # Without a referrer a browser doesn't say that the form comes from here.
         return HTMLResponse(
             login_page(request.url.query, wrong), 401 if wrong else 200, {**headers, "referrer-policy": "same-origin"}

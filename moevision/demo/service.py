@@ -22,7 +22,7 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.examples import Examples, Found, Recent, sharp, thumb
+from moevision.demo.examples import Examples, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
@@ -245,13 +245,13 @@ class Explorer:
         """Stop what runs in the background."""
         self.galleries.close()
 
-    def _read(self, request: Any) -> tuple[Entry, Variant, Found, Settings]:
+    def _read(self, request: Any) -> tuple[Entry, Variant, PictureFacts, Settings]:
         given = read.fields(request, ROUTE_FIELDS)
         entry, variant = self.pages.model(given)
         settings = read.settings(given, variant.facts)
         return entry, variant, self._picture(entry, given.get("picture")), settings
 
-    def _picture(self, entry: Entry, given: Any) -> Found:
+    def _picture(self, entry: Entry, given: Any) -> PictureFacts:
         picture = read.fields(given, ("kind", "id", "data"))
         if read.choice(picture, "kind", ("example", "upload")) == "example":
             return entry.examples.find(read.image_id(picture, "id"))
@@ -259,19 +259,12 @@ class Explorer:
         if not isinstance(data, str | Upload) or not data:
             raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
         upload = data if isinstance(data, Upload) else _open(data, entry.examples)
-        return Found("", "your image", None, upload.pixels)
+        return PictureFacts(upload.pixels, name="your image")
 
-    def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
+    def _view(self, entry: Entry, variant: Variant, found: PictureFacts, settings: Settings) -> RoutingView:
         trained = variant.facts.variant == "trained"
         asked = entry.card.id, found.label, hashlib.sha256(found.pixels.tobytes()).digest()
-        picture = PictureFacts(
-            found.pixels,
-            id=found.id or None,
-            name=found.name,
-            label=found.label,
-            unlike=self._unlike.get(asked, lambda: unlike(entry, found)),
-            credit=found.credit,
-        )
+        picture = replace(found, unlike=self._unlike.get(asked, lambda: unlike(entry, found)))
         return route_image(
             variant.saved,
             found.pixels,
@@ -290,7 +283,7 @@ class Upload(NamedTuple):
     sharp: str | None
 
 
-def unlike(entry: Entry, found: Found) -> str | None:
+def unlike(entry: Entry, found: PictureFacts) -> str | None:
     """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
     model = entry.variants["trained"].saved
     if model.strangers is None or found.label in model.class_names:
@@ -325,18 +318,14 @@ def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
 
 def told(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
+    sentence, code = str(error), "bad_request"
     if isinstance(error, RequestError):
-        return failure(str(error), error.code)
-    if isinstance(error, BadImageError):
-        return failure(f"This image can't be used: {error.reason}.", "bad_image")
-    if isinstance(error, UserError):
-        return failure(str(error), "bad_request")
-    log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
-    return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
-
-
-def failure(sentence: str, code: str) -> Json:
-    """The answer to a request that can't be answered."""
+        code = error.code
+    elif isinstance(error, BadImageError):
+        sentence, code = f"This image can't be used: {error.reason}.", "bad_image"
+    elif not isinstance(error, UserError):
+        log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
+        sentence, code = "The explorer stumbled over this request; its log on the server says where.", "internal"
     return {"error": sentence, "code": code}
 
 
@@ -364,15 +353,13 @@ def _about(entry: Entry, times: Times | None) -> Json:
     }
 
 
-def _example(found: Found) -> Json:
+def _example(found: PictureFacts) -> Json:
     return {"id": found.id, "name": found.name, "label": found.label, "thumb": thumb(found.pixels)}
 
 
 def _thumb_or_problem(entry: Entry, id: str) -> Json:
     """A small version of an image, or why there is none."""
     try:
-        return {"thumb": entry.examples.thumb(id), "problem": None}
-    except BadImageError as error:
-        return {"thumb": None, "problem": f"It can't be used: {error.reason}."}
-    except RequestError as error:
-        return {"thumb": None, "problem": str(error)}
+        return {"thumb": thumb(entry.examples.find(id).pixels), "problem": None}
+    except (BadImageError, RequestError) as error:
+        return {"thumb": None, "problem": told(error, "data")["error"]}

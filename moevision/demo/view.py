@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from scipy.special import entr
 from torch import Tensor, nn
 
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
@@ -55,16 +56,12 @@ class Settings:
     noise: int | None = None  # seed of the noise that routers draw in training; None for evaluation, without noise
     away: tuple[Intervention, ...] = ()  # experts that are taken away, beside the one change of `intervention`
 
-    def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
-        """Top-k and capacity as interventions on those layers of `net` where they have a meaning; some must have."""
-        top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
-        capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
-        return (*top_k, *capacity)
-
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
         """Hold `net` in these settings inside the scope; if they change anything, other threads wait for their turn."""
-        changed = (*self.conditions(net), *self.away, *filter(None, [self.intervention]))
+        top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
+        capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
+        changed = (*top_k, *capacity, *self.away, *filter(None, [self.intervention]))
         with intervene(net, *changed) if changed else nullcontext(), noise_of_training(net, self.noise):
             yield
 
@@ -77,6 +74,7 @@ class Settings:
 
 
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
+    """The change on those layers of `net` where it has a meaning; some must have."""
     layers = numbered_layers(net)
     able = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
     # Where none is able, the first one says why.
@@ -141,10 +139,8 @@ class LayerView:
     @property
     def entropy_bits(self) -> npt.NDArray[np.float32]:
         """[P] entropy of the router's probabilities, in bits."""
-        p = self.probs.astype(np.float64)
-        bits = -np.sum(p * np.log2(np.where(p > 0, p, 1)), axis=1)
-        positive: npt.NDArray[np.float32] = np.maximum(bits, 0).astype(np.float32)
-        return positive
+        bits: npt.NDArray[np.float64] = entr(self.probs.astype(np.float64)).sum(1) / np.log(2)
+        return np.maximum(bits, 0).astype(np.float32)
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -323,8 +319,7 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
 def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
     """Keep what the blocks of `net` give, each [1, N, D] for one image; in this thread, and until the scope closes.
 
-    Yields:
-        A list that fills in order of depth while the model runs; it stays empty where a network has no blocks.
+    The list fills in order of depth while the model runs; it stays empty where a network has no blocks.
     """
     outputs: list[Tensor] = []
     thread = threading.get_ident()

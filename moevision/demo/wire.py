@@ -54,11 +54,9 @@ def data_uri(
 
 
 def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
-    """Real numbers as a few characters each.
+    """Real numbers as a few characters each: `data`, base64 of little-endian int16 in row-major order, and `shape`.
 
-    Returns:
-        `data`, base64 of little-endian int16 in row-major order; `unit`, what 1 stands for, so that the largest number
-        is 32767 and none is off by more than half a unit; and `shape`.
+    `unit` is what 1 stands for: the largest number is 32767, and none is off by more than half a unit.
     """
     largest = float(np.abs(values).max(initial=0.0))
     unit = largest / 32767 if largest > 0 else 1.0

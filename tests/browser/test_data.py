@@ -5,7 +5,7 @@ from urllib.parse import quote
 import pytest
 
 from moevision.demo.html import app_page
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.demo.conftest import HOSTILE
 from tests.demo.serving import asked_for
@@ -19,7 +19,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
 
 @pytest.fixture(scope="module")
 def scored(scored_run):
-    return Explorer(open_entries(str(scored_run), DataOptions()))
+    return Explorer(open_entries(str(scored_run)))
 
 
 @pytest.fixture

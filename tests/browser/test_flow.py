@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moevision.demo.html import app_page, flow_html, read_css
-from moevision.demo.models import DataOptions, bundled_folders, open_entries
+from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import SERVER_CALL, axe
 from tests.browser.test_hand import result
@@ -77,7 +77,7 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
 @pytest.fixture(scope="module")
 def bundled():
     """The document that each bundled model would open with."""
-    entries = open_entries(None, DataOptions())
+    entries = open_entries(None)
     explorer = Explorer(entries)
     boot = explorer.boot({})
 

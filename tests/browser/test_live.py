@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.demo.live import BOX, OWN, SAID, bring, compared, first_choices, own_images, served, view_of
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import no_sideways_scroll
 from tests.docs.test_live import live
@@ -37,7 +37,7 @@ def home(folder):
 @pytest.fixture(scope="module")
 def whole():
     """The explorer with the same models."""
-    explorer = Explorer(open_entries(None, DataOptions()))
+    explorer = Explorer(open_entries(None))
     yield explorer
     explorer.close()
 

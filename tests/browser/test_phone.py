@@ -9,7 +9,7 @@ import pytest
 
 from moevision.demo.galleries import Galleries
 from moevision.demo.html import app_page
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import axe
 
@@ -60,7 +60,7 @@ def test_the_share_menu_stays_on_the_screen(visit, look, width):
 @pytest.fixture(scope="module")
 def opening():
     """Address of the document that `moevision demo` opens with, served with nothing behind it."""
-    entries = open_entries(None, DataOptions())
+    entries = open_entries(None)
     explorer = Explorer(entries, Galleries(entries))
     document = gzip.compress(app_page(explorer.start_boot(), explorer.start_views()).text.encode())
     explorer.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import axe
 
@@ -21,7 +21,7 @@ def address(server):
 
 @pytest.fixture(scope="module")
 def ask(routers_home):
-    entries = open_entries(None, DataOptions(), home=routers_home)
+    entries = open_entries(None, home=routers_home)
     explorer = Explorer(entries, Galleries(entries))
 
     def ask(model, name, **request):

@@ -18,7 +18,7 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import HISTORIES, DataOptions, open_entries
+from moevision.demo.models import HISTORIES, open_entries
 from moevision.demo.service import Explorer
 from moevision.models.history import RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
@@ -164,7 +164,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def explorer(home):
     """An explorer that has looked through 160 images of each variant."""
-    entries = open_entries(None, DataOptions(), home=home)
+    entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
     explorer.galleries.start(explorer.pages.prepare)
     assert explorer.galleries.wait(serving.START_S)

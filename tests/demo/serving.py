@@ -132,12 +132,12 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
     from moevision.demo import server as its_module
     from moevision.demo.galleries import Galleries
     from moevision.demo.gate import Serving
-    from moevision.demo.models import DataOptions, open_entries
+    from moevision.demo.models import open_entries
     from moevision.demo.server import Server
     from moevision.demo.service import Explorer
 
     def explorer_of(home: str, gallery: int) -> Explorer:
-        entries = open_entries(None, DataOptions(), home=Path(home))
+        entries = open_entries(None, home=Path(home))
         explorer = Explorer(entries, Galleries(entries, limit=gallery))
         explorer.galleries.start(explorer.pages.prepare)
         explorer.galleries.wait(START_S)

@@ -17,15 +17,7 @@ from moevision.data.open import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import (
-    Card,
-    DataOptions,
-    bundled_folder,
-    bundled_folders,
-    card_of_run,
-    open_entries,
-    read_card,
-)
+from moevision.demo.models import Card, bundled_folder, bundled_folders, card_of_run, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory
@@ -87,7 +79,7 @@ def test_several_experts_are_seen_in_every_bundled_photo(name):
 
 @pytest.mark.deep
 def test_every_bundled_model_has_recorded_moments_of_the_first_examples():
-    for entry in open_entries(None, DataOptions()):
+    for entry in open_entries(None):
         if entry.card.id == "cats_vs_dogs_two":  # trained by its study, which records no moments
             assert entry.histories == {}
             continue
@@ -138,39 +130,39 @@ def test_a_damaged_card(tmp_path, text):
 
 def test_no_bundled_model(tmp_path):
     with pytest.raises(UserError, match="carries no model"):
-        open_entries(None, DataOptions(), home=tmp_path)
+        open_entries(None, home=tmp_path)
 
 
 def test_own_model_with_own_data(draw, tmp_path, tiny_run):
-    entry = open_entries(str(tiny_run), DataOptions(str(draw(tmp_path / "own", per_class=6))))[0]
+    entry = open_entries(str(tiny_run), str(draw(tmp_path / "own", per_class=6)))[0]
     assert entry.card.title == "pets"
     assert 0 <= entry.card.accuracy["moe"] <= 1
     assert entry.dense is not None
     assert list(entry.variants) == ["trained", "untrained"]
     assert entry.examples.has_pictures
     explorer = Explorer([entry])
-    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.ids[0]}})
+    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.all_ids[0]}})
     assert view["picture"]["label"] in ("cat", "dog")
     assert view["picture"]["id"].startswith("data/")
-    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.ids[0]).pixels).to_json()
+    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.all_ids[0]).pixels).to_json()
     assert view["layers"] == same["layers"]
 
 
 def test_data_goes_to_the_model_of_photos(home, drawn_pets):
-    photos, pets = open_entries(None, DataOptions(str(drawn_pets)), home=home)
+    photos, pets = open_entries(None, str(drawn_pets), home=home)
     assert (photos.card.id, pets.card.id) == ("photos", "pets")  # the page opens on what the user brought
-    assert pets.examples.ids[0].startswith("pets/")
-    assert photos.examples.ids[0].startswith("data/")
+    assert pets.examples.all_ids[0].startswith("pets/")
+    assert photos.examples.all_ids[0].startswith("data/")
     assert photos.examples.pictures.class_names == tuple(SyntheticPets.classes)
     boot = Explorer([photos, pets]).answer("boot", {})
-    assert boot["default"] == {"model": "photos", "picture": photos.examples.ids[0]}
+    assert boot["default"] == {"model": "photos", "picture": photos.examples.all_ids[0]}
 
 
 @pytest.mark.deep
 def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run, draw, tmp_path):
     files = {file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png")}
     assert len(files) == 40
-    photos = open_entries(None, DataOptions(str(drawn_pets)), home=home)[0]
+    photos = open_entries(None, str(drawn_pets), home=home)[0]
     assert photos.examples.names == files
     assert photos.shown == f"All 40 images of {drawn_pets.name}"
     assert sorted(photos.examples.all_ids) == sorted(f"data/{name}" for name in files)
@@ -180,9 +172,9 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
     assert len(galleries.gallery(photos, "trained").pictures) == 40
     galleries.close()
     few = draw(tmp_path / "few", per_class=3)  # with names of the run's images, as numbers are, but most are missing
-    assert len(open_entries(str(tiny_run), DataOptions(str(few)))[0].examples.names) == 6
+    assert len(open_entries(str(tiny_run), str(few))[0].examples.names) == 6
     # A dataset known by name has a test set of its own, and the bundled model learned from the rest.
-    drawn = open_entries(None, DataOptions("synthetic_pets"), home=home)[0]
+    drawn = open_entries(None, "synthetic_pets", home=home)[0]
     assert drawn.card.id == "pets"
     assert len(drawn.examples.pictures) == 2000
     assert drawn.shown == ""
@@ -190,7 +182,7 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
 
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the folder
 def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp_path, monkeypatch):
-    held_out = open_entries(str(tiny_run), DataOptions())[0].examples.names
+    held_out = open_entries(str(tiny_run))[0].examples.names
     folder = Path(data_settings(tiny_run)["path"])
     assert 0 < len(held_out) < len(list(folder.rglob("*.png")))
     monkeypatch.chdir(folder.parent)
@@ -203,7 +195,7 @@ def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp
 
     monkeypatch.setattr(images, "open_collection", listing)
     for name in (str(folder), f"{folder}/", folder.name, str(copy)):
-        assert open_entries(str(tiny_run), DataOptions(name))[0].examples.names == held_out
+        assert open_entries(str(tiny_run), name)[0].examples.names == held_out
     assert listed[3:] == [str(copy), str(folder)], "each is listed once"
 
 
@@ -211,7 +203,7 @@ def test_a_run_shows_the_pictures_that_it_held_out(tiny_run):
     """The tiny run cut 30 % of its folder off as a test set; its own splits.csv says which."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # about the broken image in the folder
-        entry = open_entries(str(tiny_run / "model"), DataOptions())[0]
+        entry = open_entries(str(tiny_run / "model"))[0]
     rows = [line.split(",") for line in (tiny_run / "splits.csv").read_text().splitlines()]
     path, split = rows[0].index("path"), rows[0].index("split")
     held_out = {row[path] for row in rows[1:] if row[split] == "test"}
@@ -226,11 +218,11 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
     folder = next(line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: "))
     (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "gone")))
     with pytest.warns(DataWarning, match="no images of the model's own"):
-        entry = open_entries(str(run), DataOptions())[0]
+        entry = open_entries(str(run))[0]
     assert not entry.examples.has_pictures
-    assert entry.examples.ids  # gradio's photos
+    assert entry.examples.on_first_screen()  # gradio's photos
     with pytest.raises(UserError, match="gone"):
-        open_entries(str(run), DataOptions(str(tmp_path / "gone")))
+        open_entries(str(run), str(tmp_path / "gone"))
 
 
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # no images of the model's own
@@ -246,11 +238,11 @@ def test_named_datasets_are_looked_for_in_root_and_never_fetched(tiny_run, tmp_p
         raise UserError("not there")
 
     monkeypatch.setattr("moevision.analysis.images.open_collection", nothing)
-    open_entries(str(run), DataOptions())
-    open_entries(str(run), DataOptions(None, "elsewhere"))
+    open_entries(str(run))
+    open_entries(str(run), None, "elsewhere")
     for name in ("cifar10", "imagenette"):
         with pytest.raises(UserError, match="not there"):
-            open_entries(str(run), DataOptions(name, "elsewhere"))
+            open_entries(str(run), name, "elsewhere")
     assert asked == [
         ("cifar10", own, False),
         ("cifar10", "elsewhere", False),

@@ -14,7 +14,6 @@ from PIL import Image
 from moevision.demo import wire
 from moevision.demo.gate import Gate, Serving
 from moevision.demo.server import Door
-from moevision.demo.service import failure
 from moevision.demo.wire import RequestError, open_data_uri
 from tests.demo import hostile
 
@@ -177,10 +176,10 @@ def test_what_an_image_may_have(explorer):
         return explorer.answer("route", {"picture": {"kind": "upload", "data": data}})
 
     assert "prediction" in answer(hostile.uri(hostile.png_bomb(4000, 4000)))
-    assert answer(hostile.uri(hostile.png_bomb(4001, 4000))) == failure(
-        "This image can't be used: its size of 4001 x 4000 pixels exceeds the limit of 16,000,000; shrink it.",
-        "bad_image",
-    )
+    assert answer(hostile.uri(hostile.png_bomb(4001, 4000))) == {
+        "error": "This image can't be used: its size of 4001 x 4000 pixels exceeds the limit of 16,000,000; shrink it.",
+        "code": "bad_image",
+    }
     photo = jpeg(5472, 3648)  # 20 megapixels
     assert "prediction" in answer(photo)
     assert open_data_uri(photo, 672).size == (2736, 1824)

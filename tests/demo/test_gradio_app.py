@@ -14,7 +14,7 @@ from PIL import Image
 
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.gradio_app import examples, experts, route
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.view import route_image
 from tests.scopes import ablate
 
@@ -24,7 +24,7 @@ LION = (200, 150, 90)
 
 @pytest.fixture(scope="module")
 def entries(home):
-    return {entry.card.title: entry for entry in open_entries(None, DataOptions(), home=home)}
+    return {entry.card.title: entry for entry in open_entries(None, home=home)}
 
 
 def shown(page):

@@ -176,12 +176,12 @@ def test_names_that_the_page_goes_by(serving, name, expected):
 
 
 def test_who_may_show_the_page_in_a_frame(monkeypatch):
-    assert Serving().frames() == "http://localhost:* http://127.0.0.1:*"  # a notebook
-    assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == ""
-    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "https://lab.example *"
+    assert Serving().frames() == "'self' http://localhost:* http://127.0.0.1:*"  # a notebook
+    assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == "'self'"
+    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "'self' https://lab.example *"
     monkeypatch.setenv("SPACE_ID", "me/moevision")
     space = Serving(host="0.0.0.0", public=True)
-    assert space.frames() == "https://huggingface.co https://*.hf.space"
+    assert space.frames() == "'self' https://huggingface.co https://*.hf.space"
     assert space.known("me-moevision.hf.space")
 
 
@@ -312,13 +312,13 @@ def free_port():
 SERVE = """
 import sys, urllib.request
 from pathlib import Path
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.gate import Serving
 from moevision.demo.server import Server
 from moevision.demo.service import Explorer
 home, port, *hosts = sys.argv[1:]
-entries = open_entries(None, DataOptions(), home=Path(home))[:1]
+entries = open_entries(None, home=Path(home))[:1]
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for host in hosts:
     explorer = Explorer(entries, Galleries(entries))

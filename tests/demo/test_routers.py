@@ -12,7 +12,7 @@ from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
 from moevision.demo.facts import describe
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.requests import RequestError
 from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
@@ -192,7 +192,7 @@ def test_an_absent_expert_has_no_weight(make, pixels, router):
 
 def test_route_by_image_answers_and_says_why_capacity_is_off(bundle, tmp_path):
     bundle(tmp_path, twins=False, route_by="image")
-    entries = open_entries(None, DataOptions(), home=tmp_path)
+    entries = open_entries(None, home=tmp_path)
     explorer, picture = Explorer(entries), {"kind": "example", "id": "pets/test/3"}
     answer = explorer.answer("route", {"picture": picture})
     pixels = entries[0].examples.find("pets/test/3").pixels

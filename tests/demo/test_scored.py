@@ -11,13 +11,13 @@ import pytest
 
 from moevision.analysis.good_data import score
 from moevision.analysis.images import open_pictures
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.demo.conftest import HOSTILE
 
 
 def opened(run):
-    return Explorer(open_entries(str(run), DataOptions()))
+    return Explorer(open_entries(str(run)))
 
 
 def rows(file):
@@ -89,7 +89,7 @@ def test_an_id_is_looked_up_and_never_opened(scored, id):
 
 
 def test_other_images_named_by_data_are_the_only_ones_that_can_be_asked_for(scored_run, drawn_pets):
-    explorer = Explorer(open_entries(str(scored_run), DataOptions(str(drawn_pets))))
+    explorer = Explorer(open_entries(str(scored_run), str(drawn_pets)))
     assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
     asked = {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
     assert explorer.answer("route", asked)["code"] == "bad_request"

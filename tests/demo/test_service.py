@@ -19,10 +19,10 @@ from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
 from moevision.demo.atlas import compare_by_atlas
-from moevision.demo.examples import Examples, Found, Recent, photo_files
-from moevision.demo.facts import SHARP_PX, sharp_square
+from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.facts import SHARP_PX, PictureFacts, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer, unlike
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
@@ -116,7 +116,7 @@ def test_more_examples_follow_the_first_ones(explorer):
 def test_a_damaged_image_is_left_out_of_the_examples(drawn_pets, tmp_path, caplog):
     pets = shutil.copytree(drawn_pets, tmp_path / "pets")
     save_model(make_model(num_classes=2), tmp_path / "model")
-    (entry,) = open_entries(str(tmp_path / "model"), DataOptions(str(pets)))
+    (entry,) = open_entries(str(tmp_path / "model"), str(pets))
     whole = list(entry.examples.all_ids)  # 40
     for id in (whole[0], whole[20]):
         (pets / id.removeprefix("data/")).write_bytes(b"\x89PNG, and no more")
@@ -140,9 +140,9 @@ def pixels_of(uri):
 
 
 def test_what_lies_under_the_patches_is_the_same_square_in_more_pixels(photos_home):
-    (entry,) = open_entries(None, DataOptions(), home=photos_home)
+    (entry,) = open_entries(None, home=photos_home)
     photos = Explorer([entry], Galleries([entry], limit=3))
-    for id in entry.examples.ids:
+    for id in entry.examples.all_ids:
         sharp = pixels_of(good(photos, "sharp", picture=id)["src"])
         assert sharp.shape == (96, 96, 3)  # as the file is: never enlarged
         again = np.asarray(Image.fromarray(sharp).resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
@@ -219,7 +219,7 @@ def test_variants_are_different_networks(explorer, pixels, variant):
 
 
 def test_untrained_is_the_same_at_every_start(explorer, home, pixels):
-    again = open_entries(None, DataOptions(), home=home)[0].variants["untrained"].saved
+    again = open_entries(None, home=home)[0].variants["untrained"].saved
     ours = route_image(again, pixels).to_json()
     assert ours["layers"] == good(explorer, "route", variant="untrained", picture=PICTURE)["layers"]
 
@@ -252,7 +252,7 @@ def test_noise_needs_a_router_that_has_it_and_no_measurement(explorer, home, bun
     refused = explorer.answer("what_if", {"picture": PICTURE, "intervention": ABLATE, "noise": 1})
     assert "must be null" in refused["error"]
     bundle(tmp_path, twins=False, router="sigmoid")
-    quiet = Explorer(open_entries(None, DataOptions(), home=tmp_path))
+    quiet = Explorer(open_entries(None, home=tmp_path))
     assert "have no noise" in quiet.answer("route", {"picture": PICTURE, "noise": 1})["error"]
 
 
@@ -381,7 +381,7 @@ def test_classes_are_the_atlas(explorer):
 
 def test_the_atlas_answers_about_more_images_than_are_carried():
     """The model that opens has three or five photos of a class, and 416 in its atlas."""
-    (entry,) = [entry for entry in open_entries(None, DataOptions()) if entry.card.id == "cats_vs_dogs"]
+    (entry,) = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
     explorer = Explorer([entry], Galleries([entry]))
     atlas = explorer.galleries.atlas(entry, "trained")
     page = good(explorer, "compare", a="dog", b="cat")
@@ -476,7 +476,7 @@ def test_a_model_without_pictures_says_so(explorer):
 
 
 def test_before_the_gallery_is_ready(home):
-    entries = open_entries(None, DataOptions(), home=home)
+    entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries))  # never started
     assert explorer.answer("experts", {"model": "pets", "layer": 1})["status"] == "computing"
     assert explorer.answer("classes", {"model": "pets"})["status"] == "computing"
@@ -486,7 +486,7 @@ def test_before_the_gallery_is_ready(home):
 
 
 def test_a_gallery_that_fails_says_why(home, monkeypatch):
-    entries = open_entries(None, DataOptions(), home=home)
+    entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries, limit=0))
     explorer.galleries.start()
     assert explorer.galleries.wait(60)
@@ -510,7 +510,7 @@ class Slow(View):
 
 
 def test_a_closed_explorer_reads_no_more_images(home):
-    entry = open_entries(None, DataOptions(), home=home)[0]
+    entry = open_entries(None, home=home)[0]
     entry.examples.pictures = slow = Slow(entry.examples.pictures)
     galleries = Galleries([entry])
     galleries.start()
@@ -522,7 +522,7 @@ def test_a_closed_explorer_reads_no_more_images(home):
 
 
 def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch):
-    entry = open_entries(None, DataOptions(), home=home)[0]
+    entry = open_entries(None, home=home)[0]
     galleries, done = Galleries([entry], limit=32), galleries_module.collect_routing
 
     def close_first(*arguments, **options):
@@ -543,7 +543,7 @@ def stored_atlas(explorer, home, tmp_path, bundle, change):
     atlas = json.loads(json.dumps(explorer.galleries.atlas(explorer.entries["pets"], "trained")))
     change(atlas)
     save_atlas(atlas, folder / "atlas.json")
-    entries = open_entries(None, DataOptions(), home=tmp_path)
+    entries = open_entries(None, home=tmp_path)
     galleries = Galleries(entries, limit=32)
     before = galleries.atlas(entries[0], "trained")
     galleries.start()
@@ -595,16 +595,16 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(explorer, re
     entry = explorer.entries["pets"]
     entry = replace(entry, card=replace(entry.card, recognized=recognized))
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    sentence = unlike(entry, Found("", "your image", None, noise))
+    sentence = unlike(entry, PictureFacts(noise))
     assert sentence.startswith(said)
     assert sentence.endswith(end)
     assert "farther from every class than 95 % of the validation images" in sentence
-    assert unlike(entry, Found("", "x", "cat", noise)) is None  # a known class: nobody asks
+    assert unlike(entry, PictureFacts(noise, label="cat")) is None  # a known class: nobody asks
     images, _ = usual_pets()
-    told = [unlike(entry, Found("", "your image", None, image)) for image in images[80:]]
+    told = [unlike(entry, PictureFacts(image)) for image in images[80:]]
     assert sum(each is not None for each in told) == 2  # a twentieth of the 40 that set the threshold
     variants = {"trained": replace(entry.variants["trained"], saved=replace(saved(explorer), strangers=None))}
-    assert unlike(replace(entry, variants=variants), Found("", "your image", None, noise)) is None
+    assert unlike(replace(entry, variants=variants), PictureFacts(noise)) is None
 
 
 def test_a_page_says_of_ones_own_image_that_it_is_strange(explorer):
@@ -629,7 +629,7 @@ def test_examples_are_of_all_classes_of_a_large_folder():
         def picture_name(self, index):
             return f"{self.class_names[self.label(index)]}/{index}.png"
 
-    shown = [id for id in Examples(Large(), 32).ids if id.startswith("data/")]
+    shown = Examples(Large(), 32).all_ids[:12]
     assert [id.split("/")[1] for id in shown] == ["cat", "dog"] * 6
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
@@ -17,7 +17,7 @@ from tests.demo.test_html import embedded
 
 @pytest.fixture(scope="module")
 def photos(photos_home):
-    entries = open_entries(None, DataOptions(), home=photos_home)
+    entries = open_entries(None, home=photos_home)
     return Explorer(entries, Galleries(entries, limit=3))
 
 
@@ -103,7 +103,7 @@ def test_a_history_of_other_images(photos_home, recorded, tmp_path):
     shutil.copytree(photos_home / "snaps", tmp_path / "snaps")
     other = replace(recorded, image_names=("elsewhere.png", *recorded.image_names[1:]))
     other.save(tmp_path / "snaps" / "history.safetensors")
-    entries = open_entries(None, DataOptions(), home=tmp_path)
+    entries = open_entries(None, home=tmp_path)
     with pytest.raises(UserError, match="doesn't fit the model beside it"):
         Explorer(entries)
 

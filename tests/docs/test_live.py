@@ -13,7 +13,7 @@ from PIL import Image
 
 from moevision.data.transforms import normalize, square_pixels
 from moevision.demo.html import DOCS, app_page, modules
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.models.io import unpack
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_weights_are_stored_smaller_where_nothing_is_lost() -> None:
 
 @pytest.mark.needs("photos")
 def test_eight_bits_are_multiplied_out_as_the_package_does() -> None:
-    entry = next(one for one in open_entries(None, DataOptions()) if one.card.id == "cats_vs_dogs")
+    entry = next(one for one in open_entries(None) if one.card.id == "cats_vs_dogs")
     saved = live.stored(entry)
     weights = unpack(live.bundled_folder("cats_vs_dogs") / "trained" / live.PACKED)
     packed = [name for name, _ in saved.net.named_parameters() if name.endswith(".original")]

@@ -21,7 +21,7 @@ from moevision.data import SyntheticPets
 from moevision.data.images import safe_open
 from moevision.data.transforms import square_pixels
 from moevision.demo.facts import sharp_square
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer, _open
 from moevision.demo.view import route_image
 from moevision.models.export import exported_facts
@@ -74,7 +74,7 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
         told = eval(FITS[about["fit"]], {"ImageOps": ImageOps} | locals())  # the line that export prints
         assert np.array_equal(np.asarray(told), pixels)
 
-    entry = open_entries("runs/wide", DataOptions())[0]
+    entry = open_entries("runs/wide")[0]
     assert Explorer([entry]).boot({})["limits"]["fit"] == fit  # the page squares a visitor's image by it
     upload = "data:image/png;base64," + base64.b64encode((wide / name).read_bytes()).decode()
     assert np.array_equal(_open(upload, entry.examples).pixels, pixels)

@@ -12,7 +12,7 @@ import torch
 from moevision.data.images import safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import DataOptions, open_entries
+from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.layers import forward_routing
@@ -97,15 +97,15 @@ def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
     cats, dogs = ([row["path"] for row in rows if row["class"] == kind] for kind in ("cat", "dog"))
     in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
     assert list(history.image_names) == in_turn[:12]
-    (entry,) = open_entries(str(plain), DataOptions())
-    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.ids[:12]
+    (entry,) = open_entries(str(plain))
+    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.all_ids[:12]
     # Six steps of eight images are soon over: 1 % of that isn't a pass of 12 images, and beginning and end are kept.
     assert history.steps[0] == 0
     assert len(history) == 2
 
 
 def test_what_an_own_run_recorded_is_shown(plain):
-    entries = open_entries(str(plain), DataOptions())
+    entries = open_entries(str(plain))
     explorer = Explorer(entries, Galleries(entries, limit=3))
     history, (own,) = RoutingHistory.load(plain / FILE), explorer.answer("boot", {})["models"]
     track = own["history"]["tracks"]["trained"]
