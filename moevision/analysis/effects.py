@@ -56,18 +56,10 @@ def effect(
     num_controls: int = 20,
     seed: int = 0,
 ) -> Effect:
-    """Measure what an intervention changes for one image.
+    """Measure what an intervention changes for one image, uint8 [S, S, 3] as the model, in eval mode, sees it.
 
-    Args:
-        model: the model, in eval mode.
-        image: uint8 [S, S, 3], as the model sees it.
-        intervention: what to change.
-        target: the class whose logit is followed, as index or name; the predicted one (before) if None.
-        num_controls: random draws of the control, at least 2.
-        seed: of the control.
-
-    Raises:
-        UserError: if the model has no such layer, expert or class.
+    `target` is the class whose logit is followed, as index or name; the predicted one (before) if None. The control is
+    drawn `num_controls` times, at least 2, by `seed`. A UserError for a layer, expert or class that the model hasn't.
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
@@ -112,19 +104,11 @@ def class_effect(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ClassEffect:
-    """Measure what an intervention changes on average over images of one class.
+    """Measure what an intervention changes on average over images of one class, for a model in eval mode.
 
-    Args:
-        model: the model, in eval mode.
-        pictures: where the class is looked for.
-        target: the class, as index into `model.class_names` or name.
-        intervention: what to change.
-        limit: so many images at most, drawn at random; all of the class if None.
-        seed: of that draw, and of the control.
-        batch_size: images per forward pass.
-
-    Raises:
-        UserError: if the model has no such layer, expert or class, or there is no readable image of it.
+    `target` is an index or name of the model's classes. At most `limit` of its `pictures` are drawn at random (None:
+    all), `batch_size` go through the model at once; `seed` is of that draw and of the control. A UserError for a layer,
+    expert or class that the model hasn't, and where no image of the class can be read.
     """
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net

@@ -24,7 +24,6 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -155,8 +154,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
 
 def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     """Light grid, no box, quiet ticks: the data is the darkest thing in the figure."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -166,8 +164,7 @@ def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
 def bare(axes: Axes) -> None:
     """No ticks and no box, for images and maps."""
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def name_axis(axes: Axes, words: str, which: Literal["x", "y"]) -> None:
@@ -387,9 +384,8 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     axes.set_facecolor(BLANK)
     reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
     norm = TwoSlopeNorm(0, -reach, reach)
-    axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    cells = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    axes.spines[:].set_visible(False)
     axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, experts - 0.5, color="white", linewidth=0.8)
     if experts <= _NUMBERED:
@@ -404,10 +400,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     expert_chips(axes, experts)
     if flags.any():
         aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
-        bar = figure.colorbar(
-            ScalarMappable(norm, BELOW_ABOVE), ax=axes, shrink=0.75, aspect=aspect, pad=0.02,
-            format=FuncFormatter(_points),
-        )  # fmt: skip
+        bar = figure.colorbar(cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points))
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
         bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)

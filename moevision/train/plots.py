@@ -98,8 +98,7 @@ def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[
 
 def calm(axes: Axes) -> None:
     """Light grid, no box, quiet ticks: the data is the darkest thing in the image."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
