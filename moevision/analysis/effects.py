@@ -232,13 +232,9 @@ def run_compared(
     prefix = int(getattr(net, "num_prefix_tokens", 0))
 
     def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
-        return take_away_random(
-            decision,
-            numbers=taken[layer].expand(len(keys), 2).tolist(),
-            keys=[(*key, place) for key in keys],
-            num_prefix_tokens=prefix,
-            fill=control_fill(intervention),
-        )
+        numbers = taken[layer].expand(len(keys), 2).tolist()
+        seeds = [(*key, place) for key in keys]
+        return take_away_random(decision, numbers, seeds, prefix, control_fill(intervention))
 
     edits: dict[MoEMlp, Edit] = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
     if len(x) > 1:

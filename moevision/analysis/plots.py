@@ -57,9 +57,6 @@ EXPERT_COLOURS: Final = (
 NEUTRAL: Final = "#C9CDD2"
 """Every expert of a layer with more than eight."""
 
-BLACK: Final = "#000000"
-WHITE: Final = "#FFFFFF"
-
 COLUMN_INCHES: Final = 3.5
 PAGE_INCHES: Final = 7.2
 INK: Final = "#333333"
@@ -75,7 +72,6 @@ BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
     "moevision_below_above", ["#8A3F00", "#D98A4E", "#F7F7F7", "#5FA3CC", "#00466F"]
 )
 """Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
-
 
 NOTEBOOK_DPI = 110
 """Sharp enough on a screen, and small in a saved notebook."""
@@ -182,13 +178,6 @@ def chip(colour: str, pad: float = 0.25) -> dict[str, str]:
     return {"boxstyle": f"round,pad={pad}", "facecolor": colour, "edgecolor": "none"}
 
 
-def panels(count: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels of bars below and beside each other, in one column or on a page."""
-    rows = -(-count // columns)
-    figure = new_figure(width or (COLUMN_INCHES if columns == 1 else PAGE_INCHES), 0.25 + 1.5 * rows)
-    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
-
-
 def expert_chips(axes: Axes, num_experts: int) -> None:
     """Name the columns 0..E - 1 of a map by chips: the expert's colour and its number.
 
@@ -227,7 +216,7 @@ def ink_on(colour: str) -> str:
     """
     channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return BLACK if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else WHITE
+    return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#FFFFFF"
 
 
 # ---- figures of numbers
@@ -256,9 +245,11 @@ def plot_load(
     experts, layers = max(len(load) for load in loads), len(loads)
     # a long name needs room beside its ratio
     columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
-    figure, axes_of = panels(layers, columns, PAGE_INCHES if experts > 8 else None)
+    rows = -(-layers // columns)
+    figure = new_figure(PAGE_INCHES if columns > 1 or experts > 8 else COLUMN_INCHES, 0.25 + 1.5 * rows)
     highest = max(float((each / each.sum()).max()) for each in wanted)
-    for place, (axes, name, load, kind) in enumerate(zip(axes_of, layer_names, loads, kinds, strict=True)):
+    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
         _draw_load(axes, load, wanted[place], highest)
         ratio = "max/mean weight" if kind == "soft" else "max/mean load"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")

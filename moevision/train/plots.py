@@ -186,8 +186,7 @@ def plot_confusion(
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
     Up to 20 classes the cells carry percentages, up to 5 also counts; up to 60 the classes are named, beyond that the
-    axes count them.
-    `labels` and `predictions` are [n], `class_names` [C].
+    axes count them. `labels` and `predictions` are [n], `class_names` [C].
     """
     classes = len(class_names)
     counts = np.zeros((classes, classes), dtype=np.int64)
