@@ -69,17 +69,16 @@ def effect(
         after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
         kinds: set[RoutingKind] = {layer.router.kind for layer in intervention.edits(net)}
-        keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
-        logits = run_compared(net, x, intervention, taken, keys) if keys else before.new_empty(0, len(before))
-    delta_logits = (logits - before)[:, index].tolist()
-    delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
+        keys = [(seed, draw) for draw in range(num_controls)]
+        logits = run_compared(net, x, intervention, taken, keys) if has_control else None
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
     # Where layers differ in who chooses, words for tokens are right in a wider sense.
     routing = kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
-    if has_control:
-        what = control_in_words(intervention, moved, routing)
-        control = Control(what, tuple(delta_logits), tuple(delta_ps))
+    if logits is not None:
+        changes = logits - before, logits.softmax(-1) - before.softmax(-1)
+        of_target = (tuple(change[:, index].tolist()) for change in changes)
+        control = Control(control_in_words(intervention, moved, routing), *of_target)
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),

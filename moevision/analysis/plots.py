@@ -54,9 +54,7 @@ EXPERT_COLOURS: Final = (
 )
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 
-NEUTRAL: Final = "#C9CDD2"
-"""Every expert of a layer with more than eight."""
-
+NEUTRAL: Final = "#C9CDD2"  # every expert of a layer with more than eight
 COLUMN_INCHES: Final = 3.5
 PAGE_INCHES: Final = 7.2
 INK: Final = "#333333"
@@ -73,8 +71,7 @@ BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
 )
 """Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
 
-NOTEBOOK_DPI = 110
-"""Sharp enough on a screen, and small in a saved notebook."""
+NOTEBOOK_DPI = 110  # sharp enough on a screen, and small in a saved notebook
 _LARGE: Final = 100_000  # bytes
 
 
@@ -163,11 +160,6 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def name_axis(axes: Axes, words: str, which: Literal["x", "y"]) -> None:
-    """What an axis counts, in grey."""
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(words, fontsize=SMALL, color=SOFT)
-
-
 def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any) -> None:
     """A word or number whose middle is at (x, y)."""
     axes.text(x, y, text, ha="center", **{"va": "center", "fontsize": size, "color": ink, **style})
@@ -254,9 +246,9 @@ def plot_load(
         ratio = "max/mean weight" if kind == "soft" else "max/mean load"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
-            name_axis(axes, "share of weight" if kind == "soft" else "share of choices", "y")
+            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
         if place >= layers - columns:
-            name_axis(axes, "expert", "x")
+            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
     sizes = {len(load) for load in loads}
     equal = f", 1 ÷ {experts} = {percent(1 / experts)}" if len(sizes) == 1 else ""
     note = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
@@ -432,9 +424,9 @@ def plot_effects(
     for place, (axes, effect, control) in enumerate(zip(grid.flat, effects, chance, strict=False)):
         _draw_effects(axes, effect, control, class_names, least)
         panel_title(axes, layer_names[place])
-        name_axis(axes, "expert taken away", "x")
+        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
         if place % columns == 0:
-            name_axis(axes, "change of logit", "y")
+            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
     style = {"linestyle": "none", "marker": "o"}
     marks = [
         Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]

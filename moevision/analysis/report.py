@@ -65,9 +65,7 @@ from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.words import shell_word
 
-SCHEMA = "moevision.report/1"
-"""Version of report.json; a change that an older reader would misread raises the number."""
-
+SCHEMA = "moevision.report/1"  # of report.json; a change that an older reader would misread raises the number
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent

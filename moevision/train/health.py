@@ -46,8 +46,7 @@ from moevision.stats import fit_temperature
 from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
-MAX_DATA_WAIT: Final = 0.03
-"""Share of the training time above which waiting for data is worth a remedy."""
+MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns

@@ -24,8 +24,7 @@ from scipy.signal import lfilter
 from moevision.files import read_csv, write_bytes_atomic
 from moevision.words import percent
 
-Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Steps [S] and values [S] of one metric."""
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # steps [S] and values [S] of one metric
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")

@@ -35,8 +35,7 @@ from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.words import duration, flops, percent, points, shell_word
 
-BALANCED = "val/balanced_acc"
-"""Macro recall, what goes before accuracy where classes are unbalanced."""
+BALANCED = "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
 
 
 class ClassScores(NamedTuple):

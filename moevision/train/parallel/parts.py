@@ -172,8 +172,7 @@ def gathered(state: Any) -> Any:
 
 # ---- a checkpoint, in which all tensors are whole, becomes one of parts
 
-Place = tuple[str | int, ...]
-"""Keys and indices that lead to a value in a checkpoint."""
+Place = tuple[str | int, ...]  # keys and indices that lead to a value in a checkpoint
 Like = Callable[[Place], Tensor | None]
 """A tensor that is divided as the one at this place shall be; None: it shall be whole."""
 
