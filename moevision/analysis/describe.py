@@ -231,8 +231,7 @@ class ClassExpertMap(Numbers):
 def class_expert_map(trace: RoutingTrace, layer: int, *, num_permutations: int = 1000, seed: int = 0) -> ClassExpertMap:
     """The class x expert table of the MoE layer in that block, with its max-statistic threshold of R permutations.
 
-    Raises:
-        UserError: that block has no MoE layer, or there are fewer than two labelled images.
+    A UserError if that block has no MoE layer, or there are fewer than two labelled images.
     """
     shares = image_shares(trace.layer(layer).image_takes())
     labels = np.asarray(trace.labels)

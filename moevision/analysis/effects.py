@@ -56,18 +56,10 @@ def effect(
     num_controls: int = 20,
     seed: int = 0,
 ) -> Effect:
-    """Measure what an intervention changes for one image.
+    """Measure what an intervention changes for one image, uint8 [S, S, 3] as the model, in eval mode, sees it.
 
-    Args:
-        model: the model, in eval mode.
-        image: uint8 [S, S, 3], as the model sees it.
-        intervention: what to change.
-        target: the class whose logit is followed, as index or name; the predicted one (before) if None.
-        num_controls: random draws of the control, at least 2.
-        seed: of the control.
-
-    Raises:
-        UserError: if the model has no such layer, expert or class.
+    `target` is the class whose logit is followed, as index or name; the predicted one (before) if None. The control is
+    drawn `num_controls` times, at least 2, by `seed`. A UserError for a layer, expert or class that the model hasn't.
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
@@ -77,17 +69,16 @@ def effect(
         after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
         kinds: set[RoutingKind] = {layer.router.kind for layer in intervention.edits(net)}
-        keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
-        logits = run_compared(net, x, intervention, taken, keys) if keys else before.new_empty(0, len(before))
-    delta_logits = (logits - before)[:, index].tolist()
-    delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
+        keys = [(seed, draw) for draw in range(num_controls)]
+        logits = run_compared(net, x, intervention, taken, keys) if has_control else None
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
     # Where layers differ in who chooses, words for tokens are right in a wider sense.
     routing = kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
-    if has_control:
-        what = control_in_words(intervention, moved, routing)
-        control = Control(what, tuple(delta_logits), tuple(delta_ps))
+    if logits is not None:
+        changes = logits - before, logits.softmax(-1) - before.softmax(-1)
+        of_target = (tuple(change[:, index].tolist()) for change in changes)
+        control = Control(control_in_words(intervention, moved, routing), *of_target)
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
@@ -112,19 +103,11 @@ def class_effect(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ClassEffect:
-    """Measure what an intervention changes on average over images of one class.
+    """Measure what an intervention changes on average over images of one class, for a model in eval mode.
 
-    Args:
-        model: the model, in eval mode.
-        pictures: where the class is looked for.
-        target: the class, as index into `model.class_names` or name.
-        intervention: what to change.
-        limit: so many images at most, drawn at random; all of the class if None.
-        seed: of that draw, and of the control.
-        batch_size: images per forward pass.
-
-    Raises:
-        UserError: if the model has no such layer, expert or class, or there is no readable image of it.
+    `target` is an index or name of the model's classes. At most `limit` of its `pictures` are drawn at random (None:
+    all), `batch_size` go through the model at once; `seed` is of that draw and of the control. A UserError for a layer,
+    expert or class that the model hasn't, and where no image of the class can be read.
     """
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net
@@ -248,13 +231,9 @@ def run_compared(
     prefix = int(getattr(net, "num_prefix_tokens", 0))
 
     def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
-        return take_away_random(
-            decision,
-            numbers=taken[layer].expand(len(keys), 2).tolist(),
-            keys=[(*key, place) for key in keys],
-            num_prefix_tokens=prefix,
-            fill=control_fill(intervention),
-        )
+        numbers = taken[layer].expand(len(keys), 2).tolist()
+        seeds = [(*key, place) for key in keys]
+        return take_away_random(decision, numbers, seeds, prefix, control_fill(intervention))
 
     edits: dict[MoEMlp, Edit] = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
     if len(x) > 1:

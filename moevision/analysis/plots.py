@@ -24,7 +24,6 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -55,12 +54,7 @@ EXPERT_COLOURS: Final = (
 )
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 
-NEUTRAL: Final = "#C9CDD2"
-"""Every expert of a layer with more than eight."""
-
-BLACK: Final = "#000000"
-WHITE: Final = "#FFFFFF"
-
+NEUTRAL: Final = "#C9CDD2"  # every expert of a layer with more than eight
 COLUMN_INCHES: Final = 3.5
 PAGE_INCHES: Final = 7.2
 INK: Final = "#333333"
@@ -77,9 +71,7 @@ BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
 )
 """Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
 
-
-NOTEBOOK_DPI = 110
-"""Sharp enough on a screen, and small in a saved notebook."""
+NOTEBOOK_DPI = 110  # sharp enough on a screen, and small in a saved notebook
 _LARGE: Final = 100_000  # bytes
 
 
@@ -155,8 +147,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
 
 def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     """Light grid, no box, quiet ticks: the data is the darkest thing in the figure."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -166,13 +157,7 @@ def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
 def bare(axes: Axes) -> None:
     """No ticks and no box, for images and maps."""
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def name_axis(axes: Axes, words: str, which: Literal["x", "y"]) -> None:
-    """What an axis counts, in grey."""
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(words, fontsize=SMALL, color=SOFT)
+    axes.spines[:].set_visible(False)
 
 
 def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any) -> None:
@@ -183,13 +168,6 @@ def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL
 def chip(colour: str, pad: float = 0.25) -> dict[str, str]:
     """The box of an expert's number, in its colour."""
     return {"boxstyle": f"round,pad={pad}", "facecolor": colour, "edgecolor": "none"}
-
-
-def panels(count: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels of bars below and beside each other, in one column or on a page."""
-    rows = -(-count // columns)
-    figure = new_figure(width or (COLUMN_INCHES if columns == 1 else PAGE_INCHES), 0.25 + 1.5 * rows)
-    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
 def expert_chips(axes: Axes, num_experts: int) -> None:
@@ -230,7 +208,7 @@ def ink_on(colour: str) -> str:
     """
     channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return BLACK if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else WHITE
+    return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#FFFFFF"
 
 
 # ---- figures of numbers
@@ -259,16 +237,18 @@ def plot_load(
     experts, layers = max(len(load) for load in loads), len(loads)
     # a long name needs room beside its ratio
     columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
-    figure, axes_of = panels(layers, columns, PAGE_INCHES if experts > 8 else None)
+    rows = -(-layers // columns)
+    figure = new_figure(PAGE_INCHES if columns > 1 or experts > 8 else COLUMN_INCHES, 0.25 + 1.5 * rows)
     highest = max(float((each / each.sum()).max()) for each in wanted)
-    for place, (axes, name, load, kind) in enumerate(zip(axes_of, layer_names, loads, kinds, strict=True)):
+    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
         _draw_load(axes, load, wanted[place], highest)
         ratio = "max/mean weight" if kind == "soft" else "max/mean load"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
-            name_axis(axes, "share of weight" if kind == "soft" else "share of choices", "y")
+            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
         if place >= layers - columns:
-            name_axis(axes, "expert", "x")
+            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
     sizes = {len(load) for load in loads}
     equal = f", 1 ÷ {experts} = {percent(1 / experts)}" if len(sizes) == 1 else ""
     note = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
@@ -387,9 +367,8 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     axes.set_facecolor(BLANK)
     reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
     norm = TwoSlopeNorm(0, -reach, reach)
-    axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    cells = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    axes.spines[:].set_visible(False)
     axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, experts - 0.5, color="white", linewidth=0.8)
     if experts <= _NUMBERED:
@@ -404,10 +383,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     expert_chips(axes, experts)
     if flags.any():
         aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
-        bar = figure.colorbar(
-            ScalarMappable(norm, BELOW_ABOVE), ax=axes, shrink=0.75, aspect=aspect, pad=0.02,
-            format=FuncFormatter(_points),
-        )  # fmt: skip
+        bar = figure.colorbar(cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points))
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
         bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)
@@ -448,9 +424,9 @@ def plot_effects(
     for place, (axes, effect, control) in enumerate(zip(grid.flat, effects, chance, strict=False)):
         _draw_effects(axes, effect, control, class_names, least)
         panel_title(axes, layer_names[place])
-        name_axis(axes, "expert taken away", "x")
+        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
         if place % columns == 0:
-            name_axis(axes, "change of logit", "y")
+            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
     style = {"linestyle": "none", "marker": "o"}
     marks = [
         Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]

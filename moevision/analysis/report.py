@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +56,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError, refuse_equal_seeds, shown
+from moevision.errors import AT_LEAST_0, UserError, check_ranges, refuse_equal_seeds, shown
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
@@ -65,9 +65,7 @@ from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.words import shell_word
 
-SCHEMA = "moevision.report/1"
-"""Version of report.json; a change that an older reader would misread raises the number."""
-
+SCHEMA = "moevision.report/1"  # of report.json; a change that an older reader would misread raises the number
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent
@@ -100,10 +98,8 @@ class ReportSettings:
     progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
-        """Raises UserError if a number is out of its range."""
-        for name, least in (("limit", 20), ("permutations", 20), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least {least}.")
+        check_ranges(self, [("at least 20", lambda x: x >= 20, ("limit", "permutations"))], "--")
+        check_ranges(self, [(*AT_LEAST_0, ("seed",))], "--")
 
 
 Live = Callable[[SavedModel, Pixels, str, str | None], str]
@@ -188,19 +184,16 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     return numbers
 
 
-@dataclass
 class Stages:
     """The progress bar, and the time that each stage took."""
 
-    total: int
-    show: bool
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, total: int, show: bool) -> None:
+        self.total = total
+        self.seconds: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
         console = Console(stderr=True)
-        show = self.show and console.is_terminal  # elsewhere rich would leave an empty line
-        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
+        hidden = not (show and console.is_terminal)  # elsewhere rich would leave an empty line
+        self.bar = Progress(*columns, console=console, transient=True, disable=hidden)
         self.task = self.bar.add_task("", total=self.total)
 
     @contextmanager

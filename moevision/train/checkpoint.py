@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch.utils._pytree import tree_map
 
 from moevision.errors import UserError
@@ -107,7 +107,7 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
     return newest, [each for each in seen if each.fault is not None]
 
 
-class SafeCheckpointIO(CheckpointIO):
+class SafeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all, and reads only those that are as they were written.
 
     A new `last.ckpt` turns the one before into `previous.ckpt`, so that there are two to go on from.
@@ -132,12 +132,7 @@ class SafeCheckpointIO(CheckpointIO):
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with saying_what_is_damaged(path):
-            found: dict[str, Any] = load_archive(path, map_location or "cpu", mmap=mmap)
-            return found
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
+            return cast(dict[str, Any], load_archive(path, map_location or "cpu", mmap=mmap))
 
 
 def final_checkpoint(folder: Path) -> tuple[Path, str]:
@@ -163,5 +158,4 @@ def check_checkpoint(name: str) -> dict[str, Any]:
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "arch" not in options:
         raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
-    found: dict[str, Any] = checkpoint
-    return found
+    return cast(dict[str, Any], checkpoint)

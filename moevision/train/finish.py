@@ -243,13 +243,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
             *data_wait_advice(stopwatch.data_wait, data),
         ],
     )
-    result = RunResult(
-        summary,
-        run_dir,
-        dict(zip(samples, correct.tolist(), strict=True)),
-        dict(zip(samples, labels.tolist(), strict=True)),
-    )
-    result = _with_choice(result)
+    by_image = (dict(zip(samples, each.tolist(), strict=True)) for each in (correct, labels))
+    result = _with_choice(RunResult(summary, run_dir, *by_image))
     _write_summary(result.summary, run_dir)
     return result
 

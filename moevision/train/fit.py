@@ -63,7 +63,6 @@ from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
     check_memory,
     chosen,
-    describe_memory,
     describe_plan,
     expected_seconds,
     memory_advice,
@@ -445,7 +444,7 @@ def _start_and_plan(training: Training) -> None:
     with _memory_advice(training):
         steps_s = None if training.divided else expected_seconds(task, data, trainer)
         training.expected_s = None if steps_s is None else before_s + steps_s
-        print(describe_plan(task, data, trainer, steps_s, describe_memory(task, trainer), before_s))
+        print(describe_plan(task, data, trainer, steps_s, before_s))
         if training.divided is not None:
             print(training.divided.plan(trainer.world_size, task.net))
     print(f"run folder: {shown(str(training.run_dir))}\n", flush=True)
@@ -493,10 +492,8 @@ def _memory_advice(training: Training) -> AbstractContextManager[None]:
 
 def _compare_with_start(training: Training, point: ResumePoint) -> None:
     """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
-    start, data, session = training.start or Start(training.run_dir), training.data, training.session
-    point.fingerprint = fingerprint(
-        training.trainer, training.task, data.batch_size, data.file_list_sha256(), data.file_sizes_sha256()
-    )
+    start, session = training.start or Start(training.run_dir), training.session
+    point.fingerprint = fingerprint(training.trainer, training.task, training.data)
     other = differences(start.fingerprint, point.fingerprint)
     if other:
         tell(f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}.")

@@ -46,8 +46,7 @@ from moevision.stats import fit_temperature
 from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
-MAX_DATA_WAIT: Final = 0.03
-"""Share of the training time above which waiting for data is worth a remedy."""
+MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
@@ -130,8 +129,7 @@ class Stopwatch(L.Callback):
         self._cpu_started -= cpu_s
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
-        return {**counts, "data_wait_s": self.data_wait_s}
+        return {name: getattr(self, name) for name in ("train_s", "images", "run_s", "cpu_s", "data_wait_s")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_s, self.images = state_dict["train_s"], state_dict["images"]
@@ -383,6 +381,7 @@ class Calibrate(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
+        set_fused_attention(task.net, True)  # as in validation
         limit = trainer.limit_val_batches
         batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
         own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
@@ -390,7 +389,7 @@ class Calibrate(L.Callback):
             batch = {name: value.to(task.device) for name, value in batch.items()}
             batch = trainer.precision_plugin.convert_input(batch)
             with trainer.precision_plugin.forward_context():
-                logits = task.evaluation_logits(batch)
+                logits = task(batch["image"]).float()
             own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
         known = list(chain.from_iterable(gather(own)))
         if known:

@@ -241,10 +241,9 @@ def matrices_of(net: nn.Module) -> set[str]:
 class TensorOperations(NamedTuple):
     """What a training does to lists of weights or gradients; another one where they are divided over processes."""
 
-    total_norm: Callable[[list[Tensor]], Tensor]
-    """2-norm over all of them, a scalar."""
+    total_norm: Callable[[list[Tensor]], Tensor]  # 2-norm over all of them, a scalar
+    # scales the gradients, whose norm is given, in place, so that it is at most a limit
     clip: Callable[[list[nn.Parameter], float, Tensor], Any]
-    """Scale the gradients, whose norm is given, in place, so that it is at most a limit."""
     optimizers: Mapping[OptimizerName, type[AdamW]]
 
 

@@ -24,8 +24,7 @@ from scipy.signal import lfilter
 from moevision.files import read_csv, write_bytes_atomic
 from moevision.words import percent
 
-Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Steps [S] and values [S] of one metric."""
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # steps [S] and values [S] of one metric
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
@@ -98,8 +97,7 @@ def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[
 
 def calm(axes: Axes) -> None:
     """Light grid, no box, quiet ticks: the data is the darkest thing in the image."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -187,8 +185,7 @@ def plot_confusion(
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
     Up to 20 classes the cells carry percentages, up to 5 also counts; up to 60 the classes are named, beyond that the
-    axes count them.
-    `labels` and `predictions` are [n], `class_names` [C].
+    axes count them. `labels` and `predictions` are [n], `class_names` [C].
     """
     classes = len(class_names)
     counts = np.zeros((classes, classes), dtype=np.int64)

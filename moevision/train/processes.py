@@ -71,9 +71,7 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     """Sums over processes of a few numbers, in double precision."""
     if not several_processes():
         return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return sums_over_processes([torch.tensor(values, dtype=torch.float64, device=device)])[0].tolist()
 
 
 def gather(value: Any) -> list[Any]:

@@ -24,6 +24,8 @@ from moevision.limits import total_memory_bytes, usable_cores
 if TYPE_CHECKING:
     import lightning as L
 
+    from moevision.data import ImageDataModule
+
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 # What a user calls the parts of a fingerprint; libraries go by their own names.
@@ -133,9 +135,7 @@ def device_name(trainer: L.Trainer) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
-def fingerprint(
-    trainer: L.Trainer, task: Any, batch_size: int, data_sha256: str, sizes_sha256: str
-) -> dict[str, str | int | bool]:
+def fingerprint(trainer: L.Trainer, task: Any, data: ImageDataModule) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
     Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
@@ -147,15 +147,15 @@ def fingerprint(
         "device": device.type if device.type == "cpu" else device_name(trainer),
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
-        "images_per_step": batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        "images_per_step": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         "precision": str(trainer.precision),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "backend": task.arch.backend or "auto",
         "compile": task.compile_blocks,
         "python": platform.python_version(),
         "moevision": __version__,
-        "data": data_sha256,
-        "sizes": sizes_sha256,
+        "data": data.file_list_sha256(),
+        "sizes": data.file_sizes_sha256(),
         **{name: package_version(name) or "none" for name in LIBRARIES},
     }
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import lightning as L
@@ -55,7 +54,6 @@ _MODEL = tuple(
     f"model.arch.{name}"
     for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 )
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignore[return]
@@ -204,7 +202,7 @@ def weights_alone(asked: str, given: Mapping[str, Any], say: Callable[[str], Non
 
 
 def choose_recipe(
-    path: str, asked: str | None = None, given: Mapping[str, Any] = _NOTHING, say: Callable[[str], None] = tell
+    path: str, asked: str | None = None, given: Mapping[str, Any] = {}, say: Callable[[str], None] = tell
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
@@ -274,10 +272,9 @@ def describe_plan(
     data: ImageDataModule,
     trainer: L.Trainer,
     expected_s: float | None = None,
-    memory: str | None = None,
     before_s: float = 0.0,
 ) -> str:
-    """The lines that `fit` prints after the data's own description; None: not known.
+    """The lines that `fit` prints after the data's own description, with the time that is expected if that is known.
 
     `before_s` is what the linear probe and the routers' start took, which the run's time counts.
     """
@@ -288,7 +285,7 @@ def describe_plan(
         + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
         + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
     ]
-    if memory is not None:
+    if (memory := describe_memory(task, trainer)) is not None:
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
     time_it_takes = "how long they take isn't known before"

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import timm
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 from torch import nn
 
 from moevision.data.named import NAMED, UNKNOWN, terms_of
@@ -35,8 +35,7 @@ from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 from moevision.words import duration, flops, percent, points, shell_word
 
-BALANCED = "val/balanced_acc"
-"""Macro recall, what goes before accuracy where classes are unbalanced."""
+BALANCED = "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
 
 
 class ClassScores(NamedTuple):
@@ -279,8 +278,7 @@ def read_summary(file: Path) -> RunSummary:
         if (choice := given.get("choice")) is not None:
             contenders = [made(Contender, each) for each in choice["contenders"]]
             given["choice"] = Recommendation(**choice | {"contenders": contenders})
-        summary: RunSummary = made(RunSummary, given)
-        return summary
+        return cast(RunSummary, made(RunSummary, given))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "
@@ -303,7 +301,7 @@ def write_summary(summary: RunSummary, out: Path) -> None:
 
 
 @cache
-def template(name: str) -> Any:
+def template(name: str) -> Template:
     """A template of this package.
 
     Markdown has no escaping that fits everywhere, so the templates pass names from outside through `cell` or `shown`.
@@ -341,8 +339,9 @@ class WeightsOrigin(NamedTuple):
 
 def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
     """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
-    saved = load_model(str(run))
-    command, versions = _origin(run)
+    saved, known = load_model(str(run)), read_json(run / "provenance.json")
+    words = [shown(without_path(word)) for word in known["command"]]
+    versions = {"moevision": known["moevision"], **known["libraries"], "Python": known["python"]["version"]}
     architecture, blocks, options = _architecture(saved.net)
     return {
         "architecture": architecture,
@@ -352,9 +351,9 @@ def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
         "class_names": saved.class_names,
         "image_size": saved.image_size,
         "summary": summary,
-        "command": command,
+        "command": " ".join(word if "…" in word else shell_word(word) for word in words),
         "start": _start(run),
-        "versions": versions,
+        "versions": {name: str(version) for name, version in versions.items() if version},
     }
 
 
@@ -365,15 +364,6 @@ def without_path(word: str) -> str:
         return word
     last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return f"{option}{equals}…/{last}"
-
-
-def _origin(run: Path) -> tuple[str, dict[str, str]]:
-    """The command in provenance.json and its software."""
-    known = read_json(run / "provenance.json")
-    words = [shown(without_path(word)) for word in known["command"]]
-    versions = {"moevision": known["moevision"], **known["libraries"], "Python": known["python"]["version"]}
-    command = " ".join(word if "…" in word else shell_word(word) for word in words)
-    return command, {name: str(version) for name, version in versions.items() if version}
 
 
 def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
@@ -435,10 +425,9 @@ def model_card(facts: dict[str, Any]) -> str:
         model_name=shown(summary.name),
         eval_results=[result],
     )
-    card: str = template("card.md.jinja").render(
+    return template("card.md.jinja").render(
         facts=facts, terms=terms, header=header.to_yaml(), unknown_terms=UNKNOWN, without_example=without_example
     )
-    return card
 
 
 def without_example(sentence: str) -> str:

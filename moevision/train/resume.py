@@ -127,10 +127,8 @@ class ResumePoint(L.Callback):
         if late and trainer.global_step < trainer.estimated_stepping_batches:
             self.interruption.by = "--trainer.max_time"
         stop = self.interruption.requested is not None or self.interruption.by != ""
-        if trainer.world_size > 1:
-            due = trainer.strategy.reduce_boolean_decision(due, all=False)
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        return due, stop
+        on_any = trainer.strategy.reduce_boolean_decision
+        return on_any(due, all=False), on_any(stop, all=False)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`; every process must call it."""
@@ -320,21 +318,17 @@ def resume_command(run_dir: Path) -> str:
 
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
-    file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
+    file = start.run_dir / SESSIONS
     origin = None if start.checkpoint is None else {"checkpoint": start.checkpoint.name, "step": start.step}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json_atomic(
-        file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
-    )
+    session = {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}
+    write_json_atomic(file, [*(_json(file) or []), session])
 
 
 def begun_by(run_dir: Path) -> list[str] | None:
     """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
-    return next((each["command"] for each in reversed(_sessions(run_dir)) if each["from"] is None), None)
-
-
-def _sessions(run_dir: Path) -> list[dict[str, Any]]:
-    return _json(run_dir / SESSIONS) or []
+    sessions = _json(run_dir / SESSIONS) or []
+    return next((each["command"] for each in reversed(sessions) if each["from"] is None), None)
 
 
 def _json(file: Path) -> Any:
@@ -477,13 +471,11 @@ def own_folder(given: Given) -> Path:
 
 # ---- the model that a training has so far
 
-SUFFIX = ".ckpt"
-
 
 def load_trained(address: str) -> SavedModel:
     """Load a model as `load_model` does, or the weights of a checkpoint of a run (with a moving average: those)."""
     path = Path(address)
-    if path.suffix != SUFFIX:
+    if path.suffix != ".ckpt":
         return load_model(address)
     check_checkpoint(address)
     checkpoint = SafeCheckpointIO().load_checkpoint(path)

@@ -74,7 +74,6 @@ LOST = (
     "scratch 88 %."
 )
 
-
 # Weights that are chosen unasked, all under Apache-2.0. DINOv2's features need the fewest images (arXiv:2304.07193);
 # DeiT-Ti costs a fifth of a ViT-S.
 BASE = "vit_base_patch14_dinov2.lvd142m"
@@ -101,8 +100,7 @@ class ChosenStart(NamedTuple):
 def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
     """The weights to start from, fetched if need be.
 
-    `asked` is `--pretrained`, None if it wasn't given; 0 `images` weren't counted; `base` is the architecture of a
-    file.
+    `asked` is `--pretrained` (None: not given), 0 `images` weren't counted, `base` is the architecture of a file.
     """
     if asked == NONE:
         return ChosenStart(None)
@@ -293,22 +291,18 @@ _Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier on frozen features.
-
-    Attributes:
-        test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
-        head: its weights [C, D] and biases [C]; None if it was read from a file.
-    """
+    """A linear classifier on frozen features."""
 
     train_images: int
     val_correct: int  # validation images of `val_images` that it classifies correctly
     val_images: int
     head_val_correct: int  # those that the model's own classifier, as it came, classifies correctly
-    test_correct: dict[str, bool]
+    test_correct: dict[str, bool]  # whether a test image, by its stable id, is classified correctly
     seconds: float  # features and regression together; `cpu_s` are CPU seconds of the same
     mbytes: float  # of the model that it is the classifier of, in float32
     cpu_s: float = 0.0
     of_experts: bool = False  # whether the weights came with experts, so that no dense model has these features
+    # weights [C, D] and biases [C]; None if it was read from a file
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property

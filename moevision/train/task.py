@@ -279,11 +279,6 @@ class ClassificationTask(L.LightningModule):
             self.routing_statistics.update(routings)
         return logits
 
-    def evaluation_logits(self, batch: Batch) -> Tensor:
-        """Logits [B, C] as in validation, fp32, without counting them."""
-        set_fused_attention(self.net, True)
-        return forward_routing(self.net, batch["image"])[0].float()
-
     def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
         values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}
         metrics.reset()

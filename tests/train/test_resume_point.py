@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
@@ -117,7 +118,7 @@ def test_without_cuda_its_generators_are_not_asked(monkeypatch):
 def test_each_reason_to_save_is_enough(point, config, minutes, steps, due):
     point.config = config
     point._saved_s = time.monotonic() - 60 * minutes
-    assert point.decide(trainer(global_step=steps)) == (due, False)
+    assert point.decide(trainer(global_step=steps, strategy=SingleDeviceStrategy("cpu"))) == (due, False)
 
 
 def test_of_two_processes_both_do_what_one_wants(point):

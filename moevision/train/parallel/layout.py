@@ -42,14 +42,11 @@ from moevision.train.parallel.parts import own_part
 
 @dataclass(frozen=True)
 class Layout:
-    """Which processes share what.
-
-    Attributes:
-        experts: [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them
-            once more among the `efsdp` processes of a column. None: experts are sharded with their block.
-    """
+    """Which processes share what."""
 
     world: DeviceMesh  # all W processes; the dense weights are divided among them
+    # [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them once more
+    # among the `efsdp` processes of a column. None: experts are sharded with their block.
     experts: DeviceMesh | None = None
     replicated: bool = False  # nothing but the experts is divided; `world` is then [W, 1] and `experts` [efsdp, 1, ep]
 
@@ -199,9 +196,7 @@ class AllToAllDispatcher(LocalDispatcher):
     `row_multiple` and `max_padding` as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, row_multiple: int | None = None, max_padding: float | None = None
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, row_multiple: int | None, max_padding: float | None) -> None:
         super().__init__(row_multiple, max_padding)
         self.group, self.size = group, dist.get_world_size(group)
         self._home = LocalDispatcher(row_multiple=1, max_padding=1.0)

@@ -43,13 +43,9 @@ def own_part(x: Tensor) -> Tensor:
 
 def first_index(x: Tensor) -> tuple[int, ...]:
     """Where, in the whole tensor, the part that this process holds begins: an index for each dimension."""
-    return _extent(x.shape, x)[1] if isinstance(x, DTensor) else (0,) * x.dim()
-
-
-def _extent(shape: torch.Size, like: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and first index of this process's part of a tensor of this shape."""
-    lengths, begin = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
-    return tuple(lengths), tuple(begin)
+    if not isinstance(x, DTensor):
+        return (0,) * x.dim()
+    return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)[1]
 
 
 def copies(x: Tensor) -> int:
@@ -68,7 +64,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor that all processes have, divided as `like` is."""
     if not isinstance(like, DTensor):
         return whole
-    shape, begin = _extent(whole.shape, like)
+    shape, begin = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + length) for start, length in zip(begin, shape, strict=True))]
     return _with_part(part.contiguous().to(like.device, copy=True), like)
 
@@ -176,8 +172,7 @@ def gathered(state: Any) -> Any:
 
 # ---- a checkpoint, in which all tensors are whole, becomes one of parts
 
-Place = tuple[str | int, ...]
-"""Keys and indices that lead to a value in a checkpoint."""
+Place = tuple[str | int, ...]  # keys and indices that lead to a value in a checkpoint
 Like = Callable[[Place], Tensor | None]
 """A tensor that is divided as the one at this place shall be; None: it shall be whole."""
 

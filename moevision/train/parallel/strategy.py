@@ -15,12 +15,11 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from moevision.data import ImageDataModule
 from moevision.data.loader import eval_batches
@@ -157,19 +156,10 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
     # State dictionaries: the task's and the optimizer's own, with parts; `load_checkpoint` has divided what is loaded.
 
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._task.state_dict()
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
+    optimizer_state = Strategy.optimizer_state
 
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._task.load_state_dict(checkpoint["state_dict"], strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
-
-    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
