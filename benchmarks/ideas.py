@@ -34,7 +34,6 @@ from moevision.analysis.questions import YES
 PAGE = HERE.parent / "docs" / "results.md"
 NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
-REACHED = 0.85  # of validation accuracy, for the sentence of equal time
 NO, OPEN = "no", "not shown"
 UNDECIDED = "undecided"
 VERDICTS = {"above": YES, "below": NO, "not told apart": OPEN}
@@ -47,7 +46,7 @@ Answer = tuple[str, str]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     lists = {"scratch": "specialization/scratch.jsonl"}
-    names = ("sparsity", "specialization", "small", "waiting", "accuracy", "scratch", "cats_and_dogs", "equal_time")
+    names = ("sparsity", "specialization", "small", "waiting", "scratch", "cats_and_dogs", "equal_time")
     found: dict[str, Any] = {name: read_records(root / lists.get(name, f"{name}/runs.jsonl")) for name in names}
     single = {"curve": "curve/record", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
@@ -64,8 +63,7 @@ def ideas(records: Records) -> str:
         ("Experts specialize", said(records, "specialization", partial(specialization, trained=records["scratch"]))),
         ("Expert 1 focuses on cats, expert 2 on dogs", said(records, "cats_and_dogs", cats_and_dogs.answer)),
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
-        ("They help at equal time too", said(
-            records, "equal_time", full_length, "sparsity", one_epoch, "accuracy", reached)),
+        ("They help at equal time too", said(records, "equal_time", full_length, "sparsity", one_epoch)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
         ("A learned router beats fixed rules", said(records, "sparsity", hypothesis("H4", "H6", "H7"))),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
@@ -221,21 +219,6 @@ def work(record: Json) -> Answer:
         f"No joules. FLOPs of CIFAR-10's recipe: {1 - moe / large:.0%} fewer than dense of equal "
         f"parameters, {moe / small - 1:.1%} more than its twin"
     ).replace("%", " %")
-
-
-def reached(runs: Sequence[Json]) -> Answer:
-    """CPU seconds until the CIFAR-10 recipe and its dense twin have an accuracy, in whole epochs."""
-    texts = []
-    for name, start in (("CIFAR-10's recipe", "cifar10-s"), ("its dense twin", "cifar10-dense-s")):
-        own = [run for run in runs if run["name"].rstrip("0123456789") == start]
-        seconds = statistics.fmean(_share_until(run, REACHED) * run["cost"]["cpu_s"] for run in own)
-        texts.append(f"{name} {seconds:,.0f} ({len(own)} seed{'s' * (len(own) > 1)})")
-    return "", f"CPU seconds to {100 * REACHED:.0f} % of validation: {', '.join(texts)}"
-
-
-def _share_until(run: Json, level: float) -> float:
-    """The share of a training after which validation first has an accuracy."""
-    return next(place for place, (_, top1, _) in enumerate(run["curve"], 1) if top1 >= level) / len(run["curve"])
 
 
 def fewer_images(record: Json) -> Answer:

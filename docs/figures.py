@@ -17,7 +17,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent)]  # benchmarks/ is outside the package
 
-from benchmarks.records import Claim, accuracy, sparsity, upcycling  # noqa: E402
+from benchmarks.records import Claim, accuracy, equal_time, sparsity, upcycling  # noqa: E402
 
 IMAGES = DOCS / "img"
 BALANCE = DOCS.parent / "benchmarks" / "balance" / "record.json"
@@ -205,6 +205,7 @@ def effects() -> list[Effect]:
     return [
         of("Experts − dense model, equal steps", files, sparsity.first),
         of("Experts − dense model, equal time", files, sparsity.at_equal_time),
+        of("The same after 10 epochs (97 %)", equal_time.FILES[0], equal_time.at_full_length),
         of("Much sparse compute − little", files, sparsity.by_share),
         of("Learned router − rule by position", files, sparsity.learned, -1),
         of("With − without balance loss", files, sparsity.balanced),

@@ -15,12 +15,12 @@ from moevision.stats import Gap
 Json = dict[str, Any]
 RUNS = "benchmarks/accuracy/runs.jsonl"
 CIFAR = [f"{RUNS}#cifar10-s{seed}" for seed in range(3)]
+TWIN = f"{RUNS}#cifar10-dense-s0"
 LONG, LONGER = (f"{RUNS}#cifar10-long-s{seed}" for seed in range(2))
 OUTSIDE = "benchmarks/accuracy/airbench.json"
 START = "benchmarks/accuracy/head.json"
 CIFAR_PRETRAINED = f"{RUNS}#cifar10-pretrained-s0"
 FOLDERS = [f"{RUNS}#folder-clusters{seed}" for seed in ("", "-s1", "-s2")]
-TWIN = f"{RUNS}#cifar10-dense-s0"
 SHOWN, SHOWN_TWIN = (f"{RUNS}#cifar10-explorer{name}-s0" for name in ("", "-dense"))
 FOLDER = FOLDERS[0]
 NONE, BOTH = (f"{RUNS}#folder-{name}" for name in ("none", "twin"))
@@ -47,12 +47,6 @@ def mean(*records: Json) -> Json:
     _, val, train = zip(*(record["curve"][-1] for record in records), strict=True)
     tests = [record["test"]["correct"] / record["test"]["total"] for record in records]
     return {"mean": sum(tests) / len(tests), "val": sum(val) / len(val), "train": sum(train) / len(train)}
-
-
-def ends(*records: Json) -> Json:
-    """Test accuracy after all epochs: mean of the MoE's seeds, and of the dense twin's one training."""
-    *own, twin = (record["test"]["correct"] / record["test"]["total"] for record in records)
-    return {"moe": sum(own) / len(own), "twin": twin}
 
 
 def extremes(*records: Json) -> Json:

@@ -7,6 +7,7 @@ from benchmarks.records import (
     Claim,
     Definition,
     accuracy,
+    equal_time,
     infer,
     label_noise,
     performance,
@@ -24,7 +25,7 @@ from benchmarks.records.studies import shown
 TRAIN = performance.TRAIN.format("cifar10")
 FILES = (
     *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, waiting.RUNS),
-    *(TRAIN, accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES),
+    *(TRAIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES, equal_time.FILES[0]),
 )
 
 
