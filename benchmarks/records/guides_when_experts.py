@@ -36,6 +36,14 @@ CLAIMS = [
         "{balanced_blocks_L7[guess]:.0%}",
         cats_and_dogs.result,
     ),
-    Claim(modular.FILES, "bring {sources}, {far} and {imagenette} points over such heads", modular.gaps),
+    Claim(modular.FILES, "bring {sources}, {far} and {imagenette} points over a head for each folder", modular.gaps),
+    Claim(
+        modular.FILES,
+        "such a rule reached {rule[sources]:.1f}, {rule[far]:.1f} and {rule[imagenette]:.1f} %, tuned heads for each "
+        "folder behind it {heads[sources]:.1f}, {heads[far]:.1f} and {heads[imagenette]:.1f} %, joined experts "
+        "{joined[sources]:.1f}, {joined[far]:.1f} and {joined[imagenette]:.1f} %",
+        modular.reached,
+    ),
+    Claim(modular.FILES, "Rule and heads took {cheap:.0f} CPU seconds, experts {experts:.0f}", modular.prices),
 ]
 DEFINITIONS: list[Any] = []

@@ -5,7 +5,18 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.modular.domains import SETS, runs_of
-from benchmarks.modular.report import DECIDES, Gap, before_and_after, having, mebibytes, parts_of, right, seconds, split
+from benchmarks.modular.report import (
+    DECIDES,
+    Gap,
+    accuracy,
+    before_and_after,
+    having,
+    mebibytes,
+    parts_of,
+    right,
+    seconds,
+    split,
+)
 from benchmarks.records import Claim, Definition
 from benchmarks.records.studies import shown
 from moevision.words import points
@@ -66,6 +77,16 @@ def prices(*runs: Any) -> Mapping[str, Any]:
     _, experts, heads, statistics = mebibytes(own[0])
     return {"experts": seconds(own, "expert"), "cheap": seconds(own, "tuned head") + seconds(own, "router"),
             "expert_mib": experts / len(SETS["sources"]), "cheap_mib": heads + statistics}  # fmt: skip
+
+
+def reached(*runs: Any) -> dict[str, dict[str, float]]:
+    """Arm -> set -> per cent, means over domains and seeds."""
+    arms = {"rule": "no training", "heads": "heads only, tuned", "joined": "joined"}
+    own = {name: having(runs_of(runs, name), *arms.values()) for name in SETS}
+    return {
+        short: {name: 100 * fmean(accuracy(run, arm) for run in found) for name, found in own.items()}
+        for short, arm in arms.items()
+    }
 
 
 CLAIMS = [

@@ -8,7 +8,6 @@ from benchmarks.records import (
     Definition,
     accuracy,
     equal_time,
-    infer,
     label_noise,
     performance,
     quickstart,
@@ -19,7 +18,6 @@ from benchmarks.records import (
     upcycling,
     waiting,
 )
-from benchmarks.records.readme import few_and_many
 from benchmarks.records.studies import shown
 
 TRAIN = performance.TRAIN.format("cifar10")
@@ -53,13 +51,6 @@ CLAIMS = [
         "photos of cats and dogs reaches {least:.1f} to {most:.1%} (four trainings)",
         accuracy.of_folders,
     ),
-    Claim(
-        infer.BEFORE,
-        "takes {one:.2f} times the time for one image in float32 on one core, {many:.2f} times for 64",
-        few_and_many,
-    ),
-    Claim(TRAIN, "A training step runs at {twin} times the twin's speed", performance.moe),
-    Claim(TRAIN, "takes {moe_mib:.0f} MiB, the twin's {twin_mib:.0f}", performance.side_by_side),
     Claim(
         label_noise.FILES,
         "finds them with an AUROC of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "

@@ -188,6 +188,9 @@ PYTHON = [
 def test_python_runs(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One page after the other, each in a namespace of its own."""
     blocks = [block for block in python_blocks(path) if not block.startswith(SCRIPTS)]
+    if any('"images.npy"' in block for block in blocks):
+        command = ["runs/pets", "path/to/images", "--features", "images.npy", "--out", "images.csv"]
+        assert main(["predict", *command]) == 0
     if any("onnxruntime" in block for block in blocks):
         assert main(["export", "runs/pets", "--out", "pets.onnx"]) == 0
     if any("load_dataset" in block for block in blocks):
