@@ -35,7 +35,7 @@ CIRCLES = 0
 FIT_OPTIONS = 90  # of `moevision fit --help-all`
 PAGE_LINES = 6_000  # the pages' scripts and style sheets: the package's, and those of the build without a server
 LONG_PAGE_LINES = 365  # of these, over 120 characters: none in style sheets; 678 in all before the page was cut down
-DOCS_WORDS = 24_059  # README.md, docs/**/*.md; last: a folder is added in seconds, without a command of its own
+DOCS_WORDS = 24_059  # README.md, docs/**/*.md; last: a folder is added without training or a command
 SITE_WORDS = 23_249  # without README
 
 FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 5, 15, 75, 45, 4  # analyze embeds live views
