@@ -114,9 +114,9 @@ def read_run(address: str) -> FinishedRun:
     summary, file = read_summary(folder / "summary.json"), folder / PREDICTIONS
     try:
         rows = sorted((row["image"], row["label"], row["correct"] == "1") for row in read_csv(file))
+        images, labels, correct = zip(*rows, strict=True)
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UserError(f"{file} can't be read ({error}): restore it, or train the run again.") from error
-    images, labels, correct = zip(*rows, strict=True)
     return FinishedRun(folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct))
 
 

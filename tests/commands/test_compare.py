@@ -217,6 +217,11 @@ def drop_predictions():
     Path("runs/b/predictions_test.csv").unlink()
 
 
+def empty_predictions():
+    file = Path("runs/b/predictions_test.csv")
+    file.write_text(file.read_text().splitlines(keepends=True)[0])  # as a full disk leaves a copy
+
+
 def break_predictions():
     Path("runs/b/predictions_test.csv").write_text("name\n1\n")
 
@@ -241,6 +246,7 @@ def drawn_anew():
         (drop_summary, "runs/b is not finished: go on with `moevision fit --resume runs/b`, then compare."),
         (drop_predictions, "runs/b/predictions_test.csv can't be read"),
         (break_predictions, "runs/b/predictions_test.csv can't be read ('image')"),
+        (empty_predictions, "runs/b/predictions_test.csv can't be read"),
         (other_images, "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0."),
         (other_labels, "a and b were not tested on the same images: they have the same names and other labels"),
         (drawn_anew, "drawn images depend on --data.seed"),
