@@ -115,6 +115,28 @@ def all_pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes), *sorted(configs)]
 
 
+def all_records() -> list[Path]:
+    """Every JSON file of benchmarks/, and what the bundled models say of themselves."""
+    return sorted(
+        path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*")
+    )
+
+
+def read_record(path: Path) -> Any:
+    """A record: of .jsonl a list, one entry a line."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def parts_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a record."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from parts_of(part)
+
+
 def module_of(path: Path) -> str:
     """The name of a page's module here."""
     parts = path.relative_to(ROOT).with_suffix("").parts
