@@ -66,9 +66,13 @@ class Claim:
         """The text for each mapping of values, made once: several tests ask."""
         return self.rendered()
 
+    def loaded(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[Any]:
+        """The records in their order, of a `.jsonl` file each line; `read` gives a file's text."""
+        return [record for place in self.places for record in _records(place, read)]
+
     def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
-        values = self.values(*(record for place in self.places for record in _records(place, read)))
+        values = self.values(*self.loaded(read))
         return [self.text.format_map(row) for row in ([values] if isinstance(values, Mapping) else values)]
 
 

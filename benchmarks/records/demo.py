@@ -8,6 +8,7 @@ from benchmarks.records import Claim, Definition
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
+MATTERS = ("benchmarks/demo/matters.json", "moevision/demo/models/cifar10/card.json")
 PACKED, LIVE = "benchmarks/demo/packed.json", "benchmarks/demo/live.json"
 STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
 CROWDS = {  # as the page calls them
@@ -82,6 +83,31 @@ def of_all(record: Json) -> Json:
     """Own images of all models in the browser, counted."""
     own: Json = record["all"]
     return own
+
+
+def opening(record: Json, card: Json) -> Json:
+    """The image of README and of the site's start: what it is without the expert, and with as much away at random.
+
+    A class with more than half of the probability is the answer.
+    """
+    case = record["case"]
+    assert case == card["matters"], "the explorer leads to another case than the record's"
+    before, after = (case[when]["class"] for when in ("before", "after"))
+    stays = min(record["at_random"]) > 0.5
+    return {
+        "expert": case["away"][0][1], "before": before, "after": after,
+        "stays": f"stays a {before}" if stays else "may change too",
+        "still": f"still {before}" if stays else "not always",
+    }  # fmt: skip
+
+
+OPENING = Claim(
+    MATTERS,
+    "{before}'s photo: its patches fly into the boxes of eight small networks; without one of them the model says "
+    "{after}, without as much at random {still}",
+    opening,
+)
+"""What stands in the place of the image where it isn't shown."""
 
 
 def _megabytes(arm: Json) -> Json:

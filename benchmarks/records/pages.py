@@ -66,6 +66,7 @@ CLAIMS = {
     "docs/guides/several-gpus.md": [
         Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short)
     ],
+    "docs/index.md": [demo.OPENING],
     "docs/reference/files.md": [Claim(strangers.FILE, "{rates} %.", strangers.recognized)],
     "docs/guides/more-than-chance.md": [
         Claim(

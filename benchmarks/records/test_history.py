@@ -7,6 +7,7 @@ names as its code and its protocol is older than itself.
 
 import io
 import json
+import math
 import os
 import subprocess
 from collections import defaultdict
@@ -82,12 +83,12 @@ class History:
                 seconds = int(line)
         existing = {key: seconds for key, seconds in earliest.items() if int(key[1], 16)}  # zeros: deleted there
         contents = io.BytesIO(self.git("cat-file", "--batch", stdin="".join(f"{blob}\n" for _, blob in existing)))
-        found = []
+        versions = []
         for (path, _), seconds in existing.items():
             size = int(contents.readline().split()[2])
-            found.append(Version(Path(path), contents.read(size), seconds))
+            versions.append(Version(Path(path), contents.read(size), seconds))
             contents.readline()
-        return found
+        return versions
 
     def lost_lines(self) -> set[str]:
         """Runs that a commit has and the checkout has not, or not as they were."""
@@ -98,31 +99,29 @@ class History:
             ever[file_of(version.path)] |= set(version.text.decode().splitlines())
         return {name_of(line, file) for file, lines in ever.items() for line in lines - now[file]}
 
-    def wrong_origins(self, records: Iterator[tuple[str, Any]]) -> list[str]:
-        """Records whose commit, or protocol, isn't in the history, or was committed after they began.
-
-        Args:
-            records: the study of each, and what it says.
-        """
-        protocols: dict[tuple[str, str], int] = {}  # study and hash
+    @cached_property
+    def protocols(self) -> dict[tuple[str, str], int]:
+        """Study and hash of each version of a protocol, and when it was committed first."""
+        earliest: dict[tuple[str, str], int] = {}
         for version in self.versions(PROTOCOLS):
             key = version.path.parent.name, sha256(version.text).hexdigest()
-            protocols[key] = min(version.committed_s, protocols.get(key, version.committed_s))
-        wrong = []
-        for study, record in records:
-            for part in parts_of(record):
-                if "git_commit" in part and part["git_commit"] not in self.commits:
-                    wrong.append(f"{study}: no commit {part['git_commit']}")
-                if "started_utc" not in part or not part.get("code"):
-                    continue
-                run = f"{study} {part.get('name', '')}, begun {part['started_utc']}"
-                began = datetime.fromisoformat(part["started_utc"]).timestamp()
-                if self.commits.get(part["code"]["git_commit"], 0) > began:
-                    wrong.append(f"{run}: its commit is younger")
-                protocol = part.get("protocol_sha256")
-                if protocol and protocols.get((study, protocol), began + 1) > began:
-                    wrong.append(f"{run}: no commit before it has its protocol, {protocol[:12]}")
-        return wrong
+            earliest[key] = min(version.committed_s, earliest.get(key, version.committed_s))
+        return earliest
+
+    def wrong_origins(self, study: str, record: Any) -> Iterator[str]:
+        """What a record, or a part of it, names that isn't in the history, or was committed after it began."""
+        for part in parts_of(record):
+            if "git_commit" in part and part["git_commit"] not in self.commits:
+                yield f"{study}: no commit {part['git_commit']}"
+            if "started_utc" not in part or not part.get("code"):
+                continue
+            began = datetime.fromisoformat(part["started_utc"]).timestamp()
+            run = f"{study} {part.get('name', '')}, begun {part['started_utc']}"
+            if self.commits.get(part["code"]["git_commit"], 0) > began:
+                yield f"{run}: its commit is younger"
+            protocol = part.get("protocol_sha256")
+            if protocol and self.protocols.get((study, protocol), math.inf) > began:
+                yield f"{run}: no commit before it has its protocol, {protocol[:12]}"
 
 
 def file_of(path: Path) -> str:
@@ -145,9 +144,9 @@ def test_every_run_that_was_committed_is_still_there_unchanged() -> None:
 def test_the_code_and_the_protocol_of_a_run_were_committed_before_it_began() -> None:
     """Of all records, and of the trainings of the bundled models."""
     history = History(ROOT)
-    records = [((ROOT / path).parent.name, read_record(path)) for path in all_records()]
+    records = [(path.parent.name, read_record(path)) for path in all_records()]
     assert sum("git_commit" in part for _, record in records for part in parts_of(record)) > 500
-    assert history.wrong_origins(iter(records)) == []
+    assert [each for study, record in records for each in history.wrong_origins(study, record)] == []
 
 
 def test_no_run_is_told_twice() -> None:
@@ -189,8 +188,8 @@ class MadeUp(History):
         (self.folder / "runs.jsonl").write_text(json.dumps(run) + "\n")
 
     def wrong(self) -> list[str]:
-        """Of the study's runs."""
-        return self.wrong_origins(("taste", read_record(path)) for path in self.folder.glob("*.jsonl"))
+        """What its runs name wrongly."""
+        return list(self.wrong_origins("taste", read_record(self.folder / "runs.jsonl")))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from benchmarks.records import (
     Page,
     all_records,
     checked_pages,
+    guides_when_experts,
     module_of,
     parts_of,
     pattern,
@@ -58,12 +59,17 @@ def test_a_page_says_what_its_records_say(page: Page) -> None:
 
 VERDICT = re.compile(
     r"\b(beats?|better|worse|above|below|slower|faster|told apart|offsets?|improves?|excluded|yes|no"
-    r"|((is|are) not|isn't|aren't|not|is|are) shown)\b"
+    r"|((is|are) not|isn't|aren't|not|is|are) shown|(as|more|less) accurate|stays)\b"
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("README.md", "What experts bring, and what they cost"), ("docs/results.md", "Results")]
+    ("name", "section"),
+    [
+        ("README.md", "moevision"),
+        ("README.md", "What experts bring, and what they cost"),
+        ("docs/results.md", "Results"),
+    ],
 )
 def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
     """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""
@@ -76,6 +82,52 @@ def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -
     for text in sorted(known, key=len, reverse=True):
         left = pattern(text).sub("…", left)
     assert [match.group() for match in VERDICT.finditer(left)] == []
+
+
+def test_every_advice_of_the_guide_comes_from_a_verdict() -> None:
+    """A row that is new, or worded anew, gets its line in TAKE; that the second cell is TAKE's is a claim."""
+    page = (ROOT / "docs" / "guides" / "when-experts.md").read_text()
+    table = re.search(r"^\| your case .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+    assert table is not None
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()] == list(guides_when_experts.TAKE)
+
+
+def _more_accurate(run: dict[str, Any]) -> None:
+    if run["arm"] == "moe" and run["test_top1"]:
+        run["test_top1"] += 0.008
+
+
+def _twice_as_fast(row: dict[str, Any]) -> None:
+    row["after"]["ratio"]["median"] /= 2
+
+
+def _on_a_gpu(record: dict[str, Any]) -> None:
+    record["machine"]["gpus"] = ["NVIDIA H100"]
+
+
+def _always_right(run: dict[str, Any]) -> None:
+    run["predicted"]["joined"] = run["labels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_more_accurate, {"excluded": "shown"}),
+        (_twice_as_fast, {"slower": "faster", "about as fast": "faster"}),
+        (_on_a_gpu, {"not measured": "measured"}),
+        (_always_right, {"not on every set": "on every set"}),
+    ],
+)
+def test_an_advice_changes_with_its_records(change: Any, said: dict[str, str]) -> None:
+    """The records of each advice whose verdict is named, changed; each verdict becomes the other."""
+    advices = [each for each in guides_when_experts.TAKE.values() if set(said) & set(each.take)]
+    assert advices
+    for advice in advices:
+        records = Claim(advice.records, "").loaded()
+        before = advice.verdict(*records)
+        for record in records:
+            change(record)
+        assert advice.verdict(*records) == said[before]
 
 
 def test_every_module_has_one_page() -> None:
