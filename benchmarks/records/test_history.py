@@ -173,13 +173,10 @@ class MadeUp(History):
     def commit(self, hours: float) -> str:
         """Commit everything, so many hours after START; its hash."""
         when = (START + timedelta(hours=hours)).isoformat()
-        who = {f"GIT_{role}_{what}": "somebody" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        times = {f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")}
-        for words in (("add", "--all"), ("commit", "--quiet", "--message=x")):
-            subprocess.run(
-                ["git", "-c", "commit.gpgsign=false", "-C", str(self.checkout), *words],
-                env={**os.environ, **who, **times}, check=True,
-            )  # fmt: skip
+        self.git("add", "--all")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GIT_COMMITTER_DATE", when)
+            self.git("commit", "--quiet", "--message=x")
         return self.git("rev-parse", "HEAD").decode().strip()
 
     def write(self, **changes: Any) -> None:
@@ -193,8 +190,13 @@ class MadeUp(History):
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> tuple[MadeUp, dict[str, Any]]:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MadeUp, dict[str, Any]]:
     """Committed three hours before the run, the run an hour after it; and where the run says it comes from."""
+    for variable in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(variable)  # in a hook they name the repository that is at work
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for variable in ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"):
+        monkeypatch.setenv(f"GIT_{variable}", "somebody")
     history = MadeUp(tmp_path)
     history.folder.mkdir(parents=True)
     history.git("init", "--quiet")
