@@ -123,6 +123,21 @@ class History:
             if protocol and self.protocols.get((study, protocol), math.inf) > began:
                 yield f"{run}: no commit before it has its protocol, {protocol[:12]}"
 
+    def struck_lines(self) -> set[str]:
+        """Lines of a protocol that a run followed, which no longer stand in it; "None." were its amendments so far."""
+        followed = set()
+        for path in self.checkout.glob("benchmarks/**/*.jsonl"):
+            followed |= {(path.parent.name, run.get("protocol_sha256")) for run in read_record(path)}
+        now = defaultdict(set)
+        for path in self.checkout.glob("benchmarks/**/*protocol.md"):
+            now[path.parent.name] |= {"None.", *path.read_text(encoding="utf-8").splitlines()}
+        struck = set()
+        for version in self.versions(PROTOCOLS):
+            study = version.path.parent.name
+            if (study, sha256(version.text).hexdigest()) in followed:
+                struck |= {f"{study}: {line}" for line in set(version.text.decode().splitlines()) - now[study]}
+        return struck
+
 
 def file_of(path: Path) -> str:
     """`study/runs.jsonl`."""
@@ -147,6 +162,11 @@ def test_the_code_and_the_protocol_of_a_run_were_committed_before_it_began() -> 
     records = [(path.parent.name, read_record(path)) for path in all_records()]
     assert sum("git_commit" in part for _, record in records for part in parts_of(record)) > 500
     assert [each for study, record in records for each in history.wrong_origins(study, record)] == []
+
+
+def test_a_protocol_that_a_run_followed_only_grows() -> None:
+    """An amendment adds lines, and says when."""
+    assert History(ROOT).struck_lines() == set()
 
 
 def test_no_run_is_told_twice() -> None:
@@ -210,7 +230,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MadeUp, dict
 
 def test_a_run_that_is_as_it_was_is_right(study: tuple[MadeUp, dict[str, Any]]) -> None:
     history, _ = study
-    assert (history.lost_lines(), history.wrong()) == (set(), [])
+    assert (history.lost_lines(), history.wrong(), history.struck_lines()) == (set(), [], set())
     (history.checkout / "benchmarks" / "decided").mkdir()
     history.folder.rename(history.checkout / "benchmarks" / "decided" / "taste")
     history.commit(2)
@@ -241,6 +261,15 @@ def test_a_run_that_only_a_merge_took_out_is_found(study) -> None:
     history.git("merge", "--no-commit", "--strategy=ours", "branch")
     history.commit(4)
     assert history.lost_lines() == {f"taste/runs.jsonl moe-s1 {START.isoformat()}"}
+
+
+def test_a_protocol_that_was_rewritten_after_its_runs_is_found(study) -> None:
+    history, _ = study
+    (history.folder / "protocol.md").write_text(f"{PROTOCOL}Amended: another seed.\n")
+    history.commit(2)
+    assert history.struck_lines() == set()
+    (history.folder / "protocol.md").write_text("A tenth decides.\n")
+    assert history.struck_lines() == {f"taste: {PROTOCOL.strip()}"}
 
 
 @pytest.mark.parametrize(
