@@ -1,0 +1,157 @@
+"""Of the accuracy of a small ViT on CIFAR-10, what comes from its convolutional stem, what from width and depth?
+
+    python benchmarks/stem/recompute.py
+
+prints every measured number of README.md, from record.json. The code that ran the study is benchmarks/stem of commit
+541de1cc; it has left the tree.
+
+The record has 24 runs: two stems, two widths and two depths, each combination with three seeds. A factor's effect is
+the mean difference over the four combinations of the other two, seed by seed; its interval is Student's t over seeds,
+and the three p are adjusted by Holm.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+from scipy.stats import t as student
+
+RECORD = Path(__file__).with_name("record.json")
+PAGE = "benchmarks/stem/README.md"
+FACTORS = {"stem": ("patch", "wide_stages"), "embed_dim": (64, 128), "depth": (2, 4)}
+"""Argument of the model -> its two values; the effect is the second minus the first."""
+
+
+def read_runs() -> list[dict]:
+    """All runs of the record."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def runs_with(runs: list[dict], **arguments: object) -> list[dict]:
+    """The runs whose model has these arguments."""
+    return [run for run in runs if all(run[name] == value for name, value in arguments.items())]
+
+
+def mean_accuracy(runs: list[dict]) -> float:
+    """Mean test accuracy."""
+    return statistics.fmean(run["test_top1"] for run in runs)
+
+
+def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
+    """For each seed the mean accuracy with the factor's second value minus that with its first."""
+    first, second = FACTORS[factor]
+    seeds = sorted({run["seed"] for run in runs})
+    return [
+        mean_accuracy(runs_with(runs, seed=seed, **{factor: second}))
+        - mean_accuracy(runs_with(runs, seed=seed, **{factor: first}))
+        for seed in seeds
+    ]
+
+
+def standard_error(differences: list[float]) -> float:
+    """Of their mean."""
+    return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def with_interval(differences: list[float]) -> str:
+    """Their mean with its 95 % interval, in points."""
+    mean = statistics.fmean(differences)
+    half = float(student.ppf(0.975, len(differences) - 1)) * standard_error(differences)
+    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided p of a mean of 0."""
+    t = abs(statistics.fmean(differences)) / standard_error(differences)
+    return 2 * float(student.sf(t, len(differences) - 1))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """The p adjusted by Holm (1979): the smallest times their number, the next times one less, never falling."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def effect_table(effects: dict[str, list[float]]) -> list[str]:
+    """A line for each factor: effect, adjusted p, verdict."""
+    adjusted = holm({factor: p_value(differences) for factor, differences in effects.items()})
+    lines = []
+    for factor, differences in effects.items():
+        first, second = FACTORS[factor]
+        p = adjusted[factor]
+        shown_p = "below 0.001" if p < 0.0005 else f"{p:.3f}"
+        verdict = "not told apart" if p >= 0.05 else "above" if statistics.fmean(differences) > 0 else "below"
+        name = f"`{factor} {second}` − `{factor} {first}`"
+        lines.append(f"| {name} | {with_interval(differences)} | {shown_p} | {verdict} |")
+    return lines
+
+
+def flops_of(run: dict) -> float:
+    """FLOPs of one image, those of the routers too, in millions."""
+    return (run["flops_per_image"] + run["router_flops_per_image"]) / 1e6
+
+
+def model_table(runs: list[dict]) -> list[str]:
+    """A line for each model: accuracy over seeds, FLOPs, parameters."""
+    lines = []
+    for run in runs_with(runs, seed=0):
+        model = {name: run[name] for name in FACTORS}
+        accuracies = [100 * each["test_top1"] for each in runs_with(runs, **model)]
+        by_seed = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        lines.append(
+            f"| `{run['stem']}` | {run['embed_dim']} | {run['depth']} "
+            f"| {statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} | {by_seed} "
+            f"| {flops_of(run):.2f} M "
+            f"| {run['active_parameters'] / 1e6:.2f} M of {run['total_parameters'] / 1e6:.2f} M |"
+        )
+    return lines
+
+
+def depth_with_convolutions(runs: list[dict], width: int) -> str:
+    """What twice the depth gives the models with convolutions of one width."""
+    shallow, deep = (
+        mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=depth)) for depth in FACTORS["depth"]
+    )
+    return points(deep - shallow)
+
+
+def extremes(runs: list[dict]) -> str:
+    """The smallest model with convolutions beside the largest without."""
+    small = runs_with(runs, stem="wide_stages", embed_dim=64, depth=2)
+    large = runs_with(runs, stem="patch", embed_dim=128, depth=4)
+    gain = 100 * (mean_accuracy(small) - mean_accuracy(large))
+    return (
+        f"The smallest model with convolutions ({flops_of(small[0]):.0f} MFLOPs an image) is {abs(gain):.1f} points "
+        f"{'above' if gain > 0 else 'below'} the largest without ({flops_of(large[0]):.0f} MFLOPs)"
+    )
+
+
+def statements() -> dict[str, list[str]]:
+    """Page -> what it says, with the numbers of the record."""
+    runs = read_runs()
+    effects = {factor: effect_by_seed(runs, factor) for factor in FACTORS}
+    stem, width, depth = (with_interval(differences) for differences in effects.values())
+    narrow, wide = (depth_with_convolutions(runs, each) for each in FACTORS["embed_dim"])
+    return {
+        PAGE: [
+            f"the convolutions give {stem} points, twice the width gives {width}, twice the depth {depth}",
+            f"twice the depth gives {narrow} points at width 64 and {wide} at 128",
+            extremes(runs),
+            *effect_table(effects),
+            *model_table(runs),
+        ]
+    }
+
+
+if __name__ == "__main__":
+    for page, texts in statements().items():
+        print(page, *texts, sep="\n  ")

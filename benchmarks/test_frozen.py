@@ -1,0 +1,134 @@
+"""Frozen studies: a page says what `recompute.py` computes of the record beside it, without any code of the project."""
+
+import ast
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.records import ROOT, pattern
+
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*/recompute.py"))
+ALLOWED = sys.stdlib_module_names | {"numpy", "scipy"}
+each_study = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+
+
+def statements_of(script: Path) -> dict[str, list[str]]:
+    """What a script says now: page -> texts. It is loaded anew, so that a changed record is read."""
+    spec = importlib.util.spec_from_file_location(f"frozen_{script.parent.name}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.statements()
+
+
+def imported(code: str) -> set[str]:
+    """The packages that code imports, wherever in it; `.` for one beside it."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else str(node.module).partition(".")[0])
+    return names
+
+
+def missing(statements: dict[str, list[str]], root: Path = ROOT) -> list[tuple[str, str]]:
+    """Texts that don't stand in their page."""
+    pages = {page: (root / page).read_text(encoding="utf-8") for page in statements}
+    return [
+        (page, text) for page, texts in statements.items() for text in texts if not pattern(text).search(pages[page])
+    ]
+
+
+def numbers_of(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each number of a record, and each text of digits such as predictions, as its container and its key there."""
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(entry, dict | list):
+            yield from numbers_of(entry)
+        elif type(entry) in (int, float) or (isinstance(entry, str) and entry.isdigit()):
+            yield value, key
+
+
+def records_of(script: Path) -> list[Path]:
+    """The records beside a script that it reads."""
+    code = script.read_text(encoding="utf-8")
+    return [path for path in sorted(script.parent.glob("*.json*")) if path.name in code]
+
+
+def read_record(path: Path) -> Any:
+    """A record; of .jsonl a list, one entry a line."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """The same way back."""
+    lines = map(json.dumps, record) if path.suffix == ".jsonl" else [json.dumps(record)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def first_of_each_key(record: Any, code: str) -> list[tuple[Any, str]]:
+    """One number for each key of a record, as its container and the key; first those whose keys the code names."""
+    first: dict[str, Any] = {}
+    for container, key in numbers_of(record):
+        if isinstance(key, str):
+            first.setdefault(key, container)
+    return sorted(((container, key) for key, container in first.items()), key=lambda pair: f'"{pair[1]}"' not in code)
+
+
+@each_study
+def test_a_script_imports_no_code_of_the_project(script: Path) -> None:
+    assert imported(script.read_text(encoding="utf-8")) <= ALLOWED
+
+
+def test_an_import_is_noticed_wherever_it_stands() -> None:
+    assert imported("def f():\n    import moevision.stats\n    from . import x\n") == {"moevision", "."}
+
+
+@each_study
+def test_pages_say_what_a_script_computes(script: Path) -> None:
+    statements = statements_of(script)
+    own_page = str((script.parent / "README.md").relative_to(ROOT))
+    assert statements[own_page]
+    assert missing(statements) == []
+
+
+def test_another_number_is_missed(tmp_path: Path) -> None:
+    """Words may break elsewhere, and the minus may be the true one; a digit may not differ."""
+    (tmp_path / "page.md").write_text("It gains\n−2.5 points here.")
+    assert missing({"page.md": ["It gains -2.5 points"]}, tmp_path) == []
+    assert missing({"page.md": ["It gains -2.4 points"]}, tmp_path) == [("page.md", "It gains -2.4 points")]
+
+
+@each_study
+def test_another_number_in_a_record_is_another_statement(script: Path, tmp_path: Path) -> None:
+    """In a copy, one number of each record is changed at a time, until a statement is another one."""
+    before, copy = statements_of(script), tmp_path / script.parent.name
+    shutil.copytree(script.parent, copy)
+    assert statements_of(copy / script.name) == before
+    assert records_of(script)
+    code = script.read_text(encoding="utf-8")
+    for path in records_of(copy / script.name):
+        record = read_record(path)
+        numbers = first_of_each_key(record, code)
+        assert any(changes_a_statement(record, container, key, path, before) for container, key in numbers), path.name
+        shutil.copy(script.parent / path.name, path)
+
+
+def changes_a_statement(record: Any, container: Any, key: str, path: Path, before: dict[str, list[str]]) -> bool:
+    """Whether a script says something else if one number of its record is another one, which is put back."""
+    number = container[key]
+    container[key] = number[1:] + number[:1] if isinstance(number, str) else 2 * number + 1
+    write_record(path, record)
+    container[key] = number
+    try:
+        return statements_of(path.with_name("recompute.py")) != before
+    except (ArithmeticError, LookupError, ValueError, AssertionError, StopIteration):
+        return False  # such as a seed that no other run has
