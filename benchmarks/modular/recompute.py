@@ -33,27 +33,34 @@ TIMED = ("router", "heads", "tuned head", "expert", "dense joint", "dense with r
 Run = dict[str, Any]
 
 
+def by_domain(hits: np.ndarray, images: list[int]) -> list[np.ndarray]:
+    """Values of test images, which come domain after domain, for each domain."""
+    return np.split(hits.astype(float), np.cumsum(images)[:-1])
+
+
 def runs_by_seed(records: list[Run], name: str) -> list[Run]:
-    """One run for each seed of a set: the answers and times of its experts, heads and dense models together."""
+    """One run for each seed of a set: the answers and times of its experts, heads and dense models together.
+
+    `correct` has for each arm, and for each domain, which of the test images it classifies correctly (0 or 1).
+    """
     runs = []
     for seed in range(3):
         parts = [record for record in records if (record["set"], record["seed"]) == (name, seed)]
         run = dict(next(part for part in parts if part["trains"] == "experts"))
         for field in ("predicted", "earlier", "cpu_s"):  # a later part's time replaces an earlier part's
             run[field] = {key: value for part in parts for key, value in part[field].items()}
+        labels = np.array(list(run["labels"]))
+        run["correct"] = {
+            arm: by_domain(labels == np.array(list(classes)), run["test_images"])
+            for arm, classes in run["predicted"].items()
+        }
         runs.append(run)
     return runs
 
 
-def correct(run: Run, arm: str) -> list[np.ndarray]:
-    """For each domain, which of its test images an arm classifies correctly (0 or 1)."""
-    hits = np.array(list(run["labels"])) == np.array(list(run["predicted"][arm]))
-    return np.split(hits.astype(float), np.cumsum(run["test_images"])[:-1])
-
-
 def accuracy(run: Run, arm: str) -> float:
     """Mean over domains."""
-    return fmean(images.mean() for images in correct(run, arm))
+    return fmean(images.mean() for images in run["correct"][arm])
 
 
 def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], float, float]:
@@ -66,12 +73,12 @@ def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], f
     gaps = [accuracy(run, first) - accuracy(run, second) for run in both]
     domains, variance = len(both[0]["domains"]), 0.0
     for domain in range(domains):
-        images = np.mean([correct(run, first)[domain] - correct(run, second)[domain] for run in both], axis=0)
+        images = np.mean([run["correct"][first][domain] - run["correct"][second][domain] for run in both], axis=0)
         variance += images.var(ddof=1) / len(images)
-    over_seeds = math.inf
+    half_of_seeds = math.inf
     if len(gaps) > 1:
-        over_seeds = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
-    return gaps, 1.96 * math.sqrt(variance) / domains, over_seeds
+        half_of_seeds = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+    return gaps, 1.96 * math.sqrt(variance) / domains, half_of_seeds
 
 
 def over_images(runs: list[Run], first: str, second: str) -> str:
@@ -89,16 +96,16 @@ def over_seeds(runs: list[Run], first: str, second: str) -> str:
 
 def is_enough(runs: list[Run]) -> bool:
     """The protocol's rule: joined is at least two points above the control, and both intervals lie above 0."""
-    gaps, over_images, over_seeds = difference(runs, "joined", CONTROL)
-    return fmean(gaps) >= GAIN and fmean(gaps) > max(over_images, over_seeds)
+    gaps, half_of_images, half_of_seeds = difference(runs, "joined", CONTROL)
+    return fmean(gaps) >= GAIN and fmean(gaps) > max(half_of_images, half_of_seeds)
 
 
 def before_and_after(run: Run, arm: str) -> tuple[float, float]:
     """Accuracy on all domains but the last one, before that one is added and afterwards."""
     images = run["test_images"][:-1]
     hits = np.array(list(run["labels"][: sum(images)])) == np.array(list(run["earlier"][arm]))
-    before = np.split(hits, np.cumsum(images)[:-1])
-    return fmean(part.mean() for part in before), fmean(part.mean() for part in correct(run, arm)[:-1])
+    before, after = by_domain(hits, images), run["correct"][arm][:-1]
+    return fmean(part.mean() for part in before), fmean(part.mean() for part in after)
 
 
 def cpu_seconds(runs: list[Run], name: str) -> float:
@@ -131,7 +138,7 @@ def table_rows(name: str, runs: list[Run]) -> list[list[str]]:
     for arm in dict.fromkeys(arm for run in runs for arm in run["predicted"]):
         own = [run for run in runs if arm in run["predicted"]]
         seeds = [accuracy(run, arm) for run in own]
-        domains = np.mean([[images.mean() for images in correct(run, arm)] for run in own], axis=0)
+        domains = np.mean([[images.mean() for images in run["correct"][arm]] for run in own], axis=0)
         mean = percent(fmean(seeds)) + (f" ± {percent(stdev(seeds))}" if len(seeds) > 1 else "")
         rows.append([arm, mean, ", ".join(map(percent, seeds)), " / ".join(map(percent, domains))])
     for pair in DIFFERENCES:
@@ -178,7 +185,7 @@ def statements() -> dict[str, list[str]]:
     ties = "neither from" if is_a_tie("one head, tuned") and is_a_tie("no training") else "from"
     exact = 100 * fmean(difference(sources, "joined", CONTROL)[0])
     lost = [points(np.diff([before_and_after(run, "joined") for run in runs]).mean()) for runs in sets.values()]
-    apart = np.mean([[part.mean() for part in correct(run, "joined, domain given")] for run in sources], axis=0)
+    apart = np.mean([[part.mean() for part in run["correct"]["joined, domain given"]] for run in sources], axis=0)
     cheap, experts = cpu_seconds(sources, "tuned head") + cpu_seconds(sources, "router"), cpu_seconds(sources, "expert")
     _, experts_mib, heads_mib, statistics_mib = mebibytes(sources[0])
     machine = sources[0]["machine"]["cpu"]
