@@ -1,0 +1,167 @@
+"""Recompute every measured number of README.md from runs.jsonl and prices.jsonl, with SciPy alone.
+
+Question: trained to the end for the same CPU time, is CIFAR-10's MoE better than the dense model beside it, by half a
+point of test accuracy? Arms, contrasts and the verdict's rule are in protocol.md.
+
+Code: commit dcecec0d ran the trainings that are compared, commits 04514324 and 55aef447 those that tuned the learning
+rates, commit d58aa810 the prices.
+
+    python benchmarks/equal_time/recompute.py
+"""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+HERE = Path(__file__).parent
+ARMS = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}  # and how many seeds each may have
+CONTRASTS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
+FIRST_SEED = 200  # those below tuned the learning rates
+LOOKS = (6, 12)  # the pairs after which the first contrast is judged
+LEVEL = 0.0294  # of each look, so that both together err with 5 % (Pocock 1977)
+HALF_A_POINT = 0.005
+VERDICTS = {
+    "pays": ("yes", "At equal time and full length experts pay", "shown"),
+    "doesn't pay here": ("no", "At equal time and full length experts don't pay here; half a point is excluded",
+                         "excluded"),
+    "undecided": ("undecided", "Whether experts pay half a point at equal time and full length is undecided",
+                  "neither shown nor excluded"),
+}  # fmt: skip
+"""Verdict -> its word in docs/results.md, its sentence, and what it says about half a point more."""
+Run = dict[str, Any]
+
+
+def by_seed(runs: list[Run], arm: str) -> dict[int, Run]:
+    """Seed -> finished run of an arm; the tuning left out."""
+    return {run["seed"]: run for run in runs if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"]}
+
+
+def differences(runs: list[Run], first: str, second: str) -> list[float]:
+    """One arm's test accuracy minus another's in every seed that both have."""
+    own, other = by_seed(runs, first), by_seed(runs, second)
+    return [own[seed]["test_top1"] - other[seed]["test_top1"] for seed in sorted(own.keys() & other.keys())]
+
+
+def half_interval(values: list[float]) -> float:
+    """Half of Student's interval at the level of a look, 97 %."""
+    return student.ppf(1 - LEVEL / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def p_value(values: list[float]) -> float:
+    """Two-sided p of the paired t-test."""
+    return 2 * student.sf(abs(fmean(values)) / (stdev(values) / math.sqrt(len(values))), len(values) - 1)
+
+
+def judged_contrasts(runs: list[Run]) -> dict[tuple[str, str], tuple[list[float], float]]:
+    """The contrasts that ran, each with its differences and its p, adjusted by Holm over all of them."""
+    samples = {pair: values for pair in CONTRASTS if len(values := differences(runs, *pair)) > 1}
+    adjusted, largest = {}, 0.0
+    for rank, pair in enumerate(sorted(samples, key=lambda pair: p_value(samples[pair]))):
+        largest = max(largest, min(1.0, (len(samples) - rank) * p_value(samples[pair])))
+        adjusted[pair] = largest
+    return {pair: (values, adjusted[pair]) for pair, values in samples.items()}
+
+
+def verdict_of(values: list[float], p: float) -> str:
+    """The protocol's rule for the first contrast."""
+    if p < LEVEL and fmean(values) >= HALF_A_POINT:
+        return "pays"
+    return "doesn't pay here" if fmean(values) + half_interval(values) < HALF_A_POINT else "undecided"
+
+
+def decide(runs: list[Run]) -> tuple[str, list[float]]:
+    """The verdict and the differences of the first look that decides, or else of the last; without `twin-wide`."""
+    for pairs in LOOKS:
+        early = [run for run in runs if run["seed"] < FIRST_SEED + pairs and run["arm"] != "twin-wide"]
+        values, p = judged_contrasts(early)[CONTRASTS[0]]
+        if verdict_of(values, p) != "undecided" or pairs == LOOKS[-1]:
+            break
+    return verdict_of(values, p), values
+
+
+def points(share: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def mean_and_ends(values: list[float]) -> list[str]:
+    """The mean and both ends of its interval, in points."""
+    mean, half = fmean(values), half_interval(values)
+    return [points(mean), points(mean - half), points(mean + half)]
+
+
+def price_cells(prices: list[Run], arm: str) -> str:
+    """Time and memory on an idle machine: the median of the measurements."""
+
+    def middle(*keys: str) -> float:
+        values = []
+        for price in prices:
+            value: Any = price["arms"]["twin" if arm == "twin-time" else arm]
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return median(values)
+
+    return (
+        f"{middle('step_ms', 'median'):.0f} | {middle('image_ms_1', 'median'):.1f} | "
+        f"{middle('image_ms_64', 'median'):.2f} | {middle('memory', 'peak_mib'):.0f} | "
+        f"{middle('cost', 'total_parameters') / 1e6:.2f} M"
+    )
+
+
+def arm_row(runs: list[Run], prices: list[Run], arm: str, pairs: int) -> str:
+    """Seeds, learning rate, accuracy and CPU seconds of an arm, and its prices."""
+    own = list(by_seed(runs, arm).values())
+    cells = ["", "", ""]
+    if own:
+        percents = [100 * run["test_top1"] for run in own]
+        cells = [f"{own[0]['lr']:g}", f"{fmean(percents):.2f} ± {stdev(percents):.2f}",
+                 f"{fmean(run['cpu_s'] for run in own):,.0f}"]  # fmt: skip
+    return f"| `{arm}` | {len(own)} of {min(ARMS[arm], pairs)} | {' | '.join(cells)} | {price_cells(prices, arm)} |"
+
+
+def contrast_row(pair: tuple[str, str], values: list[float], p: float) -> str:
+    """A contrast with its interval, its p and whether it is told apart from 0."""
+    mean, low, high = mean_and_ends(values)
+    verdict = "no difference shown" if p >= LEVEL else "above" if fmean(values) > 0 else "below"
+    return f"| `{pair[0]}` − `{pair[1]}` | {len(values)} | {mean} ({low} to {high}) | {p:.3f} | {verdict} |"
+
+
+def statements() -> dict[str, list[str]]:
+    """Page -> its texts with measured numbers."""
+    runs, prices = ([json.loads(line) for line in (HERE / file).read_text(encoding="utf-8").splitlines()]
+                    for file in ("runs.jsonl", "prices.jsonl"))  # fmt: skip
+    verdict, values = decide(runs)
+    word, sentence, half_a_point = VERDICTS[verdict]
+    mean, low, high = mean_and_ends(values)
+    answer = f"{sentence}: {mean} ({low} to {high}) points (97 %); {len(values)} pairs"
+    tuning = sorted((run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED)
+    tuned = "; ".join(f"`{arm}` at {lr:g}: {100 * accuracy:.2f}" for arm, lr, accuracy in tuning)
+    readme = [
+        f"**{answer}.**",
+        *(arm_row(runs, prices, arm, len(values)) for arm in ARMS),
+        *(contrast_row(pair, gaps, p) for pair, (gaps, p) in judged_contrasts(runs).items()),
+        f"Validation of the tuning runs, %: {tuned}.",
+    ]
+    seeds = range(FIRST_SEED, FIRST_SEED + len(values))
+    moe, dense = (fmean(by_seed(runs, arm)[seed]["test_top1"] for seed in seeds) for arm in CONTRASTS[0])
+    headline = (
+        f"Trained to the end for equal time, a MoE has {100 * moe:.1f} %, dense {100 * dense:.1f} %: "
+        f"{mean} points ({low} to {high}, 97 %; {len(values)} pairs); half a point more is {half_a_point}"
+    )
+    results = f"| They help at equal time too | {word} | {answer} ([equal_time](../benchmarks/equal_time/README.md))."
+    return {
+        "benchmarks/equal_time/README.md": readme,
+        "README.md": [headline],
+        "docs/guides/when-experts.md": [headline],
+        "docs/results.md": [results],
+    }
+
+
+if __name__ == "__main__":
+    for page, texts in statements().items():
+        print(f"{page}\n", *texts, sep="\n")

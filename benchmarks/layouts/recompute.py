@@ -1,0 +1,49 @@
+"""Recompute every measured number of README.md from runs.jsonl.
+
+Question: `fit` in 2 and 4 processes under DDP, FSDP2 and expert parallelism: does the same training come out as in one
+process?
+
+Code: commit 61c22735 ran the trainings in one process and under the layouts, commit 0b29c9e0 those that take a batch in
+parts.
+
+    python benchmarks/layouts/recompute.py
+"""
+
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The lowest and the highest, or the one value of a single seed."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def sds_above(losses: list[float], reference: list[float]) -> float:
+    """How far a mean lies from the reference's mean, in the reference's standard deviations."""
+    return (fmean(losses) - fmean(reference)) / stdev(reference)
+
+
+def statements() -> dict[str, list[str]]:
+    """Page -> its texts with measured numbers."""
+    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_title: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_title.setdefault(record["title"], []).append(record)
+    one_process = [record["loss"] for record in by_title["one process"]]
+    rows = []
+    for title, runs in by_title.items():
+        losses = [run["loss"] for run in runs]
+        top1 = spread([100 * run["top1"] for run in runs], 1)
+        distance = "" if title == "one process" else f"{sds_above(losses, one_process):+.1f}"
+        rows.append(f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |")
+    return {"benchmarks/layouts/README.md": rows}
+
+
+if __name__ == "__main__":
+    for page, texts in statements().items():
+        print(f"{page}\n", *texts, sep="\n")
