@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import in_a_process
-from benchmarks.planner.footprint import saved_bytes
 from benchmarks.subject import Subject, TrainingStep, Which, noise_batch
 from benchmarks.timing import reason, rounded
 from moevision import limits
@@ -68,7 +67,7 @@ def measure(subject: Subject, which: Which, precision: str, device: str, threads
 
     peak = peak_bytes(train, device)
     parts = _parts(kept[0].net, kept[0].optimizer)
-    parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)[0]
+    parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)
     sizes = {"peak": peak, **parts, "other": peak - sum(parts.values()), "tensors": peak}
     if torch.device(device).type == "cpu":
         in_a_step = tensors_peak_bytes(lambda: kept[0](*noise_batch(subject, device, STEPS)))
@@ -119,6 +118,27 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
+
+
+def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once.
+
+    Args:
+        work: a forward pass.
+        net: what it computes.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    kept: dict[int, Tensor] = {}  # held, so that no storage is made anew at the same place
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept.setdefault(storage._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def tensors_peak_bytes(work: Callable[[], object]) -> int:

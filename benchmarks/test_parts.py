@@ -185,7 +185,7 @@ def test_kept_activations_by_hand():
     """Of exp(linear(x)) autograd keeps x and the result, 8 x 4 float32 numbers each; the weight isn't an activation."""
     net = nn.Linear(4, 4)
     x = torch.randn(8, 4)
-    assert saved_bytes(lambda: net(x).exp().sum().backward(), net) == [2 * 8 * 4 * 4]
+    assert saved_bytes(lambda: net(x).exp().sum().backward(), net) == 2 * 8 * 4 * 4
 
 
 def test_memory_beside_the_twin_by_hand():

@@ -133,7 +133,7 @@ class Sent(TorchDispatchMode):
     """Counts what this process sends while it is entered, as a ring does it.
 
     Attributes:
-        found: bytes, collectives and messages by kind of collective, as the planner names them. Those of a few numbers
+        found: bytes, collectives and messages by kind of collective. Those of a few numbers
             (norms, loads, losses) are a kind of their own, "small".
     """
 
