@@ -7,7 +7,6 @@ from importlib import import_module
 
 from moevision.errors import USER_ERROR, UserError
 
-PLAN = {"plan": ("what a training costs on several GPUs, and in which layout: computed", "planner.plan")}
 MEASURE = {
     "layer": ("one MoE layer beside timm's dense Mlp of equal active FLOPs and other libraries' layers", "layer"),
     "train": ("a training step beside both dense twins: images/s, MFU, phases, peak memory", "train"),
@@ -29,7 +28,6 @@ STUDY = {
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "small": ("heads that read places, instability, large batches: three questions to one small model", "small"),
     "places": ("train with a classifier that reads every place, and test it on shifted images", "places"),
-    "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),
     "equal-time": ("do experts pay at equal time and full length: a protocol's queue, and its verdict", "equal_time"),
@@ -40,19 +38,11 @@ STUDY = {
     "cats-and-dogs": ("cats to one expert, dogs to the other: learned, with balance, and supervised", "cats_and_dogs"),
     "modular": ("experts trained apart, one for each domain, and joined: what they bring over heads alone", "modular"),
     "scratch": ("whether experts do different things, in trained models and six seeds", "specialization.scratch"),
-    "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
-    "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),
-    "duplicates": ("which copies the page of `data score` finds: planted ones, and those of CIFAR-10", "duplicates"),
-    "curve": ("what fewer, chosen training images cost: of a run, or the study on CIFAR-10", "curve"),
-    "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
-    "layouts": ("fit on photos in 2 and 4 processes under every layout, beside one process", "layouts"),
-    "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),
+    "curve": ("what fewer, chosen training images cost a run", "curve"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
-    "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
     "balance": ("each expert's load over a training, without and with a balance loss", "balance.load"),
     "ideas": ("docs/results.md: what all these say of each idea, from their records", "ideas"),
-    "fits": ("crop, pad or squash: a linear head on the frozen features of photos that aren't square", "fits"),
     "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }
 PROVE = {
@@ -73,7 +63,7 @@ MAKE = {
     "bundle": ("one of the explorer's bundled models, from finished runs", "bundle"),
     "records": ("pages whose numbers changed with a new measurement, from the records", "records.rewrite"),
 }
-VERBS = {**PLAN, **MEASURE, **STUDY, **PROVE, **MAKE}
+VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}
 
 USAGE = """\
 What moevision costs on this machine, and the studies behind its documentation.
@@ -87,7 +77,7 @@ and ratios are taken pair by pair, but absolute times belong to the machine and 
 
 def usage() -> str:
     """The help of the whole program."""
-    groups = {"plan": PLAN, "measure": MEASURE, "study": STUDY, "prove": PROVE, "make": MAKE}
+    groups = {"measure": MEASURE, "study": STUDY, "prove": PROVE, "make": MAKE}
     lines = [
         f"\n{group}\n" + "\n".join(f"  {name:15} {summary}" for name, (summary, _) in verbs.items())
         for group, verbs in groups.items()

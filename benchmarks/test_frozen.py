@@ -1,7 +1,6 @@
 """Frozen studies: a page says what `recompute.py` computes of the record beside it, without any code of the project."""
 
 import ast
-import importlib.util
 import json
 import shutil
 import sys
@@ -11,21 +10,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.records import ROOT, pattern
+from benchmarks.records import ROOT, pattern, read_record, trees_of
+from benchmarks.records.frozen import SCRIPTS, statements_of
 
-SCRIPTS = sorted((ROOT / "benchmarks").glob("*/recompute.py"))
 ALLOWED = sys.stdlib_module_names | {"numpy", "scipy"}
 each_study = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
-
-
-def statements_of(script: Path) -> dict[str, list[str]]:
-    """What a script says now: page -> texts. It is loaded anew, so that a changed record is read."""
-    spec = importlib.util.spec_from_file_location(f"frozen_{script.parent.name}", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.statements()
 
 
 def imported(code: str) -> set[str]:
@@ -62,14 +51,8 @@ def records_of(script: Path) -> list[Path]:
     return [path for path in sorted(script.parent.glob("*.json*")) if path.name in code]
 
 
-def read_record(path: Path) -> Any:
-    """A record; of .jsonl a list, one entry a line."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-
-
 def write_record(path: Path, record: Any) -> None:
-    """The same way back."""
+    """As `read_record` reads it."""
     lines = map(json.dumps, record) if path.suffix == ".jsonl" else [json.dumps(record)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -90,6 +73,14 @@ def test_a_script_imports_no_code_of_the_project(script: Path) -> None:
 
 def test_an_import_is_noticed_wherever_it_stands() -> None:
     assert imported("def f():\n    import moevision.stats\n    from . import x\n") == {"moevision", "."}
+
+
+@each_study
+def test_records_come_from_committed_trees(script: Path) -> None:
+    """Each names its commit, or beside it one record does."""
+    trees = [tree for path in records_of(script) for tree in trees_of(path)]
+    assert trees
+    assert [tree for tree in trees if tree["dirty"]] == []
 
 
 @each_study

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import routers, stem, study
+from benchmarks import routers, study
 from benchmarks.accuracy import airbench
 from benchmarks.routers import report as router_report
-from benchmarks.waiting import draw
 
 BENCHMARKS = Path(__file__).parent
 
@@ -120,19 +119,6 @@ def test_upcycling_study(run, photos, tmp_path) -> None:
     assert (tmp_path / "upcycling.png").stat().st_size > 1000
 
 
-def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(stem, "FACTORS", {**stem.FACTORS, "embed_dim": (16, 32)})
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
-    common = ("--out", tmp_path / "stem.json", "--readme", readme)
-    for _ in range(2):  # the second time there is nothing left to do
-        run("stem", "--cifar", photos, *common, "--steps", 1, "--seeds", 1, "--allow-dirty")
-    runs = json.loads((tmp_path / "stem.json").read_text())["runs"]
-    assert [tuple(run[name] for name in stem.FACTORS) for run in runs] == [tuple(arm.values()) for arm in stem.arms()]
-    run("stem", "--report", *common)
-    assert f"| `patch` | 16 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
-
-
 def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(airbench, "BATCH", 8)
     for _ in range(2):  # the second time there is nothing left to do
@@ -141,53 +127,6 @@ def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     assert {"seed", "code", "machine"} <= set(found)
     assert 0 <= found["correct"] <= found["total"] == 16
     assert (found["train_images"], found["images"]) == (144, 144)  # a tenth of 160 is validation's
-
-
-@pytest.mark.usefixtures("forked_processes")
-def test_what_travels_between_two_processes(run, tmp_path) -> None:
-    """8 images of 16 patches, K = 1, two MoE layers: evenly routed, half of 128 rows go to the other process, and back.
-
-    Forced: of 8 experts the first gets 100 rows where the last gets one, so that the process with the first four has
-    1 / (1 + 100^(-4/7)) = 0.933 of all.
-    """
-    out = tmp_path / "waiting.json"
-    run("waiting", "--processes", 2, "--images", 8, "--steps", 1, "--out", out)
-    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
-    even, forced = rows["even"], rows["forced"]
-    assert (even["rows_sent"], even["messages"]) == (2 * 2 * 64, 2 * 2)
-    assert even["bytes_sent"] == 2 * 2 * 64 * 64 * 4  # width 64, float32
-    assert (even["exchanges_of_rows"], even["exchanges_of_counts"]) == (4, 2)
-    assert even["busiest_over_mean"] == 1
-    assert forced["busiest_over_mean"] == pytest.approx(2 * 0.933, abs=0.02)
-    # What the first process sends away and what it gets back are of one size for each process and its counterpart.
-    assert forced["rows_sent"] == even["rows_sent"]
-    assert rows["no loss"]["busiest_over_mean"] > 1.2
-    draw([json.loads(out.read_text())], tmp_path / "waiting.png")
-    assert (tmp_path / "waiting.png").stat().st_size > 10_000
-
-
-@pytest.mark.usefixtures("forked_processes")
-def test_planned_and_measured_steps_stand_side_by_side(run, tmp_path) -> None:
-    """Every layout that one and two processes allow; a plan is the sum of its parts."""
-    out = tmp_path / "measured.json"
-    said = run("planner", "--measure", "--processes", 1, 2, "--images", 8, "--steps", 1, "--out", out)
-    rows = json.loads(out.read_text())["rows"]
-    names = ["one GPU", "DDP", "FSDP2", "EP 2 + DDP", "EP 2 x FSDP2"]
-    assert [row["layout"] for row in rows] == names
-    for row in rows:
-        assert sum(row["parts_ms"].values()) == pytest.approx(row["planned_ms"])
-        assert row["error"] == pytest.approx(row["planned_ms"] / row["steps_ms"][0] - 1)
-        assert f"{100 * row['error']:+.0f} %" in str(said)
-
-
-@pytest.mark.usefixtures("forked_processes")
-def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
-    """Exact at once, and for z in parts."""
-    out = tmp_path / "accumulation.json"
-    run("accumulation", "--images", 32, "--draws", 1, "--out", out)
-    exact = [row for row in json.loads(out.read_text())["rows"] if row["parts"] == 1 or row["loss"] == "z"]
-    assert [row["projection"] for row in exact] == pytest.approx([1] * len(exact))
-    assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
 
 
 def test_the_accumulation_record_keeps_to_its_bounds() -> None:

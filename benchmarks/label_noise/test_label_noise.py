@@ -1,16 +1,13 @@
-"""The study of label noise: what is flipped, how finding it is measured, and one tiny run from flips to the table."""
+"""Planted label noise: what is flipped, and how finding it is measured."""
 
-import json
-from argparse import Namespace
 from collections import Counter
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from benchmarks.label_noise import SIMILAR, Job, draw_folder, drawn, dropping, final_scores, finds, flipped, table
-from benchmarks.queue import read_records
+from benchmarks.label_noise import SIMILAR, draw_folder, final_scores, finds, flipped
+from benchmarks.study import drawn
 from moevision.data.synthetic import SyntheticPets
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -51,53 +48,10 @@ def test_cleanlab_is_asked_about_the_same_predictions():
     assert len(found) == 5
 
 
-def test_a_run_from_flips_to_the_table(bench, tmp_path):
-    pets = SyntheticPets(140, 32, 0, "train")
-    for index in range(140):
-        folder = tmp_path / "cifar" / ("train" if index < 110 else "test") / NAMES[index % 10]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pets.image(index)).save(folder / f"{index}.png")
-    small = ("model.arch.name=test_vit_moe", "model.arch.patch_size=8", "data.image_size=32", "data.batch_size=8",
-             "trainer.precision=32-true", "model.optim.name=adamw")  # fmt: skip
-    places = ("--cifar", tmp_path / "cifar", "--work", tmp_path / "work", "--out", tmp_path / "runs.jsonl")
-    options = ("--images", 60, "--epochs", 1, "--seeds", 0, "--allow-dirty", *(f"--fit=--{option}" for option in small))
-    asked = ("label_noise", "run", *places, *options, "--arm", "moe", "dropped", "--noise", "random")
-    outcome = bench(*asked, "--limit", 0)
-    assert outcome.code == 0, outcome.err
-    runs = {run["name"]: run for run in read_records(tmp_path / "runs.jsonl")}
-    record, fewer = (runs[f"random-{arm}-s0"] for arm in ("moe", "dropped"))
-    assert (record["images"], record["flips"], record["epochs"]) == (60, 6, 1)
-    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features", "p_final"} <= record["scores"].keys()
-    assert all(0 <= value <= 1 for each in record["scores"].values() for value in each.values())
-    assert str(tmp_path) not in json.dumps([record, fewer])
-    steps = [json.loads((tmp_path / f"work/random-{arm}-s0/summary.json").read_text())["steps"]
-             for arm in ("moe", "dropped")]  # fmt: skip
-    assert steps == [60 // 8] * 2  # as many, of fewer images
-    found = round(record["scores"]["aum"]["precision"] * 6)  # among the first 6 of 60
-    assert (fewer["images"], fewer["flips"]) == (54, 6 - found)
-    lines = table([record], "random")
-    assert (
-        f"| aum | {record['scores']['aum']['auroc']:.3f} | {record['scores']['aum']['precision']:.3f} |  |  |" in lines
-    )
-    [_, _, whole, without] = dropping([record, fewer], "random")
-    assert whole == f"| all images | 6 | 1 | {100 * record['test_top1']:.2f} |  |  - |".replace("|  -", "| -")
-    gap = 100 * (fewer["test_top1"] - record["test_top1"])
-    assert f"| {6 - found} | 1 | {100 * fewer['test_top1']:.2f} | {gap:+.2f} |" in without
-    again = bench(*asked)
-    assert "Nothing is left to do here." in again.err
-    (tmp_path / "README.md").write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
-    assert (
-        bench("label_noise", "report", "--out", tmp_path / "runs.jsonl", "--readme", tmp_path / "README.md").code == 0
-    )
-    assert ("Not run yet." in (tmp_path / "README.md").read_text()) == bool(
-        not record["code"] or record["code"]["dirty"]
-    )
-
-
 def test_a_drawn_folder_has_a_tenth_of_its_images_in_the_wrong_class(tmp_path):
     """What an image shows is known by its number; `index mod 8` is the class that was drawn."""
-    folder, job = tmp_path / "folder", Job("folder", "moe", 0)
-    wrong = draw_folder(folder, job, Namespace(images=80))
+    folder = tmp_path / "folder"
+    wrong = draw_folder(folder, images=80, seed=0, test=8)
     files = sorted((folder / "train").rglob("*.png"))
     lies = {str(file.relative_to(folder)) for file in files
             if file.parent.name != SyntheticPets.classes[int(file.stem) % 8]}  # fmt: skip

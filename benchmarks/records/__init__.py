@@ -14,6 +14,8 @@ CLAIMS: what the page says, as a format; the record that says it; and which of i
 
 Rows of a table are one claim: its values are then a list, one mapping for each row.
 
+Of a frozen study `recompute.py` says what the pages say: `frozen.py` asks it.
+
 DEFINITIONS: numbers that nobody measured (a setting, a confidence level, a bound that a test asserts), as they stand in
 the page, with the reason.
 
@@ -27,7 +29,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,18 @@ class Definition:
 
 @dataclass(frozen=True)
 class Page:
-    """A page with its claims and definitions."""
+    """A page with its claims and definitions, and what frozen studies say in it."""
 
     path: Path
     claims: list[Claim]
     definitions: list[Definition]
+    frozen: list[str] = field(default_factory=list)
+
+    @property
+    def accounted(self) -> list[str]:
+        """Everything in it that comes from a record or needs none, the longest text first."""
+        texts = [text for claim in self.claims for text in claim.texts]
+        return sorted(texts + self.frozen + [each.text for each in self.definitions], key=len, reverse=True)
 
     @property
     def text(self) -> str:
@@ -150,15 +159,25 @@ def module_of(path: Path) -> str:
 
 
 def checked_pages() -> list[Page]:
-    """All pages, with what their modules here claim, or `pages` of those with a number or two."""
-    few, pages = importlib.import_module(f"{__name__}.pages"), []
+    """All pages, with what their modules here claim, `pages` of those with a number or two, and frozen studies."""
+    few, frozen = (importlib.import_module(f"{__name__}.{name}") for name in ("pages", "frozen"))
+    statements, pages = frozen.statements_by_page(), []
     for path in all_pages():
         name, relative = module_of(path), str(path.relative_to(ROOT))
         here = (Path(__file__).parent / f"{name}.py").is_file()
         module = importlib.import_module(f"{__name__}.{name}") if here else None
         claims = [*getattr(module, "CLAIMS", []), *few.CLAIMS.get(relative, [])]
-        pages.append(Page(path, claims, [*getattr(module, "DEFINITIONS", []), *few.DEFINITIONS.get(relative, [])]))
+        definitions = [*getattr(module, "DEFINITIONS", []), *few.DEFINITIONS.get(relative, [])]
+        if path.is_relative_to(ROOT / "benchmarks"):
+            definitions += frozen.DEFINITIONS.get(name, [])
+        pages.append(Page(path, claims, definitions, statements.get(relative, [])))
     return pages
+
+
+def trees_of(record: Path) -> list[dict[str, Any]]:
+    """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
+    files = [file for file in (record, record.with_name("provenance.json")) if file.is_file()]
+    return [part for file in files for part in parts_of(read_record(file)) if "git_commit" in part]
 
 
 def pattern(text: str) -> re.Pattern[str]:
@@ -180,8 +199,7 @@ _MEASURED = re.compile(rf"(?<![\w.])\d*\.\d+|\d+ of \d+|(?:\d|\b(?:{_WORDS}))\s?
 def unclaimed(page: Page) -> list[str]:
     """Measured numbers that stand in a page without a claim or a definition, each with the words around it."""
     rest = _CODE_AND_HEADINGS.sub("", page.prose)
-    known = [text for claim in page.claims for text in claim.texts] + [each.text for each in page.definitions]
-    for text in sorted(known, key=len, reverse=True):
+    for text in page.accounted:
         rest = pattern(text).sub("…", rest)
     rest = re.sub(r"^\|.*\|\n(?=\|[-:| ]+\|$)", "", rest, flags=re.M)  # heads of tables
     rest = _NAMES.sub("…", rest)

@@ -1,45 +1,10 @@
 """Pages of docs/ that quote a number or two; those with more have a module of their own."""
 
 import re
-from typing import Any
 
-from benchmarks.records import (
-    ROOT,
-    Claim,
-    Definition,
-    accuracy,
-    analysis,
-    curve,
-    demo,
-    quickstart,
-    routers,
-    strangers,
-    upcycling,
-)
-
-
-def planned_too_short(record: dict[str, Any]) -> dict[str, float]:
-    """By how many per cent of the measured time, at least and at most."""
-    short = [-100 * row["error"] for row in record["rows"]]
-    return {"least": min(short), "most": max(short)}
-
+from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers, strangers
 
 CLAIMS = {
-    "benchmarks/planner/README.md": [
-        Claim(
-            "benchmarks/planner/measured.json",
-            "| {processes} | {layout} | {planned_ms:.1f} | {measured_ms:.1f} | {error:+.0%} |",
-            lambda record: record["rows"],
-        ),
-        Claim(
-            "benchmarks/planner/record.json", "{epochs} epochs of {images:,} images", lambda record: record["imagenet"]
-        ),
-        Claim(
-            "benchmarks/planner/record.json",
-            "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
-            lambda record: record["imagenet"]["trainings"],
-        ),
-    ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
     "configs/imagenette.yaml": [
         Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
@@ -48,10 +13,6 @@ CLAIMS = {
     "configs/quickstart.yaml": [
         Claim(quickstart.NOW, "{tests} % of {total:,} test images, {seconds} CPU seconds", quickstart.of_command),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
-    ],
-    "docs/guides/good-data.md": [Claim(curve.FILES, "`aum` already at {share:.0%}", curve.worse_than_random)],
-    "docs/guides/dense-sparse.md": [
-        Claim(upcycling.STUDY, "one dense schedule of as many steps it is {in_one} points", upcycling.rivals)
     ],
     "docs/guides/own-images.md": [
         Claim(
@@ -62,9 +23,6 @@ CLAIMS = {
         Claim(
             accuracy.NONE, "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)", accuracy.of_folders
         ),
-    ],
-    "docs/guides/several-gpus.md": [
-        Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short)
     ],
     "docs/index.md": [demo.OPENING],
     "docs/reference/files.md": [Claim(strangers.FILE, "{rates} %.", strangers.recognized)],
@@ -103,15 +61,6 @@ CLAIMS = {
 _MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
 _APACHE = ("few-shot and zero-shot", "a free course and book")
 DEFINITIONS = {
-    "benchmarks/planner/README.md": [
-        Definition("at most 5 % longer than the fastest", "a rule of `recommend`, formulas.SIMPLER"),
-        Definition("So 90 % of the memory counts as usable", "an assumption, Machine.usable"),
-        Definition("are gathered in 16 bits", "a precision"),
-        Definition("a bias of 1,000 classes", "an example"),
-        Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
-        Definition("A GPU that computes 3,000 images/s", "an example"),
-        Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
-    ],
     "configs/cats_vs_dogs.yaml": [
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
         Definition("2,048 to learn from and 832 to test", "the data"),

@@ -8,7 +8,6 @@ from benchmarks.records import (
     Definition,
     accuracy,
     equal_time,
-    label_noise,
     performance,
     quickstart,
     reliability,
@@ -16,13 +15,19 @@ from benchmarks.records import (
     sparsity,
     specialization,
     upcycling,
-    waiting,
 )
 from benchmarks.records.studies import on_gpus, shown
 
 TRAIN = performance.TRAIN.format("cifar10")
 FILES = (
-    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, waiting.RUNS),
+    "benchmarks/waiting/runs.jsonl",
+    *(
+        *sparsity.FILES,
+        *specialization.FILES,
+        *specialization.BUNDLED,
+        *specialization.SEEDS,
+        "benchmarks/waiting/runs.jsonl",
+    ),
     *(TRAIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES, equal_time.FILES[0]),
 )
 
@@ -51,13 +56,6 @@ CLAIMS = [
         (*accuracy.FOLDERS, accuracy.BOTH),
         "photos of cats and dogs reaches {least:.1f} to {most:.1%} (four trainings)",
         accuracy.of_folders,
-    ),
-    Claim(
-        label_noise.FILES,
-        "finds them with an AUROC of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
-        "{similar_aum:.2f} where similar classes were mixed up, {cats_aum:.2f} on photos of cats and dogs and "
-        "{folder_aum:.2f} on a folder of drawn animals",
-        label_noise.of_moe,
     ),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),

@@ -4,7 +4,6 @@ import math
 import re
 import statistics
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from benchmarks.records import (
     parts_of,
     pattern,
     read_record,
+    trees_of,
     unclaimed,
 )
 from tests.needs import PHOTO_MODEL
@@ -77,9 +77,8 @@ def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -
     rest = re.search(rf"^#+ {section}$(.*?)(?=^## |\Z)", page.text, re.M | re.S)
     assert rest is not None
     assert VERDICT.search(rest[1]), "nothing to check"
-    known = [text for claim in page.claims for text in claim.texts] + [each.text for each in page.definitions]
     left = rest[1]
-    for text in sorted(known, key=len, reverse=True):
+    for text in page.accounted:
         left = pattern(text).sub("…", left)
     assert [match.group() for match in VERDICT.finditer(left)] == []
 
@@ -132,24 +131,11 @@ def test_an_advice_changes_with_its_records(change: Any, said: dict[str, str]) -
 
 def test_every_module_has_one_page() -> None:
     """A page that moved without its module would no longer be checked."""
-    helpers = {"__init__", "pages", "rewrite", "studies", "test_history", "test_records"}
+    helpers = {"__init__", "frozen", "pages", "rewrite", "studies", "test_history", "test_records"}
     modules = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.py")} - helpers
     names = [module_of(page.path) for page in PAGES]
     assert modules <= set(names)
     assert len(names) == len(set(names))
-
-
-@cache
-def _trees(path: str) -> list[dict[str, Any]]:
-    """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
-    beside = (ROOT / path).with_name("provenance.json")
-    return [
-        part
-        for file in (ROOT / path, beside)
-        if file.is_file()
-        for part in parts_of(read_record(file))
-        if "git_commit" in part
-    ]
 
 
 def test_a_command_names_no_place_of_the_machine() -> None:
@@ -161,8 +147,8 @@ def test_a_command_names_no_place_of_the_machine() -> None:
 
 @pytest.mark.needs("photos")
 def test_records_come_from_committed_trees() -> None:
-    assert [path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))] == []
-    assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT
+    assert [path for path in RECORDS if any(tree["dirty"] for tree in trees_of(ROOT / path))] == []
+    assert {path for path in RECORDS if not trees_of(ROOT / path)} == WITHOUT_COMMIT
 
 
 def test_no_record_is_of_a_dry_run() -> None:
