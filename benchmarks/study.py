@@ -9,7 +9,6 @@ Axes: B images, C classes, E experts.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.train.task import ClassificationTask
 from moevision.words import points
+from tests.train.quiet import quiet_trainer
 
 IMAGE_SIZE, BATCH = 32, 64
 MODEL = {"name": "vit_moe_micro_patch4_32", "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
@@ -66,14 +66,6 @@ def make_task(subject: Subject, seed: int) -> ClassificationTask:
     """A task with the initial weights of a seed."""
     L.seed_everything(seed, verbose=False)
     return subject.task()
-
-
-def quiet_trainer(**options: Any) -> L.Trainer:
-    """A CPU Trainer that logs nothing and keeps nothing."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    fixed = {"accelerator": "cpu", "devices": 1, "precision": PRECISION, "num_sanity_val_steps": 0}
-    return L.Trainer(**{**silent, **fixed, "gradient_clip_val": 1.0, "use_distributed_sampler": False, **options})
 
 
 def train(

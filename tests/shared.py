@@ -4,11 +4,9 @@ import io
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -63,24 +61,6 @@ def _leave_empty(figure: object, out: Path) -> None:
     out.touch()
 
 
-def run_bench(*arguments: object) -> Outcome:
-    """Call `python -m benchmarks` in this process, and put back the number of threads."""
-    import torch
-
-    from benchmarks.__main__ import main
-
-    out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    finally:
-        sys.argv = argv
-        torch.set_num_threads(threads)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
 def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32) -> Path:
     """Write drawn pets to `root/<class>/<number>.png`."""
     from PIL import Image
@@ -100,28 +80,6 @@ def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Outcome]:
     return run_cli
-
-
-@pytest.fixture(scope="session")
-def bench() -> Callable[..., Outcome]:
-    return run_bench
-
-
-@pytest.fixture(scope="module")
-def forked_processes() -> Generator[None, None, None]:
-    """Processes that the benchmarks spawn are forks of one that has imported torch, instead of each importing it."""
-    from torch import multiprocessing
-
-    from benchmarks import harness
-    from benchmarks.train import lightning_peer
-    from tests import forks
-
-    forks.begin()
-    with pytest.MonkeyPatch.context() as patched:
-        for module in (harness, lightning_peer):
-            patched.setattr(module, "get_context", lambda method: forks.CONTEXT)
-        patched.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +159,7 @@ def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let trainings of this process be struck by faults, as `benchmarks.guard.faults` reads them."""
+    """Let trainings of this process be struck by faults, as `tests.train.faults` reads them."""
 
     def by(faults: str) -> None:
         from tests.train.struck import strike

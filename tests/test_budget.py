@@ -13,8 +13,8 @@ from PIL import Image
 
 import moevision
 from benchmarks.house.counts import circles, count, tokens
-from benchmarks.house.trips import Trip, batch_trip, forward_trip, moevision_command
 from moevision.train.recipe import choose_recipe
+from tests.trips import Trip, batch_trip, forward_trip, moevision_command
 
 ROOT = Path(moevision.__file__).parents[1]
 CHECKOUT = Path(__file__).parents[1]

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from scipy.stats import sem, t
 
-from benchmarks.guard.faults import FaultInjector
 from benchmarks.harness import about, argument_parser
 from benchmarks.lines import write_lines
-from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.stats import paired_difference
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.task import ClassificationTask, OptimizerConfig
+from tests.train.faults import FaultInjector
+from tests.train.quiet import quiet_trainer
 
 FAULTS = "nan_loss@1, inf_grad@20:expert3, nan_input@40, spike@60x50, nan_weight@90, nan_buffer@110, nan_ema@130"
 MARGIN = 0.02

@@ -27,11 +27,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import about, argument_parser, write_result
-from benchmarks.study import quiet_trainer
 from benchmarks.subject import Subject, find_subject, noise_batch
 from moevision.train.guard import GuardConfig, StabilityGuard, TrainingSnapshot
 from moevision.train.health import RouterHealth
 from moevision.train.recipe import default_precision
+from tests.train.quiet import quiet_trainer
 
 WARM_UP = 5  # the first steps allocate the moments
 

@@ -68,8 +68,8 @@ def quickstart(folder: Path) -> dict[str, str]:
 
 def resumed(folder: Path) -> dict[str, str]:
     """One cell of the resume matrix: all state of a training that was interrupted and resumed."""
-    from benchmarks.reliability import resume as matrix
     from moevision.train.fit import quiet_lightning
+    from tests.train import resume_matrix as matrix
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -27,13 +27,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.study import quiet_trainer
 from benchmarks.subject import Subject, noise_batch
 from benchmarks.timing import Timings, synchronize
 from moevision.config import EmaConfig
 from moevision.train.fit import watching
 from moevision.train.guard import GuardConfig
 from moevision.train.optim import OptimizerConfig
+from tests.train.quiet import quiet_trainer
 
 OURS, PLAIN = "MoE, moevision fit", "dense twin, plain timm in Lightning"
 BLOCK = 20  # counted steps of one turn

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.demo.live import BOX, OWN, SAID, bring, compared, first_choices, own_images, served, view_of
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import no_sideways_scroll
+from tests.browser.live import BOX, OWN, SAID, bring, compared, first_choices, own_images, served, view_of
 from tests.docs.test_live import live
 
 pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lines import write_lines
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 
 ROOT = Path(__file__).parents[2]
@@ -216,5 +215,6 @@ if __name__ == "__main__":
         path: {"shows": old["shows"] if (old := listed.get(path)) and old["images"] == images else "", "images": images}
         for path, images in sorted(with_images().items())
     }
-    write_lines(LIST, now)
+    lines = (f"{json.dumps(path)}: {json.dumps(each)}" for path, each in now.items())
+    LIST.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print("\n".join(f"look at {path} and say what it shows" for path, each in now.items() if not each["shows"]))

@@ -1,4 +1,4 @@
-"""Weights in eight bits: rounded to the nearest step, multiplied out when loaded, refused when they don't fit."""
+"""Weights in eight bits: multiplied out when a model is loaded, refused when they don't fit."""
 
 import shutil
 from pathlib import Path
@@ -8,100 +8,48 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo import packed
-from benchmarks.demo.packed import compensated, input_products, nearest, pack, pack_folder
 from moevision import UserError
-from moevision.analysis.collect import network_input
-from moevision.analysis.images import open_pictures, read_images
 from moevision.models.io import create_from, load_model, save_model, unpack
-from moevision.models.safe_files import PACKED, SCALE, weights_of
+from moevision.models.safe_files import PACKED, REST, SCALE, WEIGHTS, weights_of
 from moevision.train.start import weights_file
 
-EXPERTS, ROUTER = "blocks.1.mlp.experts.fc1.weight", "blocks.1.mlp.router.weight"
+EXPERTS = "blocks.1.mlp.experts.fc1.weight"
+GROUP = 8  # inputs that share a step
+
+
+def pack_folder(folder: Path, *, levels: int = 127, rest: Path | None = None) -> None:
+    """Replace a model's weights by the packed file: matrices to the nearest whole step s q, the rest in bfloat16.
+
+    Args:
+        folder: of the saved model.
+        levels: whole steps on either side of 0.
+        rest: a packed model beside it; weights that are equal to its own are left out.
+    """
+    state, metadata = load_file(folder / WEIGHTS), {}
+    if rest is not None:
+        known, metadata = unpack(rest / "trained" / PACKED), {REST: rest.name}
+        state = {
+            name: value for name, value in state.items() if name not in known or not torch.equal(value, known[name])
+        }
+    stored = {}
+    for name, value in state.items():
+        if name.endswith(".weight") and value.ndim in (2, 3) and value.numel() >= 256 and value.shape[-1] % GROUP == 0:
+            largest = value.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+            scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+            steps = scale.float().repeat_interleave(GROUP, -1)
+            stored[name] = (value / steps).round().clamp(-levels, levels).to(torch.int8)
+            stored[name + SCALE] = scale
+        else:
+            stored[name] = value.bfloat16() if value.is_floating_point() else value
+    save_file(stored, folder / PACKED, metadata=metadata)
+    (folder / WEIGHTS).unlink()
 
 
 @pytest.fixture
-def folder(saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(saved_model: Path) -> Path:
     """The tiny run's model, packed down to its small matrices."""
-    monkeypatch.setattr(packed, "SMALLEST", 256)
-    monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8, "levels": 127})
-    pack_folder(saved_model, str(drawn_pets))
+    pack_folder(saved_model)
     return saved_model
-
-
-def test_parts_of_a_row_are_rounded_to_whole_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of .5 and 1 in the first row; zeros have no step."""
-    monkeypatch.setattr(packed, "SMALLEST", 1)
-    stored = pack({"fc.weight": torch.tensor([[-63.5, 0.7, 127.0, 0.7], [0.0, 0.0, 0.0, 0.0]])}, group=2)
-    assert stored["fc.weight"].tolist() == [[-127, 1, 127, 1], [0, 0, 0, 0]]
-    assert stored["fc.weight"].dtype == torch.int8
-    assert stored["fc.weight.scale"][0].tolist() == [0.5, 1.0]
-    assert stored["fc.weight.scale"].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("group", [None, 32])
-def test_no_weight_moves_by_more_than_half_a_step(group: int | None, tmp_path: Path) -> None:
-    """q = round(w / s), and |w - q s| <= s / 2 but for the largest, whose step bfloat16 may have made 1/256 smaller."""
-    weight = torch.randn(4, 64, 96, generator=torch.Generator().manual_seed(0))
-    weight[2] *= 100
-    stored = pack({"experts.fc1.weight": weight}, group=group)
-    scale = stored["experts.fc1.weight.scale"]
-    parts = weight.reshape(4, 64, -1, group or 96).abs().amax(-1)
-    assert torch.equal(scale, (parts / 127).bfloat16())
-    save_file(stored, tmp_path / PACKED)
-    back = unpack(tmp_path / PACKED)
-    assert [*back] == ["experts.fc1.weight"]
-    assert back["experts.fc1.weight"].dtype == torch.float32
-    steps = scale.float().repeat_interleave(group or 96, -1)
-    assert torch.equal(stored["experts.fc1.weight"].float() * steps, back["experts.fc1.weight"])
-    error = (back["experts.fc1.weight"] - weight).abs() / steps
-    assert float(error[weight.abs() < 126 * steps].max()) <= 0.5001
-    assert float(error.max()) < 1
-    assert float(error.mean()) == pytest.approx(0.25, abs=0.01)  # uniform over half a step
-
-
-def test_an_error_is_made_up_for_by_inputs_that_go_along() -> None:
-    """Two inputs that are always equal, weights 0.4 and 0.4 in steps of 1: the sum .8 is nearer to 1 than to 0."""
-    weight, steps = torch.tensor([[0.4, 0.4]]), torch.ones(1, 2)
-    assert nearest(weight, steps).tolist() == [[0, 0]]
-    assert compensated(weight, steps, torch.ones(2, 2)).tolist() == [[0, 1]]
-    assert compensated(weight, steps, torch.eye(2)).tolist() == [[0, 0]]  # independent inputs
-
-
-def test_a_layer_answers_more_as_it_did() -> None:
-    """Squared error of a layer's outputs on correlated inputs, by either rounding."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2_000, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
-    inputs += 0.1 * torch.randn(inputs.shape, generator=generator)
-    weight, steps = torch.randn(32, 64, generator=generator), torch.full((32, 64), 0.1)
-    products = inputs.T @ inputs
-    plain, made_up = (
-        float((inputs @ (found * steps - weight).T).square().mean())
-        for found in (nearest(weight, steps), compensated(weight, steps, products))
-    )
-    assert made_up < 0.25 * plain
-
-
-def test_products_are_those_of_the_inputs(tiny_run: Path) -> None:
-    """Of the classifier, which reads the mean of the normed tokens."""
-    model = load_model(str(tiny_run))
-    pictures = open_pictures("synthetic_pets", 32, limit=40)
-    with torch.no_grad():
-        images = network_input(model, read_images(pictures, range(40)))
-        features = model.net.forward_head(model.net.forward_features(images), pre_logits=True)
-    found = input_products(model, pictures)
-    assert torch.allclose(found["head.weight"], features.T @ features, rtol=1e-4, atol=1e-4)
-    assert EXPERTS not in found
-
-
-def test_small_tensors_and_what_is_no_matrix_stay(folder: Path) -> None:
-    stored = load_file(folder / PACKED)
-    assert stored[EXPERTS].dtype == torch.int8
-    assert stored[ROUTER].dtype == torch.bfloat16
-    assert stored["patch_embed.backbone.0.bn.num_batches_tracked"].dtype == torch.int64
-    whole = {name for name, value in stored.items() if value.dtype == torch.int8}
-    assert {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)} == whole
-    assert not [name for name, value in stored.items() if value.dtype == torch.float32 and not name.endswith(SCALE)]
 
 
 def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> None:
@@ -148,7 +96,7 @@ def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
     )
 
 
-def test_what_two_models_share_is_stored_once(folder: Path, tiny_run: Path, drawn_pets: Path, tmp_path: Path) -> None:
+def test_what_two_models_share_is_stored_once(folder: Path, tmp_path: Path) -> None:
     """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
     one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
     shutil.copytree(folder, one)
@@ -157,7 +105,7 @@ def test_what_two_models_share_is_stored_once(folder: Path, tiny_run: Path, draw
     for name in changed:
         model.net.get_parameter(name).data.mul_(1.1)
     save_model(model, two)
-    pack_folder(two, str(drawn_pets), rest=one.parent)
+    pack_folder(two, levels=31, rest=one.parent)
     stored = load_file(two / PACKED)
     assert {name.removesuffix(SCALE) for name in stored} == changed
     assert int(stored[EXPERTS].abs().max()) == 31

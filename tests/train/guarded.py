@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from benchmarks.guard.faults import FaultInjector
 from moevision.models.config import MoEConfig
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
@@ -25,6 +24,7 @@ from moevision.train.parallel.parts import full
 from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
+from tests.train.faults import FaultInjector
 
 CLASSES = 4
 # Router noise, dropout in three places, stochastic depth, and a BatchNorm stem; or a router with a bias beside it.

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable
 
-from benchmarks.guard.faults import FaultInjector
 from moevision.cli import main
 from moevision.train import fit as training
+from tests.train.faults import FaultInjector
 
 
 def strike(faults: str, setattr: Callable[..., None] = setattr) -> None:

@@ -25,7 +25,6 @@ import torch
 import yaml
 
 import moevision
-from benchmarks.reliability import resume as matrix
 from moevision.analysis.images import find_images
 from moevision.config import read
 from moevision.data import ImageDataModule
@@ -50,6 +49,7 @@ from moevision.train.resume import (
     without_resume,
 )
 from moevision.train.task import ClassificationTask
+from tests.train import resume_matrix as matrix
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
 # 24 training images, batches of 8, two epochs: six steps.
@@ -89,7 +89,7 @@ def differing(run: Path, other: Path) -> list[str]:
     return [name for name in COMPARED if content(run / name) != content(other / name)]
 
 
-# The whole matrix is benchmarks/reliability/resume.py; this is its hardest part.
+# `python -m benchmarks resume` runs the whole matrix; this is its hardest part.
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.guard.faults import FaultInjector
-from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule, module
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.errors import UserError
@@ -29,6 +27,8 @@ from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import OptimizerConfig
 from moevision.train.scores import ExampleScores, visit_measures
 from moevision.train.task import ClassificationTask
+from tests.train.faults import FaultInjector
+from tests.train.quiet import quiet_trainer
 
 IMAGES, BATCH = 24, 8
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.guard.faults import Fault, FaultInjector, parse_faults
 from moevision.errors import UserError
+from tests.train.faults import Fault, FaultInjector, parse_faults
 from tests.train.guarded import Run, batches, tiny_task
 
 
