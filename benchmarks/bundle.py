@@ -48,6 +48,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,12 @@ from rich.progress import track
 
 from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
-from benchmarks.specialization.scratch import recorded, third_answers
 from benchmarks.strangers import detector_of, put_beside
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
-from moevision.analysis.questions import headline, three_questions
-from moevision.analysis.readings import measure_baselines, recording_of
+from moevision.analysis.questions import Answer, Swap, function_answer, headline, swap_test, three_questions
+from moevision.analysis.readings import Recording, choices_of, measure_baselines, recording_of, run_forced
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
@@ -269,6 +269,19 @@ def pack_bundled(options: Namespace) -> None:
             _write_history(history, models[variant], test if shown is None else shown, history)
         atlas = _atlas(models[variant], pictures, about["title"], shown)
         save_atlas(atlas, folder / f"atlas{'' if variant == 'trained' else '_' + variant}.json")
+
+
+def recorded(model: SavedModel, trace: RoutingTrace, pictures: PictureSet) -> Recording:
+    """What the third question is asked of."""
+    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
+    layers = [choices_of(layer) for layer in trace.layers]
+    return Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
+
+
+def third_answers(recording: Recording) -> list[tuple[Answer, Swap | None]]:
+    """The third question's answer and all costs behind it, for each MoE layer."""
+    swaps = [swap_test(recording, place, limit=len(recording.labels)) for place in range(len(recording.layers))]
+    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
 
 
 def ask_again(options: Namespace) -> None:

@@ -89,6 +89,13 @@ DEFINITIONS = {
         Definition("64 images a step", "the batch"),
         Definition("one in seven lies more than two of them away", "simulated: a normal value, in SDs of five others"),
     ],
+    "strangers": [
+        Definition("2,000 at most", "`benchmarks.strangers.IMAGES`"),
+        Definition("5 % of at most 2,000 validation images", "`REFUSED` and `IMAGES`"),
+        Definition("eight classes of CIFAR-10", "without cat and dog"),
+        Definition("29 photos of other animals (20 for CIFAR-10", "the folder's"),
+        Definition("below 80 %", "`moevision.demo.service.SURE`"),
+    ],
     "upcycling": [
         *(Definition(row, "measured again by `tests/models/test_upcycle.py`") for row in _GAPS_AT_STEP_0),
         Definition("logits of standard deviation 1.6", "measured again by `tests/models/test_upcycle.py`"),

@@ -2,7 +2,7 @@
 
 import re
 
-from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers, strangers
+from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers
 
 CLAIMS = {
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
@@ -25,7 +25,6 @@ CLAIMS = {
         ),
     ],
     "docs/index.md": [demo.OPENING],
-    "docs/reference/files.md": [Claim(strangers.FILE, "{rates} %.", strangers.recognized)],
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.bundle import recorded, third_answers
 from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.knock_out import knock_out
 from benchmarks.queue import is_recorded, write_run
@@ -27,9 +26,6 @@ from benchmarks.specialization.training import rounded_all
 from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import PictureSet, open_pictures
-from moevision.analysis.questions import Answer, Swap, function_answer, swap_test
-from moevision.analysis.readings import Recording, choices_of, run_forced
-from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.models.io import SavedModel
@@ -46,19 +42,6 @@ def small_model(seed: int, cifar: str, steps: int = STEPS) -> SavedModel:
     task = make_task(subject, seed)
     train(task, data, steps, seed)
     return SavedModel(task.net.eval(), list(data.class_names), IMAGE_SIZE, **CIFAR_PIXELS)
-
-
-def recorded(model: SavedModel, trace: RoutingTrace, pictures: PictureSet) -> Recording:
-    """What the third question is asked of."""
-    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
-    layers = [choices_of(layer) for layer in trace.layers]
-    return Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
-
-
-def third_answers(recording: Recording) -> list[tuple[Answer, Swap | None]]:
-    """The third question's answer and all costs behind it, for each MoE layer."""
-    swaps = [swap_test(recording, place, limit=len(recording.labels)) for place in range(len(recording.layers))]
-    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
 
 
 def asked(model: SavedModel, pictures: PictureSet, permutations: int = PERMUTATIONS) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How many strangers the bundled models recognize: images of other things than their classes.
 
     python -m benchmarks strangers run cats_vs_dogs --data DATA --photos PHOTOS
-    python -m benchmarks strangers report                                   # README.md's tables
+    python benchmarks/strangers/recompute.py                                # README.md's rows
 
 DATA holds cats_vs_dogs/, cifar10/ and imagenette128/, a folder per class; PHOTOS cat/, dog/ and other/. The measure was
 chosen by the sets of `CHOICE` alone. `--carry` puts what was measured beside the weights of the bundled model, and the
@@ -29,8 +29,7 @@ from scipy.stats import rankdata
 from sklearn.covariance import LedoitWolf
 
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.markdown import table
-from benchmarks.queue import fill_readme, read_records
+from benchmarks.queue import read_records
 from benchmarks.timing import rounded
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet, open_pictures, read_images
@@ -40,7 +39,6 @@ from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import CONFIG, read_json
 from moevision.models.strangers import FILE, REFUSED, Strangers, fit_strangers, pooled
-from moevision.stats import accuracy_interval
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 FOLDER = HERE / "strangers"
@@ -252,70 +250,17 @@ def run(options: Namespace) -> None:
     write_text_atomic(options.out, text)
 
 
-# ---- the report
-
-
-TITLES = {
-    "cats_vs_dogs": "cats and dogs",
-    "cats_vs_dogs_two": "cats and dogs, two experts",
-    "cifar10": "CIFAR-10",
-    "pets": "drawn pets",
-}
-
-
-def parts_of(records: list[dict[str, Any]]) -> list[str]:
-    """What stands in the README."""
-    rows, compared, sentences = [], [], []
-    for record in records:
-        title = TITLES[record["name"]]
-        test = record["test"]
-        rows.append([title, "its own test images", *_cells(test), "", "refused"])
-        for kind, found in record["sets"].items():
-            of_its_own = kind.startswith("own: ")
-            area_text = "{:.3f} ({:.3f} to {:.3f})".format(found["auroc"], *found["interval"])
-            use = "chosen by" if kind in CHOICE else "in the rate" if kind in PHOTOS else ""
-            rows.append([title, kind.removeprefix("own: "), *_cells(found), "" if of_its_own else area_text,
-                         "refused" if of_its_own else use])  # fmt: skip
-        sentences.append(f"{title} {record['recognized']:.0%}")
-        for word in ("Mahalanobis", *test["others"]):
-            own = test["beyond"] if word == "Mahalanobis" else test["others"][word]
-            cells = []
-            for part in (CHOICE, PHOTOS):
-                found = [each for kind, each in record["sets"].items() if kind in part]
-                told = [each if word == "Mahalanobis" else {**each, **each["others"][word]} for each in found]
-                cells.append(f"{np.mean([each['auroc'] for each in told]):.3f}")
-                cells.append(f"{np.mean([each['beyond'] / each['images'] for each in told]):.0%}")
-            compared.append([title, word, f"{own / test['images']:.1%}", *cells])
-    return [
-        f"Recognized, mean over the sets of photos that the measure was not chosen by: {'; '.join(sentences)}.",
-        table(["model", "images", "number", "beyond 1", "95 %", "AUROC (95 %)", ""], rows, "llrrrrl"),
-        table(["model", "measure", "own test refused", "AUROC, chosen by", "recognized", "AUROC, in the rate",
-               "recognized"], compared, "llrrrrr"),
-    ]  # fmt: skip
-
-
-def _cells(found: dict[str, Any]) -> list[str]:
-    low, high = accuracy_interval(found["beyond"], found["images"])
-    return [f"{found['images']:,}", f"{found['beyond'] / found['images']:.1%}", f"{low:.1%} to {high:.1%}"]
-
-
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("strangers", __doc__)
-    parser.add_argument("verb", choices=("run", "report"))
-    parser.add_argument("model", nargs="?", choices=tuple(OWN), help="a bundled model")
-    parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--photos", type=Path, help="folder of photos")
+    parser.add_argument("verb", choices=("run",))
+    parser.add_argument("model", choices=tuple(OWN), help="a bundled model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
     parser.add_argument("--carry", action="store_true", help="put it beside the weights that the package carries")
     parser.add_argument("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
     parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
-    parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
     options = parser.parse_args()
-    if options.verb == "report":
-        fill_readme(options.readme, parts_of(read_records(options.out)))
-    elif options.model is None or options.data is None or options.photos is None:
-        parser.error("run takes a model, --data and --photos")
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # classes that aren't the model's are the point
-            run(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # classes that aren't the model's are the point
+        run(options)
