@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moevision.efficiency import LayerCount, count_layers, flop_counter
+from moevision.efficiency import LayerCount, count_layers, flop_counter, measure_cost
 from moevision.layers import moe_layers
 
 _aten = torch.ops.aten
@@ -169,3 +169,13 @@ def recomputed_attention_flops(counter: FlopCounterMode) -> int:
     """FLOPs that fused attention spent on scores it had computed before (head widths of q, k and v are equal)."""
     by_operation = counter.get_flop_counts().get("Global", {})
     return sum(by_operation.get(operation, 0) for operation in _RECOMPUTING) // 5
+
+
+def routed_share(net: nn.Module, image_size: int) -> float:
+    """Share of all FLOPs of an image that are in routed experts."""
+    image = torch.zeros(1, 3, image_size, image_size)
+    with torch.no_grad(), flop_counter() as counter:
+        _, layers = count_layers(net, counter, lambda: net(image))
+    cost = measure_cost(net, image_size)
+    routed = sum(layer.requested_rows * layer.per_row for layer in layers)
+    return routed / (cost.flops_per_image + cost.router_flops_per_image)

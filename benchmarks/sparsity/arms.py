@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
+from benchmarks import flops
 from benchmarks.places import HYBRID, PLACES
 from benchmarks.queue import is_dirty
 from benchmarks.routers.report import rate_beyond
 from benchmarks.subject import Subject, find_subject
-from moevision.efficiency import count_layers, flop_counter, measure_cost
+from moevision.efficiency import measure_cost
 
 EPOCHS = {"cpu": 1}
 STEPS_PER_EPOCH = 351  # 45 000 training images in batches of 128, the rest left out
@@ -206,10 +205,4 @@ def cost_of(arm: str) -> dict[str, float]:
 
 def routed_share(subject: Subject) -> float:
     """ρ, the share of all FLOPs of an image that are in routed experts."""
-    net = subject.build().eval()
-    image = torch.zeros(1, 3, subject.image_size, subject.image_size)
-    with torch.no_grad(), flop_counter() as counter:
-        _, layers = count_layers(net, counter, lambda: net(image))
-    cost = measure_cost(net, subject.image_size)
-    routed = sum(layer.requested_rows * layer.per_row for layer in layers)
-    return routed / (cost.flops_per_image + cost.router_flops_per_image)
+    return flops.routed_share(subject.build().eval(), subject.image_size)

@@ -200,19 +200,20 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
 def sparsity() -> dict[str, Any]:
     """Test accuracy with experts and of the dense twin after equal steps, and the difference at equal time."""
     sys.path[:0] = [str(ROOT)]  # benchmarks/ is outside the package
-    from benchmarks.records.sparsity import at_equal_time
-    from benchmarks.sparsity.verdict import finished, runs_of
+    from benchmarks.sparsity.recompute import judged, read_runs, runs_of
 
-    lines = (ROOT / "benchmarks" / "sparsity" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    runs = {arm: finished(runs_of(records, "cpu", arm)) for arm in ("moe", "twin")}
-    equal_time = at_equal_time(*records)
+    records = read_runs()
+    runs = {arm: runs_of(records, arm) for arm in ("moe", "twin")}
+    at_equal_time = judged(records)["H2"]
+    low, high = at_equal_time.difference.interval
+    points = {"mean": at_equal_time.difference.mean, "low": low, "high": high}
+    words = {"positive": "better than", "negative": "worse than", "tie": "not told apart from"}
     return {
-        "seeds": {arm: len(found) for arm, found in runs.items()},
-        "right": {arm: round(statistics.fmean(run["test_top1"] for run in found.values()), 4)
-                  for arm, found in runs.items()},
-        "equal_time": {name: round(equal_time[name], 2) for name in ("mean", "low", "high")},  # points
-        "verdict": equal_time["verdict"],
+        "seeds": {arm: len(of_arm) for arm, of_arm in runs.items()},
+        "right": {arm: round(statistics.fmean(run["test_top1"] for run in of_arm.values()), 4)
+                  for arm, of_arm in runs.items()},
+        "equal_time": {name: round(100 * value, 2) for name, value in points.items()},
+        "verdict": words[at_equal_time.verdict],
     }  # fmt: skip
 
 

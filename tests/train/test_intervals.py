@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from moevision.stats import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
+from moevision.stats import accuracy_interval, detectable, mcnemar_p_value, paired_difference, paired_score
 
 
 def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,3 +120,11 @@ def test_wrong_input_is_said() -> None:
     for correct, total, level in ((1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 95)):
         with pytest.raises(ValueError):  # noqa: PT011 (SciPy's words)
             accuracy_interval(correct, total, level)
+
+
+def test_detectable_difference_has_its_power() -> None:
+    """By drawing: the share of significant tests is 80 %, three standard errors of 4 000 draws around it."""
+    draws = np.random.default_rng(0).normal(detectable(6), 1, size=(4000, 6))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+    assert detectable(8) == pytest.approx(1.16, abs=0.005)
+    assert detectable(5, 0.05 / 4) == pytest.approx(2.48, abs=0.005)
