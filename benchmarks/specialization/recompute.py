@@ -16,12 +16,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student
 
 FOLDER = Path(__file__).parent
@@ -34,8 +31,6 @@ ARMS = (
 )
 PLANNED_ARMS = 40  # 14 for pets and for CIFAR-10, 12 on photos
 DATA_SETS = ("pets", "cifar10", "cats_vs_dogs")
-TABLES = (("pets", "class"), ("cifar10", "class"), ("cifar10", "animal or vehicle"), ("cats_vs_dogs", "class"))
-"""Data set, and what is asked about."""
 WEAKEST_FIRST = ("not measured", "not shown", "a little", "yes")
 
 
@@ -115,12 +110,11 @@ def third_answer(layer: dict) -> str:
 
 
 class Setting(NamedTuple):
-    """One MoE layer of one arm: its runs by seed, what each says of the layer, and its place in `routes`."""
+    """One MoE layer of one arm: its runs by seed, and what each says of the layer."""
 
     arm: str
     runs: list[dict]
     layers: list[dict]
-    place: int
 
     @property
     def layer(self) -> str:
@@ -136,81 +130,26 @@ class Setting(NamedTuple):
         return min(map(question, self.layers), key=WEAKEST_FIRST.index)
 
 
-def settings_of(runs: list[dict], data: str, about: str = "class") -> list[Setting]:
+def settings_of(runs: list[dict], data: str) -> list[Setting]:
     """All settings of a data set."""
     settings = []
     for arm in ARMS:
         own = [run for run in runs if (run["data"], run["arm"]) == (data, arm)]
         own.sort(key=lambda run: run["seed"])
-        for place in range(len(own[0]["answers"][about]) if own else 0):
-            settings.append(Setting(arm, own, [run["answers"][about][place] for run in own], place))
+        for place in range(len(own[0]["answers"]["class"]) if own else 0):
+            settings.append(Setting(arm, own, [run["answers"]["class"][place] for run in own]))
     return settings
 
 
-def agreement(setting: Setting) -> float:
-    """Mean agreement of two seeds' experts beyond chance, once they are matched: Cohen's kappa."""
-    routes = [np.array([list(image) for image in run["routes"][setting.place]]).astype(int) for run in setting.runs]
-    experts = len(setting.layers[0]["load"]["share"])
-    return statistics.fmean(matched_kappa(*pair, experts) for pair in combinations(routes, 2))
-
-
-def matched_kappa(first: np.ndarray, second: np.ndarray, experts: int) -> float:
-    """Experts are matched (Hungarian method) on one half of the images, and agreement is measured on the other."""
-    order = np.random.default_rng(0).permutation(len(first))
-    fitted, measured = np.split(order, [len(order) // 2])
-    _, match = linear_sum_assignment(pair_counts(first[fitted], second[fitted], experts), maximize=True)
-    share = pair_counts(first[measured], second[measured], experts)[:, match] / first[measured].size
-    observed, expected = np.trace(share), share.sum(1) @ share.sum(0)
-    return float((observed - expected) / (1 - expected)) if expected < 1 - 1e-12 else 0.0
-
-
-def pair_counts(first: np.ndarray, second: np.ndarray, experts: int) -> np.ndarray:
-    """How often the first has expert i where the second has expert j."""
-    counts = np.zeros((experts, experts))
-    np.add.at(counts, (first.ravel(), second.ravel()), 1)
-    return counts
-
-
-def swap_cells(setting: Setting) -> tuple[str, str]:
-    """Points lost where two classes' experts change places, and where as many choices change at random."""
+def lost_by_swap(setting: Setting) -> float:
+    """Points lost where two classes' experts change places, mean over the seeds in which they can."""
     swaps = [layer["swap"] for layer in setting.layers if layer["swap"] is not None]
-    if not swaps:
-        return "", ""
-    lost, at_random = (statistics.fmean(swap[name]["value"] for swap in swaps) for name in ("points", "random"))
-    return signed(lost, 1), signed(at_random, 1)
+    return statistics.fmean(swap["points"]["value"] for swap in swaps)
 
 
-def setting_row(setting: Setting) -> str:
-    """A line of the tables."""
-    cells = [
-        f"`{setting.arm}`, {setting.layer}",
-        str(len(setting.runs)),
-        f"{setting.mean(lambda layer: layer['load']['max_over_mean']):.2f}",
-        f"{setting.mean(lambda layer: layer['load']['effective_experts']):.1f}",
-        f"{100 * setting.mean(guess):.1f}",
-        signed(setting.mean(bits)),
-        f"{100 * setting.mean(share_of_probe):.0f}",
-        setting.answer(first_answer),
-        signed(setting.mean(lambda layer: bits_of_control(layer, "before"))),
-        signed(setting.mean(lambda layer: bits_of_control(layer, "clusters"))),
-        setting.answer(second_answer),
-        *swap_cells(setting),
-        setting.answer(third_answer),
-        signed(agreement(setting), 2),
-        f"{100 * statistics.fmean(run['top1'] for run in setting.runs):.1f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def above_table(settings: list[Setting]) -> str:
-    """What is the same for a whole table."""
-    setting = settings[0]
-    run = setting.runs[0]
-    before = span([100 * run["top1_before"] for run in setting.runs], 1)
-    return (
-        f"{run['images']:,} images of `{run['split']}`, {run['experts']} experts; chance {chance(settings)} %; trunks "
-        f"{before} % right. Means over seeds; answers are the weakest of any seed."
-    )
+def costliest_swap(settings: list[Setting]) -> str:
+    """Of the setting where it costs most, in points."""
+    return f"{max(map(lost_by_swap, settings)):.1f}"
 
 
 # ---- the one setting on photos
@@ -274,11 +213,6 @@ def chance(settings: list[Setting]) -> str:
     return f"{100 * settings[0].layers[0]['readings'][0]['chance']:.1f}"
 
 
-def costliest_swap(settings: list[Setting]) -> str:
-    """In the mean of the setting where it costs most, in points."""
-    return max((swap_cells(setting)[0] for setting in settings), key=lambda cell: float(cell.replace("−", "-")))
-
-
 def images_separate_more(settings: list[Setting]) -> bool:
     """Whether routing by image separates the classes more than routing by token, in every arm and layer."""
     shares = {(setting.arm, setting.layer): setting.mean(guess) for setting in settings}
@@ -316,6 +250,14 @@ def of_cifar10(settings: list[Setting]) -> str:
         f"CIFAR-10 says the same in its {len(settings)} settings: {guesses(settings)} % are guessed right, chance "
         f"{chance(settings)} %, and the costliest swap takes {costliest_swap(settings)} points."
     )
+
+
+def of_photos(settings: list[Setting]) -> str:
+    """README.md's sentence on the arms of photos with MoE layers in every second block."""
+    right = {setting.arm: statistics.fmean(run["top1"] for run in setting.runs) for setting in settings}
+    token, image = (100 * right[f"vmoe_top_k-{unit}-every2"] for unit in UNITS)
+    before = span([100 * run["top1_before"] for run in settings[0].runs], 1)
+    return f"lost accuracy in training ({token:.1f} and {image:.1f} % right, the trunk {before} %)"
 
 
 def where_runs_come_from(runs: list[dict]) -> str:
@@ -554,7 +496,6 @@ def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
     runs, records = read("runs.jsonl"), read("scratch.jsonl")
     settings = {data: settings_of(runs, data) for data in DATA_SETS}
-    tables = [settings_of(runs, data, about) for data, about in TABLES]
     bundled, small = bundled_layers(records), small_layers(records)
     every_bundled = [layer for layers in bundled.values() for layer in layers]
     return {
@@ -566,7 +507,7 @@ def statements() -> dict[str, list[str]]:
             of_pets(settings["pets"]),
             of_cifar10(settings["cifar10"]),
             *rule_on_photos(settings["cats_vs_dogs"]),
-            *(line for table in tables for line in (above_table(table), *map(setting_row, table))),
+            of_photos(settings["cats_vs_dogs"]),
             where_runs_come_from(runs),
             *of_records(records),
             *map(trained_row, [*every_bundled, *small]),
