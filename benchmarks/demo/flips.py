@@ -3,7 +3,7 @@
     python -m benchmarks flips --cifar path/to/cifar10 --out benchmarks/demo/flips.json
 
 The page opens with a photo whose answer changes: the strongest case that `matters.py` found among all bundled photos
-and experts. This counts such cases among test images of CIFAR-10, 50 of each class. Each of the model's experts is
+and experts. This counts such cases among test images of CIFAR-10, 200 of each class. Each of the model's experts is
 taken away as a click takes it away (its patches go to their next-best expert), and for each of them as many assignments
 are taken away at random, so that both searches are as wide. Answers are kept as digits, one for each image.
 """
@@ -81,7 +81,7 @@ def main() -> None:
     """Measure."""
     parser = argument_parser("flips", __doc__)
     parser.add_argument("--cifar", metavar="DIR", required=True, help="CIFAR-10 as a folder; its test images are asked")
-    parser.add_argument("--images", type=count, default=500, help="as many of each class (%(default)s)")
+    parser.add_argument("--images", type=count, default=2000, help="test images, as many of each class (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the record there")
     options = parser.parse_args()
     torch.set_num_threads(1)

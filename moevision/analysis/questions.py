@@ -316,7 +316,7 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     answer = YES if (whole if more is None else more).shown else NOT_SHOWN
     beyond = swap.beyond_patches
     if answer == YES and beyond is not None and beyond.shown:
-        detail += f"; in log-loss {signed(beyond.log_loss.value)} more than another choice of the same patches"
+        detail += f"; on the same patches {signed(beyond.log_loss.value)} of log-loss more than their other choice"
     if answer == YES and without.points.low <= 0:
         detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
         return Answer("function", A_LITTLE_WORD, detail, numbers)

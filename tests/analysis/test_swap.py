@@ -220,7 +220,7 @@ def test_an_expert_of_its_class_is_told_from_the_patches_that_chose_it() -> None
     found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
     assert found.swap.same_patches.moved == found.swap.their_other.moved > 0
     assert found.swap.beyond_patches.log_loss.low > 0
-    assert "more than another choice of the same patches" in answer.detail
+    assert "of log-loss more than their other choice" in answer.detail
 
 
 def test_where_experts_are_equal_the_same_patches_claim_nothing() -> None:
