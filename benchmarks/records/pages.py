@@ -73,7 +73,8 @@ CLAIMS = {
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
             "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things, yes: "
             "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}); "
-            "at equally many moved choices {favourite}, any two other experts {others}",
+            "at equally many moved choices {favourite}, any two other experts {others}; on the same patches it costs "
+            "{beyond} of log-loss more than their other choice",
             analysis.answers,
         ),
         Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),
