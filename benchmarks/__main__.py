@@ -67,6 +67,10 @@ PROVE = {
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": ("hashes of a training, a resumed training, a report and a view, before and after", "house.unchanged"),
+    "statements": (
+        "numbers of README, Results and guides, recomputed without the studies' code",
+        "recompute_statements",
+    ),
     "counts": ("modules, lines and tokens of the package, single importers, import circles", "house.counts"),
     "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }
