@@ -1,6 +1,6 @@
 """Statements of README, Results and guides beside the same numbers, recomputed without the studies' own code.
 
-    python benchmarks/recompute_statements.py       # NumPy and SciPy alone; status 1 if a page says something else
+    python benchmarks/recompute_statements.py   # NumPy and SciPy alone; status 1 if a page says something else
 
 Each is a difference of accuracy over common seeds with Student's interval, unless it says otherwise.
 """
@@ -156,7 +156,7 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("−", "-")
 
 
-def main() -> int:
+def checked() -> int:
     """Print every statement with its verdict; how many pages say something else."""
     texts: dict[str, str] = {}
     wrong = 0
@@ -168,5 +168,10 @@ def main() -> int:
     return wrong
 
 
+def main() -> None:
+    """Exit with 1 if a page says something else."""
+    sys.exit(min(checked(), 1))
+
+
 if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    main()

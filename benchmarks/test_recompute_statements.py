@@ -8,7 +8,7 @@ from benchmarks import recompute_statements
 
 
 def test_the_pages_say_what_the_records_give(capsys) -> None:
-    assert recompute_statements.main() == 0
+    assert recompute_statements.checked() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 18
     assert all(line.startswith("=\t") for line in lines)
@@ -19,7 +19,7 @@ def test_another_number_is_named(monkeypatch, capsys, tmp_path: Path) -> None:
     said = [("page.md", "-0.2 points better"), ("page.md", "-0.3 points better")]
     monkeypatch.setattr(recompute_statements, "ROOT", tmp_path)
     monkeypatch.setattr(recompute_statements, "statements", lambda: iter(said))
-    assert recompute_statements.main() == 1
+    assert recompute_statements.checked() == 1
     assert capsys.readouterr().out == "=\tpage.md\t−0.2 points better\nNOT THERE\tpage.md\t−0.3 points better\n"
 
 
