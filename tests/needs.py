@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ class Need(NamedTuple):
     is_here: Callable[[], object]
 
 
+ROOT = Path(__file__).parents[1]
 PHOTO_MODEL = "moevision/demo/models/cats_vs_dogs"
 """The one folder with photos and weights of others, which may be left out."""
 
@@ -26,6 +28,13 @@ PHOTO_MODEL = "moevision/demo/models/cats_vs_dogs"
 def chromium() -> str | None:
     """The browser's program, as MOEVISION_CHROMIUM or the search path names it."""
     return os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+
+
+def _history() -> bool:
+    """Whether this is a checkout with all its commits; a shallow clone and an unpacked archive are none."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository", "--show-prefix"]
+    asked = shutil.which("git") and subprocess.run(words, capture_output=True, text=True, check=False)
+    return bool(asked) and asked.stdout.split() == ["false"]  # an archive within a repository has a prefix
 
 
 def _has(*packages: str) -> bool:
@@ -50,7 +59,8 @@ NEEDS = {
     "photos": Need(
         "the bundled model of photos",
         f"git checkout {PHOTO_MODEL}",
-        lambda: (Path(__file__).parents[1] / PHOTO_MODEL / "card.json").is_file(),
+        lambda: (ROOT / PHOTO_MODEL / "card.json").is_file(),
     ),
+    "history": Need("the repository's history", "git fetch --unshallow, in a clone", _history),
     "notebooks": Need("a notebook runner", 'pip install ".[test]"', lambda: _has("nbformat", "nbclient", "ipykernel")),
 }

@@ -66,9 +66,13 @@ class Claim:
         """The text for each mapping of values, made once: several tests ask."""
         return self.rendered()
 
+    def loaded(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[Any]:
+        """The records in their order, of a `.jsonl` file each line; `read` gives a file's text."""
+        return [record for place in self.places for record in _records(place, read)]
+
     def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
-        values = self.values(*(record for place in self.places for record in _records(place, read)))
+        values = self.values(*self.loaded(read))
         return [self.text.format_map(row) for row in ([values] if isinstance(values, Mapping) else values)]
 
 
@@ -113,6 +117,28 @@ def all_pages() -> list[Path]:
     """README.md, docs/, the lab notes of benchmarks/ and the configs."""
     notes, configs = (ROOT / "benchmarks").glob("*/README.md"), (ROOT / "configs").glob("*.yaml")
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes), *sorted(configs)]
+
+
+def all_records() -> list[Path]:
+    """Every JSON file of benchmarks/, and what the bundled models say of themselves."""
+    return sorted(
+        path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*")
+    )
+
+
+def read_record(path: Path) -> Any:
+    """A record: of .jsonl a list, one entry a line."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def parts_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a record."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from parts_of(part)
 
 
 def module_of(path: Path) -> str:

@@ -10,6 +10,7 @@ Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
 FLIPS = "benchmarks/demo/flips.json"
+MATTERS = ("benchmarks/demo/matters.json", "moevision/demo/models/cifar10/card.json")
 PACKED, LIVE = "benchmarks/demo/packed.json", "benchmarks/demo/live.json"
 STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
 CROWDS = {  # as the page calls them
@@ -97,6 +98,39 @@ def of_flips(record: Json) -> Json:
     return told
 
 
+def opening(record: Json, card: Json) -> Json:
+    """The image of README and of the site's start: what it is without the expert, and with as much away at random.
+
+    A class with more than half of the probability is the answer.
+    """
+    case = record["case"]
+    assert case == card["matters"], "the explorer leads to another case than the record's"
+    before, after = (case[when]["class"] for when in ("before", "after"))
+    stays = min(record["at_random"]) > 0.5
+    return {
+        "expert": case["away"][0][1], "before": before, "after": after,
+        "stays": f"stays a {before}" if stays else "may change too",
+        "still": f"still {before}" if stays else "not always",
+    }  # fmt: skip
+
+
+OPENING = Claim(
+    MATTERS,
+    "{before}'s photo: its patches fly into the boxes of eight small networks; without one of them the model says "
+    "{after}, without as much at random {still}",
+    opening,
+)
+"""What stands in the place of the image where it isn't shown."""
+
+
+def of_bundled(record: Json) -> Json:
+    """Of how many photos the opening's is the strongest, and what as much at random leaves of it."""
+    draws = record["at_random"]
+    before = record["case"]["before"]["class"]
+    most = {"draws": len(draws), "keep": sum(each > 0.5 for each in draws), "least": min(draws), "before": before}
+    return {**record, **most}
+
+
 def _megabytes(arm: Json) -> Json:
     return {"file": f"{arm['bytes'] / 1e6:.1f} MB", "compressed": f"{arm['compressed'] / 1e6:.1f} MB"}
 
@@ -124,6 +158,13 @@ CLAIMS = [
         "{sure:,} that are as sure as the dog (.7 and more) {sure_without:.1%} and {sure_at_random:.1%}",
         of_flips,
     ),
+    Claim(
+        MATTERS[0],
+        "each of {images} bundled photos. {right} are named right, and the answer of {flips} of these changes with "
+        "some expert. The strongest case is the {before} of README",
+        of_bundled,
+    ),
+    Claim(MATTERS[0], "{keep} of {draws} draws leave at least {least:.0%} to the {before}.", of_bundled),
     Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu}"),
     Claim(LATENCY, "| {what} | {cells} |", waiting),
     Claim(

@@ -1,8 +1,23 @@
 """docs/guides/when-experts.md."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.records import Claim, accuracy, cats_and_dogs, infer, modular, readme
+from benchmarks.records import (
+    Claim,
+    accuracy,
+    cats_and_dogs,
+    demo,
+    equal_time,
+    infer,
+    modular,
+    performance,
+    readme,
+    sparsity,
+)
+from benchmarks.records.studies import on_gpus
+from moevision.analysis.questions import NOT_SHOWN, YES
 
 
 def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
@@ -15,7 +30,82 @@ def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
     return {**readme.few_and_many(*rows), "bf16": found}
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to take in a case.
+
+    Attributes:
+        records: those that decide, as a claim names them.
+        verdict: what they say, in a word.
+        take: the guide's cell for each verdict; where one has none, the row is to be written anew.
+    """
+
+    records: str | tuple[str, ...]
+    verdict: Callable[..., str]
+    take: Mapping[str, str]
+
+    def of(self, *records: Any) -> dict[str, str]:
+        """The cell, and the verdict."""
+        verdict = self.verdict(*records)
+        return {"take": self.take[verdict], "verdict": verdict}
+
+
+def few_steps(*found: Any) -> str:
+    """Whether experts are more accurate at equal steps: with a classifier of the patches' mean, or also of places."""
+    mean, places = (sparsity.decided(name, *found)["verdict"] == sparsity.WORDS["positive"] for name in ("H1", "H7"))
+    return "with any classifier" if mean and places else "with the mean" if mean else "no"
+
+
+DENSE_IF_SLOWER = {"slower": "dense", "about as fast": "either", "faster": "experts"}
+TAKE = {
+    # the guide's first column: what decides the second one
+    "a few thousand photos, pretrained weights": Advice(
+        (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
+        lambda *records: accuracy.moe_less_dense(*records)["verdict"],
+        {"better": "experts", "not told apart": "`fit --dense`", "worse": "`fit --dense`"},
+    ),
+    "from scratch, few steps": Advice(
+        sparsity.FILES, few_steps, {"with any classifier": "experts", "with the mean": "dense", "no": "dense"}
+    ),
+    "from scratch, in a given time or to the end": Advice(
+        equal_time.FILES[0],
+        lambda *runs: equal_time.at_full_length(*runs)["found"],
+        {"shown": "experts", "excluded": "dense", "neither shown nor excluded": "`--with-twin`"},
+    ),
+    "many images, on GPUs": Advice(
+        (sparsity.FILES[0], equal_time.FILES[0], performance.TRAIN.format("cifar10")),
+        lambda *records: "measured" if on_gpus(*records) else "not measured",
+        {"not measured": "`--with-twin`"},
+    ),
+    "one image at a time, on a CPU": Advice(
+        infer.BEFORE, lambda *rows: infer.speed(one_in_bf16(*rows)["one"], one_in_bf16(*rows)["bf16"]), DENSE_IF_SLOWER
+    ),
+    "many images at a time, to predict": Advice(
+        infer.BEFORE, lambda *rows: infer.speed(readme.few_and_many(*rows)["many"]), DENSE_IF_SLOWER
+    ),
+    "new folders of classes, added later": Advice(
+        modular.FILES,
+        modular.above_the_rule,
+        {
+            "on every set": "experts trained apart and joined",
+            "not on every set": "[a frozen model and a linear rule](#add-a-folder-without-training)",
+        },
+    ),
+    "an expert for each class": Advice(
+        cats_and_dogs.FILES,
+        lambda *runs: cats_and_dogs.answer(runs)[0],
+        {YES: "experts", cats_and_dogs.ONLY_TOLD: "a router that is told the class", NOT_SHOWN: "dense"},
+    ),
+    "to see inside a model, or to teach": Advice(
+        demo.MATTERS[0],
+        lambda record: "an answer changes" if record["case"] else "no answer changes",
+        {"an answer changes": "experts", "no answer changes": "either"},
+    ),
+}
+
 CLAIMS = [
+    *(Claim(advice.records, f"| {case} | {{take}} |", advice.of) for case, advice in TAKE.items()),
+    Claim(TAKE["many images, on GPUs"].records, "| {take} | {verdict} |", TAKE["many images, on GPUs"].of),
     Claim(
         (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
         "cats and dogs by {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",

@@ -34,6 +34,13 @@ def extremes(*lines: Json) -> Json:
     return found
 
 
+def speed(*ratios: float) -> str:
+    """How a model that takes so many times another's time compares; a tenth isn't counted."""
+    if min(ratios) > 1.1:
+        return "slower"
+    return "faster" if max(ratios) < 1 / 1.1 else "about as fast"
+
+
 def parts(record: Json) -> list[Json]:
     """Rows of the roofline's table."""
     fp32, bf16 = record["rows"]

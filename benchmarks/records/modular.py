@@ -63,6 +63,13 @@ def beside_replay(*runs: Any) -> dict[str, Any]:
     return gaps(*runs, pair=("joined", "dense with replay, masked"))
 
 
+def above_the_rule(*runs: Any) -> str:
+    """Whether joined experts are more accurate than LDA, which needs no training, on every set of domains."""
+    pair = "joined", "no training"
+    gaps = [Gap(having(runs_of(runs, name), *pair), *pair) for name in SETS]
+    return "on every set" if all(gap.mean - gap.half > 0 for gap in gaps) else "not on every set"
+
+
 def apart(*runs: Any) -> dict[str, float]:
     """Accuracy of the experts of `sources`, domain given: means over seeds."""
     own = runs_of(runs, "sources")

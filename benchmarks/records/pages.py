@@ -66,6 +66,7 @@ CLAIMS = {
     "docs/guides/several-gpus.md": [
         Claim("benchmarks/planner/measured.json", "{least:.0f} to {most:.0f} % too few on a CPU", planned_too_short)
     ],
+    "docs/index.md": [demo.OPENING],
     "docs/reference/files.md": [Claim(strangers.FILE, "{rates} %.", strangers.recognized)],
     "docs/guides/more-than-chance.md": [
         Claim(
@@ -121,6 +122,8 @@ DEFINITIONS = {
     "docs/alternatives.md": [
         Definition("| AGPL-3.0, or a paid enterprise licence", "a licence"),
         Definition("| AGPL-3.0, a commercial or", "a licence"),
+        Definition("(AGPL-3.0), which also classifies", "a licence"),
+        Definition("ES-MoE](https://pypi.org/project/esmoe/) (AGPL-3.0)", "a licence"),
         *(Definition(f"{name} | Apache-2.0", "a licence") for name in _APACHE),
         Definition("| Apache-2.0 (weights vary)", "a licence"),
     ],

@@ -15,7 +15,9 @@ from benchmarks.records import (
     specialization,
 )
 from benchmarks.records.performance import TRAIN, side_by_side
+from benchmarks.records.studies import on_gpus
 
+CORES = {1: "one core", 2: "two cores"}
 STEP = TRAIN.format("cifar10")
 
 
@@ -27,6 +29,20 @@ def few_and_many(*rows: dict[str, Any]) -> dict[str, float]:
         if (row["model"], row["precision"], row["threads"]) == ("trained", "fp32", 1)
     }
     return {"one": found[1], "many": found[64]}
+
+
+def beside_dense(*records: Any) -> dict[str, str]:
+    """The dense twin in words: its accuracy at equal time and full length, its time for one image and for a step."""
+    runs = [record for record in records if "arm" in record]
+    (step,) = (side_by_side(record) for record in records if "rows" in record)
+    rows = [record for record in records if "arm" not in record and "rows" not in record]
+    moe = equal_time.at_full_length(*runs)["verdict"]
+    slower = infer.speed(few_and_many(*rows)["one"], step["twin"] / step["moe"]) == "slower"
+    return {
+        "accurate": {"": "as accurate", "better": "less accurate", "worse": "more accurate"}[moe],
+        "faster": "faster" if slower else "not faster",
+        "machines": "CPUs and GPUs" if on_gpus(*records) else "CPUs",
+    }
 
 
 # docs/guides/when-experts.md says the same.
@@ -57,6 +73,19 @@ MORE_ACCURATE = [
     ),
 ]
 CLAIMS = [
+    demo.OPENING,
+    Claim(
+        demo.MATTERS,
+        "Take network {expert} away, and the model calls this {before} a {after}. Take as much away at random, and it "
+        "{stays}.",
+        demo.opening,
+    ),
+    Claim(
+        (equal_time.FILES[0], infer.BEFORE, STEP),
+        "in our tests on {machines} a dense ViT of the same cost was {accurate}, and {faster}.",
+        beside_dense,
+    ),
+    Claim(demo.MATTERS[0], "The strongest of {images} photos", demo.of_bundled),
     Claim(
         demo.FLIPS,
         "of {right:,} right test photos {without:.0%} change without some network, {at_random:.0%} at random",
@@ -95,13 +124,14 @@ CLAIMS = [
     ),
     Claim(
         STEP,
-        "training {moe:.0f} against {twin:.0f} images/s and {moe_mib:.0f} against {twin_mib:.0f} MiB",
-        side_by_side,
+        "training {moe:.0f} against {twin:.0f} images/s and {moe_mib:.0f} against {twin_mib:.0f} MiB, on {cores}",
+        lambda record: {**side_by_side(record), "cores": CORES[record["machine"]["torch_threads"]]},
     ),
 ]
 
 DEFINITIONS = [
-    Definition("strongest of 16 photos", "those that are carried with CIFAR-10's model"),
+    Definition("No GPU and no account are needed", "what the package takes"),
+    Definition("Are they more accurate?", "a question"),
     Definition("Apache-2.0", "the licence"),
     Definition("Python 3.11", "a version"),
     Definition("in brackets their 95 % intervals", "the level of `benchmarks/study.py`"),

@@ -18,7 +18,7 @@ from benchmarks.records import (
     upcycling,
     waiting,
 )
-from benchmarks.records.studies import shown
+from benchmarks.records.studies import on_gpus, shown
 
 TRAIN = performance.TRAIN.format("cifar10")
 FILES = (
@@ -33,6 +33,7 @@ def _rows(*_: Any) -> list[dict[str, str]]:
 
 CLAIMS = [
     Claim(FILES, "{text}", _rows),
+    Claim(FILES, "{text} measured.", lambda *records: {"text": "GPUs were" if on_gpus(*records) else "No GPU was"}),
     Claim(FILES, "with {moe:.0%} of a model's FLOPs in experts", sparsity.shares),
     Claim(FILES, "the shipped models have {least_percent:.0f} to {most:.0%}.", sparsity.shares),
     Claim(

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.records import parts_of
+
 
 def report(study: str) -> Any:
     """The module that tells the record of a study."""
@@ -13,3 +15,8 @@ def report(study: str) -> Any:
 def shown(texts: Iterable[str]) -> list[dict[str, str]]:
     """What fills `Claim(record, "{text}", ...)`."""
     return [{"text": text} for text in texts]
+
+
+def on_gpus(*records: Any) -> bool:
+    """Whether one of these was measured on a machine with a GPU."""
+    return any(part.get("gpus") for record in records for part in parts_of(record))

@@ -1,9 +1,8 @@
 """Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `records/`."""
 
-import json
 import math
 import re
-import subprocess
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,19 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import without_places
-from benchmarks.records import ROOT, Claim, Page, checked_pages, module_of, pattern, unclaimed
+from benchmarks.records import (
+    ROOT,
+    Claim,
+    Page,
+    all_records,
+    checked_pages,
+    guides_when_experts,
+    module_of,
+    parts_of,
+    pattern,
+    read_record,
+    unclaimed,
+)
 from tests.needs import PHOTO_MODEL
 
 WITHOUT_COMMIT: set[str] = {
@@ -24,8 +35,6 @@ WITHOUT_COMMIT: set[str] = {
 
 PAGES = checked_pages()
 RECORDS = sorted({path for page in PAGES for claim in page.claims for path in claim.paths})
-EVERY = sorted(path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*"))
-"""All records, and what the bundled models say of themselves."""
 
 
 def _param(page: Page) -> Any:
@@ -50,12 +59,17 @@ def test_a_page_says_what_its_records_say(page: Page) -> None:
 
 VERDICT = re.compile(
     r"\b(beats?|better|worse|above|below|slower|faster|told apart|offsets?|improves?|excluded|yes|no"
-    r"|((is|are) not|isn't|aren't|not|is|are) shown)\b"
+    r"|((is|are) not|isn't|aren't|not|is|are) shown|(as|more|less) accurate|stays)\b"
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("README.md", "What experts bring, and what they cost"), ("docs/results.md", "Results")]
+    ("name", "section"),
+    [
+        ("README.md", "moevision"),
+        ("README.md", "What experts bring, and what they cost"),
+        ("docs/results.md", "Results"),
+    ],
 )
 def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
     """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""
@@ -70,28 +84,59 @@ def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -
     assert [match.group() for match in VERDICT.finditer(left)] == []
 
 
+def test_every_advice_of_the_guide_comes_from_a_verdict() -> None:
+    """A row that is new, or worded anew, gets its line in TAKE; that the second cell is TAKE's is a claim."""
+    page = (ROOT / "docs" / "guides" / "when-experts.md").read_text()
+    table = re.search(r"^\| your case .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+    assert table is not None
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()] == list(guides_when_experts.TAKE)
+
+
+def _more_accurate(run: dict[str, Any]) -> None:
+    if run["arm"] == "moe" and run["test_top1"]:
+        run["test_top1"] += 0.008
+
+
+def _twice_as_fast(row: dict[str, Any]) -> None:
+    row["after"]["ratio"]["median"] /= 2
+
+
+def _on_a_gpu(record: dict[str, Any]) -> None:
+    record["machine"]["gpus"] = ["NVIDIA H100"]
+
+
+def _always_right(run: dict[str, Any]) -> None:
+    run["predicted"]["joined"] = run["labels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_more_accurate, {"excluded": "shown"}),
+        (_twice_as_fast, {"slower": "faster", "about as fast": "faster"}),
+        (_on_a_gpu, {"not measured": "measured"}),
+        (_always_right, {"not on every set": "on every set"}),
+    ],
+)
+def test_an_advice_changes_with_its_records(change: Any, said: dict[str, str]) -> None:
+    """The records of each advice whose verdict is named, changed; each verdict becomes the other."""
+    advices = [each for each in guides_when_experts.TAKE.values() if set(said) & set(each.take)]
+    assert advices
+    for advice in advices:
+        records = Claim(advice.records, "").loaded()
+        before = advice.verdict(*records)
+        for record in records:
+            change(record)
+        assert advice.verdict(*records) == said[before]
+
+
 def test_every_module_has_one_page() -> None:
     """A page that moved without its module would no longer be checked."""
-    helpers = {"__init__", "pages", "rewrite", "studies", "test_records"}
+    helpers = {"__init__", "pages", "rewrite", "studies", "test_history", "test_records"}
     modules = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.py")} - helpers
     names = [module_of(page.path) for page in PAGES]
     assert modules <= set(names)
     assert len(names) == len(set(names))
-
-
-def _read(path: Path) -> Any:
-    """A record: of .jsonl a list, one entry a line."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-
-
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping in a record."""
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    for part in value if isinstance(value, list) else ():
-        yield from _parts(part)
 
 
 @cache
@@ -99,7 +144,11 @@ def _trees(path: str) -> list[dict[str, Any]]:
     """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
     beside = (ROOT / path).with_name("provenance.json")
     return [
-        part for file in (ROOT / path, beside) if file.is_file() for part in _parts(_read(file)) if "git_commit" in part
+        part
+        for file in (ROOT / path, beside)
+        if file.is_file()
+        for part in parts_of(read_record(file))
+        if "git_commit" in part
     ]
 
 
@@ -118,26 +167,16 @@ def test_records_come_from_committed_trees() -> None:
 
 def test_no_record_is_of_a_dry_run() -> None:
     """`--quick` shows that a benchmark runs, and measures nothing."""
-    assert [path for path in EVERY if any(part.get("dry_run") for part in _parts(_read(path)))] == []
+    assert [path for path in all_records() if any(part.get("dry_run") for part in parts_of(read_record(path)))] == []
 
 
-def test_every_commit_that_a_record_names_is_in_the_history() -> None:
-    """Of measurements, and of the trainings of the bundled models. A shallow clone or an archive can't tell."""
-
-    def git(*words: str) -> list[str]:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.split() if done.returncode == 0 else []
-
-    if git("rev-parse", "--is-shallow-repository", "--show-prefix") != ["false"]:
-        pytest.skip("no checkout of the repository with its history")
-    named = {part["git_commit"]: path for path in EVERY for part in _parts(_read(path)) if part.get("git_commit")}
-    assert len(named) > 50
-    assert {named[commit] for commit in named.keys() - set(git("rev-list", "HEAD"))} == set()
+CIFAR10_LABELS = "".join(1000 * str(label) for label in range(10))
+"""Of its test images by class, a digit each: records of this data leave them out."""
 
 
 def contradictions(record: Any) -> Iterator[str]:
     """Numbers of a record that don't follow from the counts beside them."""
-    for part in _parts(record):
+    for part in parts_of(record):
         correct = part.get("correct")
         images = next((part[name] for name in ("total", "n", "test_images", "images") if name in part), None)
         if "total" in part and not 0 <= correct <= images:
@@ -152,6 +191,14 @@ def contradictions(record: Any) -> Iterator[str]:
         for share in shares:
             if not math.isclose(share * images, round(share * images), rel_tol=0, abs_tol=1e-3):
                 yield f"{share} of {images} images is no number of images"
+        if isinstance(part.get("predicted"), str):
+            labels = part.get("labels", CIFAR10_LABELS)
+            right = sum(map(str.__eq__, part["predicted"], labels)) / len(labels)
+            top1 = part.get("top1", part.get("test_top1"))
+            if len(part["predicted"]) != len(labels):
+                yield f"{len(part['predicted'])} predicted classes of {len(labels)} images"
+            elif not math.isclose(top1, right, abs_tol=1e-6):
+                yield f"{right} of the predicted classes are right, not {top1}"
         if "max_over_mean" in part and "counts" in part:
             counts, mean = part["counts"], sum(part["counts"]) / len(part["counts"])
             cv_squared = sum((count / mean - 1) ** 2 for count in counts) / len(counts)
@@ -170,7 +217,7 @@ def contradictions(record: Any) -> Iterator[str]:
 
 
 def test_what_a_record_says_follows_from_its_counts() -> None:
-    assert {path: found for path in EVERY if (found := list(contradictions(_read(path))))} == {}
+    assert {path: found for path in all_records() if (found := list(contradictions(read_record(path))))} == {}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +227,9 @@ def test_what_a_record_says_follows_from_its_counts() -> None:
         ({"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}}, "add up to 3 of 4"),
         ({"top1": 0.7, "images": 832}, "0.7 of 832"),
         ({"test_images": 2000, "accuracy": {"moe": 0.99, "dense": 0.9871}}, "0.9871 of 2000"),
+        ({"labels": "0011", "predicted": "0010", "top1": 1.0}, "0.75 of the predicted classes are right, not 1.0"),
+        ({"predicted": CIFAR10_LABELS[1:] + "0", "test_top1": 1.0}, "0.999 of the predicted"),
+        ({"predicted": CIFAR10_LABELS[1:], "test_top1": 0.999}, "9999 predicted classes of 10000 images"),
         ({"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]}, "cv_squared"),
         ({"test": {"correct": 2, "total": 3}, "layers": [{"counts": [6, 7]}]}, "13 choices of 3"),
         ({"arm": "moe", "curve": [[9, 2.0, 0.5]], "steps": 9, "steps_applied": 9, "val_top1": 0.6}, "moe: the curve"),
@@ -190,11 +240,34 @@ def test_a_contradiction_is_found(record: dict[str, Any], said: str) -> None:
     assert said in found
 
 
+WITHOUT_PREDICTIONS = {"equal_time": 22, "small": 200, "sparsity": 150}
+"""Finished runs from before records kept them: there is at most a hash."""
+
+
+@pytest.mark.parametrize("study", ["cats_and_dogs", "equal_time", "modular", "small", "sparsity"])
+def test_a_run_on_which_a_verdict_rests_keeps_its_predictions(study: str) -> None:
+    """So that anybody can count again, and add the luck of the test images."""
+    runs = read_record(ROOT / "benchmarks" / study / "runs.jsonl")
+    finished = [run for run in runs if not run.get("failed")]
+    assert sum("predicted" not in run for run in finished) == WITHOUT_PREDICTIONS.get(study, 0)
+
+
+def test_equal_time_is_as_many_more_steps_as_the_prices_say() -> None:
+    """A step of the MoE takes the median of three measurements times as long as one of the twin."""
+    prices, runs = (read_record(ROOT / "benchmarks" / "equal_time" / f"{name}.jsonl") for name in ("prices", "runs"))
+    dearer = statistics.median(price["moe_to_twin"]["median"] for price in prices)
+    steps = {arm: {run["steps"] for run in runs if run["arm"] == arm} for arm in ("moe", "twin-time")}
+    assert steps == {"moe": {3_510}, "twin-time": {round(dearer * 3_510)}}
+
+
 @pytest.mark.parametrize("record", ["sparsity/runs.jsonl", "stem/record.json"])
 def test_every_token_of_every_test_image_chose_two_experts(record: str) -> None:
     """10,000 test images of 64 tokens with K = 2 in every MoE layer."""
     layers = [
-        part for path in (ROOT / "benchmarks").glob(record) for part in _parts(_read(path)) if "max_over_mean" in part
+        part
+        for path in (ROOT / "benchmarks").glob(record)
+        for part in parts_of(read_record(path))
+        if "max_over_mean" in part
     ]
     assert {sum(layer["counts"]) for layer in layers} == {10_000 * 64 * 2}
 

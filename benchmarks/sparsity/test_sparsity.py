@@ -1,5 +1,6 @@
 """The sparsity study: its verdicts follow from the records by the protocol, and its queue goes on where it stopped."""
 
+import csv
 import itertools
 import json
 import math
@@ -312,7 +313,12 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(bench, small, tm
     assert (one["sessions"], other["sessions"]) == (1, 2)
     assert one["steps"] == 8
     assert [point[0] for point in other["curve"]] == [4, 8]
-    same = ("test_top1", "test_loss", "val_top1", "layers", "cv_importance", "steps", "seed", "cost")
+    written = tmp_path / "work-whole" / one["name"] / "predictions_test.csv"
+    labels = sorted(row["label"] for row in csv.DictReader(written.read_text().splitlines()))
+    classes = sorted(set(labels))
+    right = [classes[int(digit)] == label for digit, label in zip(one["predicted"], labels, strict=True)]
+    assert statistics.fmean(right) == pytest.approx(one["test_top1"])
+    same = ("predicted", "test_top1", "test_loss", "val_top1", "layers", "cv_importance", "steps", "seed", "cost")
     assert {name: one[name] for name in same} == {name: other[name] for name in same}
     assert min(one["cpu_s"], other["cpu_s"], one["peak_mib"]) > 0
     assert one["code"] == about()["code"]  # commit and dirty flag; None for a wheel

@@ -8,12 +8,14 @@ Axes: B images, N tokens, E experts.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import resource
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Job
 from moevision.config import read, settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
+from moevision.errors import csv_name
 from moevision.files import file_sha256
 from moevision.layers import forward_routing
 from moevision.limits import keep_freed_memory
@@ -190,7 +193,8 @@ def metered(key: dict[str, Any], arguments: list[str], meter: Meter, run_dir: Pa
             steps = training.trainer.global_step
             return {**key, **found(task, meter, result), **shifted, "val_top1": val, "steps": steps,
                     "cv_importance": importance, "sessions": sessions_of(run_dir),
-                    "predictions": file_sha256(run_dir / "predictions_test.csv")}  # fmt: skip
+                    "predictions": file_sha256(run_dir / "predictions_test.csv"),
+                    "predicted": predicted_classes(run_dir, data.class_names)}  # fmt: skip
     except TrainingDiverged as error:
         return {**key, "failed": str(error), "sessions": sessions_of(run_dir)}
     except Interrupted as stopped:
@@ -218,6 +222,14 @@ def found(task: ClassificationTask, meter: Meter, result: RunResult) -> dict[str
         "steps_applied": summary.steps,
         "notes": list(summary.notes),
     }
+
+
+def predicted_classes(run_dir: Path, class_names: Sequence[str]) -> str:
+    """What a finished run predicts for every test image, a digit each; images by class, as they come within a class."""
+    names = [csv_name(name) for name in class_names]
+    with (run_dir / "predictions_test.csv").open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: names.index(row["label"]))
+    return "".join(str(names.index(row["prediction"])) for row in rows)
 
 
 def sessions_of(run_dir: Path) -> int:
