@@ -80,24 +80,14 @@ def best_guess(layers: Seeds, control: str) -> float:
     return fmean(max(each["guess"] for each in layer[control]) for layer in layers)
 
 
-def lost_without(layer: Record, unit: str, label: int, owner: int) -> float:
-    """What all photos of a class lose in the mean where the own expert of cats, or of dogs, computes nothing."""
-    expert = own_experts(layer)[owner]
-    loss_of_its_photos = layer["swap"]["knock_out"][unit][label][expert] or 0.0  # None where it has no photos
-    return loss_of_its_photos * shares(layer)[label][expert]
+def lost_in(layer: Record, label: int, owner: int) -> float:
+    """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
+    return layer["swap"]["knock_out"]["points"][label][own_experts(layer)[owner]] or 0.0  # None: it has none of them
 
 
-def mean_costs(layers: Seeds) -> dict[str, list[float]]:
-    """Unit -> what is lost without the layer, without each expert for each class, and where experts are exchanged."""
-    costs = {}
-    for unit in ("log_loss", "points"):
-        columns = [[layer["swap"]["without"][unit]["value"] for layer in layers]]
-        for label in (CATS, DOGS):
-            for owner in (CATS, DOGS):
-                columns.append([lost_without(layer, unit, label, owner) for layer in layers])
-        columns.append([layer["swap"][unit]["value"] for layer in layers])
-        costs[unit] = list(map(fmean, columns))
-    return costs
+def lost_by_exchange(layers: Seeds, unit: str) -> float:
+    """What it costs that every photo gets the other expert: the mean over seeds."""
+    return fmean(layer["swap"][unit]["value"] for layer in layers)
 
 
 def is_separate(layer: Record) -> bool:
@@ -118,10 +108,10 @@ def paired_test(differences: list[float]) -> tuple[float, float, float]:
     return mean, student.ppf(0.975, seeds - 1) * error, 2 * student.sf(abs(mean) / error, seeds - 1)
 
 
-def less_dense(runs: dict[tuple[str, str], Seeds], learn: str, gate: str) -> list[float]:
-    """A gate's accuracy minus the dense model's in each seed that it has."""
-    dense = {run["seed"]: accuracy(run) for run in runs[learn, "dense"]}
-    return [accuracy(run) - dense[run["seed"]] for run in runs[learn, gate]]
+def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) -> list[float]:
+    """A gate's accuracy minus another's in each seed that it has."""
+    of_other = {run["seed"]: accuracy(run) for run in runs[learn, other]}
+    return [accuracy(run) - of_other[run["seed"]] for run in runs[learn, gate]]
 
 
 def number(value: float, digits: int) -> str:
@@ -133,6 +123,12 @@ def number(value: float, digits: int) -> str:
 def points(share: float) -> str:
     """A difference in percentage points, with its sign."""
     return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def with_interval(differences: list[float]) -> str:
+    """The mean difference with its interval, in points."""
+    mean, half, _ = paired_test(differences)
+    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
 
 
 def listed(words: list[str]) -> str:
@@ -152,7 +148,7 @@ def verdicts(differences: dict[tuple[str, str], list[float]]) -> dict[tuple[str,
 
 def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
     """Test accuracy of each gate, beside the dense model in which the same learns."""
-    differences = {key: less_dense(runs, *key) for key in runs if key[1] != "dense"}
+    differences = {key: less(runs, *key, "dense") for key in runs if key[1] != "dense"}
     words, rows = verdicts(differences), []
     for (learn, gate), own in runs.items():
         percents = [100 * accuracy(run) for run in own]
@@ -162,8 +158,7 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         if gate != "dense" and own:
             interval, verdict = points(fmean(differences[learn, gate])), words.get((learn, gate), "not told apart")
             if len(own) > 1:
-                middle, half, _ = paired_test(differences[learn, gate])
-                interval += f" ({points(middle - half)} to {points(middle + half)})"
+                interval = with_interval(differences[learn, gate])
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
         cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, verdict]
         rows.append(f"| {' | '.join(cells)} |")
@@ -181,26 +176,6 @@ def where_cells(layers: Seeds) -> list[str]:
         answers = [layer["answers"][question] for layer in layers]
         cells.append(", ".join(f"{answer} {answers.count(answer)}" for answer in dict.fromkeys(answers)))
     return cells
-
-
-def lost_cells(layers: Seeds) -> list[str]:
-    """What is lost, in nats (points); double dissociation; and where experts are different."""
-    costs = mean_costs(layers)
-    cells = []
-    for nats, lost_points in zip(costs["log_loss"], costs["points"], strict=True):
-        cells.append(f"{number(nats, 3)} ({number(lost_points, 1)})")
-    p_values = [layer["swap"]["knock_out"]["p_value"] for layer in layers]
-    cells.append(f"{sum(p is not None and p <= 0.05 for p in p_values)} of {len(layers)}")
-    cells.append(f"{sum(map(is_different, layers))} of {len(layers)}")
-    return cells
-
-
-def sent_cells(runs: Seeds, layers: Seeds) -> list[str]:
-    """Cats and dogs that are right by their own routes, and where one expert computes all photos."""
-    columns = [[run["own"]["right"] for run in runs]]
-    for owner in (CATS, DOGS):
-        columns.append([layer["sent"][own_experts(layer)[owner]]["right"] for layer in layers])
-    return [" / ".join(f"{100 * share:.0f}" for share in np.mean(column, axis=0)) for column in columns]
 
 
 def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
@@ -231,12 +206,12 @@ def read_runs() -> dict[tuple[str, str], Seeds]:
 
 
 def table_rows(runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]) -> list[str]:
-    """Every row of the four tables."""
+    """Every row of the two tables."""
     rows = accuracy_rows(runs)
     for (learn, gate), own in layers.items():
         for seeds in own:
-            for cells in (where_cells(seeds), lost_cells(seeds), sent_cells(runs[learn, gate], seeds)):
-                rows.append(f"| {LEARN[learn]} | {GATES[gate]} | {seeds[0]['name']} | {' | '.join(cells)} |")
+            cells = [LEARN[learn], GATES[gate], seeds[0]["name"], *where_cells(seeds)]
+            rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
@@ -252,14 +227,23 @@ def statements() -> dict[str, list[str]]:
     machine = records[0]["machine"]["cpu"]
     block_7, block_9 = ({key: own[place] for key, own in layers.items() if own} for place in (0, 1))
     of_class = block_7["experts", "class"]
-    _, cats_cats, cats_dogs, dogs_cats, dogs_dogs, exchanged = mean_costs(of_class)["points"]
-    with_blocks = {unit: costs[-1] for unit, costs in mean_costs(block_7["blocks", "class"]).items()}
-    cats, dogs = (
-        listed([f"{lost_without(layer, 'points', label, label):.0f}" for layer in of_class]) for label in (CATS, DOGS)
-    )
-    right = {gate: f"{100 * fmean(map(accuracy, runs['experts', gate])):.1f} %" for gate in ("class", "dense")}
-    mean, half, _ = paired_test(less_dense(runs, "experts", "class"))
-    cost, low, high = (number(100 * end, 1) for end in (mean, mean - half, mean + half))
+    lost = {
+        (label, owner): listed([number(lost_in(layer, label, owner), 0) for layer in of_class])
+        for label in (CATS, DOGS)
+        for owner in (CATS, DOGS)
+    }
+    left_out = [
+        layer["swap"]["without"]["points"]["value"]
+        for gate in ("alone", "balanced", "class")
+        for layer in block_7["experts", gate]
+    ]
+    below = {gate: less(runs, "experts", gate, "dense") for gate in ("class", "balanced", "alone")}
+    told = {gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")}
+    least, *_, most = sorted(f"{-100 * fmean(differences):.1f}" for differences in below.values())
+    of_telling, _, p = paired_test(less(runs, "experts", "class", "balanced"))
+    costs = "shown" if p < 0.05 and of_telling < 0 else "not shown"
+    exchanged = number(lost_by_exchange(of_class, "points"), 1)
+    with_blocks = block_7["blocks", "class"]
     guesses = {key: f"{100 * fmean(map(guess, seeds)):.0f} %" for key, seeds in block_7.items()}
     alone, balanced = guesses["experts", "alone"], guesses["experts", "balanced"]
     alone_blocks, balanced_blocks = guesses["blocks", "alone"], guesses["blocks", "balanced"]
@@ -268,31 +252,34 @@ def statements() -> dict[str, list[str]]:
     readme = [
         f"**{verdict.replace('if told', 'if it is told').capitalize()}.** Taught the class, the gate sends at least "
         f"{100 * min(min(in_own(layer)) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
-        "their own, and one can switch it off: without the cats' expert of block 7 "
-        f"{cats_cats:.0f} points of the cats are lost in the mean ({cats} in the three trainings) and {dogs_cats:.0f} "
-        f"of the dogs, without the dogs' expert {dogs_dogs:.0f} of the dogs ({dogs}) and {cats_dogs:.0f} of the cats. "
-        "They divide the photos more than the skill: each does the other's nearly as well (exchanged they cost "
-        f"{number(exchanged, 1)} points). Supervision costs accuracy: {right['class']} of the test photos are right, "
-        f"of the dense model {right['dense']} ({cost}, {low} to {high} points).",
+        f"their own. They divide photos, hardly skills: exchanged they cost {exchanged} points.",
+        f"in the three trainings cats in the cats' expert lose {lost[CATS, CATS]} points, cats in the dogs' "
+        f"{lost[CATS, DOGS]}; dogs in the dogs' expert {lost[DOGS, DOGS]}, dogs in the cats' {lost[DOGS, CATS]}.",
+        f"costs {min(left_out):.0f} to {max(left_out):.0f} points, whatever the gate and the training.",
+        f"less than the dense model, whose MLP stays whole: {with_interval(below['class'])} points told, "
+        f"{with_interval(below['balanced'])} with balance, {with_interval(below['alone'])} alone. "
+        f"Telling by itself is {costs} to cost anything: {told['balanced']} beside balance, {told['alone']} beside "
+        "alone. Where the last blocks learn too, told minus dense is "
+        f"{with_interval(less(runs, 'blocks', 'class', 'dense'))}.",
         f"By itself the gate {own_finding} it. From the expert of block 7 the class is guessed in {alone} (half is "
         f"chance), with balance losses in {balanced}; in block 9 the gate alone sends every photo to "
         f"{'one expert' if collapses else 'several experts'}. Where the last blocks learn with it, the guess is right "
         f"in {alone_blocks} and {balanced_blocks}, and clusters of the same input tell "
         f"{100 * best_guess(block_7['blocks', 'balanced'], 'clusters'):.0f} %.",
-        f"exchanged they cost {with_blocks['log_loss']:.3f} nats and no photo "
-        f"({number(with_blocks['points'], 1)} points)",
+        f"exchanged they cost {lost_by_exchange(with_blocks, 'log_loss'):.3f} nats and no photo "
+        f"({number(lost_by_exchange(with_blocks, 'points'), 1)} points)",
         f"**{counts}.**",
         *table_rows(runs, layers),
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
     front_page = (
-        f"costs accuracy: {cost} points ({low} to {high}). In three trainings the cats lost {cats} points without "
-        f"their expert of block 7, the dogs {dogs} without theirs"
+        f"Two experts, half redrawn, were {least} to {most} points below dense, told or not (told − balanced "
+        f"{told['balanced']}). Exchanged they cost {exchanged} points: they divide photos, hardly skills"
     )
     guide = (
-        f"it changed accuracy by {cost} points ({low} to {high}) where only experts learned; from the expert that an "
-        f"untold router chose in block 7, the class is guessed in {alone} to {alone_blocks} (chance 50), with balance "
-        f"losses in {balanced} to {balanced_blocks}"
+        f"told or not, two experts were {least} to {most} points below dense where only experts learned (told − "
+        f"balanced {told['balanced']}); from the expert that an untold router chose in block 7, the class is guessed "
+        f"in {alone} to {alone_blocks} (chance 50), with balance losses in {balanced} to {balanced_blocks}"
     )
     results = (
         f"| Expert 1 focuses on cats, expert 2 on dogs | {verdict} | {counts} "

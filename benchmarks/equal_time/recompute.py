@@ -13,7 +13,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
@@ -131,6 +131,41 @@ def contrast_row(pair: tuple[str, str], values: list[float], p: float) -> str:
     return f"| `{pair[0]}` − `{pair[1]}` | {len(values)} | {mean} ({low} to {high}) | {p:.3f} | {verdict} |"
 
 
+class Parameters(NamedTuple):
+    """Dense with as many parameters as the MoE, beside dense of equal time."""
+
+    shown: str
+    interval: str
+    seeds: int
+
+
+def of_parameters(runs: list[Run]) -> Parameters:
+    """Whether more dense parameters are shown to help; the interval without its last bracket."""
+    values, p = judged_contrasts(runs)[CONTRASTS[2]]
+    mean, low, high = mean_and_ends(values)
+    is_shown = p < LEVEL and fmean(values) > 0
+    return Parameters("is shown" if is_shown else "isn't shown", f"{mean} ({low} to {high}", len(values))
+
+
+def of_cpu_time(runs: list[Run]) -> str:
+    """By how much the dense runs took more CPU time than the MoE's of the same seeds."""
+    moe, dense = (by_seed(runs, arm) for arm in CONTRASTS[0])
+    common = moe.keys() & dense.keys()
+    seconds = [sum(arm[seed]["cpu_s"] for seed in common) for arm in (dense, moe)]
+    return f"{100 * (seconds[0] / seconds[1] - 1):.1f} %"
+
+
+def lead(runs: list[Run]) -> str:
+    """Whether the MoE is better or worse than dense at equal time; empty where neither is shown."""
+    values, p = judged_contrasts([run for run in runs if run["arm"] != "twin-wide"])[CONTRASTS[0]]
+    return "" if p >= LEVEL else "better" if fmean(values) > 0 else "worse"
+
+
+def half_a_point_more(runs: list[Run]) -> str:
+    """What the verdict says about half a point more than dense."""
+    return VERDICTS[decide(runs)[0]][2]
+
+
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
     runs, prices = ([json.loads(line) for line in (HERE / file).read_text(encoding="utf-8").splitlines()]
@@ -141,23 +176,31 @@ def statements() -> dict[str, list[str]]:
     answer = f"{sentence}: {mean} ({low} to {high}) points (97 %); {len(values)} pairs"
     tuning = sorted((run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED)
     tuned = "; ".join(f"`{arm}` at {lr:g}: {100 * accuracy:.2f}" for arm, lr, accuracy in tuning)
+    parameters, cpu_time = of_parameters(runs), of_cpu_time(runs)
+    headlines = [
+        f"In ten epochs at equal time: {mean} points ({low} to {high}, 97 %; {len(values)} pairs); half a point more "
+        f"is {half_a_point}",
+        f"Dense with the MoE's parameters {parameters.shown} to gain either: {parameters.interval}, 97 %; "
+        f"{parameters.seeds} seeds)",
+    ]
+    limits = (
+        f"Dense with as many parameters as the MoE {parameters.shown} to be better than dense: "
+        f"{parameters.interval}) points (97 %); {parameters.seeds} seeds. In these runs dense had {cpu_time} more CPU "
+        "time than the MoE"
+    )
     readme = [
         f"**{answer}.**",
         *(arm_row(runs, prices, arm, len(values)) for arm in ARMS),
         *(contrast_row(pair, gaps, p) for pair, (gaps, p) in judged_contrasts(runs).items()),
+        f"{limits}.",
         f"Validation of the tuning runs, %: {tuned}.",
     ]
-    seeds = range(FIRST_SEED, FIRST_SEED + len(values))
-    moe, dense = (fmean(by_seed(runs, arm)[seed]["test_top1"] for seed in seeds) for arm in CONTRASTS[0])
-    headline = (
-        f"Trained to the end for equal time, a MoE has {100 * moe:.1f} %, dense {100 * dense:.1f} %: "
-        f"{mean} points ({low} to {high}, 97 %; {len(values)} pairs); half a point more is {half_a_point}"
-    )
-    results = f"| They help at equal time too | {word} | {answer} ([equal_time](../benchmarks/equal_time/README.md))."
+    link = "([equal_time](../benchmarks/equal_time/README.md))."
+    results = f"| They help at equal time too | {word} | {answer}. {limits} {link}"
     return {
         "benchmarks/equal_time/README.md": readme,
-        "README.md": [headline],
-        "docs/guides/when-experts.md": [headline],
+        "README.md": headlines,
+        "docs/guides/when-experts.md": headlines,
         "docs/results.md": [results],
     }
 

@@ -209,8 +209,10 @@ def statements() -> dict[str, list[str]]:
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
     readme += [f"| {' | '.join(cells)} |" for name, runs in sets.items() for cells in table_rows(name, runs)]
+    rule, heads_beside = over("no training"), [over_images(runs, CONTROL, "no training") for runs in sets.values()]
     guide = [
-        f"bring {gains[0]}, {gains[1]} and {gains[2]} points over a head for each folder",
+        f"beside the rule, experts trained apart and joined bring {rule[0]}, {rule[1]} and {rule[2]} points on three "
+        f"sets, tuned heads for each folder {heads_beside[0]}, {heads_beside[1]} and {heads_beside[2]}",
         f"such a rule reached {reached('no training')}, tuned heads for each folder behind it {reached(CONTROL)}, "
         f"joined experts {reached('joined')}",
         f"Rule and heads took {cheap:.0f} CPU seconds, experts {experts:.0f}",

@@ -2,7 +2,8 @@
 
     python benchmarks/specialization/recompute.py
 
-prints every measured number of README.md, from runs.jsonl and scratch.jsonl, and what other pages quote of them. The
+prints every measured number of README.md, from runs.jsonl, scratch.jsonl and same_patches.jsonl, and what other pages
+quote of them. The
 code that ran the study is benchmarks/specialization: of the commits 0d3d82af and 7dc0151e for drawn pets, b14f3c85 for
 CIFAR-10 and d7a303aa for photos; of c6283482 and, for cats and dogs and drawn pets, 29a2f0a1 for the trained experts
 of scratch.jsonl. It has left the tree.
@@ -277,6 +278,11 @@ class Trained(NamedTuple):
     name: str
     layers: list[dict]
 
+    @property
+    def place(self) -> str:
+        """Its name in the model."""
+        return self.layers[0]["name"]
+
     def values(self, change: str, unit: str) -> list[float]:
         """What a change of the routes costs in `points` or `log_loss`, for each seed; `exchange`: the favourite's."""
         swaps = [layer["swap"] for layer in self.layers]
@@ -337,6 +343,7 @@ def bundled_layers(records: list[dict]) -> dict[str, list[Trained]]:
     """Bundled model -> its MoE layers."""
     titles = {"cifar10": "CIFAR-10", "pets": "drawn pets", "cats_vs_dogs": "cats and dogs"}
     by_name = {record["name"]: record for record in records}
+    titles = {name: title for name, title in titles.items() if name in by_name}
     return {
         name: [Trained(f"{title}, {layer['name']}", [layer]) for layer in by_name[name]["layers"]]
         for name, title in titles.items()
@@ -428,6 +435,42 @@ def of_knock_out(bundled: dict[str, list[Trained]], small: list[Trained]) -> str
     )
 
 
+def of_same_patches(bundled: dict[str, list[Trained]], small: list[Trained]) -> list[str]:
+    """README.md on patches that chose a class's favourite and one other expert, in same_patches.jsonl."""
+
+    def nats(layer: Trained, change: str, end: str = "") -> str:
+        low, high = layer.interval(change, "log_loss")
+        return f"{layer.nats(change)} ({low:.3f} to {high:.3f}{end})"
+
+    first, second = bundled["cifar10"]
+    of_pets = [nats(layer, "beyond_patches") for layer in bundled["pets"]]
+    of_small = [nats(layer, "beyond_patches") for layer in small]
+    seeds = [each for layer in small for each in layer.layers]
+    above = sum(each["swap"]["beyond_patches"]["log_loss"]["low"] > 0 for each in seeds)
+    return [
+        f"in the favourite's place costs {nats(first, 'same_patches')} nats in CIFAR-10's {first.place}, in the "
+        f"other's place {nats(first, 'their_other')}: a difference of {nats(first, 'beyond_patches')}. It is "
+        f"{nats(second, 'beyond_patches')} in CIFAR-10's {second.place}, {of_pets[0]} and {of_pets[1]} in drawn pets' "
+        f"{bundled['pets'][0].place} and {bundled['pets'][1].place}, and above 0 in {above} of {len(seeds)} layers of "
+        f"the small model, {of_small[0]} in {small[0].place} and {of_small[1]} in {small[1].place} over "
+        f"{len(small[0].layers)} seeds."
+    ]
+
+
+def of_other_costs(records: list[dict], again: list[dict]) -> str:
+    """Whether all costs that both files have are the same, but for rounding."""
+    earlier = {record["name"]: record for record in records}
+    same = all(
+        math.isclose(before["swap"][cost][unit][end], after["swap"][cost][unit][end], rel_tol=0, abs_tol=1e-6)
+        for record in again
+        for before, after in zip(earlier[record["name"]]["layers"], record["layers"], strict=True)
+        for cost in ("without", "routes", "favourite", "any_two", "more")
+        for unit in ("points", "log_loss")
+        for end in ("value", "low", "high")
+    )
+    return f"all other costs are {'the same' if same else 'not the same'} again"
+
+
 def of_records(records: list[dict]) -> list[str]:
     """How the trained models were asked."""
     small = [record for record in records if "seed" in record]
@@ -447,9 +490,9 @@ def headline(bundled: dict[str, list[Trained]]) -> str:
     first = bundled["cifar10"][0]
     return (
         f"Yes in {yes} of {len(layers)} layers of bundled models with eight experts, by log-loss alone in "
-        f"{by_log_loss}. In the first of CIFAR-10's, exchanging a class's favourite expert with any other costs "
-        f"{first.points('exchange')} points; at equally many changed patches it costs {first.points('favourite')}, "
-        f"any two others {first.points('any_two')} (difference {first.points('more')}, "
+        f"{by_log_loss}. In the first of CIFAR-10's, exchanging a class's favourite expert costs "
+        f"{first.points('favourite')} points, any two others at as many patches {first.points('any_two')} "
+        f"(difference {first.points('more')}, "
         f"{first.interval_in_points('more')})"
     )
 
@@ -497,6 +540,7 @@ def statements() -> dict[str, list[str]]:
     runs, records = read("runs.jsonl"), read("scratch.jsonl")
     settings = {data: settings_of(runs, data) for data in DATA_SETS}
     bundled, small = bundled_layers(records), small_layers(records)
+    again = read("same_patches.jsonl")
     every_bundled = [layer for layers in bundled.values() for layer in layers]
     return {
         README: [
@@ -512,6 +556,8 @@ def statements() -> dict[str, list[str]]:
             *of_records(records),
             *map(trained_row, [*every_bundled, *small]),
             of_knock_out(bundled, small),
+            *of_same_patches(bundled_layers(again), small_layers(again)),
+            of_other_costs(records, again),
         ],
         "README.md": [headline(bundled)],
         RESULTS: [row_of_results(settings, count(every_bundled), count(small))],
