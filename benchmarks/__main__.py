@@ -28,21 +28,10 @@ STUDY = {
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "small": ("heads that read places, instability, large batches: three questions to one small model", "small"),
     "places": ("train with a classifier that reads every place, and test it on shifted images", "places"),
-    "upcycling": ("sparse upcycling beside training on", "upcycling"),
-    "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),
-    "equal-time": ("do experts pay at equal time and full length: a protocol's queue, and its verdict", "equal_time"),
-    "specialization": (
-        "whether experts specialize: three questions of routers, units and placements",
-        "specialization",
-    ),
-    "cats-and-dogs": ("cats to one expert, dogs to the other: learned, with balance, and supervised", "cats_and_dogs"),
-    "modular": ("experts trained apart, one for each domain, and joined: what they bring over heads alone", "modular"),
-    "scratch": ("whether experts do different things, in trained models and six seeds", "specialization.scratch"),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "balance": ("each expert's load over a training, without and with a balance loss", "balance.load"),
-    "ideas": ("docs/results.md: what all these say of each idea, from their records", "ideas"),
     "strangers": ("how many images of other things the bundled models recognize as such", "strangers"),
 }
 PROVE = {

@@ -17,8 +17,8 @@ questions with the swap test), and, where the run recorded it, the routing of th
 model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
 that trained the runs stand in the runs' provenance and go to the card.
 
-`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, is a run of `python -m benchmarks cats-and-dogs`. All
-that doesn't learn there is of `cats_vs_dogs`, and is carried once:
+`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, is a run of `python -m benchmarks cats-and-dogs`
+(commit 38cceb3e). All that doesn't learn there is of `cats_vs_dogs`, and is carried once:
 
     python -m benchmarks bundle cats_vs_dogs_two --pack --photos PHOTOS --data DIR \
         --run WORK/class-experts-bundled-s0 --dense WORK/dense-experts-bundled-s0 \

@@ -36,13 +36,18 @@ def missing(statements: dict[str, list[str]], root: Path = ROOT) -> list[tuple[s
     ]
 
 
-def numbers_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each number of a record, and each text of digits such as predictions, as its container and its key there."""
+Place = tuple[Any, Any]
+"""A number of a record, or a text of digits such as predictions: its container and its key there."""
+
+
+def places_of(value: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Place]]:
+    """Each of them with the names that lead to it; entries of a list have none."""
     for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        path = (*names, key) if isinstance(key, str) else names
         if isinstance(entry, dict | list):
-            yield from numbers_of(entry)
+            yield from places_of(entry, path)
         elif type(entry) in (int, float) or (isinstance(entry, str) and entry.isdigit()):
-            yield value, key
+            yield path, (value, key)
 
 
 def records_of(script: Path) -> list[Path]:
@@ -57,13 +62,12 @@ def write_record(path: Path, record: Any) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def first_of_each_key(record: Any, code: str) -> list[tuple[Any, str]]:
-    """One number for each key of a record, as its container and the key; first those whose keys the code names."""
-    first: dict[str, Any] = {}
-    for container, key in numbers_of(record):
-        if isinstance(key, str):
-            first.setdefault(key, container)
-    return sorted(((container, key) for key, container in first.items()), key=lambda pair: f'"{pair[1]}"' not in code)
+def first_of_each_name(record: Any, code: str) -> list[Place]:
+    """One number for each way of names through a record; first those whose names the code has."""
+    first: dict[tuple[str, ...], Place] = {}
+    for path, place in places_of(record):
+        first.setdefault(path, place)
+    return [first[path] for path in sorted(first, key=lambda path: sum(f'"{name}"' not in code for name in path))]
 
 
 @each_study
@@ -108,7 +112,7 @@ def test_another_number_in_a_record_is_another_statement(script: Path, tmp_path:
     code = script.read_text(encoding="utf-8")
     for path in records_of(copy / script.name):
         record = read_record(path)
-        numbers = first_of_each_key(record, code)
+        numbers = first_of_each_name(record, code)
         assert any(changes_a_statement(record, container, key, path, before) for container, key in numbers), path.name
         shutil.copy(script.parent / path.name, path)
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from benchmarks import phases, timing
@@ -22,11 +21,8 @@ from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
-from benchmarks.specialization import scratch
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
-from moevision.analysis import open_pictures
-from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
@@ -389,28 +385,3 @@ def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, mo
 def test_an_unfinished_run_has_no_record(tmp_path):
     with pytest.raises(UserError, match="isn't finished"):
         record_of(tmp_path)
-
-
-def test_the_record_of_what_the_experts_of_a_model_do() -> None:
-    """The bundled model of drawn pets, on two images of each class; the JSON holds every cost that the README tells."""
-    model = bundled_model("pets")
-    pictures = open_pictures(SyntheticPets(16, model.image_size, 0, "test"), model.image_size)
-    record = json.loads(json.dumps(scratch.asked(model, pictures, permutations=10), allow_nan=False))
-    assert (record["images"], len(record["layers"])) == (16, 2)
-    for layer in record["layers"]:
-        assert layer["answer"] in ("yes", "a little", "not shown", "the layer contributes nothing")
-        for name in ("without", "routes", "favourite", "any_two", "more"):
-            assert set(layer["swap"][name]) == {"points", "log_loss", "moved"}
-
-
-def test_the_small_model_of_a_seed_is_the_routers_studys(tmp_path) -> None:
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(40):
-                pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
-    model = scratch.small_model(1, str(tmp_path), steps=1)
-    assert (model.class_names, model.image_size, model.net.training) == (["cat", "dog"], 32, False)
-    assert [layer.router.num_experts for layer in moe_layers(model.net)] == [8, 8]

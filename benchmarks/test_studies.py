@@ -105,20 +105,6 @@ def test_holms_adjustment() -> None:
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_upcycling_study(run, photos, tmp_path) -> None:
-    out = tmp_path / "upcycling.json"
-    common = ("--out", out, "--weights", tmp_path, "--cifar", photos, "--first", 2, "--then", 1, "--images", 16)
-    run("upcycling", *common, "--seeds", 1)
-    runs = {run["arm"]: run for run in json.loads(out.read_text())["runs"]}
-    assert {arm: run["steps"] for arm, run in runs.items()} == {"dense": 2, "upcycled": 1, "continued": 1, "in one": 3}
-    # Both go on from the dense model's last point: an upcycled model computes what it computed.
-    ends = [runs["dense"]["curve"][-1], runs["upcycled"]["curve"][0], runs["continued"]["curve"][0]]
-    assert len({point["val_top1"] for point in ends}) == 1
-    assert runs["upcycled"]["total_parameters"] > 2 * runs["dense"]["total_parameters"]
-    assert "upcycled, m |" in run("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
-    assert (tmp_path / "upcycling.png").stat().st_size > 1000
-
-
 def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(airbench, "BATCH", 8)
     for _ in range(2):  # the second time there is nothing left to do

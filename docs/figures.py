@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent)]  # benchmarks/ is outside the package
 
-from benchmarks.records import Claim, accuracy, equal_time, sparsity, upcycling  # noqa: E402
+from benchmarks.equal_time import recompute as equal_time  # noqa: E402
+from benchmarks.records import Claim, accuracy  # noqa: E402
+from benchmarks.sparsity import recompute as sparsity  # noqa: E402
+from benchmarks.upcycling import recompute as upcycling  # noqa: E402
 
 IMAGES = DOCS / "img"
 BALANCE = DOCS.parent / "benchmarks" / "balance" / "record.json"
@@ -178,41 +181,49 @@ class Effect:
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})".replace("-", MINUS)
 
 
-def values(claim: Claim) -> Any:
-    """What a claim's function makes of its records."""
-    found: list[Any] = []
-    Claim(claim.records, "", lambda *records: found.append(claim.values(*records)) or {}).rendered()
-    return found[0]
+def of_hypothesis(name: str, result: sparsity.Result, sign: int = 1) -> Effect:
+    """A hypothesis of the sparsity study, or with the sign -1 the other way round."""
+    low, high = sorted(100 * sign * end for end in result.difference.interval)
+    verdict = {"positive": 1, "negative": -1, "tie": 0}[result.verdict]
+    return Effect(name, 100 * sign * result.difference.mean, low, high, sign * verdict)
+
+
+def of_ends(name: str, ends: Sequence[float], verdict: str) -> Effect:
+    """A mean and the ends of its interval, as shares of the test images, and the study's word for it."""
+    side = {"better": 1, "above": 1, "worse": -1, "below": -1}
+    mean, low, high = (100 * end for end in ends)
+    return Effect(name, mean, low, high, side.get(verdict, 0))
 
 
 def effects() -> list[Effect]:
     """The differences of the figure, from the records."""
-
-    def of(name: str, records: Any, function: Any, sign: int = 1) -> Effect:
-        it = values(Claim(records, "", function))
-        low, high = sorted((sign * it["low"], sign * it["high"]))
-        verdict = it.get("verdict", "")  # none: which of them is better wasn't asked, or isn't shown
-        better = verdict.startswith(("better", "above"))
-        return Effect(name, sign * it["mean"], low, high, better - verdict.startswith(("worse", "below")))
-
-    def upcycled(record: Mapping[str, Any]) -> dict[str, Any]:
-        found = upcycling.rivals(dict(record))
-        words = found["mean"].replace(MINUS, "-").replace("(", "").replace(")", "").split()
-        return {"mean": float(words[0]), "low": float(words[1]), "high": float(words[3]), "verdict": found["verdict"]}
-
-    cats = (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA)
-    files = sparsity.FILES
+    judged = sparsity.judged(sparsity.read_runs())
+    runs, upcycled = equal_time.read_runs(), upcycling.read_record()
+    at_full_length = equal_time.decide(runs)[1]
+    dense_parameters = equal_time.judged_contrasts(runs)[equal_time.CONTRASTS[2]][0]
+    minus_continued = upcycling.differences(upcycled, "continued")
+    cats = Claim((*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA), "").loaded()
+    fine_tuned = accuracy.moe_less_dense(*cats)
+    with_loss = of_hypothesis("With − without balance loss", judged["H5"])
     return [
-        of("Experts − dense model, equal steps", files, sparsity.first),
-        of("The same, places read", files, sparsity.places),
-        of("Experts − dense model, equal time", files, sparsity.at_equal_time),
-        of("The same after 10 epochs (97 %)", equal_time.FILES[0], equal_time.at_full_length),
-        of("Dense, larger − smaller (97 %)", equal_time.FILES[0], equal_time.dense_parameters),
-        of("Much sparse compute − little", files, sparsity.by_share),
-        of("Learned router − rule by position", files, sparsity.learned, -1),
-        of("With − without balance loss", files, sparsity.balanced),
-        of("Upcycled − dense, trained on", upcycling.STUDY, upcycled),
-        of("Fine-tuned: experts − dense", cats, accuracy.moe_less_dense),
+        of_hypothesis("Experts − dense model, equal steps", judged["H1"]),
+        of_hypothesis("The same, places read", judged["H7"]),
+        of_hypothesis("Experts − dense model, equal time", judged["H2"]),
+        of_ends("The same after 10 epochs (97 %)", equal_time.interval(at_full_length), equal_time.lead(runs)),
+        of_ends("Dense, larger − smaller (97 %)", equal_time.interval(dense_parameters), ""),
+        of_hypothesis("Much sparse compute − little", judged["H3"]),
+        of_hypothesis("Learned router − rule by position", judged["H4"]),
+        replace(with_loss, verdict=0),  # the hypothesis is that it costs at most a point, not which is better
+        of_ends(
+            "Upcycled − dense, trained on",
+            upcycling.interval(minus_continued),
+            upcycling.verdict(upcycled, "continued"),
+        ),
+        of_ends(
+            "Fine-tuned: experts − dense",
+            [fine_tuned[name] / 100 for name in ("mean", "low", "high")],
+            fine_tuned["verdict"],
+        ),
     ]
 
 

@@ -194,15 +194,30 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
     )
 
 
-def read_runs() -> dict[tuple[str, str], Seeds]:
+def read_records() -> Seeds:
+    """All runs."""
+    return [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
     """What learns and gate -> its runs by seed; each of their layers knows its photos."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     runs: dict[tuple[str, str], Seeds] = {(learn, gate): [] for learn in LEARN for gate in GATES}
     for record in sorted(records, key=lambda record: record["seed"]):
         for layer in record["layers"]:
             layer["photos"] = photos_by_expert(record, layer)
         runs[record["learn"], record["gate"]].append(record)
     return runs
+
+
+def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[Seeds]]:
+    """What learns and gate -> each of its layers in every seed."""
+    return {key: [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
+            for key, own in runs.items()}  # fmt: skip
+
+
+def verdict_of(records: Seeds) -> str:
+    """Whether the sentence holds: yes, only if told, or not shown."""
+    return answer(layers_of(runs_by_gate(records)))[0]
 
 
 def table_rows(runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]) -> list[str]:
@@ -217,10 +232,8 @@ def table_rows(runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str],
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    runs = read_runs()
-    layers = {}  # each of the layers in every seed
-    for key, own in runs.items():
-        layers[key] = [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
+    runs = runs_by_gate(read_records())
+    layers = layers_of(runs)
     verdict, counts = answer(layers)
     records = [run for own in runs.values() for run in own]
     minutes = sum(sum(record["cpu_s"].values()) for record in records) / 60

@@ -35,6 +35,16 @@ VERDICTS = {
 Run = dict[str, Any]
 
 
+def read(file: str) -> list[Run]:
+    """The lines of a record."""
+    return [json.loads(line) for line in (HERE / file).read_text(encoding="utf-8").splitlines()]
+
+
+def read_runs() -> list[Run]:
+    """All trainings."""
+    return read("runs.jsonl")
+
+
 def by_seed(runs: list[Run], arm: str) -> dict[int, Run]:
     """Seed -> finished run of an arm; the tuning left out."""
     return {run["seed"]: run for run in runs if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"]}
@@ -88,10 +98,15 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def mean_and_ends(values: list[float]) -> list[str]:
-    """The mean and both ends of its interval, in points."""
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean and both ends of its interval."""
     mean, half = fmean(values), half_interval(values)
-    return [points(mean), points(mean - half), points(mean + half)]
+    return mean, mean - half, mean + half
+
+
+def mean_and_ends(values: list[float]) -> list[str]:
+    """The same in points."""
+    return [points(value) for value in interval(values)]
 
 
 def price_cells(prices: list[Run], arm: str) -> str:
@@ -168,8 +183,7 @@ def half_a_point_more(runs: list[Run]) -> str:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    runs, prices = ([json.loads(line) for line in (HERE / file).read_text(encoding="utf-8").splitlines()]
-                    for file in ("runs.jsonl", "prices.jsonl"))  # fmt: skip
+    runs, prices = read_runs(), read("prices.jsonl")
     verdict, values = decide(runs)
     word, sentence, half_a_point = VERDICTS[verdict]
     mean, low, high = mean_and_ends(values)

@@ -42,6 +42,7 @@ _GAPS_AT_STEP_0 = re.findall(
     re.M,
 )
 DEFINITIONS = {
+    "cats_and_dogs": [Definition("100 / 0 is a gate", "how a table is read")],
     "curve": [
         Definition("70 % of the training images", "the question"),
         Definition("70 % drawn at random", "the question"),
@@ -88,6 +89,17 @@ DEFINITIONS = {
         Definition("2,048 for training and validation, 832 for the test", "the data"),
         Definition("64 images a step", "the batch"),
         Definition("one in seven lies more than two of them away", "simulated: a normal value, in SDs of five others"),
+    ],
+    "modular": [
+        Definition("at least 2 points", "the rule of the protocol"),
+        Definition("97 %", "an aim"),
+        Definition("95 %", "an aim"),
+    ],
+    "specialization": [
+        Definition("three seeds each, effects below one or two points", "the width of the intervals of single runs"),
+        Definition("in brackets 95 % intervals, over images, or over seeds", "the level of both"),
+        Definition("nats per 100 choices", "a unit"),
+        Definition("top-2 of 8", "the model's setting"),
     ],
     "strangers": [
         Definition("2,000 at most", "`benchmarks.strangers.IMAGES`"),

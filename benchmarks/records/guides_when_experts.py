@@ -4,20 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.records import (
-    Claim,
-    accuracy,
-    cats_and_dogs,
-    demo,
-    equal_time,
-    infer,
-    modular,
-    performance,
-    readme,
-    sparsity,
-)
+from benchmarks.cats_and_dogs import recompute as cats_and_dogs
+from benchmarks.equal_time import recompute as equal_time
+from benchmarks.modular import recompute as modular
+from benchmarks.records import Claim, accuracy, demo, infer, performance, readme
 from benchmarks.records.studies import on_gpus
-from moevision.analysis.questions import NOT_SHOWN, YES
+from benchmarks.sparsity import recompute as sparsity
 
 
 def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
@@ -50,12 +42,16 @@ class Advice:
         return {"take": self.take[verdict], "verdict": verdict}
 
 
-def few_steps(*found: Any) -> str:
+def few_steps(*runs: Any) -> str:
     """Whether experts are more accurate at equal steps: with a classifier of the patches' mean, or also of places."""
-    mean, places = (sparsity.decided(name, *found)["verdict"] == sparsity.WORDS["positive"] for name in ("H1", "H7"))
+    judged = sparsity.judged(list(runs))
+    mean, places = (judged[name].verdict == "positive" for name in ("H1", "H7"))
     return "with any classifier" if mean and places else "with the mean" if mean else "no"
 
 
+SPARSITY, MODULAR, CATS_AND_DOGS = (
+    f"benchmarks/{study}/runs.jsonl" for study in ("sparsity", "modular", "cats_and_dogs")
+)
 DENSE_IF_SLOWER = {"slower": "dense", "about as fast": "either", "faster": "experts"}
 TAKE = {
     # the guide's first column: what decides the second one
@@ -65,15 +61,15 @@ TAKE = {
         {"better": "experts", "not told apart": "`fit --dense`", "worse": "`fit --dense`"},
     ),
     "from scratch, few steps": Advice(
-        sparsity.FILES, few_steps, {"with any classifier": "experts", "with the mean": "dense", "no": "dense"}
+        SPARSITY, few_steps, {"with any classifier": "experts", "with the mean": "dense", "no": "dense"}
     ),
     "from scratch, in a given time or to the end": Advice(
-        equal_time.FILES[0],
-        lambda *runs: equal_time.at_full_length(*runs)["found"],
+        readme.EQUAL_TIME,
+        lambda *runs: equal_time.half_a_point_more(list(runs)),
         {"shown": "experts", "excluded": "dense", "neither shown nor excluded": "`--with-twin`"},
     ),
     "many images, on GPUs": Advice(
-        (sparsity.FILES[0], equal_time.FILES[0], performance.TRAIN.format("cifar10")),
+        (SPARSITY, readme.EQUAL_TIME, performance.TRAIN.format("cifar10")),
         lambda *records: "measured" if on_gpus(*records) else "not measured",
         {"not measured": "`--with-twin`"},
     ),
@@ -84,17 +80,17 @@ TAKE = {
         infer.BEFORE, lambda *rows: infer.speed(readme.few_and_many(*rows)["many"]), DENSE_IF_SLOWER
     ),
     "new folders of classes, added later": Advice(
-        modular.FILES,
-        modular.above_the_rule,
+        MODULAR,
+        lambda *runs: "on every set" if modular.is_above_the_rule(list(runs)) else "not on every set",
         {
             "on every set": "experts trained apart and joined",
             "not on every set": "[a frozen model and a linear rule](#add-a-folder-without-training)",
         },
     ),
     "an expert for each class": Advice(
-        cats_and_dogs.FILES,
-        lambda *runs: cats_and_dogs.answer(runs)[0],
-        {YES: "experts", cats_and_dogs.ONLY_TOLD: "a router that is told the class", NOT_SHOWN: "dense"},
+        CATS_AND_DOGS,
+        lambda *runs: cats_and_dogs.verdict_of(list(runs)),
+        {"yes": "experts", "only if told": "a router that is told the class", "not shown": "dense"},
     ),
     "to see inside a model, or to teach": Advice(
         demo.MATTERS[0],
@@ -111,36 +107,11 @@ CLAIMS = [
         "cats and dogs by {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",
         accuracy.moe_less_dense,
     ),
-    *readme.MORE_ACCURATE,
     Claim(
         infer.BEFORE,
         "{one:.2f} times the time of a dense model of equal FLOPs in float32, {bf16:.2f} times in bf16",
         one_in_bf16,
     ),
     Claim(infer.BEFORE, "64 take {many:.2f} times the time", readme.few_and_many),
-    Claim(
-        cats_and_dogs.FILES,
-        "told or not, two experts were {least} to {most} points below dense where only experts learned (told − "
-        "balanced {class_balanced}); from the expert that an untold router chose in block 7, the class is guessed in "
-        "{alone_experts_L7[guess]:.0%} to "
-        "{alone_blocks_L7[guess]:.0%} (chance 50), with balance losses in {balanced_experts_L7[guess]:.0%} to "
-        "{balanced_blocks_L7[guess]:.0%}",
-        cats_and_dogs.result,
-    ),
-    Claim(
-        modular.FILES,
-        "beside the rule, experts trained apart and joined bring {joined[sources]}, {joined[far]} and "
-        "{joined[imagenette]} points on three sets, tuned heads for each folder {heads[sources]}, {heads[far]} and "
-        "{heads[imagenette]}",
-        modular.beside_the_rule,
-    ),
-    Claim(
-        modular.FILES,
-        "such a rule reached {rule[sources]:.1f}, {rule[far]:.1f} and {rule[imagenette]:.1f} %, tuned heads for each "
-        "folder behind it {heads[sources]:.1f}, {heads[far]:.1f} and {heads[imagenette]:.1f} %, joined experts "
-        "{joined[sources]:.1f}, {joined[far]:.1f} and {joined[imagenette]:.1f} %",
-        modular.reached,
-    ),
-    Claim(modular.FILES, "Rule and heads took {cheap:.0f} CPU seconds, experts {experts:.0f}", modular.prices),
 ]
 DEFINITIONS: list[Any] = []

@@ -2,9 +2,17 @@
 
 import re
 
-from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers
+from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers, studies
 
 CLAIMS = {
+    "benchmarks/sparsity/README.md": [
+        Claim(
+            (),
+            "{cifar10:.0%} (CIFAR-10), {imagenette:.0%} (Imagenette), {cats_vs_dogs:.0%} (cats and dogs) and "
+            "{quickstart:.0%} (quickstart)",
+            studies.shares,
+        )
+    ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
     "configs/imagenette.yaml": [
         Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)

@@ -2,23 +2,14 @@
 
 from typing import Any
 
-from benchmarks.records import (
-    Claim,
-    Definition,
-    accuracy,
-    cats_and_dogs,
-    demo,
-    equal_time,
-    infer,
-    quickstart,
-    sparsity,
-    specialization,
-)
+from benchmarks.equal_time import recompute as equal_time
+from benchmarks.records import Claim, Definition, accuracy, demo, infer, quickstart
 from benchmarks.records.performance import TRAIN, side_by_side
 from benchmarks.records.studies import on_gpus
 
 CORES = {1: "one core", 2: "two cores"}
 STEP = TRAIN.format("cifar10")
+EQUAL_TIME = "benchmarks/equal_time/runs.jsonl"
 
 
 def few_and_many(*rows: dict[str, Any]) -> dict[str, float]:
@@ -36,7 +27,7 @@ def beside_dense(*records: Any) -> dict[str, str]:
     runs = [record for record in records if "arm" in record]
     (step,) = (side_by_side(record) for record in records if "rows" in record)
     rows = [record for record in records if "arm" not in record and "rows" not in record]
-    moe = equal_time.at_full_length(*runs)["verdict"]
+    moe = equal_time.lead(runs)
     slower = infer.speed(few_and_many(*rows)["one"], step["twin"] / step["moe"]) == "slower"
     return {
         "accurate": {"": "as accurate", "better": "less accurate", "worse": "more accurate"}[moe],
@@ -45,33 +36,6 @@ def beside_dense(*records: Any) -> dict[str, str]:
     }
 
 
-# docs/guides/when-experts.md says the same.
-MORE_ACCURATE = [
-    Claim(
-        sparsity.FILES,
-        "After one epoch of CIFAR-10, MoE minus twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds) at "
-        "equal steps where the classifier averages patches",
-        sparsity.first,
-    ),
-    Claim(
-        sparsity.FILES,
-        "{mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds) where it reads their places",
-        sparsity.places,
-    ),
-    Claim(sparsity.FILES, "{mean:+.1f} ({low:+.1f} to {high:+.1f}) at equal time", sparsity.at_equal_time),
-    Claim(
-        equal_time.FILES[0],
-        "In ten epochs at equal time: {mean:+.1f} points ({low:+.1f} to {high:+.1f}, 97 %; {pairs} pairs); half a "
-        "point more is {found}",
-        equal_time.at_full_length,
-    ),
-    Claim(
-        equal_time.FILES[0],
-        "Dense with the MoE's parameters {shown} to gain either: {mean:+.1f} ({low:+.1f} to {high:+.1f}, 97 %; "
-        "{seeds} seeds)",
-        equal_time.dense_parameters,
-    ),
-]
 CLAIMS = [
     demo.OPENING,
     Claim(
@@ -81,7 +45,7 @@ CLAIMS = [
         demo.opening,
     ),
     Claim(
-        (equal_time.FILES[0], infer.BEFORE, STEP),
+        (EQUAL_TIME, infer.BEFORE, STEP),
         "in our tests on {machines} a dense ViT of the same cost was {accurate}, and {faster}.",
         beside_dense,
     ),
@@ -103,22 +67,6 @@ CLAIMS = [
         "{most:.1%} of the test photos were right (four trainings)",
         accuracy.of_folders,
     ),
-    Claim(
-        specialization.BUNDLED,
-        "Yes in {yes} of {of} layers of bundled models with eight experts, by log-loss alone in {above}. In the first "
-        "of CIFAR-10's, exchanging a class's favourite expert costs {first_favourite_points:.1f} points, any two "
-        "others at as many patches {first_any_two_points:.1f} (difference {first_more_points:.1f}, "
-        "{first_more_points_low:.1f} to {first_more_points_high:.1f})",
-        specialization.headline_of_bundled,
-    ),
-    Claim(
-        cats_and_dogs.FILES,
-        "Two experts, half redrawn, were {least} to {most} points below dense, told or not (told − balanced "
-        "{class_balanced}). Exchanged they cost {class_experts_L7[exchanged]:.1f} points: they divide photos, hardly "
-        "skills",
-        cats_and_dogs.result,
-    ),
-    *MORE_ACCURATE,
     Claim(
         infer.BEFORE, "{one:.2f} times the time for one image in float32 on one core, {many:.2f} for 64", few_and_many
     ),

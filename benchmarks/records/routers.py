@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.records import Claim, Definition, small
-from benchmarks.records.studies import report
+from benchmarks.routers import report
 from moevision.stats import Gap
 
 STUDY = "benchmarks/routers/record.json"
@@ -14,12 +14,12 @@ DATA = "cifar10"
 
 
 def _rows(record: dict[str, Any]) -> dict[str, Any]:
-    return {row.name: row for row in report("routers").rows_of(record, DATA)}
+    return {row.name: row for row in report.rows_of(record, DATA)}
 
 
 def _above(record: dict[str, Any]) -> dict[str, Any]:
     """Points above the dense twin, by row; the verdicts that the page puts in words are asserted."""
-    own, rows = report("routers"), list(_rows(record).values())
+    own, rows = report, list(_rows(record).values())
     to_twin, to_hash = own.against(rows, own.TWIN), own.against(rows, own.HASH)
     assert all(to_twin[name].verdict == "above" for name in ("position", "hash"))
     assert all(to_hash[name].verdict == "below" for name in (*LEARNED, *MIXED))
@@ -34,7 +34,7 @@ def _above(record: dict[str, Any]) -> dict[str, Any]:
 
 def learned(record: dict[str, Any]) -> dict[str, float]:
     """`vmoe_top_k` above the dense twin, the most of all that learn; those in `ALIKE` aren't shown to be above."""
-    own, rows = report("routers"), list(_rows(record).values())
+    own, rows = report, list(_rows(record).values())
     found = own.against(rows, own.TWIN)["vmoe_top_k"]
     assert 100 * found.mean == _above(record)["most_above"], "of the routers that learn, the best"
     mean, half = 100 * found.mean, 100 * found.half
@@ -77,9 +77,9 @@ CLAIMS = [
         small.heads,
     ),
     Claim(small.FILES, "on images moved by 8 px it is {below:.1f} points below", small.heads),
-    Claim(STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}),
-    Claim(STUDY, "{text}", lambda record: {"text": report("routers").load_table(list(_rows(record).values()))}),
-    Claim(STUDY, "{text}", lambda record: {"text": report("routers").cost_table(record)}),
+    Claim(STUDY, "{text}", lambda record: {"text": report.accuracy_table(list(_rows(record).values()))}),
+    Claim(STUDY, "{text}", lambda record: {"text": report.load_table(list(_rows(record).values()))}),
+    Claim(STUDY, "{text}", lambda record: {"text": report.cost_table(record)}),
     Claim(STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", _above),
     Claim(STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", _above),
     Claim(STUDY, "({least_alike:.1f} to {most_alike:.1f} points above) are not told apart from it", _above),

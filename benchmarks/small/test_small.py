@@ -9,7 +9,15 @@ import torch
 from benchmarks import queue as queueing
 from benchmarks.places import MICRO, PLACES, shifted
 from benchmarks.small import BASE_LR, PROTOCOL, Job, queue, rate_of
-from benchmarks.small.report import batch_contrasts, head_contrasts, parts_of, rate_contrasts
+from benchmarks.small.report import (
+    batch_contrasts,
+    batches_answer,
+    counted,
+    head_contrasts,
+    parts_of,
+    rate_contrasts,
+    rates_answer,
+)
 
 TINY = {"num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "num_experts": 4}
 
@@ -107,3 +115,47 @@ def test_a_run_is_a_line_and_is_not_repeated(bench, drawn_pets, tmp_path) -> Non
     assert (first["steps"], first["failed"], len(first["predictions"])) == (1, None, 64)
     assert str(tmp_path) not in json.dumps(first)
     assert PROTOCOL.name == "protocol.md"
+
+
+@pytest.mark.parametrize(
+    ("loss", "spread", "failed", "expected"),
+    [(0.03, 0.001, 0, "yes"), (0.0, 0.001, 0, "no"), (0.0, 0.05, 0, "not shown"), (-0.03, 0.001, 1, "yes")],
+)
+def test_instability_is_judged_by_its_protocol(loss, spread, failed, expected) -> None:
+    """Learned loses `loss` more than dense at 4 and 16 times the rate, give or take; or it fails once."""
+    runs = []
+    for seed, sign in enumerate((1, -1, 1, -1, 1)):
+        for factor in (1, 4, 16):
+            for guard in (False, True):
+                lr, gap = BASE_LR * factor, (factor > 1) * (sign * spread - loss)
+                runs.append(run("rates", "dense", seed, 0.45, lr=lr, guard=guard))
+                runs.append(run("rates", "learned", seed, 0.46 + gap, lr=lr, guard=guard))
+    if failed:
+        next(run for run in reversed(runs) if not run["guard"])["failed"] = "the weights are not finite"
+    assert rates_answer(counted(runs))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "expected"), [(0.03, 0.001, "yes"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")]
+)
+def test_large_batches_are_judged_by_their_protocol(gain, spread, expected) -> None:
+    runs = []
+    for seed, sign in enumerate((1, -1, 1, -1, 1)):
+        for batch in (16, 64, 256, 1024):
+            more = (batch > 64) * (gain + sign * spread)
+            runs.append(run("batches", "dense", seed, 0.45, batch=batch))
+            runs.append(run("batches", "learned", seed, 0.46 + more, batch=batch))
+    assert batches_answer(counted(runs))[0] == expected
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.03, "yes"), (0.0, "only with the mean")])
+def test_large_batches_are_judged_with_places_read_too(gain, expected) -> None:
+    """With the mean the lead grows by three points; with places read as much, or by nothing."""
+    runs = []
+    for seed in range(5):
+        for head, more in (("mean", 0.03), ("places", gain)):
+            for batch in (16, 64, 256, 1024):
+                top1 = 0.46 + (batch > 64) * more + 0.001 * (seed % 2) * (batch > 64)
+                runs.append(run("batches", "dense", seed, 0.45, batch=batch, head=head))
+                runs.append(run("batches", "learned", seed, top1, batch=batch, head=head))
+    assert batches_answer(counted(runs))[0] == expected

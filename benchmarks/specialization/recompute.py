@@ -6,7 +6,7 @@ prints every measured number of README.md, from runs.jsonl, scratch.jsonl and sa
 quote of them. The
 code that ran the study is benchmarks/specialization: of the commits 0d3d82af and 7dc0151e for drawn pets, b14f3c85 for
 CIFAR-10 and d7a303aa for photos; of c6283482 and, for cats and dogs and drawn pets, 29a2f0a1 for the trained experts
-of scratch.jsonl. It has left the tree.
+of scratch.jsonl; of 959bae10 for same_patches.jsonl. It has left the tree.
 
 runs.jsonl has a record for each data set, arm and seed; a *setting* is one MoE layer of one arm, over its three seeds.
 Numbers are means over seeds. The rule by which a setting was looked for is in protocol.md. scratch.jsonl has a record
