@@ -136,6 +136,10 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s") or 0.0  # version 0.1 had neither this nor the next
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where a run goes on within an epoch, no epoch starts."""
+        self._start(trainer)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer)
 

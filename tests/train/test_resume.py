@@ -116,6 +116,12 @@ def trained(tmp_path_factory):
         ("validation twice an epoch", "at a validation"),
         ("plain", "in validation"),
         ("by image", "mid-epoch"),
+        ("max_steps", "last batch of an epoch"),
+        ("max_steps", "in validation"),
+        ("max_steps", "epoch 1"),
+        ("max_steps", "epoch 2"),
+        ("max_steps, accumulate 3, rest of 2", "last batch of epoch 1"),
+        ("max_steps, validation twice an epoch", "last batch of an epoch"),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path):
@@ -124,6 +130,22 @@ def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path
         found = matrix.run_cell(setting, place, trained(name), tmp_path)
     assert (found["differs"], found["leaked"]) == ([], [])
     assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("step", [3, 5, 6, 8], ids=["an epoch's end", "within one", "the next end", "the last step"])
+def test_a_training_that_ends_by_its_steps(cli, tiny, drawn_pets, send_signal, step):
+    """Three steps an epoch, eight in all: scores and predictions too are those of the run that nobody interrupted."""
+    options = (*tiny, "--trainer.max_epochs=null", "--trainer.max_steps=8", "--data.scores=true")
+    assert cli("fit", drawn_pets, *options, "--name=whole").code == 0
+    send_signal(step)
+    assert cli("fit", drawn_pets, *options).code == 143
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert f"from last.ckpt, step {step} (verified)" in outcome.err
+    assert differing(Path("runs/pets"), Path("runs/whole")) == ["config.yaml"], "which has another name"
+    run, alone = (json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("pets", "whole"))
+    assert (run["epochs"], run["steps"]) == (alone["epochs"], alone["steps"]) == (round(8 / 3, 1), 8)
 
 
 @pytest.mark.deep
@@ -180,6 +202,8 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     assert "from last.ckpt, step 2" in outcome.err
     assert "changed:" not in outcome.err, "a recipe that would choose otherwise today is no change"
     assert differing(Path("runs/pets"), whole) == []
+    summary = json.loads(Path("runs/pets/summary.json").read_text())
+    assert 2 * 24 / summary["images_per_s"] < summary["duration_s"], "two epochs of 24 images took a part of the time"
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
     outcome = cli(*command)
     assert (outcome.code, {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}) == (0, before)
