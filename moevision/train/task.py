@@ -239,8 +239,14 @@ class ClassificationTask(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        weight = None if self.class_weight is None else self.class_weight.to(logits)
-        return F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing)
+        """A scalar, from logits [B, C] and target [B] or soft [B, C]."""
+        if self.class_weight is None:
+            return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+        # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
+        # or process to the next, and a step would depend on how its images are divided.
+        weight = self.class_weight.to(logits.device, torch.float32)
+        each = F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none")
+        return each.mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, self.val_loss)

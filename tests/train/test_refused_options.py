@@ -75,7 +75,7 @@ def test_a_number_that_no_training_can_use(make, option, values, words):
 
 @pytest.mark.parametrize("weight", [0, -1, NAN, INF])
 def test_the_weight_of_a_class_is_above_0(weight):
-    """The loss of a batch that has images of such classes alone would be 0 / 0."""
+    """Images of a class without weight would teach nothing: they can be left out."""
     with pytest.raises(UserError, match=r"gives 'cat' the weight .*: use more than 0"):
         class_weight_tensor({"cat": weight}, {"cat": 2, "dog": 3})
 
