@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from enum import Enum
 from functools import cache
 from importlib.metadata import version
@@ -474,6 +475,50 @@ def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, 
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
     assert "ends after 12 steps and this training has 6, so that it does not come down to its end" in outcome.err
+
+
+def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pets, send_signal):
+    """23 images are two batches of 8 an epoch in place of three; the number of processes is the one before."""
+    pets = Path(shutil.copytree(drawn_pets, "pets"))
+    send_signal(1)
+    assert cli("fit", "./pets", *tiny).code == 143
+    with Path("runs/pets/splits.csv").open(newline="") as file:
+        gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "train")
+    (pets / gone).unlink()
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert (
+        "warning: the checkpoint's learning rate ends after 6 steps and this training has 4, so that it does not come "
+        "down to its end: the training images (or, from Python, the epochs) are others than then. Put them back as "
+        "they were." in outcome.err
+    )
+    assert "processes" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("before", "cause"),
+    [
+        (
+            2,
+            "it began with 2 processes and goes on with 1. Go on with a number of processes that divides the one befor",
+        ),
+        (1, "the training images (or, from Python, the epochs) are others than then. Put them back as they were, or"),
+    ],
+)
+def test_a_learning_rate_that_has_come_down_names_the_cause(cli, tiny, drawn_pets, send_signal, before, cause):
+    """The checkpoint is of a training of five steps, and there are six."""
+    send_signal(1)
+    assert cli("fit", drawn_pets, *tiny).code == 143
+    last = Path("runs/pets/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["lr_schedulers"][0]["total_steps"] = 5
+    checkpoint["ImageDataModule"]["world_size"] = before
+    torch.save(checkpoint, last)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the run began with world_size 2")
+        outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 2
+    assert f"learning rate ends after 5 steps and this training has 6: {cause}" in outcome.err
 
 
 @pytest.mark.filterwarnings("ignore:the run began with world_size 2")
