@@ -316,7 +316,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         ranges = (
-            (*AT_LEAST_0, ("lr", "weight_decay")),
+            (*ABOVE_0, ("lr",)),
+            (*AT_LEAST_0, ("weight_decay",)),
             (*SHARE, ("beta2",)),
             ("between 0 and 1, such as 0.2", lambda x: 0 <= x <= 1, ("warmup_fraction",)),
             ("above 0 and at most 1, such as 0.75", lambda x: 0 < x <= 1, ("layer_decay",)),

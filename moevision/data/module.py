@@ -61,6 +61,7 @@ _MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they t
 _MANY_DECODED = 2000  # decoding more than this takes long enough for a progress bar
 _MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
 _MAX_ROWS = 20
+_MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
 _NUM_PROBES = 32
 _SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -96,7 +97,8 @@ class ImageDataModule(Data, LightningDataModule):
         self.in_step = False  # whether processes wait for one another at every batch of an evaluation
         ranges = (
             (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
-            (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
+            (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
+            (f"at least 0 and at most {_MAX_WORKERS}", lambda x: 0 <= x <= _MAX_WORKERS, ("num_workers",)),
             ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
             (*SEED, ("seed", "order_seed")),
         )
