@@ -388,7 +388,7 @@ class Calibrate(L.Callback):
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
         set_fused_attention(task.net, True)  # as in validation
         limit = trainer.limit_val_batches
-        batches = min(limit, len(loader)) if isinstance(limit, int) else math.ceil(limit * len(loader))
+        batches = min(len(loader), limit if isinstance(limit, int) else math.ceil(limit * len(loader)))
         own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for batch in islice(loader, batches):
             batch = {name: value.to(task.device) for name, value in batch.items()}

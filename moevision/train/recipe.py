@@ -270,7 +270,7 @@ def choose_recipe(
 def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
     """Batches that a process trains on in an epoch."""
     batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    return min(batches, limit if isinstance(limit, int) else int(limit * batches))
 
 
 def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
