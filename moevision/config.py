@@ -90,8 +90,8 @@ class Data:
         mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
         cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
             gets one of the two at random.
-        class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
-            images), or a weight per class name (1 for names left out).
+        class_weights: Weights of the loss per class: none, auto (inverse frequency), or a weight per class name (1 for
+            names left out). Only their ratios count: the mean over the training images is 1.
         balanced_sampling: Draw every class equally often in training.
         cache_mb: Keep the decoded images in memory if those of all processes fit into this many MiB [a quarter of the
             free memory].
@@ -316,7 +316,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         ranges = (
-            (*AT_LEAST_0, ("lr", "weight_decay")),
+            (*ABOVE_0, ("lr",)),
+            (*AT_LEAST_0, ("weight_decay",)),
             (*SHARE, ("beta2",)),
             ("between 0 and 1, such as 0.2", lambda x: 0 <= x <= 1, ("warmup_fraction",)),
             ("above 0 and at most 1, such as 0.75", lambda x: 0 < x <= 1, ("layer_decay",)),

@@ -170,6 +170,33 @@ def of_cpu_time(runs: list[Run]) -> str:
     return f"{100 * (seconds[0] / seconds[1] - 1):.1f} %"
 
 
+def went_on_with_another_order(runs: list[Run]) -> list[Run]:
+    """Those that were stopped at an epoch's end: their curve has a point one step behind it."""
+    return [
+        run
+        for run in runs
+        if any(later[0] - earlier[0] == 1 for earlier, later in zip(run["curve"], run["curve"][1:], strict=False))
+    ]
+
+
+def of_stopped_runs(runs: list[Run]) -> str:
+    """Which runs these are, and whether a verdict hangs on them."""
+    stopped = went_on_with_another_order(runs)
+    others = [run for run in runs if run not in stopped]
+    names = " and ".join(f"`{run['arm']}` {run['seed']}" for run in sorted(stopped, key=lambda run: run["arm"]))
+
+    def verdicts(some: list[Run]) -> list[bool]:
+        return [p < LEVEL for _, p in judged_contrasts(some).values()]
+
+    values, p = judged_contrasts(others)[CONTRASTS[0]]
+    same = verdicts(runs) == verdicts(others) and verdict_of(values, p) == decide(runs)[0]
+    return (
+        f"Two runs, {names}, were stopped at an epoch's end and went on, by a fault that is mended since, with all but "
+        "one batch of the next epoch's order left out: as many steps, on other orders of the same images (their curve "
+        f"in `runs.jsonl` has a point more). Without them {'no' if same else 'a'} verdict is another."
+    )
+
+
 def lead(runs: list[Run]) -> str:
     """Whether the MoE is better or worse than dense at equal time; empty where neither is shown."""
     values, p = judged_contrasts([run for run in runs if run["arm"] != "twin-wide"])[CONTRASTS[0]]
@@ -207,6 +234,7 @@ def statements() -> dict[str, list[str]]:
         *(arm_row(runs, prices, arm, len(values)) for arm in ARMS),
         *(contrast_row(pair, gaps, p) for pair, (gaps, p) in judged_contrasts(runs).items()),
         f"{limits}.",
+        of_stopped_runs(runs),
         f"Validation of the tuning runs, %: {tuned}.",
     ]
     link = "([equal_time](../benchmarks/equal_time/README.md))."

@@ -43,6 +43,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "Muon": ("--model.optim.name=muon",),
     "moving average": ("--ema.decay=0.9",),
     "accumulation": ("--trainer.accumulate_grad_batches=2",),
+    "max_steps": ("--trainer.max_steps=110",),  # to the middle of the sixth epoch
     "DDP": (TWO, "--trainer.strategy=ddp"),
     "expert parallelism": (TWO, "--parallel=fsdp", "--parallel.expert=2"),
 }

@@ -21,11 +21,6 @@ from moevision.models.io import SavedModel
 from moevision.train.report import template
 from moevision.train.resume import load_trained
 
-FITS = {
-    "crop": 'ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)',
-    "pad": 'ImageOps.pad(image, size, method, color=tuple(round(255 * each) for each in about["mean"]))',
-    "squash": "image.resize(size, method)",
-}
 BATCHES = (1, 8)
 _ROUNDS = 10  # per batch size
 
@@ -66,7 +61,7 @@ def run(chosen: Namespace) -> None:
     Console().print(table)
     n = torch.get_num_threads()
     print(f"median of {_ROUNDS} turns on {n} CPU thread{'s' * (n > 1)} of this machine; one multiply-add is two FLOPs")
-    code = template("run_exported.py.jinja").render(file=repr(file), fit=FITS[saved.fit], routes=chosen.routes)
+    code = template("run_exported.py.jinja").render(file=repr(file), fit=saved.fit, routes=chosen.routes)
     print(f"\nRun it without moevision:\n\n{code}")
 
 

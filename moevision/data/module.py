@@ -61,6 +61,7 @@ _MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they t
 _MANY_DECODED = 2000  # decoding more than this takes long enough for a progress bar
 _MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
 _MAX_ROWS = 20
+_MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
 _NUM_PROBES = 32
 _SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -96,7 +97,8 @@ class ImageDataModule(Data, LightningDataModule):
         self.in_step = False  # whether processes wait for one another at every batch of an evaluation
         ranges = (
             (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
-            (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
+            (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
+            (f"at least 0 and at most {_MAX_WORKERS}", lambda x: 0 <= x <= _MAX_WORKERS, ("num_workers",)),
             ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
             (*SEED, ("seed", "order_seed")),
         )
@@ -269,7 +271,7 @@ class ImageDataModule(Data, LightningDataModule):
         return self.contents.sha256_with(lambda dataset, sample: dataset.collection.size_bytes(sample))
 
     def class_weight_tensor(self) -> Tensor | None:
-        """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
+        """Weights of the loss per class, float32 [C], or None; their mean over the training images is 1."""
         return self._class_weights
 
     def describe(self) -> str:
@@ -478,21 +480,26 @@ def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
     """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
 
-    "auto" gives class c the weight N / (C n_c), so that the mean over the N training images is 1; names that a
-    dictionary leaves out have 1.
+    "auto" weighs class c by 1 / n_c, a dictionary by what it says, and by 1 where it leaves a name out. Only ratios
+    count: the weights are divided by their mean over the N training images. "auto" then is N / (C n_c).
     """
     if weights == "none":
         return None
     counts = torch.tensor(list(train.values()))
     if not isinstance(weights, dict):
-        return counts.sum() / (len(train) * counts)
+        return _with_mean_1(1 / counts, counts)
     weights = {shown(str(name)): weight for name, weight in weights.items()}  # YAML reads the class 7 as a number
     for name, weight in weights.items():
         if name not in train:
             raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")
-        if not 0 < weight < math.inf:  # 0 makes the loss of a batch with such classes alone 0 / 0
+        if not 0 < weight < math.inf:
             raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01")
-    return torch.tensor([float(weights.get(name, 1.0)) for name in train])
+    return _with_mean_1(torch.tensor([float(weights.get(name, 1.0)) for name in train]), counts)
+
+
+def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
+    """Weights [C] whose mean over the images, `counts` [C] of each class, is 1."""
+    return weights * counts.sum() / (weights * counts).sum()
 
 
 def count_table(counts: ClassCounts) -> list[str]:

@@ -169,7 +169,8 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "interpolation": interpolation,
         "crop_pct": crop,
         "fit": model.fit,
-        "preprocessing": f"Upright RGB; {resized[model.fit]}; divide by 255; subtract mean and divide by std, one "
+        "preprocessing": "Upright RGB of 8 bits: 16-bit grey divided by 257, what is transparent on white; "
+        f"{resized[model.fit]}; divide by 255; subtract mean and divide by std, one "
         f"number per channel; float32 [batch, 3, {side}, {side}].",
         "distance": None
         if model.strangers is None

@@ -62,6 +62,7 @@ from moevision.train.processes import (
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
     check_memory,
+    check_window,
     chosen,
     describe_plan,
     expected_seconds,
@@ -192,6 +193,8 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
         data.run_dir = run_dir
         _read_data(data, trainer, session, "fit", moved=not training.fresh)
         keep_the_step(start, data, trainer)
+        if training.fresh and not training.trial:
+            check_window(data, trainer)
 
         # Model
         _build(training)
@@ -233,7 +236,11 @@ def _seed(settings: Settings, session: Session) -> None:
 
 
 def _task(settings: Settings) -> ClassificationTask:
-    return ClassificationTask(**{**vars(settings.model), "num_classes": None, "image_size": None})
+    """The task, whose model is built when the images are known."""
+    for name, advice in (("num_classes", ""), ("image_size", ", and use --data.image_size")):
+        if getattr(settings.model, name) is not None:
+            raise UserError(f"--model.{name} is what the images say: leave it out{advice}.")
+    return ClassificationTask(**vars(settings.model))
 
 
 def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:

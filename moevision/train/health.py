@@ -136,6 +136,10 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s") or 0.0  # version 0.1 had neither this nor the next
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where a run goes on within an epoch, no epoch starts."""
+        self._start(trainer)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer)
 
@@ -283,8 +287,9 @@ def _learning(module: L.LightningModule) -> list[Tensor]:
 class WeightEMA(L.Callback):
     """Keeps `ema = decay · ema + (1 - decay) · weights` over every *applied* update, by timm's `ModelEmaV3`.
 
-    Floating-point buffers (BatchNorm statistics, router biases) are averaged like weights, counters are copied. With
-    the warm-up the decay grows as `1 - (1 + updates)^-0.75`, so that a short training soon forgets its first weights.
+    The first update copies the weights. With the warm-up the decay of update u = 2, 3, ... is `1 - u^-0.75`, at most
+    the given one, so that a short training soon forgets its first weights. Floating-point buffers (BatchNorm
+    statistics, router biases) are averaged like weights, counters are copied.
     Lightning's `EMAWeightAveraging` (2.6) counts refused steps too, and copies the module, which FSDP2 refuses.
 
     Validation, test and export use the average: a checkpoint holds it as `state_dict`, and the weights that training
@@ -383,7 +388,7 @@ class Calibrate(L.Callback):
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
         set_fused_attention(task.net, True)  # as in validation
         limit = trainer.limit_val_batches
-        batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+        batches = min(len(loader), limit if isinstance(limit, int) else math.ceil(limit * len(loader)))
         own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for batch in islice(loader, batches):
             batch = {name: value.to(task.device) for name, value in batch.items()}
@@ -417,11 +422,11 @@ class RecordRouting(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._begin(trainer, cast(ClassificationTask, pl_module)):
-            self._record(trainer, pl_module)
+            self._record_if_due(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._images is not None and any(self._last < each <= trainer.global_step for each in self._planned):
-            self._record(trainer, pl_module)
+        if self._images is not None:
+            self._record_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._images is not None:
@@ -452,6 +457,10 @@ class RecordRouting(L.Callback):
             if earlier.image_names == names and earlier.class_names == self._history.class_names:
                 self._history = earlier
         return True
+
+    def _record_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if any(self._last < planned <= trainer.global_step for planned in self._planned):
+            self._record(trainer, pl_module)
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._last:

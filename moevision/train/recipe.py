@@ -27,8 +27,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Given, checked
 from moevision.data import ImageDataModule
-from moevision.data.named import HF, NAMED
-from moevision.data.open import count_images, holds, open_collection
+from moevision.data.named import DATASET_NAMES, HF, NAMED
+from moevision.data.open import count_images, holds, kind_of, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, shown
 from moevision.files import newest_config
@@ -138,6 +138,7 @@ def chosen(
     configured: dict[str, Any] = {}
     for file in files:
         configured |= read_config(file)
+    _refuse_without_effect(path, configured, typed)
     checkpoint = None if verb == "fit" else typed.get("ckpt_path")
     if checkpoint and not files and Path(os.path.abspath(checkpoint)).parent.name == "checkpoints":
         run_dir = run_of_checkpoint(checkpoint)
@@ -172,6 +173,19 @@ def chosen(
         folder = shell_word(str(Path(found["ckpt_path"]).parent.parent))
         raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
     return found
+
+
+def _refuse_without_effect(path: str | None, configured: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Refuse what was typed of the images and would change nothing."""
+    named = typed.get("data.path")
+    if path is not None and named not in (None, path):
+        raise UserError(f"{path} and --data.path {named} both name images: use one of them.")
+    columns = [name for name in ("data.image_column", "data.label_column") if typed.get(name) is not None]
+    images = path or named or configured.get("data.path")  # None: a run's, which goes on
+    if not columns or images is None:
+        return
+    if images in DATASET_NAMES or (kind_of(images) == "folder" and Path(images).expanduser().is_dir()):
+        raise UserError(f"--{columns[0]} names a column of a table, and there is none in {images}: leave it out.")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -253,11 +267,28 @@ def choose_recipe(
     }
 
 
+def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
+    """Batches that a process trains on in an epoch."""
+    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
+    return min(batches, limit if isinstance(limit, int) else int(limit * batches))
+
+
+def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
+    """Raise a UserError where a step would sum more batches than an epoch has: it ends with the epoch.
+
+    Lightning would still divide the gradient by `accumulate_grad_batches`.
+    """
+    window, batches = trainer.accumulate_grad_batches, max(1, batches_of_epoch(data, trainer))
+    if window > batches:
+        raise UserError(
+            f"--trainer.accumulate_grad_batches is {window} and an epoch has {batches} batches: use at most {batches}."
+        )
+
+
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
     """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
-    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
-    epoch = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    batches, epoch = data.train_batches(trainer.world_size), batches_of_epoch(data, trainer)
     epochs, steps = max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
     per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
     whole_epochs, more = divmod(steps, per_epoch)

@@ -163,6 +163,7 @@ class ResumePoint(L.Callback):
         if trainer.state.fn != "fit":
             return
         self._goes_on = True
+        _leave_the_epoch_ended(trainer, checkpoint)
         _find_place(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
@@ -208,6 +209,17 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.current.ready += 1
         progress.total.ready += 1
         progress.is_last_batch = last
+
+
+def _leave_the_epoch_ended(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Go on behind an epoch that has ended also where --trainer.max_steps counts steps.
+
+    There Lightning 2.6 (`_FitLoop.restarting`) takes every checkpoint for one from within an epoch: it would end that
+    epoch a second time, and leave out the images of the next one. Counted by epochs it doesn't.
+    """
+    cast(Any, trainer).fit_loop._iteration_based_training = lambda: False
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    epochs["completed"] = epochs["processed"]  # Lightning does it, but not where no step is left to do
 
 
 def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ class ClassificationTask(L.LightningModule):
         self.observer: Observer | None = None
         self.update_refused = self.update_applied = False
         self.class_weight: Tensor | None = None
+        self._processes_before: int | None = None  # of the run that goes on
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
         self.test_by_class: dict[str, list[float]] = {}  # precision, f1, auroc: [C] each
@@ -153,20 +154,25 @@ class ClassificationTask(L.LightningModule):
     def on_train_start(self) -> None:
         self.choose_attention()
         planned = self.trainer.estimated_stepping_batches
+        before, now = self._processes_before, self.trainer.world_size
+        cause = "the training images (or, from Python, the epochs) are others than then. Put them back as they were"
+        if before not in (None, now):
+            cause = (
+                f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
+                "divides the one before"
+            )
         for config in self.trainer.lr_scheduler_configs:
             known = getattr(config.scheduler, "total_steps", planned)
+            lengths = f"checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}"
             if known < planned:
                 raise UserError(
-                    f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
-                    "on with its own epochs and a number of processes that divides the one before, or start a new run "
-                    "from its weights with --pretrained runs/NAME/model."
+                    f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
                 )
             if known > max(2, planned):
-                tell(
-                    f"warning: the checkpoint's learning rate ends after {known:,} steps and this training has "
-                    f"{planned:,}, so that it does not come down to its end: go on with a number of processes that "
-                    "divides the one before."
-                )
+                tell(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._processes_before = checkpoint.get("ImageDataModule", {}).get("world_size")
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
@@ -239,8 +245,14 @@ class ClassificationTask(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        weight = None if self.class_weight is None else self.class_weight.to(logits)
-        return F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing)
+        """A scalar, from logits [B, C] and target [B] or soft [B, C]."""
+        if self.class_weight is None:
+            return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+        # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
+        # or process to the next, and a step would depend on how its images are divided.
+        weight = self.class_weight.to(logits.device, torch.float32)
+        each = F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none")
+        return each.mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, self.val_loss)

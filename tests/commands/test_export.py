@@ -3,14 +3,11 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
-from PIL import Image, ImageOps
 
-from moevision.commands.export import FITS, experts_sentence, measure_latency
+from moevision.commands.export import experts_sentence, measure_latency
 from moevision.commands.predict import predict_batch
-from moevision.data.images import safe_open
 from moevision.efficiency import measure_cost
 from moevision.models.io import load_model
 from moevision.train.report import template
@@ -18,7 +15,7 @@ from moevision.train.report import template
 
 def snippet(file: str) -> str:
     """What export prints."""
-    names = {"file": repr(file), "fit": FITS["crop"], "routes": False}
+    names = {"file": repr(file), "fit": "crop", "routes": False}
     code: str = template("run_exported.py.jinja").render(**names)
     return code
 
@@ -73,20 +70,6 @@ def test_a_place_that_can_not_be_written_is_named(cli, tiny_run, tmp_path):
     outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.onnx")
     assert outcome.code == 2
     assert "give another place" in outcome.err
-
-
-def test_the_printed_lines_turn_an_image_upright_as_predict_does(tmp_path, monkeypatch):
-    """The line that opens the image, run alone, on a photo that was taken with the camera on its side."""
-    monkeypatch.chdir(tmp_path)
-    pixels = np.zeros((60, 80, 3), np.uint8)
-    pixels[:20] = 255
-    exif = Image.Exif()
-    exif[0x112] = 6  # orientation: to be turned by 90 degrees clockwise
-    Image.fromarray(pixels).save("image.jpg", exif=exif, quality=95)
-    (line,) = [line for line in snippet("x").split("\n") if "Image.open" in line]
-    names = {"Image": Image, "ImageOps": ImageOps}
-    exec(line, names)
-    assert names["image"].tobytes() == safe_open("image.jpg").tobytes()
 
 
 def test_the_sentence_about_experts_fits_the_model():

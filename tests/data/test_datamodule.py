@@ -359,10 +359,11 @@ def test_class_weights_by_hand(image_folder):
     data = ready(root, class_weights="auto")
     # 16 + 32 = 48 training images: 48 / (2 x 16) and 48 / (2 x 32)
     torch.testing.assert_close(data.class_weight_tensor(), torch.tensor([1.5, 0.75]))
+    # 1 and 2.5, divided by their mean over the images, (16 x 1 + 32 x 2.5) / 48 = 2
     named = ready(root, class_weights={"dog": 2.5})
-    torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([1.0, 2.5]))
+    torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([0.5, 1.25]))
     digits = ready(image_folder({"1": 10, "7": 10}, name="digits"), class_weights=yaml.safe_load("{7: 2.5}"))
-    torch.testing.assert_close(digits.class_weight_tensor(), torch.tensor([1.0, 2.5]))
+    torch.testing.assert_close(digits.class_weight_tensor(), torch.tensor([1.0, 2.5]) / 1.75)  # as many of each
     with pytest.raises(UserError, match="names 'elk': the classes are cat, dog"):
         ready(root, class_weights={"elk": 1.0})
 

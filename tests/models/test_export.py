@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from torch import nn
 import moevision
 from moevision.analysis import Intervention
 from moevision.analysis.intervention import intervene
-from moevision.commands.export import FITS
 from moevision.commands.predict import predict_batch
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
@@ -184,7 +183,7 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
     nobody = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
     assert all(map(torch.equal, run(pictures(3)), run(pictures(3), nobody)))  # so it is timed, beside the model
     Image.new("RGB", (32, 32), (250, 120, 60)).save(tmp_path / "image.png")
-    lines = template("run_exported.py.jinja").render(file=repr(str(path)), fit=FITS["crop"], routes=True)
+    lines = template("run_exported.py.jinja").render(file=repr(str(path)), fit="crop", routes=True)
     told: list[str] = []
     exec(lines.replace('"image.jpg"', repr(str(tmp_path / "image.png"))), {"print": told.append})  # what export prints
     assert told == list(predict_batch(model, [tmp_path / "image.png"])[0].classes[:1])
@@ -305,6 +304,45 @@ def test_the_preparation_is_that_of_predict() -> None:
         facts = exported_facts(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
         assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
         assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
+
+
+def odd_images(folder: Path) -> list[Path]:
+    """A turned photo, transparency of each kind, 16-bit grey, CMYK, odd sides and a strip; too small to be reduced."""
+    pixels = np.random.default_rng(1).integers(0, 255, (6, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((75, 90), Image.Resampling.BICUBIC)
+    grey, alpha = image.convert("L"), Image.linear_gradient("L").resize(image.size)
+    translucent = image.copy()
+    translucent.putalpha(alpha)
+    exif = Image.Exif()
+    exif[0x112] = 6  # orientation: to be turned by 90 degrees clockwise
+    image.save(folder / "turned.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    translucent.save(folder / "rgba.png")
+    Image.merge("LA", [grey, alpha]).save(folder / "la.png")
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png", transparency=bytes(range(256)))
+    image.save(folder / "one_colour.png", transparency=image.getpixel((0, 0)))
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "grey16.png")
+    image.resize((300, 3)).save(folder / "strip.png")
+    image.resize((61, 32)).save(folder / "odd.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.needs("onnx")
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_the_printed_script_answers_as_predict_does(
+    exported: tuple[SavedModel, Path, ExportReport], fit: Literal["crop", "pad", "squash"], tmp_path: Path
+) -> None:
+    model, file, _ = exported
+    lines = template("run_exported.py.jinja").render(file=repr(str(file)), fit=fit, routes=False)
+    images = odd_images(tmp_path)
+    for path, predicted in zip(images, predict_batch(replace(model, fit=fit), images), strict=True):
+        names: dict[str, Any] = {"print": lambda name: None}
+        exec(lines.replace('"image.jpg"', repr(str(path))), names)
+        probability = torch.from_numpy(names["logits"]).softmax(-1)[0]
+        own = {name: float(probability[number]) for number, name in enumerate(NAMES)}
+        assert [own[name] for name in predicted.classes] == pytest.approx(list(predicted.probabilities), abs=1e-4), path
+    facts = exported_facts(replace(model, fit=fit))
+    assert "16-bit grey divided by 257, what is transparent on white" in facts["preprocessing"]
 
 
 @pytest.mark.deep

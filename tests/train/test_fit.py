@@ -389,6 +389,14 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
+def test_a_limit_beyond_every_number_of_batches_is_none(cli, tiny, drawn_pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limits = [f"--trainer.limit_{split}_batches=1e30" for split in ("train", "val", "test")]
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(Path("runs/pets/summary.json").read_text())["steps"] == 3
+
+
 @pytest.mark.parametrize("option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"])
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")

@@ -130,8 +130,10 @@ def test_a_dense_twin_has_nothing_to_record(run):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path):
+    """Stopped at a moment of the plan, 0, 1, 3 and 6, or between two of them: going on is none."""
+    assert planned_moments(6, 4) == [0, 1, 3, 6]
     monkeypatch.chdir(tmp_path)
     send_signal(step)
     assert cli("fit", drawn_pets, *tiny, *OPTIONS, f"--record_routing.images={shown}").code == 143

@@ -27,7 +27,7 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("make", "option", "values", "words"),
     [
-        (OptimizerConfig, "lr", (-1, NAN, INF), "--model.optim.lr is {}: it must be at least 0"),
+        (OptimizerConfig, "lr", (0, -1, NAN, INF), "--model.optim.lr is {}: it must be above 0"),
         (OptimizerConfig, "weight_decay", (-1, NAN), "--model.optim.weight_decay is {}: it must be at least 0"),
         (
             OptimizerConfig,
@@ -52,6 +52,7 @@ NAN, INF = math.nan, math.inf
         (MoEConfig, "upcycle_noise", (-1, NAN, INF), "--model.arch.upcycle_noise is {}: it must be at least 0"),
         (MoEConfig, "upcycle_reinit", (-1, 1.5, NAN), "--model.arch.upcycle_reinit is {}: it must be at least 0 and"),
         (ImageDataModule, "mixup", (-1, NAN, INF), "--data.mixup is {}: it must be at least 0"),
+        (ImageDataModule, "num_workers", (-1, 257, 5000), "--data.num_workers is {}: it must be at least 0 and at mos"),
         (ImageDataModule, "min_crop_scale", (-1, 2, NAN), "--data.min_crop_scale is {}: it must be between 0 and 1"),
         (ImageDataModule, "seed", (-1, 2**32), "--data.seed is {}: it must be at least 0 and less than 2**32"),
         (ImageDataModule, "std", ((NAN, 1, 1), (1, INF, 1)), "--data.std is {}: every channel's deviation must be"),
@@ -75,7 +76,7 @@ def test_a_number_that_no_training_can_use(make, option, values, words):
 
 @pytest.mark.parametrize("weight", [0, -1, NAN, INF])
 def test_the_weight_of_a_class_is_above_0(weight):
-    """The loss of a batch that has images of such classes alone would be 0 / 0."""
+    """Images of a class without weight would teach nothing: they can be left out."""
     with pytest.raises(UserError, match=r"gives 'cat' the weight .*: use more than 0"):
         class_weight_tensor({"cat": weight}, {"cat": 2, "dog": 3})
 
@@ -88,7 +89,14 @@ def test_the_weight_of_a_class_is_above_0(weight):
         ("--trainer.val_check_interval=0", "val_check_interval is 0: it must be above 0"),
         ("--trainer.gradient_clip_val=-1.5", "gradient_clip_val is -1.5: it must be at least 0"),
         ("--trainer.accelerator=tpu", "The Trainer does not take these options"),
-        ("--model.optim.lr=-1", "lr is -1.0: it must be at least 0"),
+        ("--model.optim.lr=-1", "lr is -1.0: it must be above 0"),
+        ("--model.num_classes=0", "--model.num_classes is what the images say: leave it out"),
+        ("--model.image_size=-1", "--model.image_size is what the images say: leave it out, and use --data.image_size"),
+        ("--data.image_column=x", "--data.image_column names a column of a table, and there is none in"),
+        ("--data.label_column=x", "--data.label_column names a column of a table, and there is none in"),
+        ("--data.path=other", " and --data.path other both name images: use one of them"),
+        # 24 training images are three batches of 8.
+        ("--trainer.accumulate_grad_batches=4", "accumulate_grad_batches is 4 and an epoch has 3 batches: use at most"),
         ("--model.arch.num_experts=100000000", "Weights, gradients and moments of this model take"),
         (
             "--trainer.logger=false",

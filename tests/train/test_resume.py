@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from enum import Enum
 from functools import cache
 from importlib.metadata import version
@@ -116,6 +117,12 @@ def trained(tmp_path_factory):
         ("validation twice an epoch", "at a validation"),
         ("plain", "in validation"),
         ("by image", "mid-epoch"),
+        ("max_steps", "last batch of an epoch"),
+        ("max_steps", "in validation"),
+        ("max_steps", "epoch 1"),
+        ("max_steps", "epoch 2"),
+        ("max_steps, accumulate 3, rest of 2", "last batch of epoch 1"),
+        ("max_steps, validation twice an epoch", "last batch of an epoch"),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path):
@@ -124,6 +131,22 @@ def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path
         found = matrix.run_cell(setting, place, trained(name), tmp_path)
     assert (found["differs"], found["leaked"]) == ([], [])
     assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("step", [3, 5, 6, 8], ids=["an epoch's end", "within one", "the next end", "the last step"])
+def test_a_training_that_ends_by_its_steps(cli, tiny, drawn_pets, send_signal, step):
+    """Three steps an epoch, eight in all: scores and predictions too are those of the run that nobody interrupted."""
+    options = (*tiny, "--trainer.max_epochs=null", "--trainer.max_steps=8", "--data.scores=true")
+    assert cli("fit", drawn_pets, *options, "--name=whole").code == 0
+    send_signal(step)
+    assert cli("fit", drawn_pets, *options).code == 143
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert f"from last.ckpt, step {step} (verified)" in outcome.err
+    assert differing(Path("runs/pets"), Path("runs/whole")) == ["config.yaml"], "which has another name"
+    run, alone = (json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("pets", "whole"))
+    assert (run["epochs"], run["steps"]) == (alone["epochs"], alone["steps"]) == (round(8 / 3, 1), 8)
 
 
 @pytest.mark.deep
@@ -180,6 +203,8 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     assert "from last.ckpt, step 2" in outcome.err
     assert "changed:" not in outcome.err, "a recipe that would choose otherwise today is no change"
     assert differing(Path("runs/pets"), whole) == []
+    summary = json.loads(Path("runs/pets/summary.json").read_text())
+    assert 2 * 24 / summary["images_per_s"] < summary["duration_s"], "two epochs of 24 images took a part of the time"
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
     outcome = cli(*command)
     assert (outcome.code, {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}) == (0, before)
@@ -450,6 +475,50 @@ def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, 
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
     assert "ends after 12 steps and this training has 6, so that it does not come down to its end" in outcome.err
+
+
+def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pets, send_signal):
+    """23 images are two batches of 8 an epoch in place of three; the number of processes is the one before."""
+    pets = Path(shutil.copytree(drawn_pets, "pets"))
+    send_signal(1)
+    assert cli("fit", "./pets", *tiny).code == 143
+    with Path("runs/pets/splits.csv").open(newline="") as file:
+        gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "train")
+    (pets / gone).unlink()
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert (
+        "warning: the checkpoint's learning rate ends after 6 steps and this training has 4, so that it does not come "
+        "down to its end: the training images (or, from Python, the epochs) are others than then. Put them back as "
+        "they were." in outcome.err
+    )
+    assert "processes" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("before", "cause"),
+    [
+        (
+            2,
+            "it began with 2 processes and goes on with 1. Go on with a number of processes that divides the one befor",
+        ),
+        (1, "the training images (or, from Python, the epochs) are others than then. Put them back as they were, or"),
+    ],
+)
+def test_a_learning_rate_that_has_come_down_names_the_cause(cli, tiny, drawn_pets, send_signal, before, cause):
+    """The checkpoint is of a training of five steps, and there are six."""
+    send_signal(1)
+    assert cli("fit", drawn_pets, *tiny).code == 143
+    last = Path("runs/pets/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["lr_schedulers"][0]["total_steps"] = 5
+    checkpoint["ImageDataModule"]["world_size"] = before
+    torch.save(checkpoint, last)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the run began with world_size 2")
+        outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 2
+    assert f"learning rate ends after 5 steps and this training has 6: {cause}" in outcome.err
 
 
 @pytest.mark.filterwarnings("ignore:the run began with world_size 2")

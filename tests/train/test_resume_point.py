@@ -31,7 +31,13 @@ def trainer(**values):
     """What a `ResumePoint` asks of a trainer."""
     alone = {"world_size": 1, "global_rank": 0, "is_global_zero": True, "global_step": 0, "loggers": []}
     data = {"datamodule": None, "callbacks": [], "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+    data["fit_loop"] = SimpleNamespace()
     return SimpleNamespace(**{**alone, **data, "state": SimpleNamespace(fn="fit"), **values})
+
+
+def loops(**progress):
+    """What a checkpoint says of Lightning's loops, within an epoch."""
+    return {"fit_loop": {"epoch_progress": {"current": {"processed": 1, "completed": 1}}, **progress}}
 
 
 def draw():
@@ -54,7 +60,7 @@ def test_each_process_gets_its_own_generators_back(point):
         seed(rank)
         states.append(random_state())
         expected.append(draw())
-    point.on_load_checkpoint(trainer(), None, {MARK: {"random": states}})
+    point.on_load_checkpoint(trainer(), None, {MARK: {"random": states}, "loops": loops()})
     point.on_train_start(trainer(world_size=2, global_rank=1), None)
     assert draw() == expected[1]
 
@@ -65,7 +71,7 @@ def test_processes_that_the_checkpoint_does_not_know_draw_different_numbers(poin
     state, drawn = random_state(), [draw()]
     for rank in (0, 1):
         seed(5)
-        point.on_load_checkpoint(trainer(), None, {MARK: {"random": [state]}})
+        point.on_load_checkpoint(trainer(), None, {MARK: {"random": [state]}, "loops": loops()})
         point.on_train_start(trainer(world_size=2, global_rank=rank), None)
         drawn.append(draw())
     assert all(len(set(of_one_generator)) == 3 for of_one_generator in zip(*drawn, strict=True))
@@ -174,7 +180,7 @@ def test_batches_of_another_size_hold_the_same_images(point, size, accumulated, 
     progress = {"current": dict.fromkeys(names, 3), "is_last_batch": True}
     checkpoint = {
         "ImageDataModule": {"epoch": 1, "batch": 3, "batch_size": 4, "world_size": 1},
-        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+        "loops": loops(**{"epoch_loop.batch_progress": progress}),
     }
     data.load_state_dict(checkpoint["ImageDataModule"])  # as Lightning does before
     point.on_load_checkpoint(trainer(datamodule=data, accumulate_grad_batches=accumulated), None, checkpoint)
@@ -211,7 +217,7 @@ def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
     monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
     counts = {"current": {"ready": batch, "completed": batch}, "is_last_batch": False}
     state = {"epoch": 1, "batch": batch, "batch_size": 4, "world_size": before}
-    checkpoint = {"ImageDataModule": state, "loops": {"fit_loop": {"epoch_loop.batch_progress": counts}}}
+    checkpoint = {"ImageDataModule": state, "loops": loops(**{"epoch_loop.batch_progress": counts})}
     point.on_load_checkpoint(trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint)
     assert counts["current"] == {"ready": found, "completed": found}
     assert data._start == (1, 4 * found)

@@ -185,12 +185,12 @@ def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[di
     task.net.zero_grad()
     task.aux_loss.start_window()
     aux = torch.zeros(())
-    for batch in batches:
+    labels = (torch.arange(16) // 4).chunk(len(batches))
+    for batch, label in zip(batches, labels, strict=True):
         logits, routings = forward_routing(task.net, batch)
-        labels = torch.arange(len(batch)) % 4
         total, _ = task.aux_loss(routings)
         aux = torch.zeros(()) if total is None else total
-        ((task._cross_entropy(logits, labels) + aux) / len(batches)).backward()
+        ((task._cross_entropy(logits, label) + aux) / len(batches)).backward()
     return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(aux.detach())
 
 
@@ -205,19 +205,47 @@ def deterministic(aux: AuxLossWeights) -> ClassificationTask:
     return task
 
 
-@pytest.mark.parametrize(("weights", "alike"), [({}, False), ({"z": 1.0}, False), ({"importance": 1.0}, True)])
-def test_accumulation_has_the_gradient_of_the_full_batch(weights: dict[str, float], alike: bool) -> None:
-    """Four micro-batches of 4 images; importance is exact where they have the same load (else see test_losses.py)."""
+@pytest.mark.parametrize(
+    ("weights", "alike", "class_weight"),
+    [
+        ({}, False, None),
+        ({}, False, [0.2, 1.0, 5.0, 0.4, 1.0, 1.0, 1.0, 1.0]),
+        ({"z": 1.0}, False, None),
+        ({"importance": 1.0}, True, None),
+    ],
+)
+def test_accumulation_has_the_gradient_of_the_full_batch(
+    weights: dict[str, float], alike: bool, class_weight: list[float] | None
+) -> None:
+    """Four micro-batches of 4 images; importance is exact where they have the same load (else see test_losses.py).
+
+    Each micro-batch is of one class: with class weights it has another sum of them than the others.
+    """
     torch.manual_seed(2)
     x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
     if alike:
         x = x[:4].repeat(4, 1, 1, 1)
     task = deterministic(AuxLossWeights(**{"importance": 0.0, "load": 0.0, **weights}))
+    task.class_weight = None if class_weight is None else torch.tensor(class_weight)
     full, value = gradients(task, [x])
     parts, last_value = gradients(task, list(x.chunk(4)))
     assert last_value == pytest.approx(value)
     for name, gradient in full.items():
         torch.testing.assert_close(parts[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "Mixup"])
+def test_class_weights_weigh_the_loss_of_an_image(soft: bool) -> None:
+    """By hand: the mean over images of - Σ_c w_c · t_c · log p_c, with smoothed targets t = .9 · target + .1 / C."""
+    task = task_of(3)
+    task.class_weight = torch.tensor([0.5, 1.0, 4.0])
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 0, 1, 2, 1])
+    target = torch.nn.functional.one_hot(labels, 3).float()
+    if soft:
+        target = 0.7 * target + 0.3 * target.flip(0)
+    each = -(task.class_weight * (0.9 * target + 0.1 / 3) * logits.log_softmax(-1)).sum(-1)  # [B]
+    loss = task._cross_entropy(logits, target if soft else labels)
+    torch.testing.assert_close(loss, each.sum() / 5)
 
 
 def test_classes_and_size_must_agree(tmp_path: Path) -> None:

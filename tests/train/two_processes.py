@@ -39,6 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
         2,
     ),
     "soft": ({"router": "soft"}, {}, 2),
+    "class weights": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.0, "load": 0.0}, 2),
     "expert choice": ({"router": "expert_choice", "noise": "none"}, {}, 1),
 }
 
@@ -87,6 +88,8 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
         num_classes=CLASSES,
         image_size=32,
     )
+    if case == "class weights":
+        task.class_weight = torch.tensor([0.2, 1.0, 5.0, 0.4])
     task.double()
     # Micro-batches go round the processes: the batches of a process are every P-th of a step's M · P parts.
     mine = batches(processes * micro_batches, case == "micro-batches alike")[rank::processes]
