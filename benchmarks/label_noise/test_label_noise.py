@@ -6,9 +6,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from benchmarks.label_noise import SIMILAR, draw_folder, final_scores, finds, flipped
+from benchmarks.label_noise import SIMILAR, draw_folder, final_scores, finds, flipped, suspicions
 from benchmarks.study import drawn
+from moevision.analysis.good_data import images_of
 from moevision.data.synthetic import SyntheticPets
+from moevision.errors import csv_name
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -46,6 +48,17 @@ def test_cleanlab_is_asked_about_the_same_predictions():
     assert found["cleanlab normalized_margin"] == pytest.approx([-(0.5 + (a - b) / 2) for a, b in (
         (0.9, 0.1), (0.2, 0.8), (0.4, 0.6), (0.7, 0.3))])  # fmt: skip
     assert len(found) == 5
+
+
+def test_a_run_s_scores_are_asked_for_its_flips(cli, tiny, drawn_pets, tmp_path):
+    """Every score has a value for each training image; the first two images are the flips."""
+    outcome = cli("fit", drawn_pets, *tiny, "--data.scores=true", f"--runs_root={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    wrong = {csv_name(sample.sample_id) for sample in images_of(tmp_path / "pets").samples["train"][:2]}
+    values, truth = suspicions(tmp_path / "pets", wrong)
+    assert truth.tolist() == [True, True] + [False] * (len(truth) - 2)
+    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features", "p_final"} <= values.keys()
+    assert {len(value) for value in values.values()} == {len(truth)}
 
 
 def test_a_drawn_folder_has_a_tenth_of_its_images_in_the_wrong_class(tmp_path):

@@ -62,14 +62,6 @@ def over_seeds(*records: Json) -> Json:
     return {"mean": statistics.fmean(tests), "half": half}
 
 
-def against_one(twin: Json, *records: Json) -> Json:
-    """Several trainings minus a single one: points, half of Student's t interval by the spread of the several."""
-    tests = [100 * each["test"]["correct"] / each["test"]["total"] for each in records]
-    own = 100 * twin["test"]["correct"] / twin["test"]["total"]
-    half = student_t.ppf(0.975, len(tests) - 1) * statistics.stdev(tests) * (1 + 1 / len(tests)) ** 0.5
-    return {"mean": statistics.fmean(tests) - own, "half": half, "twin": own / 100}
-
-
 def moe_less_dense(*records: Json) -> Json:
     """Cats and dogs, the first three minus the rest: points with Welch's interval, and what it says in words."""
     tests = [100 * each["test"]["correct"] / each["test"]["total"] for each in records]
