@@ -133,3 +133,18 @@ def test_import_moevision_is_light() -> None:
     code = f"import json, sys, moevision; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert json.loads(done.stdout) == []
+
+
+def test_the_products_tests_stand_without_the_benchmarks() -> None:
+    """Benchmarks use what is in tests/, not the other way round; only the counting of modules is still there."""
+    using = {}
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module))
+        if found := {name for name in names if name.partition(".")[0] == "benchmarks"} - {"benchmarks.house.counts"}:
+            using[path.name] = found
+    assert using == {}
