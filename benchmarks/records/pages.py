@@ -25,7 +25,7 @@ CLAIMS = {
     "docs/guides/own-images.md": [
         Claim(
             (*accuracy.FOLDERS, accuracy.BOTH),
-            "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread and reached {least:.1f} to {most:.1%} (four",
+            "took {fastest:.0f} to {slowest:.0f} minutes on one CPU thread and reached {least:.1f} to {most:.1%} (four",
             accuracy.of_folders,
         ),
         Claim(

@@ -63,7 +63,7 @@ CLAIMS = [
     ),
     Claim(
         (*accuracy.FOLDERS, accuracy.BOTH),
-        "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread, from pretrained weights, and {least:.1f} to "
+        "took {fastest:.0f} to {slowest:.0f} minutes on one CPU thread, from pretrained weights, and {least:.1f} to "
         "{most:.1%} of the test photos were right (four trainings)",
         accuracy.of_folders,
     ),

@@ -243,7 +243,7 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
     for arm, name in (("dense", "dense goes"), ("learned", "the MoE")):
         ends = [by_seed(runs, arm=arm, **of_batch("mean", batch)).values() for batch in (64, LARGE[-1])]
         falls.append(f"{name} from {' to '.join(f'{100 * statistics.fmean(end):.0f}' for end in ends)} %")
-    only = verdicts[0] == YES and verdicts[-1] != YES
+    only = verdicts[0] == YES and verdicts[1:] != [YES]  # also as long as places haven't been asked
     return ONLY_MEAN if only else verdicts[0], (
         f"Compared with batches of 64, the MoE's lead over dense changes by so many points: {'. '.join(texts)}. "
         f"Of as many images larger batches make fewer steps: from 64 to {LARGE[-1]}, with the mean, {', '.join(falls)}"

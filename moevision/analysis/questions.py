@@ -551,9 +551,10 @@ def _on_same_patches(own: Ints, liked: Ints, num_experts: int, rng: np.random.Ge
     liked_first = is_liked.argmax(-1) < (own == other[:, None, None]).argmax(-1)
     parts = [both & liked_first, both & ~liked_first]
     fewer = np.minimum(*(part.sum(1, keepdims=True) for part in parts))
-    last = own.shape[1] - fewer
-    drawn = [part & ((part * rng.random(part.shape)).argsort(1).argsort(1) >= last) for part in parts]
-    return [_Exchange(expert, third, drawn[0] | drawn[1]).routes(own) for expert in (liked, other)]
+    # A part's patches in random order, before all others of the image, which are 0.
+    ranks = [(part * -rng.random(part.shape)).argsort(1).argsort(1) for part in parts]
+    moves = parts[0] & (ranks[0] < fewer) | parts[1] & (ranks[1] < fewer)
+    return [_Exchange(expert, third, moves).routes(own) for expert in (liked, other)]
 
 
 @dataclass(frozen=True)
