@@ -496,7 +496,8 @@ def load_trained(address: str) -> SavedModel:
         task.build(*sizes, load_pretrained=False, kept=kept)
         task.net.load_state_dict(weights)
         check_numbers(task.net, address)
-        names, (mean, std) = known["class_names"], colours(*known["mean_std"], address)
+        names, (mean, std) = known["class_names"], known["mean_std"]
+        mean, std = colours(mean, std, address)
         if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
             raise ValueError("its classes have no names")
         fit = known.get("fit", "crop")
