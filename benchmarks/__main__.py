@@ -61,11 +61,16 @@ PROVE = {
     "wheel": ("the bundled photo model from an installed wheel, offline, on photos of a folder", "demo.wheel"),
     "packed": ("a bundled model in int8 beside its weights in bfloat16: classes, experts, bytes", "demo.packed"),
     "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),
+    "flips": ("how many answers change without one expert, beside as much taken away at random", "demo.flips"),
     "demo-live": ("the explorer without a server: its size, its times, its answers beside Python's", "demo.live"),
     "demo-photos": ("bundled photos, and photos never seen, through the explorer's page", "demo.photos"),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": ("hashes of a training, a resumed training, a report and a view, before and after", "house.unchanged"),
+    "statements": (
+        "numbers of README, Results and guides, recomputed without the studies' code",
+        "recompute_statements",
+    ),
     "counts": ("modules, lines and tokens of the package, single importers, import circles", "house.counts"),
     "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }

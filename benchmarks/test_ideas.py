@@ -8,6 +8,7 @@ from benchmarks.equal_time.test_equal_time import pairs as equal_pairs
 from benchmarks.ideas import NOT_RUN, ideas, read_all, waits
 from benchmarks.small import BASE_LR
 from benchmarks.small.test_small import run as small_run
+from benchmarks.sparsity.arms import ARMS
 from benchmarks.sparsity.test_sparsity import record, study, tuning
 
 
@@ -45,6 +46,23 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")
 
 
+@pytest.mark.parametrize(("lead", "expected"), [(0.0, "only with the mean"), (0.02, "after 1 epoch")])
+def test_a_lead_that_reading_places_takes_away_is_the_means(lead, expected) -> None:
+    """Two points with the mean; with places read, as many or none, give or take .1."""
+    noise = [0.001, -0.001, 0.001, -0.001, 0.001, -0.001]
+    runs = study([0.02 + each for each in noise])
+    for arm, more in (("moe-places", lead), ("twin-places", 0.0)):
+        lr = ARMS[arm].base_lr
+        runs += tuning(arm, lr)
+        runs += [
+            record(arm, seed, 0.8 + (more + each) * (arm == "moe-places"), lr=lr) for seed, each in enumerate(noise)
+        ]
+    found = row(ideas({**read_all(Path("nowhere")), "sparsity": runs}), "More parameters help at equal compute")
+    assert f"| {expected} |" in found
+    assert "With places read" in found
+    assert "+2.0 points (+1.9 to +2.1; 6 seeds)" in found
+
+
 @pytest.mark.parametrize(
     ("count", "gap", "spread", "expected"),
     [
@@ -80,7 +98,7 @@ def test_instability_is_judged_by_its_protocol(loss, spread, failed, expected) -
 
 
 @pytest.mark.parametrize(
-    ("gain", "spread", "expected"), [(0.03, 0.001, "yes"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")]
+    ("gain", "spread", "expected"), [(0.03, 0.001, "only with the mean"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")]
 )
 def test_large_batches_are_judged_by_their_protocol(gain, spread, expected) -> None:
     runs = []
@@ -89,6 +107,20 @@ def test_large_batches_are_judged_by_their_protocol(gain, spread, expected) -> N
             more = (batch > 64) * (gain + sign * spread)
             runs.append(small_run("batches", "dense", seed, 0.45, batch=batch))
             runs.append(small_run("batches", "learned", seed, 0.46 + more, batch=batch))
+    table = ideas({**read_all(Path("nowhere")), "small": runs})
+    assert f"| {expected} |" in row(table, "Sparse training wants large batches")
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.03, "yes"), (0.0, "only with the mean")])
+def test_large_batches_are_judged_with_places_read_too(gain, expected) -> None:
+    """With the mean the lead grows by three points; with places read as much, or by nothing."""
+    runs = []
+    for seed in range(5):
+        for head, more in (("mean", 0.03), ("places", gain)):
+            for batch in (16, 64, 256, 1024):
+                top1 = 0.46 + (batch > 64) * more + 0.001 * (seed % 2) * (batch > 64)
+                runs.append(small_run("batches", "dense", seed, 0.45, batch=batch, head=head))
+                runs.append(small_run("batches", "learned", seed, top1, batch=batch, head=head))
     table = ideas({**read_all(Path("nowhere")), "small": runs})
     assert f"| {expected} |" in row(table, "Sparse training wants large batches")
 

@@ -204,8 +204,10 @@ def effects() -> list[Effect]:
     files = sparsity.FILES
     return [
         of("Experts − dense model, equal steps", files, sparsity.first),
+        of("The same, places read", files, sparsity.places),
         of("Experts − dense model, equal time", files, sparsity.at_equal_time),
         of("The same after 10 epochs (97 %)", equal_time.FILES[0], equal_time.at_full_length),
+        of("Dense, larger − smaller (97 %)", equal_time.FILES[0], equal_time.dense_parameters),
         of("Much sparse compute − little", files, sparsity.by_share),
         of("Learned router − rule by position", files, sparsity.learned, -1),
         of("With − without balance loss", files, sparsity.balanced),

@@ -78,6 +78,25 @@ def answer(runs: Runs) -> str:
     )
 
 
+def limits(runs: Runs) -> list[str]:
+    """What the answer doesn't say: whether more dense parameters help, and how equal the time was."""
+    own = {(each.first, each.second): each for each in found(runs)}
+    told, capacity = [], own.get(PAIRS[2])
+    if capacity is not None:
+        shown = "is shown to be" if capacity.p < LEVEL else "isn't shown to be"
+        side = "worse" if capacity.p < LEVEL and capacity.mean < 0 else "better"
+        told.append(
+            f"Dense with as many parameters as the MoE {shown} {side} than dense: {capacity.interval_at(LEVEL)} points "
+            f"(97 %); {len(capacity.gaps)} seeds."
+        )
+    seconds = [by_seed(runs, arm, "cpu_s") for arm in PAIRS[0]]
+    common = seconds[0].keys() & seconds[1].keys()
+    if common:
+        moe, dense = (sum(arm[seed] for seed in common) for arm in seconds)
+        told.append(f"In these runs dense had {100 * (dense / moe - 1):.1f} % more CPU time than the MoE.")
+    return told
+
+
 def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
     """The answer, the table of arms beside their prices, and that of contrasts, as Markdown."""
     rows, look = [], decided(runs)
@@ -107,7 +126,7 @@ def parts_of(runs: Runs, prices: Sequence[Mapping[str, Any]]) -> list[str]:
     contrast = table(["contrast", "seeds", "points (97 %)", "p, adjusted", "verdict"], lines, "lrrrl") if lines else ""
     tried = sorted({(run["arm"], run["lr"]) for run in runs if run["seed"] < FIRST_SEED})
     tuning = "; ".join(f"`{arm}` at {lr:g}: {_validation(runs, arm, lr)}" for arm, lr in tried)
-    parts = [f"**{answer(runs)}**", table(names, rows, "lrrrrrrrrr"), contrast]
+    parts = [f"**{answer(runs)}**", table(names, rows, "lrrrrrrrrr"), contrast, " ".join(limits(runs))]
     return [*filter(None, parts), *([f"Validation of the tuning runs, %: {tuning}."] if tuning else [])]
 
 

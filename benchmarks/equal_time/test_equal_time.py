@@ -97,6 +97,17 @@ def test_six_pairs_decide_if_they_can() -> None:
     assert "11 of 12 pairs so far, no verdict; undecided after 6" in report.answer(pairs(12, 0.004, 0.006)[:-1])
 
 
+def test_the_answer_says_what_dense_parameters_bring_and_how_equal_the_time_was() -> None:
+    """Three seeds: .1, .0 and -.1 points; 6 pairs of 103 and 100 CPU seconds."""
+    runs = [{**each, "cpu_s": 103.0 if each["arm"] == "twin-time" else 100.0} for each in pairs(6, 0.0, 0.001)]
+    runs += [run("twin-parameters", 200 + place, 0.87 + gap) for place, gap in enumerate((0.001, 0.0, -0.001))]
+    capacity, time = report.limits(runs)
+    assert capacity.startswith("Dense with as many parameters as the MoE isn't shown to be better than dense: +0.0 (")
+    assert time == "In these runs dense had 3.0 % more CPU time than the MoE."
+    more = [run("twin-parameters", 200 + place, 0.9 + gap) for place, gap in enumerate((0.0001, 0.0, -0.0001))]
+    assert "is shown to be better than dense: +3.0 (" in report.limits([*pairs(6, 0.0, 0.0), *more])[0]
+
+
 def test_what_a_verdict_leaves_out_is_no_longer_planned() -> None:
     """After the first look decided: 6 pairs of 6, three runs of dense parameters, four of `twin-wide`."""
     for count, planned in ((5, (12, 12, 3, 4)), (6, (6, 6, 3, 4))):

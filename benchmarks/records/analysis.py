@@ -39,6 +39,9 @@ def answers(record: Json) -> Json:
     assert (experts["answer"], function["answer"]) == ("yes", "yes")
     found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "interval": points[2]}
     found |= {"favourite": alike[1], "others": alike[2]}
+    beyond = re.search(r"same patches ([\d.]+) of log-loss more than their other choice", function["detail"])
+    assert beyond is not None
+    found["beyond"] = beyond[1]
     return {**found, "n_images": record["n_images"], "training": training["answer"]}
 
 

@@ -3,11 +3,13 @@
 from statistics import median
 from typing import Any
 
+from benchmarks.demo.flips import flipped
 from benchmarks.records import Claim, Definition
 
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
+FLIPS = "benchmarks/demo/flips.json"
 MATTERS = ("benchmarks/demo/matters.json", "moevision/demo/models/cifar10/card.json")
 PACKED, LIVE = "benchmarks/demo/packed.json", "benchmarks/demo/live.json"
 STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
@@ -85,6 +87,17 @@ def of_all(record: Json) -> Json:
     return own
 
 
+def of_flips(record: Json) -> Json:
+    """Of answers that are right, how many change without some expert, and how many with as much away at random."""
+    right = [label == answer for label, answer in zip(record["labels"], record["all"], strict=True)]
+    sure = [own and p >= 0.7 for own, p in zip(right, record["sure"], strict=True)]
+    told = {"images": len(right), "right": sum(right), "sure": sum(sure)}
+    for kind in ("without", "at_random"):
+        changed = flipped(record, kind)
+        told |= {kind: changed[right].mean(), f"sure_{kind}": changed[sure].mean(), f"all_{kind}": changed.mean()}
+    return told
+
+
 def opening(record: Json, card: Json) -> Json:
     """The image of README and of the site's start: what it is without the expert, and with as much away at random.
 
@@ -138,6 +151,13 @@ CLAIMS = [
     Claim(WHEEL, "the wheel of this checkout, {mb:.1f} MB,", installed),
     Claim(WHEEL, "{total} test photos, which no training saw", installed),
     Claim(WHEEL, "balanced accuracy {balanced}, {cat} and {dog}", installed),
+    Claim(
+        FLIPS,
+        "Of {images:,} test images of CIFAR-10 {right:,} are named right. Without some one of 16 experts {without:.1%} "
+        "of these get another class, with as many patches moved at random in as many draws {at_random:.1%}; of the "
+        "{sure:,} that are as sure as the dog (.7 and more) {sure_without:.1%} and {sure_at_random:.1%}",
+        of_flips,
+    ),
     Claim(
         MATTERS[0],
         "each of {images} bundled photos. {right} are named right, and the answer of {flips} of these changes with "

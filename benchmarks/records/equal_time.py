@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.equal_time.report import FIRST_SEED, LEVEL, by_seed, decided, parts_of, verdict
+from benchmarks.equal_time.report import FIRST_SEED, LEVEL, PAIRS, by_seed, decided, found, parts_of, verdict
 from benchmarks.records import Claim
 from benchmarks.records.studies import shown
 
@@ -27,6 +27,14 @@ def at_full_length(*runs: dict[str, Any]) -> dict[str, Any]:
     side = ("better" if look.mean > 0 else "worse") if look.p < LEVEL else ""
     return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": count, "moe": moe, "twin": twin,
             "found": FOUND[verdict(look)], "verdict": side}  # fmt: skip
+
+
+def dense_parameters(*runs: dict[str, Any]) -> dict[str, Any]:
+    """Dense with as many parameters as the MoE, less the twin at equal time; and whether that is a gain, in words."""
+    contrast = next(each for each in found(runs) if (each.first, each.second) == PAIRS[2])
+    mean, half = 100 * contrast.mean, 100 * contrast.half_at(LEVEL)
+    shown = "is shown" if contrast.p < LEVEL and mean > 0 else "isn't shown"
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(contrast.gaps), "shown": shown}
 
 
 CLAIMS = [Claim(FILES, "{text}", _parts)]

@@ -65,7 +65,7 @@ TAKE = {
         {"better": "experts", "not told apart": "`fit --dense`", "worse": "`fit --dense`"},
     ),
     "from scratch, few steps": Advice(
-        sparsity.FILES, few_steps, {"with any classifier": "experts", "with the mean": "experts", "no": "dense"}
+        sparsity.FILES, few_steps, {"with any classifier": "experts", "with the mean": "dense", "no": "dense"}
     ),
     "from scratch, in a given time or to the end": Advice(
         equal_time.FILES[0],
@@ -120,13 +120,20 @@ CLAIMS = [
     Claim(infer.BEFORE, "64 take {many:.2f} times the time", readme.few_and_many),
     Claim(
         cats_and_dogs.FILES,
-        "it changed accuracy by {cost:.1f} points ({low:.1f} to {high:.1f}) where only experts learned; from the "
-        "expert that an untold router chose in block 7, the class is guessed in {alone_experts_L7[guess]:.0%} to "
+        "told or not, two experts were {least} to {most} points below dense where only experts learned (told − "
+        "balanced {class_balanced}); from the expert that an untold router chose in block 7, the class is guessed in "
+        "{alone_experts_L7[guess]:.0%} to "
         "{alone_blocks_L7[guess]:.0%} (chance 50), with balance losses in {balanced_experts_L7[guess]:.0%} to "
         "{balanced_blocks_L7[guess]:.0%}",
         cats_and_dogs.result,
     ),
-    Claim(modular.FILES, "bring {sources}, {far} and {imagenette} points over a head for each folder", modular.gaps),
+    Claim(
+        modular.FILES,
+        "beside the rule, experts trained apart and joined bring {joined[sources]}, {joined[far]} and "
+        "{joined[imagenette]} points on three sets, tuned heads for each folder {heads[sources]}, {heads[far]} and "
+        "{heads[imagenette]}",
+        modular.beside_the_rule,
+    ),
     Claim(
         modular.FILES,
         "such a rule reached {rule[sources]:.1f}, {rule[far]:.1f} and {rule[imagenette]:.1f} %, tuned heads for each "

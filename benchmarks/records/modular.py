@@ -47,6 +47,12 @@ def without_experts(*runs: Any) -> dict[str, Any]:
     }
 
 
+def beside_the_rule(*runs: Any) -> dict[str, Any]:
+    """Joined experts, and tuned heads, less the linear rule."""
+    own = {arm: gaps(*runs, pair=(arm, "no training")) for arm in ("joined", "heads only, tuned")}
+    return {"joined": own["joined"], "heads": own["heads only, tuned"]}
+
+
 def beside_joint(*runs: Any) -> dict[str, Any]:
     """All data at once."""
     return gaps(*runs, pair=("joined", "dense joint"))

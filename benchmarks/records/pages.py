@@ -56,7 +56,7 @@ CLAIMS = {
     "docs/guides/own-images.md": [
         Claim(
             (*accuracy.FOLDERS, accuracy.BOTH),
-            "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread and reached {least:.1f} to {most:.1%} (four",
+            "took {fastest:.0f} to {slowest:.0f} minutes on one CPU thread and reached {least:.1f} to {most:.1%} (four",
             accuracy.of_folders,
         ),
         Claim(
@@ -74,7 +74,8 @@ CLAIMS = {
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
             "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things, yes: "
             "exchanging a class's favourite expert with any other costs {points} points of accuracy ({interval}); "
-            "at equally many moved choices {favourite}, any two other experts {others}",
+            "at equally many moved choices {favourite}, any two other experts {others}; on the same patches it costs "
+            "{beyond} of log-loss more than their other choice",
             analysis.answers,
         ),
         Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),
@@ -121,6 +122,8 @@ DEFINITIONS = {
     "docs/alternatives.md": [
         Definition("| AGPL-3.0, or a paid enterprise licence", "a licence"),
         Definition("| AGPL-3.0, a commercial or", "a licence"),
+        Definition("(AGPL-3.0), which also classifies", "a licence"),
+        Definition("ES-MoE](https://pypi.org/project/esmoe/) (AGPL-3.0)", "a licence"),
         *(Definition(f"{name} | Apache-2.0", "a licence") for name in _APACHE),
         Definition("| Apache-2.0 (weights vary)", "a licence"),
     ],

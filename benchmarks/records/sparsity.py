@@ -76,14 +76,6 @@ def shares(*_: Any) -> dict[str, float]:
     return _shares()
 
 
-def accuracy(*found: Any) -> dict[str, float]:
-    """Shares of the test images that `moe` and its twin have right, means of the same seeds."""
-    own = {arm: finished(runs_of(_runs(found), "cpu", arm)) for arm in ("moe", "twin")}
-    seeds = own["moe"].keys() & own["twin"].keys()
-    means = {arm: statistics.fmean(runs[seed]["test_top1"] for seed in seeds) for arm, runs in own.items()}
-    return {"right": means["moe"], "twin": means["twin"], **first(*found)}
-
-
 def balanced(*found: Any) -> dict[str, float]:
     """H5 on a CPU: points, and the busiest expert's load of the worst layer, mean of the seeds."""
     contrast = _judged(found, "H5").contrast
@@ -111,7 +103,7 @@ def _judged(found: Any, name: str) -> Result:
     return next(result for result in judge(_runs(found), "cpu") if result.hypothesis.name == name)
 
 
-first, at_equal_time, by_share = (partial(decided, name) for name in ("H1", "H2", "H3"))
+first, at_equal_time, by_share, places = (partial(decided, name) for name in ("H1", "H2", "H3", "H7"))
 hashed, more_steps, by_place, hash_places = (
     partial(unasked, *arms)
     for arms in (("moe", "hash"), ("twin-time", "twin"), ("position", "twin-time"), ("twin-places", "hash-places"))

@@ -5,6 +5,8 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from benchmarks.records import Claim, Definition
 from benchmarks.records.studies import report, shown
 from benchmarks.specialization.rule import above_before
@@ -12,7 +14,9 @@ from benchmarks.study import Contrast
 
 FILES = ("benchmarks/specialization/runs.jsonl",)
 SCRATCH = "benchmarks/specialization/scratch.jsonl"
+SAME = "benchmarks/specialization/same_patches.jsonl"
 BUNDLED = tuple(f"{SCRATCH}#{name}" for name in ("cifar10", "pets", "cats_vs_dogs"))
+RERUN = tuple(f"{SCRATCH}#{name}" for name in ("cifar10", "pets", *(f"small-s{seed}" for seed in range(6))))
 SEEDS = tuple(f"{SCRATCH}#small-s{seed}" for seed in range(6))
 TITLES = {"cifar10": "CIFAR-10", "pets": "drawn pets", "cats_vs_dogs": "cats and dogs"}
 COSTS = ("without", "routes", "favourite", "any_two", "more")
@@ -91,6 +95,38 @@ def over_seeds(*runs: Any) -> dict[str, Any]:
         "seeds": len(runs), "least": min(top1), "most": max(top1),
         **{f"first_{name}": x for name, x in rows[0].items()}, **{f"second_{name}": x for name, x in rows[1].items()},
     }  # fmt: skip
+
+
+def on_same_patches(*runs: Any) -> dict[str, Any]:
+    """A third expert in the place of a favourite, and of the same patches' other choice; all else is as before.
+
+    Nats of each layer of the bundled models; of the small model the mean of the differences, and how many lie above 0.
+    """
+    told: dict[str, Any] = {}
+    for run in runs:
+        for layer in run["layers"]:
+            swap = layer["swap"]
+            told[f"{run['name']}_{layer['name']}"] = {
+                name: f"{swap[name]['log_loss']['value']:.3f} ({swap[name]['log_loss']['low']:.3f} to "
+                f"{swap[name]['log_loss']['high']:.3f})" for name in ("same_patches", "their_other", "beyond_patches")
+            }  # fmt: skip
+    seeds = [[layer["swap"]["beyond_patches"]["log_loss"] for layer in run["layers"]] for run in runs if "seed" in run]
+    for place, layers in zip(("first", "second"), zip(*seeds, strict=True), strict=True):
+        found = Contrast("", "", [layer["value"] for layer in layers])
+        told[place] = f"{found.mean:.3f} ({found.mean - found.half:.3f} to {found.mean + found.half:.3f})"
+    each = [layer for layers in seeds for layer in layers]
+    return {**told, "above": sum(layer["low"] > 0 for layer in each), "of": len(each), "seeds": len(seeds)}
+
+
+def unchanged(*runs: Any) -> dict[str, Any]:
+    """That all other costs were measured again and are the same, but for rounding."""
+    before, again = runs[: len(runs) // 2], runs[len(runs) // 2 :]
+    for one, other in zip(before, again, strict=True):
+        assert one["name"] == other["name"]
+        for layer, same in zip(one["layers"], other["layers"], strict=True):
+            numbers = [list(_numbers(each["swap"]).values()) for each in (layer, same)]
+            assert np.allclose(*numbers, rtol=0, atol=1e-6)
+    return {}
 
 
 def dissociated(*runs: Any) -> dict[str, Any]:
@@ -192,6 +228,15 @@ CLAIMS = [
         BUNDLED[:2] + SEEDS, "own is larger in every layer on CIFAR-10 and drawn pets (p at most {p:.3f}", dissociated
     ),
     Claim(SEEDS, SMALL, over_seeds),
+    Claim(
+        SAME,
+        "in the favourite's place costs {cifar10_L0[same_patches]} nats in CIFAR-10's L0, in the other's place "
+        "{cifar10_L0[their_other]}: a difference of {cifar10_L0[beyond_patches]}. It is {cifar10_L1[beyond_patches]} "
+        "in CIFAR-10's L1, {pets_L1[beyond_patches]} and {pets_L2[beyond_patches]} in drawn pets' L1 and L2, and above "
+        "0 in {above} of {of} layers of the small model, {first} in L1 and {second} in L3 over {seeds} seeds",
+        on_same_patches,
+    ),
+    Claim((*RERUN, *(place.replace(SCRATCH, SAME) for place in RERUN)), "all other costs are the same", unchanged),
     Claim(FILES, HEADLINE, headline),
     Claim(FILES, "{text}", _parts),
     Claim(

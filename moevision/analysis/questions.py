@@ -314,6 +314,9 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
             f"other experts {signed(two.points.value, 1)}"
         )
     answer = YES if (whole if more is None else more).shown else NOT_SHOWN
+    beyond = swap.beyond_patches
+    if answer == YES and beyond is not None and beyond.shown:
+        detail += f"; on the same patches {signed(beyond.log_loss.value)} of log-loss more than their other choice"
     if answer == YES and without.points.low <= 0:
         detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
         return Answer("function", A_LITTLE_WORD, detail, numbers)
@@ -332,6 +335,9 @@ def _swap_words(swap: Swap) -> list[str]:
         "thinned to as many choices": swap.favourite,
         "as many of any two others": swap.any_two,
         "the difference": swap.more,
+        "on the same patches a third expert in the favourite's place": swap.same_patches,
+        "in their other choice's": swap.their_other,
+        "that difference": swap.beyond_patches,
     }
     told = [
         f"{name} {signed(cost.log_loss.value)} ({signed(cost.log_loss.low)} to {signed(cost.log_loss.high)}"
@@ -380,6 +386,8 @@ def _reading_words(reading: Reading) -> str:
 #   class chooses first most often, found on the half of the images on which the swap is not measured;
 # - `any_two`: any two experts other than the favourite change places. Both are thinned to as many tokens of each class,
 #   since a favourite has more tokens than others; `whole` is the favourite's exchange before that;
+# - `same_patches`: is a favourite dear because of its patches? A third expert takes its place on patches that chose it
+#   and an expert in common, and, on the very same patches, the place of that expert (`their_other`);
 # - `routes`: every patch goes where the patch at the same place of another image goes.
 # All changes are coherent: in one image all moved tokens of an expert go to the same other one, since scattered errors
 # average out. Gates stay with the rank. Which other experts take part is drawn for each image, as images don't meet.
@@ -410,6 +418,9 @@ class Swap(Numbers):
     favourite: Cost | None
     any_two: Cost | None  # two other experts change places
     more: Cost | None  # `favourite` minus `any_two`, image by image
+    same_patches: Cost | None  # a third expert in the favourite's place; None where no patches can show it
+    their_other: Cost | None  # on the same patches, in the place of their other choice
+    beyond_patches: Cost | None  # `same_patches` minus `their_other`, image by image
     n_images: int  # images that were run
     favourites: Sequence[tuple[str, int, int]]  # class, its favourite expert in either half of the images
 
@@ -448,6 +459,7 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
     other_image = np.empty_like(order)
     other_image[order] = np.roll(order, 1)
     variants = [~own, own[other_image], *exchanged, *(routes for pair in thinned for routes in pair)]
+    variants += _on_same_patches(own, liked, layer.num_experts, rng)
     loss, right = lost_by(recording, place, images, own, target, variants)
     moved = np.array([(routes != own).mean() for routes in variants])
 
@@ -461,8 +473,9 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
             float(moved[rows].mean() - away[2]),
         )
 
-    whole, favourites, twos = slice(2, 2 + draws), slice(2 + draws, None, 2), slice(3 + draws, None, 2)
-    compared = moved[2 + draws :].any()
+    whole, favourites, twos = slice(2, 2 + draws), slice(2 + draws, -2, 2), slice(3 + draws, -2, 2)
+    same, other = slice(-2, -1), slice(-1, None)
+    compared, has_same = moved[2 + draws : -2].any(), moved[same].any()
     return Swap(
         without=cost(slice(0, 1)),
         routes=cost(slice(1, 2)),
@@ -470,6 +483,9 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         favourite=cost(favourites) if compared else None,
         any_two=cost(twos) if compared else None,
         more=cost(favourites, twos) if compared else None,
+        same_patches=cost(same) if has_same else None,
+        their_other=cost(other) if has_same else None,
+        beyond_patches=cost(same, other) if has_same else None,
         n_images=len(images),
         favourites=[(recording.class_names[c], *favourite[:, c].tolist()) for c in np.unique(target)],
     )
@@ -518,6 +534,27 @@ def _others(liked: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
     order = rng.random((len(liked), num_experts))
     order[np.arange(len(liked)), liked] = np.inf
     return order.argsort(1)[:, :-1]
+
+
+def _on_same_patches(own: Ints, liked: Ints, num_experts: int, rng: np.random.Generator) -> list[Ints]:
+    """Routes [R, P, K] with a third expert in place of the favourite, and in place of the other expert.
+
+    The other one is chosen beside the favourite by most patches of the image. Of these patches as many are changed
+    that chose the favourite first as that chose the other one first: a first choice weighs more.
+    """
+    order, row = _others(liked, num_experts, rng), np.arange(len(own))
+    is_liked = own == liked[:, None, None]  # [R, P, K]
+    beside = (own[..., None] == order[:, None, None]).any(2) & is_liked.any(-1, keepdims=True)  # [R, P, E - 1]
+    place = beside.sum(1).argmax(1)
+    other, third = order[row, place], order[row, place - 1]
+    both = beside[row, :, place] & ~beside[row, :, place - 1]
+    liked_first = is_liked.argmax(-1) < (own == other[:, None, None]).argmax(-1)
+    parts = [both & liked_first, both & ~liked_first]
+    fewer = np.minimum(*(part.sum(1, keepdims=True) for part in parts))
+    # A part's patches in random order, before all others of the image, which are 0.
+    ranks = [(part * -rng.random(part.shape)).argsort(1).argsort(1) for part in parts]
+    moves = parts[0] & (ranks[0] < fewer) | parts[1] & (ranks[1] < fewer)
+    return [_Exchange(expert, third, moves).routes(own) for expert in (liked, other)]
 
 
 @dataclass(frozen=True)

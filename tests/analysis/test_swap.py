@@ -1,6 +1,7 @@
 """The swap test: planted experts whose answers are known, brute force over loops, and models of ours."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -73,7 +74,9 @@ def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
     found, answer = answered(planted([[3.0, 0.0]] * 6, labels, choices, evidence=1.0, bias=np.array([0, 3.0])))
     assert found.swap.without.points.value == 50
     assert answer.answer == NOT_SHOWN
-    for cost in (found.swap.whole, found.swap.favourite, found.swap.any_two, found.swap.more, found.swap.routes):
+    swap = found.swap
+    costs = (swap.whole, swap.favourite, swap.any_two, swap.more, swap.routes, swap.same_patches, swap.beyond_patches)
+    for cost in costs:
         assert cost.log_loss == (0, 0, 0)
         assert cost.points.value == 0
 
@@ -129,7 +132,7 @@ def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> No
 def test_two_experts_have_no_others_to_compare_with() -> None:
     labels, choices = routed(np.random.default_rng(5), num_classes=2, num_experts=2, top_k=1)
     found, answer = answered(planted([[3.0, 0], [0, 3.0]], labels, choices))
-    assert (answer.answer, found.swap.more) == (YES, None)
+    assert (answer.answer, found.swap.more, found.swap.same_patches) == (YES, None, None)
     assert "there are no two other experts to compare it with" in answer.detail
     both = np.tile([0, 1], (160, PATCHES, 1))
     assert swap_test(planted([[3.0, 0], [0, 3.0]], labels, both), 0) is None
@@ -168,12 +171,20 @@ def test_every_cost_by_brute_force() -> None:
         for c in range(4):
             first = choices[(halves != half) & (labels == c)][..., 0].ravel()
             favourite[half, c] = np.bincount(first).argmax()
-    lost = []  # without the layer
+    lost, replaced = [], []  # without the layer; by a third expert: log-loss lost for the favourite, and for the other
     exchanged = []  # [image's favourite exchanged, changed patches, the experts in it, log-loss lost]
     for image in seen:
         own, plain = choices[image], loss(image, choices[image])
         mine = [of for number, of in zip(images, routes, strict=True) if number == image]
         assert (mine[0] == own).all()
+        if ((mine[-1] != own) == (mine[-2] != own)[:, ::-1]).all():  # the same patches, each with its other choice
+            *mine, instead, beside = mine
+            where = (instead != own).any(-1)
+            liked, other = ({*own[of != own]} for of in (instead, beside))
+            assert (liked, len(other)) == ({favourite[halves[image], labels[image]]}, 1)
+            assert {*instead[instead != own]} == {*beside[beside != own]}  # one third expert for both
+            assert (own[where, 0] == [*liked]).sum() == (own[where, 0] == [*other]).sum() == where.sum() / 2
+            replaced.append([loss(image, of)[0] - plain[0] for of in (instead, beside)])
         for of in mine[1:]:
             more = loss(image, of)[0] - plain[0]
             away = of < 0
@@ -196,6 +207,42 @@ def test_every_cost_by_brute_force() -> None:
     assert tokens[True] / 60 / PATCHES / 2 / 3 == pytest.approx(found.whole.moved + found.favourite.moved)
     assert found.favourite.moved == found.any_two.moved > 0
     assert found.more.log_loss.value == pytest.approx(found.favourite.log_loss.value - found.any_two.log_loss.value)
+    assert 20 < len(replaced) < 60
+    of_favourite, of_other = np.sum(replaced, 0) / 60
+    assert found.same_patches.log_loss.value == pytest.approx(of_favourite)
+    assert found.their_other.log_loss.value == pytest.approx(of_other)
+    assert found.beyond_patches.log_loss.value == pytest.approx(of_favourite - of_other)
+
+
+def test_an_expert_of_its_class_is_told_from_the_patches_that_chose_it() -> None:
+    """On the patches that chose it and another expert it alone says the class."""
+    labels, choices = routed(np.random.default_rng(9))
+    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
+    assert found.swap.same_patches.moved == found.swap.their_other.moved > 0
+    assert found.swap.beyond_patches.log_loss.low > 0
+    assert "of log-loss more than their other choice" in answer.detail
+
+
+def test_where_experts_are_equal_the_same_patches_claim_nothing() -> None:
+    """What an expert says is drawn anew for each image, whatever its class: no expert is one of a class.
+
+    At a true rate of 2.5 % for each, 6 of 50 or more would be shown in one of 500 such tests. It is less: of what a
+    favourite says there is more in the image, so that some of it may go (no draw of these shows it).
+    """
+    labels, choices = routed(np.random.default_rng(10), num_experts=8, images=200)
+    shown = 0
+    for draw in range(50):
+        said = np.random.default_rng(draw).normal(0, 4, (200, 8, 4))  # [I, E, C]
+        recording = planted(np.zeros((8, 4)), labels, choices)
+
+        def run(place, images, routes, said=said):
+            chosen = said[images[:, None, None], routes] * (routes >= 0)[..., None]  # [R, P, K, C]
+            return 2 * np.eye(4)[labels[images]] + (chosen * GATES[:, None]).sum(2).mean(1)
+
+        found = swap_test(replace(recording, run=run), 0, seed=draw)
+        assert found.same_patches.moved > 0
+        shown += found.beyond_patches.log_loss.low > 0
+    assert shown < 6
 
 
 def test_routes_of_another_image_keep_their_place() -> None:
