@@ -5,19 +5,25 @@ What must be refused is made here byte by byte from the format's description, no
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import pickle
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -26,11 +32,18 @@ from safetensors.torch import load_file, save_file
 
 from moevision import UserError
 from moevision.cli import VERBS
+from moevision.commands.info import load_any
+from moevision.config import MoEConfig
 from moevision.demo.atlas import load_atlas
 from moevision.demo.models import read_card
 from moevision.models import io as models_io
-from moevision.models.io import create_from, load_model, open_model
+from moevision.models.config import build_model
+from moevision.models.io import SavedModel, create_from, describe, load_model, open_model, save_model
 from moevision.models.safe_files import parse_yaml, read_config, read_header, read_json, read_yaml
+from moevision.models.upcycle import load_dense
+from moevision.models.vit_moe import NO_SOURCE
+from moevision.train.resume import load_trained
+from moevision.train.start import choose_start, pretrained_options
 from tests.models.fake_hub import fake_hub
 
 Cli = Callable[..., Any]
@@ -180,6 +193,45 @@ def test_without_the_hub_it_is_said_so(saved_model: Path, tmp_path: Path, monkey
             load_model(f"hf-hub:{repository}")
 
 
+def test_a_checkpoint_asks_no_hub(
+    cli: Cli,
+    tiny: tuple[str, ...],
+    saved_model: Path,
+    drawn_pets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A training that began on the hub keeps what its checkpoints need; of other checkpoints the cache has it, or none.
+
+    The model's architecture stands in the hub's config.json, its weights in the checkpoint.
+    """
+    from huggingface_hub import constants
+
+    with fake_hub() as hub:
+        address = "{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{address}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.private["you/model"] = False
+        hub.files["you/model"] = {file.name: file.read_bytes() for file in saved_model.iterdir()}
+        sizes = (each for each in tiny if ".arch." not in each)
+        trained = cli("fit", drawn_pets, "--pretrained=hf-hub:you/model", *sizes, f"--runs_root={tmp_path / 'runs'}")
+        assert trained.code == 0, trained.err
+    checkpoints = tmp_path / "runs" / "pets" / "checkpoints"
+    asking = ("predict", checkpoints / "last.ckpt", next(drawn_pets.glob("cat/*")))
+    with cut_off():
+        assert cli(*asking).code == 0
+    shutil.rmtree(checkpoints / "start")  # as an earlier version left it
+    with cut_off():
+        assert cli(*asking).code == 0
+    shutil.rmtree(tmp_path / "cache")
+    with cut_off():
+        outcome = cli(*asking)
+    refused(
+        outcome, "nothing is fetched for a checkpoint: if you trust it, fetch it by moevision info hf-hub:you/model"
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("everything", [True, False])
 def test_whole_numbers_are_no_weights(saved_model: Path, dtype: torch.dtype, everything: bool) -> None:
@@ -283,6 +335,16 @@ def test_weights_that_are_no_numbers_are_refused(saved_model: Path) -> None:
         load_model(str(saved_model))
 
 
+def test_a_negative_variance_is_refused(saved_model: Path) -> None:
+    """BatchNorm takes its square root: every answer would be NaN."""
+    weights = load_file(saved_model / "model.safetensors")
+    name = "patch_embed.backbone.0.bn.running_var"
+    weights[name][0] = -1
+    save_file(weights, saved_model / "model.safetensors")
+    with pytest.raises(UserError, match=f"its variance {re.escape(name)} is negative"):
+        load_model(str(saved_model))
+
+
 # --- config.json
 
 
@@ -345,6 +407,46 @@ def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words
     if words:
         with pytest.raises(UserError):
             create_from(saved_model, load_weights=False)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize(
+    "value",
+    [[0, 0.2], [0.2] * 4, ["a", "b", "c"], [None] * 3, {"a": 1}, "abc", 0.5, [[1]] * 3, [math.nan, 1, 1], [1e30] * 3],
+)
+def test_colours_that_are_none_are_refused(name: str, value: object, saved_model: Path) -> None:
+    change_config(saved_model, "pretrained_cfg", **{name: value})
+    with pytest.raises(UserError, match=f"can't be used: its {name} is .* and must be three numbers"):
+        load_model(str(saved_model))
+
+
+def test_a_deviation_of_nothing_is_refused(saved_model: Path) -> None:
+    for std in ([0, 0.2, 0.2], [-0.2, 0.2, 0.2], [1e-30, 1, 1]):
+        change_config(saved_model, "pretrained_cfg", std=std)
+        with pytest.raises(UserError, match=r"can't be used: its std is .* and must be three numbers"):
+            load_model(str(saved_model))
+
+
+@pytest.mark.parametrize("side", [0, -32, 4097, 224.5, "x", None])
+def test_a_side_that_no_image_has_is_refused(side: object, tmp_path: Path) -> None:
+    """A convolutional network takes any side, and a large one would take memory that no file holds."""
+    net = timm.create_model("test_resnet", num_classes=2)
+    save_model(SavedModel(net, ["a", "b"], 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), tmp_path)
+    assert load_model(str(tmp_path)).image_size == 32
+    change_config(tmp_path, "pretrained_cfg", input_size=[3, side, side])
+    with pytest.raises(UserError, match=r"The model takes images of .* px: a side is a whole number from 1 to 4096"):
+        load_model(str(tmp_path))
+
+
+def test_whole_numbers_are_colours(cli: Cli, saved_model: Path, drawn_pets: Path) -> None:
+    """As a person writes them; the answer is that of the same numbers with a point."""
+    answers = []
+    for one in (1, 1.0):
+        change_config(saved_model, "pretrained_cfg", mean=[0 * one] * 3, std=[one] * 3)
+        outcome = cli("predict", saved_model, next(drawn_pets.glob("cat/*")))
+        assert outcome.code == 0, outcome.err
+        answers.append(outcome.out)
+    assert answers[0] == answers[1]
 
 
 # What is just allowed, and what is not any more; the shortest form that timm takes has all fields in one object.
@@ -456,6 +558,254 @@ def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path)
     assert refusals >= 100
 
 
+# --- no way to the network
+
+REACHED: list[str] = []
+"""Addresses that were asked, programs that were started and forbidden files that were opened while a test watched."""
+_WATCHED = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "subprocess.Popen", "os.system", "os.exec"}
+_watching = False
+ELSEWHERE = "elsewhere"  # in the name of files that nothing may open
+
+
+def _watch(event: str, arguments: tuple[object, ...]) -> None:
+    """Python's audit hook: it can't be taken out again, and so does nothing while no test watches."""
+    opens_elsewhere = event == "open" and ELSEWHERE in str(arguments[0])
+    if _watching and (event in _WATCHED or opens_elsewhere):
+        REACHED.append(f"{event} {arguments[:2]}")
+        raise PermissionError(f"a test forbids {event}")
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def cut_off() -> Iterator[None]:
+    """Fail if anything asks an address, starts a program or opens a file `elsewhere`, even if it bears the refusal."""
+    global _watching
+    REACHED.clear()
+    _watching = True
+    try:
+        with patch("huggingface_hub.constants.HF_HUB_OFFLINE", False):  # another test may have set it
+            yield
+    finally:
+        _watching = False
+        assert not REACHED  # in place of the error that the refusal became
+
+
+def hostile_sources(folder: Path) -> dict[str, object]:
+    """What a config.json may say about the place of its weights, by the fields that timm has for it."""
+    return {
+        "url": "http://127.0.0.1:9/alexnet-owt-7be5be79.pth",
+        "hf_hub_id": "evil/model",
+        "hf_hub_filename": "pytorch_model.bin",
+        "custom_load": True,
+        "file": str(folder.parent / f"{ELSEWHERE}.safetensors"),
+        "source": "hf-hub",
+        "state_dict": {"head.weight": [1.0]},
+    }
+
+
+def test_timm_has_no_place_of_weights_that_is_not_known_here() -> None:
+    """Its own list of them, and all fields of its description that `has_weights` or a loader reads."""
+    from timm.models._builder import _PRETRAINED_SOURCE_KEYS
+
+    assert {*_PRETRAINED_SOURCE_KEYS, "source", "state_dict", "custom_load"} == {*NO_SOURCE}
+    assert {*NO_SOURCE} == {*hostile_sources(Path())}
+    assert not timm.models.PretrainedCfg(**NO_SOURCE).has_weights
+
+
+def dense_source(address: str) -> None:
+    """What `upcycle` reads: the model, and how it sees images."""
+    describe(load_dense(address, None, num_classes=None, image_size=None, depth=None, seed=0))
+
+
+def pretrained_start(address: str) -> None:
+    """What `fit --pretrained` does with an address: choose options by the model, build it, load its weights."""
+    weights = choose_start(address, 40)[0]
+    assert weights is not None
+    options = pretrained_options(weights, 40)
+    arch = MoEConfig(pretrained=address, moe_layers=options.get("model.arch.moe_layers"))
+    build_model(arch, 5, int(options["data.image_size"]))
+
+
+# How each verb opens a model; `export` as `predict`.
+OPENS: dict[str, Callable[[str], object]] = {
+    "predict": load_trained,
+    "export": load_trained,
+    "info": load_any,
+    "analyze": load_model,
+    "demo": load_model,
+    "upcycle": dense_source,
+    "fit --pretrained": pretrained_start,
+}
+ODD_NUMBERS: tuple[object, ...] = (None, True, -1, 0, 0.5, 3, 7, 1e9, 1e308, 2**70, float("nan"), "x", [], [1], [1, 2])
+NUMBERS = (
+    *("mean", "std", "input_size", "test_input_size", "crop_pct", "interpolation", "crop_mode", "num_classes"),
+    *("first_conv", "classifier", "label_offset", "pool_size", "fixed_input_size", "label_names", "in_chans"),
+)
+ARCHITECTURES = (
+    *("hf-hub:evil/model", "local-dir:elsewhere", "../elsewhere", "", "x", "test_vit", "vit_moe", "resnet18"),
+    # With pretrained=True timm fetches a ResNet for these two from the hub, whatever their own weights are.
+    *("vit_small_resnet50d_s16_224", "vit_base_resnet26d_224", "iformer_t", "vit_tiny_patch16_224.augreg_in21k"),
+)
+
+
+def mutate_config(config: dict[str, Any], folder: Path, rng: random.Random) -> None:
+    """Let a config.json name other places of weights, and often change one or two things more."""
+    pretrained, arguments = config["pretrained_cfg"], config["model_args"]
+    sources = hostile_sources(folder)
+    changes = [0, *rng.choices(range(1, 6), k=rng.choice([0, 0, 1, 2]))]
+    for change in changes:
+        match change:
+            case 0 | 1:
+                named = rng.sample([*sources], rng.randint(1, len(sources) - 1))
+                pretrained.update({name: sources[name] for name in named if name != "state_dict" or rng.random() < 0.2})
+            case 2:
+                names = (*sources, "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "base")
+                arguments[rng.choice(names)] = rng.choice([*sources.values(), True, dict(sources), "hf-hub:evil/model"])
+            case 3:
+                config["architecture"] = rng.choice(ARCHITECTURES)
+            case 4:
+                rng.choice([pretrained, arguments, config])[rng.choice(NUMBERS)] = rng.choice(ODD_NUMBERS)
+            case _:
+                config.update(calibration={"temperature": rng.choice(ODD_NUMBERS)}, strangers=rng.random() < 0.5)
+
+
+def mutate_tensors(tensors: dict[str, torch.Tensor], rng: random.Random, empty: bool) -> None:
+    """Take tensors away, or give one another name, shape or value; in five of twelve cases leave all."""
+    names = [*tensors]
+    name = rng.choice(names)
+    match 0 if empty else rng.randrange(12):
+        case 0 | 1:
+            tensors.clear()
+        case 2:
+            del tensors[name]
+        case 3:
+            for each in rng.sample(names, len(names) // 2):
+                del tensors[each]
+        case 4:
+            tensors["state_dict"] = tensors.pop(name)
+        case 5:
+            tensors[name] = torch.zeros(rng.randint(0, 3), 5)
+        case 6:
+            tensors[name] = torch.full_like(tensors[name], -1)
+        case _:
+            pass
+
+
+# The first cases of a format have no weights at all, and these places for them: timm fell back on those.
+FALLBACKS = (("url",), ("url", "custom_load"), ("hf_hub_id",), ("hf_hub_id", "hf_hub_filename"))
+
+
+def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
+    """A mutated copy of the tiny run's model in one format; what to give a verb."""
+    (folder.parent / f"{ELSEWHERE}.safetensors").touch()
+    rng, empty = random.Random(f"{kind} {case}"), case < len(FALLBACKS)
+    config = json.loads((run / "model" / "config.json").read_text())
+    if empty:
+        sources = hostile_sources(folder)
+        config["pretrained_cfg"].update({name: sources[name] for name in FALLBACKS[case]})
+    else:
+        mutate_config(config, folder, rng)
+    if kind == "checkpoint":
+        state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        mutate_tensors(state["state_dict"], rng, empty)
+        places = [
+            None,
+            "hf-hub:evil/model",
+            "http://127.0.0.1:9/x",
+            str(folder),
+            f"local-dir:{folder.parent}/elsewhere",
+        ]
+        arch = state["hyper_parameters"]["arch"]
+        if empty:
+            arch["pretrained"] = "hf-hub:evil/model"
+        else:
+            arch[rng.choice(["pretrained", "pretrained", "base"])] = rng.choice(places)
+        if not empty and rng.random() < 0.5:
+            (folder / "start").mkdir()
+            (folder / "start" / "config.json").write_text(json.dumps(config))
+        state["moevision"]["data"]["mean_std"][rng.randrange(2)][0] = rng.choice([0.5] * 30 + [*ODD_NUMBERS])
+        torch.save(state, folder / "last.ckpt")
+        return str(folder / "last.ckpt")
+    home, tensors = folder, load_file(run / "model" / "model.safetensors")
+    mutate_tensors(tensors, rng, empty)
+    metadata: dict[str, str] = {}
+    if kind == "rest":  # two packed files: what the second lacks is in the first
+        home, metadata = (
+            folder / "own" / "trained",
+            {"rest": rng.choice(["first", "first", "first", f"../{ELSEWHERE}"])},
+        )
+        (folder / "first" / "trained").mkdir(parents=True)
+        home.mkdir(parents=True)
+        save_file({name: tensors.pop(name) for name in [*tensors][::2]}, folder / "first" / "trained" / "model.int8")
+    file = home / ("model.safetensors" if kind == "safetensors" else "model.int8")
+    save_file({name: each.contiguous() for name, each in tensors.items()}, file, metadata or None)
+    if rng.random() < 0.1:
+        file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
+    (home / "config.json").write_text(json.dumps(config))
+    return str(home)
+
+
+def open_mutated(kind: str, cases: int, run: Path, home: Path) -> Counter[str]:
+    """Open so many mutated models of a format by every verb; how often each opened one, or refused it."""
+    outcomes: Counter[str] = Counter()
+    for case in range(cases):
+        folder = home / f"{kind}-{case}"
+        folder.mkdir()
+        address = write_mutated(kind, run, folder, case)
+        for verb, opens in OPENS.items():
+            try:
+                with cut_off(), redirect_stderr(io.StringIO()):
+                    opens(address)
+            except UserError as error:
+                outcome = "refused" if "\n" not in str(error) else "refused in several lines"
+            else:
+                outcome = "opened"
+            outcomes[f"{verb}: {outcome}"] += 1
+        shutil.rmtree(folder)
+    return outcomes
+
+
+KINDS = ("safetensors", "int8", "rest", "checkpoint")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_mutated_model_reaches_the_network(kind: str, tiny_run: Path, tmp_path: Path) -> None:
+    """Every verb gets a model, or one sentence; `rest` stands for sharded weights, which nothing here reads."""
+    outcomes = open_mutated(kind, 10, tiny_run, tmp_path)
+    assert outcomes["predict: refused"] >= 3
+    assert outcomes.total() == 10 * len(OPENS)
+
+
+def test_a_model_inside_a_model_is_not_fetched_either(tmp_path: Path) -> None:
+    """The first part of this architecture is a ResNet, which timm fetches from the hub under pretrained=True."""
+    name, arguments = "vit_small_resnet26d_224", {"embed_dim": 16, "depth": 1, "num_heads": 1, "num_classes": 2}
+    with torch.device("meta"):
+        net = timm.create_model(name, **arguments)
+    header, end = {}, 0
+    for key, tensor in net.state_dict().items():
+        header[key] = entry([*tensor.shape], end, end := end + 4 * tensor.numel())
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(tensors(header))
+    with file.open("ab") as opened:  # zeros that take no room
+        opened.truncate(file.stat().st_size + end)
+    pretrained = {"num_classes": 2, "input_size": [3, 224, 224]}
+    config = {"architecture": name, "pretrained_cfg": pretrained, "model_args": arguments}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with cut_off():
+        assert load_model(str(tmp_path)).image_size == 224
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_does_one_of_two_hundred(kind: str, tiny_run: Path, tmp_path: Path) -> None:
+    outcomes = open_mutated(kind, 200, tiny_run, tmp_path)
+    assert outcomes["predict: refused"] >= 100
+    assert outcomes["predict: opened"] >= 2
+
+
 # --- JSON, YAML and what lies in a folder
 
 
@@ -553,6 +903,29 @@ NAMED = {
     "an import through a friend": "callbacks: [{class_path: moevision.train.fit.shutil.rmtree}]",
     "jsonargparse": "callbacks: [{class_path: jsonargparse.set_parsing_settings}]",
 }
+
+
+FUNCTION = "moevision.train.provenance.differences"  # is imported, as all of moevision.train may be
+CALLABLES = {
+    "LambdaCallback": f"callbacks: [{{class_path: LambdaCallback, init_args: {{on_fit_start: {FUNCTION}}}}}]",
+    "BackboneFinetuning": f"callbacks: [{{class_path: BackboneFinetuning, init_args: {{lambda_func: {FUNCTION}}}}}]",
+    "ModelPruning": f"callbacks: [{{class_path: ModelPruning, init_args: {{pruning_fn: {FUNCTION}}}}}]",
+    "DDPStrategy": f"strategy: {{class_path: lightning.pytorch.strategies.DDPStrategy, "
+    f"init_args: {{ddp_comm_hook: {FUNCTION}}}}}",
+}
+
+
+@pytest.mark.parametrize("what", CALLABLES)
+@pytest.mark.parametrize("trial", ["fast_dev_run: 1", "fast_dev_run: false"])
+def test_a_configuration_calls_no_function(
+    what: str, trial: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a trial config.yaml would be written, which can't hold a function."""
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.format(CALLABLES[what]).replace("fast_dev_run: 1", trial)
+    (tmp_path / "evil.yaml").write_text(text)
+    refused(cli("fit", "--config", "evil.yaml"), f"{FUNCTION} is not called: configurations name no functions")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
 from moevision.data.collection import (
@@ -249,7 +250,7 @@ def _datasets() -> Any:
 
 
 def _load(path: str, download: bool) -> Any:
-    """A dataset, or a dict of datasets by split; kept to the cache unless it may fetch."""
+    """A dataset, or a dict of datasets by split; kept to this computer unless it may fetch."""
     datasets = _datasets()
     name, config = path.removeprefix(HF), ""
     if not os.path.exists(name):  # hf:C:\tars has a colon too
@@ -258,8 +259,13 @@ def _load(path: str, download: bool) -> Any:
     datasets.config.HF_HUB_OFFLINE = offline or not download
     try:
         if path.startswith(HF):
+            if not download and os.path.isdir(name):
+                _refuse_addresses(Path(name), path)
             return datasets.load_dataset(name, config or None)
-        return datasets.load_from_disk(str(Path(path).expanduser()))
+        # A format that was saved with it would give rows of another kind, or fewer columns.
+        return datasets.load_from_disk(str(Path(path).expanduser())).with_format(None)
+    except UserError:
+        raise
     except Exception as error:  # damaged files fail in every type, and so do names, networks and configurations
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not path.startswith(HF):
@@ -271,6 +277,19 @@ def _load(path: str, download: bool) -> Any:
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _refuse_addresses(folder: Path, path: str) -> None:
+    """Raise a UserError if a folder says that its images are elsewhere, as the `configs` of a dataset's card may."""
+    from huggingface_hub import DatasetCard
+
+    card, more = folder / "README.md", folder / ".huggingface.yaml"
+    described = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    if more.is_file():
+        described |= yaml.safe_load(more.read_text(encoding="utf-8")) or {}
+    configs = str(described.get("configs"))
+    if "://" in configs or "::" in configs:
+        raise UserError(f"{folder} names files at other addresses: if you trust it, fetch them by {fetching(path)}.")
 
 
 def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:

@@ -178,8 +178,8 @@ class TrainTransform:
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale uint8 pixels [B, 3, H, W] to [0, 1], subtract the mean and divide by the deviation; float32."""
-    center = torch.tensor(mean).view(1, 3, 1, 1).mul_(255)  # [1, 3, 1, 1]
-    inverse = torch.tensor(std).view(1, 3, 1, 1).mul_(255).reciprocal_()
+    center = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1).mul_(255)  # [1, 3, 1, 1]
+    inverse = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1).mul_(255).reciprocal_()
     return pixels.float().sub_(center).mul_(inverse)
 
 

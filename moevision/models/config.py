@@ -17,7 +17,7 @@ from moevision.config import MoEConfig
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list, pool_patches
-from moevision.models.io import FOLDER, architecture_of, create_from, model_folder, unknown_name
+from moevision.models.io import architecture_of, config_file, create_from, unknown_name
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
@@ -53,11 +53,11 @@ def build_model(
 
 
 def keep_start(config: MoEConfig, kept: Path) -> None:
-    """Copy the config.json of a folder that training starts from: a checkpoint is of use without that folder, then."""
-    folder = None if config.pretrained is None else model_folder(Path(config.pretrained.removeprefix(FOLDER)))
-    if folder is not None:
+    """Copy the config.json of the model that training starts from: a checkpoint is of use without that model, then."""
+    file = None if config.pretrained is None else config_file(config.pretrained)
+    if file is not None:
         kept.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / CONFIG, kept / CONFIG)
+        shutil.copyfile(file, kept / CONFIG)
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:

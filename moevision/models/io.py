@@ -16,9 +16,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import timm
 import torch
@@ -27,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.config import Fit, Framing
 from moevision.errors import UserError, shown
 from moevision.files import sync_file, write_text_atomic
@@ -39,6 +39,7 @@ from moevision.models.safe_files import (
     WEIGHTS,
     check_model_folder,
     check_types,
+    fill,
     parts_of,
     read_config,
     read_header,
@@ -47,10 +48,14 @@ from moevision.models.safe_files import (
 )
 from moevision.models.strangers import FILE as STRANGERS
 from moevision.models.strangers import Strangers, read_strangers
+from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
 from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
+Colour = tuple[float, float, float]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+MAX_SIDE_PX: Final = 4096  # of a model's input: one image takes 50 MB of pixels and 200 MB in float32
+MAX_COLOUR: Final = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
 _CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}  # in timm's words
 
 
@@ -61,8 +66,8 @@ class SavedModel:
     net: nn.Module  # the network, in eval mode
     class_names: list[str]  # [C] in words
     image_size: int  # side of the square input in pixels
-    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    mean: Colour  # per channel, of pixels in [0, 1]
+    std: Colour  # per channel, of pixels in [0, 1]
     temperature: float | None = None  # what logits are divided by for calibrated probabilities; None: not calibrated
     # how far images may lie from the classes that the model knows; None: not measured
     strangers: Strangers | None = None
@@ -88,26 +93,59 @@ def load_model(address: str) -> SavedModel:
         saved = replace(describe(net), temperature=getattr(net, "temperature", None))
         if (file := getattr(net, "strangers_file", None)) is not None:
             saved = replace(saved, strangers=read_strangers(file, net))
-    if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
+    if getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
         )
-    for name, value in saved.net.state_dict().items():  # statistics and biases of a choice too
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
+    check_numbers(saved.net, address)
     return saved
 
 
+def check_numbers(net: nn.Module, address: str) -> None:
+    """Refuse weights with which every answer is NaN; `address` is what to call the model in the error."""
+    for name, value in net.state_dict().items():  # statistics and biases of a choice too
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
+        if name.endswith(".running_var") and bool((value < 0).any()):
+            raise UserError(f"The model {address!r} can't be used: its variance {name} is negative.")
+
+
 def describe(net: nn.Module) -> SavedModel:
-    """A model with the class names, size and colour statistics that it carries."""
+    """A model with the class names, size and colour statistics that it carries; a UserError if those can't be used."""
+    known = getattr(net, "pretrained_cfg", None) or {}
+    name = str(known.get("architecture") or type(net).__name__)
+    with saying_what_fails(name):
+        return _described(net, name, known)
+
+
+def _described(net: nn.Module, name: str, known: dict[str, Any]) -> SavedModel:
     config = timm.data.resolve_model_data_config(net)
-    words = _class_names(getattr(net, "pretrained_cfg", None) or {}, getattr(net, "num_classes", 0))
+    words = _class_names(known, getattr(net, "num_classes", 0))
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
-    if size[-1] != size[-2]:
-        raise UserError(f"The model takes images of {size[-2]} x {size[-1]} px: only square ones are supported.")
+    height, width = (getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"])[-2:]
+    if height != width:
+        raise UserError(f"The model takes images of {height} x {width} px: only square ones are supported.")
+    if not isinstance(width, int) or not 1 <= width <= MAX_SIDE_PX:
+        raise UserError(f"The model takes images of {width} px: a side is a whole number from 1 to {MAX_SIDE_PX}.")
     fit = {mode: fit for fit, mode in _CROP_MODES.items()}.get(config["crop_mode"], "crop")
-    return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]), fit=fit)
+    return SavedModel(net, words, width, *colours(config["mean"], config["std"], name), fit=fit)
+
+
+def colours(mean: Any, std: Any, model: str) -> tuple[Colour, Colour]:
+    """Mean and deviation of red, green and blue; a UserError if what a file says is none.
+
+    The limits leave room for pixels in any unit, and keep what is computed with them finite in float32.
+    """
+    for statistic, values, least in (("mean", mean, -MAX_COLOUR), ("std", std, 1 / MAX_COLOUR)):
+        numbers = values if isinstance(values, list | tuple) else ()
+        right = [isinstance(each, int | float) and least <= each <= MAX_COLOUR for each in numbers]
+        if len(right) != 3 or not all(right):
+            raise UserError(
+                f"The model {model!r} can't be used: its {statistic} is {str(values)[:80]} and must be three numbers "
+                f"from {least:g} to {MAX_COLOUR:g}, for red, green and blue."
+            )
+    (r, g, b), (deviation_r, deviation_g, deviation_b) = map(float, mean), map(float, std)
+    return (r, g, b), (deviation_r, deviation_g, deviation_b)
 
 
 def _class_names(config: dict[str, Any], classes: int) -> list[str]:
@@ -127,6 +165,15 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
 def model_folder(path: Path) -> Path | None:
     """The folder with the files of a saved model, given it or its run folder; None if there is none."""
     return next((folder for folder in (path, path / "model") if (folder / CONFIG).is_file()), None)
+
+
+def config_file(address: str) -> Path | None:
+    """The config.json of a folder or of a hub's repository, fetched if need be; None for a timm name or a file."""
+    if address.startswith(HUB):
+        name, _, revision = address.split(":", 1)[1].partition("@")
+        return _fetch(name, CONFIG, revision or None)
+    folder = model_folder(Path(address.removeprefix(FOLDER)))
+    return None if folder is None else folder / CONFIG
 
 
 def save_model(model: SavedModel, folder: Path) -> None:
@@ -348,12 +395,12 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     alone is built. An option that is None is left to the model.
     """
     if address.startswith(HUB):
-        name, _, revision = (repository := address.split(":", 1)[1]).partition("@")
-        kept = _fetch(name, CONFIG, revision or None)
-        told = read_config(kept)  # before gigabytes are fetched for nothing
+        repository = address.split(":", 1)[1]
+        file = cast(Path, config_file(address))
+        told = read_config(file)  # before gigabytes are fetched for nothing
         for wanted in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-            _fetch(name, wanted, kept.parent.name)  # the cache names a folder after its commit
-        model = open_model(f"{FOLDER}{kept.parent}", weights=weights, **options)
+            _fetch(repository.partition("@")[0], wanted, file.parent.name)  # the cache names a folder after its commit
+        model = open_model(f"{FOLDER}{file.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
         cast(dict[str, Any], model.pretrained_cfg).update(source="hf-hub", hf_hub_id=repository, file=None)
         return model
@@ -361,12 +408,14 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     if address.startswith(FOLDER):
         folder = Path(address.removeprefix(FOLDER))
         config = check_model_folder(folder, weights=weights)
-        if weights and (file := weights_of(folder)).name == PACKED:
-            options["pretrained_cfg_overlay"] = {"source": None, "file": None, "state_dict": unpack(file)}
-    elif weights:
-        options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
-    created: Any = timm.create_model(address, pretrained=weights, **options)
-    created.pretrained_cfg.pop("state_dict", None)  # else timm keeps it beside the model's own
+        created: Any = timm.create_model(address, pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options)
+        if weights:
+            file = weights_of(folder)
+            fill(created, unpack(file) if file.name == PACKED else load_file(file))
+    else:
+        if weights:
+            options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
+        created = timm.create_model(address, pretrained=weights, **options)
     if weights and "calibration" in config:
         match config["calibration"]:
             case {"temperature": int() | float() as temperature} if 1e-3 <= temperature <= 1e3:
@@ -458,11 +507,13 @@ def published(name: str) -> Published:
 
 def cached(weights: Published) -> Path | None:
     """The file in the hub's cache on this computer; None if it isn't there. Asks nobody."""
+    return _in_cache(weights.repository, weights.file, weights.revision)
+
+
+def _in_cache(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(
-        weights.repository, weights.file, cache_dir=constants.HF_HUB_CACHE, revision=weights.revision
-    )
+    found = try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -495,6 +546,19 @@ def fetch_weights(name: str) -> Path:
     return path
 
 
+_may_ask = ContextVar("_may_ask", default=True)
+
+
+@contextmanager
+def from_cache_only() -> Iterator[None]:
+    """Ask the hub for nothing while the block lasts: what a file from elsewhere names is not what a user asked for."""
+    token = _may_ask.set(False)
+    try:
+        yield
+    finally:
+        _may_ask.reset(token)
+
+
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
     """One file of a repository on the hub, in the hub's cache; where the connection breaks, its client goes on."""
     from huggingface_hub import hf_hub_download
@@ -505,6 +569,13 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    if not _may_ask.get():
+        if (path := _in_cache(repository, file, revision)) is not None:
+            return path
+        raise UserError(
+            f"{file} of {repository} is not in the hub's cache on this computer, and nothing is fetched for a "
+            f"checkpoint: if you trust it, fetch it by moevision info {shell_word(f'hf-hub:{repository}')}."
+        )
     try:
         return Path(hf_hub_download(repository, file, revision=revision, etag_timeout=PATIENCE_S))
     except LocalEntryNotFoundError as error:

@@ -14,10 +14,11 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
 import yaml  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from moevision.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
@@ -85,12 +86,15 @@ def parse_json(data: bytes, name: str) -> Any:
         raise UserError(f"{name} is damaged, or no JSON file ({str(error)[:120]}): give another one.") from error
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file of plain values, such as a run's config.yaml; it raises as `read_json` does."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and plain values of a YAML file, such as a run's config.yaml; it raises as `read_json` does."""
     try:
-        return parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
+        content = parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no configuration: it must have keys, such as data: {{path: ...}}.")
+    return content
 
 
 def parse_yaml(text: str) -> Any:
@@ -147,9 +151,11 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             entries = {name: entry for part in parts for name, entry in read_header(part).items()}
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles.") from error
+        if not entries:
+            raise UserError(f"{file} holds no weights: give the whole model again.")
         if file.name == PACKED:
             entries = _unpacked(file, entries)
-        check_types(file, check_size(folder, entries), entries)
+        check_types(file, check_fit(folder, entries), entries)
     return config
 
 
@@ -195,6 +201,8 @@ def read_config(file: Path) -> dict[str, Any]:
         told = config.get("num_classes", pretrained.get("num_classes", 1000))
         if arguments.get("num_classes", told) != told:  # timm would quietly leave the classifier untrained
             raise ValueError("it gives two numbers of classes")
+        if not isinstance(told, int) or told < 0:  # timm would build another number, and leave out what doesn't fit
+            raise ValueError("num_classes is no number of classes")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} can't be loaded: {error}. It is damaged, or was not saved by timm or moevision."
@@ -227,20 +235,27 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
             )
 
 
-def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
-    """The model, without memory; refused if its config.json describes a larger one than its weights are."""
+def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
+    """The model, without memory; refused if the weights don't fill it, or it is larger than they are.
+
+    It is filled with shapes alone, and in a model with the folder's own classes timm counts what is missing; with
+    another number of them it would leave random numbers there.
+    """
     import timm
     import torch
 
-    import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
+    from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
 
     try:
         with torch.device("meta"):
-            net: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            net: nn.Module = timm.create_model(
+                f"local-dir:{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE
+            )
+            fill(net, {name: torch.empty(entry.shape) for name, entry in entries.items()})
     except Exception as error:  # constructors fail in every type on arguments that don't fit; the cause stays attached
         raise UserError(
             f"The model in {folder} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
-            f"its {CONFIG} is damaged, or it was not saved by timm or moevision."
+            f"its {CONFIG} or its weights are damaged, or it was not saved by timm or moevision."
         ) from error
     described = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
     held = sum(prod(entry.shape) for entry in entries.values())
@@ -250,3 +265,22 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
             f"{held:,}. One of them is damaged, or belongs to another model."
         )
     return net
+
+
+def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights into a model as timm does: for its image size and its number of classes, by today's names.
+
+    `create_model(pretrained=True)` would do it too. But timm looks elsewhere where there are no weights, and in some
+    architectures stands a second model, such as a ResNet, that it then fetches from the hub.
+    """
+    import timm
+
+    from moevision.models.vit_moe import NO_SOURCE
+
+    # The function that brings weights of another size and of earlier versions into today's form, by timm's own naming.
+    into_form = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    built = cast(Any, net)
+    config = {**built.pretrained_cfg, **NO_SOURCE, "state_dict": timm.models.clean_state_dict(weights)}
+    timm.models.load_pretrained(
+        net, config, num_classes=built.num_classes, in_chans=config["input_size"][0], filter_fn=into_form
+    )

@@ -40,6 +40,13 @@ MOE_ARGUMENTS = (
     *(field.name for field in fields(RouterOptions)),
 )
 
+# Where timm looks for weights, by the fields of its `pretrained_cfg`. This replaces what a config.json says there: the
+# weights of a folder lie in it.
+NO_SOURCE: dict[str, Any] = {
+    **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")),
+    "custom_load": False,
+}
+
 
 # ---- stems: what turns an image into tokens in a model that learns from scratch, convolutions in the place of patches
 #
@@ -323,8 +330,7 @@ def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwar
         base_cfg = timm.get_pretrained_cfg(base)
         if base_cfg is None:
             raise UserError(f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`.")
-        weights = dict.fromkeys(("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "state_dict"))
-        kwargs["pretrained_cfg"] = {**base_cfg.to_dict(), **weights, "architecture": "vit_moe"}
+        kwargs["pretrained_cfg"] = {**base_cfg.to_dict(), **NO_SOURCE, "tag": None, "architecture": "vit_moe"}
     model: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
     return model
 

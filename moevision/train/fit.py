@@ -29,7 +29,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -42,6 +42,7 @@ from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
+from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
 from moevision.train.finish import RunResult, Training, finish, write_comparison
@@ -271,7 +272,9 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(L.Trainer, skip=set(signature(L.Trainer).parameters) - set(CLASSES), instantiate=False)
     try:
-        made = vars(parser.instantiate(parser.parse_object(asked)))
+        parsed = parser.parse_object(asked)
+        function = next(_functions(parsed), None)
+        made = {} if function else vars(parser.instantiate(parsed))
     except (ArgumentError, ValueError, TypeError) as error:
         if foreign := re.search(r"Importing '([^']+)' is not allowed", str(error)):
             raise UserError(
@@ -279,7 +282,23 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
                 "use your own classes from Python."
             ) from error
         raise UserError(f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}") from error
+    if function:
+        raise UserError(
+            f"{function.__module__}.{function.__name__} is not called: configurations name no functions; use them from "
+            "Python."
+        )
     return {name: made[name] for name in asked}
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    """The functions at any depth of parsed arguments: jsonargparse imports what a `Callable` is named by."""
+    if isinstance(value, Namespace | dict):
+        value = list(vars(value).values() if isinstance(value, Namespace) else value.values())
+    if isinstance(value, list | tuple | set):
+        for each in value:
+            yield from _functions(each)
+    elif callable(value):
+        yield value
 
 
 def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
@@ -611,7 +630,8 @@ def evaluate(verb: str, given: Given) -> None:
             classes, side = (
                 known or own for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
             )
-            task.build(classes, side, load_pretrained=False, kept=origin / "checkpoints" / START)
+            with from_cache_only():
+                task.build(classes, side, load_pretrained=False, kept=origin / "checkpoints" / START)
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
                 write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False))

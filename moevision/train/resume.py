@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import lightning as L
 import torch
@@ -28,12 +28,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from moevision.config import CheckpointConfig, Given, complete
+from moevision.config import CheckpointConfig, Fit, Given, complete
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.models.config import build_model
-from moevision.models.io import SavedModel, load_model, saying_what_fails
+from moevision.models.io import SavedModel, check_numbers, colours, from_cache_only, load_model, saying_what_fails
 from moevision.models.safe_files import check_arguments
 from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_checkpoint, load_archive, newest_valid
 from moevision.train.health import MetricsFile, RunLogger
@@ -491,7 +491,7 @@ def load_trained(address: str) -> SavedModel:
         return load_model(address)
     check_checkpoint(address)
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
-    with saying_what_fails(address):
+    with saying_what_fails(address), from_cache_only():
         known, options = checkpoint[MARK]["data"], dict(checkpoint["hyper_parameters"])
         sizes = options.pop("num_classes"), options.pop("image_size")
         task = ClassificationTask(**options)
@@ -507,7 +507,12 @@ def load_trained(address: str) -> SavedModel:
             raise ValueError("it describes more weights than it holds")
         task.build(*sizes, load_pretrained=False, kept=kept)
         task.net.load_state_dict(weights)
-        names, (mean, std) = known["class_names"], ((float(r), float(g), float(b)) for r, g, b in known["mean_std"])
+        check_numbers(task.net, address)
+        names, (mean, std) = known["class_names"], known["mean_std"]
+        mean, std = colours(mean, std, address)
         if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
             raise ValueError("its classes have no names")
-        return SavedModel(task.net.eval(), list(names), sizes[1], mean, std, fit=known.get("fit", "crop"))
+        fit = known.get("fit", "crop")
+        if fit not in get_args(Fit):
+            raise ValueError("it doesn't say how images become square")
+        return SavedModel(task.net.eval(), list(names), sizes[1], mean, std, fit=fit)

@@ -234,6 +234,14 @@ def other_labels():
     changed("runs/b/predictions_test.csv", "cat/0.png,cat", "cat/0.png,dog")
 
 
+def empty_config():
+    Path("runs/b/config.yaml").write_text("")
+
+
+def list_config():
+    Path("runs/b/config.yaml").write_text("- data")
+
+
 def drawn_anew():
     for name, seed in (("a", 0), ("b", 1)):
         changed(f"runs/{name}/config.yaml", "path: ./pets", "path: synthetic_pets")
@@ -249,6 +257,8 @@ def drawn_anew():
         (empty_predictions, "runs/b/predictions_test.csv can't be read"),
         (other_images, "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0."),
         (other_labels, "a and b were not tested on the same images: they have the same names and other labels"),
+        (empty_config, "runs/b/config.yaml is no configuration: it must have keys"),
+        (list_config, "runs/b/config.yaml is no configuration: it must have keys"),
         (drawn_anew, "drawn images depend on --data.seed"),
     ],
 )

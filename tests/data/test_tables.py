@@ -516,6 +516,57 @@ def test_nothing_is_fetched_unless_it_may_be(hub, tmp_path, monkeypatch):
     assert hub.config.HF_HUB_OFFLINE is False
 
 
+ADDRESSES = (
+    "http://127.0.0.1:9/x.tar",
+    "hf://datasets/evil/x/*.tar",
+    "s3://evil/x.tar",
+    "zip://x.csv::http://127.0.0.1:9/x.zip",
+    "filecache::http://127.0.0.1:9/x.tar",
+)
+
+
+@needs_datasets
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+def test_a_folder_may_not_send_for_images(hub, address, file, tmp_path, monkeypatch):
+    """Only with --data.download; `load_dataset` would ask the address before it looks at its offline setting."""
+    folder, loaded = tmp_path / "tars", []
+    folder.mkdir()
+    configs = f"configs:\n- config_name: default\n  data_files:\n  - {{split: train, path: '{address}'}}\n"
+    (folder / file).write_text(f"---\n{configs}---\n" if file == "README.md" else configs)
+    monkeypatch.setattr(hub, "load_dataset", lambda name, config: loaded.append(name) or rows_of(hub, [0, 1] * 5))
+    with pytest.raises(UserError, match=r"names files at other addresses: .*--data.download true"):
+        opened(f"hf:{folder}")
+    assert not loaded
+    open_collection(f"hf:{folder}", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES)
+    (folder / file).write_text("---\nhomepage: http://127.0.0.1:9\n---\n" if file == "README.md" else "")
+    opened(f"hf:{folder}")
+    assert loaded == [str(folder)] * 2
+
+
+@needs_datasets
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_format_type", "arrow"), ("_format_type", "torch"), ("_format_columns", ["img"]),
+        ("_output_all_columns", True), ("_format_type", "custom"), ("_format_kwargs", {"transform": "os.system"}),
+    ],
+)  # fmt: skip
+def test_the_format_of_a_saved_dataset_changes_nothing(hub, name, value, tmp_path):
+    """Rows are plain values whatever `state.json` says; a function can't be named there."""
+    rows_of(hub, [0, 1] * 5).save_to_disk(str(tmp_path / "saved"))
+    expected = opened(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, name: value}))
+    if value == "custom" or name == "_format_kwargs":
+        with pytest.raises(UserError, match="can't be read as a saved dataset"):
+            opened(tmp_path / "saved")
+    else:
+        found = opened(tmp_path / "saved")
+        assert found.class_names == expected.class_names
+        assert found.given == expected.given
+
+
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "state.json").write_text(json.dumps({}))
