@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moevision
-from benchmarks.house.counts import imports, modules
+from tests.house import imports, modules
 
 PACKAGE = Path(moevision.__file__).parent
 
