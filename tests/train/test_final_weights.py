@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from moevision.errors import UserError
+from moevision.models.history import FILE, RoutingHistory
 from moevision.train import final_weights
 from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
 from moevision.train.final_weights import Validated, checkpoint_of_run, final_checkpoint, gain_of
@@ -140,6 +141,7 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
         in text
     )
     assert "differs by +100.0 points from" in text
+    assert RoutingHistory.load(run / FILE).steps[-1] == 3  # what came after isn't shown
     assert checkpoint_of_run(run) == run / "checkpoints" / BEST
 
 
