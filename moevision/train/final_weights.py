@@ -18,6 +18,7 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import sem
 
 from moevision.data import ImageDataModule
 from moevision.stats import paired_difference, paired_macro_difference
@@ -45,18 +46,6 @@ class Validated(NamedTuple):
     labels: npt.NDArray[np.int64]
 
 
-class Gain(NamedTuple):
-    """How much better one checkpoint is than another on the same images, with the standard error of that."""
-
-    difference: float
-    standard_error: float
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether it is more than a standard error."""
-        return self.difference > self.standard_error
-
-
 def choose_weights(
     trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, folder: Path, monitor: str
 ) -> FinalWeights:
@@ -74,29 +63,28 @@ def choose_weights(
         return FinalWeights(last, f"the weights of the last epoch, which are the best by {monitor} too")
     tell(f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images.")
     of_best, of_last = (_validate(trainer, task, data, path) for path in (best, last))
-    gain = gain_of(of_best, of_last, monitor)
-    size, error = f"{points(gain.difference)} points", f"{100 * gain.standard_error:.1f}"
+    gain, error = gain_of(of_best, of_last, monitor)
+    size, spread = f"{points(gain)} points", f"{100 * error:.1f}"
     if monitor == LOSS:
-        size, error = f"{-gain.difference:+.3f}", f"{gain.standard_error:.3f}"
+        size, spread = f"{-gain:+.3f}", f"{error:.3f}"
     measured = (
         f"on {len(of_last.labels):,} validation images the {_MEASURES[monitor]} of the best epoch, step {best_step:,} "
-        f"of {last_step:,}, differs by {size} from that of the last (standard error {error})"
+        f"of {last_step:,}, differs by {size} from that of the last (standard error {spread})"
     )
-    if gain.is_shown:
+    if gain > error:
         return FinalWeights(best, f"the weights of the best validation epoch: {measured}")
     return FinalWeights(last, f"the weights of the last epoch: {measured}")
 
 
-def gain_of(better: Validated, other: Validated, monitor: str) -> Gain:
-    """How much better the first is by `monitor`, on the same images."""
+def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, float]:
+    """How much better the first is by `monitor` on the same images, and the standard error of that."""
     if monitor == LOSS:
-        less = other.loss - better.loss
-        error = less.std(ddof=1) / math.sqrt(len(less)) if len(less) > 1 else math.inf
-        return Gain(float(less.mean()), float(error))
-    pair = paired_difference(better.correct, other.correct)
+        less = last.loss - best.loss  # [n]
+        return float(less.mean()), float(sem(less)) if len(less) > 1 else math.inf
+    pair = paired_difference(best.correct, last.correct)
     if monitor == BALANCED:
-        pair = paired_macro_difference(better.correct, other.correct, better.labels)
-    return Gain(pair.difference, pair.standard_error)
+        pair = paired_macro_difference(best.correct, last.correct, best.labels)
+    return pair.difference, pair.standard_error
 
 
 def schedule_ended(trainer: L.Trainer) -> bool:

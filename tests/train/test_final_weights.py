@@ -3,11 +3,11 @@
 import csv
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
@@ -39,11 +39,11 @@ def of_cells(both: int, only_one: int, only_other: int, neither: int) -> tuple[V
 @pytest.mark.parametrize(("only_best", "shown"), [(40, False), (60, False), (62, True)])
 def test_better_is_more_than_a_standard_error_of_the_paired_difference(only_best, shown):
     """Against 50 of 3,000 images, by hand: b - c over sqrt(b + c - (b - c)² / n) is .95 and 1.13 at 60 and 62."""
-    gain = gain_of(*of_cells(2_500, only_best, 50, 450 - only_best), "val/top1")
-    assert gain.difference == pytest.approx((only_best - 50) / 3_000)
+    gain, error = gain_of(*of_cells(2_500, only_best, 50, 450 - only_best), "val/top1")
+    assert gain == pytest.approx((only_best - 50) / 3_000)
     by_hand = math.sqrt(only_best + 50 - (only_best - 50) ** 2 / 3_000) / 3_000
-    assert gain.standard_error == pytest.approx(by_hand, rel=0.03)  # Tango's interval is a little wider
-    assert gain.is_shown == shown == (only_best - 50 > 3_000 * by_hand)
+    assert error == pytest.approx(by_hand, rel=0.03)  # Tango's interval is a little wider
+    assert (gain > error) == shown == (only_best - 50 > 3_000 * by_hand)
 
 
 def test_a_small_class_makes_the_balanced_accuracy_uncertain():
@@ -53,21 +53,20 @@ def test_a_small_class_makes_the_balanced_accuracy_uncertain():
     fewer = right.copy()
     fewer[-1] = False
     best, last = (Validated(each, np.zeros(312), labels) for each in (right, fewer))
-    gain = gain_of(best, last, BALANCED)
-    assert gain.difference == pytest.approx(1 / 24)
-    assert not gain.is_shown
+    gain, error = gain_of(best, last, BALANCED)
+    assert gain == pytest.approx(1 / 24)
+    assert gain < error
 
 
 def test_the_loss_is_better_where_it_is_lower():
-    """The standard error of the mean of paired differences, by SciPy."""
+    """The standard error of the mean of four paired differences, by hand."""
     losses = np.array([[0.2, 0.1, 0.9, 0.4], [0.5, 0.2, 0.8, 0.9]])
     best, last = (Validated(np.ones(4, dtype=bool), each, np.zeros(4, dtype=int)) for each in losses)
-    gain = gain_of(best, last, LOSS)
-    assert gain == pytest.approx((0.2, scipy.stats.sem(losses[1] - losses[0])))
-    assert gain.is_shown
+    gaps = losses[1] - losses[0]
+    assert gain_of(best, last, LOSS) == pytest.approx((0.2, statistics.stdev(gaps) / 2))
     one = Validated(best.correct[:1], np.array([0.1]), best.labels[:1])
     other = one._replace(loss=np.array([5.0]))
-    assert not gain_of(one, other, LOSS).is_shown  # one image has no spread
+    assert gain_of(one, other, LOSS) == (pytest.approx(4.9), math.inf)  # one image has no spread
 
 
 # ---- whole trainings
