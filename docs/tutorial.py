@@ -68,13 +68,13 @@ What it says, from the top:
 
 - **start**: the training starts from a pretrained model, which is why so few photos are enough. `auto` downloads one (88 MB);
   this page was made offline from a file, so your first line names another.
-- **train, val, test**: the photos are split once. The model learns from the first part; the best epoch is chosen on the
-  second; the accuracy is reported on the third, which training never sees.
+- **train, val, test**: the photos are split once. The model learns from the first part; the second is validated on
+  after every epoch; the accuracy is reported on the third, which training never sees.
 - **linear probe**: a simple classifier on the pretrained features, as a first estimate.
 - **plan**: how long the training will take. Ctrl-C stops it at any time; the last line is then the command that continues.
 - **Epoch 2/2**: the last of three; they are counted from 0.
-- **Use …**: the simplest model within one standard error of the best that was trained. The dense one wasn't; it [often does as
-  well](guides/when-experts.md). 288 test photos leave several points open.
+- **Use …**: the simplest model that isn't shown to be worse than the best that was trained ([the rule](guides/compare.md#two-runs)).
+  288 test photos leave several points open. The dense model wasn't trained; it [often does as well](guides/when-experts.md).
 
 ## 3. How good is it?
 

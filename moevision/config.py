@@ -379,13 +379,13 @@ class CheckpointConfig:
     Attributes:
         every_minutes: minutes between two of them.
         every_steps: optimizer steps between two of them; null is no limit.
-        monitor: what best.ckpt has the highest of. null: val/balanced_acc (macro recall) where the largest class has
+        monitor: what best.ckpt is the best epoch by. null: val/balanced_acc (macro recall) where the largest class has
             more than 1.5 times the training images of the smallest, else val/top1.
     """
 
     every_minutes: float = 10.0
     every_steps: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc"] | None = None
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, [(*ABOVE_0, ("every_minutes",)), (*AT_LEAST_1, ("every_steps",))], "--checkpoint.")

@@ -108,6 +108,14 @@ def paired_macro_difference(
     return replace(plain, difference=float(np.mean(means)), low=low, high=high)
 
 
+def shown_to_differ(pair: PairedDifference, *, balanced: bool) -> bool:
+    """Whether two models are shown to differ on these images at 5 %: the rule of `fit`, summary.md and `compare`.
+
+    Accuracies by McNemar's exact test, balanced accuracies by their 95 % interval.
+    """
+    return not pair.low <= 0 <= pair.high if balanced else pair.p_value < LEVEL
+
+
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """Exact two-sided p: a fair coin thrown only_a + only_b times falls at least this unevenly."""
     return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))

@@ -41,6 +41,7 @@ from moevision.stats import (
     detectable_on,
     paired_difference,
     paired_macro_difference,
+    shown_to_differ,
 )
 from moevision.train.report import RunSummary, read_summary, template
 from moevision.train.resume import is_finished, is_free, resume_command
@@ -217,6 +218,12 @@ class Comparison:
             return "no difference found"
         return "A is better" if self.difference > 0 else "B is better"
 
+    @property
+    def simpler(self) -> str | None:
+        """The side without experts; None where both have some, or neither."""
+        dense = [letter for letter, side in (("A", self.a), ("B", self.b)) if not side[0].summary.layers]
+        return dense[0] if len(dense) == 1 else None
+
 
 def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     """Compare one run with one, or pairs of runs of the same seeds."""
@@ -234,9 +241,8 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
         low, high, p, detectable = gap.low / 100, gap.high / 100, gap.p_value, gap.detectable / 100
         return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, p < LEVEL, detectable)
     (pair,) = by_seed
-    low, high, p, differ = pair.low, pair.high, pair.p_value, pair.p_value < LEVEL
+    low, high, p, differ = pair.low, pair.high, pair.p_value, shown_to_differ(pair, balanced=unbalanced)
     if unbalanced:
-        differ = not low <= 0 <= high
         detectable = (1 + norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)) * (high - low) / 2
     else:
         detectable = detectable_on(pair.n, pair.only_a + pair.only_b)

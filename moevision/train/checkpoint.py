@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.train.processes import decide, is_first, tell
+from moevision.train.processes import decide, is_first
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 START = "start"  # a folder beside them, with the config.json of the model that training started from
@@ -133,20 +133,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with saying_what_is_damaged(path):
             return cast(dict[str, Any], load_archive(path, map_location or "cpu", mmap=mmap))
-
-
-def final_checkpoint(folder: Path) -> tuple[Path, str]:
-    """The checkpoint that a finished training is tested with, and which weights these are.
-
-    Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
-    """
-    best = folder / BEST
-    if not best.exists():  # a training that ends within its first epoch
-        return folder / LAST, "the weights of the last step, because there is no best.ckpt"
-    if (fault := verify(best).fault) is None:
-        return best, "the weights of the best validation epoch"
-    tell(f"warning: {best} {fault}: {LAST} is tested instead.")
-    return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
 
 
 def check_checkpoint(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A training, and what a finished one leaves in its run folder.
 
-The best checkpoint is tested and the model exported; predictions, plots, provenance, model card and summary are
-written, with the comparison with the dense twin.
+The checkpoint that `final_weights` names is tested and its model exported; predictions, plots, provenance, model card
+and summary are written, with the comparison with the dense twin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
 from moevision.stats import paired_difference
-from moevision.train.checkpoint import START, check_checkpoint, final_checkpoint
+from moevision.train.checkpoint import START, check_checkpoint
+from moevision.train.final_weights import choose_weights
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
@@ -125,7 +126,7 @@ class RunResult:
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
-    """Test the best checkpoint, export the model, and write every file of the run folder.
+    """Test the checkpoint that `choose_weights` names, export the model, and write every file of the run folder.
 
     Several processes test together; the first one writes, and the others get None. The run began with `command`.
     """
@@ -139,7 +140,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     epochs = round(trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 1)
     stop = callback_of(trainer, StopEarly)
     stopped_early = [] if stop is None else stop.sentences(trainer)
-    checkpoint, weights = final_checkpoint(run_dir / "checkpoints")
+    checkpoint, weights = choose_weights(trainer, task, data, run_dir / "checkpoints", cast(str, monitor))
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     names = ("index", "label", "prediction", "probability")
     own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
@@ -207,6 +208,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
         weights=weights if callback_of(trainer, WeightEMA) is None else f"the moving average (EMA) of {weights}",
+        checkpoint=checkpoint.name,
     )
     summary = RunSummary(
         name=run_dir.name,
@@ -316,7 +318,13 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
     both = (np.array([run.correct[sample] for sample in common]) for run in (result, twin))
     other = twin.summary
     comparison = TwinComparison(
-        paired_difference(*both), match, other.test.correct, other.cost, other.duration_s, other.images_per_s
+        paired_difference(*both),
+        match,
+        other.test.correct,
+        other.cost,
+        other.duration_s,
+        other.images_per_s,
+        other.test.weights,
     )
     result = _with_choice(replace(result, summary=replace(result.summary, twin=comparison)), twin)
     _write_summary(result.summary, result.run_dir)

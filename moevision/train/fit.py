@@ -44,7 +44,8 @@ from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint, final_checkpoint
+from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
+from moevision.train.final_weights import checkpoint_of_run
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, WeightEMA
@@ -74,7 +75,7 @@ from moevision.train.recipe import (
     run_name,
     run_of_checkpoint,
 )
-from moevision.train.report import is_unbalanced
+from moevision.train.report import LOSS, is_unbalanced
 from moevision.train.resume import (
     MARK,
     EpochEnd,
@@ -136,7 +137,7 @@ def fit(given: Given) -> None:
             if result.summary.layers:
                 run = shell_word(str(run_dir))
                 tell(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
-                if not training.settings.with_twin:
+                if not training.settings.with_twin and result.summary.choice is None:
                     tell("Whether they pay on these images: --with-twin also trains a dense model of the same cost.")
 
 
@@ -150,6 +151,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
         torch.cuda.reset_peak_memory_stats()  # of an earlier training: the twin's run
     _seed(settings, session)
     task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
+    early = settings.early_stopping
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
     with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None):
         # Trainer
@@ -158,7 +160,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             dirpath=run_dir / "checkpoints",
             filename="best",
             monitor="val/top1",  # `_choose_monitor` knows the classes
-            mode="max",
+            mode="min" if settings.checkpoint.monitor == LOSS else "max",
             enable_version_counter=False,
         )
         ours = [
@@ -168,7 +170,7 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             stopwatch,
             LearningRateMonitor("step"),
             best,
-            *([StopEarly(settings.early_stopping)] if settings.early_stopping.patience else []),
+            *([StopEarly(early, settings.checkpoint.monitor)] if early.patience else []),
             Calibrate(),
             ExampleScores(),
             *watching(ema=settings.ema, guard=settings.guard),
@@ -596,10 +598,11 @@ def evaluate(verb: str, given: Given) -> None:
     with _in_sentences(session):
         if given.options.get("resume") is not None:
             raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
-        folder = Path(given.folder or "") / "checkpoints"
-        if given.folder is not None and not given.options.get("ckpt_path") and folder.is_dir():  # a run's, not images
-            final = str(final_checkpoint(folder)[0])
-            given = given._replace(folder=None, options={**given.options, "ckpt_path": final})
+        run = Path(given.folder or "")
+        is_run = given.folder is not None and (run / "checkpoints").is_dir()  # and no folder of images
+        if is_run and not given.options.get("ckpt_path"):
+            tested = str(checkpoint_of_run(run))
+            given = given._replace(folder=None, options={**given.options, "ckpt_path": tested})
         options = chosen(verb, given, decide=decide)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")

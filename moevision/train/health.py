@@ -168,8 +168,9 @@ class Stopwatch(L.Callback):
 class StopEarly(EarlyStopping):
     """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
 
-    def __init__(self, config: EarlyStoppingConfig) -> None:
-        monitor, patience = config.monitor or "val/top1", cast(int, config.patience)
+    def __init__(self, config: EarlyStoppingConfig, of_checkpoint: str | None = None) -> None:
+        """`of_checkpoint` is --checkpoint.monitor, which goes where early stopping has no monitor of its own."""
+        monitor, patience = config.monitor or of_checkpoint or "val/top1", cast(int, config.patience)
         mode = "min" if monitor == "val/loss" else "max"
         # not finite is not better, and the guard's business
         super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)

@@ -32,10 +32,17 @@ from moevision.files import write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.models.io import load_model
 from moevision.models.safe_files import read_json, read_yaml
-from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
+from moevision.stats import (
+    PairedDifference,
+    accuracy_interval,
+    paired_difference,
+    paired_macro_difference,
+    shown_to_differ,
+)
 from moevision.words import duration, flops, percent, points, shell_word
 
 BALANCED = "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
+LOSS = "val/loss"
 
 
 class ClassScores(NamedTuple):
@@ -76,6 +83,7 @@ class TestScores:
     calibrated_on: int = 0  # validation images that the temperature was fitted on
     calibrated_ece: float | None = None  # `ece` with the temperature; None too where a probability isn't finite
     weights: str = "the weights of the best validation epoch"  # which weights were tested and exported
+    checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
 
     @property
     def accuracy(self) -> float:
@@ -105,6 +113,7 @@ class TwinComparison:
     cost: ModelCost
     duration_s: float
     images_per_s: float
+    weights: str | None = None  # of the twin, as `TestScores` has them; None in earlier versions' summaries
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which model to use: the simplest within a standard error of the best (Breiman et al. 1984); the simplest first.
+    """Which model to use: the simplest that isn't shown to be worse than the best, as `compare` has it.
+
+    The simplest is the first of `contenders`.
 
     `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
     """
@@ -143,27 +154,37 @@ class Recommendation:
 
     @property
     def recommended(self) -> Contender:
-        """The simplest within a standard error."""
-        return next(each for each in self.contenders if each.behind.difference <= each.behind.standard_error)
+        """The simplest that isn't shown to be worse than the best."""
+        return next(each for each in self.contenders if not self.is_worse(each))
+
+    def is_worse(self, contender: Contender) -> bool:
+        """Whether it is shown to be worse than the best."""
+        return shown_to_differ(contender.behind, balanced=self.unbalanced)
 
     @property
     def sentence(self) -> str:
         """The advice, and why."""
         best, chosen = min(self.contenders, key=lambda each: each.behind.difference), self.recommended
-        model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
         measure = "balanced accuracy" if self.unbalanced else "accuracy"
 
         def less(each: Contender) -> str:
             gap = each.behind
             return f"{points(-gap.difference)} points, 95 % interval {points(-gap.high)} to {points(-gap.low)}"
 
-        why = f"nothing here has a higher {measure}"
-        if chosen.behind.difference != best.behind.difference:
-            error = f"a standard error of that of the {best.name} ({less(chosen)})"
-            why = f"its {measure} is within {error}, and it is simpler"
-        elif near := [each for each in self.contenders if each.behind.low <= 0 < each.behind.difference]:
-            why += f". That the {near[0].name} is worse ({less(near[0])}) may be chance"
-        return f"Use {model}: {why}. One seed; another one moves all of them."
+        dense_trained = any(each.name.startswith("dense") for each in self.contenders)
+        model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
+        advice = f"Use {model}: nothing here has a higher {measure}."
+        if chosen.behind.difference:
+            advice = (
+                f"Use {model}: its {measure} isn't shown to be lower than that of the {best.name} ({less(chosen)}), "
+            )
+            advice += "and it is simpler."
+        elif not dense_trained and chosen is not self.contenders[0]:
+            probe = self.contenders[0]
+            advice = f"The {probe.name} has a lower {measure} than the {chosen.name} ({less(probe)})."
+        if not dense_trained and not self.experts_given:
+            advice += " The dense model wasn't trained; in our measurements it does as well: add --with-twin."
+        return f"{advice} One seed; another one moves all of them."
 
 
 @dataclass(frozen=True)
@@ -198,12 +219,12 @@ class RunSummary:
     ms_per_image: float | None = None  # one image at a time, on the device of the training
     mbytes: float | None = None  # of the weights as a file
     expected_s: float | None = None  # how long the training was expected to take; None where nothing was said
-    monitor: str | None = None  # what best.ckpt had the highest of; None in earlier versions' summaries: val/top1
+    monitor: str | None = None  # what best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1
 
     @property
     def unbalanced(self) -> bool:
         """Whether balanced accuracy comes first, because classes differ in size or it was asked for."""
-        if self.monitor is None:
+        if self.monitor in (None, LOSS):
             return is_unbalanced(self.class_counts["train"].values())
         return self.monitor == BALANCED
 
@@ -289,13 +310,10 @@ def read_summary(file: Path) -> RunSummary:
 def write_summary(summary: RunSummary, out: Path) -> None:
     """Write summary.md, whole or not at all; the files it lists are those that lie beside `out` by then."""
     run = Path(out).parent
-    # A training that ends within its first epoch has no best one.
-    tested = next((name for name in ("best.ckpt", "last.ckpt") if (run / "checkpoints" / name).exists()), "best.ckpt")
     text = template("summary.md.jinja").render(
         summary=summary,
         present={file.name for file in run.iterdir()} if run.is_dir() else set(),
         path=lambda name: shell_word(str(run / name)),
-        tested=tested,
     )
     write_text_atomic(out, text)
 

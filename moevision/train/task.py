@@ -106,6 +106,7 @@ class ClassificationTask(L.LightningModule):
         self.update_refused = self.update_applied = False
         self.class_weight: Tensor | None = None
         self._processes_before: int | None = None  # of the run that goes on
+        self.val_outputs: list[dict[str, Tensor]] = []  # of the last validation
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
         self.test_by_class: dict[str, list[float]] = {}  # precision, f1, auroc: [C] each
@@ -254,8 +255,13 @@ class ClassificationTask(L.LightningModule):
         each = F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none")
         return each.mean()
 
+    def on_validation_epoch_start(self) -> None:
+        self.val_outputs = []
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_loss)
+        logits, loss = self._evaluate(batch, self.val_metrics, self.val_loss)
+        correct = logits.argmax(-1) == batch["label"]
+        self.val_outputs.append({"index": batch["index"], "label": batch["label"], "correct": correct, "loss": loss})
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val", self.val_metrics, self.val_loss)
@@ -267,7 +273,7 @@ class ClassificationTask(L.LightningModule):
         self.test_outputs = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self._evaluate(batch, self.test_metrics, self.test_loss)
+        logits, _ = self._evaluate(batch, self.test_metrics, self.test_loss)
         self.class_metrics.update(logits.float().softmax(-1), batch["label"])
         temperature = 1.0 if self.calibration is None else self.calibration.temperature
         probability, prediction = (logits.float() / temperature).softmax(-1).max(-1)  # [B], [B]
@@ -282,14 +288,16 @@ class ClassificationTask(L.LightningModule):
             self.test_by_class = {name: found.tolist() for name, found in self.class_metrics.compute().items()}
         self.class_metrics.reset()
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and the cross-entropy [B] of a batch, of which the metrics take note."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
-        mean_loss.update(F.cross_entropy(logits.float(), batch["label"], reduction="none"))  # [B]
+        loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")  # [B]
+        mean_loss.update(loss)
         if self.routing_statistics is not None:
             self.routing_statistics.update(routings)
-        return logits
+        return logits, loss
 
     def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
         values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import re
 import shutil
 import sys
@@ -351,10 +352,10 @@ def test_evaluation_without_a_checkpoint(cli, tiny_run):
         refused(cli(verb, "--config", tiny_run / "config.yaml", "--runs_root=runs"), "--ckpt_path")
 
 
-def test_a_run_folder_is_tested_by_its_best_weights(cli, tiny_run):
+def test_a_run_folder_is_tested_by_the_weights_that_fit_tested(cli, tiny_run):
     said = cli("test", tiny_run).out
-    assert (tiny_run / "checkpoints" / "best.ckpt").is_file()
-    assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt").out
+    name = json.loads((tiny_run / "summary.json").read_text())["test"]["checkpoint"]
+    assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / name).out
     assert re.search(r"^\d+\.\d % of the test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S)
     assert "DataLoader" not in said
 

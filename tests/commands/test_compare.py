@@ -15,6 +15,7 @@ from scipy import stats
 from moevision.config import MORE
 from moevision.models.safe_files import read_yaml
 from moevision.stats import Gap, detectable_on, mcnemar_p_value
+from moevision.train.report import ComparedModel, choose
 
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 
@@ -93,6 +94,39 @@ def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
     assert pair.pop("seeds") == [0, 0]
     assert pair == json.loads((tiny_run / "summary.json").read_text())["twin"]["difference"]
     assert list(found["differ_in"]) == ["model.arch.twin"]
+
+
+@pytest.mark.parametrize(
+    ("only_moe", "only_dense", "both", "recommended"),
+    [
+        (6, 10, 329, "dense"),  # of 372 photos of clothes: 335 against 339
+        (30, 19, 300, "dense"),  # 3 points, which 372 images don't show
+        (35, 11, 300, "MoE"),  # p = .0005
+        (11, 35, 300, "dense"),
+    ],
+)
+def test_fit_and_compare_recommend_the_same(cli, only_moe, only_dense, both, recommended):
+    """summary.md's recommendation beside what compare says of the same two runs."""
+    moe, dense = cells(both, only_moe, only_dense, 372 - both - only_moe - only_dense)
+    outcome = cli("compare", make("moe", moe), make("dense", dense, summary={"layers": []}), "--json", "out.json")
+    assert outcome.code == 0, outcome.err
+    verdict = json.loads(Path("out.json").read_text())["verdict"]
+    of_compare = {"A is better": "MoE", "B is better": "dense", "no difference found": "dense"}[verdict]
+    assert (" Use B: it has no experts, which is simpler." in outcome.out) == (verdict == "no difference found")
+    models = [
+        ComparedModel(name, np.array(correct, dtype=bool), None, 1.0, 1.0)
+        for name, correct in (("dense fine-tune", dense), ("Mixture of Experts", moe))
+    ]
+    choice = choose(models, np.zeros(372, dtype=int), unbalanced=False)
+    of_fit = "MoE" if choice.recommended.name == "Mixture of Experts" else "dense"
+    assert of_compare == of_fit == recommended
+    assert choice.sentence.startswith(f"Use {'dense' if recommended == 'dense' else 'the Mixture of Experts'}: ")
+
+
+def test_two_models_with_experts_have_no_simpler_one(cli):
+    outcome = cli("compare", make("one", [1, 0, 1]), make("two", [1, 1, 0]))
+    assert "No difference found" in outcome.out
+    assert "Use " not in outcome.out
 
 
 RIGHT = {"moe": {0: 15, 1: 16, 2: 18, 7: 20}, "dense": {0: 14, 1: 14, 2: 13, 5: 1}}

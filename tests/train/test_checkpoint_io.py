@@ -15,7 +15,6 @@ from moevision.train.checkpoint import (
     LAST,
     PREVIOUS,
     SafeCheckpointIO,
-    final_checkpoint,
     newest_valid,
     saying_what_is_damaged,
     verify,
@@ -163,20 +162,6 @@ def test_leftovers_go_and_what_lies_below_or_is_finished_stays(tmp_path):
     remove_leftovers(tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(stay)
     remove_leftovers(tmp_path / "nowhere")
-
-
-def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
-    for name in (LAST, BEST):
-        files.save_checkpoint(state(1), tmp_path / name)
-    assert final_checkpoint(tmp_path) == (tmp_path / BEST, "the weights of the best validation epoch")
-    damage(tmp_path / BEST)
-    path, words = final_checkpoint(tmp_path)
-    assert path == tmp_path / LAST
-    assert "best.ckpt was damaged" in words
-    (tmp_path / BEST).unlink()
-    path, words = final_checkpoint(tmp_path)
-    assert path == tmp_path / LAST
-    assert "no best.ckpt" in words
 
 
 def test_a_sentence_about_a_checkpoint_is_not_said_twice() -> None:

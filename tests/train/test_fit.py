@@ -125,10 +125,11 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
     difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
     assert difference == pytest.approx(points, abs=0.051)
     assert low < difference < high
+    checkpoint = json.loads((tiny_run / "summary.json").read_text())["test"]["checkpoint"]
     for command in (
         f"moevision predict {tiny_run}/model IMAGE_OR_FOLDER",
         f"moevision info {tiny_run}/model",
-        f"moevision test --ckpt_path {tiny_run}/checkpoints/best.ckpt",
+        f"moevision test --ckpt_path {tiny_run}/checkpoints/{checkpoint}",
     ):
         assert command in summary
     assert "train: 25 images, cut from all images at random by class, seed 0." in summary

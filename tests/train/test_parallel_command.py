@@ -19,6 +19,7 @@ from tests.train.test_command_two_processes import (
     KILLED,
     SHARDED,
     TORCHRUN,
+    TWO,
     differing,
     end_one,
     fit,
@@ -52,22 +53,32 @@ def stopped(work: Path) -> Path:
 
 
 @pytest.mark.deep
-def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> None:
+def test_the_exported_model_is_the_tested_checkpoint(whole: tuple[Path, str]) -> None:
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
     assert "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each" in said
     assert "images, how long they take isn't known before" in said  # no device has to hold the whole model
-    best, model = torch.load(run / "checkpoints" / "best.ckpt"), load_file(run / "model" / "model.safetensors")
-    assert {f"net.{name}" for name in model} <= best["state_dict"].keys()
+    tested = run / "checkpoints" / json.loads((run / "summary.json").read_text())["test"]["checkpoint"]
+    saved, model = torch.load(tested), load_file(run / "model" / "model.safetensors")
+    assert {f"net.{name}" for name in model} <= saved["state_dict"].keys()
     for name, tensor in model.items():
-        assert torch.equal(best["state_dict"][f"net.{name}"], tensor), name
-    loaded = load_trained(str(run / "checkpoints" / "best.ckpt")).net.state_dict()
+        assert torch.equal(saved["state_dict"][f"net.{name}"], tensor), name
+    loaded = load_trained(str(tested)).net.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.items())
     for name in ("summary.md", "provenance.json", "predictions_test.csv", "curves.png"):
         assert (run / name).is_file(), name
     assert json.loads((run / "summary.json").read_text())["test"]["total"] == 33
     lines = [line for line in said.splitlines() if line.strip()]
     assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("name", "options"), [("replicas", TWO), ("shards", SHARDED)])
+def test_two_processes_validate_both_checkpoints_together(work: Path, name: str, options: tuple[str, ...]) -> None:
+    """With a learning rate of 0 the first epoch is the best; 33 images can't be halved, and each counts once."""
+    fit(work, "synthetic_pets", *options, "--model.optim.lr=0", f"--name={name}")
+    summary = (work / "runs" / name / "summary.md").read_text()
+    assert "(EMA) of the weights of the last epoch: on 33 validation images the accuracy of the best epoch" in summary
 
 
 @pytest.mark.deep

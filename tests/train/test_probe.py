@@ -115,6 +115,20 @@ def test_it_takes_some_images_of_every_class(
     assert "on the frozen features of 20 training, 4 validation and 10 test images" in said
 
 
+def test_it_is_tested_on_all_test_images() -> None:
+    """As the models beside it: `fit` and `compare` would else recommend by different images."""
+    read: dict[str, list[int]] = {}
+    samples = [SimpleNamespace(label=label % 3) for label in range(5_000)]
+    data = SimpleNamespace(
+        contents=SimpleNamespace(datasets={"test": SimpleNamespace(samples=samples)}),
+        plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
+        num_classes=3, seed=0, batch_size=8,
+    )  # fmt: skip
+    net = timm.create_model("test_vit", img_size=32, num_classes=3)
+    start.features_of(net, data, {"test": start._MOST_IMAGES["test"]}, CPU)
+    assert read["test"] == list(range(5_000))
+
+
 @pytest.mark.parametrize("rare", [1, 3, 30])
 def test_a_rare_class_is_among_the_sampled_training_images(rare: int) -> None:
     """Of 3,000 images beside 1 to 30 of a class that comes last, every tenth would leave out all or nearly all."""

@@ -1,0 +1,1 @@
+"""Which checkpoint of a finished training is tested: what each rule costs on four data sets."""

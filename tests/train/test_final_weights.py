@@ -1,0 +1,212 @@
+"""Which weights of a finished training are tested: the last, unless the best epoch's are shown to be better."""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+
+from moevision.errors import UserError
+from moevision.models.history import FILE, RoutingHistory
+from moevision.train import final_weights
+from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
+from moevision.train.final_weights import Validated, checkpoint_of_run, final_checkpoint, gain_of
+from moevision.train.processes import Interrupted
+from moevision.train.report import BALANCED, LOSS, read_summary
+
+EPOCHS = ("--trainer.max_epochs=3",)
+GOOD, BAD = (
+    Validated(np.array(right, dtype=bool), np.zeros(4), np.array([0, 0, 1, 1])) for right in ([1] * 4, [0] * 4)
+)
+
+
+# ---- the rule
+
+
+def of_cells(both: int, only_one: int, only_other: int, neither: int) -> tuple[Validated, Validated]:
+    """Two checkpoints, and whether one alone, the other alone, both or neither classify an image correctly."""
+    cells = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, only_one, only_other, neither], axis=0) > 0
+    loss, labels = np.zeros(len(cells)), np.zeros(len(cells), dtype=int)
+    return Validated(cells[:, 0], loss, labels), Validated(cells[:, 1], loss, labels)
+
+
+@pytest.mark.parametrize(("only_best", "shown"), [(40, False), (60, False), (62, True)])
+def test_better_is_more_than_a_standard_error_of_the_paired_difference(only_best, shown):
+    """Against 50 of 3,000 images, by hand: b - c over sqrt(b + c - (b - c)² / n) is .95 and 1.13 at 60 and 62."""
+    gain, error = gain_of(*of_cells(2_500, only_best, 50, 450 - only_best), "val/top1")
+    assert gain == pytest.approx((only_best - 50) / 3_000)
+    by_hand = math.sqrt(only_best + 50 - (only_best - 50) ** 2 / 3_000) / 3_000
+    assert error == pytest.approx(by_hand, rel=0.03)  # Tango's interval is a little wider
+    assert (gain > error) == shown == (only_best - 50 > 3_000 * by_hand)
+
+
+def test_a_small_class_makes_the_balanced_accuracy_uncertain():
+    """One image of a class of 12 is 4 points of the mean of two classes, and its standard error is larger."""
+    labels = np.repeat([0, 1], [300, 12])
+    right = np.ones(312, dtype=bool)
+    fewer = right.copy()
+    fewer[-1] = False
+    best, last = (Validated(each, np.zeros(312), labels) for each in (right, fewer))
+    gain, error = gain_of(best, last, BALANCED)
+    assert gain == pytest.approx(1 / 24)
+    assert gain < error
+
+
+def test_the_loss_is_better_where_it_is_lower():
+    """The standard error of the mean of four paired differences, by hand."""
+    losses = np.array([[0.2, 0.1, 0.9, 0.4], [0.5, 0.2, 0.8, 0.9]])
+    best, last = (Validated(np.ones(4, dtype=bool), each, np.zeros(4, dtype=int)) for each in losses)
+    gaps = losses[1] - losses[0]
+    assert gain_of(best, last, LOSS) == pytest.approx((0.2, statistics.stdev(gaps) / 2))
+    one = Validated(best.correct[:1], np.array([0.1]), best.labels[:1])
+    other = one._replace(loss=np.array([5.0]))
+    assert gain_of(one, other, LOSS) == (pytest.approx(4.9), math.inf)  # one image has no spread
+
+
+# ---- whole trainings
+
+
+@pytest.fixture
+def first_is_best(monkeypatch):
+    """best.ckpt is the first epoch's, whatever its validation says."""
+    monkeypatch.setattr(
+        ModelCheckpoint, "check_monitor_top_k", lambda self, trainer, current=None: trainer.current_epoch == 0
+    )
+
+
+def weights_of(run: Path, name: str) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
+    return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+
+
+def is_exported(run: Path, name: str) -> bool:
+    """Whether `model/` has the weights of this checkpoint."""
+    model, weights = load_file(run / "model" / "model.safetensors"), weights_of(run, name)
+    return all(torch.equal(value, weights[key]) for key, value in model.items())
+
+
+def validations(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["val/top1"]) for row in csv.DictReader(file) if row["val/top1"]]
+
+
+@pytest.mark.parametrize("average", [(), ("--ema.decay=0.5",)])
+def test_the_last_weights_are_tested_unless_the_best_are_better(
+    cli, tiny, drawn_pets, first_is_best, average, monkeypatch, tmp_path
+):
+    """What the two passes find is what the training's own validations of these epochs logged."""
+    known: list[Validated] = []
+    real = final_weights._validate
+    monkeypatch.setattr(
+        final_weights, "_validate", lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1]
+    )
+    outcome = cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "pets"
+    logged = validations(run)
+    assert len(logged) == 3  # the passes are no validations of the training
+    assert [each.correct.mean() for each in known] == pytest.approx([logged[0], logged[-1]])
+    assert not is_exported(run, BEST)
+    assert is_exported(run, LAST)
+    summary = read_summary(run / "summary.json")
+    assert summary.test.checkpoint == LAST
+    text = (run / "summary.md").read_text()
+    assert (
+        "the weights of the last epoch: on 4 validation images the accuracy of the best epoch, step 3 of 9, differs by "
+        "+0.0 points from that of the last (standard error " in text
+    )
+    assert text.count("moving average (EMA)") == len(average)
+    assert f"moevision test --ckpt_path {run}/checkpoints/last.ckpt" in text
+
+
+def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+):
+    answers = [GOOD, BAD]
+    monkeypatch.setattr(final_weights, "_validate", lambda *given: answers.pop(0))
+    assert cli("fit", drawn_pets, *tiny, *EPOCHS, f"--runs_root={tmp_path}").code == 0
+    run = tmp_path / "pets"
+    assert is_exported(run, BEST)
+    assert not is_exported(run, LAST)
+    text = (run / "summary.md").read_text()
+    assert (
+        "Tested: the weights of the best validation epoch: on 4 validation images the accuracy of the best epoch"
+        in text
+    )
+    assert "differs by +100.0 points from" in text
+    assert RoutingHistory.load(run / FILE).steps[-1] == 3  # what came after isn't shown
+    assert checkpoint_of_run(run) == run / "checkpoints" / BEST
+
+
+def test_a_run_that_is_stopped_while_it_chooses_goes_on(cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def stop(*given):
+        raise Interrupted(15)
+
+    with monkeypatch.context() as context:
+        context.setattr(final_weights, "_validate", stop)
+        assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
+    assert cli("fit", "--resume", "runs/pets").code == 0
+    assert len(validations(Path("runs/pets"))) == 3
+    assert "on 4 validation images the accuracy of the best epoch" in Path("runs/pets/summary.md").read_text()
+
+
+def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):
+    """By summary.json, of which only the name last.ckpt counts: nothing else is opened."""
+    run = tmp_path / "run"
+    fixture = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished" / "summary.json"
+    known = json.loads(fixture.read_text())
+    for name in (BEST, LAST):
+        SafeCheckpointIO().save_checkpoint({"global_step": 1}, run / "checkpoints" / name)
+    (tmp_path / "other.ckpt").touch()
+    names = {None: BEST, BEST: BEST, LAST: LAST, "../../other.ckpt": BEST, str(tmp_path / "other.ckpt"): BEST}
+    for name, expected in names.items():
+        known["test"]["checkpoint"] = name
+        (run / "summary.json").write_text(json.dumps(known))
+        assert checkpoint_of_run(run) == run / "checkpoints" / expected, name
+    (run / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match="can't be read as the summary of a run"):
+        checkpoint_of_run(run)
+    (run / "summary.json").unlink()
+    assert checkpoint_of_run(run) == run / "checkpoints" / BEST
+
+
+def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
+    """Early stopping goes by it too: it ends at the first loss that isn't the lowest so far."""
+    options = ("--checkpoint.monitor=val/loss", "--trainer.max_epochs=6", "--early_stopping.patience=1")
+    outcome = cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "pets"
+    with (run / "metrics.csv").open(newline="") as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    lowest_so_far = [loss == min(losses[: place + 1]) for place, loss in enumerate(losses)]
+    assert all(lowest_so_far[:-1])
+    assert len(losses) == 6 or not lowest_so_far[-1]
+    assert len(losses) > 2  # the highest would have ended it
+    saved = torch.load(run / "checkpoints" / BEST, weights_only=True)
+    state = next(state for name, state in saved["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    assert float(state["best_model_score"]) == pytest.approx(min(losses))
+
+
+def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
+    files = SafeCheckpointIO()
+    for name in (LAST, BEST):
+        files.save_checkpoint({"global_step": 1, "weight": torch.ones(64)}, tmp_path / name)
+    assert final_checkpoint(tmp_path) == (tmp_path / BEST, "the weights of the best validation epoch")
+    whole = (tmp_path / BEST).read_bytes()
+    place = whole.index(torch.ones(64).numpy().tobytes())
+    (tmp_path / BEST).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+    path, words = final_checkpoint(tmp_path)
+    assert path == tmp_path / LAST
+    assert "best.ckpt was damaged" in words
+    (tmp_path / BEST).unlink()
+    path, words = final_checkpoint(tmp_path)
+    assert path == tmp_path / LAST
+    assert "no best.ckpt" in words
