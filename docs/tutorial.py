@@ -73,8 +73,9 @@ What it says, from the top:
 - **linear probe**: a simple classifier on the pretrained features, as a first estimate.
 - **plan**: how long the training will take. Ctrl-C stops it at any time; the last line is then the command that continues.
 - **Epoch 2/2**: the last of three; they are counted from 0.
-- **Use …**: the simplest model that isn't shown to be worse than the best that was trained ([the rule](guides/compare.md#two-runs)).
-  288 test photos leave several points open. The dense model wasn't trained; it [often does as well](guides/when-experts.md).
+- **The linear probe has …**: training brought 3 points, which 288 test photos don't show: the interval holds 0. The dense
+  model wasn't trained; it [often does as well](guides/when-experts.md). With `--with-twin` this line says which model to use
+  ([the rule](guides/compare.md#two-runs)).
 
 ## 3. How good is it?
 

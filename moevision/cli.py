@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
+import select
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +44,9 @@ VERBS = {
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+UNREAD = 141  # the same of SIGPIPE, which Python ignores
+# Errors of writing, which of standard output have no file's name: no space, a limit, a lost terminal or pipe.
+_UNWRITTEN = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EPIPE") if hasattr(errno, name)}
 
 USAGE = """\
 moevision: train sparse vision transformers, see where every patch goes
@@ -62,6 +69,7 @@ exit codes
   2    user error; the last line explains the fix
   3    fit: the training diverged, see divergence.md in its folder
   130  stopped by Ctrl-C
+  141  nobody read the output any more, as in | head
        fit: also 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1;
        saved, unless nothing was trained; the last line resumes the run
 """
@@ -71,7 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the arguments (`sys.argv[1:]`) name; the exit code, as `moevision --help` lists them."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a σ or an arrow that Windows' code pages lack becomes a "?"
         sys.stdout.reconfigure(errors="replace")
-    rest = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # when Python ends, an error would have no sentence
+        return code
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITTEN:
+            raise
+        return _unwritten(error)
+
+
+def _answer(rest: list[str]) -> int:
     if rest[:1] == ["help"] and len(rest) > 1:
         rest = [rest[1], "--help"]
     if not rest or rest[0] in ("-h", "--help", "help"):
@@ -123,8 +142,32 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
         print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # the argument parser has said what is wrong
+        if isinstance(stop.__context__, BrokenPipeError):  # so does rich
+            return UNREAD
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
+
+
+def _unwritten(error: OSError) -> int:
+    """Say why the output can't be written, unless its reader, such as `head`, has had enough; the exit code."""
+    if isinstance(error, BrokenPipeError) and not _nobody_reads():
+        raise error  # of another pipe
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more when it ends
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
+    with suppress(OSError):  # standard error may be as full
+        sentence = f"the output can't be written ({error.strerror}): make room for it, or send it elsewhere."
+        print(f"moevision: {sentence}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # which tells of errors and hang-ups
+    return bool(poll.poll(0))
 
 
 def _sentence(name: str, error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -29,6 +30,7 @@ from moevision.train.resume import load_trained
 from moevision.words import loading
 
 UNSURE = "unsure"
+NO_NUMBER = "the model's answer is no number: its weights are too large, or damaged"
 JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote
 NPY_HEAD = b"('feature', '<f4', ("
 
@@ -40,7 +42,7 @@ class Prediction:
     path: str
     classes: tuple[str, ...] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
     probabilities: tuple[float, ...] = ()
-    error: str = ""  # why the file could not be read; the other fields are empty then
+    error: str = ""  # why the file could not be read, or `NO_NUMBER`; the other fields are empty then
     distance: float | None = None
     feature: npt.NDArray[np.float32] | None = None  # what the classifier reads, float32 [D], where it was asked for
 
@@ -84,7 +86,8 @@ def run(chosen: Namespace) -> None:
             sum((row.distance or 0) > 1 for row in rows),
             "images are unlike the training images: their distance is above 1",
         ),
-        (sum(bool(row.error) for row in rows), "files could not be read; their rows say why"),
+        (sum(row.error == NO_NUMBER for row in rows), "images have no answer: the model's is no number"),
+        (sum(row.error not in ("", NO_NUMBER) for row in rows), "files could not be read; their rows say why"),
     ):
         if count:
             print(f"{count} of {len(rows)} {what.format(chosen=chosen)}.", file=sys.stderr)
@@ -149,6 +152,9 @@ def predict_batch(
         values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
         found = zip(pixels, values.tolist(), indices.tolist(), distances, rows_of, strict=True)
         for place, likeliest, classes, distance, feature in found:
+            if not all(map(math.isfinite, (*likeliest, distance or 0.0))):
+                rows[place] = Prediction(str(files[place]), error=NO_NUMBER)
+                continue
             names = tuple(model.class_names[each] for each in classes)
             rows[place] = Prediction(str(files[place]), names, tuple(likeliest), distance=distance, feature=feature)
     return [rows[place] for place in range(len(files))]

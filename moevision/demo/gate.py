@@ -30,7 +30,9 @@ WAITING: Final = 64  # requests, beside those that run
 MAX_ADDRESSES: Final = 4096  # whose turns are remembered
 MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6
 EACH: Final = 4  # an address has at most a fourth of connections, requests and bodies
+PORTS: Final = {"http": 80, "https": 443}  # which browsers leave out
 HEADER_S: Final = 10.0
+READING_S, READ_BYTES = 30.0, 16_384  # of an answer, a visitor takes at least so many bytes in such a time
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,14 @@ class Serving:
         own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
         if _on_space() or name in {one.lower() for one in own}:
             return True
-        return _ip(name) is not None or any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
+        return _ip(name) is not None or self.outside(name)
+
+    def outside(self, name: str) -> bool:
+        """Whether this is a name of `allow_host`, or the Space's, at which a proxy shows the page."""
+        if name == "localhost" or _ip(name) is not None:
+            return False
+        names = (*self.allow_host, os.environ.get("SPACE_HOST", "")) if _on_space() else self.allow_host
+        return any(fnmatch.fnmatchcase(name, one.lower()) for one in names)
 
     def frames(self) -> str:
         """Who may show the page in a frame: itself, a notebook here, Hugging Face for a Space, who was named."""
@@ -131,11 +140,24 @@ def is_loopback(host: str) -> bool:
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that a host is written as, without its zone; None of a name."""
+    """The IP address that a host is written as, without its zone; None of a name.
+
+    IPv4 inside IPv6, as a socket of both kinds shows it, is the IPv4 address.
+    """
     try:
-        return ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def place(authority: str, scheme: str = "http") -> tuple[str, int] | None:
+    """Host and port of what `Host` says, or an origin behind its `scheme`, in lower case; None of anything else."""
+    parts = re.fullmatch(r"(\[[^\[\]\s]+\]|[^\[\]\s:/?#@\\]+)(?::(\d{0,5}))?", authority)
+    if parts is None or scheme not in PORTS:
+        return None
+    name = parts[1].strip("[]").rstrip(".")
+    return (name, int(parts[2] or PORTS[scheme])) if name else None
 
 
 def in_url(host: str) -> str:
@@ -158,9 +180,9 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
         return "forwarded"
     host = client[0] if client else "unknown"
     address = _ip(host)
-    if address is None or address.version == 4:
+    if address is None:
         return host
-    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+    return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
 
 
 class Gate:
@@ -232,46 +254,76 @@ def _busy(sentence: str = "Many people are asking at this moment: try again in a
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with a time limit for headers, and a limit on connections.
+    """uvicorn's connection with time limits for headers and for reading an answer, and a limit on connections.
 
-    uvicorn 0.54 waits for the rest of a header forever, and its `limit_concurrency` lets one client with unfinished
-    headers shut out everyone else.
+    uvicorn 0.54 waits for the rest of a header forever, and for a visitor who takes nothing of an answer; its
+    `limit_concurrency` lets one client with unfinished headers shut out everyone else.
     """
 
-    _late: asyncio.TimerHandle | None = None
+    address = ""
+    _clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or turn it away."""
         super().connection_made(transport)
-        address = self.client[0] if self.client else ""
-        each = sum((getattr(other, "client", None) or ("",))[0] == address for other in self.connections)
-        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(address)  # a proxy on this computer is everyone
+        host = self.client[0] if self.client else ""
+        self.address = client_address(self.client, proxied=False, forwarded=False)
+        each = sum(getattr(other, "address", "") == self.address for other in self.connections)
+        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(host)  # a proxy on this computer is everyone
         if crowd or len(self.connections) > MAX_CONNECTIONS:
             transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             transport.close()
         else:
-            self._expect_header()
+            self._set_clock()
 
     def handle_events(self) -> None:
-        """Stop the clock when a request has begun."""
+        """Stop the clock for headers when a request has begun; that of an answer which is not read goes on."""
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answering and not self.flow.write_paused:
             self._stop_clock()
 
+    def pause_writing(self) -> None:
+        """Expect that the answer is read, of which much waits to be sent."""
+        super().pause_writing()
+        self._set_clock()
+
+    def resume_writing(self) -> None:
+        """Expect the next request, or nothing while this one is being answered."""
+        super().resume_writing()
+        self._set_clock()
+
     def on_response_complete(self) -> None:
-        """Expect the next request."""
-        self._expect_header()
+        """Expect that the rest of the answer is read, then the next request."""
+        self._set_clock()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
-        self._stop_clock()
         super().connection_lost(exc)
-
-    def _expect_header(self) -> None:
         self._stop_clock()
-        self._late = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _set_clock(self) -> None:
+        """Give the visitor time for what comes next: to read, or to ask."""
+        self._stop_clock()
+        unread = self.transport.get_write_buffer_size()
+        if self.flow.write_paused or (unread and not self._answering):
+            self._clock = self.loop.call_later(READING_S, self._look, unread)
+        elif not self._answering:
+            self._clock = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def _look(self, unread: int) -> None:
+        """End the connection of a visitor who has taken hardly anything of the bytes that were `unread` before."""
+        left = self.transport.get_write_buffer_size()
+        if left and unread - left < READ_BYTES:
+            self.transport.abort()
+        else:
+            self._set_clock()
 
     def _stop_clock(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None

@@ -8,33 +8,47 @@
 
 `moevision demo` serves the whole page. Here are an image, a model and experts to take away; the answer, and the flow of
 the patches.
+
+A visitor's image is opened by `safe_open` within the explorer's limits. Gradio would decode it before it calls us, and
+open any file of the computer that a request names: so its preprocessing is off, and `uploaded_image` takes its place.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
-from moevision.analysis.intervention import Intervention
-from moevision.data.images import upright_rgb
+from moevision.data.images import BadImageError, read_image
+from moevision.demo import requests as read
 from moevision.demo.examples import sharp
+from moevision.demo.facts import SHARP_PX
 from moevision.demo.html import flow_html
 from moevision.demo.models import Entry, open_entries
+from moevision.demo.service import told
 from moevision.demo.view import Settings, route_image
+from moevision.demo.wire import MAX_BYTES, RequestError, open_data_uri, open_upload
+from moevision.errors import UserError
 
 if TYPE_CHECKING:
     import gradio as gr
 
 SHOWN = 3  # examples of a model
+KEPT_S: Final = (600, 3600)  # every ten minutes Gradio deletes uploads that are older than an hour
 LEAD = "Small networks share one photo. Which of them computes each patch, and what if some were away?"
+_DECODING: Final = threading.Lock()  # one image at a time: a request to /run doesn't wait in Gradio's queue
 
 
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """A Gradio app: an image and a model in, the likeliest classes and the flow of the patches out.
 
     Its endpoint is `route(image, model, away) -> label, view`. A UserError if there is no such model, or no experts.
+
+    In Blocks of your own, Gradio deletes uploads only if those have a `delete_cache`; `launch(max_file_size="8mb")`
+    refuses larger files before they are stored.
 
     Args:
         model: a run folder, its model, or a timm address; the bundled models if None.
@@ -46,49 +60,105 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     first = next(iter(entries))
     shown = examples(entries)
     app: gr.Blocks
-    with gr.Blocks(title="See inside a Mixture of Experts", analytics_enabled=False, fill_width=True) as app:
+    with gr.Blocks(
+        title="See inside a Mixture of Experts", analytics_enabled=False, fill_width=True, delete_cache=KEPT_S
+    ) as app:
         gr.Markdown(f"# See inside a Mixture of Experts\n{LEAD}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(type="pil", image_mode=None, label="Your photo", height=240)
+                image = gr.Image(type="filepath", image_mode=None, label="Your photo", height=240)
                 label = gr.Label(num_top_classes=5, label="The model says")
                 choice = gr.Dropdown(list(entries), value=first, label="Model", visible=len(entries) > 1)
-                # programs may name those of any model: what a page's list holds at its start isn't all that is right
-                away = gr.Dropdown(
-                    experts(entries[first]), value=[], multiselect=True, allow_custom_value=True, label="Take away"
-                )
+                away = gr.Dropdown(list(experts(entries[first])), value=[], multiselect=True, label="Take away")
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(label="The flow of the patches")
                 gr.Examples([list(one) for one in shown], [image, choice], label="Examples")
         choice.change(
-            lambda title: gr.Dropdown(experts(entries[title]), value=[]), choice, away, api_visibility="private"
+            lambda title: gr.Dropdown(list(experts(entries[title])), value=[]), choice, away, api_visibility="private"
         )
-        gr.on([image.change, away.change], partial(route, entries), [image, choice, away], [label, view],
-              api_name="route")  # fmt: skip
+        listen = partial(
+            gr.on, inputs=[image, choice, away], outputs=[label, view], preprocess=False, concurrency_id="route"
+        )
+        listen([image.change, away.change], partial(answer_page, entries), api_visibility="private")
+        listen([], partial(answer, entries), api_name="route")  # of programs
         if shown:
             app.load(lambda: shown[0], None, [image, choice], api_visibility="private")
     return app
 
 
+def answer_page(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tuple[Any, str]:
+    """`answer` to the page, where experts of the model before stay chosen until their list has changed."""
+    if isinstance(model, str) and model in entries and isinstance(away, list):
+        names = list(experts(entries[model]))
+        away = [one for one in away if one in names]
+    return answer(entries, image, model, away)
+
+
+def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tuple[Any, str]:
+    """`route` of what a request says, which nobody has looked at yet; a `gradio.Error` says what is wrong with it."""
+    import gradio as gr
+
+    try:
+        title = read.choice({"model": model}, "model", tuple(entries))
+        photo = uploaded_image(image, entries[title].facts.image_size)
+        return route(entries, photo, title, [] if away is None else away)
+    except UserError as error:
+        raise gr.Error(told(error, "route")["error"], print_exception=False) from error
+
+
+def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
+    """The image of a request, upright RGB: a file that this server has stored, or a data URI; None without one.
+
+    A request may name any other file, too, or an address: that is a `BadImageError`, and nothing is opened.
+    """
+    from gradio.utils import get_upload_folder
+
+    if not sent:
+        return None
+    path, url, side = sent.get("path"), sent.get("url"), max(SHARP_PX, image_size)
+    if isinstance(url, str) and url.startswith("data:"):
+        with _DECODING:
+            return open_data_uri(url, side)
+    try:
+        file = Path(path or "").resolve(strict=True)
+        uploaded = file.is_relative_to(Path(get_upload_folder()).resolve())
+    except (OSError, ValueError):  # there is none; a NUL in the name
+        uploaded = False
+    if not uploaded:
+        raise BadImageError("<upload>", "its file is not, or no longer, among the uploaded ones; choose it again")
+    with _DECODING:
+        return open_upload(read_image(file, max_bytes=MAX_BYTES), side)
+
+
 def route(entries: dict[str, Entry], image: Image.Image | None, model: str, away: list[str]) -> tuple[Any, str]:
     """Classes with their probabilities, and the view as HTML; nothing without an image.
 
-    `away` names experts as `experts` does; after a change of the model those of another one may still be chosen.
+    `away` names experts as `experts` does; a RequestError names one that the model doesn't have.
     """
+    trained, known = entries[model].variants["trained"], experts(entries[model])
+    if not isinstance(away, list):
+        raise RequestError(f"Experts to take away are a list of names such as {next(iter(known))!r}.")
+    for one in away:
+        if not isinstance(one, str) or one not in known:
+            layers = ", ".join(
+                f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}" for layer in trained.facts.routers
+            )
+            raise RequestError(f"There is no expert {str(one)[:40]!r} in {model}: its experts are {layers}.")
+    gone = read.away([known[one] for one in away], trained.facts)
     if image is None:
         return None, ""
-    trained = entries[model].variants["trained"]
-    photo = upright_rgb(image)
-    gone = [one.removeprefix("L").partition("·E") for one in away if one in experts(entries[model])]
-    settings = Settings(away=tuple(Intervention("ablate", int(layer), int(expert)) for layer, _, expert in gone))
-    view = route_image(trained.saved, photo, settings=settings, facts=trained.facts).to_json()
-    view["picture"] |= {"name": "your photo", "sharp": sharp(photo, trained.saved.image_size, trained.saved.framing)}
+    view = route_image(trained.saved, image, settings=Settings(away=gone), facts=trained.facts).to_json()
+    view["picture"] |= {"name": "your photo", "sharp": sharp(image, trained.saved.image_size, trained.saved.framing)}
     return {one["class"]: one["p"] for one in view["prediction"]["moe"]}, flow_html(view)
 
 
-def experts(entry: Entry) -> list[str]:
-    """All experts of a model by name, "L9·E3"."""
-    return [f"{router.name}·E{expert}" for router in entry.facts.routers for expert in range(router.num_experts)]
+def experts(entry: Entry) -> dict[str, list[int]]:
+    """All experts of a model, [layer, expert] by name, such as "L9·E3"."""
+    return {
+        f"{layer.name}·E{expert}": [layer.layer, expert]
+        for layer in entry.facts.routers
+        for expert in range(layer.num_experts)
+    }
 
 
 def examples(entries: dict[str, Entry]) -> list[tuple[Image.Image, str]]:

@@ -32,7 +32,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from moevision.demo.gate import EACH, MAX_CONNECTIONS, Connection, Gate, Serving, client_address, in_url
+from moevision.demo.gate import EACH, MAX_CONNECTIONS, PORTS, Connection, Gate, Serving, client_address, in_url, place
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
 from moevision.demo.wire import MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
@@ -132,7 +132,7 @@ class Door:
 
     def _check(self, request: Request, address: str, most: int) -> None:
         headers, path = request.headers, request.scope["path"]
-        if not self._known(f"//{headers.get('host', '')}"):
+        if not self._is_known(headers.get("host", "")):
             raise HTTPException(421, "The explorer doesn't go by this name: start it with --allow-host NAME.")
         if self._inside[address] * EACH > MAX_CONNECTIONS:
             raise HTTPException(503, "Too many requests from this address: try again in a few seconds.")
@@ -141,19 +141,40 @@ class Door:
             raise _too_large(most)
         if path in ("/", "/lesson.html"):
             return
-        # A script of another website, which the browser tells by one header or the other.
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        if site not in ("none", "same-origin") or (origin is not None and not self._known(origin)):
+        if not self._is_own(headers):
             raise HTTPException(403, "Another website may not ask this explorer.")
         if path != "/login" and not self._is_logged_in(request):
             raise HTTPException(401, "This explorer asks for a login first: open its page.")
 
-    def _known(self, url: str) -> bool:
-        try:
-            name = (urlsplit(url).hostname or "").rstrip(".")
-        except ValueError:
+    def _is_known(self, host: str) -> bool:
+        called = place(host.lower())
+        return called is not None and (self.serving.known(called[0]) or called[0] == self.tunnel)
+
+    def _is_own(self, headers: Headers) -> bool:
+        """Whether the page itself asks, or a program; not a script of another website, nor of another port.
+
+        As Go's `http.CrossOriginProtection`: the browser says it in `Sec-Fetch-Site`; if it doesn't, which is so on
+        http but for localhost, `Origin` must be where the request went.
+        """
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        if site is not None or origin is None:
+            return site in (None, "none", "same-origin")
+        scheme, _, authority = origin.lower().partition("://")
+        asking = place(authority, scheme)
+        if asking is None:
             return False
-        return name != "" and (self.serving.known(name) or name == self.tunnel)
+        hosts = [headers["host"]]
+        if self.serving.proxied:  # no script can send this to another website
+            hosts.append(headers.get("x-forwarded-host", "").partition(",")[0].strip())
+        asked = [place(host.lower(), scheme) for host in hosts]
+        if asking in asked:
+            return True
+        # A proxy may have put a name of its own in the place of Host's.
+        rewritten = not any(self._is_outside(one[0]) for one in asked if one is not None)
+        return rewritten and self._is_outside(asking[0]) and asking[1] == PORTS[scheme]
+
+    def _is_outside(self, name: str) -> bool:
+        return name == self.tunnel or self.serving.outside(name)
 
     def _is_logged_in(self, request: Request) -> bool:
         given = request.cookies.get(self._cookie, "")

@@ -39,6 +39,7 @@ from moevision.demo.facts import (
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
+from moevision.errors import UserError
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.models.io import SavedModel, load_model
 
@@ -257,7 +258,7 @@ def route_image(
         picture: how the view calls the image; its pixels are replaced by those that the model saw.
 
     Raises:
-        UserError: if the model has no MoE layer, or the image can't be read.
+        UserError: if the model has no MoE layer, the image can't be read, or the answer is no number.
     """
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
     settings = settings or Settings()
@@ -266,6 +267,8 @@ def route_image(
     with routing_lock(saved.net):  # the layers' clean scores too: another thread's noise would be in them
         with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
             logits, routings = route_batch(saved, pixels[None])
+        if not logits.isfinite().all():
+            raise UserError("The model's answer to this image is no number: its weights are too large, or damaged.")
         layers = tuple(
             _layer_view(routing, router, settings, one)
             for routing, router, one in zip(routings, facts.routers, heard, strict=True)

@@ -1,7 +1,8 @@
 """Images and arrays as text: data URIs to a browser, the only door for an image from one, and packed numbers.
 
 A visitor's image is base64 inside the request, never a path or an address, so nothing on the server's disk and
-nothing on its network can be asked for. The bytes go through `moevision.data.images.safe_open`.
+nothing on its network can be asked for. The bytes go through `open_upload`, and so do those of a file that Gradio's
+server has stored.
 """
 
 from __future__ import annotations
@@ -75,11 +76,8 @@ def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
     A JPEG may come with fewer pixels if it will be shrunk to `short_side` (`safe_open`). More than `MAX_BYTES` are a
     RequestError with code "too_large"; anything else that isn't accepted is a BadImageError.
     """
-    too_large = RequestError(
-        f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.", "too_large"
-    )
     if len(text) > MAX_CHARACTERS:
-        raise too_large
+        raise _too_large()
     head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
     if not comma or (head and not head.endswith(";base64")):
         raise BadImageError("<upload>", "an image is sent as data:image/...;base64,... or as plain base64")
@@ -91,7 +89,17 @@ def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
             "it is neither base64 text nor a file that was just uploaded, which serves one request; a path or an "
             "address is never opened, send the image itself",
         ) from error
+    return open_upload(data, short_side)
+
+
+def open_upload(data: bytes, short_side: int | None = None) -> Image.Image:
+    """The upright RGB image that a visitor's bytes are, within the explorer's limits; errors as of `open_data_uri`."""
     if len(data) > MAX_BYTES:
-        raise too_large
+        raise _too_large()
     max_pixels = MAX_PIXELS if data.startswith(JPEG) else MAX_PIXELS_WHOLE
     return safe_open(io.BytesIO(data), short_side, max_bytes=MAX_BYTES, max_pixels=max_pixels)
+
+
+def _too_large() -> RequestError:
+    sentence = f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again."
+    return RequestError(sentence, "too_large")

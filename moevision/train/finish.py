@@ -40,6 +40,7 @@ from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
+    PROBE,
     ClassScores,
     ComparedModel,
     RunSummary,
@@ -285,7 +286,7 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
         correct = np.array([probe.test_correct[sample] for sample in common])
         # The model that training began with, which is the one of the first row; else its time isn't known.
         speed = rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
-        rows.insert(0, ComparedModel("linear probe", correct, speed, probe.mbytes, probe.seconds))
+        rows.insert(0, ComparedModel(PROBE, correct, speed, probe.mbytes, probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
     given = probe is not None and probe.of_experts
     choice = choose(rows, labels, unbalanced=result.summary.unbalanced, experts_given=given)

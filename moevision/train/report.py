@@ -43,6 +43,7 @@ from moevision.words import duration, flops, percent, points, shell_word
 
 BALANCED = "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
 LOSS = "val/loss"
+PROBE = "linear probe"
 
 
 class ClassScores(NamedTuple):
@@ -143,7 +144,8 @@ class Contender:
 class Recommendation:
     """Which model to use: the simplest that isn't shown to be worse than the best, as `compare` has it.
 
-    The simplest is the first of `contenders`.
+    The simplest is the first of `contenders`. A linear probe is recommended only where nothing has a higher accuracy:
+    predicting with it costs as much as with a fine-tuned model.
 
     `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
     """
@@ -154,8 +156,11 @@ class Recommendation:
 
     @property
     def recommended(self) -> Contender:
-        """The simplest that isn't shown to be worse than the best."""
-        return next(each for each in self.contenders if not self.is_worse(each))
+        """The simplest that isn't shown to be worse than the best; the probe only if it is the best."""
+        simplest = self.contenders[0]
+        if simplest.name == PROBE and not simplest.behind.difference:
+            return simplest
+        return next(each for each in self.contenders if each.name != PROBE and not self.is_worse(each))
 
     def is_worse(self, contender: Contender) -> bool:
         """Whether it is shown to be worse than the best."""
@@ -173,15 +178,13 @@ class Recommendation:
 
         dense_trained = any(each.name.startswith("dense") for each in self.contenders)
         model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
-        advice = f"Use {model}: nothing here has a higher {measure}."
         if chosen.behind.difference:
-            advice = (
-                f"Use {model}: its {measure} isn't shown to be lower than that of the {best.name} ({less(chosen)}), "
-            )
-            advice += "and it is simpler."
-        elif not dense_trained and chosen is not self.contenders[0]:
-            probe = self.contenders[0]
-            advice = f"The {probe.name} has a lower {measure} than the {chosen.name} ({less(probe)})."
+            gap = f"isn't shown to be lower than that of the {best.name} ({less(chosen)})"
+            advice = f"Use {model}: its {measure} {gap}, and it is simpler."
+        elif dense_trained or chosen.name == PROBE:
+            advice = f"Use {model}: nothing here has a higher {measure}."
+        else:
+            advice = f"The {PROBE} has a lower {measure} than the {chosen.name} ({less(self.contenders[0])})."
         if not dense_trained and not self.experts_given:
             advice += " The dense model wasn't trained; in our measurements it does as well: add --with-twin."
         return f"{advice} One seed; another one moves all of them."

@@ -318,3 +318,40 @@ def test_the_door_opens_on_everything_else_and_stays_open(visit):
     page.reload()
     page.wait_for_selector(".mv-flow-box")
     assert page.locator(".mv-cell:visible").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "words", "asked"),
+    [
+        ("?variant=untrained", "Not trained: its weights are random, so its predictions mean nothing.",
+         {"variant": "untrained"}),
+        ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
+        (
+            "?do=force.3.1.next_best.0",
+            "Every patch in L3 goes to L3·E1.",
+            {"intervention": {"kind": "force", "layer": 3, "expert": 1}},
+        ),
+        ("?do=random.all.any.next_best.0", "Patches go to random experts in every layer.",
+         {"intervention": {"kind": "random"}}),
+        ("?do=swap.3.1-2.next_best.0", "L3·E1 and E2 compute each other's patches.",
+         {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}}),
+        ("?k=1", "Trained with top-2, shown is top-1.", {"top_k": 1}),
+        ("?capacity=0.5", "Trained without a capacity limit, shown is capacity factor 0.5.", {"capacity": 0.5}),
+    ],
+)  # fmt: skip
+def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words, asked):
+    """A link may show any of these to somebody who doesn't know of it; one click shows the model as it is."""
+    page = visit(query, door=False, reduced_motion="reduce").page
+    assert words in page.text_content("[data-part=said]")
+    model = asked.get("variant", "changed")
+    assert " ".join(page.text_content(".mv-flow-answer p").split()) == f"The {model} model says"
+    best = page.locator(".mv-flow-answer b").first
+    assert best.text_content() == shown_share(ask("route", picture=FIRST, **asked))
+    page.click("[data-action=as-is]")
+    page.wait_for_function("() => document.querySelector('.mv-flow-answer p').innerText === 'The model says'")
+    assert best.text_content() == shown_share(ask("route", picture=FIRST))
+    page.wait_for_function("() => !/variant|do=|k=|capacity/.test(location.search)")
+
+
+def shown_share(view):
+    return f"{100 * view['prediction']['moe'][0]['p']:.0f} %"

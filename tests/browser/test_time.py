@@ -237,6 +237,29 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
     assert page.locator(SLIDER).count() == 0
 
 
+def test_a_moment_can_not_be_changed(photos, recorded):
+    """Its network wasn't kept: what is taken away would be of the trained model, as if it had been of this one."""
+    one = photos()
+    page = one.page
+    scrub(page, "Home", "before training")
+    before = [page.locator(".mv-flow-answer").inner_text(), page.locator(".mv-flow-box small").all_text_contents()]
+    asked = len(one.asked)
+    for control in (".mv-flow-box:not(:disabled)", "[data-part=photo]", "[data-action=hand]"):
+        page.locator(control).first.click()
+        page.wait_for_selector(".mv-toast:visible")
+        assert "Only the trained model can be changed" in page.text_content(".mv-toast")
+        page.evaluate("document.querySelector('.mv-toast').hidden = true")
+    assert "Only the trained model can be changed" in page.text_content("[data-part=said]")
+    assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
+    assert page.text_content("[data-part=when]") == "before training"
+    now = [page.locator(".mv-flow-answer").inner_text(), page.locator(".mv-flow-box small").all_text_contents()]
+    assert (now, len(one.asked)) == (before, asked)
+    page.click("[data-part=said] [data-action=to-trained]")
+    page.wait_for_function("document.querySelector('[data-part=when]').textContent === 'after training'")
+    page.locator(".mv-flow-box:not(:disabled)").first.click()
+    page.wait_for_function("location.search.includes('away=')")
+
+
 def test_a_model_without_a_history_has_no_scrubber(visit):
     assert visit().page.text_content(".mv-box-time") == ""
 

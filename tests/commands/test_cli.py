@@ -3,8 +3,10 @@
 import inspect
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import asdict, fields
@@ -192,9 +194,69 @@ def test_a_warning_about_the_images_has_one_line(cli, monkeypatch):
 
 @pytest.mark.parametrize("help_of", [(), ("fit",)])
 def test_help_lists_the_exit_codes(cli, help_of):
-    """128 plus the numbers of the signals: SIGINT 2, SIGHUP 1, SIGTERM 15, SIGUSR1 10 (on Linux)."""
+    """128 plus the numbers of the signals: SIGINT 2, SIGHUP 1, SIGTERM 15, SIGUSR1 10, SIGPIPE 13 (on Linux)."""
     out = cli(*help_of, "--help").out.partition("exit codes")[2]
-    assert sorted(map(int, re.findall(r"\b\d+\b", out.partition("--help-all")[0]))) == [0, 2, 3, 129, 130, 138, 143]
+    of_output = [] if help_of else [141]  # fit says how to go on instead
+    listed = sorted(map(int, re.findall(r"\b\d+\b", out.partition("--help-all")[0])))
+    assert listed == sorted([0, 2, 3, 129, 130, 138, 143, *of_output])
+
+
+def call(*words, buffered=True, **streams):
+    """The verb in a process of its own, with these streams; its exit code and what it said on stderr."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "moevision", *map(str, words)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env, timeout=600, **streams)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def verbs(tiny_run):
+    """Calls that print, by name."""
+    return {
+        "predict": ("predict", tiny_run, next((tiny_run.parents[1] / "pets").rglob("0*.png"))),
+        "info": ("info", tiny_run),
+        "compare": ("compare", tiny_run, tiny_run / "twin"),
+        "version": ("--version",),
+        "help": ("--help",),
+        "fit help": ("fit", "--help-all"),
+    }
+
+
+PRINTING = [
+    ("predict", True),
+    ("info", True),
+    ("compare", False),
+    ("version", True),
+    ("help", False),
+    ("fit help", True),
+]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("verb", "buffered"), PRINTING)
+def test_an_output_that_can_not_be_written_is_a_sentence(verbs, verb, buffered):
+    with open("/dev/full", "w") as full:
+        code, said = call(*verbs[verb], buffered=buffered, stdout=full)
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        "moevision: the output can't be written (No space left on device): make room for it, or send it elsewhere."
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("verb", "buffered"), PRINTING)
+def test_an_output_that_nobody_reads_any_more_is_no_error(verbs, verb, buffered):
+    """As in `moevision predict ... | head -1`; 141 is what a shell gives a program that SIGPIPE has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        code, said = call(*verbs[verb], buffered=buffered, stdout=writer)
+    finally:
+        os.close(writer)
+    assert code == 141
+    assert [line for line in said.splitlines() if "not calibrated" not in line] == []
 
 
 def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, strike):

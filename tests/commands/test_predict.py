@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moevision.analysis.collect import network_input
 from moevision.commands.predict import images_at, predict_batch
@@ -254,6 +254,22 @@ def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
     refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
     with pytest.raises(UserError, match="model"):
         load_model(str(saved_model))
+
+
+def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_model, drawn_pets):
+    """The first class had a row with the probability nan, as if it had been chosen; JSON was a traceback."""
+    weights, files = load_file(saved_model / "model.safetensors"), sorted(drawn_pets.rglob("*.png"))[:2]
+    weights["head.weight"].fill_(3e38)  # the largest float32 is 3.4e38; a weight that is no number is refused
+    save_file(weights, saved_model / "model.safetensors")
+    for form in ("csv", "json"):
+        outcome = cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
+        assert outcome.code == 0
+        assert "2 of 2 images have no answer" in outcome.err
+        assert "could not be read" not in outcome.err
+        for row in json.loads(outcome.out) if form == "json" else table(outcome.out):
+            assert "the model's answer is no number" in row["error"]
+            assert {row[key] or None for key in ("class", "probability", "distance")} == {None}
+            assert not row["top5"]
 
 
 def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):

@@ -56,15 +56,28 @@ PATHS = [
 ]
 
 
-def png_bomb(width: int, height: int) -> bytes:
-    """A black 1-bit PNG of any size, a few kilobytes long."""
+def png(width: int, height: int, bits: int, colour: int, compressed: bytes) -> bytes:
+    """A PNG of these compressed rows, chunk by chunk (W3C PNG, 5.3)."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A black 1-bit PNG of any size, a few kilobytes long."""
     rows = b"\0" * min((1 + (width + 7) // 8) * height, 16_000_000)
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return png(width, height, 1, 0, zlib.compress(rows, 9))
+
+
+def large_png(side: int) -> bytes:
+    """A clear RGBA PNG with every row of its pixels: 13,300 px are 0.7 MB, and 0.7 GB once they are decoded."""
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + 4 * side)
+    rows = [compressor.compress(row) for _ in range(side)]
+    return png(side, side, 8, 6, b"".join(rows) + compressor.flush())
 
 
 def picture_bytes(kind: str, size=(40, 30)) -> bytes:

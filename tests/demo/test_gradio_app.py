@@ -1,25 +1,36 @@
 """The Gradio app: its answer is the model's, its view shows what was taken away, its endpoint is typed."""
 
+import base64
+import io
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
+import time
+from contextlib import closing, contextmanager
 from html import unescape
 from pathlib import Path
 
+import gradio as gr
+import httpx
 import pytest
 from PIL import Image
 
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.gradio_app import examples, experts, route
+from moevision.demo.gradio_app import answer, answer_page, examples, experts, route
 from moevision.demo.models import open_entries
 from moevision.demo.view import route_image
+from moevision.demo.wire import MAX_BYTES
+from tests.demo import hostile
+from tests.demo.serving import running
 from tests.scopes import ablate
 
 ROOT = Path(__file__).parents[2]
 LION = (200, 150, 90)
+META = {"meta": {"_type": "gradio.FileData"}}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,7 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries):
     assert shown(page)["layers"] == expected["layers"]
     assert page.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in page
-    label, page = route(entries, photo, title, ["L3·E1", "L9·E9"])
+    label, page = route(entries, photo, title, ["L3·E1"])
     with ablate(saved.net, 3, 1):
         expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
@@ -49,26 +60,214 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries):
     assert route(entries, None, title, []) == (None, "")
 
 
+def data_uri(image):
+    """What a program may send in the place of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"path": None, "url": hostile.uri(buffer.getvalue())}
+
+
 def test_what_is_transparent_is_white(entries):
     """As everywhere else; what lies under it is black here."""
     title, photo = next(iter(entries)), Image.new("RGBA", (90, 64), (0, 0, 0, 0))
-    assert route(entries, photo, title, [])[0] == route(entries, Image.new("RGB", (90, 64), "white"), title, [])[0]
+    white = Image.new("RGB", (90, 64), "white")
+    assert answer(entries, data_uri(photo), title, [])[0] == route(entries, white, title, [])[0]
+
+
+WRONG_AWAY = [
+    (["L3·E4"], "no expert 'L3·E4'"),
+    (["L1·E0", "L5·E99"], "no expert 'L5·E99'"),
+    (["L3.E1"], "no expert 'L3.E1'"),  # as the page's addresses have it
+    ([""], "no expert ''"),
+    (["x" * 9999], "no expert 'xxxx"),
+    ([3, 1], "no expert '3'"),
+    ([[3, 1]], "no expert '[3, 1]'"),
+    ([None], "no expert 'None'"),
+    ([{"a": 1}], "no expert \"{'a': 1}\""),
+    ("L3·E1", "a list of names such as 'L1·E0'"),
+    ({"0": "L3·E1"}, "a list of names such as 'L1·E0'"),
+    (3, "a list of names such as 'L1·E0'"),
+    (["L3·E1"] * 9, "at most 8 pairs"),
+]
+
+
+@pytest.mark.parametrize(("away", "words"), WRONG_AWAY)
+def test_an_expert_that_is_not_there_is_named(entries, away, words):
+    """An answer as if nothing had been taken away would pass for a measurement without effect."""
+    title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
+    for image in (photo, None):
+        with pytest.raises(gr.Error) as refused:
+            answer(entries, image, title, away)
+        assert words in refused.value.message
+
+
+def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries):
+    title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
+    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == answer(entries, photo, title, ["L3·E1"])
+
+
+@pytest.mark.parametrize("model", ["nope", "", None, 3, ["The pets"], {"The pets": 1}])
+def test_a_model_that_is_not_there_is_a_sentence(entries, model):
+    for ask in (answer, answer_page):
+        with pytest.raises(gr.Error, match="'model' must be"):
+            ask(entries, None, model, [])
 
 
 def test_examples_are_as_large_as_their_data(entries):
     found = examples(entries)
     assert [title for _, title in found] == ["The pets"] * 3  # the other model has none here
     assert found[0][0].size == (672, 672)  # drawn
-    assert experts(next(iter(entries.values())))[:5] == ["L1·E0", "L1·E1", "L1·E2", "L1·E3", "L3·E0"]
+    assert list(experts(next(iter(entries.values()))))[:5] == ["L1·E0", "L1·E1", "L1·E2", "L1·E3", "L3·E0"]
+
+
+class Asking:
+    """What a program that knows no manners asks of a launched app."""
+
+    def __init__(self, url):
+        self.http = httpx.Client(base_url=f"{url}/gradio_api/", timeout=300)
+        config = self.http.get("../config").json()
+        dropdowns = [one for one in config["components"] if one["type"] == "dropdown"]
+        self.model = dropdowns[0]["props"]["choices"][0][0]
+
+    def upload(self, data, name="photo.png"):
+        """Where the server has put a file."""
+        answer = self.http.post("upload", files={"files": (name, data, "image/png")})
+        assert answer.status_code == 200, answer.text
+        return answer.json()[0]
+
+    def ask(self, image, away=()):
+        """The answer's label, or the sentence of an error; past the queue."""
+        answer = self.http.post("run/route", json={"data": [image, self.model, list(away)]})
+        said = answer.json()
+        return said["data"][0]["label"] if answer.status_code == 200 else said["error"]
+
+
+SERVE = """
+import sys, threading
+from PIL import ImageFile
+from moevision.demo import gradio_app
+
+load = ImageFile.ImageFile.load
+def noted(image):
+    open(sys.argv[1], "a").write(f"{image.size}\\n")
+    return load(image)
+
+gradio_app.KEPT_S = (1, 1)
+app = gradio_app.blocks()
+_, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
+ImageFile.ImageFile.load = noted
+print("The explorer is at", url, flush=True)
+try:
+    threading.Event().wait()
+except KeyboardInterrupt:
+    app.close()
+"""
+
+
+@contextmanager
+def launch(files):
+    """The app in a process that notes the sizes of images that Pillow decodes, and deletes uploads after a second."""
+    env = {"GRADIO_TEMP_DIR": str(files / "uploads"), "GRADIO_SERVER_PORT": str(free_port())}
+    with running("-c", SERVE, str(files / "decoded"), env=env) as server:
+        asking = Asking(server.url.rstrip("/"))
+        asking.decoded = files / "decoded"
+        with closing(asking.http):
+            yield asking
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    with launch(tmp_path_factory.mktemp("gradio")) as asking:
+        yield asking
+
+
+@pytest.fixture
+def decoded(launched):
+    """The sizes of images that Pillow has decoded since the test began, whoever asked for it."""
+    launched.decoded.write_text("")
+    return lambda: set(launched.decoded.read_text().splitlines())
+
+
+@pytest.mark.deep
+def test_what_is_too_large_is_never_decoded(launched, decoded):
+    """Gradio itself would take 57 s and 3.8 GB, in the only place of its queue."""
+    data = hostile.large_png(13_300)
+    assert len(data) < 700_000
+    for image in ({"path": launched.upload(data), **META}, {"url": hostile.uri(data)}):
+        assert "13300 x 13300 pixels exceeds the limit of 16,000,000" in launched.ask(image)
+    assert decoded() == set()
+    assert launched.ask({"path": launched.upload(hostile.picture_bytes("PNG")), **META}) in ("cat", "dog")
+    assert decoded() == {"(40, 30)"}
+
+
+@pytest.mark.deep
+def test_only_uploaded_files_are_opened(launched, tmp_path, decoded):
+    """Gradio checks a path beside the word "meta" alone."""
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(hostile.picture_bytes("PNG"))
+    uploads = Path(launched.upload(b"x")).parents[1]
+    paths = [
+        str(mine),
+        f"{uploads}/../{mine.parent.name}/{mine.name}",
+        str(uploads),
+        "",
+        "a" * 5000,
+        "\0",
+        *hostile.PATHS,
+    ]
+    for path in paths + hostile.ADDRESSES:
+        for more in ({}, {"is_stream": True}, {"url": path}, {"url": f"/gradio_api/file={path}"}):
+            said = launched.ask({"path": path, **more})
+            assert said.startswith("This image can't be used: "), (path, more, said)
+    for more in (META, {**META, "is_stream": True}):
+        assert launched.ask({"path": str(mine), **more}) not in ("cat", "dog")  # Gradio's own refusal, without a word
+    assert decoded() == set()
+
+
+@pytest.mark.deep
+def test_odd_images_are_sentences(launched):
+    odd = [text for text in hostile.uploads(random.Random(0)) if text.startswith("data:image")]
+    assert len(odd) > 60
+    for text in odd:
+        encoded = text.partition(",")[2]
+        data = base64.b64decode(encoded) if ";base64," in text else encoded.encode()
+        for image in ({"url": text}, {"path": launched.upload(data, "odd.svg"), **META}):
+            said = launched.ask(image)
+            assert said in ("cat", "dog") or said.startswith("This image can't be used: "), (text[:80], said)
+
+
+@pytest.mark.deep
+def test_uploads_are_deleted_and_examples_are_not(tmp_path):
+    """An app of its own: gradio 6.31 deletes nothing more once a file has arrived while it went through the list."""
+    with launch(tmp_path) as asking:
+        path = Path(asking.upload(hostile.picture_bytes("PNG", (41, 31))))
+        kept = len(list(path.parents[1].rglob("*.webp")))  # the examples
+        assert kept > 0
+        end = time.monotonic() + 60
+        while path.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert asking.ask({"path": str(path)}) == (
+            "This image can't be used: its file is not, or no longer, among the uploaded ones; choose it again."
+        )
+        assert len(list(path.parents[1].rglob("*.webp"))) == kept
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def peak_mb(process):
+    """The most memory that a process has had so far, in MB (Linux)."""
+    return int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 @pytest.mark.deep
 def test_app_py_has_a_typed_endpoint():
     from gradio_client import Client, handle_file
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "app.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
@@ -84,6 +283,12 @@ def test_app_py_has_a_typed_endpoint():
         )
         assert label["label"] in SyntheticPets.classes
         assert shown(page)["settings"]["away"] == [[1, 3]]
+        asking, before, start = Asking(f"http://127.0.0.1:{port}"), peak_mb(process), time.monotonic()
+        with closing(asking.http):
+            assert "exceeds the limit" in asking.ask({"path": asking.upload(hostile.large_png(13_300)), **META})
+            assert asking.http.post("upload", files={"files": ("a.png", bytes(MAX_BYTES + 1))}).status_code == 413
+        assert peak_mb(process) < before + 100  # decoded it has 700 MB
+        assert time.monotonic() - start < 60
     finally:
         process.terminate()
         process.communicate()

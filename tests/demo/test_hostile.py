@@ -5,10 +5,12 @@ import json
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import httpx
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from moevision.demo import gate
 from moevision.demo import server as server_module
@@ -121,13 +123,16 @@ def test_an_unfinished_header_is_given_up(server, http, unfinished):
 def tiny(monkeypatch):
     """uvicorn alone, with our connections and small limits, before an app that says "fine"."""
     monkeypatch.setattr(gate, "HEADER_S", 0.6)
+    monkeypatch.setattr(gate, "READING_S", 0.6)
     monkeypatch.setattr(gate, "MAX_CONNECTIONS", 4)
 
     async def app(scope, receive, send):
         if scope["path"] == "/long":
             await asyncio.sleep(1.5)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-        await send({"type": "http.response.body", "body": b"fine"})
+        body = bytes(LARGE) if scope["path"] == "/large" else b"fine"
+        length = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": body})
 
     own = socket.socket()
     own.bind(("127.0.0.1", 0))
@@ -164,6 +169,118 @@ def test_connections_are_counted(tiny, unfinished):
     assert all(drip(one, b"x", 5, 0.1) for one in kept)  # and when those are gone there is room again
     with httpx.Client(base_url=tiny, timeout=20) as http:
         assert http.get("").text == "fine"
+
+
+LARGE = 20_000_000  # more than the buffers of a connection hold
+
+
+def ask_and_not_read(url, times=1):
+    """A connection with a small buffer, on which so many large answers were asked for and nothing was read."""
+    host, port = url.split("/")[2].rsplit(":", 1)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    connection.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n" * times)
+    return connection
+
+
+def has_room(url, seconds):
+    """Whether somebody else is answered within that time; asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with httpx.Client(base_url=url, timeout=20) as http:
+            if http.get("").status_code == 200:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_who_never_reads_an_answer_loses_the_connection(tiny, times):
+    """64 of them, 4 at once, who hold every place."""
+    for _ in range(16):
+        with ExitStack() as held:
+            for _ in range(4):
+                held.enter_context(ask_and_not_read(tiny, times))
+            assert has_room(tiny, SECONDS)
+
+
+def test_who_reads_hardly_anything_loses_the_connection(tiny):
+    with ExitStack() as held:
+        slow = [held.enter_context(ask_and_not_read(tiny)) for _ in range(4)]
+        end = time.monotonic() + SECONDS
+        while not has_room(tiny, 0.1):
+            assert time.monotonic() < end
+            for connection in slow:
+                connection.recv(100)
+
+
+def test_who_reads_slowly_gets_the_whole_answer(tiny):
+    """Many times as long as a header may take, and as nobody may read nothing."""
+    got, begin = 0, time.monotonic()
+    with ask_and_not_read(tiny) as slow:
+        while got < LARGE:
+            part = slow.recv(200_000)
+            assert part, f"cut off after {got:,} bytes"
+            got += len(part)
+            time.sleep(max(0.0, begin + 3 * got / LARGE - time.monotonic()))
+    assert time.monotonic() - begin > 2.5
+
+
+class Wire:
+    """A connection's transport that notes what was done to it."""
+
+    def __init__(self, address):
+        self.address, self.written, self.closed = address, b"", False
+
+    def get_extra_info(self, name):
+        return (self.address, 9) if name == "peername" else None
+
+    def write(self, data):
+        self.written += data
+
+    def close(self):
+        self.closed = True
+
+    abort = close
+
+    def get_write_buffer_size(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("others", "taken"),
+    [
+        ([f"2001:db8:1::{number}" for number in range(1, 6)], 4),  # one network of 2^64 addresses
+        ([f"2001:db8:1:0:{number}::1" for number in range(1, 6)], 4),
+        ([f"2001:db8:{number}::1" for number in range(1, 6)], 5),
+        (["192.0.2.1"] * 5, 4),
+        (["192.0.2.1", "::ffff:192.0.2.1"] * 3, 4),  # as a socket for both kinds shows it
+        ([f"192.0.2.{number}" for number in range(1, 6)], 5),
+        (["127.0.0.1", "::1", "::ffff:127.0.0.1"] * 3, 9),  # a proxy on this computer is everyone
+    ],
+)
+def test_connections_are_counted_by_network(monkeypatch, others, taken):
+    """One IPv6 host has a /64 to itself (RFC 6177), so a full address says nothing about who it is."""
+    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 16)
+
+    async def app(scope, receive, send):
+        raise AssertionError("nobody asks")
+
+    async def talk():
+        state, config = ServerState(), uvicorn.Config(app, http=Connection, log_config=None)
+        wires = [Wire(address) for address in [*others, "2001:db8:ffff::1"]]
+        connections = [Connection(config, state, {}) for _ in wires]
+        for connection, wire in zip(connections, wires, strict=True):
+            connection.connection_made(wire)
+        for connection in connections:
+            connection._stop_clock()
+        return [wire.closed for wire in wires]
+
+    *refused, visitor = asyncio.run(talk())
+    assert refused == [False] * taken + [True] * (len(others) - taken)
+    assert visitor is False
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:7860", "", "a b", "["])
@@ -243,7 +360,18 @@ def test_too_large_says_how_large_it_may_be(explorer):
 def ask_door(explorer, monkeypatch):
     """What the door answers to a body that arrives in chunks, and its counts by address afterwards."""
 
-    def ask(chunks, *, path="/api/route", method="POST", headers=(), delay=0.0, auth=None, **limits):
+    def ask(
+        chunks,
+        *,
+        path="/api/route",
+        method="POST",
+        host="localhost",
+        headers=(),
+        delay=0.0,
+        serving=None,
+        tunnel="",
+        **limits,
+    ):
         for name, value in limits.items():
             monkeypatch.setattr(server_module, name, value)
         sent, left = [], list(chunks)
@@ -255,7 +383,7 @@ def ask_door(explorer, monkeypatch):
         async def send(message):
             sent.append(message)
 
-        given = [(b"host", b"localhost"), *headers]
+        given = [(b"host", host.encode()), *headers]
         scope = {
             "type": "http",
             "method": method,
@@ -266,7 +394,8 @@ def ask_door(explorer, monkeypatch):
         }
 
         async def talk():
-            door = Door(explorer, Serving(auth=auth))
+            door = Door(explorer, Serving(**(serving or {})))
+            door.tunnel = tunnel
             await door(scope, receive, send)
             door.close()
             return sent, door
@@ -326,7 +455,7 @@ def test_a_fourth_of_all_bodies_is_for_one_address(ask_door):
 
 def test_a_short_form_is_enough_for_a_login(ask_door):
     form = [(b"content-type", b"application/x-www-form-urlencoded")]
-    (start, *_), _ = ask_door([b"x" * 5000], path="/login", headers=form, auth=("class", "secret"))
+    (start, *_), _ = ask_door([b"x" * 5000], path="/login", headers=form, serving={"auth": ("class", "secret")})
     assert start["status"] == 413
 
 
@@ -346,9 +475,100 @@ def test_another_website_may_not_ask(http, headers):
     assert http.get("", headers=headers).status_code == 200
 
 
-def test_the_page_itself_may_ask(http):
-    for headers in ({"sec-fetch-site": "same-origin"}, {"origin": "http://localhost:7860"}, {}):
+def test_the_page_itself_may_ask(http, server):
+    for headers in ({"sec-fetch-site": "same-origin"}, {"origin": server.url.rstrip("/")}, {}):
         assert http.post("api/boot", json={}, headers=headers).status_code == 200
+
+
+HERE, LAN, NAME = "localhost:7860", "192.168.1.7:7860", "moe.lab.example"
+NAMED = {"allow_host": (NAME, "*.class.example")}
+ORIGINS = [
+    # Host, Origin, whether a page of that origin may ask; how it is served, and other headers
+    (HERE, "http://localhost:7860", True, {}, {}),
+    (HERE, "HTTP://LOCALHOST:7860", True, {}, {}),
+    ("LocalHost:7860", "http://localhost:7860", True, {}, {}),
+    ("localhost.:7860", "http://localhost.:7860", True, {}, {}),
+    (HERE, "http://localhost:3000", False, {}, {}),  # another program's page
+    (HERE, "http://localhost", False, {}, {}),
+    (HERE, "https://localhost", False, {}, {}),
+    (HERE, "http://127.0.0.1:7860", False, {}, {}),
+    (HERE, "null", False, {}, {}),
+    (HERE, "", False, {}, {}),
+    (HERE, "http://", False, {}, {}),
+    (HERE, "//localhost:7860", False, {}, {}),
+    (HERE, "localhost:7860", False, {}, {}),
+    (HERE, "file://localhost:7860", False, {}, {}),
+    (HERE, "chrome-extension://localhost:7860", False, {}, {}),
+    (HERE, "http://localhost:7860/", False, {}, {}),
+    (HERE, "http://evil.example#@localhost:7860", False, {}, {}),
+    (HERE, "http://evil@localhost:7860", False, {}, {}),
+    (HERE, "http://localhost:7860@evil.example", False, {}, {}),
+    (HERE, "http://localhost:7860.evil.example", False, {}, {}),
+    (HERE, "http://localhost:78600", False, {}, {}),
+    (HERE, "http://localhost:7860000000000000", False, {}, {}),
+    (HERE, "http://localhost:7860 http://evil.example", False, {}, {}),
+    (HERE, "http://localhost\\:7860", False, {}, {}),
+    (LAN, "http://192.168.1.7:7860", True, {}, {}),
+    (LAN, "http://203.0.113.5", False, {}, {}),
+    (LAN, "http://192.168.1.7", False, {}, {}),
+    (LAN, "http://192.168.1.8:7860", False, {}, {}),
+    (LAN, "https://[2001:db8::1]", False, {}, {}),
+    ("[2001:db8::7]:7860", "http://[2001:db8::7]:7860", True, {}, {}),
+    ("[2001:DB8::7]:7860", "http://[2001:db8::7]:7860", True, {}, {}),
+    ("[2001:db8::7]:7860", "http://[2001:db8::8]:7860", False, {}, {}),
+    ("[2001:db8::7]", "http://[2001:db8::7]:80", True, {}, {}),
+    ("[::1]:7860", "http://[::1]evil:7860", False, {}, {}),
+    ("192.168.1.7", "http://192.168.1.7", True, {}, {}),  # default ports, which browsers leave out
+    ("192.168.1.7:80", "http://192.168.1.7", True, {}, {}),
+    ("192.168.1.7", "http://192.168.1.7:80", True, {}, {}),
+    ("192.168.1.7", "https://192.168.1.7", True, {}, {}),  # behind a proxy that ends TLS
+    ("192.168.1.7:443", "https://192.168.1.7", True, {}, {}),
+    ("192.168.1.7", "https://192.168.1.7:8443", False, {}, {}),
+    ("192.168.1.7:443", "http://192.168.1.7", False, {}, {}),
+    (NAME, f"https://{NAME}", True, NAMED, {}),  # a proxy that leaves Host as it was
+    (f"{NAME}:8443", f"https://{NAME}:8443", True, NAMED, {}),
+    (NAME, f"http://{NAME}:3000", False, NAMED, {}),
+    (NAME, "https://other.class.example", False, NAMED, {}),
+    ("127.0.0.1:7860", f"https://{NAME}", True, NAMED, {}),  # ... and one that doesn't
+    (HERE, f"http://{NAME}", True, NAMED, {}),
+    ("127.0.0.1:7860", "https://a.class.example", True, NAMED, {}),
+    ("127.0.0.1:7860", f"https://{NAME}:8443", False, NAMED, {}),
+    ("127.0.0.1:7860", f"https://{NAME}:8443", True, NAMED, {"x-forwarded-host": f"{NAME}:8443"}),
+    ("127.0.0.1:7860", f"https://{NAME}:8443", True, NAMED, {"x-forwarded-host": f"{NAME}:8443, inner"}),
+    ("127.0.0.1:7860", "https://evil.example", False, NAMED, {"x-forwarded-host": NAME}),
+    ("127.0.0.1:7860", f"https://{NAME}", False, {}, {"x-forwarded-host": NAME}),  # no proxy is known to be there
+    ("127.0.0.1:7860", f"https://{NAME}.evil.example", False, NAMED, {}),
+    ("127.0.0.1:7860", "https://203.0.113.5", False, {"allow_host": ("*",)}, {}),
+    ("127.0.0.1:7860", "http://localhost", False, {"allow_host": ("*",)}, {}),
+    ("abc.tunnel.example", "https://abc.tunnel.example", True, {"share": True, "public": True}, {}),
+    (HERE, "https://abc.tunnel.example", True, {"share": True, "public": True}, {}),
+    (HERE, "https://abd.tunnel.example", False, {"share": True, "public": True}, {}),
+    # What the browser says of itself, which no page can make up, counts more.
+    (HERE, "https://proxy.example", True, {}, {"sec-fetch-site": "same-origin"}),
+    (HERE, "http://localhost:7860", False, {}, {"sec-fetch-site": "same-site"}),
+    (HERE, "http://localhost:7860", False, {}, {"sec-fetch-site": "cross-site"}),
+    (HERE, "http://localhost:7860", False, {}, {"sec-fetch-site": "SAME-ORIGIN"}),
+]
+
+
+@pytest.mark.parametrize(("host", "origin", "allowed", "serving", "more"), ORIGINS)
+def test_only_a_page_from_here_may_ask(ask_door, host, origin, allowed, serving, more):
+    """Host and port of `Origin` are those that the request went to (RFC 6454, 4)."""
+    headers = [(name.encode(), value.encode()) for name, value in {"origin": origin, **more}.items()]
+    (start, *_), _ = ask_door(
+        [b"{}"], path="/api/boot", host=host, headers=headers, serving=serving, tunnel="abc.tunnel.example"
+    )
+    assert start["status"] == (200 if allowed else 403)
+
+
+def test_a_space_may_ask_itself(ask_door, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "me/moe")
+    monkeypatch.setenv("SPACE_HOST", "me-moe.hf.space")
+    for host in ("me-moe.hf.space", "10.0.0.7:7860"):
+        for origin, status in (("https://me-moe.hf.space", 200), ("https://you-moe.hf.space", 403)):
+            headers = [(b"origin", origin.encode())]
+            (start, *_), _ = ask_door([b"{}"], path="/api/boot", host=host, headers=headers)
+            assert start["status"] == status
 
 
 def test_there_are_no_sockets(http):

@@ -234,3 +234,12 @@ def test_what_can_not_be_routed(make, model, pixels, tmp_path):
     dropping.net.train()
     with pytest.raises(UserError, match="patch dropping"):
         describe(SavedModel(dropping.net, *list(vars(dropping).values())[1:]))
+
+
+def test_an_answer_that_is_no_number_is_a_sentence(make, pixels):
+    """A page would show a share of 0 % for it."""
+    model = make()
+    with torch.no_grad():
+        model.net.get_classifier().weight.fill_(3e38)  # finite; its sums aren't
+    with pytest.raises(UserError, match="is no number"):
+        route_image(model, pixels)

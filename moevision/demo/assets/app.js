@@ -2,7 +2,7 @@
 
 import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
-import { doorMemory, Flow, isAway, opensDoor, tellingCase } from "./app_flow.js";
+import { doorMemory, Flow, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_flow.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
 import { listenForFiles, ownHandlers, ownMemory, tellRoute } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
@@ -116,6 +116,11 @@ export class App {
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
+      "as-is": () => { // the trained model, routed as it was trained to
+        this.variant = this.model.variants[0];
+        Object.assign(this, { topK: null, capacity: null, noise: null, intervention: null });
+        return this.load("model");
+      },
       matters: () => this.showStrongest(),
       fly: () => this.flow.play(),
       calm: () => this.chooseSettings({ noise: null }),
@@ -204,6 +209,7 @@ export class App {
     const { model: before } = this;
     const { picture, away } = model.card.matters;
     this.away = [];
+    if (this.state) this.state.set({ view: trainedView(this.state.view) });
     if (model.id !== this.model.id) await this.chooseModel(model.id);
     await this.openExample(picture);
     if (this.state?.view.picture.id !== picture) return; // another choice came between
@@ -232,6 +238,10 @@ export class App {
 
   /** @param {Partial<App>} change */
   chooseSettings(change) {
+    if (this.state?.view.moment) { // it would be done to the trained model, which isn't the one that is shown
+      this.notify(PAST_WORDS);
+      return this.drawFrame();
+    }
     Object.assign(this, change);
     return this.load("settings");
   }

@@ -1,6 +1,7 @@
 // The opening: the patches of a photo fly to the networks that compute them, and a click takes a network away.
 
 import { answerWords, controlWords, effectOf } from "./app_hand.js";
+import { changedWords } from "./core_answer.js";
 import { capital } from "./core_kinds.js";
 import { firstExperts, mosaicPlaces, paintRegions, patchOf } from "./core_mosaic.js";
 import { underlay } from "./core_stage.js";
@@ -12,6 +13,7 @@ const SPREAD_MS = 1100; // from the first patch that leaves to the last one
 const SHORT_MS = 500; // of patches whose network is taken away
 const THUMBS = 2;
 const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
+export const PAST_WORDS = "Recorded of this moment are its routes and answers. Only the trained model can be changed.";
 /** @param {number} count */
 const numberWord = (count) => NUMBERS[count] ?? String(count);
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -306,7 +308,16 @@ function answer(view, usual) {
   const second = others.find(({ class: name }) => name === usual) ?? others[0];
   const rows = view.picture.label === null ? view.prediction.moe : [best, second].filter(Boolean); // of an own image all classes
   const row = ({ class: name, p }) => html`<li><span>${name}</span><i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
-  return html`<div class="mv-flow-answer"><p>The model ${view.moment ? "said" : "says"}</p><ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul></div>`;
+  const which = view.model.variant !== "trained" ? `${view.model.variant} ` : otherModel(view) && "changed ";
+  return html`<div class="mv-flow-answer"><p>The ${which}model ${view.moment ? "said" : "says"}</p><ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul></div>`;
+}
+
+/** What a link or the details made of the trained model, but for networks that are away. @param {View} view */
+function otherModel(view) {
+  const { model: { variant, accuracy_text: known }, settings: { intervention, noise, off_reason: off } } = view;
+  const words = [variant !== "trained" && `${capital(known)}.`, intervention && changedWords(view), off,
+    typeof noise === "number" && "The routers draw noise, as in training."];
+  return words.filter(Boolean).join(" ");
 }
 
 /** @param {View} view @param {Layer} layer */
@@ -317,8 +328,9 @@ const layerChoice = (view, layer) => view.layers.length > 1 && html`<label class
 function oneBox(app, layer, expert, first) {
   const count = first.filter((mine) => mine === expert).length;
   const gone = isAway(app, layer.layer, expert);
+  const able = app.asker && !app.state?.view.moment;
   return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}" style="--own:${expertColour(expert, layer.num_experts)}"
-    ${app.asker && html`aria-pressed="${gone}"`} ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches${app.asker && `. ${gone ? "Put it back" : "Take it away"}`}">
+    ${able && html`aria-pressed="${gone}"`} ${!count && !gone && new Markup("disabled")} aria-label="Network ${expert}: ${count} patches${able && `. ${gone ? "Put it back" : "Take it away"}`}">
     <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${gone ? "away" : count || "none"}</small></span><canvas aria-hidden="true"></canvas></button>`;
 }
 
@@ -347,18 +359,23 @@ export const isAway = (app, layer, expert) => app.away.some(([where, which]) => 
 function say(app, view) {
   const control = effectOf(view);
   if (!app.asker) return "";
+  const trained = (action) => html`<button type="button" class="mv-button" data-action="${action}"
+    data-key="said-${action}">Show the trained model</button>`;
+  if (view.moment) return html`<p>${PAST_WORDS}</p>${trained("to-trained")}`;
   const { length: gone } = view.settings.away ?? [];
+  const special = otherModel(view);
   const best = view.prediction.moe[0].class;
   const usual = app.usual ?? best;
   const { label, unlike } = view.picture;
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
+  if (special && !gone) return html`<p><b>${special}</b></p>${trained("as-is")}`;
   if (unlike && !gone) return html`<p>${unlike}</p>`;
   const change = label ? `this ${label} becomes ${article(other)}` : "the answer changes";
   if (!gone) return html`<p>Click a box to take it away: how many before ${change}?</p>
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;
   const told = control ? answerWords(control) : `${words}, ${percent(view.prediction.moe[0].p)}`;
-  return html`<p><b>${gone} ${gone === 1 ? "network" : "networks"} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control).replaceAll(" %", "\u00a0%")}.</span>`}</p>
+  return html`<p>${special && `${special} `}<b>${gone} ${gone === 1 ? "network" : "networks"} away: ${told}.</b>${control && html` <span class="mv-soft">${controlWords(control).replaceAll(" %", "\u00a0%")}.</span>`}</p>
     <button type="button" class="mv-button" data-action="put-back" data-key="put-back">Put all back</button>`;
 }
 
