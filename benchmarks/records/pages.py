@@ -104,7 +104,7 @@ DEFINITIONS = {
     "docs/guides/several-gpus.md": [Definition("Five minutes before its time ends the job", "--signal=USR1@300")],
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
-        Definition("(p ≥ .05)", "the level of the tests"),
+        Definition("(p ≥ .05; of balanced accuracies", "the level of the tests"),
         Definition("would detect with 80 % power", "POWER of `moevision.stats`"),
         Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
     ],
