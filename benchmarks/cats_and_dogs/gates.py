@@ -24,14 +24,12 @@ class Gate:
     Attributes:
         title: in tables.
         experts: E; 0 is the dense model.
-        aux: weights of balance losses; none are 0.
-        by_class: whether the router's logits are trained on the class.
+        aux: weights of the router's losses; none are 0.
     """
 
     title: str
     experts: int
     aux: Mapping[str, float] = field(default_factory=dict)
-    by_class: bool = False
 
 
 _BALANCE = {"importance": 0.05, "load": 0.05}
@@ -39,7 +37,7 @@ GATES = {
     "dense": Gate("dense, no gate", 0),
     "alone": Gate("learned alone", 2),
     "balanced": Gate("learned with balance", 2, _BALANCE),
-    "class": Gate("supervised by the class", 2, by_class=True),
+    "class": Gate("supervised by the class", 2, {"label": 1.0}),
     "balanced-4": Gate("learned with balance, 4 experts", 4, _BALANCE),
 }
 FEW = [gate for gate, spec in GATES.items() if spec.experts <= 2]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from benchmarks.cats_and_dogs import report, training
@@ -31,7 +30,6 @@ from benchmarks.cats_and_dogs.gates import (
 from benchmarks.queue import BEGIN, END, read_records, write_run
 from benchmarks.specialization.trunk import Tokens
 from moevision.demo import bundled_model
-from moevision.layers import TopKRouter
 from moevision.models.io import load_model
 from moevision.models.upcycle import upcycle
 from tests.shared import draw_folder
@@ -93,21 +91,9 @@ def test_the_protocol_lists_what_the_code_does() -> None:
         assert words in " ".join(PROTOCOL.split()), words
 
 
-def test_supervision_wants_each_classs_experts_for_its_photos() -> None:
-    """Two photos, four experts of which the first two are the cats': recomputed from the softmax over experts."""
-    torch.manual_seed(0)
-    router = TopKRouter(8, 4, 1, noise="none").eval()
-    routing = router(torch.randn(2, 1, 8))
-    teacher = training.ClassOfExpert()
-    teacher.labels = torch.tensor([0, 1])
-    loss, found = teacher([routing, routing])
-    shares = routing.logits[:, 0].softmax(-1)
-    expected = -(torch.log(shares[0, :2].sum()) + torch.log(shares[1, 2:].sum())) / 2
-    torch.testing.assert_close(loss, expected)
-    assert found == {"class": pytest.approx(expected.item())}
-    two = TopKRouter(8, 2, 1, noise="none").eval()(torch.randn(3, 1, 8))
-    teacher.labels = torch.tensor([1, 0, 1])
-    torch.testing.assert_close(teacher([two])[0], F.cross_entropy(two.logits[:, 0], teacher.labels))
+def test_only_one_gate_is_told_the_class() -> None:
+    assert [gate for gate, spec in GATES.items() if "label" in spec.aux] == ["class"]
+    assert GATES["class"].aux == {"label": 1.0}
 
 
 def test_experts_belong_to_the_class_that_uses_them_more() -> None:

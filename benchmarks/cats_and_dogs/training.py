@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
@@ -28,12 +26,10 @@ from benchmarks.subject import Subject, TrainingStep
 from moevision.analysis.information import Floats, Ints, Json
 from moevision.analysis.questions import three_questions
 from moevision.analysis.readings import Recording, Run
-from moevision.config import AuxLossWeights
 from moevision.data import ImageDataModule
 from moevision.demo import bundled_model
 from moevision.files import file_sha256, write_json_atomic
-from moevision.layers import Routing, moe_layers
-from moevision.losses import AuxLoss
+from moevision.layers import moe_layers
 from moevision.models.convert import pool_patches
 from moevision.models.io import SavedModel, create_from, save_model
 from moevision.models.upcycle import upcycle
@@ -44,24 +40,6 @@ SIDE, DEPTH, FIRST, LAYERS = 168, 10, 7, [7, 9]  # px; blocks; the first of the 
 EPOCHS, BATCH, REDRAWN = 3, 32, 0.5  # REDRAWN: share of each copied expert's hidden units (arXiv:2502.19261)
 OPTIM = {"experts": {"lr": 1e-3}, "blocks": {"lr": 5e-4}}  # by what learns
 CLASSES, PRECISION = 2, "bf16"
-
-
-class ClassOfExpert(AuxLoss):
-    """Supervision: cross-entropy of the routers' logits against the class, mean over layers.
-
-    Experts belong to classes in order, E / C each; the logit of a class is the logsumexp of its experts'. `labels` [B]
-    are those of the batch that comes next.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(AuxLossWeights())
-        self.labels = torch.empty(0, dtype=torch.int64)
-
-    def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and itself by name."""
-        logits = [routing.logits[:, 0].unflatten(-1, (CLASSES, -1)).logsumexp(-1) for routing in routings]  # [B, C]
-        loss = torch.stack([F.cross_entropy(each, self.labels) for each in logits]).mean()
-        return loss, {"class": loss.detach()}
 
 
 def run_job(job: Job, options: Namespace) -> dict[str, Any]:
@@ -174,12 +152,8 @@ def fit(net: nn.Module, train: Tokens, gate: Gate, learn: str, seed: int) -> Non
     steps = len(train.labels) // BATCH
     subject = Subject("cats-and-dogs", {}, OPTIM[learn], gate.aux, batch_size=BATCH)
     step = TrainingStep(subject, precision=PRECISION, net=tail, total_steps=steps)
-    teacher = ClassOfExpert()
-    if gate.by_class:
-        step.aux_loss = teacher
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
     for chosen in order[: steps * BATCH].split(BATCH):
-        teacher.labels = train.labels[chosen]
         step(train.tokens[chosen].float(), train.labels[chosen])
     net.eval()
 

@@ -94,7 +94,11 @@ TAKE = {
     "an expert for each class": Advice(
         cats_and_dogs.FILES,
         lambda *runs: cats_and_dogs.answer(runs)[0],
-        {YES: "experts", cats_and_dogs.ONLY_TOLD: "a router that is told the class", NOT_SHOWN: "dense"},
+        {
+            YES: "experts",
+            cats_and_dogs.ONLY_TOLD: "a router that is [told the class](../concepts/balance.md#told-the-class)",
+            NOT_SHOWN: "dense",
+        },
     ),
     "to see inside a model, or to teach": Advice(
         demo.MATTERS[0],

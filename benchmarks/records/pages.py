@@ -117,6 +117,9 @@ DEFINITIONS = {
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
         Definition("2,048 to learn from and 832 to test", "the data"),
     ],
+    "configs/cats_vs_dogs_two.yaml": [
+        Definition("20.4 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
+    ],
     "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
     "configs/moe_vie.yaml": [Definition("4 of 32", "a setting"), Definition("a hundred times larger", "by the paper")],
     "docs/alternatives.md": [
