@@ -216,7 +216,7 @@ class TrainingStep:
                 logits, routings = forward_routing(self.net, images)
             with phase("losses"):
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.subject.label_smoothing)
-                aux, _ = self.aux_loss(routings)
+                aux, _ = self.aux_loss(routings, F.one_hot(labels, logits.shape[-1]))
                 loss = loss if aux is None else loss + aux
             counts = [routing.requested_counts() for routing in routings]
             with phase("backward"):

@@ -327,13 +327,15 @@ class OptimizerConfig:
 
 @dataclass
 class AuxLossWeights:
-    """How much each balance loss counts beside the cross-entropy; 0 leaves it out, null takes the router's own weight.
+    """How much each loss of the routers counts beside the cross-entropy; 0 leaves it out, null takes the router's own.
 
     Args:
         importance: weight of the importance loss.
         load: weight of the load loss.
         load_balancing: weight of the Switch / GShard loss.
         z: weight of the router z-loss.
+        label: weight of the label loss, which tells routers the class: experts belong to classes in order, as many to
+            each.
         rule: `shazeer` or `vmoe`, the definition of importance and load.
     """
 
@@ -341,10 +343,11 @@ class AuxLossWeights:
     load: float | None = None
     load_balancing: float | None = None
     z: float | None = None
+    label: float | None = None
     rule: Rule = "shazeer"
 
     def __post_init__(self) -> None:
-        check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z"))], "--model.aux.")
+        check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z", "label"))], "--model.aux.")
 
 
 @dataclass(frozen=True)
@@ -821,7 +824,7 @@ _EVALUATION = (
 )
 _OWN_WORDS = {
     "config": "a YAML file, or a recipe that is shipped: quickstart, cifar10, imagenette, cats_vs_dogs, "
-    "finetune_upcycled, moe_vie",
+    "cats_vs_dogs_two, finetune_upcycled, moe_vie",
     "print_config": "print all settings as YAML, to edit, and end",
 }
 _HELP = """\

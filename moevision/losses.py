@@ -1,15 +1,16 @@
-"""Balance losses, pure functions of a `Routing`; their weighted sum, for any training loop; loads as a metric.
+"""Losses of routers, pure functions of a `Routing`; their weighted sum, for any training loop; loads as a metric.
 
 - importance and load: Shazeer et al. 2017, arXiv:1701.06538, §4 and appendix A; V-MoE's variants of both
   (arXiv:2106.05974, appendix A) under `rule="vmoe"`.
 - load balancing: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, eq. 4-6.
 - router z-loss: ST-MoE, arXiv:2202.08906, eq. 5.
+- label: supervision, which experts belong to which class (benchmarks/cats_and_dogs).
 
 Every loss is a function of sums over tokens. That is what makes its value exact for a batch that arrives in pieces,
 from several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function. Its
 gradient is exact over processes; over micro-batches `AuxLoss` says what is approximate.
 
-Axes: B images, N tokens, E experts, K choices, L MoE layers.
+Axes: B images, N tokens, C classes, E experts, K choices, L MoE layers.
 """
 
 from __future__ import annotations
@@ -66,7 +67,24 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
 def z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of logsumexp(clean logits)², which keeps router logits small (arXiv:2202.08906, eq. 5)."""
-    return _LOSSES["z"].value(_z_sums(routing, "shazeer"))
+    return _mean(_z_sums(routing, "shazeer"))
+
+
+def label_loss(routing: Routing, target: Tensor) -> Tensor:
+    """Cross-entropy of the router's clean scores against the class of the image, mean over tokens.
+
+    Experts belong to classes in order, E / C each; the logit of a class is the logsumexp of its experts'. A router by
+    token is told the class of the image for each token. With `route_by="image"` all tokens share one decision, so that
+    the mean is one over images.
+
+    Args:
+        routing: one layer's decision.
+        target: [B, C] share of each class in each image: `F.one_hot(labels, C)`, or the soft targets of Mixup.
+
+    Raises:
+        UserError: if E is no multiple of C.
+    """
+    return _mean(_label_sums(routing, target))
 
 
 def cv_squared(x: Tensor) -> Tensor:
@@ -116,8 +134,28 @@ def _z_sums(routing: Routing, rule: Rule) -> Tensor:
     return torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
 
 
+def _label_sums(routing: Routing, target: Tensor) -> Tensor:
+    num_classes = target.shape[-1]
+    _check_experts_of_classes(routing.num_experts, num_classes)
+    logits = routing.logits.unflatten(-1, (num_classes, -1)).logsumexp(-1)  # [B, N, C]
+    cross_entropy = -(target.unsqueeze(1) * logits.log_softmax(-1)).sum(-1)  # [B, N]
+    return torch.stack([cross_entropy.sum(), cross_entropy.new_tensor(cross_entropy.numel())])
+
+
+def _check_experts_of_classes(num_experts: int, num_classes: int) -> None:
+    if num_experts % num_classes:
+        raise UserError(
+            f"The label loss gives each of {num_classes} classes as many experts, which {num_experts} experts can't "
+            f"be: use a multiple of {num_classes} (--model.arch.num_experts)."
+        )
+
+
+def _mean(sums: Tensor) -> Tensor:
+    return sums[0] / sums[1]
+
+
 class _Loss(NamedTuple):
-    sums: Callable[[Routing, Rule], Tensor]  # additive over tokens
+    sums: Callable[..., Tensor]  # of a routing and the rule (`label`: the target), additive over tokens
     value: Callable[[Tensor], Tensor]
 
 
@@ -125,7 +163,8 @@ _LOSSES = {
     "importance": _Loss(_importance, cv_squared),
     "load": _Loss(_load, cv_squared),
     "load_balancing": _Loss(_load_balancing_sums, _load_balancing_value),
-    "z": _Loss(_z_sums, lambda sums: sums[0] / sums[1]),
+    "z": _Loss(_z_sums, _mean),
+    "label": _Loss(_label_sums, _mean),
 }
 
 
@@ -151,19 +190,27 @@ class AuxLoss:
         self._of_layer: list[dict[str, float]] = []
         self.start_window()
 
-    def check(self, model: nn.Module) -> None:
-        """Take the weights that were left out from the routers of `model`."""
+    def check(self, model: nn.Module, num_classes: int | None = None) -> None:
+        """Take the weights that were left out from the routers of `model`; C is that of the label loss's targets."""
         self._of_layer = []
         for layer in moe_layers(model):
             asked = {**layer.router.default_losses, **self.given}
             weights = {name: weight for name, weight in asked.items() if weight}
-            missing = weights.keys() - layer.router.losses
+            # Both are functions of scores that are learned.
+            of_scores = {"label"} if "z" in layer.router.losses else set()
+            missing = weights.keys() - layer.router.losses - of_scores
             if missing:
                 able = f"it has {', '.join(sorted(layer.router.losses))}" if layer.router.losses else "it needs none"
                 raise UserError(
                     f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
-                    f"({able}): set its weight to 0, leave it out, or choose a router with noise."
+                    f"({able}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
                 )
+            if "label" in weights:
+                if num_classes is None:
+                    raise UserError(
+                        "Balance isn't told the labels: add moevision.losses.label_loss to the loss yourself."
+                    )
+                _check_experts_of_classes(layer.router.num_experts, num_classes)
             self._of_layer.append(weights)
 
     def start_window(self) -> None:
@@ -171,8 +218,13 @@ class AuxLoss:
         self._window: dict[tuple[str, int], Tensor] = {}
         self._micro_batches = 0
 
-    def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers."""
+    def __call__(
+        self, routings: Sequence[Routing], target: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers.
+
+        The label loss needs `target`, as `label_loss` has it.
+        """
         self._micro_batches += 1
         of_layer = self._of_layer or [self.given] * len(routings)
         wanted = [
@@ -185,7 +237,7 @@ class AuxLoss:
             return None, {}
         own = []  # what each loss of each layer is a function of, summed over the window so far in this process
         for name, layer, routing, _ in wanted:
-            sums = _LOSSES[name].sums(routing, self.rule)
+            sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
             earlier = self._window.get((name, layer))
             if earlier is not None:
                 # The value of the sum, and m times the gradient of the own part.
@@ -206,7 +258,8 @@ class Balance:
     """All that MoE layers ask of a training loop: `loss` before every backward pass, `step` after the optimizer's.
 
     Over several processes (`torch.distributed`) and micro-batches the statistics are those of the whole step, as
-    `AuxLoss` says; call both on every process.
+    `AuxLoss` says; call both on every process. It isn't told the labels: to tell them to routers, add the mean of
+    `label_loss(routing, target)` over `routings` to your loss yourself.
 
     Args:
         model: any module with MoE layers; also wrapped in `DistributedDataParallel`.

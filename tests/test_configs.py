@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
+from safetensors.torch import save_file
 
 from moevision.data.named import DATASET_NAMES
 from moevision.train.recipe import find_config, shipped_configs
@@ -31,7 +33,7 @@ def header(path):
 
 
 def test_there_are_configs():
-    assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs"} <= set(CONFIGS)
+    assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs", "cats_vs_dogs_two"} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,12 +52,23 @@ def test_config_opens_with_the_command_that_runs_it(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("fit", "--config", name, "--data.path", drawn_pets, *SMALL)
-    assert outcome.code == 0, outcome.err
     config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
-    arch = config["model"]["arch"]
+    arch, start = config["model"]["arch"], ()
+    if "upcycle_reinit" in arch:  # trains pretrained weights only: here drawn ones
+        weights = timm.create_model(arch["base"]).state_dict()
+        save_file(weights, "drawn.safetensors", metadata={"architecture": arch["base"]})
+        start = ("--pretrained", "drawn.safetensors")
+    outcome = cli("fit", "--config", name, "--data.path", drawn_pets, *start, *SMALL)
+    assert outcome.code == 0, outcome.err
     assert arch.get("base", arch["name"]) in outcome.out
     assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
+
+
+def test_a_config_of_pretrained_weights_says_so_without_them(cli, drawn_pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("fit", "--config", "cats_vs_dogs_two", "--data.path", drawn_pets, *SMALL)
+    assert outcome.code == 2
+    assert "--model.arch.upcycle_reinit changes copies of pretrained weights: give --pretrained" in outcome.err
 
 
 def test_quickstart_trains_on_its_own_data(cli, tmp_path, monkeypatch):

@@ -1,15 +1,25 @@
-"""Balance losses against hand-derived numbers, an independent NumPy transcription, and their properties."""
+"""Losses of routers against hand-derived numbers, an independent NumPy transcription, and their properties."""
 
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, build_router
-from moevision.losses import AuxLoss, AuxLossWeights, importance_loss, load_balancing_loss, load_loss, z_loss
+from moevision.layers import MoEMlp, RouterOptions, Routing, build_router
+from moevision.losses import (
+    AuxLoss,
+    AuxLossWeights,
+    Balance,
+    importance_loss,
+    label_loss,
+    load_balancing_loss,
+    load_loss,
+    z_loss,
+)
 
 GATES = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]
 # The 3 x 3 example of V-MoE's own test suite: clean logits, noise, standard deviation 0.1, k = 2.
@@ -103,6 +113,81 @@ def test_z_loss_by_hand() -> None:
     logits = torch.tensor([[1.0, 1.0, 2.0], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
     routing = routing_from(logits, torch.zeros_like(logits), 1.0, 1)
     assert float(z_loss(routing)) == pytest.approx((np.log(4) ** 2 + np.log(3) ** 2) / 2)
+
+
+def told(scores: list[list[float]], tokens: int = 5) -> Routing:
+    """Images routed as a whole, so that their experts' shares of 1 are proportional to these numbers [B][E]."""
+    logits = torch.tensor(scores, dtype=torch.float64).log().requires_grad_()
+    index = torch.zeros(len(scores), 1, 1, dtype=torch.int64)
+    one = torch.ones(len(scores), 1, 1, dtype=torch.float64)
+    decision = Routing(
+        logits.unsqueeze(1), logits.unsqueeze(1), logits.softmax(-1).unsqueeze(1), None, index, one, one.bool()
+    )
+    return decision.for_tokens(tokens)
+
+
+def test_label_loss_by_hand() -> None:
+    """Four experts, the first two of class 0: shares of the classes are .3 and .7, then .625 and .375."""
+    routing = told([[1, 2, 3, 4], [4, 1, 1, 2]])
+    value = label_loss(routing, F.one_hot(torch.tensor([1, 0]), 2))
+    assert value.item() == pytest.approx(-(np.log(0.7) + np.log(0.625)) / 2)
+    mixed = label_loss(routing, torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    assert mixed.item() == pytest.approx(-(0.25 * np.log(0.3) + 0.75 * np.log(0.7) + np.log(0.625)) / 2)
+
+
+def test_label_loss_of_tokens_is_their_mean() -> None:
+    """One image of class 1, whose three tokens give that class .5, .75 and .9."""
+    logits = torch.tensor([[1.0, 1.0], [1.0, 3.0], [1.0, 9.0]], dtype=torch.float64).log()
+    routing = routing_from(logits, torch.zeros_like(logits), 1.0, 1)
+    expected = -(np.log(0.5) + np.log(0.75) + np.log(0.9)) / 3
+    assert float(label_loss(routing, F.one_hot(torch.tensor([1]), 2))) == pytest.approx(expected)
+
+
+def test_the_gradient_of_the_label_loss_by_hand() -> None:
+    """Shares p = .1 to .4 of an image of class 1, to which .7 go: p outside of the class, p - p / .7 in it."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64).log().requires_grad_()
+    label_loss(routing_from(logits, torch.zeros_like(logits), 1.0, 1), F.one_hot(torch.tensor([1]), 2)).backward()
+    expected = torch.tensor([[0.1, 0.2, 0.3 - 0.3 / 0.7, 0.4 - 0.4 / 0.7]], dtype=torch.float64)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("route_by", ["token", "image"])
+def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(route_by: str) -> None:
+    """As a function of two sums, as the z loss is: the last value is the batch's, and so is the sum of gradients."""
+    torch.manual_seed(0)
+    router = build_router("vmoe_top_k", 8, 4, 1, dtype=torch.float64, options=RouterOptions(route_by=route_by))
+    whole, target = router(torch.randn(12, 5, 8, dtype=torch.float64)), F.one_hot(torch.arange(12) // 3 % 2, 2)
+    label_loss(whole, target).backward(retain_graph=True)
+    expected = router.weight.grad.clone()
+    for parts in (1, 2, 3, 4):
+        router.zero_grad()
+        aux, size = AuxLoss(AuxLossWeights(label=1.0)), 12 // parts
+        for start in range(0, 12, size):
+            value, values = aux([part_of(whole, start, start + size)], target[start : start + size])
+            (value / parts).backward(retain_graph=True)
+        assert value.item() == values["label"].item() == pytest.approx(label_loss(whole, target).item())
+        torch.testing.assert_close(router.weight.grad, expected)
+
+
+def test_experts_that_no_class_can_share_are_refused() -> None:
+    with pytest.raises(UserError, match=r"2 classes .* 3 experts .* multiple of 2"):
+        label_loss(told([[1, 2, 3]]), F.one_hot(torch.tensor([1]), 2))
+    with pytest.raises(UserError, match=r"5 classes .* 8 experts .* multiple of 5"):
+        AuxLoss(AuxLossWeights(label=0.1)).check(MoEMlp(8, 8, num_experts=8), num_classes=5)
+
+
+@pytest.mark.parametrize("router", ["soft", "hash", "random", "position"])
+def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router: str) -> None:
+    with pytest.raises(
+        UserError, match=r"can't supply the label loss .* choose a router with noise, such as vmoe_top_k"
+    ):
+        AuxLoss(AuxLossWeights(label=0.1)).check(MoEMlp(8, 8, num_experts=4, router=router), num_classes=2)
+
+
+def test_balance_refuses_a_loss_whose_labels_it_has_not() -> None:
+    Balance(MoEMlp(8, 8), AuxLossWeights(label=0.0))
+    with pytest.raises(UserError, match=r"add moevision\.losses\.label_loss"):
+        Balance(MoEMlp(8, 8), AuxLossWeights(label=0.1))
 
 
 @pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])
@@ -278,6 +363,7 @@ def part_of(routing: Routing, *rows: int | Tensor) -> Routing:
     images = rows[0] if isinstance(rows[0], Tensor) else slice(*rows)
     tensors = {
         name: getattr(routing, name)[images]
-        for name in ("logits", "noisy_logits", "probs", "noise_std", "expert_index", "combine_weight", "kept")
+        for name in ("logits", "noisy_logits", "probs", "expert_index", "combine_weight", "kept")
     }
-    return Routing(**tensors)
+    std = routing.noise_std
+    return Routing(**tensors, noise_std=std if std is None or len(std) == 1 else std[images])

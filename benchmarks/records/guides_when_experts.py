@@ -90,7 +90,11 @@ TAKE = {
     "an expert for each class": Advice(
         CATS_AND_DOGS,
         lambda *runs: cats_and_dogs.verdict_of(list(runs)),
-        {"yes": "experts", "only if told": "a router that is told the class", "not shown": "dense"},
+        {
+            "yes": "experts",
+            "only if told": "a router that is [told the class](../concepts/balance.md#told-the-class)",
+            "not shown": "dense",
+        },
     ),
     "to see inside a model, or to teach": Advice(
         demo.MATTERS[0],

@@ -73,6 +73,9 @@ DEFINITIONS = {
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
         Definition("2,048 to learn from and 832 to test", "the data"),
     ],
+    "configs/cats_vs_dogs_two.yaml": [
+        Definition("20.4 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
+    ],
     "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
     "configs/moe_vie.yaml": [Definition("4 of 32", "a setting"), Definition("a hundred times larger", "by the paper")],
     "docs/alternatives.md": [
@@ -136,6 +139,7 @@ DEFINITIONS = {
     "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("A lesson of 45 minutes", "a plan")],
     "docs/tutorial.md": [
         Definition("downloads one (88 MB)", "the size of the download that is named"),
+        Definition("training brought 3 points, which", "the output above"),
         Definition("a dog with 98 %. `--unsure 0.9` answers `unsure` below 90 %", "the output above, 0.9758"),
         Definition("about four times the time of 112", "224² over 112²"),
     ],

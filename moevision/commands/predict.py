@@ -80,17 +80,22 @@ def run(chosen: Namespace) -> None:
         write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
-    for count, what in (
-        (sum(row.is_unsure(limit) for row in rows), "images are unsure: no class reaches {chosen.unsure:g}"),
-        (
-            sum((row.distance or 0) > 1 for row in rows),
-            "images are unlike the training images: their distance is above 1",
+    _tell_problems(rows, limit)
+
+
+def _tell_problems(rows: Sequence[Prediction], unsure: float | None) -> None:
+    """Say on standard error how many answers are missing, or not to be taken as they are."""
+    problems = {
+        f"images are unsure: no class reaches {unsure or 0:g}": sum(row.is_unsure(unsure) for row in rows),
+        "images are unlike the training images: their distance is above 1": sum(
+            (row.distance or 0) > 1 for row in rows
         ),
-        (sum(row.error == NO_NUMBER for row in rows), "images have no answer: the model's is no number"),
-        (sum(row.error not in ("", NO_NUMBER) for row in rows), "files could not be read; their rows say why"),
-    ):
+        "images have no answer: the model's is no number": sum(row.error == NO_NUMBER for row in rows),
+        "files could not be read; their rows say why": sum(row.error not in ("", NO_NUMBER) for row in rows),
+    }
+    for problem, count in problems.items():
         if count:
-            print(f"{count} of {len(rows)} {what.format(chosen=chosen)}.", file=sys.stderr)
+            print(f"{count} of {len(rows)} {problem}.", file=sys.stderr)
 
 
 # ---- images in, rows out

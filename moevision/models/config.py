@@ -42,6 +42,10 @@ def build_model(
     if not timm.is_model(name):
         raise UserError(unknown_name(name))
     arguments = {key: value for key, value in asdict(config).items() if value is not None and key != "name"}
+    if of_copies := [key for key in arguments if key.startswith("upcycle_")]:
+        raise UserError(
+            f"--model.arch.{of_copies[0]} changes copies of pretrained weights: give --pretrained, or leave it out."
+        )
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, img_size=image_size, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that heads divide the width

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -55,6 +56,8 @@ from moevision.train.resume import Session, Start
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
 from moevision.words import percent
+
+BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
 
 
 @dataclass
@@ -126,110 +129,231 @@ class RunResult:
         return f"{scores}{balance}{choice}"
 
 
+class Effort(NamedTuple):
+    """What a training took, without the test after it; `steps` were applied, `refused` weren't."""
+
+    duration_s: float
+    cpu_s: float | None
+    epochs: float
+    steps: int
+    refused: int
+    notes: list[str]  # on how it ended, and what the stability guard did
+
+
+class TestedImages(NamedTuple):
+    """What the tested weights say of the n test images, in their order."""
+
+    samples: list[str]  # stable ids
+    labels: npt.NDArray[np.int64]  # [n]
+    predictions: npt.NDArray[np.int64]  # [n]
+    confidence: npt.NDArray[np.float64]  # [n] the calibrated probability of the prediction
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether each was classified correctly, [n]."""
+        return self.labels == self.predictions
+
+
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the checkpoint that `choose_weights` names, export the model, and write every file of the run folder.
 
     Several processes test together; the first one writes, and the others get None. The run began with `command`.
     """
-    task, data, trainer = training.task, training.data, training.trainer
-    run_dir, stopwatch = training.run_dir, training.stopwatch
-    monitor = training.settings.checkpoint.monitor
-    seed: int | None = training.settings.seed_everything
-    seed = None if seed is False else seed
-    watched = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
-    duration_s, cpu_s, steps = stopwatch.run_s, stopwatch.cpu_s, trainer.global_step - watched.not_applied
-    epochs = round(trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 1)
-    stop = callback_of(trainer, StopEarly)
-    stopped_early = [] if stop is None else stop.sentences(trainer)
-    checkpoint, weights = choose_weights(trainer, task, data, run_dir / "checkpoints", cast(str, monitor))
+    task, data, trainer, run_dir = training.task, training.data, training.trainer, training.run_dir
+    effort = _effort(training)
+
+    # All processes test
+    monitor = cast(str, training.settings.checkpoint.monitor)
+    checkpoint, weights = choose_weights(trainer, task, data, run_dir / "checkpoints", monitor)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    names = ("index", "label", "prediction", "probability")
-    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
-    found = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the test images
+    tested = _gather_tested_images(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
     if training.divided is not None:
         training.divided.gather()
     if not trainer.is_global_zero:
         return None
-    indices, labels, predictions, confidence = map(np.array, zip(*found, strict=True))
-    samples, correct = [data.sample_id("test", index) for index in indices.tolist()], labels == predictions
-    temperature = None if task.calibration is None else task.calibration.temperature
-    classes, colours = data.class_names, (data.mean, data.std)
-    model = SavedModel(task.net, classes, data.image_size, *colours, temperature, _strangers(training), data.fit)
-    save_model(model, run_dir / "model")
-    if (recorder := callback_of(trainer, RecordRouting)) is not None:
-        recorder.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
-    rows = (
-        (*map(csv_name, (sample, classes[label], classes[prediction])), f"{probability:.4f}", int(label == prediction))
-        for sample, (_, label, prediction, probability) in zip(samples, found, strict=True)
-    )
-    columns = ("image", "label", "prediction", "probability", "correct")
-    write_text_atomic(run_dir / "predictions_test.csv", csv_text(columns, rows))
+
+    # The first one writes
+    _export_model(training, checkpoint)
+    _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
-    plot_confusion(labels, predictions, classes, run_dir / "confusion.png")
-    weights_sha256 = file_sha256(run_dir / "model" / "model.safetensors")
-    chosen: dict[str, Any] = {
-        "backend": task.arch.backend or "auto", "compile": task.compile_blocks, "model_sha256": weights_sha256,
-    }  # fmt: skip
-    if task.arch.pretrained is not None:
-        origin = weights_file(task.arch.pretrained)
-        chosen["pretrained_sha256"] = None if origin is None else file_sha256(origin)
+    plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
+    _write_provenance(training, command)
+    scores = _test_scores(training, tested, checkpoint, weights)
+    _write_class_table(run_dir, scores.per_class)
+    summary = _summarize(training, effort, scores, bad_images)
+    by_image = (dict(zip(tested.samples, each.tolist(), strict=True)) for each in (tested.correct, tested.labels))
+    result = _with_choice(RunResult(summary, run_dir, *by_image))
+    _write_summary(result.summary, run_dir)
+    return result
+
+
+def _effort(training: Training) -> Effort:
+    trainer, stopwatch = training.trainer, training.stopwatch
+    guarded = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
+    steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    stop = callback_of(trainer, StopEarly)
+    return Effort(
+        duration_s=stopwatch.run_s,
+        cpu_s=stopwatch.cpu_s,
+        epochs=round(trainer.global_step / steps_per_epoch, 1),
+        steps=trainer.global_step - guarded.not_applied,
+        refused=guarded.not_applied,
+        notes=[*([] if stop is None else stop.sentences(trainer)), *guarded.sentences()],
+    )
+
+
+def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> TestedImages:
+    """The answers of all processes, after a test."""
+    names = ("index", "label", "prediction", "probability")
+    of_process = [
+        row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)
+    ]
+    rows = sorted(chain.from_iterable(gather(of_process)))
+    indices, *columns = map(np.array, zip(*rows, strict=True))
+    return TestedImages([data.sample_id("test", index) for index in indices.tolist()], *columns)
+
+
+def _export_model(training: Training, checkpoint: Path) -> None:
+    task, data, trainer = training.task, training.data, training.trainer
+    model = SavedModel(
+        net=task.net,
+        class_names=data.class_names,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        temperature=None if task.calibration is None else task.calibration.temperature,
+        strangers=_strangers(training),
+        fit=data.fit,
+    )
+    save_model(model, training.run_dir / "model")
+    recorder = callback_of(trainer, RecordRouting)
+    if recorder is not None:
+        recorder.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
+
+
+def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
+    rows = [
+        (
+            csv_name(sample),
+            csv_name(classes[label]),
+            csv_name(classes[prediction]),
+            f"{confidence:.4f}",
+            int(label == prediction),
+        )
+        for sample, label, prediction, confidence in zip(*tested, strict=True)
+    ]
+    header = ("image", "label", "prediction", "probability", "correct")
+    write_text_atomic(run_dir / "predictions_test.csv", csv_text(header, rows))
+
+
+def _write_provenance(training: Training, command: Sequence[str]) -> None:
+    arch, run_dir = training.task.arch, training.run_dir
+    extra: dict[str, Any] = {
+        "backend": arch.backend or "auto",
+        "compile": training.task.compile_blocks,
+        "model_sha256": file_sha256(run_dir / "model" / "model.safetensors"),
+    }
+    if arch.pretrained is not None:
+        origin = weights_file(arch.pretrained)
+        extra["pretrained_sha256"] = None if origin is None else file_sha256(origin)
     provenance = collect_provenance(
-        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=training.started, extra=chosen
+        command=list(command),
+        seed=_seed(training),
+        data_sha256=training.data.file_list_sha256(),
+        started=training.started,
+        extra=extra,
     )
     write_json_atomic(run_dir / "provenance.json", provenance)
-    train, metrics = data.class_counts["train"], trainer.callback_metrics
-    majority = max(train, key=lambda name: train[name])
-    of_class = [labels == label for label in range(len(classes))]
-    per_class = []
-    for label, (name, own) in enumerate(zip(classes, of_class, strict=True)):
-        more = {key: values[label] if own.any() else None for key, values in task.test_by_class.items()}
-        if own.all():
-            more["auroc"] = None
-        per_class.append(ClassScores(name, int((correct & own).sum()), int(own.sum()), **more))
-    shares = ("precision", "recall", "f1", "auroc")
-    told = [["" if (x := getattr(each, name)) is None else f"{x:.4f}" for name in shares] for each in per_class]
-    table = ((csv_name(each.name), each.images, *values) for each, values in zip(per_class, told, strict=True))
-    write_text_atomic(run_dir / "classes_test.csv", csv_text(("class", "images", *shares), table))
-    calibrated_ece = None
-    if temperature is not None and np.isfinite(confidence).all():
-        surest, right = torch.from_numpy(confidence), torch.from_numpy(correct)
-        calibrated_ece = float(binary_calibration_error(surest, right, n_bins=15))  # as test/ece has it
-    test = TestScores(
-        correct=int(correct.sum()),
-        total=len(found),
+
+
+def _seed(training: Training) -> int | None:
+    seed: int | None = training.settings.seed_everything
+    return None if seed is False else seed
+
+
+def _test_scores(training: Training, tested: TestedImages, checkpoint: Path, weights: str) -> TestScores:
+    task, data, metrics = training.task, training.data, training.trainer.callback_metrics
+    train_counts = data.class_counts["train"]
+    majority = max(train_counts, key=lambda name: train_counts[name])
+    has_average = callback_of(training.trainer, WeightEMA) is not None
+    return TestScores(
+        correct=int(tested.correct.sum()),
+        total=len(tested.samples),
         majority_class=majority,
-        majority_correct=int(of_class[classes.index(majority)].sum()),
+        majority_correct=int((tested.labels == data.class_names.index(majority)).sum()),
         loss=float(metrics["test/loss"]),
         balanced_accuracy=float(metrics["test/balanced_acc"]),
         ece=float(metrics["test/ece"]),
-        temperature=temperature,
+        temperature=None if task.calibration is None else task.calibration.temperature,
         calibrated_on=0 if task.calibration is None else task.calibration.images,
-        calibrated_ece=calibrated_ece,
+        calibrated_ece=None if task.calibration is None else _calibration_error(tested),
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
-        per_class=per_class,
-        weights=weights if callback_of(trainer, WeightEMA) is None else f"the moving average (EMA) of {weights}",
+        per_class=_class_scores(task, tested, data.class_names),
+        weights=f"the moving average (EMA) of {weights}" if has_average else weights,
         checkpoint=checkpoint.name,
     )
-    summary = RunSummary(
+
+
+def _calibration_error(tested: TestedImages) -> float | None:
+    """The expected calibration error of the calibrated confidence, as test/ece has it; None if one isn't finite."""
+    if not np.isfinite(tested.confidence).all():
+        return None
+    confidence, correct = torch.from_numpy(tested.confidence), torch.from_numpy(tested.correct)
+    return float(binary_calibration_error(confidence, correct, n_bins=15))
+
+
+def _class_scores(task: ClassificationTask, tested: TestedImages, classes: Sequence[str]) -> list[ClassScores]:
+    scores = []
+    for label, name in enumerate(classes):
+        is_class = tested.labels == label
+        measures: dict[str, Any] = {key: values[label] for key, values in task.test_by_class.items()}
+        if not is_class.any():
+            measures = dict.fromkeys(measures)
+        if is_class.all():  # no image of another class to tell it from
+            measures["auroc"] = None
+        scores.append(ClassScores(name, int((tested.correct & is_class).sum()), int(is_class.sum()), **measures))
+    return scores
+
+
+def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
+    def cell(share: float | None) -> str:
+        return "" if share is None else f"{share:.4f}"
+
+    rows = [
+        (csv_name(each.name), each.images, *map(cell, (each.precision, each.recall, each.f1, each.auroc)))
+        for each in scores
+    ]
+    header = ("class", "images", "precision", "recall", "f1", "auroc")
+    write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
+
+
+def _summarize(training: Training, effort: Effort, scores: TestScores, bad_images: BadImages) -> RunSummary:
+    task, data, trainer, run_dir = training.task, training.data, training.trainer, training.run_dir
+    stopwatch, monitor = training.stopwatch, training.settings.checkpoint.monitor
+    device = device_name(trainer)
+    if trainer.world_size > 1:
+        device += f", {trainer.world_size} processes"
+    chosen_by = ["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []
+    return RunSummary(
         name=run_dir.name,
         model=describe_model(task),
         data=data.path,
         image_size=data.image_size,
         split_note=data.split_note,
         class_counts=data.class_counts,
-        test=test,
+        test=scores,
         cost=measure_cost(task.net, data.image_size),
-        epochs=int(epochs) if epochs.is_integer() else epochs,
-        steps=steps,
-        refused=watched.not_applied,
+        epochs=int(effort.epochs) if effort.epochs.is_integer() else effort.epochs,
+        steps=effort.steps,
+        refused=effort.refused,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        duration_s=duration_s,
-        cpu_s=cpu_s,
+        duration_s=effort.duration_s,
+        cpu_s=effort.cpu_s,
         images_per_s=stopwatch.images / stopwatch.train_s if stopwatch.train_s else 0.0,
-        device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        device=device,
         precision=str(trainer.precision),
-        seed=seed,
+        seed=_seed(training),
         data_wait=stopwatch.data_wait,
         gpu_peak_bytes=torch.cuda.max_memory_allocated() or None,  # 0 without CUDA
         layers=task.test_loads,
@@ -238,18 +362,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         monitor=monitor,
         ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[
-            *data.warnings,
-            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []),
-            *stopped_early,
-            *watched.sentences(),
-            *data_wait_advice(stopwatch.data_wait, data),
-        ],
+        notes=[*data.warnings, *chosen_by, *effort.notes, *data_wait_advice(stopwatch.data_wait, data)],
     )
-    by_image = (dict(zip(samples, each.tolist(), strict=True)) for each in (correct, labels))
-    result = _with_choice(RunResult(summary, run_dir, *by_image))
-    _write_summary(result.summary, run_dir)
-    return result
 
 
 def _strangers(training: Training) -> Strangers | None:

@@ -1,6 +1,6 @@
-"""The training task: cross-entropy plus balance losses on a model that `MoEConfig` describes.
+"""The training task: cross-entropy plus losses of the routers on a model that `MoEConfig` describes.
 
-`loss = cross-entropy + Σ_j w_j · mean over MoE layers of balance loss j`. The model is built when the number of
+`loss = cross-entropy + Σ_j w_j · mean over MoE layers of router loss j`. The model is built when the number of
 classes is known (from the data module, or given); everything needed to build it again is plain data in `hparams`,
 or lies beside the checkpoint (`keep_start`), so a checkpoint needs nothing else and loads under `weights_only=True`.
 
@@ -122,7 +122,7 @@ class ClassificationTask(L.LightningModule):
         net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept)
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)
-        self.aux_loss.check(self.net)
+        self.aux_loss.check(self.net, num_classes)
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in moe_layers(self.net)}
         self.routing_statistics = RoutingStatistics([*experts], [*experts.values()]) if experts else None
         self.val_metrics = _metrics(num_classes, "val/")
@@ -195,7 +195,7 @@ class ClassificationTask(L.LightningModule):
         return cast(Tensor, self.net(image))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
+        """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
         logits, routings = forward_routing(self.net, batch["image"])
@@ -204,8 +204,10 @@ class ClassificationTask(L.LightningModule):
         self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
-        cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
-        aux, values = self.aux_loss(routings)  # a scalar, or None without balance losses; each loss by name
+        target = batch.get("target", batch["label"])  # [B] or soft [B, C]
+        cross_entropy = self._cross_entropy(logits, target)
+        shares = target if target.ndim == 2 else F.one_hot(target, logits.shape[-1])  # [B, C]
+        aux, values = self.aux_loss(routings, shares)  # a scalar, or None without losses of routers; each loss by name
         loss = cross_entropy if aux is None else cross_entropy + aux
         self.evidence.append(
             {f"router of block {routing.layer}": routing.logits.detach() for routing in routings}

@@ -46,6 +46,7 @@ NAN, INF = math.nan, math.inf
         (AuxLossWeights, "load", (-1, NAN), "--model.aux.load is {}: it must be at least 0"),
         (AuxLossWeights, "load_balancing", (-1, NAN), "--model.aux.load_balancing is {}: it must be at least 0"),
         (AuxLossWeights, "z", (-1, NAN), "--model.aux.z is {}: it must be at least 0"),
+        (AuxLossWeights, "label", (-1, NAN), "--model.aux.label is {}: it must be at least 0"),
         (ClassificationTask, "label_smoothing", (-0.1, 1.5, NAN), "--model.label_smoothing is {}: it must be at least"),
         (RouterOptions, "capacity_factor", (0, NAN, INF), "capacity_factor is {}: it must be above 0"),
         (MoEConfig, "num_experts", (0, [4, 0]), "--model.arch.num_experts is 0: it must be at least 1"),

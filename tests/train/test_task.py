@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers import forward_routing, moe_layers
-from moevision.losses import AuxLossWeights
+from moevision.losses import AuxLossWeights, label_loss
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.recipe import describe_plan, expected_seconds
 from moevision.train.task import ClassificationTask, OptimizerConfig
@@ -113,6 +113,29 @@ def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
     expected = logged["train/cross_entropy"] + 0.3 * logged["train/importance_loss"] + 0.2 * logged["train/load_loss"]
     assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
     assert logged["train/importance_loss"] > 0
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4], ids=["labels", "Mixup"])
+def test_training_step_tells_the_routers_the_class(mixup: float, tmp_path: Path) -> None:
+    """Logged loss = cross-entropy + 0.3 · label loss; with Mixup it is told the shares of both classes."""
+    aux = AuxLossWeights(importance=0, load=0, label=0.3)
+    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe", num_experts=16), aux=aux)
+    seen: list[tuple[torch.Tensor, list[Any]]] = []
+    task.observer = lambda batch, logits, routings: seen.append((batch.get("target", batch["label"]), list(routings)))
+    trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, log_every_n_steps=1)
+    trainer.fit(task, pets(mixup=mixup))
+    logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+    ((target, routings),) = seen
+    assert (target.ndim == 2) is (mixup > 0)
+    shares = target if mixup else torch.eye(8)[target]
+    expected = sum(label_loss(routing, shares).item() for routing in routings) / 2  # two layers
+    assert logged["train/label_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(logged["train/cross_entropy"] + 0.3 * expected, rel=1e-5)
+
+
+def test_experts_that_the_classes_cannot_share_are_refused_before_training() -> None:
+    with pytest.raises(UserError, match=r"8 classes .* 4 experts"):
+        task_of(aux=AuxLossWeights(label=1.0))
 
 
 def test_evaluation_counts_every_choice(tmp_path: Path) -> None:

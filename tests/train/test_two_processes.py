@@ -65,6 +65,7 @@ REDUCED = {
     # Importance is a function of E sums, load balancing of 2 E: one for both and all layers, and one backward.
     "losses": [2 * 3 * 4, MEANS, 2 * 3 * 4, LOADS],
     "z over micro-batches": [2 * 2, MEANS, 2 * 2, 2 * 2, MEANS, 2 * 2, LOADS],  # a sum and a number of tokens
+    "label over micro-batches": [2 * 2, MEANS, 2 * 2, 2 * 2, MEANS, 2 * 2, LOADS],
     "soft": [MEANS, MEANS, LOADS],
 }
 

@@ -28,7 +28,7 @@ from moevision.train.task import ClassificationTask
 STEPS, IMAGES, CLASSES = 3, 16, 4
 
 # name: options of the model, weights of the losses, micro-batches per optimizer step. The balance losses' gradients
-# are the full batch's over processes; over micro-batches only the z loss's is, and all where those are alike.
+# are the full batch's over processes; over micro-batches only z's and label's are, and all where those are alike.
 CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     "bias": ({"router": "bias_balanced", "bias_rate": 0.05}, {}, 2),
     "losses": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.5, "load_balancing": 0.5, "load": 0.0}, 1),
@@ -36,6 +36,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     "micro-batches alike": (
         {"router": "vmoe_top_k", "noise": "none"},
         {"importance": 0.5, "load_balancing": 0.5, "load": 0.0},
+        2,
+    ),
+    "label over micro-batches": (
+        {"router": "vmoe_top_k", "noise": "none", "route_by": "image"},
+        {"importance": 0.0, "load": 0.0, "label": 0.5},
         2,
     ),
     "soft": ({"router": "soft"}, {}, 2),
