@@ -23,21 +23,21 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (11, 14_820),  # safety: output that can't be written
+    "moevision": (11, 15_060),  # safety: output that can't be written; the label loss
     "moevision/analysis": (13, 49_520),  # the swap test asks on the same patches
-    "moevision/commands": (8, 9_140),  # an answer that is no number; a recommendation by compare
+    "moevision/commands": (8, 9_150),  # an answer that is no number; a recommendation by compare
     "moevision/data": (13, 33_840),  # safety: a card's addresses, formats of saved sets, weights of mean 1
     "moevision/demo": (15, 28_900),  # safety: the Gradio app opens images itself; origins, slow readers
     "moevision/layers": (10, 16_070),  # LayerLoad, from the root; few rows without gradients: equal groups
-    "moevision/models": (10, 19_650),  # safety: a folder reaches no address, and its weights fill the model
-    "moevision/train": (21, 46_710),  # one rule for the weights that are tested; resume, options without effect
+    "moevision/models": (10, 19_680),  # safety: a folder reaches no address, and its weights fill the model
+    "moevision/train": (21, 47_280),  # one rule for the weights that are tested; resume, options without effect
 }
 MOST = {
-    "tokens_a_line": 10.53,
+    "tokens_a_line": 10.51,
     "median_tokens_a_line_of_functions": 11.0,
-    "conditional_expressions_per_1000_lines": 42.7,
+    "conditional_expressions_per_1000_lines": 42.5,
 }
-LONG_FUNCTIONS = 31
+LONG_FUNCTIONS = 30
 LARGEST_FOLDER = 18  # modules
 CIRCLES = 0
 FIT_OPTIONS = 96  # of `moevision fit --help-all`
