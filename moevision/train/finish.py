@@ -151,7 +151,7 @@ class TestedImages(NamedTuple):
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """Whether each was classified correctly, [n]."""
-        return self.labels == self.predictions
+        return cast(npt.NDArray[np.bool_], self.labels == self.predictions)
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
