@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.records import Claim, Definition, accuracy, performance, quickstart, reliability, small
 from benchmarks.records.studies import on_gpus, shares
-from benchmarks.small.report import batches_answer, counted, rates_answer
+from benchmarks.small.report import batch_leads, batches_answer, counted, rates_answer
 
 TRAIN = performance.TRAIN.format("cifar10")
 FROZEN = tuple(f"benchmarks/{study}/runs.jsonl" for study in ("sparsity", "specialization", "waiting", "equal_time"))
@@ -16,6 +16,14 @@ def of_small(answer: Callable[..., tuple[str, str]], *runs: Any) -> dict[str, st
     """Whether an idea about the small model holds, and the numbers."""
     verdict, text = answer(counted(runs))
     return {"verdict": verdict, "text": text.replace("not told apart", "no difference shown")}
+
+
+def leads_with_places(*runs: Any) -> dict[str, Any]:
+    """Smallest and largest lead of the small model's experts over batch sizes, with places read; and the verdicts."""
+    leads = batch_leads(counted(runs), "places")
+    means = [100 * each.mean for each in leads]
+    apart = sum(each.verdict != "not told apart" for each in leads)
+    return {"least": min(means), "most": max(means), "batches": len(leads), "apart": apart or "none"}
 
 
 def cpu_time(record: Any) -> dict[str, float]:
@@ -35,6 +43,12 @@ CLAIMS = [
             ("Sparse training is unstable", rates_answer),
             ("Sparse training wants large batches", batches_answer),
         )
+    ),
+    Claim(
+        small.FILES,
+        "the small model's experts then lead by {least:+.1f} to {most:+.1f} points at {batches} batch sizes, {apart} "
+        "of them told apart from 0",
+        leads_with_places,
     ),
     Claim(
         TRAIN,
