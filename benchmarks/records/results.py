@@ -47,7 +47,7 @@ CLAIMS = [
     Claim(
         small.FILES,
         "the small model's experts then lead by {least:+.1f} to {most:+.1f} points at {batches} batch sizes, {apart} "
-        "of them told apart from 0",
+        "of them shown to differ from 0",
         leads_with_places,
     ),
     Claim(
