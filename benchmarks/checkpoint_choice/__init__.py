@@ -1,1 +1,0 @@
-"""Which checkpoint of a finished training is tested: what each rule costs on four data sets."""
