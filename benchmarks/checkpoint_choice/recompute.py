@@ -85,7 +85,7 @@ RULES = {
 
 
 def paired(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Difference of two accuracies on the same images, and a quarter of Tango's 95 % interval (1998) by 1.96."""
+    """Difference of two accuracies on the same images, and half of Tango's 95 % interval (1998) ÷ 1.96."""
     n, b, c = len(one), int((one & ~other).sum()), int((~one & other).sum())
 
     def score(difference: float) -> float:
@@ -166,9 +166,9 @@ def by_data(runs: list[Run]) -> list[str]:
     return table(["tested: mean gain (worst), points", *(f"`{name}`" for name in names)], body)
 
 
-def statements(runs: list[Run] | None = None) -> dict[str, list[str]]:
-    """Every measured text of the page."""
-    runs = read_runs() if runs is None else runs
+def statements() -> dict[str, list[str]]:
+    """Page -> its texts with measured numbers."""
+    runs = read_runs()
     today, one = "best by the monitor", "last, unless best by 1 SE"
     gain = gains(runs, today)
     answer = (
@@ -183,9 +183,9 @@ def statements(runs: list[Run] | None = None) -> dict[str, list[str]]:
     return {"benchmarks/checkpoint_choice/README.md": [answer, rule, *overall(runs)[2:], *by_data(runs)[2:]]}
 
 
-def read_runs(path: Path = RUNS) -> list[Run]:
+def read_runs() -> list[Run]:
     """All runs."""
-    return [Run(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Run(json.loads(line)) for line in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":
