@@ -164,7 +164,9 @@ def _unwritten(error: OSError) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+    """Whether standard output is a pipe that nobody reads any more; on Windows, which can't say, a broken pipe is."""
+    if not hasattr(select, "poll"):
+        return True
     poll = select.poll()
     poll.register(sys.stdout, 0)  # which tells of errors and hang-ups
     return bool(poll.poll(0))
