@@ -37,7 +37,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")  # one of the two, which would start two of its own
     if option.numprocesses is None and not (is_worker or option.usepdb or option.collectonly):
         option.numprocesses = 2
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with all cores each would be in each other's way
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # two processes with all cores each would be in each other's way
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,7 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     cases = defaultdict(list)
     for item in items:
         path = item.path.relative_to(ROOT).as_posix()
-        tier = next((tier for folder, tier in FOLDERS.items() if path.startswith(f"{folder}/")), None)
+        tier = next(
+            (tier for folder, tier in FOLDERS.items() if path.startswith(f"{folder}/")), None
+        )
         if tier:
             item.add_marker(tier)
         elif "server" in getattr(item, "fixturenames", ()):  # the explorer in a process of its own
@@ -92,7 +96,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None, None, None]:
     """One paragraph on what could not run here, below everything else."""
     yield
     missing = _missing(terminalreporter)
@@ -100,6 +106,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
         return
     fails = os.environ.get(_COMPLETE) == "1"
     terminalreporter.section("not run here", red=fails, yellow=not fails)
-    listed = (f"{count} for want of {NEEDS[name].name} ({NEEDS[name].command})" for name, count in missing.items())
+    listed = (
+        f"{count} for want of {NEEDS[name].name} ({NEEDS[name].command})"
+        for name, count in missing.items()
+    )
     verdict = f" {_COMPLETE} is set, so this is a failure." if fails else ""
     terminalreporter.write_line(f"Skipped tests: {', '.join(listed)}.{verdict}")

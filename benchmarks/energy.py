@@ -59,7 +59,9 @@ class RaplCounter:
             ) from error
         if not packages:
             hidden = "which virtual machines and containers usually hide"
-            raise NotMeasured(f"{root} has no CPU package, {hidden}", "measure on the machine itself")
+            raise NotMeasured(
+                f"{root} has no CPU package, {hidden}", "measure on the machine itself"
+            )
         self.domain = f"CPU {' + '.join(sorted(packages))}, without memory"
         # The counter takes range + 1 values, 0 to range.
         self._values = {zone: _read(zone / "max_energy_range_uj") + 1 for zone in packages.values()}
@@ -82,7 +84,9 @@ def _read(file: Path) -> int:
         advice = f"on a machine of your own, `sudo chmod a+r {POWERCAP}/*rapl:*/energy_uj` opens it until the next boot"
         raise NotMeasured(f"{file} may be read by root only", advice) from error
     except (OSError, ValueError) as error:
-        raise NotMeasured(f"{file} can't be read ({error})", "look at the kernel's messages") from error
+        raise NotMeasured(
+            f"{file} can't be read ({error})", "look at the kernel's messages"
+        ) from error
 
 
 class NvmlCounter:
@@ -121,7 +125,9 @@ def open_counter(device: torch.device, *, powercap: Path = POWERCAP) -> RaplCoun
         return RaplCounter(powercap)
     if device.type == "cuda" and torch.version.hip is None:
         return NvmlCounter(device)
-    raise NotMeasured(f"no energy counter is read of {device.type} devices", "use the vendor's own tools")
+    raise NotMeasured(
+        f"no energy counter is read of {device.type} devices", "use the vendor's own tools"
+    )
 
 
 @dataclass(frozen=True)
@@ -160,9 +166,13 @@ class EnergyMeter:
 
     reading: EnergyReading
 
-    def __init__(self, device: torch.device | str, *, idle_s: float = 5.0, powercap: Path = POWERCAP) -> None:
+    def __init__(
+        self, device: torch.device | str, *, idle_s: float = 5.0, powercap: Path = POWERCAP
+    ) -> None:
         if idle_s <= 0:
-            raise ValueError(f"idle_s={idle_s}: without an idle time there is no idle power to subtract")
+            raise ValueError(
+                f"idle_s={idle_s}: without an idle time there is no idle power to subtract"
+            )
         self.device, self.idle_s, self._powercap = torch.device(device), idle_s, powercap
 
     def __enter__(self) -> Self:
@@ -175,12 +185,16 @@ class EnergyMeter:
             self._idle_w = (self._start_j - joules) / (self._start_s - seconds)
             if self._counter.poll_s is not None:
                 poll = (self._counter.poll_s,)
-                threading.Thread(target=self._poll, args=poll, name="energy counter", daemon=True).start()
+                threading.Thread(
+                    target=self._poll, args=poll, name="energy counter", daemon=True
+                ).start()
         except NotMeasured as error:
             self._fault, self._start_s = str(error), time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         try:
             joules, now = (0.0, time.monotonic()) if self._fault else self._now()
@@ -191,7 +205,9 @@ class EnergyMeter:
             self.reading = EnergyReading(None, None, seconds, "not measured", "", self._fault)
             return
         added = joules - self._start_j - self._idle_w * seconds
-        self.reading = EnergyReading(added, self._idle_w, seconds, self._counter.source, self._counter.domain, "")
+        self.reading = EnergyReading(
+            added, self._idle_w, seconds, self._counter.source, self._counter.domain, ""
+        )
 
     def _now(self) -> tuple[float, float]:
         """(J, s) of one moment."""

@@ -70,7 +70,9 @@ class FlopCount:
         return 1 - self.useful / self.executed
 
 
-def inference_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None) -> FlopCount:
+def inference_flops(
+    model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None
+) -> FlopCount:
     """Count one forward pass in eval mode without gradients; the model is left as it was.
 
     Args:
@@ -81,7 +83,9 @@ def inference_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype |
     return _count(model, images, autocast, training=False)
 
 
-def training_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None) -> FlopCount:
+def training_flops(
+    model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None
+) -> FlopCount:
     """Count one forward and backward pass in train mode, on a copy of the model.
 
     Losses and optimizers have no matrix products (Muon and its like, which do, are not counted).
@@ -98,8 +102,12 @@ def training_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | 
     return replace(once, executed=executed)
 
 
-def _count(model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool) -> FlopCount:
-    executed, recomputed, layers = _run(model, images, autocast, training=training, checkpointing=False)
+def _count(
+    model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool
+) -> FlopCount:
+    executed, recomputed, layers = _run(
+        model, images, autocast, training=training, checkpointing=False
+    )
     experts = [
         (layer.rows, int(layer.routing.counts().sum()), _per_row(layer, reached, training=training))
         for layer, reached in layers
@@ -125,7 +133,9 @@ def _per_row(layer: LayerCount, reached: bool, *, training: bool) -> int:
     fc1, fc2 = layer.layer.experts.fc1, layer.layer.experts.fc2
     hidden_needs_gradient = reached or any(p.requires_grad for p in fc1.parameters())
     first = 2 * fc1.in_features * fc1.out_features * (1 + fc1.weight.requires_grad + reached)
-    return first + 2 * fc2.in_features * fc2.out_features * (1 + fc2.weight.requires_grad + hidden_needs_gradient)
+    return first + 2 * fc2.in_features * fc2.out_features * (
+        1 + fc2.weight.requires_grad + hidden_needs_gradient
+    )
 
 
 def _router_flops(layer: LayerCount, reached: bool, *, training: bool) -> int:
@@ -135,7 +145,12 @@ def _router_flops(layer: LayerCount, reached: bool, *, training: bool) -> int:
 
 
 def _run(
-    model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool, checkpointing: bool
+    model: nn.Module,
+    images: Tensor,
+    autocast: torch.dtype | None,
+    *,
+    training: bool,
+    checkpointing: bool,
 ) -> tuple[int, int, list[tuple[LayerCount, bool]]]:
     """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing).
 
@@ -151,8 +166,13 @@ def _run(
     layers: list[LayerCount] = []
     reached: list[bool] = []
     for layer in moe_layers(net):  # of the copy, which nobody else uses
-        layer.register_forward_pre_hook(lambda _, arguments: reached.append(arguments[0].requires_grad))
-    with flop_counter() as counter, torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        layer.register_forward_pre_hook(
+            lambda _, arguments: reached.append(arguments[0].requires_grad)
+        )
+    with (
+        flop_counter() as counter,
+        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
+    ):
         with scope, torch.set_grad_enabled(training):
             if checkpointing:
                 output = net(images)

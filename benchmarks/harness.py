@@ -35,7 +35,16 @@ from moevision.train.provenance import cpu_model, git_state, gpu_names
 from moevision.train.recipe import default_precision
 
 HERE = Path(__file__).parent
-LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "transformers", "torchtitan", "triton")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "numpy",
+    "transformers",
+    "torchtitan",
+    "triton",
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -57,7 +66,11 @@ def argument_parser(verb: str, text: str | None, examples: str = "") -> Argument
 def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | None = 20) -> None:
     """Options of the benchmarks that measure this machine."""
     parser.add_argument(
-        "--repetitions", type=positive, default=repetitions, metavar="N", help="measured rounds (%(default)s)"
+        "--repetitions",
+        type=positive,
+        default=repetitions,
+        metavar="N",
+        help="measured rounds (%(default)s)",
     )
     if warm_up is not None:
         parser.add_argument(
@@ -67,11 +80,21 @@ def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | No
             metavar="N",
             help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
         )
-        parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
-    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
+        parser.add_argument(
+            "--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then"
+        )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small and short: shows that it runs, measures nothing"
+    )
 
 
 def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
@@ -85,15 +108,24 @@ def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
 
 def add_arch(parser: ArgumentParser) -> None:
     """Another model by the config's recipe."""
-    parser.add_argument("--arch", metavar="NAME", help="timm name of the model, in the place of the config's")
+    parser.add_argument(
+        "--arch", metavar="NAME", help="timm name of the model, in the place of the config's"
+    )
 
 
 def add_image_sizes(parser: ArgumentParser) -> None:
     """Batch size, image size and precision of a training step."""
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
-    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
     parser.add_argument(
-        "--precision", choices=tuple(DTYPES), default=usual_precision(), help="of the step (here %(default)s, as fit)"
+        "--batch-size", type=positive, metavar="N", help="images per step (the config's)"
+    )
+    parser.add_argument(
+        "--image-size", type=positive, metavar="PX", help="side of the images (the config's)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=tuple(DTYPES),
+        default=usual_precision(),
+        help="of the step (here %(default)s, as fit)",
     )
 
 
@@ -127,11 +159,21 @@ def set_up(options: Namespace) -> torch.device:
     torch.set_float32_matmul_precision("high")
     limits.keep_freed_memory()
     name = options.device
-    if name not in ("auto", "cpu", "cuda"):  # cuda is the first card: clocks, memory and other processes look there
-        raise UserError(f"There is no device {name!r}: give auto, cpu or cuda. CUDA_VISIBLE_DEVICES chooses the card.")
+    if name not in (
+        "auto",
+        "cpu",
+        "cuda",
+    ):  # cuda is the first card: clocks, memory and other processes look there
+        raise UserError(
+            f"There is no device {name!r}: give auto, cpu or cuda. CUDA_VISIBLE_DEVICES chooses the card."
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: leave --device out.")
-    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", 0)
+        if name != "cpu" and torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def usual_precision() -> str:
@@ -139,7 +181,9 @@ def usual_precision() -> str:
     return "bf16" if default_precision() == "bf16-mixed" else "fp32"
 
 
-def measure_peaks(options: Namespace, device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+def measure_peaks(
+    options: Namespace, device: torch.device, precisions: Sequence[str]
+) -> dict[str, float]:
     """The best rate of matrix products by precision, in FLOP/s; none with --no-peak."""
     names = () if options.no_peak else dict.fromkeys(precisions)
     return {name: rounded(matmul_peak(device, DTYPES[name]).flops_per_s) for name in names}
@@ -158,7 +202,9 @@ def about() -> dict[str, Any]:
     """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
     memory = total_memory_bytes()
     return {
-        "command": without_places(shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])),
+        "command": without_places(
+            shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])
+        ),
         "code": code_state(),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -170,12 +216,18 @@ def about() -> dict[str, Any]:
             "freed_memory_is_kept": limits.is_kept(),
             "matrix_unit": has_matrix_unit(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "load_average_before": round(os.getloadavg()[0], 2)
+            if hasattr(os, "getloadavg")
+            else None,
         },
         "versions": {
             "moevision": moevision.__version__,
             "python": platform.python_version(),
-            **{name: version for name in LIBRARIES if (version := package_version(name)) is not None},
+            **{
+                name: version
+                for name in LIBRARIES
+                if (version := package_version(name)) is not None
+            },
         },
     }
 
@@ -190,7 +242,11 @@ def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str,
     record = about()
     record["machine"]["device"] = str(device)
     missing = "not asked for" if torch.cuda.is_available() else "not measured: no CUDA device"
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "quick", "threads")}
+    asked = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("out", "quick", "threads")
+    }
     return {
         "benchmark": kind,
         "format": 1,
@@ -201,7 +257,9 @@ def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str,
     }
 
 
-def write_record(out: Path | None, record: Json, draw: Callable[[Json, Path], None] | None = None) -> None:
+def write_record(
+    out: Path | None, record: Json, draw: Callable[[Json, Path], None] | None = None
+) -> None:
     """Write `benchmark-KIND.json`, and `.png` where there is something to draw, into a folder.
 
     Raises:
@@ -216,7 +274,9 @@ def write_record(out: Path | None, record: Json, draw: Callable[[Json, Path], No
         if draw is not None:
             draw(record, path.with_suffix(".png"))
     except OSError as error:
-        raise UserError(f"{out} can't be written ({error.strerror}): give --out another folder.") from error
+        raise UserError(
+            f"{out} can't be written ({error.strerror}): give --out another folder."
+        ) from error
     print(f"written: {path}", file=sys.stderr)
 
 
@@ -251,16 +311,27 @@ class Record:
         self.settings = json.loads(json.dumps(settings))
         found = self.read()
         if found["settings"] != self.settings:
-            differ = [name for name in self.settings if self.settings[name] != found["settings"].get(name)]
-            raise UserError(f"{path} holds runs with another {', '.join(differ)}: give another --out, or delete it.")
+            differ = [
+                name for name in self.settings if self.settings[name] != found["settings"].get(name)
+            ]
+            raise UserError(
+                f"{path} holds runs with another {', '.join(differ)}: give another --out, or delete it."
+            )
 
     def read(self) -> dict[str, Any]:
         """What the file says now."""
-        return read_record(self.path) if self.path.exists() else {"settings": self.settings, "runs": []}
+        return (
+            read_record(self.path)
+            if self.path.exists()
+            else {"settings": self.settings, "runs": []}
+        )
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The run with that key, None if it has not been done."""
-        return next((run for run in self.read()["runs"] if all(run[name] == key[name] for name in key)), None)
+        return next(
+            (run for run in self.read()["runs"] if all(run[name] == key[name] for name in key)),
+            None,
+        )
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a finished run."""
@@ -292,8 +363,15 @@ def finite(value: Any) -> Any:
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on standard error while something takes its time; yields what to call after each of `total` steps."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
         task = progress.add_task(text, total=total)
         yield lambda: progress.advance(task)
 
@@ -301,7 +379,11 @@ def progress_bar(text: str, total: int) -> Iterator[Callable[[], None]]:
 def print_machine(record: Json) -> None:
     """One line on where it was measured."""
     machine, versions = record["machine"], record["versions"]
-    place = machine["cpu"] if machine["device"] == "cpu" else f"{', '.join(machine['gpus'])} ({machine['device']})"
+    place = (
+        machine["cpu"]
+        if machine["device"] == "cpu"
+        else f"{', '.join(machine['gpus'])} ({machine['device']})"
+    )
     print_line(
         f"{place}, {machine['torch_threads']} threads, torch {versions['torch']}, "
         f"load before {machine['load_average_before']}"

@@ -20,7 +20,10 @@ def as_lines(record: Any) -> str:
 
     if isinstance(record, list):
         return entries(record) + "\n"
-    parts = [f"{written(name)}: {entries(x) if isinstance(x, list) else written(x)}" for name, x in record.items()]
+    parts = [
+        f"{written(name)}: {entries(x) if isinstance(x, list) else written(x)}"
+        for name, x in record.items()
+    ]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 

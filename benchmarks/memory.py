@@ -36,7 +36,12 @@ _RESET_PEAK = "5"  # proc(5): set the high-water mark of the resident set to its
 
 
 def memory_of(
-    subject: Subject, which: Which = "moe", *, precision: str, device: torch.device | str = "cpu", runs: int = 3
+    subject: Subject,
+    which: Which = "moe",
+    *,
+    precision: str,
+    device: torch.device | str = "cpu",
+    runs: int = 3,
 ) -> dict[str, Any]:
     """Measure one model, each time in a fresh process.
 
@@ -46,13 +51,17 @@ def memory_of(
     """
     task = (subject, which, precision, str(device), torch.get_num_threads())
     try:
-        found = sorted((in_a_process(measure, *task) for _ in range(runs)), key=lambda run: run["peak_mib"])
+        found = sorted(
+            (in_a_process(measure, *task) for _ in range(runs)), key=lambda run: run["peak_mib"]
+        )
     except Exception as error:
         return {"error": f"not measured: {reason(error)}"}
     return {**found[(len(found) - 1) // 2], "peaks_mib": [run["peak_mib"] for run in found]}
 
 
-def measure(subject: Subject, which: Which, precision: str, device: str, threads: int) -> dict[str, float]:
+def measure(
+    subject: Subject, which: Which, precision: str, device: str, threads: int
+) -> dict[str, float]:
     """What the process of its own does; see `memory_of`."""
     torch.set_num_threads(threads)
     limits.keep_freed_memory()  # as in `moevision fit`
@@ -83,14 +92,19 @@ def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, fl
         `beyond_extra_state`: less their gradients too; and `tensors_beyond_extra_weights_and_optimizer`: of the peak of
         tensors alone.
     """
-    extra = {name: moe[f"{name}_mib"] - twin[f"{name}_mib"] for name in ("weights", "optimizer", "gradients")}
+    extra = {
+        name: moe[f"{name}_mib"] - twin[f"{name}_mib"]
+        for name in ("weights", "optimizer", "gradients")
+    }
     stored = extra["weights"] + extra["optimizer"]
     peak = twin["peak_mib"]
     return {
         "whole": rounded(moe["peak_mib"] / peak),
         "beyond_extra_weights_and_optimizer": rounded((moe["peak_mib"] - stored) / peak),
         "beyond_extra_state": rounded((moe["peak_mib"] - stored - extra["gradients"]) / peak),
-        "tensors_beyond_extra_weights_and_optimizer": rounded((moe["tensors_mib"] - stored) / twin["tensors_mib"]),
+        "tensors_beyond_extra_weights_and_optimizer": rounded(
+            (moe["tensors_mib"] - stored) / twin["tensors_mib"]
+        ),
     }
 
 
@@ -164,7 +178,12 @@ def _parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state."""
     weights = [*net.parameters(), *net.buffers()]
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
     return {
         "weights": sum(tensor.nbytes for tensor in weights),
         "gradients": sum(tensor.nbytes for tensor in learning),

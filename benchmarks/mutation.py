@@ -59,18 +59,31 @@ SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache
 BUDGET_S = 10.0  # CPU seconds of tests that a mutant meets, as measured by `map`
 AGAIN_S = 60.0  # that tests which are named may take
 
-_LOADED_BEFORE = (
-    "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
-)
+# A plugin may come with what was loaded before forking.
+_LOADED_BEFORE = "ignore::pytest.PytestAssertRewriteWarning"
 
 _COMPARE: dict[type, type] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 _ARITHMETIC: dict[type, type] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
 _NAMES |= {"floor": "ceil", "ceil": "floor", "clamp_min": "clamp_max", "clamp_max": "clamp_min"}
 
@@ -103,7 +116,11 @@ class Mutant:
     def key(self) -> str:
         """A name that outlives changes elsewhere in the file."""
         text = f"{self.file}:{self.function}:{self.old}->{self.new}"
-        return text if len(text) < 160 else f"{text[:140]}…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return (
+            text
+            if len(text) < 160
+            else f"{text[:140]}…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        )
 
 
 class _Finder(ast.NodeVisitor):
@@ -122,11 +139,16 @@ class _Finder(ast.NodeVisitor):
         old = self.source[start:stop].decode()
         function = ".".join(self.scope)
         if new != old:
-            self.found.append(Mutant(self.area, self.file, node.lineno, start, stop, old, new, function))  # type: ignore[attr-defined]
+            self.found.append(
+                Mutant(self.area, self.file, node.lineno, start, stop, old, new, function)
+            )  # type: ignore[attr-defined]
 
     def swap(self, node: Any, **fields: Any) -> None:
         """The same expression with other fields, in brackets."""
-        self.add(node, f"({ast.unparse(type(node)(**{**{f: getattr(node, f) for f in node._fields}, **fields}))})")
+        self.add(
+            node,
+            f"({ast.unparse(type(node)(**{**{f: getattr(node, f) for f in node._fields}, **fields}))})",
+        )
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.scope.append(node.name)
@@ -147,7 +169,10 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if not (isinstance(node.value, ast.Subscript) and ast.unparse(node.value).startswith(("Literal", "Callable"))):
+        if not (
+            isinstance(node.value, ast.Subscript)
+            and ast.unparse(node.value).startswith(("Literal", "Callable"))
+        ):
             self.visit(node.value)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
@@ -177,7 +202,8 @@ class _Finder(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         text = any(
-            isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side) for side in (node.left, node.right)
+            isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side)
+            for side in (node.left, node.right)
         )
         if type(node.op) in _ARITHMETIC and not text:
             self.swap(node, op=_ARITHMETIC[type(node.op)]())
@@ -188,7 +214,9 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        if isinstance(node.op, ast.Not) or (isinstance(node.op, ast.USub) and not _is_number(node.operand)):
+        if isinstance(node.op, ast.Not) or (
+            isinstance(node.op, ast.USub) and not _is_number(node.operand)
+        ):
             self.add(node, f"({ast.unparse(node.operand)})")
         self.generic_visit(node)
 
@@ -240,7 +268,9 @@ def sample(number: int, seed: int) -> list[Mutant]:
     chosen: dict[str, Mutant] = {}
     for area in AREAS:
         of_area = [mutant for mutant in everything if mutant.area == area]
-        chosen |= {m.key: m for m in chance.sample(of_area, min(len(of_area), number // 3 // len(AREAS)))}
+        chosen |= {
+            m.key: m for m in chance.sample(of_area, min(len(of_area), number // 3 // len(AREAS)))
+        }
     rest = [mutant for mutant in everything if mutant.key not in chosen]
     chosen |= {m.key: m for m in chance.sample(rest, number - len(chosen))}
     return sorted(chosen.values(), key=lambda m: (m.file, m.start))
@@ -269,7 +299,9 @@ def make_map(file: Path) -> None:
     import coverage
     import pytest
 
-    files = [str(ROOT / "moevision" / pattern) for patterns in AREAS.values() for pattern in patterns]
+    files = [
+        str(ROOT / "moevision" / pattern) for patterns in AREAS.values() for pattern in patterns
+    ]
     measure = coverage.Coverage(data_file=None, include=files)
     watch = _Watch(measure)
     sys.path.insert(0, str(ROOT))
@@ -283,15 +315,21 @@ def make_map(file: Path) -> None:
     lines = {}
     for path in data.measured_files():
         by_line = data.contexts_by_lineno(path)
-        lines[str(Path(path).relative_to(ROOT))] = {line: sorted(set(c) - {""}) for line, c in by_line.items()}
+        lines[str(Path(path).relative_to(ROOT))] = {
+            line: sorted(set(c) - {""}) for line, c in by_line.items()
+        }
     names = sorted(watch.seconds.keys() - watch.failed)
     number = {name: i for i, name in enumerate(names)}
     for of_file in lines.values():
         for line, contexts in of_file.items():
             imported = "import" in contexts
             of_file[line] = [-1] * imported + [number[c] for c in contexts if c in number]
-    file.write_text(json.dumps({"tests": names, "seconds": [watch.seconds[n] for n in names], "lines": lines}))
-    print(f"{len(names)} tests, {len(watch.failed)} left out because they fail: {sorted(watch.failed)}")
+    file.write_text(
+        json.dumps({"tests": names, "seconds": [watch.seconds[n] for n in names], "lines": lines})
+    )
+    print(
+        f"{len(names)} tests, {len(watch.failed)} left out because they fail: {sorted(watch.failed)}"
+    )
 
 
 def covering(known: dict[str, Any], mutant: Mutant) -> list[str]:
@@ -340,7 +378,9 @@ def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
         try:
             import pytest
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED_BEFORE, *tests]))
+            code = int(
+                pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED_BEFORE, *tests])
+            )
         except BaseException:
             traceback.print_exc()
         finally:
@@ -369,7 +409,9 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
     target = tree / mutant.file
     original = target.read_bytes()
     if original[mutant.start : mutant.stop].decode() != mutant.old:
-        raise SystemExit(f"{mutant.file} has changed since the sample was drawn: begin a new record.")
+        raise SystemExit(
+            f"{mutant.file} has changed since the sample was drawn: begin a new record."
+        )
     tests = [] if again else covering(known, mutant)
     some, seconds = (again, AGAIN_S) if again else budgeted(known, tests, BUDGET_S)
     began = time.monotonic()
@@ -380,8 +422,14 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
         target.write_bytes(original)
     facts = {k: v for k, v in asdict(mutant).items() if k not in ("start", "stop")}
     covered = {} if again else {"covering_tests": len(tests)}
-    return {"key": mutant.key, **facts, "outcome": outcome, **covered, "ran": len(some),
-            "wall_s": round(time.monotonic() - began, 1)}  # fmt: skip
+    return {
+        "key": mutant.key,
+        **facts,
+        "outcome": outcome,
+        **covered,
+        "ran": len(some),
+        "wall_s": round(time.monotonic() - began, 1),
+    }
 
 
 def run(options: Namespace) -> None:
@@ -399,7 +447,16 @@ def run(options: Namespace) -> None:
     random.Random(options.seed).shuffle(left)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    for name in ("torch", "torchvision", "timm", "lightning", "torchmetrics", "scipy.stats", "hypothesis", "pytest"):
+    for name in (
+        "torch",
+        "torchvision",
+        "timm",
+        "lightning",
+        "torchmetrics",
+        "scipy.stats",
+        "hypothesis",
+        "pytest",
+    ):
         importlib.import_module(name)
     workers = {}
     with tempfile.TemporaryDirectory() as home:
@@ -419,8 +476,13 @@ def run(options: Namespace) -> None:
             for out in list(seen):
                 rows = out.read_text().splitlines() if out.exists() else []
                 for row in map(json.loads, rows[seen[out] :]):
-                    before = next((old for old in record["mutants"] if old["key"] == row["key"]), {})
-                    record["mutants"] = [*(old for old in record["mutants"] if old["key"] != row["key"]), before | row]
+                    before = next(
+                        (old for old in record["mutants"] if old["key"] == row["key"]), {}
+                    )
+                    record["mutants"] = [
+                        *(old for old in record["mutants"] if old["key"] != row["key"]),
+                        before | row,
+                    ]
                     print(
                         f"{len(record['mutants']):4d} {row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}",
                         flush=True,
@@ -431,7 +493,9 @@ def run(options: Namespace) -> None:
             workers.pop(ended, None)
 
 
-def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, again: list[str]) -> int:
+def _work(
+    known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, again: list[str]
+) -> int:
     """One worker; ends with 0. Nothing is judged unless tests pass on the tree as it is."""
     try:
         tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
@@ -464,9 +528,12 @@ def rows_of(record: dict[str, Any], reasons: dict[str, str]) -> Iterator[tuple[s
     total: Counter[str] = Counter()
     for area in AREAS:
         counted = Counter(
-            "equivalent" if row["key"] in reasons and row["outcome"] == "survived" else row["outcome"]
-            for row in record["mutants"] if row["area"] == area
-        )  # fmt: skip
+            "equivalent"
+            if row["key"] in reasons and row["outcome"] == "survived"
+            else row["outcome"]
+            for row in record["mutants"]
+            if row["area"] == area
+        )
         total += counted
         yield area, counted
     yield "all", total
@@ -476,7 +543,10 @@ def table(options: Namespace) -> str:
     """Markdown of the record."""
     record = json.loads(options.out.read_text())
     reasons = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
-    lines = ["| area | mutants | killed | survived | equivalent | killed of the others |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| area | mutants | killed | survived | equivalent | killed of the others |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for area, counted in rows_of(record, reasons):
         killed = counted["killed"] + counted["timeout"]
         others = counted.total() - counted["equivalent"]
@@ -499,14 +569,23 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["map", "run", "table"])
     parser.add_argument(
-        "--map", type=Path, default=ROOT / "runs" / "mutation-map.json", help="which test runs which line"
+        "--map",
+        type=Path,
+        default=ROOT / "runs" / "mutation-map.json",
+        help="which test runs which line",
     )
     parser.add_argument("--out", type=Path, default=RECORD, help="the record")
     parser.add_argument("--number", type=int, default=200, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample")
     parser.add_argument("--jobs", type=int, default=1, help="mutants judged at a time")
     parser.add_argument("--only", default="", help="only mutants whose key holds this text")
-    parser.add_argument("--again", nargs="+", default=[], metavar="TEST", help="judge survivors again, by these tests")
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=[],
+        metavar="TEST",
+        help="judge survivors again, by these tests",
+    )
     options = parser.parse_args()
     options.map.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "map":

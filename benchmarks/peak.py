@@ -70,7 +70,11 @@ def matmul_peak(
         # bfloat16 on a processor without AVX512 takes minutes for a large product and gets no faster.
         if 2 * size**3 / best.flops_per_s > _PATIENCE * seconds:
             break
-        best = max(best, _rate(device, dtype, size, seconds / len(sizes)), key=lambda peak: peak.flops_per_s)
+        best = max(
+            best,
+            _rate(device, dtype, size, seconds / len(sizes)),
+            key=lambda peak: peak.flops_per_s,
+        )
     return best
 
 
@@ -78,7 +82,9 @@ def _rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -
     # Ones would do for speed on a CPU; on a GPU equal bits draw less power and clock higher than real data does.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    median_s, repetitions = _median_s("torch.mm(a, b, out=out)", {"a": a, "b": b, "out": out}, seconds)
+    median_s, repetitions = _median_s(
+        "torch.mm(a, b, out=out)", {"a": a, "b": b, "out": out}, seconds
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return MatmulPeak(
         flops_per_s=2 * size**3 / median_s,

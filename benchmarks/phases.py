@@ -95,7 +95,11 @@ def named_phases(net: nn.Module) -> list[tuple[nn.Module, str]]:
     for module in net.modules():
         if isinstance(module, MoEMlp):
             # What is left of the layer once router and experts are taken out.
-            found += [(module, "dispatch and combine"), (module.router, "router"), (module.experts, "experts")]
+            found += [
+                (module, "dispatch and combine"),
+                (module.router, "router"),
+                (module.experts, "experts"),
+            ]
         elif isinstance(module, SharedExperts):
             found.append((module, "experts"))
         elif isinstance(module, Attention):
@@ -112,7 +116,10 @@ def breakdown(seconds: dict[str, float], steps: int) -> dict[str, Any]:
         "step_ms": rounded(1e3 * total / steps),
         "steps": steps,
         "phases": {
-            name: {"ms": rounded(1e3 * seconds[name] / steps), "share": rounded(seconds[name] / total)}
+            name: {
+                "ms": rounded(1e3 * seconds[name] / steps),
+                "share": rounded(seconds[name] / total),
+            }
             for name in sorted(seconds, key=ORDER.index)
         },
     }
@@ -135,7 +142,9 @@ def measure_load(model: nn.Module, run: Callable[[], object]) -> list[dict[str, 
     layers = moe_layers(model)
     rows: list[list[int]] = [[] for _ in layers]
     hooks = [
-        layer.experts.register_forward_pre_hook(lambda _, arguments, place=place: place.append(len(arguments[0])))
+        layer.experts.register_forward_pre_hook(
+            lambda _, arguments, place=place: place.append(len(arguments[0]))
+        )
         for layer, place in zip(layers, rows, strict=True)
     ]
     try:

@@ -53,27 +53,33 @@ class ReadsPlaces(VisionTransformerMoE):
     """The model of these arguments without pooling; the final norm is each token's."""
 
     def __init__(self, *, num_classes: int = 1000, **kwargs: Any) -> None:
-        super().__init__(num_classes=num_classes, **{**kwargs, "class_token": False, "global_pool": ""})
+        super().__init__(
+            num_classes=num_classes, **{**kwargs, "class_token": False, "global_pool": ""}
+        )
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier over all places, initialized as timm's ViT initializes linear layers (normal, SD .02)."""
         self.num_classes = num_classes
-        self.head = PlacesHead(cast(int, self.patch_embed.num_patches) * self.embed_dim, num_classes)
+        self.head = PlacesHead(
+            cast(int, self.patch_embed.num_patches) * self.embed_dim, num_classes
+        )
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(cast(Tensor, self.head.bias))
 
 
-def _create(variant: str, pretrained: bool, size: dict[str, Any], kwargs: dict[str, Any]) -> ReadsPlaces:
+def _create(
+    variant: str, pretrained: bool, size: dict[str, Any], kwargs: dict[str, Any]
+) -> ReadsPlaces:
     model: ReadsPlaces = _build(ReadsPlaces, variant, pretrained, {**size, **kwargs})
     return model
 
 
 _32 = {"img_size": 32, "patch_size": 4}
 _STAGES = {**_32, "embed_dim": 128, "num_heads": 4, "moe_layers": "all"}
-default_cfgs = generate_default_cfgs({
-    f"{own}.untrained": _cfg(32, _MODELS[name][1]["stem"]) for name, own in PLACES.items()
-})  # fmt: skip
+default_cfgs = generate_default_cfgs(
+    {f"{own}.untrained": _cfg(32, _MODELS[name][1]["stem"]) for name, own in PLACES.items()}
+)
 
 
 @register_model
@@ -137,14 +143,25 @@ def record_of(run: Path) -> dict[str, Any]:
     data = ImageDataModule(**{**settings, "batch_size": 256})
     data.setup()
     net = load_model(str(run)).net
-    top1 = {"test_top1": accuracy_of(net, data), **{f"shifted_{by}": accuracy_of(net, data, by) for by in SHIFTS}}
+    top1 = {
+        "test_top1": accuracy_of(net, data),
+        **{f"shifted_{by}": accuracy_of(net, data, by) for by in SHIFTS},
+    }
     curve = [val for _, val, _ in curve_of(run / "metrics.csv", summary["batch_size"])]
     test = {name: summary["test"][name] for name in ("correct", "total")}
     return {
-        "name": run.name, "model": summary["model"], "seed": summary["seed"], "epochs": summary["epochs"], "test": test,
-        **top1, "curve": curve, "cpu_s": summary.get("cpu_s"), "trained_at": provenance["code"], **about(),
+        "name": run.name,
+        "model": summary["model"],
+        "seed": summary["seed"],
+        "epochs": summary["epochs"],
+        "test": test,
+        **top1,
+        "curve": curve,
+        "cpu_s": summary.get("cpu_s"),
+        "trained_at": provenance["code"],
+        **about(),
         "command": "python -m benchmarks places test",
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -154,7 +171,9 @@ def main() -> None:
     parser = argument_parser("places", __doc__)
     parser.add_argument("verb", choices=("fit", "test"))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
-    parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "places.jsonl", help="records (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "accuracy" / "places.jsonl", help="records (%(default)s)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for run in options.runs:
@@ -162,5 +181,6 @@ def main() -> None:
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(
-            f"{run.name}: {record['test_top1']:.2%}, shifted {[record[f'shifted_{by}'] for by in SHIFTS]}", flush=True
+            f"{run.name}: {record['test_top1']:.2%}, shifted {[record[f'shifted_{by}'] for by in SHIFTS]}",
+            flush=True,
         )

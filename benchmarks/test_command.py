@@ -53,7 +53,11 @@ def records(bench, config, tiny_run, tmp_path_factory, forked_processes):
 
 def rows_with_times(value):
     """Every list of rows in a record that have times."""
-    if isinstance(value, list) and value and all(isinstance(row, dict) and "name" in row for row in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(row, dict) and "name" in row for row in value)
+    ):
         yield [row for row in value if "seconds" in row]
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
@@ -65,8 +69,13 @@ def test_a_record_says_where_it_comes_from(records, kind):
     record, out = records[kind]
     assert (record["benchmark"], record["format"]) == (kind, 1)
     assert record["command"].startswith(f"python -m benchmarks {kind} ")
-    assert record["code"] is None or set(record["code"]) == {"git_commit", "dirty"}  # None: installed from a wheel
-    assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(record["machine"])
+    assert record["code"] is None or set(record["code"]) == {
+        "git_commit",
+        "dirty",
+    }  # None: installed from a wheel
+    assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(
+        record["machine"]
+    )
     assert {"moevision", "python", "torch", "timm"} <= set(record["versions"])
     assert record["cuda"] in ("measured", "not measured: no CUDA device")
     assert f"torch {record['versions']['torch']}" in out
@@ -81,14 +90,18 @@ def test_ratios_follow_from_the_recorded_times(records, kind):
         seconds = {row["name"]: row["seconds"] for row in rows}
         for row in rows:
             assert row["time_ms"]["n"] == len(row["seconds"]) >= 3
-            assert row["time_ms"]["median"] == pytest.approx(1e3 * statistics.median(row["seconds"]), rel=1e-4)
+            assert row["time_ms"]["median"] == pytest.approx(
+                1e3 * statistics.median(row["seconds"]), rel=1e-4
+            )
             assert row["ratio_to"]
             for other, ratio in row["ratio_to"].items():
                 pairs = [own / its for own, its in zip(row["seconds"], seconds[other], strict=True)]
                 assert ratio["median"] == pytest.approx(statistics.median(pairs), rel=1e-4)
                 assert ratio["quartile_1"] <= ratio["median"] <= ratio["quartile_3"]
                 speed = [1 / pair for pair in pairs]
-                assert row["speed_to"][other]["median"] == pytest.approx(statistics.median(speed), rel=1e-4)
+                assert row["speed_to"][other]["median"] == pytest.approx(
+                    statistics.median(speed), rel=1e-4
+                )
 
 
 def test_layer_names_what_it_compared(records):
@@ -100,19 +113,27 @@ def test_layer_names_what_it_compared(records):
     rows = {row["name"]: row for row in comparison["rows"]}
     assert rows["dense k·H"]["parameters"] == 32 * 128 + 128 + 128 * 32 + 32
     ours = rows["moevision vmoe_top_k"]
-    assert ours["parameters"] == 4 * (32 * 64 + 64 + 64 * 32 + 32) + 4 * 32  # four experts and the router
+    assert (
+        ours["parameters"] == 4 * (32 * 64 + 64 + 64 * 32 + 32) + 4 * 32
+    )  # four experts and the router
     assert ours["slowest_over_mean"] >= 1
     rate = comparison["flops"] / (ours["time_ms"]["median"] / 1e3)
     assert ours["active_flops_per_s"] == pytest.approx(rate, rel=1e-4)
-    assert ours["mfu"] == pytest.approx(rate / records["layer"][0]["measured_peak_flops"]["bf16"], rel=1e-4)
+    assert ours["mfu"] == pytest.approx(
+        rate / records["layer"][0]["measured_peak_flops"]["bf16"], rel=1e-4
+    )
     assert set(PEERS) <= set(rows)  # measured, or with the reason why not
 
 
 def test_train_accounts_for_the_whole_step(records):
     record = records["train"][0]
     for part in record["breakdown"].values():
-        assert sum(phase["ms"] for phase in part["phases"].values()) == pytest.approx(part["step_ms"], rel=1e-4)
-        assert sum(phase["share"] for phase in part["phases"].values()) == pytest.approx(1, abs=1e-4)
+        assert sum(phase["ms"] for phase in part["phases"].values()) == pytest.approx(
+            part["step_ms"], rel=1e-4
+        )
+        assert sum(phase["share"] for phase in part["phases"].values()) == pytest.approx(
+            1, abs=1e-4
+        )
     moe, twin, large = record["breakdown"].values()
     assert {"router", "dispatch and combine", "experts"} <= set(moe["phases"])
     assert not {"router", "experts"} & (set(twin["phases"]) | set(large["phases"]))
@@ -133,7 +154,9 @@ def test_train_tells_speed_and_load(records):
     assert [layer["block"] for layer in record["load"]] == [1, 3]
     for layer in record["load"]:
         assert sum(layer["counts"]) == 4 * 16 * 2  # images x patches x k
-        assert layer["slowest_over_mean"] == pytest.approx(max(layer["counts"]) / (sum(layer["counts"]) / 4), rel=1e-4)
+        assert layer["slowest_over_mean"] == pytest.approx(
+            max(layer["counts"]) / (sum(layer["counts"]) / 4), rel=1e-4
+        )
     assert [row["name"] for row in record["peers"]["lightning"]] == [
         "MoE, moevision fit",
         "dense twin, plain timm in Lightning",
@@ -146,13 +169,21 @@ def test_train_explains_memory(records):
     parameters = {row["name"]: row["parameters"] for row in records["train"][0]["rows"]}
     for name, model in memory["models"].items():
         parts = ("weights", "gradients", "optimizer", "activations", "other")
-        assert sum(model[f"{part}_mib"] for part in parts) == pytest.approx(model["peak_mib"], rel=1e-3)
+        assert sum(model[f"{part}_mib"] for part in parts) == pytest.approx(
+            model["peak_mib"], rel=1e-3
+        )
         assert model["gradients_mib"] == pytest.approx(4 * parameters[name] / 2**20, rel=1e-3)
         assert model["weights_mib"] >= model["gradients_mib"] * (1 - 1e-4)  # and buffers
-        assert model["optimizer_mib"] == pytest.approx(2 * model["gradients_mib"], rel=1e-2)  # and step counters
+        assert model["optimizer_mib"] == pytest.approx(
+            2 * model["gradients_mib"], rel=1e-2
+        )  # and step counters
         assert model["activations_mib"] > 0
         state = model["weights_mib"] + model["optimizer_mib"]
-        assert state + model["activations_mib"] < model["tensors_mib"] < model["peak_mib"] + model["activations_mib"]
+        assert (
+            state + model["activations_mib"]
+            < model["tensors_mib"]
+            < model["peak_mib"] + model["activations_mib"]
+        )
     moe, twin, _ = memory["models"].values()
     extra = sum(moe[f"{part}_mib"] - twin[f"{part}_mib"] for part in ("weights", "optimizer"))
     beside = memory["moe_beside"]["dense twin, same active FLOPs"]
@@ -182,7 +213,11 @@ def test_infer_tells_latency(records):
         assert len(comparison["rows"]) == 3
         for row in comparison["rows"]:
             assert row["latency_ms"]["p50"] == pytest.approx(row["time_ms"]["median"], rel=1e-4)
-            assert row["latency_ms"]["p50"] <= row["latency_ms"]["p95"] <= 1e3 * max(row["seconds"]) * 1.0001
+            assert (
+                row["latency_ms"]["p50"]
+                <= row["latency_ms"]["p95"]
+                <= 1e3 * max(row["seconds"]) * 1.0001
+            )
             assert row["images_per_s"] == pytest.approx(
                 1e3 * comparison["batch_size"] / row["latency_ms"]["p50"], rel=1e-3
             )
@@ -200,7 +235,10 @@ def test_data_tells_rates_and_wait(records):
         (False, False, 0),
     ]
     rounds = {row_key: row["rounds"] for row_key, row in zip(variants, record["rows"], strict=True)}
-    cost = [1e3 / made - 1e3 / kept for made, kept in zip(rounds[False, False, 0], rounds[True, False, 0], strict=True)]
+    cost = [
+        1e3 / made - 1e3 / kept
+        for made, kept in zip(rounds[False, False, 0], rounds[True, False, 0], strict=True)
+    ]
     assert statistics.median(cost) > 0  # drawing an image costs more than copying it
     assert [wait["workers"] for wait in record["data_wait"]] == [0, 1]
     assert all(0 < wait["share"] < 1 and wait["cached"] for wait in record["data_wait"])
@@ -208,13 +246,18 @@ def test_data_tells_rates_and_wait(records):
 
 def test_every_verb_is_there(bench):
     text = bench("--help").out
-    assert all(f"  {name} " in text and find_spec(f"benchmarks.{module}") for name, (_, module) in VERBS.items())
+    assert all(
+        f"  {name} " in text and find_spec(f"benchmarks.{module}")
+        for name, (_, module) in VERBS.items()
+    )
     assert bench("nothing").code == 2
 
 
 def test_it_runs_from_a_checkout_without_anything_installed_for_it():
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks"], cwd=root, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (2, "")
     assert "python -m benchmarks VERB" in done.stdout
 
@@ -263,8 +306,11 @@ def test_what_is_not_installed_is_said(monkeypatch):
 
     monkeypatch.setattr(peers, "package_version", lambda name: None)
     with pytest.raises(UserError, match="transformers is not installed"):
-        build_peer("mixtral eager", None, **dict.fromkeys(
-            ("width", "hidden", "num_experts", "top_k", "dtype", "device")))  # fmt: skip
+        build_peer(
+            "mixtral eager",
+            None,
+            **dict.fromkeys(("width", "hidden", "num_experts", "top_k", "dtype", "device")),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,7 +334,9 @@ def test_each_kind_has_help_that_teaches(bench, kind):
     ],
 )
 def test_mistakes_are_one_sentence(bench, arguments, words, tmp_path):
-    outcome = bench(*arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o")
+    outcome = bench(
+        *arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o"
+    )
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1, outcome.err
     for word in words:

@@ -240,7 +240,9 @@ def nvml(monkeypatch, machine):
     """Its card idles at 60 W."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    machine.idle = lambda seconds: setattr(fake, "millijoules", fake.millijoules + round(60_000 * seconds))
+    machine.idle = lambda seconds: setattr(
+        fake, "millijoules", fake.millijoules + round(60_000 * seconds)
+    )
     return fake
 
 
@@ -254,7 +256,9 @@ def test_a_card_counts_in_millijoules(nvml, machine):
     assert (reading.source, reading.domain) == ("nvml", "GPU board Card, without the host")
 
 
-@pytest.mark.parametrize(("supported", "uuid", "words"), [(False, "1234", "Volta"), (True, "other", "driver")])
+@pytest.mark.parametrize(
+    ("supported", "uuid", "words"), [(False, "1234", "Volta"), (True, "other", "driver")]
+)
 def test_a_card_without_a_counter(card, nvml, supported, uuid, words):
     card.uuid, nvml.supported = uuid, supported
     with EnergyMeter("cuda:0", idle_s=2) as meter:

@@ -13,7 +13,13 @@ from moevision import MoEMlp, dense_twin, forward_routing
 from moevision.efficiency import flop_counter, measure_cost
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
-BACKENDS = [("loop", None), ("loop", torch.bfloat16), ("grouped", None), ("grouped", torch.bfloat16), ("dense", None)]
+BACKENDS = [
+    ("loop", None),
+    ("loop", torch.bfloat16),
+    ("grouped", None),
+    ("grouped", torch.bfloat16),
+    ("dense", None),
+]
 BATCH, SIDE, PATCH, DIM, HIDDEN, EXPERTS, CLASSES = 3, 32, 8, 32, 48, 4, 5
 BLOCKS, MOE_BLOCKS = 4, 2
 TOKENS = (SIDE // PATCH) ** 2
@@ -84,11 +90,15 @@ def test_inference_is_the_closed_form(router, backend, autocast):
     assert found.executed == sum(closed_form(router, backend, training=False))
     assert found.router == MOE_BLOCKS * BATCH * TOKENS * router_flops(router, training=False)
     assert found.useful == sum(closed_form(router, "loop", training=False))
-    assert found.padding_waste == pytest.approx(1 - rows_of(router, "loop") / rows_of(router, backend), abs=1e-12)
+    assert found.padding_waste == pytest.approx(
+        1 - rows_of(router, "loop") / rows_of(router, backend), abs=1e-12
+    )
 
 
 def test_by_image_the_router_costs_one_token():
-    by_token, by_image = (measure_cost(build("sigmoid", route_by=unit), SIDE) for unit in (None, "image"))
+    by_token, by_image = (
+        measure_cost(build("sigmoid", route_by=unit), SIDE) for unit in (None, "image")
+    )
     assert by_token.router_flops_per_image == TOKENS * by_image.router_flops_per_image
     assert by_image.router_flops_per_image == MOE_BLOCKS * router_flops("sigmoid", training=False)
     assert by_token.flops_per_image == by_image.flops_per_image
@@ -121,7 +131,10 @@ def test_grouped_mm_costs_what_a_loop_costs(dtype):
 
     assert count_flops(lambda: F.grouped_mm(rows, weight, offs=ends)) == 2 * 40 * 16 * 24
     assert count_flops(both) == 3 * 2 * 40 * 16 * 24
-    assert count_flops(lambda: F.grouped_mm(weight.detach(), weight.detach().mT)) == 2 * 3 * 16 * 24 * 16
+    assert (
+        count_flops(lambda: F.grouped_mm(weight.detach(), weight.detach().mT))
+        == 2 * 3 * 16 * 24 * 16
+    )
 
 
 def test_rows_that_the_dispatcher_adds_are_waste():
@@ -132,7 +145,9 @@ def test_rows_that_the_dispatcher_adds_are_waste():
         layer.dispatcher = LocalDispatcher(row_multiple=32)
     images = pictures(2)
     _, routings = forward_routing(model, images)
-    executed = sum(-(-count // 32) * 32 for routing in routings for count in routing.counts().tolist())
+    executed = sum(
+        -(-count // 32) * 32 for routing in routings for count in routing.counts().tolist()
+    )
     kept = 2 * 2 * 256 * 2  # layers · images · tokens · K
     assert executed > kept
     for found, passes in ((inference_flops(model, images), 1), (training_flops(model, images), 3)):
@@ -141,7 +156,9 @@ def test_rows_that_the_dispatcher_adds_are_waste():
             assert found.experts_executed == executed * 2 * 2 * DIM * HIDDEN
             assert found.padding_waste == 1 - kept / executed
         assert found.experts_executed > found.experts_useful
-        assert 0 < found.waste < found.padding_waste + 1 / 7  # 1/7: scores computed again, of attention alone
+        assert (
+            0 < found.waste < found.padding_waste + 1 / 7
+        )  # 1/7: scores computed again, of attention alone
 
 
 def test_what_a_capacity_drops_is_waste():
@@ -174,9 +191,9 @@ def test_frozen_weights_cost_no_gradient():
     """Only the head learns: its product has one gradient, the weights'."""
     model = build(backend="grouped").requires_grad_(False)
     model.head.requires_grad_(True)
-    assert training_flops(model, pictures()).useful == sum(closed_form("vmoe_top_k", "grouped", training=True)) + 2 * (
-        BATCH * DIM * CLASSES
-    )
+    assert training_flops(model, pictures()).useful == sum(
+        closed_form("vmoe_top_k", "grouped", training=True)
+    ) + 2 * (BATCH * DIM * CLASSES)
 
 
 def test_frozen_experts_pass_gradients_on():
@@ -267,9 +284,13 @@ def test_every_fused_attention_is_counted(operation, arguments):
     """Those of CUDA too, on tensors without data: 2 products forward, 5 backward of which one computes scores again."""
     batch, heads, tokens, width = 2, 3, 64, 16
     product = 2 * batch * heads * tokens * tokens * width
-    query = torch.empty(batch, heads, tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    query = torch.empty(
+        batch, heads, tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True
+    )
     with flop_counter() as counter:
-        getattr(torch.ops.aten, operation)(query, query, query, *arguments)[0].square().sum().backward()
+        getattr(torch.ops.aten, operation)(query, query, query, *arguments)[
+            0
+        ].square().sum().backward()
     assert counter.get_total_flops() == 7 * product
     assert recomputed_attention_flops(counter) == product
 
@@ -285,4 +306,6 @@ def test_compiled_models_are_counted_too(whole):
         for block in model.blocks:
             block.compile(backend="eager")
     assert training_flops(model, pictures()) == expected
-    assert inference_flops(model, pictures()).useful == sum(closed_form("vmoe_top_k", "loop", training=False))
+    assert inference_flops(model, pictures()).useful == sum(
+        closed_form("vmoe_top_k", "loop", training=False)
+    )

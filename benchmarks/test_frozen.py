@@ -32,7 +32,10 @@ def missing(statements: dict[str, list[str]], root: Path = ROOT) -> list[tuple[s
     """Texts that don't stand in their page."""
     pages = {page: (root / page).read_text(encoding="utf-8") for page in statements}
     return [
-        (page, text) for page, texts in statements.items() for text in texts if not pattern(text).search(pages[page])
+        (page, text)
+        for page, texts in statements.items()
+        for text in texts
+        if not pattern(text).search(pages[page])
     ]
 
 
@@ -67,7 +70,10 @@ def first_of_each_name(record: Any, code: str) -> list[Place]:
     first: dict[tuple[str, ...], Place] = {}
     for path, place in places_of(record):
         first.setdefault(path, place)
-    return [first[path] for path in sorted(first, key=lambda path: sum(f'"{name}"' not in code for name in path))]
+    return [
+        first[path]
+        for path in sorted(first, key=lambda path: sum(f'"{name}"' not in code for name in path))
+    ]
 
 
 @each_study
@@ -76,7 +82,10 @@ def test_a_script_imports_no_code_of_the_project(script: Path) -> None:
 
 
 def test_an_import_is_noticed_wherever_it_stands() -> None:
-    assert imported("def f():\n    import moevision.stats\n    from . import x\n") == {"moevision", "."}
+    assert imported("def f():\n    import moevision.stats\n    from . import x\n") == {
+        "moevision",
+        ".",
+    }
 
 
 @each_study
@@ -99,7 +108,9 @@ def test_another_number_is_missed(tmp_path: Path) -> None:
     """Words may break elsewhere, and the minus may be the true one; a digit may not differ."""
     (tmp_path / "page.md").write_text("It gains\n−2.5 points here.")
     assert missing({"page.md": ["It gains -2.5 points"]}, tmp_path) == []
-    assert missing({"page.md": ["It gains -2.4 points"]}, tmp_path) == [("page.md", "It gains -2.4 points")]
+    assert missing({"page.md": ["It gains -2.4 points"]}, tmp_path) == [
+        ("page.md", "It gains -2.4 points")
+    ]
 
 
 @each_study
@@ -113,11 +124,15 @@ def test_another_number_in_a_record_is_another_statement(script: Path, tmp_path:
     for path in records_of(copy / script.name):
         record = read_record(path)
         numbers = first_of_each_name(record, code)
-        assert any(changes_a_statement(record, container, key, path, before) for container, key in numbers), path.name
+        assert any(
+            changes_a_statement(record, container, key, path, before) for container, key in numbers
+        ), path.name
         shutil.copy(script.parent / path.name, path)
 
 
-def changes_a_statement(record: Any, container: Any, key: str, path: Path, before: dict[str, list[str]]) -> bool:
+def changes_a_statement(
+    record: Any, container: Any, key: str, path: Path, before: dict[str, list[str]]
+) -> bool:
     """Whether a script says something else if one number of its record is another one, which is put back."""
     number = container[key]
     container[key] = number[1:] + number[:1] if isinstance(number, str) else 2 * number + 1

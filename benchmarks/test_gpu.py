@@ -14,10 +14,20 @@ SCRIPT = Path(__file__).with_name("gpu.sh")
 
 def gpu(out, *arguments, **environment):
     """Exit code, printed text and the lines of steps.tsv by now: step, state, seconds, result, record."""
-    known = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(["bash", SCRIPT, *arguments], env=known, capture_output=True, text=True, timeout=600)
+    known = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OUT": str(out),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    done = subprocess.run(
+        ["bash", SCRIPT, *arguments], env=known, capture_output=True, text=True, timeout=600
+    )
     file = out / "steps.tsv"
-    return done, [line.split("\t")[2:] for line in file.read_text().splitlines()] if file.is_file() else []
+    return done, [
+        line.split("\t")[2:] for line in file.read_text().splitlines()
+    ] if file.is_file() else []
 
 
 def python(path, line):
@@ -30,10 +40,17 @@ def python(path, line):
 def test_every_step_leaves_a_record_and_is_done_once(tmp_path):
     """At first with an interpreter that fails pytest, and without images; those two steps are left; then nothing is."""
     out = tmp_path / "gpu"
-    broken = python(tmp_path / "python", f'case "$*" in *"-m pytest"*) exit 3 ;; esac; exec {sys.executable}')
+    broken = python(
+        tmp_path / "python", f'case "$*" in *"-m pytest"*) exit 3 ;; esac; exec {sys.executable}'
+    )
     done, lines = gpu(out, "--dry-run", PYTHON=broken, IMAGENETTE=str(tmp_path / "nowhere"))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [line[:2] for line in lines] == [["tests", "failed"], ["layer", "ok"], ["train", "ok"], ["epoch", "skipped"]]
+    assert [line[:2] for line in lines] == [
+        ["tests", "failed"],
+        ["layer", "ok"],
+        ["train", "ok"],
+        ["epoch", "skipped"],
+    ]
     assert "nowhere') must name a folder of images" in lines[-1][3]
 
     done, lines = gpu(out, "--dry-run")
@@ -42,9 +59,15 @@ def test_every_step_leaves_a_record_and_is_done_once(tmp_path):
     suite = ElementTree.parse(out / "tests.xml").getroot()[0]
     assert (suite.get("name"), suite.get("failures"), suite.get("errors")) == ("dry-run", "0", "0")
     assert int(suite.get("tests", 0)) > 20
-    records = [json.loads((out / name).read_text()) for name in ("benchmark-layer.json", "benchmark-train.json")]
+    records = [
+        json.loads((out / name).read_text())
+        for name in ("benchmark-layer.json", "benchmark-train.json")
+    ]
     assert all(record["dry_run"] and record["machine"]["device"] == "cpu" for record in records)
-    assert [row["name"] for row in records[0]["comparisons"][0]["rows"]][:2] == ["dense k·H", "moevision vmoe_top_k"]
+    assert [row["name"] for row in records[0]["comparisons"][0]["rows"]][:2] == [
+        "dense k·H",
+        "moevision vmoe_top_k",
+    ]
     assert all(row["mfu"] > 0 for row in records[1]["rows"])
     assert all(model["peak_mib"] > 0 for model in records[1]["memory"]["models"].values())
     (epoch,) = map(json.loads, (out / "epoch.jsonl").read_text().splitlines())

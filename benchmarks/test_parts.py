@@ -35,18 +35,34 @@ MIB = 2**20
 
 def test_an_accuracy_is_balanced_over_the_classes_of_the_folders():
     """3 of 4 cats and 1 of 2 dogs are right: (3/4 + 1/2) / 2, not 4 of 6."""
-    answers = {"cat/1": "cat", "cat/2": "cat", "cat/3": "cat", "cat/4": "dog", "dog/1": "dog", "dog/2": "unsure"}
+    answers = {
+        "cat/1": "cat",
+        "cat/2": "cat",
+        "cat/3": "cat",
+        "cat/4": "dog",
+        "dog/1": "dog",
+        "dog/2": "unsure",
+    }
     found = score({Path(path): answer for path, answer in answers.items()})
-    assert found["classes"] == {"cat": {"correct": 3, "total": 4}, "dog": {"correct": 1, "total": 2}}
+    assert found["classes"] == {
+        "cat": {"correct": 3, "total": 4},
+        "dog": {"correct": 1, "total": 2},
+    }
     assert found["balanced_accuracy"] == 0.625
 
 
 def test_candidates_take_turns_in_an_order_that_rotates():
     calls = []
     candidates = [Candidate(name, lambda name=name: calls.append(name)) for name in "abc"]
-    timings = interleave(candidates, repetitions=3, warm_up=1, prepare=lambda number: calls.append(number))
+    timings = interleave(
+        candidates, repetitions=3, warm_up=1, prepare=lambda number: calls.append(number)
+    )
     assert calls == [0, "a", "b", "c", 1, "b", "c", "a", 2, "c", "a", "b", 3, "a", "b", "c"]
-    assert {name: len(values) for name, values in timings.seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(values) for name, values in timings.seconds.items()} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
 
 
 @pytest.fixture
@@ -60,7 +76,9 @@ def work(monkeypatch):
 def test_time_is_that_of_the_run_alone(work):
     """1 s of work beside 5 s of resetting and 7 s of preparing."""
     candidate = Candidate("a", lambda: work(1), reset=lambda: work(5))
-    (seconds,) = interleave([candidate], repetitions=3, warm_up=0, prepare=lambda _: work(7)).seconds.values()
+    (seconds,) = interleave(
+        [candidate], repetitions=3, warm_up=0, prepare=lambda _: work(7)
+    ).seconds.values()
     assert seconds == [1, 1, 1]
 
 
@@ -95,7 +113,9 @@ def test_spread_and_ratio_by_hand():
 
 
 def test_rows_hold_what_ratios_are_made_of():
-    timings = interleave([Candidate("a", lambda: None), Candidate("b", _raise, optional=True)], repetitions=2)
+    timings = interleave(
+        [Candidate("a", lambda: None), Candidate("b", _raise, optional=True)], repetitions=2
+    )
     first, failed = rows_of(timings, ["a", "b"], {"a": {"parameters": 3}})
     assert (first["name"], first["parameters"], list(first["ratio_to"])) == ("a", 3, ["a"])
     assert failed == {"name": "b", "error": "ValueError: too late"}
@@ -115,16 +135,24 @@ def test_hooks_are_gone_afterwards():
     net = Subject("tiny", {"name": "test_vit_moe"}).build()
     names = [name for _, name in named_phases(net)]
     assert {name: names.count(name) for name in set(names)} == {
-        "dispatch and combine": 2, "router": 2, "experts": 2, "attention": 4, "dense MLPs": 2,
-    }  # fmt: skip
+        "dispatch and combine": 2,
+        "router": 2,
+        "experts": 2,
+        "attention": 4,
+        "dense MLPs": 2,
+    }
     clock = PhaseClock()
     with clock.watching(net), clock.phase("rest"):
         net(torch.randn(2, 3, 32, 32))
     assert set(clock.seconds) == {*names, "rest"}
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
+    assert all(
+        not module._forward_hooks and not module._forward_pre_hooks for module in net.modules()
+    )
 
 
-@pytest.mark.parametrize(("checkpointing", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "muon")])
+@pytest.mark.parametrize(
+    ("checkpointing", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "muon")]
+)
 def test_a_step_is_fit_s_step(checkpointing, optimizer):
     """All parameters move, clocks or not, and what is computed again in the backward pass counts as forward work."""
     given = {"optim": {"name": optimizer}, "grad_checkpointing": checkpointing}
@@ -135,7 +163,9 @@ def test_a_step_is_fit_s_step(checkpointing, optimizer):
     with clock.watching(step.net):
         for seed in range(2):
             step(*noise_batch(subject, torch.device("cpu"), seed), clock)
-    assert all(not torch.equal(old, new) for old, new in zip(before, step.net.parameters(), strict=True))
+    assert all(
+        not torch.equal(old, new) for old, new in zip(before, step.net.parameters(), strict=True)
+    )
     assert all(parameter.grad is None for parameter in step.net.parameters())
     assert {"router", "experts", "backward", "clip and optimizer"} <= set(clock.seconds)
 
@@ -158,7 +188,9 @@ def known_peaks():
         kept.append(torch.ones(64 * MIB, dtype=torch.uint8))
         torch.ones(128 * MIB, dtype=torch.uint8)
 
-    return [peak_bytes(each) / MIB for each in (work, lambda: torch.ones(32 * MIB, dtype=torch.uint8))]
+    return [
+        peak_bytes(each) / MIB for each in (work, lambda: torch.ones(32 * MIB, dtype=torch.uint8))
+    ]
 
 
 def test_peak_memory_of_a_known_allocation():
@@ -187,8 +219,20 @@ def test_kept_activations_by_hand():
 
 
 def test_memory_beside_the_twin_by_hand():
-    moe = {"peak_mib": 200, "weights_mib": 20, "gradients_mib": 20, "optimizer_mib": 40, "tensors_mib": 130}
-    twin = {"peak_mib": 100, "weights_mib": 10, "gradients_mib": 10, "optimizer_mib": 20, "tensors_mib": 80}
+    moe = {
+        "peak_mib": 200,
+        "weights_mib": 20,
+        "gradients_mib": 20,
+        "optimizer_mib": 40,
+        "tensors_mib": 130,
+    }
+    twin = {
+        "peak_mib": 100,
+        "weights_mib": 10,
+        "gradients_mib": 10,
+        "optimizer_mib": 20,
+        "tensors_mib": 80,
+    }
     assert beside_twin(moe, twin) == {
         "whole": 2.0,
         "beyond_extra_weights_and_optimizer": 1.7,  # (200 - 10 - 20) / 100
@@ -200,7 +244,9 @@ def test_memory_beside_the_twin_by_hand():
 def test_dropped_choices_are_waste():
     """With a capacity each expert keeps what fits; all T · K rows are computed all the same."""
     torch.manual_seed(0)
-    layer = MoEMlp(16, 32, num_experts=4, top_k=2, router="vmoe_top_k", capacity_factor=0.5, backend="loop")
+    layer = MoEMlp(
+        16, 32, num_experts=4, top_k=2, router="vmoe_top_k", capacity_factor=0.5, backend="loop"
+    )
     layer.train()
     x = torch.randn(2, 64, 16)
     with record_routing(layer) as routings:
@@ -233,8 +279,10 @@ def test_peers_are_chosen_by_family():
     assert chosen_peers(["all"]) == tuple(PEERS)
     assert chosen_peers(["none"]) == ()
     assert chosen_peers(["torchtitan", "mixtral"]) == (
-        "torchtitan", "mixtral eager", "mixtral grouped_mm",
-    )  # fmt: skip
+        "torchtitan",
+        "mixtral eager",
+        "mixtral grouped_mm",
+    )
     assert chosen_peers(["nemotron_h eager"]) == ("nemotron_h eager",)
 
 
@@ -243,7 +291,9 @@ SIZES = {"width": 32, "hidden": 64, "num_experts": 4, "top_k": 2}
 
 @pytest.mark.needs("transformers")
 @pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("nemotron_h")])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_nemotron_s_experts_compute_our_function(name):
     """An independent implementation of the same layer: equal outputs and gradients in float32."""
     torch.manual_seed(0)
@@ -262,14 +312,18 @@ def test_nemotron_s_experts_compute_our_function(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if not name.startswith("nemotron_h")])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_gated_peers_compute_a_gated_mixture(name):
     """By hand: Σ over the chosen experts of weight · down(silu(gate x) · up x), in bf16 accuracy."""
     pytest.importorskip(PEERS[name])
     torch.manual_seed(0)
     router = MoEMlp(32, 64, num_experts=4, top_k=2, router="vmoe_top_k").eval().router
     peer = build_peer(name, router, dtype=torch.bfloat16, device=torch.device("cpu"), **SIZES)
-    weights = {key: value.detach() * 10 for key, value in peer.experts.named_parameters()}  # else outputs are tiny
+    weights = {
+        key: value.detach() * 10 for key, value in peer.experts.named_parameters()
+    }  # else outputs are tiny
     with torch.no_grad():
         for key, value in peer.experts.named_parameters():
             value.copy_(weights[key])
@@ -280,7 +334,9 @@ def test_gated_peers_compute_a_gated_mixture(name):
         down = weights["experts.down_proj"]
     x = torch.randn(2, 32, 32)
     routing = router(x)
-    hidden = nn.functional.silu(torch.einsum("bnd,efd->bnef", x, gate)) * torch.einsum("bnd,efd->bnef", x, up)
+    hidden = nn.functional.silu(torch.einsum("bnd,efd->bnef", x, gate)) * torch.einsum(
+        "bnd,efd->bnef", x, up
+    )
     every = torch.einsum("bnef,edf->bned", hidden, down)
     expected = (every * routing.expert_weights().unsqueeze(-1)).sum(2)
     found = peer(x).float()
@@ -292,7 +348,10 @@ def test_growth_is_drawn_at_the_centre_s_other_sizes(tmp_path):
     growth = parser().parse_args(["--preset", "growth"])
     ratio = {"quartile_1": 0.9, "median": 1.0, "quartile_3": 1.1, "n": 3}
     comparisons = [
-        {**asdict(shape), "rows": [{"name": "moevision vmoe_top_k", "ratio_to": {"dense k·H": ratio}}]}
+        {
+            **asdict(shape),
+            "rows": [{"name": "moevision vmoe_top_k", "ratio_to": {"dense k·H": ratio}}],
+        }
         for shape in shapes_of(growth)
     ]
     record = {"settings": {"preset": "growth", "precision": ["bf16"]}, "comparisons": comparisons}
@@ -301,7 +360,13 @@ def test_growth_is_drawn_at_the_centre_s_other_sizes(tmp_path):
         "vmoe_top_k, k = 1": [1, 2, 4, 8, 16, 32, 64],
         "vmoe_top_k, k = 2": [2, 4, 8, 16, 32, 64],
     }
-    assert sorted(sweep(record, "tokens", (2,))["vmoe_top_k, k = 2"]) == [256, 1024, 4096, 16384, 65536]
+    assert sorted(sweep(record, "tokens", (2,))["vmoe_top_k, k = 2"]) == [
+        256,
+        1024,
+        4096,
+        16384,
+        65536,
+    ]
     assert sorted(sweep(record, "width", (2,))["vmoe_top_k, k = 2"]) == [96, 192, 384, 768]
     draw(record, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
@@ -324,7 +389,9 @@ def test_subjects():
     assert (dense.batch_size, dense.num_classes, dense.image_size) == (2, 3, 224)
     assert dense.arch == {"name": "vit_moe", "base": "vit_tiny_patch16_224"}
     tiny = find_subject("test_vit_moe", image_size=32)
-    assert [len(moe_layers(tiny.build(which))) for which in ("moe", "active_flops", "total_params")] == [2, 0, 0]
+    assert [
+        len(moe_layers(tiny.build(which))) for which in ("moe", "active_flops", "total_params")
+    ] == [2, 0, 0]
     assert Subject(**asdict(tiny)) == tiny
     with pytest.raises(UserError, match="cifar10"):
         find_subject("cifar")
@@ -367,14 +434,22 @@ def test_what_two_models_treat_alike() -> None:
         layer = SimpleNamespace(layer=7, expert_index=np.array([choices]))
         shares = np.array([[p, 1 - p]])
         return SimpleNamespace(
-            layers=[layer], labels=np.array([0]), predictions=shares.argmax(-1), probabilities=shares
+            layers=[layer],
+            labels=np.array([0]),
+            predictions=shares.argmax(-1),
+            probabilities=shares,
         )
 
-    before, after = trace([[0, 1], [2, 3], [4, 5], [6, 7]], 0.75), trace([[0, 1], [2, 4], [5, 4], [6, 7]], 0.5)
+    before, after = (
+        trace([[0, 1], [2, 3], [4, 5], [6, 7]], 0.75),
+        trace([[0, 1], [2, 4], [5, 4], [6, 7]], 0.5),
+    )
     assert agreement(before, after) == {
-        "right": 1, "same_class": 1, "max_probability_change": 0.25,
+        "right": 1,
+        "same_class": 1,
+        "max_probability_change": 0.25,
         "layers": [{"layer": 7, "same_first": 0.75, "same_set": 0.75}],
-    }  # fmt: skip
+    }
 
 
 def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, monkeypatch) -> None:
@@ -393,7 +468,10 @@ def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, mo
     assert record["bfloat16"]["bytes"] == (model / "model.safetensors").stat().st_size
     assert coarse["bytes"] < carried["bytes"] < 0.8 * record["bfloat16"]["bytes"]
     assert carried["compressed"] < carried["bytes"]
-    assert all(a["same_first"] < b["same_first"] for a, b in zip(coarse["layers"], carried["layers"], strict=True))
+    assert all(
+        a["same_first"] < b["same_first"]
+        for a, b in zip(coarse["layers"], carried["layers"], strict=True)
+    )
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):

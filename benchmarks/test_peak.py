@@ -44,7 +44,9 @@ def test_the_peak_is_a_rate_that_a_product_has(dtype):
 def test_the_best_size_wins(monkeypatch):
     """Times of 8, 2 and 64 s for sizes 2, 4 and 8 are 2, 64 and 16 FLOPs per second."""
     seconds = {2: 8.0, 4: 2.0, 8: 64.0}
-    monkeypatch.setattr("benchmarks.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5))
+    monkeypatch.setattr(
+        "benchmarks.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5)
+    )
     peak = matmul_peak("cpu", sizes=(2, 4, 8), seconds=100)
     assert (peak.flops_per_s, peak.size, peak.repetitions) == (64.0, 4, 5)
 

@@ -20,7 +20,10 @@ def test_another_number_is_named(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setattr(recompute_statements, "ROOT", tmp_path)
     monkeypatch.setattr(recompute_statements, "statements", lambda: iter(said))
     assert recompute_statements.checked() == 1
-    assert capsys.readouterr().out == "=\tpage.md\t−0.2 points better\nNOT THERE\tpage.md\t−0.3 points better\n"
+    assert (
+        capsys.readouterr().out
+        == "=\tpage.md\t−0.2 points better\nNOT THERE\tpage.md\t−0.3 points better\n"
+    )
 
 
 def test_a_difference_by_hand() -> None:

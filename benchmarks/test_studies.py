@@ -41,7 +41,10 @@ def photos(tmp_path_factory) -> Path:
 
 
 def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatch) -> None:
-    best = {"dense twin": 2e-3, "vmoe_top_k": 8e-3}  # the second one lies beyond the rates that are always tried
+    best = {
+        "dense twin": 2e-3,
+        "vmoe_top_k": 8e-3,
+    }  # the second one lies beyond the rates that are always tried
 
     def trained(data, key, steps):
         found = real(data, key, steps)
@@ -50,19 +53,36 @@ def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatc
     real = routers.one_run
     monkeypatch.setattr(routers, "one_run", trained)
     out = tmp_path / "routers.json"
-    common = ("--out", out, "--steps", 2, "--pets", 128, 64, 64, "--datasets", "synthetic_pets", "--rows")
+    common = (
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--pets",
+        128,
+        64,
+        64,
+        "--datasets",
+        "synthetic_pets",
+        "--rows",
+    )
     run("routers", *common, "dense twin", "--seeds", 0)
     first = json.loads(out.read_text())["runs"]
     assert [(run["lr"], run["seed"]) for run in first] == [(1e-3, 0), (2e-3, 0), (4e-3, 0)]
     run("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 1)
     record = json.loads(out.read_text())
     assert record["runs"][:3] == first  # kept, not trained again
-    runs = {row: [(run["lr"], run["seed"]) for run in record["runs"] if run["row"] == row] for row in best}
+    runs = {
+        row: [(run["lr"], run["seed"]) for run in record["runs"] if run["row"] == row]
+        for row in best
+    }
     assert runs["dense twin"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1)]
     assert runs["vmoe_top_k"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0), (16e-3, 0), (8e-3, 1)]
     counts = [sum(layer["counts"]) for run in record["runs"] for layer in run["layers"]]
     assert counts == [64 * 16 * 2] * 2 * 6  # test images x patches x K, two layers, six runs
-    assert "| `vmoe_top_k` |" in run("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
+    assert "| `vmoe_top_k` |" in run(
+        "routers", "--out", out, "--report", "--figure", tmp_path / "routers.png"
+    )
     assert (tmp_path / "routers.png").stat().st_size > 1000
     assert "another steps" in bench("routers", "--out", out, "--steps", 3).err
 
@@ -96,7 +116,11 @@ def test_a_contrast_is_judged_by_its_own_spread() -> None:
     assert near.interval == "+2.0 (−0.5 to +4.5)"
     assert near.p == pytest.approx(2 * near.own_p)  # the second smallest of three
     assert sure.p == pytest.approx(3 * sure.own_p)
-    assert [each.verdict for each in (near, sure, wild)] == ["not told apart", "above", "not told apart"]
+    assert [each.verdict for each in (near, sure, wild)] == [
+        "not told apart",
+        "above",
+        "not told apart",
+    ]
     assert (once.interval, once.verdict) == ("+40.0", "not told apart")
 
 
@@ -108,7 +132,16 @@ def test_holms_adjustment() -> None:
 def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(airbench, "BATCH", 8)
     for _ in range(2):  # the second time there is nothing left to do
-        run("airbench", "--cifar", photos, "--out", tmp_path / "found.json", "--epochs", 1, "--allow-dirty")
+        run(
+            "airbench",
+            "--cifar",
+            photos,
+            "--out",
+            tmp_path / "found.json",
+            "--epochs",
+            1,
+            "--allow-dirty",
+        )
     (found,) = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert {"seed", "code", "machine"} <= set(found)
     assert 0 <= found["correct"] <= found["total"] == 16
@@ -117,7 +150,11 @@ def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
 
 def test_the_accumulation_record_keeps_to_its_bounds() -> None:
     """No mean leaves .9 to 1.1, and two processes have what one has."""
-    rows = json.loads((BENCHMARKS / "accumulation" / "record.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((BENCHMARKS / "accumulation" / "record.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
     assert all(0.9 < row["projection"] < 1.1 for row in rows)
-    found = [[row["projection"] for row in rows if row["processes"] == processes] for processes in (1, 2)]
+    found = [
+        [row["projection"] for row in rows if row["processes"] == processes] for processes in (1, 2)
+    ]
     assert found[0] == pytest.approx(found[1])

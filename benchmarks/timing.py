@@ -101,7 +101,9 @@ def interleave(
     return timings
 
 
-def seconds_of(run: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float, float]:
+def seconds_of(
+    run: Callable[[], object], device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """Wall and CPU seconds of one call, the accelerator's queue emptied before and after."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -119,7 +121,11 @@ def synchronize(device: torch.device | str) -> None:
 def reason(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:240]}".rstrip(": ")
+    return (
+        text
+        if isinstance(error, UserError)
+        else f"{type(error).__name__}: {text[:240]}".rstrip(": ")
+    )
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float | int]:
@@ -131,9 +137,14 @@ def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float | int
     if not values:
         raise UserError("Nothing was measured: ask for at least one repetition.")
     scaled = [value * scale for value in values]
-    quartiles = statistics.quantiles(scaled, n=4, method="inclusive") if len(scaled) > 1 else scaled * 3
+    quartiles = (
+        statistics.quantiles(scaled, n=4, method="inclusive") if len(scaled) > 1 else scaled * 3
+    )
     names = ("quartile_1", "median", "quartile_3")
-    return {**{name: rounded(value) for name, value in zip(names, quartiles, strict=True)}, "n": len(scaled)}
+    return {
+        **{name: rounded(value) for name, value in zip(names, quartiles, strict=True)},
+        "n": len(scaled),
+    }
 
 
 def ratio_of(times: Sequence[float], reference: Sequence[float]) -> dict[str, float | int]:
@@ -147,7 +158,9 @@ def rounded(value: float, digits: int = 6) -> float:
 
 
 def rows_of(
-    timings: Timings, references: Sequence[str], facts: Mapping[str, Mapping[str, Any]] | None = None
+    timings: Timings,
+    references: Sequence[str],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One JSON object per candidate: its times, their spread, and its ratios to the references that ran.
 
@@ -167,8 +180,12 @@ def rows_of(
             **(facts or {}).get(name, {}),
             "time_ms": spread(values, 1e3),
             # From the rounded times, so that a reader of the record finds the same ratios.
-            "ratio_to": {other: ratio_of(values, kept[other]) for other in references if other in kept},
-            "speed_to": {other: ratio_of(kept[other], values) for other in references if other in kept},
+            "ratio_to": {
+                other: ratio_of(values, kept[other]) for other in references if other in kept
+            },
+            "speed_to": {
+                other: ratio_of(kept[other], values) for other in references if other in kept
+            },
             "seconds": values,
         }
         for name, values in kept.items()

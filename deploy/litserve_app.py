@@ -26,7 +26,9 @@ class Classifier(ls.LitAPI):
             image = safe_open(request["image"].file, self.model.image_size)
         except BadImageError as error:
             raise HTTPException(400, error.reason) from error
-        return torch.from_numpy(square_pixels(image, self.model.image_size, self.model.framing)).permute(2, 0, 1)
+        return torch.from_numpy(
+            square_pixels(image, self.model.image_size, self.model.framing)
+        ).permute(2, 0, 1)
 
     def batch(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """[B, 3, S, S]."""

@@ -51,7 +51,9 @@ class Address(NamedTuple):
 
 def address(root: Path = ROOT) -> Address:
     """The addresses in pyproject.toml."""
-    urls = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+    urls = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"].get(
+        "urls", {}
+    )
     return Address(urls.get("Repository", ""), urls.get("Documentation", ""), urls.get("PyPI", ""))
 
 
@@ -66,7 +68,11 @@ def urls_of(there: Address) -> str:
         "Issues": f"{there.repository}/issues",
         "PyPI": there.pypi,
     }
-    return "[project.urls]\n" + "".join(f'{name} = "{url}"\n' for name, url in rows.items() if url) + "\n"
+    return (
+        "[project.urls]\n"
+        + "".join(f'{name} = "{url}"\n' for name, url in rows.items() if url)
+        + "\n"
+    )
 
 
 # ---- what stands in the files, with an address and without
@@ -99,7 +105,11 @@ def packaged(text: str, there: Address) -> str:
 
 def in_start(text: str, there: Address) -> str:
     """docs/index.md with the line before the virtual environment that fetches the repository."""
-    clone = f"git clone {there.repository} && cd {there.name.rpartition('/')[2]}\n" if there.repository else ""
+    clone = (
+        f"git clone {there.repository} && cd {there.name.rpartition('/')[2]}\n"
+        if there.repository
+        else ""
+    )
     return _CLONE.sub(clone, text, count=1)
 
 
@@ -120,7 +130,10 @@ def in_notebook(text: str, there: Address, name: str) -> str:
     if there.on_github:
         words = words.replace("\n\n", f"\n\n[Open in Colab]({link})\n\n", 1)
     code = _FROM.sub(f'REPOSITORY = "{there.repository}"', "".join(install["source"]))
-    head["source"], install["source"] = words.splitlines(keepends=True), code.splitlines(keepends=True)
+    head["source"], install["source"] = (
+        words.splitlines(keepends=True),
+        code.splitlines(keepends=True),
+    )
     return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
@@ -129,7 +142,9 @@ def filled(there: Address, root: Path = ROOT) -> dict[Path, str]:
     readme, start, cited = root / "README.md", root / "docs" / "index.md", root / "CITATION.cff"
     shown = _MARKED.sub(rf"\g<1>{in_readme(there)}\g<2>", readme.read_text(encoding="utf-8"))
     files = {
-        readme: _LESSON.sub(f"]({there.site or 'docs/'}lesson.html)", shown),  # a forge shows its source
+        readme: _LESSON.sub(
+            f"]({there.site or 'docs/'}lesson.html)", shown
+        ),  # a forge shows its source
         start: in_start(start.read_text(encoding="utf-8"), there),
         cited: in_citation(cited.read_text(encoding="utf-8"), there),
     }
@@ -154,10 +169,22 @@ def fill(there: Address, root: Path = ROOT) -> list[Path]:
 
 def main() -> None:
     """Set or refill the address."""
-    parser = argparse.ArgumentParser(description="Write the repository's address wherever it is needed.")
-    parser.add_argument("repository", nargs="?", help="https://github.com/OWNER/moevision; left out: pyproject.toml's")
-    parser.add_argument("--site", default="", help="the site's address; on GitHub https://OWNER.github.io/NAME/")
-    parser.add_argument("--pypi", action="store_true", help="the package can be installed by `pip install moevision`")
+    parser = argparse.ArgumentParser(
+        description="Write the repository's address wherever it is needed."
+    )
+    parser.add_argument(
+        "repository",
+        nargs="?",
+        help="https://github.com/OWNER/moevision; left out: pyproject.toml's",
+    )
+    parser.add_argument(
+        "--site", default="", help="the site's address; on GitHub https://OWNER.github.io/NAME/"
+    )
+    parser.add_argument(
+        "--pypi",
+        action="store_true",
+        help="the package can be installed by `pip install moevision`",
+    )
     chosen = parser.parse_args()
     there = address()
     if chosen.repository:

@@ -31,7 +31,13 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def text(
-    x: float, y: float, words: str, size: int = 15, anchor: str = "start", color: str = INK, bold: bool = False
+    x: float,
+    y: float,
+    words: str,
+    size: int = 15,
+    anchor: str = "start",
+    color: str = INK,
+    bold: bool = False,
 ) -> str:
     """A line of text; y is its baseline."""
     weight = ' font-weight="600"' if bold else ""
@@ -40,14 +46,28 @@ def text(
 
 
 def box(
-    x: float, y: float, width: float, height: float, fill: str = "#ffffff", stroke: str = LINE, extra: str = ""
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    fill: str = "#ffffff",
+    stroke: str = LINE,
+    extra: str = "",
 ) -> str:
     """A rectangle with round corners."""
     style = f'rx="6" fill="{fill}" stroke="{stroke}"{extra}'
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" {style}/>'
 
 
-def line(x0: float, y0: float, x1: float, y1: float, color: str = GREY, width: float = 1.5, extra: str = "") -> str:
+def line(
+    x0: float,
+    y0: float,
+    x1: float,
+    y1: float,
+    color: str = GREY,
+    width: float = 1.5,
+    extra: str = "",
+) -> str:
     """A straight line."""
     return f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" stroke="{color}" stroke-width="{width:g}"{extra}/>'
 
@@ -63,7 +83,9 @@ def svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         f'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{GREY}"/></marker></defs>'
     )
-    body = "\n".join([head, f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>', *parts])
+    body = "\n".join(
+        [head, f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>', *parts]
+    )
     fonts = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="{fonts}">\n'
@@ -81,13 +103,24 @@ def blocks() -> str:
     parts += [text(sparse, 34, "Mixture-of-Experts block", 18, "middle", bold=True)]
     parts += [line(gap, 20, gap, 424, LINE, 1, ' stroke-dasharray="4 5"')]
     for x, top in ((dense, 332), (sparse, 372)):
-        parts += [box(x - 60, 384, 120, 36), text(x, 408, "a token x", 16, "middle"), arrow(x, 384, x, top)]
-    parts += [box(dense - 68, 196, 136, 132, "#e8eaf0"), text(dense, 252, "one MLP", 17, "middle", bold=True)]
+        parts += [
+            box(x - 60, 384, 120, 36),
+            text(x, 408, "a token x", 16, "middle"),
+            arrow(x, 384, x, top),
+        ]
+    parts += [
+        box(dense - 68, 196, 136, 132, "#e8eaf0"),
+        text(dense, 252, "one MLP", 17, "middle", bold=True),
+    ]
     parts += [
         text(dense, 276, "every token uses", 15, "middle", GREY),
         text(dense, 295, "all its weights", 15, "middle", GREY),
     ]
-    parts += [arrow(dense, 196, dense, 92), box(dense - 60, 52, 120, 36), text(dense, 76, "MLP(x)", 16, "middle")]
+    parts += [
+        arrow(dense, 196, dense, 92),
+        box(dense - 60, 52, 120, 36),
+        text(dense, 76, "MLP(x)", 16, "middle"),
+    ]
     parts += [
         box(sparse - 92, 328, 184, 42, "#fff3d6", "#e0b94f"),
         text(sparse, 354, "router: 8 scores", 16, "middle", bold=True),
@@ -98,7 +131,9 @@ def blocks() -> str:
         x, on = left + number * step, number in chosen
         middle = x + side / 2
         style = "" if on else ' stroke-dasharray="4 3"'
-        parts.append(box(x, 200, side, 60, color if on else "#ffffff", color if on else LINE, style))
+        parts.append(
+            box(x, 200, side, 60, color if on else "#ffffff", color if on else LINE, style)
+        )
         parts.append(text(middle, 236, str(number), 18, "middle", "#ffffff" if on else GREY, on))
         if not on:
             parts.append(line(sparse, 328, middle, 264, LINE, 1))
@@ -107,12 +142,25 @@ def blocks() -> str:
         parts += [arrow(middle, 200, sparse + (middle - sparse) * 0.25, 138, color, 2.5)]
         side_of = -10 if middle < sparse else 10
         parts.append(
-            text(middle + side_of, 176, f"× {chosen[number]}", 16, "end" if side_of < 0 else "start", INK, True)
+            text(
+                middle + side_of,
+                176,
+                f"× {chosen[number]}",
+                16,
+                "end" if side_of < 0 else "start",
+                INK,
+                True,
+            )
         )
     parts += [text(628, 320, "two of eight run", 15, "end", GREY)]
-    parts += [f'<circle cx="{sparse}" cy="122" r="16" fill="#ffffff" stroke="{GREY}" stroke-width="1.5"/>']
+    parts += [
+        f'<circle cx="{sparse}" cy="122" r="16" fill="#ffffff" stroke="{GREY}" stroke-width="1.5"/>'
+    ]
     parts += [text(sparse, 128, "+", 20, "middle"), arrow(sparse, 106, sparse, 92)]
-    parts += [box(sparse - 120, 52, 240, 36), text(sparse, 76, "0.7 · f₂(x) + 0.3 · f₅(x)", 16, "middle")]
+    parts += [
+        box(sparse - 120, 52, 240, 36),
+        text(sparse, 76, "0.7 · f₂(x) + 0.3 · f₅(x)", 16, "middle"),
+    ]
     return svg(640, 440, parts, "A dense block and a Mixture-of-Experts block")
 
 
@@ -141,7 +189,9 @@ def loads(record: Mapping[str, Any]) -> str:
                 f'<path d="M{" L".join(edge + back)}Z" fill="{EXPERTS[expert]}" stroke="{PAPER}" stroke-width="1"/>'
             )
         for share in (0, 0.5, 1):
-            parts.append(text(x0 - 8, top + height * (1 - share) + 5, f"{share:.0%}", 14, "end", GREY))
+            parts.append(
+                text(x0 - 8, top + height * (1 - share) + 5, f"{share:.0%}", 14, "end", GREY)
+            )
         for step in (0, steps[-1]):
             anchor = "end" if step else "start"
             parts.append(
@@ -154,8 +204,14 @@ def loads(record: Mapping[str, Any]) -> str:
                     GREY,
                 )
             )
-    parts.append(text(260, 324, "share of the patches that each of eight experts computes", 15, "middle", GREY))
-    return svg(520, 340, parts, "Load of eight experts over a training, without and with a balance loss")
+    parts.append(
+        text(
+            260, 324, "share of the patches that each of eight experts computes", 15, "middle", GREY
+        )
+    )
+    return svg(
+        520, 340, parts, "Load of eight experts over a training, without and with a balance loss"
+    )
 
 
 # ---- what the studies found
@@ -209,11 +265,17 @@ def effects() -> list[Effect]:
         of_hypothesis("Experts − dense model, equal steps", judged["H1"]),
         of_hypothesis("The same, places read", judged["H7"]),
         of_hypothesis("Experts − dense model, equal time", judged["H2"]),
-        of_ends("The same after 10 epochs (97 %)", equal_time.interval(at_full_length), equal_time.lead(runs)),
+        of_ends(
+            "The same after 10 epochs (97 %)",
+            equal_time.interval(at_full_length),
+            equal_time.lead(runs),
+        ),
         of_ends("Dense, larger − smaller (97 %)", equal_time.interval(dense_parameters), ""),
         of_hypothesis("Much sparse compute − little", judged["H3"]),
         of_hypothesis("Learned router − rule by position", judged["H4"]),
-        replace(with_loss, verdict=0),  # the hypothesis is that it costs at most a point, not which is better
+        replace(
+            with_loss, verdict=0
+        ),  # the hypothesis is that it costs at most a point, not which is better
         of_ends(
             "Upcycled − dense, trained on",
             upcycling.interval(minus_continued),
@@ -239,10 +301,24 @@ def forest(found: Sequence[Effect]) -> str:
     parts = [text(24, 34, "Points of test accuracy, with 95 % intervals", 18, bold=True)]
     for value in range(int(least), int(most) + 1):
         parts.append(
-            line(x(value), top - 6, x(value), bottom - 4, GREY if value == 0 else LINE, 1.2 if value == 0 else 0.8)
+            line(
+                x(value),
+                top - 6,
+                x(value),
+                bottom - 4,
+                GREY if value == 0 else LINE,
+                1.2 if value == 0 else 0.8,
+            )
         )
         parts.append(
-            text(x(value), bottom + 14, f"{value:+d}".replace("-", MINUS) if value else "0", 14, "middle", GREY)
+            text(
+                x(value),
+                bottom + 14,
+                f"{value:+d}".replace("-", MINUS) if value else "0",
+                14,
+                "middle",
+                GREY,
+            )
         )
     for place, effect in enumerate(found):
         y = top + row * place
@@ -250,7 +326,9 @@ def forest(found: Sequence[Effect]) -> str:
         parts.append(f'<rect x="20" y="{y}" width="480" height="24" fill="{PAPER}"/>')
         parts.append(text(24, y + 18, effect.name, 16))
         parts.append(text(500, y + 18, effect.words, 16, "end", color, bool(effect.verdict)))
-        parts.append(line(x(effect.low), y + 36, x(effect.high), y + 36, color, 4, ' stroke-linecap="round"'))
+        parts.append(
+            line(x(effect.low), y + 36, x(effect.high), y + 36, color, 4, ' stroke-linecap="round"')
+        )
         parts.append(f'<circle cx="{x(effect.mean):g}" cy="{y + 36}" r="6.5" fill="{color}"/>')
     note = "Blue: the first is better; orange: worse; grey: neither is shown."
     parts.append(text(24, bottom + 42, note, 15, color=GREY))

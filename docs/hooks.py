@@ -51,7 +51,9 @@ def on_config(config: Any) -> Any:
     """The site's own address and a link to the repository, once pyproject.toml has them."""
     there = address()
     config["site_url"] = there.site or None
-    config["repo_url"], config["repo_name"] = (there.repository, there.name) if there.repository else (None, None)
+    config["repo_url"], config["repo_name"] = (
+        (there.repository, there.name) if there.repository else (None, None)
+    )
     return config
 
 
@@ -60,8 +62,14 @@ def on_files(files: Files, config: Any) -> Files:
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for notebook in notebooks:
         files.append(File.generated(config, _uri(notebook), content=_page_of(notebook)))
-        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
-    waiting = [DOCS / file.src_uri for file in files.documentation_pages() if not _is_notebook(file.src_uri)]
+        files.append(
+            File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook))
+        )
+    waiting = [
+        DOCS / file.src_uri
+        for file in files.documentation_pages()
+        if not _is_notebook(file.src_uri)
+    ]
     waiting += notebooks
     known: set[str] = set()
     while waiting:
@@ -92,7 +100,9 @@ def _exported() -> dict[str, str]:
     gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
     asked = {"cat": None, "without": gone}
     return {
-        name: explorer.export_html({"model": "cats_vs_dogs", "picture": photo, "intervention": change})["html"]
+        name: explorer.export_html(
+            {"model": "cats_vs_dogs", "picture": photo, "intervention": change}
+        )["html"]
         for name, change in asked.items()
     }
 
@@ -100,7 +110,9 @@ def _exported() -> dict[str, str]:
 def on_post_build(config: Any, **_: Any) -> None:
     """The explorer without a server, where it is wanted."""
     if os.environ.get("MOEVISION_LIVE"):
-        subprocess.run([sys.executable, DOCS / "live" / "build.py", Path(config.site_dir) / "live"], check=True)
+        subprocess.run(
+            [sys.executable, DOCS / "live" / "build.py", Path(config.site_dir) / "live"], check=True
+        )
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -114,7 +126,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     parts, last = [], 0
     for code in _CODE.finditer(markdown):
-        parts += [_LINK.sub(moved, markdown[last : code.start()]), _HELP.sub(_help, _NAMED.sub(_source, code[0]))]
+        parts += [
+            _LINK.sub(moved, markdown[last : code.start()]),
+            _HELP.sub(_help, _NAMED.sub(_source, code[0])),
+        ]
         last = code.end()
     return "".join([*parts, _LINK.sub(moved, markdown[last:])])
 
@@ -129,7 +144,10 @@ def _is_notebook(uri: str) -> bool:
 def _page_of(notebook: Path) -> str:
     """A notebook as Markdown: its texts, its code but for the cell that installs, and a mark where each output goes."""
     title, *cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    parts = ["".join(title["source"]), f'<p><a href="../{notebook.name}" download>The notebook as a file</a></p>']
+    parts = [
+        "".join(title["source"]),
+        f'<p><a href="../{notebook.name}" download>The notebook as a file</a></p>',
+    ]
     for number, cell in enumerate(cells, 1):
         text = "".join(cell["source"])
         if text.startswith("# Where moevision is missing"):
@@ -219,7 +237,9 @@ def _help(found: re.Match[str]) -> str:
 
 
 def _cell(found: re.Match[str]) -> str:
-    return re.sub(r"<code>.*?</code>", lambda code: _JOINT.sub(r"\1<wbr>", code[0]), found[0], flags=re.DOTALL)
+    return re.sub(
+        r"<code>.*?</code>", lambda code: _JOINT.sub(r"\1<wbr>", code[0]), found[0], flags=re.DOTALL
+    )
 
 
 def _plain(html: str) -> str:

@@ -66,7 +66,9 @@ def film(page: Page, url: str) -> None:
         """Frames of so many milliseconds, the last of which stays."""
         for _ in range(0, ms, FRAME):
             page.clock.run_for(FRAME)
-            picture = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 692})))
+            picture = Image.open(
+                io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 692}))
+            )
             frames.append(picture.convert("RGB").resize((900, 519), Image.Resampling.LANCZOS))
             times.append(FRAME)
         times[-1] = hold
@@ -82,7 +84,13 @@ def film(page: Page, url: str) -> None:
     page.wait_for_selector("text=at random")
     run(FRAME, 3000)
     frames[0].save(
-        IMAGES / "flow.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=62, method=6
+        IMAGES / "flow.webp",
+        save_all=True,
+        append_images=frames[1:],
+        duration=times,
+        loop=0,
+        quality=62,
+        method=6,
     )
 
 
@@ -104,7 +112,10 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         with served() as url:
-            shoot(browser.new_page(viewport={"width": 1600, "height": 1034}, device_scale_factor=2), url)
+            shoot(
+                browser.new_page(viewport={"width": 1600, "height": 1034}, device_scale_factor=2),
+                url,
+            )
             film(browser.new_page(viewport={"width": 1200, "height": 800}), url)
         browser.close()
 

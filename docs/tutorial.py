@@ -28,7 +28,12 @@ from PIL import Image
 DOCS = Path(__file__).parent
 PAGE, IMAGES = DOCS / "tutorial.md", DOCS / "img"
 EXAMPLES = DOCS.parent / "moevision" / "demo" / "models" / "cats_vs_dogs" / "examples"
-NEW = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/darknet_dog.jpg", "dog/zoom_roxy.jpg")  # for `new/`
+NEW = (
+    "cat/chelsea.jpg",
+    "cat/gcompris_kitten.jpg",
+    "dog/darknet_dog.jpg",
+    "dog/zoom_roxy.jpg",
+)  # for `new/`
 WEIGHTS = "vit_small_patch14_dinov2.safetensors"  # the name of FILE on the page
 COLUMNS = 98
 
@@ -147,7 +152,9 @@ def block(command: str, printed: str) -> str:
 
 def page(printed: Mapping[str, str]) -> str:
     """The page with what each step's command printed."""
-    return TEMPLATE.format(**{step: block(command, printed[step]) for step, command in COMMANDS.items()})
+    return TEMPLATE.format(
+        **{step: block(command, printed[step]) for step, command in COMMANDS.items()}
+    )
 
 
 def tidy(text: str) -> str:
@@ -162,7 +169,9 @@ def tidy(text: str) -> str:
             kept.pop()
         if line or (kept and kept[-1]):
             kept.append(line)
-    return "\n".join(part for line in kept for part in (textwrap.wrap(line.strip(), COLUMNS) or [""]))
+    return "\n".join(
+        part for line in kept for part in (textwrap.wrap(line.strip(), COLUMNS) or [""])
+    )
 
 
 def run(step: str, work: Path, environment: Mapping[str, str]) -> str:
@@ -171,9 +180,14 @@ def run(step: str, work: Path, environment: Mapping[str, str]) -> str:
     if not known.is_file():
         command = COMMANDS[step].replace("--pretrained auto", f"--pretrained {WEIGHTS}")
         done = subprocess.run(
-            ["bash", "-c", command], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=True,
-        )  # fmt: skip
+            ["bash", "-c", command],
+            cwd=work,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
         known.write_text(done.stdout, encoding="utf-8")
     return tidy(known.read_text(encoding="utf-8"))
 
@@ -182,7 +196,17 @@ def shoot(work: Path, environment: Mapping[str, str]) -> None:
     """The explorer on the run's model, as it opens, into the page's image."""
     from playwright.sync_api import sync_playwright
 
-    words = [sys.executable, "-u", "-m", "moevision", "demo", "runs/photos", "--data", "shown", "--no-browser"]
+    words = [
+        sys.executable,
+        "-u",
+        "-m",
+        "moevision",
+        "demo",
+        "runs/photos",
+        "--data",
+        "shown",
+        "--no-browser",
+    ]
     server = subprocess.Popen(words, cwd=work, env=environment, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -204,7 +228,9 @@ def shoot(work: Path, environment: Mapping[str, str]) -> None:
 
 def main() -> None:
     """Run what wasn't run yet, and write page and images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("photos", type=Path)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/tutorial"))
@@ -219,11 +245,15 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(EXAMPLES / name, target)
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": str(COLUMNS), "OMP_NUM_THREADS": "1"}
-    PAGE.write_text(page({step: run(step, work, environment) for step in COMMANDS}), encoding="utf-8")
+    PAGE.write_text(
+        page({step: run(step, work, environment) for step in COMMANDS}), encoding="utf-8"
+    )
     for name, width in (("confusion", 440), ("curves", 1000)):
         image = Image.open(work / "runs" / "photos" / f"{name}.png").convert("RGB")
         size = (width, round(width * image.height / image.width))
-        image.resize(size, Image.Resampling.LANCZOS).save(IMAGES / f"tutorial-{name}.png", optimize=True)
+        image.resize(size, Image.Resampling.LANCZOS).save(
+            IMAGES / f"tutorial-{name}.png", optimize=True
+        )
     shoot(work, environment)
 
 

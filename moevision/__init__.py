@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from moevision.errors import UserError
 
 if TYPE_CHECKING:
-    from moevision.layers import MoEMlp, Routing, forward_routing, record_routing, update_router_bias
+    from moevision.layers import (
+        MoEMlp,
+        Routing,
+        forward_routing,
+        record_routing,
+        update_router_bias,
+    )
     from moevision.models import VisionTransformerMoE, convert_to_moe, dense_twin
     from moevision.models.upcycle import upcycle
 

@@ -32,21 +32,40 @@ VERBS = {
     "fit": ("train a model on a folder of images; writes runs/NAME/", "moevision.train.fit:fit"),
     "validate": ("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": ("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
-    "predict": ("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
+    "predict": (
+        "classify images with a saved model, as CSV or JSON",
+        "moevision.commands.predict:run",
+    ),
     "info": ("parameters and FLOPs of a model", "moevision.commands.info:run"),
-    "compare": ("compare two runs, or several seeds of two recipes", "moevision.commands.compare:run"),
-    "upcycle": ("turn a pretrained dense ViT into a Mixture of Experts", "moevision.commands.upcycle:run"),
+    "compare": (
+        "compare two runs, or several seeds of two recipes",
+        "moevision.commands.compare:run",
+    ),
+    "upcycle": (
+        "turn a pretrained dense ViT into a Mixture of Experts",
+        "moevision.commands.upcycle:run",
+    ),
     "export": ("write a model as ONNX, checked against it", "moevision.commands.export:run"),
-    "analyze": ("what the experts of a trained model do, as one report", "moevision.commands.info:analyze"),
+    "analyze": (
+        "what the experts of a trained model do, as one report",
+        "moevision.commands.info:analyze",
+    ),
     "data": ("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
-    "demo": ("see in a browser which experts every patch of an image goes to", "moevision.commands.demo:run"),
+    "demo": (
+        "see in a browser which experts every patch of an image goes to",
+        "moevision.commands.demo:run",
+    ),
 }
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 UNREAD = 141  # the same of SIGPIPE, which Python ignores
 # Errors of writing, which of standard output have no file's name: no space, a limit, a lost terminal or pipe.
-_UNWRITTEN = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EPIPE") if hasattr(errno, name)}
+_UNWRITTEN = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EPIPE")
+    if hasattr(errno, name)
+}
 
 USAGE = """\
 moevision: train sparse vision transformers, see where every patch goes
@@ -77,7 +96,9 @@ exit codes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the arguments (`sys.argv[1:]`) name; the exit code, as `moevision --help` lists them."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a σ or an arrow that Windows' code pages lack becomes a "?"
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a σ or an arrow that Windows' code pages lack becomes a "?"
         sys.stdout.reconfigure(errors="replace")
     try:
         code = _answer(list(sys.argv[1:] if arguments is None else arguments))
@@ -105,7 +126,10 @@ def _answer(rest: list[str]) -> int:
         from difflib import get_close_matches
 
         meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
-        print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}", file=sys.stderr)
+        print(
+            f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}",
+            file=sys.stderr,
+        )
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -113,7 +137,9 @@ def _answer(rest: list[str]) -> int:
 
 def usage() -> str:
     """The help of the whole program."""
-    return USAGE.format(verbs="\n".join(f"  {name:10} {summary}" for name, (summary, _) in VERBS.items()))
+    return USAGE.format(
+        verbs="\n".join(f"  {name:10} {summary}" for name, (summary, _) in VERBS.items())
+    )
 
 
 def versions() -> str:
@@ -154,7 +180,9 @@ def _unwritten(error: OSError) -> int:
         raise error  # of another pipe
     with suppress(OSError):
         sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more when it ends
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # or Python would try once more when it ends
     if isinstance(error, BrokenPipeError):
         return UNREAD
     with suppress(OSError):  # standard error may be as full
@@ -175,7 +203,11 @@ def _nobody_reads() -> bool:
 def _sentence(name: str, error: Exception) -> str | None:
     """What a user can mend: what a verb has found, a file that can't be used, too little memory."""
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}; give another place, or mend it." if error.filename else None
+        return (
+            f"{error.filename}: {error.strerror}; give another place, or mend it."
+            if error.filename
+            else None
+        )
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         return (
             f"there is not enough memory for {name} here: use a smaller model, smaller images or smaller batches. "
@@ -200,7 +232,9 @@ def _call(name: str, arguments: list[str]) -> None:
         run(given)
 
 
-def _show(otherwise: Callable[..., None], warning: Warning, category: type[Warning], *place: Any) -> None:
+def _show(
+    otherwise: Callable[..., None], warning: Warning, category: type[Warning], *place: Any
+) -> None:
     """What a reader is meant to know in one line, without the place in the code."""
     if issubclass(category, DataWarning):
         print(f"warning: {warning}", file=sys.stderr)
@@ -211,7 +245,9 @@ def _show(otherwise: Callable[..., None], warning: Warning, category: type[Warni
 # ---- what each verb takes, as plain argparse, so that help and usage errors need no torch
 
 
-def _number(kind: Callable[[str], float], fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
+def _number(
+    kind: Callable[[str], float], fits: Callable[[float], bool], what: str
+) -> Callable[[str], Any]:
     def read(text: str) -> float:
         from argparse import ArgumentTypeError
 
@@ -234,7 +270,9 @@ _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at mos
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
-_DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
+_DATA = (
+    "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
+)
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
 
 
@@ -243,20 +281,32 @@ def _predict(add: Add) -> None:
     add("paths", nargs="+", metavar="PATH", help="image files, folders with their subfolders")
     add("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     add("--out", metavar="FILE", help="write to FILE instead of standard output")
-    add("--batch-size", type=_positive, default=64, metavar="N", help="images per pass (%(default)s)")
+    add(
+        "--batch-size",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="images per pass (%(default)s)",
+    )
     add(
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
         help="bf16 leaves two to three digits of a probability, and is faster where the processor has it (%(default)s)",
     )
-    add("--features", metavar="FILE.npy", help="also write the pooled features, records of path and feature")
+    add(
+        "--features",
+        metavar="FILE.npy",
+        help="also write the pooled features, records of path and feature",
+    )
     add("--unsure", type=_probability, metavar="P", help='answer "unsure" where no class reaches P')
 
 
 def _info(add: Add) -> None:
     add("model", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
-    add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
+    add(
+        "--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)"
+    )
 
 
 def _compare(add: Add) -> None:
@@ -265,19 +315,68 @@ def _compare(add: Add) -> None:
 
 
 def _upcycle(add: Add) -> None:
-    add("model", metavar="NAME_OR_PATH", help="a timm name, a saved model's folder, or a timm address")
+    add(
+        "model",
+        metavar="NAME_OR_PATH",
+        help="a timm name, a saved model's folder, or a timm address",
+    )
     add("--out", required=True, metavar="DIR", help="folder to write to")
-    add("--num-experts", type=_positive, default=8, metavar="E", help="experts per layer (%(default)s)")
-    add("--layers", type=_layers, help="last2 (odd blocks), every2, all, or numbers: 8,10 (the last two that count)")
+    add(
+        "--num-experts",
+        type=_positive,
+        default=8,
+        metavar="E",
+        help="experts per layer (%(default)s)",
+    )
+    add(
+        "--layers",
+        type=_layers,
+        help="last2 (odd blocks), every2, all, or numbers: 8,10 (the last two that count)",
+    )
     add("--top-k", type=_positive, default=1, metavar="K", help="experts per token (%(default)s)")
-    add("--router", default="vmoe_top_k", metavar="NAME", help="router of the new layers (%(default)s)")
+    add(
+        "--router",
+        default="vmoe_top_k",
+        metavar="NAME",
+        help="router of the new layers (%(default)s)",
+    )
     add("--weights", metavar="FILE", help="a .safetensors file for the architecture NAME")
-    add("--num-classes", type=_positive, metavar="C", help="a new classifier, if it differs from the model's own")
-    add("--image-size", type=_positive, metavar="PX", help="resample positions, if it differs from the model's own")
-    add("--depth", type=_positive, metavar="L", help="take only the first L blocks; the model must then be trained on")
-    add("--expert-hidden", type=_positive, metavar="H", help="a whole part of the MLP's hidden units")
-    add("--noise", type=_at_least_0, default=0.0, help="noise on the copies, relative to the spread of their weights")
-    add("--reinit", type=_share, default=0.0, help="share of each expert's hidden units that is drawn anew")
+    add(
+        "--num-classes",
+        type=_positive,
+        metavar="C",
+        help="a new classifier, if it differs from the model's own",
+    )
+    add(
+        "--image-size",
+        type=_positive,
+        metavar="PX",
+        help="resample positions, if it differs from the model's own",
+    )
+    add(
+        "--depth",
+        type=_positive,
+        metavar="L",
+        help="take only the first L blocks; the model must then be trained on",
+    )
+    add(
+        "--expert-hidden",
+        type=_positive,
+        metavar="H",
+        help="a whole part of the MLP's hidden units",
+    )
+    add(
+        "--noise",
+        type=_at_least_0,
+        default=0.0,
+        help="noise on the copies, relative to the spread of their weights",
+    )
+    add(
+        "--reinit",
+        type=_share,
+        default=0.0,
+        help="share of each expert's hidden units that is drawn anew",
+    )
     add(
         "--router-start",
         choices=("random", "cluster"),
@@ -300,33 +399,83 @@ def _upcycle(add: Add) -> None:
 def _export(add: Add) -> None:
     add("model", help=TRAINED)
     add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx")
-    add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic (%(default)s)")
-    add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
+    add(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of weights and arithmetic (%(default)s)",
+    )
+    add(
+        "--data",
+        metavar="IMAGES",
+        help="compare on these too: an image, a folder, or a dataset's name",
+    )
     add("--root", help=_ROOT)
-    add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
+    add(
+        "--limit",
+        type=int,
+        default=32,
+        metavar="N",
+        help="at most N images of --data (%(default)s)",
+    )
     add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
-    add("--routes", action="store_true", help="tell each patch's experts and gates too, and take experts away")
+    add(
+        "--routes",
+        action="store_true",
+        help="tell each patch's experts and gates too, and take experts away",
+    )
     add("--force", action="store_true", help="replace FILE")
 
 
 def _analyze(add: Add) -> None:
     add("model", help=f"{MODEL}; it must have MoE layers")
-    add("--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)")
+    add(
+        "--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)"
+    )
     add("--root", help=_ROOT)
     add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
     add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
-    add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with")
-    add("--before", metavar="MODEL", help="the model before it was trained, to compare with (fresh weights)")
-    add("--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p: 1/(N + 1))")
+    add(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="other trainings of the same recipe, to compare with",
+    )
+    add(
+        "--before",
+        metavar="MODEL",
+        help="the model before it was trained, to compare with (fresh weights)",
+    )
+    add(
+        "--permutations",
+        type=int,
+        metavar="N",
+        help="shuffles behind each chance level (1000; smallest p: 1/(N + 1))",
+    )
     add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
-    add("--quick", action="store_true", help="rougher: 300 images, 200 shuffles, experts ablated on fewer images")
+    add(
+        "--quick",
+        action="store_true",
+        help="rougher: 300 images, 200 shuffles, experts ablated on fewer images",
+    )
 
 
 def _score(add: Add) -> None:
     add("run", metavar="RUN", help="a run folder with scores.csv")
     add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/data)")
-    add("--show", type=_positive, default=40, metavar="N", help="images in each list of the page (%(default)s)")
-    add("--quick", action="store_true", help="no pass over the images: without files, duplicates and predictions")
+    add(
+        "--show",
+        type=_positive,
+        default=40,
+        metavar="N",
+        help="images in each list of the page (%(default)s)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="no pass over the images: without files, duplicates and predictions",
+    )
 
 
 def _prune(add: Add) -> None:
@@ -334,8 +483,18 @@ def _prune(add: Add) -> None:
     add("run", metavar="RUN", help="a run folder with scores.csv")
     add("--by", required=True, choices=methods, help="what decides, see above")
     add("--keep", type=_share, metavar="SHARE", help="share of the images to keep, such as 0.7")
-    add("--hardest", type=_share, metavar="SHARE", help="with ccs: share with the lowest AUM that goes first (0.1)")
-    add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
+    add(
+        "--hardest",
+        type=_share,
+        metavar="SHARE",
+        help="with ccs: share with the lowest AUM that goes first (0.1)",
+    )
+    add(
+        "--decisions",
+        type=Path,
+        metavar="FILE",
+        help="with decisions: the file that the page saved",
+    )
     add("--seed", type=_seed, default=0, help="seed of what is drawn, and of ties (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
 
@@ -344,16 +503,29 @@ def _demo(add: Add) -> None:
     add("model", nargs="?", metavar="MODEL", help=f"{MODEL}; bundled if left out")
     add("--data", metavar="DIR", help=f"images to choose from: {_DATA}")
     add("--root", metavar="DIR", help=_ROOT)
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for the whole network (%(default)s)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 for the whole network (%(default)s)",
+    )
     add("--port", type=int, help="port (the first free one from 7860)")
-    add("--root-path", default="", metavar="/PATH", help="path below which a proxy shows the page, such as /moe")
+    add(
+        "--root-path",
+        default="",
+        metavar="/PATH",
+        help="path below which a proxy shows the page, such as /moe",
+    )
     add(
         "--auth",
         metavar="USER",
         help="ask visitors for this user and a password, which is asked for here or comes from the variable "
         "MOEVISION_AUTH=USER:PASSWORD (USER:PASSWORD works too, but others on this computer can read it)",
     )
-    add("--public", action="store_true", help="let anyone in, without a password, who can reach --host or --share")
+    add(
+        "--public",
+        action="store_true",
+        help="let anyone in, without a password, who can reach --host or --share",
+    )
     add(
         "--share",
         action="store_true",
@@ -379,73 +551,108 @@ def _demo(add: Add) -> None:
 
 # Each verb, and each task of `data`: its options, what it does in one paragraph, and examples.
 _TAKES: dict[str, tuple[Callable[[Add], None], str, str]] = {
-    "predict": (_predict, """\
+    "predict": (
+        _predict,
+        """\
 Classify images with a saved model: one row per image with the path, the class in words, its probability, the five most
 likely classes, and the distance: above 1 the image is unlike the training images (empty if fit stored none). A file
 that can't be read gets a row that says why. Probabilities are calibrated if fit stored a temperature with the model; if
-not, a line says so. With --unsure the exit code stays 0.""", """\
+not, a line says so. With --unsure the exit code stays 0.""",
+        """\
   moevision predict runs/pets/model image.jpg
-  moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders"""),
-    "info": (_info, """\
+  moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders""",
+    ),
+    "info": (
+        _info,
+        """\
 Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the plain
-ViT.""", """\
+ViT.""",
+        """\
   moevision info runs/pets --format json
-  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched"""),
-    "compare": (_compare, """\
+  moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched""",
+    ),
+    "compare": (
+        _compare,
+        """\
 Compare finished runs of fit on the test images that all of them were tested on: accuracy, the difference with its
 interval, what would have been found with 80 % power, and cost. Two runs are compared image by image (McNemar's exact
 test, Tango's interval); more are sorted into two recipes by their config.yaml, equal but for the seed, and compared
-seed by seed (paired t). The first run's recipe is A. "No difference found" does not mean that they are equal.""", """\
+seed by seed (paired t). The first run's recipe is A. "No difference found" does not mean that they are equal.""",
+        """\
   moevision compare runs/pets runs/pets/twin                    a Mixture of Experts and its dense twin
-  moevision compare runs/moe-* runs/dense-* --json out.json   several seeds of two recipes"""),
-    "upcycle": (_upcycle, """\
+  moevision compare runs/moe-* runs/dense-* --json out.json   several seeds of two recipes""",
+    ),
+    "upcycle": (
+        _upcycle,
+        """\
 Turn a trained dense ViT into a Mixture of Experts that computes the same: every expert starts as a copy of the MLP
 that it replaces, and learns from there (arXiv:2212.05055). Writes OUT/ with the new model, which every verb takes,
 and upcycle.json: parameters and FLOPs before and after, and how far the outputs are from the dense model's.
 --num-experts E stores E MLPs in each converted block, --top-k K computes K of them per token: K = 1 costs what the
 dense model costs.""",
-    """\
+        """\
   moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
-  moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe"""),
-    "export": (_export, """\
+  moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe""",
+    ),
+    "export": (
+        _export,
+        """\
 Write a model as one ONNX file, which runs in onnxruntime and others without moevision. Any batch size, float32; class
 names and preprocessing travel in the file, which is run on seeded images and compared with the model: if a logit
 differs by more than rounding, no file is left. It computes ALL experts for every token and so saves no computation;
-what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""", """\
+what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""",
+        """\
   moevision export runs/pets --out pets.onnx
-  moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too"""),
-    "analyze": (_analyze, """\
+  moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too""",
+    ),
+    "analyze": (
+        _analyze,
+        """\
 Measure what the experts of a trained model do on held-out images, and write one report: OUT/report.html, a page that
 opens from disk, report.json with every number, figures/*.png, and trace.safetensors, the routing of every patch, for
 `RoutingTrace.load`. It answers three questions, each beside its controls: do classes go to different experts, did
-training the router add to that (with --seeds each against its own), and do the experts do different things.""", """\
+training the router add to that (with --seeds each against its own), and do the experts do different things.""",
+        """\
   moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
-  moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe"""),
-    "data score": (_score, """\
+  moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe""",
+    ),
+    "data score": (
+        _score,
+        """\
 Write what is known about the images of RUN: OUT/page.html, ranked lists with the images (labels that others speak
 against, hardest, near-duplicates, leaks between splits, blurred, dark, damaged, ...), and images.csv, a row for each
 image. On the page you decide by keyboard: keep, wrong label, drop; it saves decisions.csv, which `moevision data
-prune --by decisions` makes a list of. Lists rank, and say of no image that it is bad. Nothing leaves the page.""", """\
+prune --by decisions` makes a list of. Lists rank, and say of no image that it is bad. Nothing leaves the page.""",
+        """\
   moevision data score runs/pets
-  moevision data score runs/pets --quick                only the scores of the training, in seconds"""),
-    "data prune": (_prune, """\
+  moevision data score runs/pets --quick                only the scores of the training, in seconds""",
+    ),
+    "data prune": (
+        _prune,
+        """\
 Write a list of the training images of RUN to keep, with a reason per row, for fit's --data.keep (and --data.relabel
 where there are new labels). aum and loss give up first what speaks against its label, el2n and forgetting what is
 easy, ccs the lowest AUM and then equally from strata of AUM (arXiv:2210.15809), decisions what you dropped on the
 page; random is the baseline (at small shares scores have lost to it, arXiv:2302.06960). No class loses its last
-image.""", """\
+image.""",
+        """\
   moevision data prune runs/pets --by ccs --keep 0.7
-  moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv"""),
-    "demo": (_demo, """\
+  moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv""",
+    ),
+    "demo": (
+        _demo,
+        """\
 See in a browser which experts every patch of an image goes to. Without MODEL it shows the models that come with the
 package. Nothing is downloaded, and without --share or --host nothing leaves this computer; images that you drop on the
-page are not kept.""", """\
+page are not kept.""",
+        """\
   moevision demo                                     the bundled models, on this computer only
   moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
-  moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed"""),
-}  # fmt: skip
+  moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed""",
+    ),
+}
 _DATA_HELP = (
     """\
 Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
@@ -495,7 +702,11 @@ def understood(name: str, arguments: list[str]) -> Namespace:
 
 def _layers(text: str) -> str | list[int]:
     numbers = text.replace(" ", "").split(",")
-    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else text
+    return (
+        [int(number) for number in numbers]
+        if all(number.isdecimal() for number in numbers)
+        else text
+    )
 
 
 def _option(text: str) -> tuple[str, Any]:

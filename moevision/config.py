@@ -18,7 +18,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import MappingProxyType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml  # type: ignore[import-untyped]
 
@@ -180,12 +190,28 @@ class RouterOptions:
     def __post_init__(self) -> None:
         for name, choices in (("noise", Noise), ("route_by", RouteBy), ("capacity_group", Group)):
             if (value := getattr(self, name)) not in (None, *get_args(choices)):
-                raise UserError(f"There is no {name} {value!r}: choose one of {', '.join(get_args(choices))}.")
-        check_ranges(self, [(*ABOVE_0, ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"))])
+                raise UserError(
+                    f"There is no {name} {value!r}: choose one of {', '.join(get_args(choices))}."
+                )
+        check_ranges(
+            self,
+            [
+                (
+                    *ABOVE_0,
+                    ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"),
+                )
+            ],
+        )
         if self.capacity_factor is None and self.eval_capacity_factor is None:
-            idle = [name for name in ("batch_priority", "capacity_group") if getattr(self, name) is not None]
+            idle = [
+                name
+                for name in ("batch_priority", "capacity_group")
+                if getattr(self, name) is not None
+            ]
             if idle:
-                raise UserError(f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25.")
+                raise UserError(
+                    f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25."
+                )
         elif self.route_by == "image" and self.capacity_group != "batch":
             raise UserError(
                 "With route_by='image' one image never fills an expert, so a capacity per image drops nothing: set "
@@ -200,7 +226,9 @@ class RouterOptions:
         """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
         useless = sorted(self.given().keys() - set(useful))
         if useless:
-            raise UserError(f"The router {router!r} has no use for {', '.join(useless)}: leave it out.")
+            raise UserError(
+                f"The router {router!r} has no use for {', '.join(useless)}: leave it out."
+            )
         return self
 
 
@@ -276,7 +304,15 @@ class MoEConfig(RouterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = ("num_experts", "top_k", "patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")
+        sizes = (
+            "num_experts",
+            "top_k",
+            "patch_size",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "expert_hidden",
+        )
         ranges: Ranges = (
             (*AT_LEAST_1, sizes),
             (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
@@ -347,7 +383,11 @@ class AuxLossWeights:
     rule: Rule = "shazeer"
 
     def __post_init__(self) -> None:
-        check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z", "label"))], "--model.aux.")
+        check_ranges(
+            self,
+            [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z", "label"))],
+            "--model.aux.",
+        )
 
 
 @dataclass(frozen=True)
@@ -391,7 +431,9 @@ class CheckpointConfig:
     monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, [(*ABOVE_0, ("every_minutes",)), (*AT_LEAST_1, ("every_steps",))], "--checkpoint.")
+        check_ranges(
+            self, [(*ABOVE_0, ("every_minutes",)), (*AT_LEAST_1, ("every_steps",))], "--checkpoint."
+        )
 
 
 @dataclass(frozen=True)
@@ -431,7 +473,10 @@ class RecordRoutingConfig:
     def __post_init__(self) -> None:
         ranges: Ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
         if isinstance(self.images, int):
-            ranges = [*ranges, (f"1 to {MAX_RECORDED}", lambda x: 1 <= x <= MAX_RECORDED, ("images",))]
+            ranges = [
+                *ranges,
+                (f"1 to {MAX_RECORDED}", lambda x: 1 <= x <= MAX_RECORDED, ("images",)),
+            ]
         check_ranges(self, ranges, "--record_routing.")
 
 
@@ -482,7 +527,9 @@ class EmaConfig:
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        check_ranges(self, [("between 0 and 1, such as 0.999", lambda x: 0 < x < 1, ("decay",))], "--ema.")
+        check_ranges(
+            self, [("between 0 and 1, such as 0.999", lambda x: 0 < x < 1, ("decay",))], "--ema."
+        )
 
 
 @dataclass
@@ -553,13 +600,18 @@ CLASSES = ("strategy", "logger", "callbacks", "profiler", "plugins")
 MORE: dict[str, Any] = {
     **dict.fromkeys(CLASSES, plain),
     **dict.fromkeys(
-        ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"), _LIMIT
+        ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+        _LIMIT,
     ),
     **dict.fromkeys(("overfit_batches", "val_check_interval"), _LIMIT),
     **dict.fromkeys(("min_epochs", "min_steps", "check_val_every_n_epoch"), int | None),
     **dict.fromkeys(("reload_dataloaders_every_n_epochs",), int),
-    **dict.fromkeys(("enable_progress_bar", "enable_checkpointing", "inference_mode", "benchmark"), bool | None),
-    **dict.fromkeys(("detect_anomaly", "barebones", "sync_batchnorm", "enable_autolog_hparams"), bool),
+    **dict.fromkeys(
+        ("enable_progress_bar", "enable_checkpointing", "inference_mode", "benchmark"), bool | None
+    ),
+    **dict.fromkeys(
+        ("detect_anomaly", "barebones", "sync_batchnorm", "enable_autolog_hparams"), bool
+    ),
     "fast_dev_run": int | bool,
     "max_time": str | dict[str, int] | None,
     "deterministic": bool | Literal["warn"] | None,
@@ -589,7 +641,9 @@ class Settings:
     """
 
     seed_everything: bool | int = 0
-    trainer: dict[str, Any] = field(default_factory=lambda: asdict(Trainer()))  # of `Trainer` and of `MORE`
+    trainer: dict[str, Any] = field(
+        default_factory=lambda: asdict(Trainer())
+    )  # of `Trainer` and of `MORE`
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     resume: str | None = None
@@ -634,19 +688,28 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
     said = "".join(base.__doc__ or "" for base in cls.__mro__ if is_dataclass(base))
     words = {}
     for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE):
-        words[name] = re.fullmatch(r"(.*?)(?: \[([^\]]+)\])?\.?", " ".join(text.split()).replace("`", ""))
+        words[name] = re.fullmatch(
+            r"(.*?)(?: \[([^\]]+)\])?\.?", " ".join(text.split()).replace("`", "")
+        )
     kinds = get_type_hints(cls)
     for each in fields(cls):
         if is_dataclass(kind := kinds[each.name]):
             yield from _keys(cast(type, kind), f"{prefix}{each.name}.")
         else:
             found = words.get(each.name)
-            yield f"{prefix}{each.name}", Option(kind, each.default, *(found.groups("") if found else ()))
+            yield (
+                f"{prefix}{each.name}",
+                Option(kind, each.default, *(found.groups("") if found else ())),
+            )
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """These options and the defaults of the others, by dotted names; the Trainer's own defaults are left out."""
-    defaults = {name: one.default for name, one in options().items() if name.removeprefix("trainer.") not in MORE}
+    defaults = {
+        name: one.default
+        for name, one in options().items()
+        if name.removeprefix("trainer.") not in MORE
+    }
     return {**defaults, **given}
 
 
@@ -664,7 +727,11 @@ def settings(given: Mapping[str, Any]) -> Settings:
         return cls(**values)
 
     made: Settings = make(Settings, "")
-    made.trainer |= {key.removeprefix("trainer."): value for key, value in given.items() if key.startswith("trainer.")}
+    made.trainer |= {
+        key.removeprefix("trainer."): value
+        for key, value in given.items()
+        if key.startswith("trainer.")
+    }
     return made
 
 
@@ -686,10 +753,14 @@ def checked(content: Any, where: str) -> dict[str, Any]:
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
     """
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} is no configuration: it must have keys, such as data: {{path: ...}}.")
+        raise UserError(
+            f"{where} is no configuration: it must have keys, such as data: {{path: ...}}."
+        )
     found = flat(content)
     given = {
-        name: found[name] for name in found if name in options() or (found[name] is not None and name not in WRITTEN)
+        name: found[name]
+        for name in found
+        if name in options() or (found[name] is not None and name not in WRITTEN)
     }
     if unknown := next((name for name in given if name not in options()), None):
         raise UserError(f"{where}: {_unknown(unknown)}")
@@ -713,31 +784,43 @@ def read(verb: str, arguments: Sequence[str]) -> Given:
     """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
     try:
-        found = vars(parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat())
+        found = vars(
+            parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat()
+        )
     except ArgumentError as error:
         raise UserError(f"{_sentence(str(error))} See moevision {verb} --help.") from error
-    folder, configs, prints = (found.pop(name, None) for name in ("folder", "config", "print_config"))
+    folder, configs, prints = (
+        found.pop(name, None) for name in ("folder", "config", "print_config")
+    )
     return Given(folder, configs or [], found, prints is not None, ["moevision", verb, *arguments])
 
 
 def spelled(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], also: Mapping[str, str] = MappingProxyType({})
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    also: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """The arguments with each option as the parser spells it: - and _ mean the same in its name.
 
     `also` has other words for some options, without dashes.
     """
-    names = {name: name for name in parser._option_string_actions} | {f"--{word}": f"--{also[word]}" for word in also}
+    names = {name: name for name in parser._option_string_actions} | {
+        f"--{word}": f"--{also[word]}" for word in also
+    }
     known = {name.replace("-", "_"): key for name, key in names.items() if name.startswith("--")}
     parts = [argument.partition("=") for argument in arguments]
-    return [known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts]
+    return [
+        known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts
+    ]
 
 
 @cache
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="moevision", exit_on_error=False, allow_abbrev=False, add_help=False)
+    parser = ArgumentParser(
+        prog="moevision", exit_on_error=False, allow_abbrev=False, add_help=False
+    )
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--config", "-c", action="append")
     parser.add_argument("--print_config", nargs="?", const="")
@@ -758,7 +841,10 @@ def _sentence(message: str) -> str:
         return f"{word!r} stands where an option is expected: a folder comes right after the verb."
     if found := re.search(r"argument (?:\S+/)?(\S+): expected", message):
         return f"{found[1]} needs a value."
-    key, value = re.search(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message)
+    key, value = (
+        re.search(r'Parser key "([^"]+)"', message),
+        re.search(r"(?:Got|Given) value: (.*)", message),
+    )
     if key and value and key[1] in options():
         return f"--{key[1]} is {value[1]!r}: it must be {_kinds(options()[key[1]].kind)}."
     return " ".join(message.split()).rstrip(".") + "."
@@ -800,16 +886,43 @@ SHORT = {
     "device": "trainer.accelerator",
 }
 FLAGS = {
-    "dense": ("model.arch.twin", "active_flops", "fine-tune or train the dense model, without experts"),
-    "force": ("check_memory", False, "train a model that seems too large for the memory all the same"),
-    "without-twin": ("with_twin", False, "don't train the dense twin that a configuration asks for"),
+    "dense": (
+        "model.arch.twin",
+        "active_flops",
+        "fine-tune or train the dense model, without experts",
+    ),
+    "force": (
+        "check_memory",
+        False,
+        "train a model that seems too large for the memory all the same",
+    ),
+    "without-twin": (
+        "with_twin",
+        False,
+        "don't train the dense twin that a configuration asks for",
+    ),
 }
 # Into every config.yaml before they left.
 WRITTEN = ("guard.snapshots_in", "log_routers", "trainer.use_distributed_sampler")
 # What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
 _SHORT = (
-    *("config", "pretrained", "dense", "with-twin", "seed_everything", "name", "resume", "data.image_size"),
-    *("data.batch_size", "data.augment", "model.arch.num_experts", "model.arch.router", "model.optim.lr"),
+    *(
+        "config",
+        "pretrained",
+        "dense",
+        "with-twin",
+        "seed_everything",
+        "name",
+        "resume",
+        "data.image_size",
+    ),
+    *(
+        "data.batch_size",
+        "data.augment",
+        "model.arch.num_experts",
+        "model.arch.router",
+        "model.optim.lr",
+    ),
     *("trainer.max_epochs", "trainer.devices", "parallel", "print_config"),
 )
 _RARE = re.compile(
@@ -819,7 +932,15 @@ _RARE = re.compile(
     r"|model\.(arch\.twin|optim\.beta2|aux\.rule)|record_routing\.moments|parallel\.offload|check_memory|runs_root"
 )
 _EVALUATION = (
-    *("config", "ckpt_path", "name", "runs_root", "data.path", "data.batch_size", "data.num_workers"),
+    *(
+        "config",
+        "ckpt_path",
+        "name",
+        "runs_root",
+        "data.path",
+        "data.batch_size",
+        "data.num_workers",
+    ),
     *("trainer.accelerator", "trainer.devices", "trainer.precision", "compile", "print_config"),
 )
 _OWN_WORDS = {
@@ -856,7 +977,9 @@ _BELOW = (
     "exit codes: 0 done; 2 user error, the last line explains the fix; 3 diverged, see divergence.md; 130 Ctrl-C, 129 "
     "terminal closed, 143 SIGTERM, 138 SIGUSR1: saved, the last line is the command that resumes."
 )
-_BELOW_EVALUATION = "exit codes: 0 done; 2 user error, the last line explains the fix; 130 stopped by Ctrl-C."
+_BELOW_EVALUATION = (
+    "exit codes: 0 done; 2 user error, the last line explains the fix; 130 stopped by Ctrl-C."
+)
 
 
 def shown(verb: str, *, everything: bool) -> list[str]:
@@ -866,8 +989,15 @@ def shown(verb: str, *, everything: bool) -> list[str]:
     if not everything:
         return list(_SHORT)
     aliased = {key: alias for alias, key in ALIASES.items()}
-    rare = {name for name in options() if name.removeprefix("trainer.") in MORE or _RARE.match(name)} - aliased.keys()
-    return ["config", "print_config", *(aliased.get(name, name) for name in options() if name not in rare), *FLAGS]
+    rare = {
+        name for name in options() if name.removeprefix("trainer.") in MORE or _RARE.match(name)
+    } - aliased.keys()
+    return [
+        "config",
+        "print_config",
+        *(aliased.get(name, name) for name in options() if name not in rare),
+        *FLAGS,
+    ]
 
 
 def help_of(verb: str, *, everything: bool = False) -> str:
@@ -908,7 +1038,9 @@ def _values(kind: Any) -> str:
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
     words = {int: "N", float: "X", str: "TEXT", bool: "true"}
     return "|".join(
-        "|".join(map(str, get_args(each))) if get_origin(each) is Literal else words.get(each, "...")
+        "|".join(map(str, get_args(each)))
+        if get_origin(each) is Literal
+        else words.get(each, "...")
         for each in kinds
         if each is not type(None)
     )

@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    bmm_flop,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from moevision.layers import Backend, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
 from moevision.layers.routing import evaluating
@@ -35,7 +40,9 @@ class ModelCost:
     router_flops_per_image: int = 0
 
 
-def measure_cost(model: nn.Module, image_size: int | tuple[int, int], *, backend: Backend = "loop") -> ModelCost:
+def measure_cost(
+    model: nn.Module, image_size: int | tuple[int, int], *, backend: Backend = "loop"
+) -> ModelCost:
     """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
     The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
@@ -66,7 +73,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         if layer.router.kind == "soft":
             continue
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        idle += experts // layer.router.num_experts * (layer.router.num_experts - layer.router.top_k)
+        idle += (
+            experts // layer.router.num_experts * (layer.router.num_experts - layer.router.top_k)
+        )
     return total, total - idle
 
 
@@ -124,7 +133,9 @@ def count_layers(
     model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
 ) -> tuple[Any, list[LayerCount]]:
     """Run one forward pass under an open `flop_counter()`: what it returned, and its MoE layers in order of depth."""
-    spent: dict[nn.Module, int] = {}  # FLOPs between start and end of a layer, its router and its shared experts
+    spent: dict[
+        nn.Module, int
+    ] = {}  # FLOPs between start and end of a layer, its router and its shared experts
 
     def start(module: nn.Module, _: tuple[Any, ...]) -> None:
         spent[module] = -int(counter.get_total_flops())
@@ -133,15 +144,23 @@ def count_layers(
         spent[module] += int(counter.get_total_flops())
 
     layers = moe_layers(model)
-    parts = [part for layer in layers for part in (layer, layer.router, layer.shared) if part is not None]
+    parts = [
+        part for layer in layers for part in (layer, layer.router, layer.shared) if part is not None
+    ]
     with record_routing(model) as routings, ExitStack() as hooks:
         for part in parts:
             hooks.enter_context(part.register_forward_pre_hook(start))
             hooks.enter_context(part.register_forward_hook(end))
         output = forward()
     counts = []
-    for layer, routing in zip(layers, routings, strict=True):  # every MoE layer runs once in a forward pass
-        experts = spent[layer] - spent[layer.router] - (0 if layer.shared is None else spent[layer.shared])
+    for layer, routing in zip(
+        layers, routings, strict=True
+    ):  # every MoE layer runs once in a forward pass
+        experts = (
+            spent[layer]
+            - spent[layer.router]
+            - (0 if layer.shared is None else spent[layer.shared])
+        )
         if isinstance(routing, SoftRouting):
             # Slots are filled with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2

@@ -81,7 +81,9 @@ def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
 # C0, DEL and C1 controls; Arabic letter mark; zero-width space; marks, embeddings, overrides and isolates of direction;
 # line and paragraph separator; word joiner and other invisible signs; lone surrogates; byte order mark. The zero-width
 # joiners U+200C and U+200D stay: Persian, Indic scripts and emoji are spelled with them.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+_UNSHOWN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
 # The same without JSON's own line breaks: json.dumps has escaped all of C0 inside its strings.
 _UNSHOWN_IN_JSON = re.compile(_UNSHOWN.pattern.replace("\x00-\x1f", ""))
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")

@@ -16,7 +16,9 @@ from typing import Any
 from moevision.errors import UserError, json_text
 
 
-def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None) -> None:
+def write_bytes_atomic(
+    path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None
+) -> None:
     """Replace `path` by a file with these bytes, at once or part by part; missing parent folders are made.
 
     When it returns, the file is on the disk under its name. An older one is then called `before`, if that is given; an
@@ -95,7 +97,9 @@ def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
             beginning = file.read(4096)
             ours = mark in beginning or not beginning
     if not ours:
-        raise UserError(f"{path} is there already and holds something else: give {option} another place.")
+        raise UserError(
+            f"{path} is there already and holds something else: give {option} another place."
+        )
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:

@@ -40,8 +40,14 @@ def usable_memory_bytes(root: Path = ROOT) -> int | None:
 def memory_available_bytes(root: Path = ROOT) -> int | None:
     """Memory that new programs can have without swapping, within the control group's limit."""
     meminfo = _text(root / "proc/meminfo").split()
-    free = [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in meminfo else []
-    return min([*free, *(max(0, limit - used) for limit, used in _memory_limits(root))], default=None)
+    free = (
+        [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024]
+        if "MemAvailable:" in meminfo
+        else []
+    )
+    return min(
+        [*free, *(max(0, limit - used) for limit, used in _memory_limits(root))], default=None
+    )
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
@@ -57,13 +63,22 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 def _groups(root: Path) -> Iterator[Path]:
     """The folders of this process's control group and its ancestors."""
-    group = next((line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), None)
+    group = next(
+        (
+            line[3:]
+            for line in _text(root / "proc/self/cgroup").splitlines()
+            if line.startswith("0::")
+        ),
+        None,
+    )
     if group is None:
         return
     # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
     top = root / "sys/fs/cgroup"
     folder = top / group.strip("/")
-    yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
+    yield from (
+        place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir()
+    )
 
 
 def _text(file: Path) -> str:
@@ -81,7 +96,10 @@ def _text(file: Path) -> str:
 
 # Of <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))  # -1 is never; 2**31 - 1 would still trim 2 GiB
+_SETTINGS = (
+    (_M_MMAP_MAX, 0),
+    (_M_TRIM_THRESHOLD, -1),
+)  # -1 is never; 2**31 - 1 would still trim 2 GiB
 _kept = False
 
 
@@ -98,7 +116,9 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # No block is mapped from the system on its own, and the heap is never trimmed. Both calls answer 1 on success.
-    _kept = all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in _SETTINGS)
+    _kept = all(
+        library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in _SETTINGS
+    )
     return _kept
 
 

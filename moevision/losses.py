@@ -54,7 +54,11 @@ def load_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
     Raises:
         UserError: if the routing has no noise.
     """
-    return cv_squared(_load(routing, rule)) if routing.top_k < routing.num_experts else routing.logits.new_zeros(())
+    return (
+        cv_squared(_load(routing, rule))
+        if routing.top_k < routing.num_experts
+        else routing.logits.new_zeros(())
+    )
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -103,7 +107,9 @@ def _importance(routing: Routing, rule: Rule) -> Tensor:
 
 def _load(routing: Routing, rule: Rule) -> Tensor:
     if routing.noise_std is None:
-        raise UserError("The load loss needs router noise: use a router with noise, in training mode.")
+        raise UserError(
+            "The load loss needs router noise: use a router with noise, in training mode."
+        )
     if routing.top_k == routing.num_experts:
         return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
     k = routing.top_k
@@ -111,7 +117,9 @@ def _load(routing: Routing, rule: Rule) -> Tensor:
     if rule == "vmoe":
         threshold = best[..., k - 1 : k]
     else:
-        chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(-1, routing.expert_index, True)
+        chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(
+            -1, routing.expert_index, True
+        )
         threshold = torch.where(chosen, best[..., k : k + 1], best[..., k - 1 : k])
     # Learned noise can shrink to nothing; below 1e-6 the probability is a step and its gradient 0 · ∞.
     std = routing.noise_std.clamp_min(1e-6)
@@ -155,7 +163,9 @@ def _mean(sums: Tensor) -> Tensor:
 
 
 class _Loss(NamedTuple):
-    sums: Callable[..., Tensor]  # of a routing and the rule (`label`: the target), additive over tokens
+    sums: Callable[
+        ..., Tensor
+    ]  # of a routing and the rule (`label`: the target), additive over tokens
     value: Callable[[Tensor], Tensor]
 
 
@@ -200,7 +210,11 @@ class AuxLoss:
             of_scores = {"label"} if "z" in layer.router.losses else set()
             missing = weights.keys() - layer.router.losses - of_scores
             if missing:
-                able = f"it has {', '.join(sorted(layer.router.losses))}" if layer.router.losses else "it needs none"
+                able = (
+                    f"it has {', '.join(sorted(layer.router.losses))}"
+                    if layer.router.losses
+                    else "it needs none"
+                )
                 raise UserError(
                     f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
                     f"({able}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
@@ -294,9 +308,13 @@ class Balance:
             routings: what the MoE layers decided, by `forward_routing` or `record_routing`.
         """
         counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
-        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+        self._counts = (
+            [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+        )
         total, self.values = self._losses(routings)
-        return torch.zeros((), device=counts[0].device if counts else None) if total is None else total
+        return (
+            torch.zeros((), device=counts[0].device if counts else None) if total is None else total
+        )
 
     def step(self, applied: bool = True) -> None:
         """Let routers act on the step's load, and begin the next one.
@@ -304,7 +322,11 @@ class Balance:
         Args:
             applied: False where the update was left out, as a loss scaler does: then no router moves.
         """
-        if applied and self._counts and any(layer.router.needs_load for layer in moe_layers(self.model)):
+        if (
+            applied
+            and self._counts
+            and any(layer.router.needs_load for layer in moe_layers(self.model))
+        ):
             update_router_bias(self.model, _sum_over_ranks(self._counts))
         self._counts = []
         self._losses.start_window()
@@ -316,7 +338,10 @@ def _sum_over_ranks(sums: list[Tensor]) -> Sequence[Tensor]:
         return sums
     flat = torch.cat([x.flatten() for x in sums])
     total: Tensor = _AllReduce.apply(flat)  # type: ignore[no-untyped-call]
-    return [part.view_as(x) for part, x in zip(total.split([x.numel() for x in sums]), sums, strict=True)]
+    return [
+        part.view_as(x)
+        for part, x in zip(total.split([x.numel() for x in sums]), sums, strict=True)
+    ]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -352,10 +377,15 @@ class RoutingStatistics(Metric):
     def __init__(self, layers: Sequence[int], num_experts: Sequence[int]) -> None:
         super().__init__()
         self.layers, self.num_experts = list(layers), list(num_experts)
-        shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
+        shape = (
+            len(self.layers),
+            max(self.num_experts, default=0),
+        )  # a layer with fewer experts has zeros behind
         for name in ("counts", "count_squares", "requested"):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("entropy_bits", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "entropy_bits", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum"
+        )
         for name in ("tokens", "images", "unrouted"):
             self.add_state(name, torch.zeros(shape[0], dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -388,5 +418,7 @@ class RoutingStatistics(Metric):
                 count_squares=sums["count_squares"][row, :num_experts],
                 images=sums["images"][row, 0],
             )
-            for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True))
+            for row, (layer, num_experts) in enumerate(
+                zip(self.layers, self.num_experts, strict=True)
+            )
         ]

@@ -65,7 +65,9 @@ class PairedDifference:
         return (self.high - self.low) / 2 / _Z
 
 
-def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> PairedDifference:
+def paired_difference(
+    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]
+) -> PairedDifference:
     """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.
 
     `correct_a` and `correct_b` [n] say whether each model classified image i correctly.
@@ -79,13 +81,19 @@ def paired_difference(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[n
             return paired_score(only_a, only_b, n, difference) - z
 
         inside = excess(-_EDGE) * excess(_EDGE) <= 0
-        bounds.append(float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14)) if inside else math.copysign(1.0, -z))
+        bounds.append(
+            float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14)) if inside else math.copysign(1.0, -z)
+        )
     low, high = bounds
-    return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b))
+    return PairedDifference(
+        (only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b)
+    )
 
 
 def paired_macro_difference(
-    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]
+    correct_a: npt.NDArray[np.bool_],
+    correct_b: npt.NDArray[np.bool_],
+    labels: npt.NDArray[np.int64],
 ) -> PairedDifference:
     """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
 
@@ -102,7 +110,9 @@ def paired_macro_difference(
         images = len(gaps) + 2 / len(classes)
         means.append(gaps.mean())
         centres.append(gaps.sum() / images)
-        variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
+        variances.append(
+            (np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2
+        )
     centre, half = float(np.mean(centres)), _Z * math.sqrt(sum(variances)) / len(means)
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
     return replace(plain, difference=float(np.mean(means)), low=low, high=high)
@@ -149,7 +159,9 @@ def detectable_on(images: int, discordant: int) -> float:
         share = max(discordant / images, difference)
         low, high = binom.interval(1 - 1e-9, images, share)
         apart = np.arange(int(low), int(high) + 1)
-        fewest = binom.ppf(LEVEL / 2, apart, 0.5)  # the most images with only b right that are still significant
+        fewest = binom.ppf(
+            LEVEL / 2, apart, 0.5
+        )  # the most images with only b right that are still significant
         fewest -= binom.cdf(fewest, apart, 0.5) > LEVEL / 2
         found = binom.sf(apart - fewest - 1, apart, min(1.0, (1 + difference / share) / 2))
         return float(binom.pmf(apart, images, share) @ found) - POWER
@@ -195,7 +207,11 @@ class Gap:
     def detectable(self) -> float:
         """Points that as many seeds with this spread tell from 0 with 80 % power."""
         error = self.error
-        return math.nan if math.isnan(error) else detectable(self.seeds) * math.sqrt(self.seeds) * error
+        return (
+            math.nan
+            if math.isnan(error)
+            else detectable(self.seeds) * math.sqrt(self.seeds) * error
+        )
 
 
 def detectable(seeds: int, level: float = LEVEL) -> float:
@@ -204,7 +220,9 @@ def detectable(seeds: int, level: float = LEVEL) -> float:
     By the noncentral t; the chance of a significant result in the wrong direction, below 1e-4, is left out.
     """
     critical = student.ppf(1 - level / 2, seeds - 1)
-    return float(brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - POWER, 1e-6, 100.0))
+    return float(
+        brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - POWER, 1e-6, 100.0)
+    )
 
 
 # ---- confidence
@@ -236,5 +254,7 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
         return float(np.mean(logsumexp(logits / temperature, axis=1) - aimed / temperature))
 
     # Convex in 1 / T, so there is one minimum.
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(
+        loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6}
+    )
     return Calibration(float(np.exp(found.x)), n)

@@ -35,7 +35,13 @@ def duration(seconds: float) -> str:
     """732.4 -> `12 min 12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def columns() -> int:
@@ -45,7 +51,9 @@ def columns() -> int:
 
 def fitted(text: str) -> str:
     """Each line wrapped to these."""
-    return "\n".join(textwrap.fill(line, columns(), break_on_hyphens=False) for line in text.splitlines())
+    return "\n".join(
+        textwrap.fill(line, columns(), break_on_hyphens=False) for line in text.splitlines()
+    )
 
 
 def shell_word(text: str) -> str:

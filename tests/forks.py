@@ -42,12 +42,16 @@ class Forked:
         others: how many processes torchrun or our launcher may start in it as forks; further ones are new interpreters.
     """
 
-    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str], others: int = 0) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, env: Mapping[str, str], others: int = 0
+    ) -> None:
         begin()
         output, name = tempfile.mkstemp()
         os.close(output)
         self._said = Path(name)
-        self._process = CONTEXT.Process(target=_run, args=(command, folder, dict(env), name, others))
+        self._process = CONTEXT.Process(
+            target=_run, args=(command, folder, dict(env), name, others)
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -83,7 +87,13 @@ class _Waiting(subprocess.Popen[bytes]):
     forks: ClassVar[list[tuple[int, Connection]]] = []
 
     def __init__(
-        self, args: Any, *, env: Any, cwd: None = None, start_new_session: bool = False, **output: Any
+        self,
+        args: Any,
+        *,
+        env: Any,
+        cwd: None = None,
+        start_new_session: bool = False,
+        **output: Any,
     ) -> None:
         assert set(output.values()) <= {None}
         self._told = (args[args.index("-m") :], env, start_new_session)
@@ -120,7 +130,9 @@ def _run(command: list[str], folder: Path, env: dict[str, str], said: str, other
     os.environ.clear()
     os.environ.update(env)
     rank_zero_only.rank = _get_rank() or 0  # Lightning has looked for it when it was imported
-    plots.save = _leave_empty  # a sixth of a tiny training's CPU time; new interpreters render figures
+    plots.save = (
+        _leave_empty  # a sixth of a tiny training's CPU time; new interpreters render figures
+    )
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

@@ -34,7 +34,14 @@ LAYOUT = ("--isolated", "--line-length", "120", "--config", "format.skip-magic-t
 SHORT_FUNCTION = 8  # lines of code below which a function's density isn't counted
 LONG_FUNCTION = 400  # tokens of its body above which a function is long
 
-_UNCOUNTED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+_UNCOUNTED = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 # From Python 3.12 on an f-string is many tokens.
 _FSTRING_START = getattr(tokenize, "FSTRING_START", -1)
 _FSTRING_END = getattr(tokenize, "FSTRING_END", -1)
@@ -59,7 +66,9 @@ def sources_at_fixed_layout(paths: dict[str, Path]) -> dict[str, str]:
         for name, copy in copies.items():
             source = paths[name].read_text(encoding="utf-8")
             copy.write_text(re.sub(r"\s*# fmt: (skip|off|on)\b", "", source), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *LAYOUT, folder], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "ruff", "format", "--quiet", *LAYOUT, folder], check=True
+        )
         return {name: copy.read_text(encoding="utf-8") for name, copy in copies.items()}
 
 
@@ -71,7 +80,9 @@ def token_lines(source: str) -> list[tuple[int, int]]:
     docstrings = {
         (node.lineno, node.col_offset)
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
     }
     lines, open_fstrings = [], 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -126,7 +137,9 @@ def functions(module: str, source: str) -> Iterator[Function]:
             body = between(node.body[0].lineno, node.end_lineno)
             if body:
                 whole = between(node.lineno, node.end_lineno)
-                yield Function(f"{module}.{node.name}", code_lines(whole), len(body), code_lines(body))
+                yield Function(
+                    f"{module}.{node.name}", code_lines(whole), len(body), code_lines(body)
+                )
 
 
 # ---- imports
@@ -149,7 +162,10 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     names = sorted(graph)
     edges = np.array([[other in graph[name] for other in names] for name in names])
     _, group = connected_components(edges, connection="strong")
-    return [[names[i] for i in np.flatnonzero(group == g)] for g in np.flatnonzero(np.bincount(group) > 1)]
+    return [
+        [names[i] for i in np.flatnonzero(group == g)]
+        for g in np.flatnonzero(np.bincount(group) > 1)
+    ]
 
 
 # ---- everything that is counted
@@ -168,10 +184,18 @@ def count(root: Path) -> dict[str, Any]:
         folders.setdefault(str(path.parent.relative_to(root)), Counter()).update(size)
     total = sum(folders.values(), Counter())
 
-    every_function = [function for name, source in sources.items() for function in functions(name, source)]
-    densities = [function.density for function in every_function if function.lines >= SHORT_FUNCTION]
-    long_functions = {each.name: each.body_tokens for each in every_function if each.body_tokens > LONG_FUNCTION}
-    conditionals = sum(isinstance(node, ast.IfExp) for tree in trees.values() for node in ast.walk(tree))
+    every_function = [
+        function for name, source in sources.items() for function in functions(name, source)
+    ]
+    densities = [
+        function.density for function in every_function if function.lines >= SHORT_FUNCTION
+    ]
+    long_functions = {
+        each.name: each.body_tokens for each in every_function if each.body_tokens > LONG_FUNCTION
+    }
+    conditionals = sum(
+        isinstance(node, ast.IfExp) for tree in trees.values() for node in ast.walk(tree)
+    )
 
     graph = {name: imports(tree, paths) - {name} for name, tree in trees.items()}
     importers = Counter(other for others in graph.values() for other in others)

@@ -33,8 +33,12 @@ def chromium() -> str | None:
 def _history() -> bool:
     """Whether this is a checkout with all its commits; a shallow clone and an unpacked archive are none."""
     words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository", "--show-prefix"]
-    asked = shutil.which("git") and subprocess.run(words, capture_output=True, text=True, check=False)
-    return bool(asked) and asked.stdout.split() == ["false"]  # an archive within a repository has a prefix
+    asked = shutil.which("git") and subprocess.run(
+        words, capture_output=True, text=True, check=False
+    )
+    return bool(asked) and asked.stdout.split() == [
+        "false"
+    ]  # an archive within a repository has a prefix
 
 
 def _has(*packages: str) -> bool:
@@ -43,10 +47,16 @@ def _has(*packages: str) -> bool:
 
 NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
-    "playwright": Need("Playwright", 'pip install ".[test]"', lambda: _has("playwright", "axe_playwright_python")),
+    "playwright": Need(
+        "Playwright", 'pip install ".[test]"', lambda: _has("playwright", "axe_playwright_python")
+    ),
     "node": Need("node", "apt-get install nodejs", lambda: shutil.which("node")),
-    "npm": Need("npm", "apt-get install npm", lambda: shutil.which("npm") or os.environ.get("MOEVISION_ORT")),
-    "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
+    "npm": Need(
+        "npm", "apt-get install npm", lambda: shutil.which("npm") or os.environ.get("MOEVISION_ORT")
+    ),
+    "onnx": Need(
+        "ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")
+    ),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
     "accelerate": Need("accelerate", 'pip install ".[test]"', lambda: _has("accelerate")),
     "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),
@@ -62,5 +72,9 @@ NEEDS = {
         lambda: (ROOT / PHOTO_MODEL / "card.json").is_file(),
     ),
     "history": Need("the repository's history", "git fetch --unshallow, in a clone", _history),
-    "notebooks": Need("a notebook runner", 'pip install ".[test]"', lambda: _has("nbformat", "nbclient", "ipykernel")),
+    "notebooks": Need(
+        "a notebook runner",
+        'pip install ".[test]"',
+        lambda: _has("nbformat", "nbclient", "ipykernel"),
+    ),
 }

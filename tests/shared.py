@@ -17,7 +17,9 @@ import pytest
 from moevision.cli import main
 
 # A busy machine may take any time for an example.
-hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("busy")
 
 # 32 px images, four experts: one epoch on 40 images takes a tenth of a second. fp32, so that a saved model, which
@@ -51,7 +53,9 @@ def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
     """
     out, err = io.StringIO(), io.StringIO()
     fits = arguments[:1] == ("fit",)
-    unrendered = patch("moevision.train.plots.save", _leave_empty) if fits and not render else nullcontext()
+    unrendered = (
+        patch("moevision.train.plots.save", _leave_empty) if fits and not render else nullcontext()
+    )
     with redirect_stdout(out), redirect_stderr(err), unrendered:
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
@@ -61,7 +65,9 @@ def _leave_empty(figure: object, out: Path) -> None:
     out.touch()
 
 
-def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32) -> Path:
+def draw_folder(
+    root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32
+) -> Path:
     """Write drawn pets to `root/<class>/<number>.png`."""
     from PIL import Image
 
@@ -113,7 +119,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distant_model(tiny_run: Path, drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def distant_model(
+    tiny_run: Path, drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The tiny run's model with distances, whose threshold every other drawn pet sets; not to be changed."""
     import numpy as np
     import torch
@@ -126,9 +134,13 @@ def distant_model(tiny_run: Path, drawn_pets: Path, tmp_path_factory: pytest.Tem
     folder, model = tmp_path_factory.mktemp("distant") / "model", load_model(str(tiny_run))
     pets = open_pictures(drawn_pets, model.image_size, split="all", class_names=model.class_names)
     with torch.inference_mode():
-        features = pooled(model.net, network_input(model, read_images(pets, range(40)))).double().numpy()
+        features = (
+            pooled(model.net, network_input(model, read_images(pets, range(40)))).double().numpy()
+        )
     labels = np.array([pets.label(row) for row in range(40)])
-    save_model(replace(model, strangers=fit_strangers(features[::2], labels[::2], features[1::2])), folder)
+    save_model(
+        replace(model, strangers=fit_strangers(features[::2], labels[::2], features[1::2])), folder
+    )
     return folder
 
 

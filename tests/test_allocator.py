@@ -48,12 +48,20 @@ print(grown - before, c.sbrk(0) - before)
 
 def run(program: str, monkeypatch: pytest.MonkeyPatch, switch: str | None = None) -> list[str]:
     """Words that `program` prints in a process whose allocator nobody else has set."""
-    for name in (SWITCH, "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD"):
+    for name in (
+        SWITCH,
+        "MALLOC_TRIM_THRESHOLD_",
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_MMAP_THRESHOLD_",
+        "LD_PRELOAD",
+    ):
         monkeypatch.delenv(name, raising=False)
     if switch is not None:
         monkeypatch.setenv(SWITCH, switch)
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300
+    ).stdout.split()
 
 
 @glibc

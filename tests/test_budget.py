@@ -26,11 +26,26 @@ SIZE = {
     "moevision": (11, 15_080),  # safety: output that can't be written; the label loss
     "moevision/analysis": (13, 49_520),  # the swap test asks on the same patches
     "moevision/commands": (8, 9_150),  # an answer that is no number; a recommendation by compare
-    "moevision/data": (13, 33_840),  # safety: a card's addresses, formats of saved sets, weights of mean 1
-    "moevision/demo": (15, 28_900),  # safety: the Gradio app opens images itself; origins, slow readers
-    "moevision/layers": (10, 16_070),  # LayerLoad, from the root; few rows without gradients: equal groups
-    "moevision/models": (10, 19_680),  # safety: a folder reaches no address, and its weights fill the model
-    "moevision/train": (21, 47_300),  # one rule for the weights that are tested; resume, options without effect
+    "moevision/data": (
+        13,
+        33_840,
+    ),  # safety: a card's addresses, formats of saved sets, weights of mean 1
+    "moevision/demo": (
+        15,
+        28_900,
+    ),  # safety: the Gradio app opens images itself; origins, slow readers
+    "moevision/layers": (
+        10,
+        16_070,
+    ),  # LayerLoad, from the root; few rows without gradients: equal groups
+    "moevision/models": (
+        10,
+        19_680,
+    ),  # safety: a folder reaches no address, and its weights fill the model
+    "moevision/train": (
+        21,
+        47_300,
+    ),  # one rule for the weights that are tested; resume, options without effect
 }
 MOST = {
     "tokens_a_line": 10.51,
@@ -46,7 +61,13 @@ LONG_PAGE_LINES = 365  # of these, over 120 characters: none in style sheets; 67
 DOCS_WORDS = 25_500  # README.md, docs/**/*.md; last: pages say what their records say
 SITE_WORDS = 24_650  # without README
 
-FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 5, 15, 75, 45, 4  # analyze embeds live views
+FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = (
+    5,
+    15,
+    75,
+    45,
+    4,
+)  # analyze embeds live views
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +81,11 @@ def test_folders_keep_to_their_size(house: dict[str, Any]) -> None:
         room = found.setdefault("/".join(name.split("/")[:2]), [0, 0])
         for place, unit in enumerate(("modules", "tokens")):
             room[place] += size[unit]
-    over = {name: (room, SIZE.get(name, (0, 0))) for name, room in found.items()
-            if any(have > may for have, may in zip(room, SIZE.get(name, (0, 0)), strict=True))}  # fmt: skip
+    over = {
+        name: (room, SIZE.get(name, (0, 0)))
+        for name, room in found.items()
+        if any(have > may for have, may in zip(room, SIZE.get(name, (0, 0)), strict=True))
+    }
     assert over == {}, "found, allowed: modules, tokens"
 
 
@@ -83,7 +107,12 @@ def test_a_circle_is_found() -> None:
 def test_tokens_are_what_the_code_says() -> None:
     """`def f ( x ) : return x + 1` has 10, an f-string is one more; docstrings, comments and breaks have none."""
     assert tokens("def f(x):\n    return x + 1\n") == 10
-    assert tokens('"""Doc."""\n\n\ndef f(x):\n    """Doc."""  # why\n    return (\n        x + 1\n    )\n') == 12
+    assert (
+        tokens(
+            '"""Doc."""\n\n\ndef f(x):\n    """Doc."""  # why\n    return (\n        x + 1\n    )\n'
+        )
+        == 12
+    )
     assert tokens('f"{x} and {f(y)}"\n') == 1
 
 
@@ -91,7 +120,12 @@ def test_a_function_is_as_dense_as_its_body() -> None:
     """`x = 1` has 3 tokens, `return x + y` 4, `def g():` 5: a body's lines, without the signature's two."""
     source = '@cache\ndef f(a,\n      b):\n    """Doc."""\n    x = 1\n\n    def g():\n        return x + y\n'
     outer, inner = functions("module", source)
-    assert (outer.name, outer.lines, outer.body_tokens, outer.body_lines) == ("module.f", 5, 3 + 5 + 4, 3)
+    assert (outer.name, outer.lines, outer.body_tokens, outer.body_lines) == (
+        "module.f",
+        5,
+        3 + 5 + 4,
+        3,
+    )
     assert (inner.name, inner.body_tokens, inner.body_lines, inner.density) == ("module.g", 4, 1, 4)
 
 
@@ -109,8 +143,12 @@ def test_docs_keep_to_their_words() -> None:
 
 def test_the_pages_keep_to_their_lines() -> None:
     """moevision/**/*.js and *.css, docs/live/*.js and *.css; types (*.d.ts) are no lines of the page."""
-    files = [file for folder in (ROOT / "moevision", CHECKOUT / "docs" / "live")
-             for kind in ("js", "css") for file in sorted(folder.rglob(f"*.{kind}"))]  # fmt: skip
+    files = [
+        file
+        for folder in (ROOT / "moevision", CHECKOUT / "docs" / "live")
+        for kind in ("js", "css")
+        for file in sorted(folder.rglob(f"*.{kind}"))
+    ]
     lines = {str(file): file.read_text(encoding="utf-8").splitlines() for file in files}
     names = {file.name for file in files}
     assert {"app.js", "core.js", "explorer.css", "good_data.js", "page.css", "worker.js"} <= names
@@ -137,7 +175,9 @@ def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(3):
-            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
+            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(
+                tmp_path / "images" / name / f"{number}.png"
+            )
     with Trip(until="walk") as trip:
         choose_recipe(str(tmp_path / "images"), "none")
     assert 1 <= len(trip.way) - 1 <= PATH_HOPS, trip.way
@@ -146,7 +186,16 @@ def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
 @pytest.mark.deep
 def test_analyze_crosses_few_files(tmp_path: Path) -> None:
     model = ROOT / "moevision" / "demo" / "models" / "pets" / "trained"
-    options = ("--data", "synthetic_pets", "--out", str(tmp_path), "--limit", "40", "--permutations", "20")
+    options = (
+        "--data",
+        "synthetic_pets",
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "40",
+        "--permutations",
+        "20",
+    )
     with Trip() as trip:
         moevision_command(["analyze", str(model), *options])
     assert 20 < len(set(trip.way)) <= ANALYZE_FILES, sorted(set(trip.way))

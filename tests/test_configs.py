@@ -28,12 +28,16 @@ SMALL = (
 def header(path):
     """The comment that a config opens with."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    first = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    first = next(
+        (number for number, line in enumerate(lines) if not line.startswith("#")), len(lines)
+    )
     return "\n".join(lines[:first])
 
 
 def test_there_are_configs():
-    assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs", "cats_vs_dogs_two"} <= set(CONFIGS)
+    assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs", "cats_vs_dogs_two"} <= set(
+        CONFIGS
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -46,7 +50,9 @@ def test_config_is_called_as_its_file_and_names_a_dataset(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_opens_with_the_command_that_runs_it(name):
     text = header(CONFIGS[name])
-    assert re.search(rf"moevision fit (--config )?{name}\b", text), f"{CONFIGS[name]} has no header with its command"
+    assert re.search(rf"moevision fit (--config )?{name}\b", text), (
+        f"{CONFIGS[name]} has no header with its command"
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -64,11 +70,16 @@ def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
     assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
 
 
-def test_a_config_of_pretrained_weights_says_so_without_them(cli, drawn_pets, tmp_path, monkeypatch):
+def test_a_config_of_pretrained_weights_says_so_without_them(
+    cli, drawn_pets, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     outcome = cli("fit", "--config", "cats_vs_dogs_two", "--data.path", drawn_pets, *SMALL)
     assert outcome.code == 2
-    assert "--model.arch.upcycle_reinit changes copies of pretrained weights: give --pretrained" in outcome.err
+    assert (
+        "--model.arch.upcycle_reinit changes copies of pretrained weights: give --pretrained"
+        in outcome.err
+    )
 
 
 def test_quickstart_trains_on_its_own_data(cli, tmp_path, monkeypatch):

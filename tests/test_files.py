@@ -36,7 +36,9 @@ def test_csv_is_read_as_it_was_written(tmp_path):
     rows = [["a,b", 'say "x"', "two\nlines"], ["ü", "", "1"]]
     text = files.csv_text(["path", "class", "note"], rows)
     assert text == 'path,class,note\n"a,b","say ""x""","two\nlines"\nü,,1\n'
-    files.write_text_atomic(tmp_path / "x.csv", f"\N{BOM}{text}short\n")  # Excel begins with this mark
+    files.write_text_atomic(
+        tmp_path / "x.csv", f"\N{BOM}{text}short\n"
+    )  # Excel begins with this mark
     found = files.read_csv(tmp_path / "x.csv", {"path", "note"})
     assert [list(row.values()) for row in found] == [*rows, ["short", "", ""]]
     assert [*found[0]] == ["path", "class", "note"]

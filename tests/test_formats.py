@@ -30,7 +30,9 @@ ROUNDED = 1e-4  # probabilities are written with four digits; another machine's 
 @pytest.fixture(scope="module", params=VERSIONS)
 def old(request, tmp_path_factory):
     """A copy, elsewhere than it was made; the tests of this file may add to it."""
-    return Path(shutil.copytree(FORMATS / request.param, tmp_path_factory.mktemp("old") / "formats"))
+    return Path(
+        shutil.copytree(FORMATS / request.param, tmp_path_factory.mktemp("old") / "formats")
+    )
 
 
 @pytest.fixture
@@ -60,14 +62,20 @@ def test_it_is_small_and_names_no_place_of_a_developer():
 def test_a_run_folder_tells_what_it_is(cli, there):
     facts = json.loads(cli("info", "runs/finished", "--format=json").out)
     summary = json.loads((there / "runs/finished/summary.json").read_text())
-    assert (facts["classes"], facts["image_size"], facts["moe_blocks"]) == (2, summary["image_size"], [0, 1])
+    assert (facts["classes"], facts["image_size"], facts["moe_blocks"]) == (
+        2,
+        summary["image_size"],
+        [0, 1],
+    )
     assert facts["costs"]["this model"]["total_parameters"] == summary["cost"]["total_parameters"]
 
 
 def test_a_run_folder_predicts_as_it_did(cli, there, tested):
     outcome = cli("predict", "runs/finished", "pets", "--format=json")
     assert outcome.code == 0
-    calibrated = "calibration" in json.loads((there / "runs/finished/model/config.json").read_text())
+    calibrated = "calibration" in json.loads(
+        (there / "runs/finished/model/config.json").read_text()
+    )
     assert ("not calibrated" in outcome.err) == (not calibrated)
     said = {row["path"].removeprefix("pets/"): row for row in json.loads(outcome.out)}
     assert len(said) == 24
@@ -82,7 +90,9 @@ def test_a_run_folder_predicts_as_it_did(cli, there, tested):
 def test_a_run_folder_is_analyzed(cli, there):
     outcome = cli("analyze", "runs/finished", "--quick", "--out", "again")
     assert outcome.code == 0, outcome.err
-    before, now = (json.loads((there / name / "report.json").read_text()) for name in ("report", "again"))
+    before, now = (
+        json.loads((there / name / "report.json").read_text()) for name in ("report", "again")
+    )
     assert before.keys() <= now.keys()
     assert len(before["layers"]) == len(now["layers"]) == 2
 

@@ -59,7 +59,11 @@ def imported_modules(source: str, package: str) -> set[str]:
             base = above[: len(above) - node.level + 1] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
             # In `from moevision import data` the module stands after the word import.
-            found |= {f"{start}.{alias.name}" for alias in node.names} if start == "moevision" else {start}
+            found |= (
+                {f"{start}.{alias.name}" for alias in node.names}
+                if start == "moevision"
+                else {start}
+            )
     return {name for name in found if name.split(".")[0] == "moevision"}
 
 
@@ -91,7 +95,12 @@ def test_imports_point_one_way() -> None:
     [
         ("layers", "from moevision.models import vit_moe", "moevision.layers", {"models"}),
         ("layers", "def f():\n    import moevision.train.task", "moevision.layers", {"train"}),
-        ("models", "if TYPE_CHECKING:\n    from moevision.train.task import T", "moevision.models", {"train"}),
+        (
+            "models",
+            "if TYPE_CHECKING:\n    from moevision.train.task import T",
+            "moevision.models",
+            {"train"},
+        ),
         ("data", "from ..models import x", "moevision.data", {"models"}),
         ("data", "from .images import x\nfrom . import y\nimport torch", "moevision.data", set()),
         ("train", "from moevision import analysis", "moevision.train", {"analysis"}),
@@ -103,7 +112,9 @@ def test_imports_point_one_way() -> None:
         ("efficiency", "import moevision", "moevision", {"__init__"}),
     ],
 )
-def test_the_rule_sees_every_kind_of_import(unit: str, source: str, package: str, expected: set[str]) -> None:
+def test_the_rule_sees_every_kind_of_import(
+    unit: str, source: str, package: str, expected: set[str]
+) -> None:
     assert violations(unit, source, package) == expected
 
 
@@ -113,7 +124,9 @@ def test_only_parallel_imports_what_divides_tensors() -> None:
     for name, path in known.items():
         if not name.startswith(inside):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            tree.body = [
+                node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
             found = imports(tree, known)
             assert not [other for other in found if other.startswith(inside)], name
 
@@ -131,7 +144,9 @@ def test_the_picture_has_no_cycle() -> None:
 @pytest.mark.deep
 def test_import_moevision_is_light() -> None:
     code = f"import json, sys, moevision; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+    )
     assert json.loads(done.stdout) == []
 
 

@@ -28,7 +28,9 @@ def test_limits_of_a_control_group_and_its_ancestors(tmp_path):
         },
     )
     assert usable_memory_bytes(root) == min(total_memory_bytes(), 6 * GIB)
-    assert memory_available_bytes(root) == 1.5 * GIB  # what the slice has left, and files that nobody read lately
+    assert (
+        memory_available_bytes(root) == 1.5 * GIB
+    )  # what the slice has left, and files that nobody read lately
 
 
 def test_a_system_without_any_of_it(tmp_path):

@@ -52,7 +52,9 @@ def dense_gates(gates: list[list[float]]) -> Routing:
 
 
 def example() -> Routing:
-    return routing_from(torch.tensor(LOGITS, dtype=torch.float64), torch.tensor(NOISE, dtype=torch.float64), 0.1, 2)
+    return routing_from(
+        torch.tensor(LOGITS, dtype=torch.float64), torch.tensor(NOISE, dtype=torch.float64), 0.1, 2
+    )
 
 
 def test_importance_golden() -> None:
@@ -65,9 +67,14 @@ def test_load_balancing_golden() -> None:
     """Top-1 counts 2, 0, 2 -> f = .5, 0, .5; P = .425, .275, .3; 3 (.2125 + 0 + .15) = 1.0875."""
     routing = dense_gates(GATES)
     first = Routing(
-        routing.logits, routing.logits, routing.probs, None,
-        routing.expert_index[..., :1], routing.combine_weight[..., :1], routing.kept[..., :1],
-    )  # fmt: skip
+        routing.logits,
+        routing.logits,
+        routing.probs,
+        None,
+        routing.expert_index[..., :1],
+        routing.combine_weight[..., :1],
+        routing.kept[..., :1],
+    )
     assert float(load_balancing_loss(first)) == pytest.approx(1.0875)
 
 
@@ -82,15 +89,23 @@ def test_load_golden() -> None:
 def test_load_is_the_definition(rule: str, top_k: int) -> None:
     """Appendix A of arXiv:1701.06538, expert by expert: sort the others, take their k-th, evaluate the normal CDF."""
     rng = np.random.default_rng(0)
-    logits, noise, std = rng.normal(size=(9, 5)), rng.normal(size=(9, 5)), rng.uniform(0.1, 2, size=(9, 5))
+    logits, noise, std = (
+        rng.normal(size=(9, 5)),
+        rng.normal(size=(9, 5)),
+        rng.uniform(0.1, 2, size=(9, 5)),
+    )
     noisy = logits + noise * std
     load = np.zeros(5)
     for token in range(9):
         for expert in range(5):
             rivals = np.delete(noisy[token], expert) if rule == "shazeer" else noisy[token]
             threshold = np.sort(rivals)[::-1][top_k - 1]
-            load[expert] += NormalDist().cdf((logits[token, expert] - threshold) / std[token, expert])
-    routing = routing_from(torch.tensor(logits), torch.tensor(noise * std), torch.tensor(std), top_k)
+            load[expert] += NormalDist().cdf(
+                (logits[token, expert] - threshold) / std[token, expert]
+            )
+    routing = routing_from(
+        torch.tensor(logits), torch.tensor(noise * std), torch.tensor(std), top_k
+    )
     assert float(load_loss(routing, rule)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-9)
 
 
@@ -99,7 +114,10 @@ def test_smooth_load_averages_k_and_ignores_a_shift() -> None:
     from moevision.losses import _load
 
     torch.manual_seed(0)
-    logits, std = (torch.randn(20_000, 8, dtype=torch.float64), torch.rand(20_000, 8, dtype=torch.float64) + 0.5)
+    logits, std = (
+        torch.randn(20_000, 8, dtype=torch.float64),
+        torch.rand(20_000, 8, dtype=torch.float64) + 0.5,
+    )
     noise = torch.randn(20_000, 8, dtype=torch.float64) * std
     shift = 5 * torch.randn(20_000, 1, dtype=torch.float64)
     loads = _load(routing_from(logits, noise, std, 2), "shazeer")
@@ -121,7 +139,13 @@ def told(scores: list[list[float]], tokens: int = 5) -> Routing:
     index = torch.zeros(len(scores), 1, 1, dtype=torch.int64)
     one = torch.ones(len(scores), 1, 1, dtype=torch.float64)
     decision = Routing(
-        logits.unsqueeze(1), logits.unsqueeze(1), logits.softmax(-1).unsqueeze(1), None, index, one, one.bool()
+        logits.unsqueeze(1),
+        logits.unsqueeze(1),
+        logits.softmax(-1).unsqueeze(1),
+        None,
+        index,
+        one,
+        one.bool(),
     )
     return decision.for_tokens(tokens)
 
@@ -132,7 +156,9 @@ def test_label_loss_by_hand() -> None:
     value = label_loss(routing, F.one_hot(torch.tensor([1, 0]), 2))
     assert value.item() == pytest.approx(-(np.log(0.7) + np.log(0.625)) / 2)
     mixed = label_loss(routing, torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
-    assert mixed.item() == pytest.approx(-(0.25 * np.log(0.3) + 0.75 * np.log(0.7) + np.log(0.625)) / 2)
+    assert mixed.item() == pytest.approx(
+        -(0.25 * np.log(0.3) + 0.75 * np.log(0.7) + np.log(0.625)) / 2
+    )
 
 
 def test_label_loss_of_tokens_is_their_mean() -> None:
@@ -146,17 +172,26 @@ def test_label_loss_of_tokens_is_their_mean() -> None:
 def test_the_gradient_of_the_label_loss_by_hand() -> None:
     """Shares p = .1 to .4 of an image of class 1, to which .7 go: p outside of the class, p - p / .7 in it."""
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64).log().requires_grad_()
-    label_loss(routing_from(logits, torch.zeros_like(logits), 1.0, 1), F.one_hot(torch.tensor([1]), 2)).backward()
+    label_loss(
+        routing_from(logits, torch.zeros_like(logits), 1.0, 1), F.one_hot(torch.tensor([1]), 2)
+    ).backward()
     expected = torch.tensor([[0.1, 0.2, 0.3 - 0.3 / 0.7, 0.4 - 0.4 / 0.7]], dtype=torch.float64)
     torch.testing.assert_close(logits.grad, expected)
 
 
 @pytest.mark.parametrize("route_by", ["token", "image"])
-def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(route_by: str) -> None:
+def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
+    route_by: str,
+) -> None:
     """As a function of two sums, as the z loss is: the last value is the batch's, and so is the sum of gradients."""
     torch.manual_seed(0)
-    router = build_router("vmoe_top_k", 8, 4, 1, dtype=torch.float64, options=RouterOptions(route_by=route_by))
-    whole, target = router(torch.randn(12, 5, 8, dtype=torch.float64)), F.one_hot(torch.arange(12) // 3 % 2, 2)
+    router = build_router(
+        "vmoe_top_k", 8, 4, 1, dtype=torch.float64, options=RouterOptions(route_by=route_by)
+    )
+    whole, target = (
+        router(torch.randn(12, 5, 8, dtype=torch.float64)),
+        F.one_hot(torch.arange(12) // 3 % 2, 2),
+    )
     label_loss(whole, target).backward(retain_graph=True)
     expected = router.weight.grad.clone()
     for parts in (1, 2, 3, 4):
@@ -165,7 +200,11 @@ def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(r
         for start in range(0, 12, size):
             value, values = aux([part_of(whole, start, start + size)], target[start : start + size])
             (value / parts).backward(retain_graph=True)
-        assert value.item() == values["label"].item() == pytest.approx(label_loss(whole, target).item())
+        assert (
+            value.item()
+            == values["label"].item()
+            == pytest.approx(label_loss(whole, target).item())
+        )
         torch.testing.assert_close(router.weight.grad, expected)
 
 
@@ -179,9 +218,12 @@ def test_experts_that_no_class_can_share_are_refused() -> None:
 @pytest.mark.parametrize("router", ["soft", "hash", "random", "position"])
 def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router: str) -> None:
     with pytest.raises(
-        UserError, match=r"can't supply the label loss .* choose a router with noise, such as vmoe_top_k"
+        UserError,
+        match=r"can't supply the label loss .* choose a router with noise, such as vmoe_top_k",
     ):
-        AuxLoss(AuxLossWeights(label=0.1)).check(MoEMlp(8, 8, num_experts=4, router=router), num_classes=2)
+        AuxLoss(AuxLossWeights(label=0.1)).check(
+            MoEMlp(8, 8, num_experts=4, router=router), num_classes=2
+        )
 
 
 def test_balance_refuses_a_loss_whose_labels_it_has_not() -> None:
@@ -275,12 +317,18 @@ def test_last_micro_batch_has_the_statistic_of_the_whole_window(name: str) -> No
     torch.testing.assert_close(first, again)
 
 
-def accumulated_gradient(whole: Routing, name: str, parts: int, router: nn.Module) -> tuple[Tensor, Tensor]:
+def accumulated_gradient(
+    whole: Routing, name: str, parts: int, router: nn.Module
+) -> tuple[Tensor, Tensor]:
     """Gradient of the router's parameters that a window of micro-batches, each divided by their number, adds up to.
 
     The noise is the whole batch's; beside it stands the last micro-batch's value.
     """
-    aux, total, size = AuxLoss(AuxLossWeights(**{name: 1.0})), torch.zeros(()), len(whole.logits) // parts
+    aux, total, size = (
+        AuxLoss(AuxLossWeights(**{name: 1.0})),
+        torch.zeros(()),
+        len(whole.logits) // parts,
+    )
     aux([whole])  # of an earlier window
     aux.start_window()
     router.zero_grad()

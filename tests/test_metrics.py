@@ -14,7 +14,10 @@ def test_loads_of_one_layer_and_of_one_expert(num_layers: int, num_experts: int)
     """torchmetrics hands back the state of one layer, or of one expert, without its axes."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
-        *(MoEMlp(8, 8, num_experts=num_experts, top_k=1, router="switch") for _ in range(num_layers))
+        *(
+            MoEMlp(8, 8, num_experts=num_experts, top_k=1, router="switch")
+            for _ in range(num_layers)
+        )
     ).eval()
     statistics = RoutingStatistics(range(num_layers), [num_experts] * num_layers)
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
@@ -22,7 +25,9 @@ def test_loads_of_one_layer_and_of_one_expert(num_layers: int, num_experts: int)
         with torch.no_grad(), record_routing(layers) as routings:
             layers(torch.randn(3, 5, 8))
         statistics.update(routings)
-        counts += torch.stack([torch.bincount(r.expert_index.flatten(), minlength=num_experts) for r in routings])
+        counts += torch.stack(
+            [torch.bincount(r.expert_index.flatten(), minlength=num_experts) for r in routings]
+        )
     loads = statistics.layer_loads()
     assert [load.layer for load in loads] == list(range(num_layers))
     assert [load.counts for load in loads] == counts.tolist()
@@ -61,7 +66,9 @@ def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> 
     kept = torch.tensor([[[1, 1], [0, 0], [0, 1]], [[1, 1], [1, 1], [1, 0]]]).bool()
     zeros = torch.zeros(2, 3, 4)
     statistics = RoutingStatistics([0], [4])
-    statistics.update([Routing(zeros, zeros, zeros + 0.25, None, expert, torch.ones(2, 3, 2), kept)])
+    statistics.update(
+        [Routing(zeros, zeros, zeros + 0.25, None, expert, torch.ones(2, 3, 2), kept)]
+    )
     (load,) = statistics.layer_loads()
     assert load.unrouted == pytest.approx(1 / 6)
     assert load.counts == [4, 4, 0, 0]

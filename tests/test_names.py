@@ -96,7 +96,11 @@ def folder(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(home: Path, folder: Path) -> Outcome:
-    options = ("--data.max_bad_fraction=0.2", "--checkpoint.every_steps=4", f"--runs_root={home / 'runs'}")
+    options = (
+        "--data.max_bad_fraction=0.2",
+        "--checkpoint.every_steps=4",
+        f"--runs_root={home / 'runs'}",
+    )
     return run_cli("fit", folder, *TINY, *options)
 
 
@@ -112,14 +116,26 @@ def test_fit_says_nothing_that_steers(outcome: Outcome) -> None:
 
 def test_every_file_of_the_run_is_harmless(run: Path, folder: Path) -> None:
     texts = [file for file in run.rglob("*") if file.suffix in (".csv", ".json", ".md", ".yaml")]
-    assert {file.name for file in texts} >= {"splits.csv", "bad_images.csv", "predictions_test.csv", "summary.md"}
+    assert {file.name for file in texts} >= {
+        "splits.csv",
+        "bad_images.csv",
+        "predictions_test.csv",
+        "summary.md",
+    }
     for file in texts:
         assert_harmless(file.read_bytes().decode("utf-8").replace("\r\n", "\n"), file.name)
     for file in (file for file in texts if file.suffix == ".csv"):
-        cells = [cell for row in read_csv(file) for name, cell in row.items() if name in ("path", "image", "class")]
+        cells = [
+            cell
+            for row in read_csv(file)
+            for name, cell in row.items()
+            if name in ("path", "image", "class")
+        ]
         assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r")]
     bad = json.loads((run / "summary.json").read_text())["bad_images"]
-    assert [str(folder / path) for path, _, _ in bad] == [str(folder / CLASSES[0] / "br\x1boken\udcff.png")]
+    assert [str(folder / path) for path, _, _ in bad] == [
+        str(folder / CLASSES[0] / "br\x1boken\udcff.png")
+    ]
 
 
 def test_ids_round_trip_and_the_split_is_read_back(run: Path, folder: Path) -> None:
@@ -135,13 +151,19 @@ def test_ids_round_trip_and_the_split_is_read_back(run: Path, folder: Path) -> N
 
 def test_splits_of_older_runs_hold_names_as_they_are(folder: Path, tmp_path: Path) -> None:
     collection = read_folder(folder)
-    samples = [sample for sample in collection.given["all"] if not re.search("[\ud800-\udfff]", sample.sample_id)]
+    samples = [
+        sample
+        for sample in collection.given["all"]
+        if not re.search("[\ud800-\udfff]", sample.sample_id)
+    ]
     splits = Splits({"train": samples, "val": samples, "test": samples}, {})
     with (tmp_path / "splits.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["split", "class", "path"])
         for split, members in splits.samples.items():
-            writer.writerows([split, sample.sample_id.split("/")[0], sample.sample_id] for sample in members)
+            writer.writerows(
+                [split, sample.sample_id.split("/")[0], sample.sample_id] for sample in members
+            )
     found, class_names = read_splits(tmp_path / "splits.csv", collection)
     assert found.samples == splits.samples
     assert class_names == collection.class_names[:2]
@@ -182,7 +204,11 @@ def test_predict(run: Path, folder: Path, tmp_path: Path) -> None:
     assert_harmless_outcome(outcome)
     rows = json.loads(outcome.out)
     assert {row["path"] for row in rows} == {str(file) for file in folder.rglob("*.png")}
-    assert {row["class"] for row in rows if not row["error"]} <= {"\\x1b[2Jca\\u202et", "=1+1", "d\\udcffg"}
+    assert {row["class"] for row in rows if not row["error"]} <= {
+        "\\x1b[2Jca\\u202et",
+        "=1+1",
+        "d\\udcffg",
+    }
     outcome = run_cli("predict", run / "model", folder)
     assert_harmless_outcome(outcome)
     assert len(outcome.out.splitlines()) == len(rows) + 1
@@ -228,13 +254,17 @@ def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
         outcome = run_cli("analyze", run, "--out", out, *options)
     assert_harmless_outcome(outcome)
     sentences = [str(warning.message) for warning in caught]
-    assert not [sentence for sentence in sentences if "unlabelled" in sentence or "Glyph" in sentence]
+    assert not [
+        sentence for sentence in sentences if "unlabelled" in sentence or "Glyph" in sentence
+    ]
     numbers = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert numbers["data"]["n_labelled"] == numbers["data"]["n_images"] > 0
     for file in ("report.json", "report.html"):
         assert_harmless((out / file).read_bytes().decode("utf-8"), file)
     names = RoutingTrace.load(out / "trace.safetensors").picture_names
-    assert set(names) <= {sample.sample_id for sample in read_folder(run.parent.parent / "pe\x1bts").given["all"]}
+    assert set(names) <= {
+        sample.sample_id for sample in read_folder(run.parent.parent / "pe\x1bts").given["all"]
+    }
 
 
 def test_the_explorer_names_pictures_in_json(run: Path) -> None:
@@ -291,5 +321,7 @@ def test_class_names_of_a_dataset_in_python_compare_equal() -> None:
 
 def test_dollar_signs_in_a_class_name_are_no_mathematics() -> None:
     effect = np.array([[1.0, 0.1], [0.2, 2.0]])
-    figure = plot_effects([effect], [np.zeros_like(effect)], ["L1"], ["$^{$", "dog"], what="tokens move")
+    figure = plot_effects(
+        [effect], [np.zeros_like(effect)], ["L1"], ["$^{$", "dog"], what="tokens move"
+    )
     assert figure_png(figure).startswith(b"\x89PNG")

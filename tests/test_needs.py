@@ -34,22 +34,39 @@ def run_tests(folder, hidden, *arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
-def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_the_others_run(tmp_path):
+def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_the_others_run(
+    tmp_path,
+):
     files = ("tests/browser/test_tabs.py", "tests/models/test_export.py")
     done = run_tests(tmp_path, "onnx", *files, "-k", "heatmap or opset and 17 or preparation")
     assert done.returncode == 0, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
-    chromium, onnx = "2 for want of Chromium (apt-get install chromium)", '1 for want of ONNX (pip install ".[export]")'
+    chromium, onnx = (
+        "2 for want of Chromium (apt-get install chromium)",
+        '1 for want of ONNX (pip install ".[export]")',
+    )
     assert told == [f"Skipped tests: {chromium}, {onnx}."]
     assert re.search(r"\d passed, 3 skipped", done.stdout)
 
 
 def test_nothing_is_needed_to_collect_every_tier(tmp_path):
     """Of the files that name what may be missing, or import from one that does."""
-    hidden = ("playwright", "axe_playwright_python", "onnx", "nbformat", "nbclient", "mkdocs", "tensorboard")
+    hidden = (
+        "playwright",
+        "axe_playwright_python",
+        "onnx",
+        "nbformat",
+        "nbclient",
+        "mkdocs",
+        "tensorboard",
+    )
     tests = [file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
     naming = {file: file.read_text(encoding="utf-8") for file in tests}
-    naming = {file: text for file, text in naming.items() if any(name in text for name in (*hidden, "tests.browser"))}
+    naming = {
+        file: text
+        for file, text in naming.items()
+        if any(name in text for name in (*hidden, "tests.browser"))
+    }
     files = [str(file.relative_to(ROOT)) for file in naming if file.name.startswith("test_")]
     done = run_tests(tmp_path, hidden, "--collect-only", "-m", "deep or not deep", *files)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -64,4 +81,6 @@ def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):
     assert done.returncode == 1, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
     missing = '6 for want of a notebook runner (pip install ".[test]")'
-    assert told == [f"Skipped tests: {missing}. MOEVISION_TESTS_COMPLETE is set, so this is a failure."]
+    assert told == [
+        f"Skipped tests: {missing}. MOEVISION_TESTS_COMPLETE is set, so this is a failure."
+    ]

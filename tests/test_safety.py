@@ -38,7 +38,14 @@ from moevision.demo.atlas import load_atlas
 from moevision.demo.models import read_card
 from moevision.models import io as models_io
 from moevision.models.config import build_model
-from moevision.models.io import SavedModel, create_from, describe, load_model, open_model, save_model
+from moevision.models.io import (
+    SavedModel,
+    create_from,
+    describe,
+    load_model,
+    open_model,
+    save_model,
+)
 from moevision.models.safe_files import parse_yaml, read_config, read_header, read_json, read_yaml
 from moevision.models.upcycle import load_dense
 from moevision.models.vit_moe import NO_SOURCE
@@ -72,7 +79,9 @@ def tensors(header: object, data: bytes = b"", length: int | None = None) -> byt
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def entry(shape: list[object], begin: object, end: object, dtype: object = "F32") -> dict[str, object]:
+def entry(
+    shape: list[object], begin: object, end: object, dtype: object = "F32"
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -90,9 +99,16 @@ def refused(outcome: Any, *words: str) -> None:
 ON_MODELS = ("predict", "info", "analyze", "demo", "export", "upcycle")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb][1].split(":")[0])])
+@pytest.mark.parametrize(
+    "verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb][1].split(":")[0])]
+)
 def test_no_verb_on_models_reads_a_pickle(
-    verb: str, cli: Cli, saved_model: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str,
+    cli: Cli,
+    saved_model: Path,
+    drawn_pets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As a checkpoint, under timm's name for pickled weights, and under a false name."""
     monkeypatch.chdir(tmp_path)
@@ -113,7 +129,12 @@ def test_no_verb_on_models_reads_a_pickle(
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_a_checkpoint_is_data_only(
-    verb: str, cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str,
+    cli: Cli,
+    tiny: tuple[str, ...],
+    drawn_pets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even where a .ckpt is taken, nothing in it is called."""
     monkeypatch.chdir(tmp_path)
@@ -123,7 +144,12 @@ def test_a_checkpoint_is_data_only(
 
 
 def test_going_on_with_a_run_never_runs_a_pickle(
-    cli: Cli, tiny: tuple[str, ...], tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli,
+    tiny: tuple[str, ...],
+    tiny_run: Path,
+    drawn_pets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the place of last.ckpt."""
     monkeypatch.chdir(tmp_path)
@@ -133,7 +159,9 @@ def test_going_on_with_a_run_never_runs_a_pickle(
     (run / "config.yaml").write_text(config)
     evil_checkpoint(run / "checkpoints" / "last.ckpt")
     refused(cli("fit", "--resume", run), "last.ckpt")
-    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={run.parent}", "--name=pets", "--resume=auto")
+    outcome = cli(
+        "fit", drawn_pets, *tiny, f"--runs_root={run.parent}", "--name=pets", "--resume=auto"
+    )
     assert outcome.code == 0, outcome.err  # what is no checkpoint is named, and auto begins afresh
     assert "last.ckpt" in outcome.err
     assert not Path("a pickle was run").exists()
@@ -165,12 +193,17 @@ def test_the_hub_is_asked_for_safetensors_only(
         with pytest.raises(UserError, match="only safetensors are read, never pickles"):
             load_model("hf-hub:you/pickled")
         loaded, local = load_model("hf-hub:you/both"), load_model(str(saved_model))
-        assert all(torch.equal(a, b) for a, b in zip(loaded.net.parameters(), local.net.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(loaded.net.parameters(), local.net.parameters(), strict=True)
+        )
         assert str(tmp_path) not in json.dumps(loaded.net.pretrained_cfg, default=str)
         assert not any("pytorch_model" in path for _, path in hub.asked)
 
 
-def test_without_the_hub_it_is_said_so(saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_it_is_said_so(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hub that has gone, with nothing and then only config.json in the cache; and what the hub doesn't have."""
     from huggingface_hub import constants
 
@@ -179,14 +212,20 @@ def test_without_the_hub_it_is_said_so(saved_model: Path, tmp_path: Path, monkey
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{address}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         hub.private |= {"you/half": False, "you/without": False}
-        hub.files["you/half"] = hub.files["you/without"] = {"config.json": (saved_model / "config.json").read_bytes()}
+        hub.files["you/half"] = hub.files["you/without"] = {
+            "config.json": (saved_model / "config.json").read_bytes()
+        }
         open_model("hf-hub:you/half", weights=False)
         with pytest.raises(UserError, match=r"you/without has no model\.safetensors on the hub"):
             load_model("hf-hub:you/without")
         with pytest.raises(UserError, match=r"you/nothing has no config\.json on the hub"):
             load_model("hf-hub:you/nothing")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9/{address}")  # nobody is there
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its client tries six times
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9/{address}"
+    )  # nobody is there
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda _: None
+    )  # its client tries six times
     for repository, file in (("you/half", "model.safetensors"), ("you/other", "config.json")):
         said = f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer"
         with pytest.raises(UserError, match=re.escape(said)):
@@ -215,7 +254,13 @@ def test_a_checkpoint_asks_no_hub(
         hub.private["you/model"] = False
         hub.files["you/model"] = {file.name: file.read_bytes() for file in saved_model.iterdir()}
         sizes = (each for each in tiny if ".arch." not in each)
-        trained = cli("fit", drawn_pets, "--pretrained=hf-hub:you/model", *sizes, f"--runs_root={tmp_path / 'runs'}")
+        trained = cli(
+            "fit",
+            drawn_pets,
+            "--pretrained=hf-hub:you/model",
+            *sizes,
+            f"--runs_root={tmp_path / 'runs'}",
+        )
         assert trained.code == 0, trained.err
     checkpoints = tmp_path / "runs" / "pets" / "checkpoints"
     asking = ("predict", checkpoints / "last.ckpt", next(drawn_pets.glob("cat/*")))
@@ -228,19 +273,24 @@ def test_a_checkpoint_asks_no_hub(
     with cut_off():
         outcome = cli(*asking)
     refused(
-        outcome, "nothing is fetched for a checkpoint: if you trust it, fetch it by moevision info hf-hub:you/model"
+        outcome,
+        "nothing is fetched for a checkpoint: if you trust it, fetch it by moevision info hf-hub:you/model",
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("everything", [True, False])
-def test_whole_numbers_are_no_weights(saved_model: Path, dtype: torch.dtype, everything: bool) -> None:
+def test_whole_numbers_are_no_weights(
+    saved_model: Path, dtype: torch.dtype, everything: bool
+) -> None:
     """Neither all of them nor one; BatchNorm's counter is one, and the model loads with it."""
     file = saved_model / "model.safetensors"
     weights = load_file(file)
     assert weights["patch_embed.backbone.0.bn.num_batches_tracked"].dtype == torch.int64
     name = next(name for name in weights if name.endswith("fc1.weight"))
-    save_file({key: t.to(dtype) if everything or key == name else t for key, t in weights.items()}, file)
+    save_file(
+        {key: t.to(dtype) if everything or key == name else t for key, t in weights.items()}, file
+    )
     with pytest.raises(UserError, match=r"holds whole numbers \(\w+\), and the model has weights"):
         load_model(str(saved_model))
     with pytest.raises(UserError, match=r"holds whole numbers \(\w+\), and the model has weights"):
@@ -264,8 +314,12 @@ def test_a_timm_name_means_safetensors(tmp_path: Path, monkeypatch: pytest.Monke
     known = timm.get_pretrained_cfg("test_vit.r160_in1k")
     for change in ({"hf_hub_id": None, "url": "https://x/y.pth"}, {"hf_hub_filename": "w.npz"}):
         changed = type(known)(**{**known.to_dict(), **change})
-        monkeypatch.setattr(models_io.timm, "get_pretrained_cfg", lambda name, changed=changed: changed)
-        with pytest.raises(UserError, match="not published as safetensors, and pickles are never read"):
+        monkeypatch.setattr(
+            models_io.timm, "get_pretrained_cfg", lambda name, changed=changed: changed
+        )
+        with pytest.raises(
+            UserError, match="not published as safetensors, and pickles are never read"
+        ):
             open_model("test_vit.r160_in1k")
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
     monkeypatch.setattr(models_io.timm, "get_pretrained_cfg", lambda name: known)
@@ -280,7 +334,9 @@ def test_a_header_says_what_safetensors_says(saved_model: Path) -> None:
     """Independent source: the safetensors library."""
     found = read_header(saved_model / "model.safetensors")
     stored = load_file(saved_model / "model.safetensors")
-    assert {name: each.shape for name, each in found.items()} == {name: tuple(t.shape) for name, t in stored.items()}
+    assert {name: each.shape for name, each in found.items()} == {
+        name: tuple(t.shape) for name, t in stored.items()
+    }
 
 
 GOOD = {"a": entry([2, 2], 0, 16), "b": entry([3], 16, 19, "U8")}
@@ -320,7 +376,9 @@ def test_header_bombs(what: str, saved_model: Path) -> None:
 
 def test_what_the_bombs_differ_from_is_read(tmp_path: Path) -> None:
     (tmp_path / "good.safetensors").write_bytes(tensors(GOOD, b"x" * 19))
-    assert {name: each.shape for name, each in read_header(tmp_path / "good.safetensors").items()} == {
+    assert {
+        name: each.shape for name, each in read_header(tmp_path / "good.safetensors").items()
+    } == {
         "a": (2, 2),
         "b": (3,),
     }
@@ -383,7 +441,11 @@ def test_a_config_takes_no_more_memory_than_its_weights(what: str, saved_model: 
 FOREIGN: list[tuple[str, dict[str, object], str]] = [
     ("", {"architecture": "../../evil"}, "is no architecture's name"),
     ("", {"architecture": "hf-hub:evil/model"}, "is no architecture's name"),
-    ("model_args", {"num_classes": 5}, "two numbers of classes"),  # the form of 0.1 gave it here, too
+    (
+        "model_args",
+        {"num_classes": 5},
+        "two numbers of classes",
+    ),  # the form of 0.1 gave it here, too
     ("", {"num_classes": 5}, ""),
     ("", {"label_names": {"first": "cat"}}, ""),
     ("", {"model_args": []}, "config.json can't be loaded"),
@@ -399,7 +461,9 @@ FOREIGN: list[tuple[str, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("where", "changes", "words"), FOREIGN)
-def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words: str, saved_model: Path) -> None:
+def test_what_a_config_may_not_say(
+    where: str, changes: dict[str, object], words: str, saved_model: Path
+) -> None:
     change_config(saved_model, where, **changes)
     with pytest.raises(UserError, match=r"can't be (loaded|used)") as caught:
         load_model(str(saved_model))
@@ -412,18 +476,33 @@ def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words
 @pytest.mark.parametrize("name", ["mean", "std"])
 @pytest.mark.parametrize(
     "value",
-    [[0, 0.2], [0.2] * 4, ["a", "b", "c"], [None] * 3, {"a": 1}, "abc", 0.5, [[1]] * 3, [math.nan, 1, 1], [1e30] * 3],
+    [
+        [0, 0.2],
+        [0.2] * 4,
+        ["a", "b", "c"],
+        [None] * 3,
+        {"a": 1},
+        "abc",
+        0.5,
+        [[1]] * 3,
+        [math.nan, 1, 1],
+        [1e30] * 3,
+    ],
 )
 def test_colours_that_are_none_are_refused(name: str, value: object, saved_model: Path) -> None:
     change_config(saved_model, "pretrained_cfg", **{name: value})
-    with pytest.raises(UserError, match=f"can't be used: its {name} is .* and must be three numbers"):
+    with pytest.raises(
+        UserError, match=f"can't be used: its {name} is .* and must be three numbers"
+    ):
         load_model(str(saved_model))
 
 
 def test_a_deviation_of_nothing_is_refused(saved_model: Path) -> None:
     for std in ([0, 0.2, 0.2], [-0.2, 0.2, 0.2], [1e-30, 1, 1]):
         change_config(saved_model, "pretrained_cfg", std=std)
-        with pytest.raises(UserError, match=r"can't be used: its std is .* and must be three numbers"):
+        with pytest.raises(
+            UserError, match=r"can't be used: its std is .* and must be three numbers"
+        ):
             load_model(str(saved_model))
 
 
@@ -434,7 +513,9 @@ def test_a_side_that_no_image_has_is_refused(side: object, tmp_path: Path) -> No
     save_model(SavedModel(net, ["a", "b"], 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), tmp_path)
     assert load_model(str(tmp_path)).image_size == 32
     change_config(tmp_path, "pretrained_cfg", input_size=[3, side, side])
-    with pytest.raises(UserError, match=r"The model takes images of .* px: a side is a whole number from 1 to 4096"):
+    with pytest.raises(
+        UserError, match=r"The model takes images of .* px: a side is a whole number from 1 to 4096"
+    ):
         load_model(str(tmp_path))
 
 
@@ -451,11 +532,19 @@ def test_whole_numbers_are_colours(cli: Cli, saved_model: Path, drawn_pets: Path
 
 # What is just allowed, and what is not any more; the shortest form that timm takes has all fields in one object.
 LIMITS: list[tuple[dict[str, object], dict[str, object], str]] = [
-    ({"model_args": {"depth": 512}}, {"model_args": {"depth": 513}}, "model_args.depth has more than 512 layers"),
+    (
+        {"model_args": {"depth": 512}},
+        {"model_args": {"depth": 513}},
+        "model_args.depth has more than 512 layers",
+    ),
     ({}, {"state_dict": {}}, "weights stand in it"),
     ({"pretrained_cfg": {}}, {"pretrained_cfg": {}, "state_dict": {}}, "weights stand in it"),
     # Without a number of classes timm builds a model of 1000.
-    ({"model_args": {"num_classes": 1000}}, {"model_args": {"num_classes": 1001}}, "two numbers of classes"),
+    (
+        {"model_args": {"num_classes": 1000}},
+        {"model_args": {"num_classes": 1001}},
+        "two numbers of classes",
+    ),
 ]
 
 
@@ -499,12 +588,34 @@ def test_names_cannot_steer_a_terminal(saved_model: Path) -> None:
     assert load_model(str(saved_model)).class_names == ["\\x1b[2Jcat", "dog\\u202egod"]
 
 
-ODD: list[object] = [None, True, -1, 0, 3, 10**9, 2**70, 1e308, "", "x", "hf-hub:a/b", [], [1], {"a": 1}, [64, 32]]
+ODD: list[object] = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**9,
+    2**70,
+    1e308,
+    "",
+    "x",
+    "hf-hub:a/b",
+    [],
+    [1],
+    {"a": 1},
+    [64, 32],
+]
 ODD += [[[[[[1]]]]]]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(found for key, each in inner for found in places(each, (*path, key)))]
 
 
@@ -562,7 +673,14 @@ def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path)
 
 REACHED: list[str] = []
 """Addresses that were asked, programs that were started and forbidden files that were opened while a test watched."""
-_WATCHED = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "subprocess.Popen", "os.system", "os.exec"}
+_WATCHED = {
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+}
 _watching = False
 ELSEWHERE = "elsewhere"  # in the name of files that nothing may open
 
@@ -585,7 +703,9 @@ def cut_off() -> Iterator[None]:
     REACHED.clear()
     _watching = True
     try:
-        with patch("huggingface_hub.constants.HF_HUB_OFFLINE", False):  # another test may have set it
+        with patch(
+            "huggingface_hub.constants.HF_HUB_OFFLINE", False
+        ):  # another test may have set it
             yield
     finally:
         _watching = False
@@ -638,15 +758,62 @@ OPENS: dict[str, Callable[[str], object]] = {
     "upcycle": dense_source,
     "fit --pretrained": pretrained_start,
 }
-ODD_NUMBERS: tuple[object, ...] = (None, True, -1, 0, 0.5, 3, 7, 1e9, 1e308, 2**70, float("nan"), "x", [], [1], [1, 2])
+ODD_NUMBERS: tuple[object, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    3,
+    7,
+    1e9,
+    1e308,
+    2**70,
+    float("nan"),
+    "x",
+    [],
+    [1],
+    [1, 2],
+)
 NUMBERS = (
-    *("mean", "std", "input_size", "test_input_size", "crop_pct", "interpolation", "crop_mode", "num_classes"),
-    *("first_conv", "classifier", "label_offset", "pool_size", "fixed_input_size", "label_names", "in_chans"),
+    *(
+        "mean",
+        "std",
+        "input_size",
+        "test_input_size",
+        "crop_pct",
+        "interpolation",
+        "crop_mode",
+        "num_classes",
+    ),
+    *(
+        "first_conv",
+        "classifier",
+        "label_offset",
+        "pool_size",
+        "fixed_input_size",
+        "label_names",
+        "in_chans",
+    ),
 )
 ARCHITECTURES = (
-    *("hf-hub:evil/model", "local-dir:elsewhere", "../elsewhere", "", "x", "test_vit", "vit_moe", "resnet18"),
+    *(
+        "hf-hub:evil/model",
+        "local-dir:elsewhere",
+        "../elsewhere",
+        "",
+        "x",
+        "test_vit",
+        "vit_moe",
+        "resnet18",
+    ),
     # With pretrained=True timm fetches a ResNet for these two from the hub, whatever their own weights are.
-    *("vit_small_resnet50d_s16_224", "vit_base_resnet26d_224", "iformer_t", "vit_tiny_patch16_224.augreg_in21k"),
+    *(
+        "vit_small_resnet50d_s16_224",
+        "vit_base_resnet26d_224",
+        "iformer_t",
+        "vit_tiny_patch16_224.augreg_in21k",
+    ),
 )
 
 
@@ -659,16 +826,36 @@ def mutate_config(config: dict[str, Any], folder: Path, rng: random.Random) -> N
         match change:
             case 0 | 1:
                 named = rng.sample([*sources], rng.randint(1, len(sources) - 1))
-                pretrained.update({name: sources[name] for name in named if name != "state_dict" or rng.random() < 0.2})
+                pretrained.update(
+                    {
+                        name: sources[name]
+                        for name in named
+                        if name != "state_dict" or rng.random() < 0.2
+                    }
+                )
             case 2:
-                names = (*sources, "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "base")
-                arguments[rng.choice(names)] = rng.choice([*sources.values(), True, dict(sources), "hf-hub:evil/model"])
+                names = (
+                    *sources,
+                    "pretrained",
+                    "pretrained_cfg",
+                    "pretrained_cfg_overlay",
+                    "checkpoint_path",
+                    "base",
+                )
+                arguments[rng.choice(names)] = rng.choice(
+                    [*sources.values(), True, dict(sources), "hf-hub:evil/model"]
+                )
             case 3:
                 config["architecture"] = rng.choice(ARCHITECTURES)
             case 4:
-                rng.choice([pretrained, arguments, config])[rng.choice(NUMBERS)] = rng.choice(ODD_NUMBERS)
+                rng.choice([pretrained, arguments, config])[rng.choice(NUMBERS)] = rng.choice(
+                    ODD_NUMBERS
+                )
             case _:
-                config.update(calibration={"temperature": rng.choice(ODD_NUMBERS)}, strangers=rng.random() < 0.5)
+                config.update(
+                    calibration={"temperature": rng.choice(ODD_NUMBERS)},
+                    strangers=rng.random() < 0.5,
+                )
 
 
 def mutate_tensors(tensors: dict[str, torch.Tensor], rng: random.Random, empty: bool) -> None:
@@ -725,7 +912,9 @@ def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
         if not empty and rng.random() < 0.5:
             (folder / "start").mkdir()
             (folder / "start" / "config.json").write_text(json.dumps(config))
-        state["moevision"]["data"]["mean_std"][rng.randrange(2)][0] = rng.choice([0.5] * 30 + [*ODD_NUMBERS])
+        state["moevision"]["data"]["mean_std"][rng.randrange(2)][0] = rng.choice(
+            [0.5] * 30 + [*ODD_NUMBERS]
+        )
         torch.save(state, folder / "last.ckpt")
         return str(folder / "last.ckpt")
     home, tensors = folder, load_file(run / "model" / "model.safetensors")
@@ -738,7 +927,10 @@ def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
         )
         (folder / "first" / "trained").mkdir(parents=True)
         home.mkdir(parents=True)
-        save_file({name: tensors.pop(name) for name in [*tensors][::2]}, folder / "first" / "trained" / "model.int8")
+        save_file(
+            {name: tensors.pop(name) for name in [*tensors][::2]},
+            folder / "first" / "trained" / "model.int8",
+        )
     file = home / ("model.safetensors" if kind == "safetensors" else "model.int8")
     save_file({name: each.contiguous() for name, each in tensors.items()}, file, metadata or None)
     if rng.random() < 0.1:
@@ -781,7 +973,10 @@ def test_no_mutated_model_reaches_the_network(kind: str, tiny_run: Path, tmp_pat
 
 def test_a_model_inside_a_model_is_not_fetched_either(tmp_path: Path) -> None:
     """The first part of this architecture is a ResNet, which timm fetches from the hub under pretrained=True."""
-    name, arguments = "vit_small_resnet26d_224", {"embed_dim": 16, "depth": 1, "num_heads": 1, "num_classes": 2}
+    name, arguments = (
+        "vit_small_resnet26d_224",
+        {"embed_dim": 16, "depth": 1, "num_heads": 1, "num_classes": 2},
+    )
     with torch.device("meta"):
         net = timm.create_model(name, **arguments)
     header, end = {}, 0
@@ -812,10 +1007,15 @@ def test_nor_does_one_of_two_hundred(kind: str, tiny_run: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999, b"1" * 5_000,
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"a":' * 99_999,
+        b"1" * 5_000,
     ],
     ids=lambda text: f"{text[:12]!r} x {len(text)}",
-)  # fmt: skip
+)
 def test_json_that_is_refused(text: bytes, tmp_path: Path) -> None:
     """Each kind of file that is read says so in its own words."""
     file = tmp_path / "x.json"
@@ -839,7 +1039,14 @@ def test_only_regular_files_are_read(name: str, saved_model: Path, tmp_path: Pat
     file = saved_model / name
     kept = tmp_path / "kept"
     file.rename(kept)
-    for kind in ("pipe", "folder", "device", "link to a device", "link in a circle", "link to another file"):
+    for kind in (
+        "pipe",
+        "folder",
+        "device",
+        "link to a device",
+        "link in a circle",
+        "link to another file",
+    ):
         match kind:
             case "pipe":
                 os.mkfifo(file)
@@ -866,7 +1073,14 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 def test_yaml_that_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    for text in (LAUGHS, "[" * 50_000, "a: !!python/object/apply:os.system [ls]", "a: [", "x" * 2**21, "\x00"):
+    for text in (
+        LAUGHS,
+        "[" * 50_000,
+        "a: !!python/object/apply:os.system [ls]",
+        "a: [",
+        "x" * 2**21,
+        "\x00",
+    ):
         file.write_text(text)
         with pytest.raises(UserError):
             read_yaml(file)
@@ -924,7 +1138,10 @@ def test_a_configuration_calls_no_function(
     monkeypatch.chdir(tmp_path)
     text = CONFIG.format(CALLABLES[what]).replace("fast_dev_run: 1", trial)
     (tmp_path / "evil.yaml").write_text(text)
-    refused(cli("fit", "--config", "evil.yaml"), f"{FUNCTION} is not called: configurations name no functions")
+    refused(
+        cli("fit", "--config", "evil.yaml"),
+        f"{FUNCTION} is not called: configurations name no functions",
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -951,7 +1168,9 @@ def test_nor_does_an_option_and_the_sentence_says_why(cli: Cli, evil_module: Pat
     assert "evilmod" not in sys.modules
 
 
-def test_lightnings_own_parts_may_be_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightnings_own_parts_may_be_named(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     stopping = "callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/top1}}]"
     (tmp_path / "good.yaml").write_text(CONFIG.format(stopping))
@@ -959,8 +1178,12 @@ def test_lightnings_own_parts_may_be_named(cli: Cli, tmp_path: Path, monkeypatch
     assert outcome.code == 0, outcome.err
 
 
-@pytest.mark.parametrize("text", [LAUGHS, "a: " + "[" * 20_000, "model: http://localhost:1/evil.yaml", "x" * 2**21])
-def test_configuration_bombs(text: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text", [LAUGHS, "a: " + "[" * 20_000, "model: http://localhost:1/evil.yaml", "x" * 2**21]
+)
+def test_configuration_bombs(
+    text: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A few lines that stand for billions of values, nesting, an address, and a long file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.yaml").write_text(text)
@@ -988,6 +1211,10 @@ def test_safe_files_need_no_torch() -> None:
     )
     package = str(Path(models_io.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", code, package],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
     )
     assert done.stdout.strip() == "False"

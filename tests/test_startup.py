@@ -19,7 +19,16 @@ pytestmark = pytest.mark.deep
 ROUNDS = 3
 HELP_S = 0.3
 HEAVY = (
-    *("torch", "timm", "numpy", "lightning", "pytorch_lightning", "gradio", "torchmetrics", "matplotlib"),
+    *(
+        "torch",
+        "timm",
+        "numpy",
+        "lightning",
+        "pytorch_lightning",
+        "gradio",
+        "torchmetrics",
+        "matplotlib",
+    ),
     *("jsonargparse", "rich"),
 )
 ANSWERS: list[tuple[int, list[str]]] = [
@@ -66,7 +75,9 @@ def output(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "arguments"), ANSWERS, ids=lambda value: "-".join(value) if isinstance(value, list) else ""
+    ("code", "arguments"),
+    ANSWERS,
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
     def cpu_seconds() -> float:
@@ -157,7 +168,9 @@ for name, program in {programs!r}.items():
 def test_timm_knows_the_names() -> None:
     """After `import moevision.models`, or the first use of a public name."""
     programs = {name: f"{imports}\n{KNOWN}" for name, imports in ORDERS.items()}
-    assert output(IN_FORKS.format(programs=programs)) == [line for name in ORDERS for line in (f"== {name}", "3")]
+    assert output(IN_FORKS.format(programs=programs)) == [
+        line for name in ORDERS for line in (f"== {name}", "3")
+    ]
 
 
 def test_nothing_watches_imports() -> None:
@@ -182,8 +195,11 @@ def test_transformers_builds_our_models() -> None:
     """Whichever is imported first."""
     orders = ("import moevision.models, transformers", "import transformers, moevision.models")
     assert output(IN_FORKS.format(programs={order: f"{order}{BUILT}" for order in orders})) == [
-        f"== {orders[0]}", "4", f"== {orders[1]}", "4"
-    ]  # fmt: skip
+        f"== {orders[0]}",
+        "4",
+        f"== {orders[1]}",
+        "4",
+    ]
 
 
 def test_public_names_are_there_without_an_import_of_their_own() -> None:

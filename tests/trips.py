@@ -60,7 +60,11 @@ class Trip:
 
     def _see(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED or code.co_name in _COMPREHENSIONS:
+        if (
+            event != "call"
+            or not code.co_flags & inspect.CO_OPTIMIZED
+            or code.co_name in _COMPREHENSIONS
+        ):
             return  # bodies of modules and classes aren't "optimized"
         if not code.co_filename.startswith(PACKAGE):
             return

@@ -33,7 +33,9 @@ def cell(row: dict) -> str:
 def table(rows: list[dict]) -> list[str]:
     """A line for each batch and loss, of one process; a column for each number of micro-batches."""
     cells = {
-        (row["images"], row["kind"], row["loss"], row["parts"]): cell(row) for row in rows if row["processes"] == 1
+        (row["images"], row["kind"], row["loss"], row["parts"]): cell(row)
+        for row in rows
+        if row["processes"] == 1
     }
     lines = []
     for images, kind in BATCHES:
@@ -53,7 +55,9 @@ def processes_agree(rows: list[dict]) -> bool:
 
 def left_out(rows: list[dict]) -> str:
     """What the table leaves out: the z loss, a mean over images, and the rows of two processes."""
-    z_is_exact = all(cell(row) == "1.00 (1.00 to 1.00), 1.000" for row in rows if row["loss"] == "z")
+    z_is_exact = all(
+        cell(row) == "1.00 (1.00 to 1.00), 1.000" for row in rows if row["loss"] == "z"
+    )
     z = "has 1 everywhere" if z_is_exact else "differs from 1"
     values = "the same values" if processes_agree(rows) else "other values"
     return f"*z* {z}, and two processes have {values}"

@@ -35,7 +35,9 @@ def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not (run / "summary.json").is_file():
         raise UserError(f"{run} has no summary.json: its training isn't finished.")
-    summary, provenance = (json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json"))
+    summary, provenance = (
+        json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json")
+    )
     return summary, provenance
 
 
@@ -58,14 +60,20 @@ def record_of(run: Path, *, classes: bool = False) -> dict[str, Any]:
     summary, provenance = read_finished(run)
     test, cost, images = summary["test"], summary["cost"], summary["steps"] * summary["batch_size"]
     shares = class_shares(run, summary["data"]) if classes else {}
-    flops = 3 * (cost["flops_per_image"] + cost["router_flops_per_image"]) * images  # backward is twice forward
+    flops = (
+        3 * (cost["flops_per_image"] + cost["router_flops_per_image"]) * images
+    )  # backward is twice forward
     return {
         "name": summary["name"],
         "model": summary["model"],
         "data": Path(summary["data"]).name,
         "image_size": summary["image_size"],
         "seed": summary["seed"],
-        "test": {"correct": test["correct"], "total": test["total"], "balanced_accuracy": test["balanced_accuracy"]},
+        "test": {
+            "correct": test["correct"],
+            "total": test["total"],
+            "balanced_accuracy": test["balanced_accuracy"],
+        },
         "cost": {
             **cost,
             "images": images,
@@ -79,7 +87,10 @@ def record_of(run: Path, *, classes: bool = False) -> dict[str, Any]:
             "precision": summary["precision"],
         },
         "layers": [
-            {name: layer[name] for name in ("layer", "counts", "max_over_mean", "cv_squared", "dead")}
+            {
+                name: layer[name]
+                for name in ("layer", "counts", "max_over_mean", "cv_squared", "dead")
+            }
             | ({"class_share": shares[layer["layer"]]} if classes else {})
             for layer in summary["layers"]
         ],
@@ -110,15 +121,28 @@ def curve_of(metrics: Path, batch_size: int) -> list[tuple[int, float, float | N
 def main() -> None:
     """Write the records."""
     parser = argument_parser("accuracy", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
-    parser.add_argument("--classes", action="store_true", help="also the share of each class in each expert")
-    parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="the runs show that they run: their records say so")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`"
+    )
+    parser.add_argument(
+        "--classes", action="store_true", help="also the share of each class in each expert"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the runs show that they run: their records say so"
+    )
     options = parser.parse_args()
     for run in options.runs:
-        record = record_of(run, classes=options.classes) | ({"dry_run": True} if options.quick else {})
+        record = record_of(run, classes=options.classes) | (
+            {"dry_run": True} if options.quick else {}
+        )
         others = [other for other in read_records(options.out) if other["name"] != record["name"]]
-        lines = (json.dumps(each, ensure_ascii=False) for each in sorted([*others, record], key=itemgetter("name")))
+        lines = (
+            json.dumps(each, ensure_ascii=False)
+            for each in sorted([*others, record], key=itemgetter("name"))
+        )
         write_text_atomic(options.out, "".join(f"{line}\n" for line in lines))
         share = record["test"]["correct"] / record["test"]["total"]
         print(f"{record['name']}: {share:.2%} of {record['test']['total']:,} test images")

@@ -41,7 +41,13 @@ class Group(nn.Sequential):
 
     def __init__(self, before: int, width: int) -> None:
         super().__init__(
-            conv(before, width), nn.MaxPool2d(2), norm(width), nn.GELU(), conv(width, width), norm(width), nn.GELU()
+            conv(before, width),
+            nn.MaxPool2d(2),
+            norm(width),
+            nn.GELU(),
+            conv(width, width),
+            norm(width),
+            nn.GELU(),
         )
 
 
@@ -78,14 +84,18 @@ class Airbench(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, 32, 32] -> logits [B, 10]."""
-        features = self.groups(F.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last))))
+        features = self.groups(
+            F.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last)))
+        )
         logits: Tensor = self.head(F.max_pool2d(features, 3).flatten(1)) * HEAD_SCALE
         return logits
 
 
 def whitening(images: Tensor) -> Tensor:
     """[24, 3, 2, 2]: the eigenvectors of the patches' covariance, each over its deviation, and their negatives."""
-    patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+    patches = (
+        images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+    )
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2).float()
     return torch.cat([filters, -filters])
@@ -107,14 +117,24 @@ def augment(images: Tensor, epoch: int, mirrored: Tensor, generator: torch.Gener
 def pace(step: int, steps: int) -> float:
     """Factor of the learning rate: .2 at the start, 1 after 23 % of the steps, .07 at the end."""
     peak = math.floor(0.23 * steps)
-    return 0.2 + 0.8 * step / peak if step < peak else 1 + (0.07 - 1) * (step - peak) / (steps - peak)
+    return (
+        0.2 + 0.8 * step / peak if step < peak else 1 + (0.07 - 1) * (step - peak) / (steps - peak)
+    )
 
 
 def optimizer_of(net: Airbench) -> torch.optim.SGD:
     """Nesterov's SGD; the biases of the norms have 64 times the learning rate and the same decay."""
     trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
-    biases = [value for name, value in trained.items() if name.startswith("groups") and name.endswith("bias")]
-    others = [value for name, value in trained.items() if not (name.startswith("groups") and name.endswith("bias"))]
+    biases = [
+        value
+        for name, value in trained.items()
+        if name.startswith("groups") and name.endswith("bias")
+    ]
+    others = [
+        value
+        for name, value in trained.items()
+        if not (name.startswith("groups") and name.endswith("bias"))
+    ]
     groups = [
         {"params": biases, "lr": LR * BIAS_FACTOR, "weight_decay": DECAY / (LR * BIAS_FACTOR)},
         {"params": others, "lr": LR, "weight_decay": DECAY / LR},
@@ -136,7 +156,9 @@ class Lookahead:
                 value.copy_(self.mean[name])
 
 
-def train(images: Tensor, labels: Tensor, seed: int, *, epochs: float, precision: torch.dtype) -> Airbench:
+def train(
+    images: Tensor, labels: Tensor, seed: int, *, epochs: float, precision: torch.dtype
+) -> Airbench:
     """Train from the seed's weights, order and shifts."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +186,9 @@ def train(images: Tensor, labels: Tensor, seed: int, *, epochs: float, precision
     return net.eval()
 
 
-def batches(images: Tensor, labels: Tensor, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    images: Tensor, labels: Tensor, steps: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """As many augmented batches as there are steps, epoch by epoch in another order."""
     per_epoch = len(images) // BATCH
     mirrored = torch.rand(len(images), generator=generator) < 0.5
@@ -184,7 +208,9 @@ def evaluate(net: Airbench, images: Tensor, labels: Tensor) -> dict[str, int]:
         logits = net(part)
         border = F.pad(part, [1] * 4, mode="reflect")
         shifted = [border[:, :, :32, :32], border[:, :, 2:, 2:]]
-        mean = sum((0.25 * mirror_mean(net, each) for each in shifted), 0.5 * mirror_mean(net, part))
+        mean = sum(
+            (0.25 * mirror_mean(net, each) for each in shifted), 0.5 * mirror_mean(net, part)
+        )
         alone += int((logits.argmax(1) == target).sum())
         views += int((mean.argmax(1) == target).sum())
     return {"total": len(labels), "correct": alone, "correct_of_views": views}
@@ -208,7 +234,13 @@ def run_seed(options: Namespace, seed: int) -> dict[str, Any]:
     images, labels = load(data, "train")
     start, cpu = time.perf_counter(), time.process_time()
     precision = getattr(torch, options.precision)
-    net = train(images[: options.images], labels[: options.images], seed, epochs=options.epochs, precision=precision)
+    net = train(
+        images[: options.images],
+        labels[: options.images],
+        seed,
+        epochs=options.epochs,
+        precision=precision,
+    )
     steps = math.ceil(options.epochs * (len(labels[: options.images]) // BATCH))
     cost = {
         "images": steps * BATCH,
@@ -216,20 +248,33 @@ def run_seed(options: Namespace, seed: int) -> dict[str, Any]:
         "duration_s": time.perf_counter() - start,
         "cpu_s": time.process_time() - cpu,
     }
-    return {"seed": seed, "train_images": len(labels[: options.images]), **evaluate(net, *load(data, "test")), **cost}
+    return {
+        "seed": seed,
+        "train_images": len(labels[: options.images]),
+        **evaluate(net, *load(data, "test")),
+        **cost,
+    }
 
 
 def main() -> None:
     """Train and record."""
     parser = argument_parser("airbench", __doc__)
-    parser.add_argument("--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)")
+    parser.add_argument(
+        "--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)"
+    )
     parser.add_argument("--seed", type=count, default=0, help="(%(default)s)")
     parser.add_argument("--epochs", type=float, default=EPOCHS, help="(%(default)s)")
     parser.add_argument("--images", type=positive, help="of the training images (all)")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)"
+    )
     parser.add_argument("--threads", type=positive, default=1, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "airbench.json", help="(%(default)s)")
-    parser.add_argument("--allow-dirty", action="store_true", help="try it out with uncommitted changes")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "accuracy" / "airbench.json", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="try it out with uncommitted changes"
+    )
     options = parser.parse_args()
     refuse_changes(HERE / "accuracy" / "README.md", allowed=options.allow_dirty)
     torch.set_num_threads(options.threads)

@@ -21,13 +21,22 @@ def test_the_net_has_the_papers_convolutions(images):
     assert net(images).shape == (64, 10)
     batch = torch.rand(2, 64, 8, 8)
     first = net.groups[1][0]
-    assert torch.allclose(first(batch)[:, :64], batch, atol=1e-6)  # its first filters hand the channels on
+    assert torch.allclose(
+        first(batch)[:, :64], batch, atol=1e-6
+    )  # its first filters hand the channels on
 
 
 def test_whitened_patches_are_uncorrelated_and_of_unit_size(images):
-    responses = F.conv2d(images, airbench.whitening(images)[:12]).permute(0, 2, 3, 1).reshape(-1, 12).double()
+    responses = (
+        F.conv2d(images, airbench.whitening(images)[:12])
+        .permute(0, 2, 3, 1)
+        .reshape(-1, 12)
+        .double()
+    )
     second_moments = responses.T @ responses / len(responses)
-    assert torch.allclose(second_moments, torch.eye(12, dtype=torch.float64), atol=0.02)  # ε takes up to 2 %
+    assert torch.allclose(
+        second_moments, torch.eye(12, dtype=torch.float64), atol=0.02
+    )  # ε takes up to 2 %
 
 
 def test_an_image_is_shifted_and_mirrored_in_every_other_epoch(images):
@@ -38,7 +47,11 @@ def test_an_image_is_shifted_and_mirrored_in_every_other_epoch(images):
             image = images[index : index + 1]
             given = image.flip(-1) if (index + epoch) % 2 == 0 else image
             border = F.pad(given, [2] * 4, mode="reflect")[0]
-            shifts = [border[:, row : row + 32, column : column + 32] for row in range(5) for column in range(5)]
+            shifts = [
+                border[:, row : row + 32, column : column + 32]
+                for row in range(5)
+                for column in range(5)
+            ]
             assert sum(torch.equal(found[index], shift) for shift in shifts) == 1
 
 

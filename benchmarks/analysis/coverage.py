@@ -27,7 +27,11 @@ from scipy.stats import norm
 
 from benchmarks.harness import about, argument_parser
 from benchmarks.lines import write_lines
-from moevision.analysis.information import class_information, mutual_information_bits, part_information
+from moevision.analysis.information import (
+    class_information,
+    mutual_information_bits,
+    part_information,
+)
 
 EXPERTS, PATCHES, PARTS = 8, 16, 5
 Array = np.ndarray
@@ -71,7 +75,9 @@ def profiles(rng: np.random.Generator, values: int, bits: float) -> Array:
         common = rng.dirichlet(np.full(EXPERTS, 2.0))
         own = np.eye(EXPERTS)[rng.permutation(EXPERTS)[np.arange(values) % EXPERTS]]
         own = (own + rng.dirichlet(np.ones(EXPERTS), size=values)) / 2
-        strength = at_bits(lambda t, c=common, o=own: mutual_information_bits((1 - t) * c + t * o), bits)
+        strength = at_bits(
+            lambda t, c=common, o=own: mutual_information_bits((1 - t) * c + t * o), bits
+        )
         if not np.isnan(strength):
             return (1 - strength) * common + strength * own
 
@@ -92,12 +98,17 @@ def one_hot(choices: Array, size: int) -> Array:
 def draw_parts(rng: np.random.Generator, setting: Setting) -> tuple[Array, Array, float]:
     """Routing maps, part maps and the true excess of I(expert; part) over pairs of different images."""
     prior = rng.dirichlet(np.full(PARTS, 1.0), size=PATCHES)  # parts have their places
-    common, own = rng.dirichlet(np.full(EXPERTS, 2.0)), np.eye(EXPERTS)[rng.permutation(EXPERTS)[:PARTS]]
+    common, own = (
+        rng.dirichlet(np.full(EXPERTS, 2.0)),
+        np.eye(EXPERTS)[rng.permutation(EXPERTS)[:PARTS]],
+    )
 
     def excess(strength: float) -> float:
         share = (1 - strength) * common + strength * own
         together = prior.sum(0)[:, None] * share
-        return float(mutual_information_bits(together) - mutual_information_bits(prior.T @ (prior @ share)))
+        return float(
+            mutual_information_bits(together) - mutual_information_bits(prior.T @ (prior @ share))
+        )
 
     strength = at_bits(excess, setting.bits)
     if np.isnan(strength):
@@ -112,13 +123,17 @@ def draw(rng: np.random.Generator, setting: Setting) -> tuple[Array, Array]:
     labels = np.arange(setting.images) % setting.classes
     shape = setting.concentration * profiles(rng, setting.classes, setting.bits)[labels] + 1e-6
     gamma = rng.standard_gamma(shape) + 1e-12
-    return rng.multinomial(128, gamma / gamma.sum(1, keepdims=True))[:, None, :].astype(np.float32), labels
+    return rng.multinomial(128, gamma / gamma.sum(1, keepdims=True))[:, None, :].astype(
+        np.float32
+    ), labels
 
 
 def bootstrap(rng: np.random.Generator, counts: Array, labels: Array, replicates: int) -> Array:
     """[B] plug-in I(expert; class) of images drawn with replacement; counts [I, E]."""
     images, classes = len(counts), labels.max() + 1
-    drawn = rng.integers(images, size=(replicates, images)) + images * np.arange(replicates)[:, None]
+    drawn = (
+        rng.integers(images, size=(replicates, images)) + images * np.arange(replicates)[:, None]
+    )
     weight = np.bincount(drawn.ravel(), minlength=replicates * images).reshape(replicates, images)
     by_class = np.zeros((images, classes, EXPERTS), np.float32)
     by_class[np.arange(images), labels] = counts
@@ -158,7 +173,9 @@ def delta_se(counts: Array, labels: Array, plug_in: float) -> float:
 
 def study(setting: Setting, simulations: int) -> dict[str, object]:
     """Coverage, misses on either side and median width of each method."""
-    rng = np.random.default_rng([simulations, setting.images, setting.classes, int(1000 * setting.bits)])
+    rng = np.random.default_rng(
+        [simulations, setting.images, setting.classes, int(1000 * setting.bits)]
+    )
     below: dict[str, list[bool]] = {}
     above: dict[str, list[bool]] = {}
     widths: dict[str, list[float]] = {}
@@ -202,7 +219,15 @@ def main() -> None:
         # The bootstraps, which only class has, cost more than everything else.
         rows.append(study(cell, options.simulations * (3 if cell.about == "class" else 5) // 5))
         print(json.dumps(rows[-1]), flush=True)
-    lowest = {m: min(r["methods"][m]["coverage"] for r in rows if m in r["methods"]) for m in rows[0]["methods"]}
-    result = {**origin, "seconds": round(time.perf_counter() - start), "lowest_coverage": lowest, "rows": rows}
+    lowest = {
+        m: min(r["methods"][m]["coverage"] for r in rows if m in r["methods"])
+        for m in rows[0]["methods"]
+    }
+    result = {
+        **origin,
+        "seconds": round(time.perf_counter() - start),
+        "lowest_coverage": lowest,
+        "rows": rows,
+    }
     if options.out:
         write_lines(options.out, result)

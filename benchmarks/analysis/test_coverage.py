@@ -16,7 +16,9 @@ def test_coverage_of_a_small_run(classes, bits) -> None:
     found = coverage.study(coverage.Setting("class", 200, classes, 3.0, bits), 200)["methods"]
     # 200 simulations: a true coverage of 95 % gives at least 90.5 % in 99.8 % of such runs (binomial).
     assert found["score"]["coverage"] >= 0.905
-    if bits < 0.1 and classes == 8:  # why percentiles aren't used: they take the sample's noise for signal
+    if (
+        bits < 0.1 and classes == 8
+    ):  # why percentiles aren't used: they take the sample's noise for signal
         assert found["percentile"]["coverage"] < 0.7
 
 

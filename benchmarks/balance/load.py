@@ -31,7 +31,9 @@ def shares(history: RoutingHistory, layer: int) -> list[list[float]]:
     """For each moment the share of choices that each expert gets, over all images and patches."""
     chosen = np.asarray(history.weights[layer]) > 0  # [T, I, P, E]
     counts = chosen.sum((1, 2)).astype(float)
-    return [[round(float(share), 4) for share in row] for row in counts / counts.sum(1, keepdims=True)]
+    return [
+        [round(float(share), 4) for share in row] for row in counts / counts.sum(1, keepdims=True)
+    ]
 
 
 def arm(title: str, run: Path) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def main() -> None:
     """Write the record from two runs, or the images to record."""
     parser = argument_parser("balance", __doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders: without the loss, with it")
-    parser.add_argument("--draw", type=Path, help="write the images for --record_routing.images here")
+    parser.add_argument(
+        "--draw", type=Path, help="write the images for --record_routing.images here"
+    )
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()
     if arguments.draw:

@@ -82,7 +82,9 @@ def best_guess(layers: Seeds, control: str) -> float:
 
 def lost_in(layer: Record, label: int, owner: int) -> float:
     """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
-    return layer["swap"]["knock_out"]["points"][label][own_experts(layer)[owner]] or 0.0  # None: it has none of them
+    return (
+        layer["swap"]["knock_out"]["points"][label][own_experts(layer)[owner]] or 0.0
+    )  # None: it has none of them
 
 
 def lost_by_exchange(layers: Seeds, unit: str) -> float:
@@ -142,7 +144,9 @@ def verdicts(differences: dict[tuple[str, str], list[float]]) -> dict[tuple[str,
     words, largest = {}, 0.0
     for rank, key in enumerate(sorted(tests, key=lambda key: tests[key][2])):
         largest = max(largest, (len(tests) - rank) * tests[key][2])
-        words[key] = "not told apart" if largest >= 0.05 else "above" if tests[key][0] > 0 else "below"
+        words[key] = (
+            "not told apart" if largest >= 0.05 else "above" if tests[key][0] > 0 else "below"
+        )
     return words
 
 
@@ -156,7 +160,10 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         mean += f" ± {stdev(percents):.1f}" if len(own) > 1 else ""
         interval = verdict = ""
         if gate != "dense" and own:
-            interval, verdict = points(fmean(differences[learn, gate])), words.get((learn, gate), "not told apart")
+            interval, verdict = (
+                points(fmean(differences[learn, gate])),
+                words.get((learn, gate), "not told apart"),
+            )
             if len(own) > 1:
                 interval = with_interval(differences[learn, gate])
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
@@ -168,13 +175,19 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
 def where_cells(layers: Seeds) -> list[str]:
     """Which class goes where, and what the expert tells about the class beside two controls."""
     by_seed = [" / ".join(f"{100 * share:.0f}" for share in in_own(layer)) for layer in layers]
-    guesses = [fmean(map(guess, layers)), best_guess(layers, "before"), best_guess(layers, "clusters")]
+    guesses = [
+        fmean(map(guess, layers)),
+        best_guess(layers, "before"),
+        best_guess(layers, "clusters"),
+    ]
     cells = [", ".join(by_seed), f"{100 * fmean(map(busiest, layers)):.0f}"]
     cells += [f"{100 * share:.1f}" for share in guesses]
     cells.append(f"{sum(map(is_separate, layers))} of {len(layers)}")
     for question in (0, 1):
         answers = [layer["answers"][question] for layer in layers]
-        cells.append(", ".join(f"{answer} {answers.count(answer)}" for answer in dict.fromkeys(answers)))
+        cells.append(
+            ", ".join(f"{answer} {answers.count(answer)}" for answer in dict.fromkeys(answers))
+        )
     return cells
 
 
@@ -186,8 +199,16 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
         every = [layer for seeds in own for layer in seeds]
         separate.append(f"{GATES[gate]} {sum(map(is_separate, every))} of {len(every)}")
         both.append(str(sum(is_separate(layer) and is_different(layer) for layer in every)))
-        holds[gate] = any(all(is_separate(layer) and is_different(layer) for layer in seeds) for seeds in own)
-    verdict = "yes" if holds["alone"] or holds["balanced"] else "only if told" if holds["class"] else "not shown"
+        holds[gate] = any(
+            all(is_separate(layer) and is_different(layer) for layer in seeds) for seeds in own
+        )
+    verdict = (
+        "yes"
+        if holds["alone"] or holds["balanced"]
+        else "only if told"
+        if holds["class"]
+        else "not shown"
+    )
     return verdict, (
         f"Cats and dogs get experts of their own in so many layers: {', '.join(separate)}; of these, experts are also "
         f"shown to do different things in {listed(both)}"
@@ -196,7 +217,9 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
 
 def read_records() -> Seeds:
     """All runs."""
-    return [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
@@ -211,8 +234,10 @@ def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
 
 def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[Seeds]]:
     """What learns and gate -> each of its layers in every seed."""
-    return {key: [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
-            for key, own in runs.items()}  # fmt: skip
+    return {
+        key: [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
+        for key, own in runs.items()
+    }
 
 
 def verdict_of(records: Seeds) -> str:
@@ -220,7 +245,9 @@ def verdict_of(records: Seeds) -> str:
     return answer(layers_of(runs_by_gate(records)))[0]
 
 
-def table_rows(runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]) -> list[str]:
+def table_rows(
+    runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]
+) -> list[str]:
     """Every row of the two tables."""
     rows = accuracy_rows(runs)
     for (learn, gate), own in layers.items():
@@ -251,7 +278,9 @@ def statements() -> dict[str, list[str]]:
         for layer in block_7["experts", gate]
     ]
     below = {gate: less(runs, "experts", gate, "dense") for gate in ("class", "balanced", "alone")}
-    told = {gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")}
+    told = {
+        gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")
+    }
     least, *_, most = sorted(f"{-100 * fmean(differences):.1f}" for differences in below.values())
     of_telling, _, p = paired_test(less(runs, "experts", "class", "balanced"))
     costs = "shown" if p < 0.05 and of_telling < 0 else "not shown"

@@ -36,10 +36,14 @@ class Run:
     def __init__(self, record: dict) -> None:
         self.key = record["data"], record["arm"], record["seed"]
         self.monitor = record["monitor"]
-        self.labels = {split: np.array([int(digit) for digit in text]) for split, text in record["labels"].items()}
+        self.labels = {
+            split: np.array([int(digit) for digit in text])
+            for split, text in record["labels"].items()
+        }
         rows = record["validations"]
         self.right = {
-            split: np.array([right(row, split, len(labels)) for row in rows]) for split, labels in self.labels.items()
+            split: np.array([right(row, split, len(labels)) for row in rows])
+            for split, labels in self.labels.items()
         }
         self.loss = np.array([row["val_loss"] for row in rows])
 
@@ -50,7 +54,9 @@ class Run:
     def balanced(self, split: str) -> np.ndarray:
         """[V] mean over classes of the share right."""
         labels = self.labels[split]
-        return np.mean([self.right[split][:, labels == label].mean(1) for label in np.unique(labels)], axis=0)
+        return np.mean(
+            [self.right[split][:, labels == label].mean(1) for label in np.unique(labels)], axis=0
+        )
 
     def monitored(self, split: str) -> np.ndarray:
         """[V] what best.ckpt went by."""
@@ -69,7 +75,9 @@ def last_unless(run: Run, errors: float) -> int:
     """The last, unless the best is ahead by more than so many standard errors of the paired difference."""
     best, last = first_highest(run.monitored("val")), len(run.loss) - 1
     one, other, labels = run.right["val"][best], run.right["val"][last], run.labels["val"]
-    gain, error = macro(one, other, labels) if run.monitor == "val/balanced_acc" else paired(one, other)
+    gain, error = (
+        macro(one, other, labels) if run.monitor == "val/balanced_acc" else paired(one, other)
+    )
     return best if gain > errors * error else last
 
 
@@ -90,7 +98,9 @@ def paired(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
     def score(difference: float) -> float:
         part = difference * (2 * n - b + c) - b - c
-        q = (math.sqrt(max(0.0, part * part + 8 * n * c * difference * (1 - difference))) - part) / (4 * n)
+        q = (
+            math.sqrt(max(0.0, part * part + 8 * n * c * difference * (1 - difference))) - part
+        ) / (4 * n)
         surplus, variance = b - c - n * difference, n * (2 * q + difference * (1 - difference))
         if variance > 0:
             return surplus / math.sqrt(variance)
@@ -108,7 +118,9 @@ def macro(one: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float
         gaps = one[labels == label].astype(float) - other[labels == label]
         images = len(gaps) + 2 / len(classes)
         means.append(gaps.mean())
-        variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
+        variances.append(
+            (np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2
+        )
     return float(np.mean(means)), math.sqrt(sum(variances)) / len(classes)
 
 
@@ -118,7 +130,9 @@ def macro(one: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float
 def gains(runs: list[Run], rule: str) -> np.ndarray:
     """[runs] points of the monitor's metric on the test images that the rule's weights have over the last."""
     metrics = [100 * run.monitored("test") for run in runs]
-    return np.array([metric[RULES[rule](run)] - metric[-1] for run, metric in zip(runs, metrics, strict=True)])
+    return np.array(
+        [metric[RULES[rule](run)] - metric[-1] for run, metric in zip(runs, metrics, strict=True)]
+    )
 
 
 def others(runs: list[Run], rule: str) -> int:
@@ -129,8 +143,15 @@ def others(runs: list[Run], rule: str) -> int:
 def winners(runs: list[Run], rule: str) -> dict[tuple[str, int], float]:
     """For each data set and seed the sign of MoE less dense in the metric, on the test images."""
     tested = {run.key: run.monitored("test")[RULES[rule](run)] for run in runs}
-    pairs = [(data, seed) for data, arm, seed in tested if arm == "moe" and (data, "dense", seed) in tested]
-    return {(data, seed): np.sign(tested[data, "moe", seed] - tested[data, "dense", seed]) for data, seed in pairs}
+    pairs = [
+        (data, seed)
+        for data, arm, seed in tested
+        if arm == "moe" and (data, "dense", seed) in tested
+    ]
+    return {
+        (data, seed): np.sign(tested[data, "moe", seed] - tested[data, "dense", seed])
+        for data, seed in pairs
+    }
 
 
 def turned(runs: list[Run], rule: str) -> int:
@@ -147,12 +168,28 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
 
 def overall(runs: list[Run]) -> list[str]:
     """A row for each rule, of all runs."""
-    head = ["tested", "other weights than the last", "mean gain, points", "worst", "best", "MoE against dense changes"]
+    head = [
+        "tested",
+        "other weights than the last",
+        "mean gain, points",
+        "worst",
+        "best",
+        "MoE against dense changes",
+    ]
     body = []
     for rule in RULES:
         gain, pairs = gains(runs, rule), len(winners(runs, rule))
         counts = f"{others(runs, rule)} of {len(runs)}", f"{turned(runs, rule)} of {pairs}"
-        body.append([rule, counts[0], f"{gain.mean():+.2f}", f"{gain.min():+.1f}", f"{gain.max():+.1f}", counts[1]])
+        body.append(
+            [
+                rule,
+                counts[0],
+                f"{gain.mean():+.2f}",
+                f"{gain.min():+.1f}",
+                f"{gain.max():+.1f}",
+                counts[1],
+            ]
+        )
     return table(head, body)
 
 
@@ -180,7 +217,14 @@ def statements() -> dict[str, list[str]]:
         f"With the rule of one standard error {others(runs, one)} of {len(runs)} trainings took other weights than the "
         f"last, at {gains(runs, one).mean():+.2f} points on average."
     )
-    return {"benchmarks/checkpoint_choice/README.md": [answer, rule, *overall(runs)[2:], *by_data(runs)[2:]]}
+    return {
+        "benchmarks/checkpoint_choice/README.md": [
+            answer,
+            rule,
+            *overall(runs)[2:],
+            *by_data(runs)[2:],
+        ]
+    }
 
 
 def read_runs() -> list[Run]:

@@ -18,5 +18,7 @@ def main() -> None:
         UserError: where the arguments don't begin with `of`.
     """
     if sys.argv[1:2] != ["of"]:
-        raise UserError("Say of which run: `python -m benchmarks curve of RUN`; `curve of --help` has its options.")
+        raise UserError(
+            "Say of which run: `python -m benchmarks curve of RUN`; `curve of --help` has its options."
+        )
     shares.run(sys.argv[2:])

@@ -51,7 +51,9 @@ def accuracies_of(record: dict) -> Accuracies:
     return accuracies
 
 
-def paired_difference(first: dict[int, float], second: dict[int, float], divisor: float = 1.0) -> Difference:
+def paired_difference(
+    first: dict[int, float], second: dict[int, float], divisor: float = 1.0
+) -> Difference:
     """First minus second, seed by seed, over the divisor."""
     gaps = [(first[seed] - second[seed]) / divisor for seed in sorted(first)]
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -76,9 +78,14 @@ def shares_of(record: dict) -> list[float]:
 
 def table(record: dict, accuracies: Accuracies) -> list[str]:
     """A line for all images, then one for each method and share."""
-    images = {(training["by"], training["share"]): training["images"] for training in record["trainings"]}
+    images = {
+        (training["by"], training["share"]): training["images"] for training in record["trainings"]
+    }
     lines = []
-    for by, share in [("all", 1.0), *((by, share) for by in record["methods"] for share in shares_of(record))]:
+    for by, share in [
+        ("all", 1.0),
+        *((by, share) for by in record["methods"] for share in shares_of(record)),
+    ]:
         of_seeds = accuracies[by, share].values()
         differences = ["-", "-"]
         if by != "all":
@@ -136,7 +143,9 @@ def beside_chance(record: dict, accuracies: Accuracies) -> dict[str, list[float]
 def row_of_results(record: dict, accuracies: Accuracies) -> str:
     """The row of docs/results.md."""
     differences = {by: beside_all(accuracies, by, ASKED) for by in record["methods"]}
-    good = [by for by, difference in differences.items() if is_as_good(difference, record["margin"])]
+    good = [
+        by for by, difference in differences.items() if is_as_good(difference, record["margin"])
+    ]
     worse = [by for by, difference in differences.items() if by not in good and difference.high < 0]
     costs = ", ".join(f"{by} {difference}" for by, difference in differences.items())
     return (

@@ -54,7 +54,9 @@ from moevision.train.resume import is_finished
 ALL: Final = "all"
 HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped
 METHODS: Final = ("random", "ccs", "aum", "el2n", "forgetting", "loss")
-_HEAD: Final = "by,share,images,seeds,accuracy,accuracy_sd,beside_all,beside_all_low,beside_all_high,"
+_HEAD: Final = (
+    "by,share,images,seeds,accuracy,accuracy_sd,beside_all,beside_all_low,beside_all_high,"
+)
 _ASKED: Final = 0.7  # the share that a sentence is about, or the one nearest to it
 Json = dict[str, Any]
 
@@ -92,10 +94,14 @@ def schedule(config: Mapping[str, Any], images: int) -> tuple[int, int]:
             "--trainer.devices 1."
         )
     if trainer["accumulate_grad_batches"] != 1:
-        raise UserError("The run accumulates gradients, and its steps can't be kept equal on fewer images.")
+        raise UserError(
+            "The run accumulates gradients, and its steps can't be kept equal on fewer images."
+        )
     ends = [epoch * (trainer["max_epochs"] or 0), trainer.get("max_steps") or 0]
     if not any(end > 0 for end in ends):
-        raise UserError("The run's config.yaml says neither max_epochs nor max_steps: train it with an end.")
+        raise UserError(
+            "The run's config.yaml says neither max_epochs nor max_steps: train it with an end."
+        )
     return min(end for end in ends if end > 0), epoch
 
 
@@ -130,13 +136,30 @@ share nearest to it) are shown to be as good as all, that is less than --margin 
     )
     add = known.add_argument
     add("run", metavar="RUN", help="a finished run with scores.csv")
-    add("--by", nargs="+", choices=METHODS, default=list(METHODS[:3]), metavar="METHOD",
-        help=f"what chooses, of {', '.join(METHODS)} (random ccs aum)")  # fmt: skip
-    add("--shares", nargs="+", type=_share, default=[0.9, 0.7, 0.5, 0.3], metavar="SHARE",
-        help="shares of the images (0.9 0.7 0.5 0.3)")  # fmt: skip
+    add(
+        "--by",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS[:3]),
+        metavar="METHOD",
+        help=f"what chooses, of {', '.join(METHODS)} (random ccs aum)",
+    )
+    add(
+        "--shares",
+        nargs="+",
+        type=_share,
+        default=[0.9, 0.7, 0.5, 0.3],
+        metavar="SHARE",
+        help="shares of the images (0.9 0.7 0.5 0.3)",
+    )
     add("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    add("--margin", type=float, default=1.0, metavar="POINTS",
-        help="loss of accuracy, in percentage points, that counts as none (%(default)s)")  # fmt: skip
+    add(
+        "--margin",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="loss of accuracy, in percentage points, that counts as none (%(default)s)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/curve)")
     return known
 
@@ -156,9 +179,13 @@ def run(arguments: Sequence[str]) -> None:
     refuse_foreign(out / "curve.csv", _HEAD.encode())
     scores, config = Scores.read(run_dir / FILE), read_yaml(run_dir / "config.yaml")
     if not is_finished(run_dir, with_twin=False):
-        raise UserError(f"{run_dir} has no summary.json: finish it first, its scores and its time are needed.")
+        raise UserError(
+            f"{run_dir} has no summary.json: finish it first, its scores and its time are needed."
+        )
     planned = jobs(chosen.by, chosen.shares, chosen.seeds)
-    recipe = hashlib.sha256((run_dir / "config.yaml").read_bytes() + (run_dir / FILE).read_bytes()).hexdigest()
+    recipe = hashlib.sha256(
+        (run_dir / "config.yaml").read_bytes() + (run_dir / FILE).read_bytes()
+    ).hexdigest()
     steps, epoch = schedule(config, len(scores.images))
     done = {job: record for job in planned if (record := _read(out, job, recipe)) is not None}
     summary = read_json(run_dir / "summary.json")
@@ -205,7 +232,9 @@ def _read(out: Path, job: Job, recipe: str) -> Json | None:
         return None
     record: Json = read_json(file)
     if record["recipe"] != recipe:
-        raise UserError(f"{file} is of another config.yaml or scores.csv of the run: give --out another folder.")
+        raise UserError(
+            f"{file} is of another config.yaml or scores.csv of the run: give --out another folder."
+        )
     return record
 
 
@@ -218,21 +247,51 @@ def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch
     relabelled = bool(settings.get("relabel"))
     plan.write(keep, scores, relabelled=relabelled)
     options: dict[str, object] = {
-        "config": run_dir / "config.yaml", "name": job.name, "runs_root": out / "trainings", "resume": "auto",
-        "seed_everything": job.seed, "data.order_seed": job.seed, "data.keep": keep, "data.scores": "false",
-        "trainer.max_steps": steps, "trainer.max_epochs": -1, "trainer.min_epochs": "null",
-        "trainer.limit_train_batches": "null", "trainer.max_time": "null", "early_stopping.patience": "null",
-        "trainer.val_check_interval": epoch, "trainer.check_val_every_n_epoch": "null",
-        "trainer.logger": "null", "trainer.enable_progress_bar": "false", "record_routing.images": "null",
-    } | {f"data.{name}": settings[name] for name in ("path", "root") if name in settings}  # fmt: skip
+        "config": run_dir / "config.yaml",
+        "name": job.name,
+        "runs_root": out / "trainings",
+        "resume": "auto",
+        "seed_everything": job.seed,
+        "data.order_seed": job.seed,
+        "data.keep": keep,
+        "data.scores": "false",
+        "trainer.max_steps": steps,
+        "trainer.max_epochs": -1,
+        "trainer.min_epochs": "null",
+        "trainer.limit_train_batches": "null",
+        "trainer.max_time": "null",
+        "early_stopping.patience": "null",
+        "trainer.val_check_interval": epoch,
+        "trainer.check_val_every_n_epoch": "null",
+        "trainer.logger": "null",
+        "trainer.enable_progress_bar": "false",
+        "record_routing.images": "null",
+    } | {f"data.{name}": settings[name] for name in ("path", "root") if name in settings}
     if relabelled:
         options["data.relabel"] = keep
     if not is_finished(folder, with_twin=False):
-        with (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            training.fit(read("fit", [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"]))
+        with (
+            (out / "log.txt").open("a", encoding="utf-8") as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+        ):
+            training.fit(
+                read(
+                    "fit",
+                    [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"],
+                )
+            )
     summary = read_json(folder / "summary.json")
-    kept = {"images": int(plan.keep.sum()), "steps": summary["steps"], "duration_s": summary["duration_s"]}
-    return {**vars(job), **kept, **{name: summary["test"][name] for name in ("correct", "total", "loss")}}
+    kept = {
+        "images": int(plan.keep.sum()),
+        "steps": summary["steps"],
+        "duration_s": summary["duration_s"],
+    }
+    return {
+        **vars(job),
+        **kept,
+        **{name: summary["test"][name] for name in ("correct", "total", "loss")},
+    }
 
 
 def _time(seconds: float) -> str:
@@ -275,17 +334,24 @@ def table(records: Sequence[Json], methods: Sequence[str]) -> list[Row]:
         by_seed[record["seed"]] = record["correct"] / record["total"]
 
     def beside(mine: Mapping[int, float], other: Mapping[int, float]) -> Gap:
-        return Gap.of([100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())])
+        return Gap.of(
+            [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
+        )
 
     order = sorted(known, key=lambda kind: ([ALL, *methods].index(kind[0]), -kind[1]))
     return [
         Row(
-            *kind, images[kind], known[kind],
+            *kind,
+            images[kind],
+            known[kind],
             beside({} if kind[0] == ALL else known[kind], known.get((ALL, 1.0), {})),
-            beside({} if kind[0] in (ALL, "random") else known[kind], known.get(("random", kind[1]), {})),
+            beside(
+                {} if kind[0] in (ALL, "random") else known[kind],
+                known.get(("random", kind[1]), {}),
+            ),
         )
         for kind in order
-    ]  # fmt: skip
+    ]
 
 
 def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
@@ -297,14 +363,18 @@ def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
     last = max(drawn, key=lambda row: row.share)
     thousands = (whole.images - last.images) / 1000
     both = sorted(last.accuracy.keys() & whole.accuracy.keys())
-    return last, Gap.of([100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both])
+    return last, Gap.of(
+        [100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both]
+    )
 
 
 def with_interval(gap: Gap) -> str:
     """`-0.40 (-1.20 to +0.40)`."""
     if math.isnan(gap.mean):
         return "-"
-    return f"{gap.mean:+.2f}" + ("" if math.isnan(gap.low) else f" ({gap.low:+.2f} to {gap.high:+.2f})")
+    return f"{gap.mean:+.2f}" + (
+        "" if math.isnan(gap.low) else f" ({gap.low:+.2f} to {gap.high:+.2f})"
+    )
 
 
 def is_as_good(gap: Gap, margin: float) -> bool:
@@ -339,8 +409,12 @@ def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> li
             "measured."
         )
     seeds, total = len({record["seed"] for record in records}), records[0]["total"]
-    return [*found, f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
-            if seeds > 1 else "One seed has no interval."]  # fmt: skip
+    return [
+        *found,
+        f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
+        if seeds > 1
+        else "One seed has no interval.",
+    ]
 
 
 def _percent(share: float) -> str:
@@ -350,11 +424,14 @@ def _percent(share: float) -> str:
 def lines(rows: Sequence[Row]) -> list[str]:
     """The table as text."""
     head = f"{'by':<10} {'kept':>7} {'images':>10} {'accuracy':>9} {'sd':>6}  {'beside all':<26}beside random"
-    return [head, *(
-        f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  "
-        f"{with_interval(row.beside_all):<26}{with_interval(row.beside_random)}"
-        for row in rows
-    )]  # fmt: skip
+    return [
+        head,
+        *(
+            f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  "
+            f"{with_interval(row.beside_all):<26}{with_interval(row.beside_random)}"
+            for row in rows
+        ),
+    ]
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -362,8 +439,14 @@ def _csv(rows: Sequence[Row]) -> str:
     text.write(_HEAD + "beside_random,beside_random_low,beside_random_high\n")
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        gaps = [number for gap in (row.beside_all, row.beside_random) for number in (gap.mean, gap.low, gap.high)]
-        numbers = ["" if math.isnan(number) else f"{number:.6g}" for number in (row.mean, row.sd, *gaps)]
+        gaps = [
+            number
+            for gap in (row.beside_all, row.beside_random)
+            for number in (gap.mean, gap.low, gap.high)
+        ]
+        numbers = [
+            "" if math.isnan(number) else f"{number:.6g}" for number in (row.mean, row.sd, *gaps)
+        ]
         writer.writerow([row.by, f"{row.share:g}", row.images, len(row.accuracy), *numbers])
     return text.getvalue()
 
@@ -378,18 +461,38 @@ def draw(rows: Sequence[Row], margin: float, out: Path) -> None:
         mine = [row for row in rows if row.by == by]
         shift = 0.006 * (place - (len(methods) - 1) / 2)  # so that bars don't hide each other
         with_all = [*whole, *mine]
-        _bars(left, [row.share + shift for row in with_all], [row.mean for row in with_all],
-              [row.sd for row in with_all], OKABE_ITO[place], by)  # fmt: skip
+        _bars(
+            left,
+            [row.share + shift for row in with_all],
+            [row.mean for row in with_all],
+            [row.sd for row in with_all],
+            OKABE_ITO[place],
+            by,
+        )
         halves = [row.beside_all.high - row.beside_all.mean for row in mine]
-        _bars(right, [row.share + shift for row in mine], [row.beside_all.mean for row in mine], halves,
-              OKABE_ITO[place], by)  # fmt: skip
+        _bars(
+            right,
+            [row.share + shift for row in mine],
+            [row.beside_all.mean for row in mine],
+            halves,
+            OKABE_ITO[place],
+            by,
+        )
     for axes in (left, right):
         calm(axes)
         axes.set_xticks(sorted({row.share for row in rows}))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("share of the training images", fontsize=9, color=INK)
-    title(left, "Accuracy on the test images", "mean over seeds, bars: standard deviation; equal steps")
-    title(right, "Beside all images, in points", f"paired by seed, bars: 95 % t interval; dashed: margin of {margin:g}")
+    title(
+        left,
+        "Accuracy on the test images",
+        "mean over seeds, bars: standard deviation; equal steps",
+    )
+    title(
+        right,
+        "Beside all images, in points",
+        f"paired by seed, bars: 95 % t interval; dashed: margin of {margin:g}",
+    )
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.axhline(0, color=INK, linewidth=0.8)
     right.axhline(-margin, color=INK, linewidth=0.8, linestyle="--")
@@ -398,5 +501,22 @@ def draw(rows: Sequence[Row], margin: float, out: Path) -> None:
     save(figure, out)
 
 
-def _bars(axes: Axes, x: Sequence[float], y: Sequence[float], half: Sequence[float], colour: str, label: str) -> None:
-    axes.errorbar(x, y, yerr=half, color=colour, label=label, marker="o", markersize=3.5, linewidth=1.4, capsize=2.5)
+def _bars(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    half: Sequence[float],
+    colour: str,
+    label: str,
+) -> None:
+    axes.errorbar(
+        x,
+        y,
+        yerr=half,
+        color=colour,
+        label=label,
+        marker="o",
+        markersize=3.5,
+        linewidth=1.4,
+        capsize=2.5,
+    )

@@ -10,7 +10,16 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from benchmarks.curve.shares import jobs, lines, schedule, sentences, slope, table, verdict, with_interval
+from benchmarks.curve.shares import (
+    jobs,
+    lines,
+    schedule,
+    sentences,
+    slope,
+    table,
+    verdict,
+    with_interval,
+)
 from moevision.errors import UserError
 from moevision.stats import Gap
 
@@ -19,7 +28,14 @@ T2, T3 = 12.7062, 4.30265
 
 
 def record(by: str, share: float, seed: int, correct: int) -> dict:
-    return {"by": by, "share": share, "seed": seed, "correct": correct, "total": 1000, "images": round(20_000 * share)}
+    return {
+        "by": by,
+        "share": share,
+        "seed": seed,
+        "correct": correct,
+        "total": 1000,
+        "images": round(20_000 * share),
+    }
 
 
 RECORDS = [
@@ -32,9 +48,14 @@ RECORDS = [
 
 def test_jobs_and_equal_steps():
     assert [job.name for job in jobs(["random", "ccs"], [0.5, 0.9], 2)] == [
-        f"{name}-s{seed}" for seed in (0, 1) for name in ("all-1", "random-0.9", "random-0.5", "ccs-0.9", "ccs-0.5")
+        f"{name}-s{seed}"
+        for seed in (0, 1)
+        for name in ("all-1", "random-0.9", "random-0.5", "ccs-0.9", "ccs-0.5")
     ]
-    config = {"data": {"batch_size": 128}, "trainer": {"max_epochs": 10, "max_steps": -1, "devices": 1}}
+    config = {
+        "data": {"batch_size": 128},
+        "trainer": {"max_epochs": 10, "max_steps": -1, "devices": 1},
+    }
     config["trainer"]["accumulate_grad_batches"] = 1
     assert schedule(config, 45_000) == (3510, 351)  # 351 whole batches of 128 in 45,000
     assert schedule(config, 100) == (10, 1)
@@ -99,8 +120,13 @@ def test_sentences_and_the_slope_at_the_end():
         "Training on 70 % of the images, drawn at random, is shown to be worse than training on all: "
         "-3.00 (-5.48 to -0.52) points."
     )
-    assert second.startswith("Training on 70 % of the images, chosen by ccs, is shown to be as good as")
-    assert "The last 10 % of the images, drawn at random, are worth +0.20 (-0.05 to +0.45) points per 1,000" in third
+    assert second.startswith(
+        "Training on 70 % of the images, chosen by ccs, is shown to be as good as"
+    )
+    assert (
+        "The last 10 % of the images, drawn at random, are worth +0.20 (-0.05 to +0.45) points per 1,000"
+        in third
+    )
     assert fourth.endswith("over 3 seeds, on the same 1,000 test images.")
     assert slope([row for row in rows if row.by != "random"]) is None
     assert "ccs           70 %     14,000    89.8 %   1.10  -0.20 (" in lines(rows)[-1]
@@ -109,21 +135,42 @@ def test_sentences_and_the_slope_at_the_end():
 def test_a_curve_is_gone_on_with(bench, tiny_run, tmp_path, monkeypatch, send_signal):
     """Equal steps on 25 images and on 13 of them; stopped in the first training, gone on with, not repeated."""
     monkeypatch.chdir(tmp_path)
-    asked = ("curve", "of", tiny_run, "--by", "random", "--shares", "0.5", "--seeds", "1", "--out", "curve")
+    asked = (
+        "curve",
+        "of",
+        tiny_run,
+        "--by",
+        "random",
+        "--shares",
+        "0.5",
+        "--seeds",
+        "1",
+        "--out",
+        "curve",
+    )
     send_signal(3)
     stopped = bench(*asked)
     assert stopped.code == 143
-    assert "2 trainings of 6 steps, 0 of them done: all 25 images, and 50 % by random, with the seeds 0" in stopped.out
+    assert (
+        "2 trainings of 6 steps, 0 of them done: all 25 images, and 50 % by random, with the seeds 0"
+        in stopped.out
+    )
     assert "The curve goes on by the same command" in stopped.err
     outcome = bench(*asked)
     assert outcome.code == 0, outcome.err
     assert "step 3 (verified)" in Path("curve/log.txt").read_text()
-    assert "Training on 50 % of the images, drawn at random, isn't shown to be as good as training" in outcome.out
+    assert (
+        "Training on 50 % of the images, drawn at random, isn't shown to be as good as training"
+        in outcome.out
+    )
     assert list(Path("curve/trainings").iterdir()) == []
     with Image.open("curve/curve.png") as figure:
         assert figure.width > 1000
     found = list(csv.DictReader(Path("curve/curve.csv").read_text().splitlines()))
-    assert [(row["by"], row["images"], row["seeds"]) for row in found] == [("all", "25", "1"), ("random", "13", "1")]
+    assert [(row["by"], row["images"], row["seeds"]) for row in found] == [
+        ("all", "25", "1"),
+        ("random", "13", "1"),
+    ]
     record = Path("curve/records/random-0.5-s0.json")
     assert '"steps": 6' in record.read_text()
     monkeypatch.setattr("moevision.train.fit.fit", None)

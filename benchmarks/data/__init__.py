@@ -33,7 +33,9 @@ EXAMPLES = """\
   python -m benchmarks data cifar10 --root datasets
   python -m benchmarks data path/to/images --workers 0 4 --out pipeline
 """
-_SKIPPED = 2  # batches before a round's clock starts, besides those that workers have prefetched by then
+_SKIPPED = (
+    2  # batches before a round's clock starts, besides those that workers have prefetched by then
+)
 _WAIT_WARM_UP = 3  # steps before the data wait is measured
 
 
@@ -59,18 +61,36 @@ Modules = Mapping[tuple[bool, bool], ImageDataModule]
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("data", __doc__, EXAMPLES)
-    parser.add_argument("what", metavar="WHAT", help="a config, a run folder, a folder of images, or a data set's name")
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a config, a run folder, a folder of images, or a data set's name",
+    )
     parser.add_argument("--root", help="folder of named data sets (the config's, or data)")
     parser.add_argument(
-        "--model", default="quickstart", metavar="CONFIG", help="whose model trains on a folder of images (quickstart)"
+        "--model",
+        default="quickstart",
+        metavar="CONFIG",
+        help="whose model trains on a folder of images (quickstart)",
     )
     parser.add_argument(
-        "--workers", type=count, nargs="+", default=[0, 1, 2], metavar="N", help="worker processes (0 1 2)"
+        "--workers",
+        type=count,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="worker processes (0 1 2)",
     )
     harness.add_image_sizes(parser)
-    parser.add_argument("--batches", type=positive, default=20, metavar="N", help="batches per round (%(default)s)")
     parser.add_argument(
-        "--steps", type=count, default=20, metavar="N", help="training steps for the data wait (20; 0: none)"
+        "--batches", type=positive, default=20, metavar="N", help="batches per round (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=count,
+        default=20,
+        metavar="N",
+        help="training steps for the data wait (20; 0: none)",
     )
     harness.add_measuring(parser, repetitions=5, warm_up=None)
     return parser
@@ -93,14 +113,23 @@ def main() -> None:
             for variant in list(rates)[:: 1 if number % 2 == 0 else -1]:
                 rates[variant].append(rounded(_images_per_s(modules, variant, options.batches)))
                 on_step()
-    record["data"] = {**subject.data, "image_size": subject.image_size, "batch_size": subject.batch_size}
+    record["data"] = {
+        **subject.data,
+        "image_size": subject.image_size,
+        "batch_size": subject.batch_size,
+    }
     record["split"] = next(iter(modules.values())).split_note
     record["rows"] = [
-        {**asdict(variant), "images_per_s": spread(values), "rounds": values} for variant, values in rates.items()
+        {**asdict(variant), "images_per_s": spread(values), "rounds": values}
+        for variant, values in rates.items()
     ]
     # As it is trained: from memory where the images fit, and augmented.
-    trained = [each for each in rates if each.augmented and each.cached == ((True, True) in modules)]
-    record["data_wait"] = [_wait(subject, modules, variant, options, device) for variant in trained if options.steps]
+    trained = [
+        each for each in rates if each.augmented and each.cached == ((True, True) in modules)
+    ]
+    record["data_wait"] = [
+        _wait(subject, modules, variant, options, device) for variant in trained if options.steps
+    ]
     show(record)
     harness.write_record(options.out, record)
 
@@ -115,21 +144,35 @@ def _subject(options: Namespace) -> Subject:
         own = dict(subject.data)
     else:
         subject, own = find_subject(options.model, **sizes), {"path": options.what}
-    return replace(subject, data={**own, **({} if options.root is None else {"root": options.root})})
+    return replace(
+        subject, data={**own, **({} if options.root is None else {"root": options.root})}
+    )
 
 
 def _few_drawn(subject: Subject, options: Namespace) -> Subject:
     """Where images are drawn by code, no more of them than are used, so that nobody waits for the others."""
     enough = (options.batches + _SKIPPED) * subject.batch_size
-    own = {"train_size": min(enough, subject.data.get("train_size", enough)), "val_size": 1, "test_size": 1}
-    return replace(subject, data={**subject.data, **own}) if subject.data.get("path") == "synthetic_pets" else subject
+    own = {
+        "train_size": min(enough, subject.data.get("train_size", enough)),
+        "val_size": 1,
+        "test_size": 1,
+    }
+    return (
+        replace(subject, data={**subject.data, **own})
+        if subject.data.get("path") == "synthetic_pets"
+        else subject
+    )
 
 
 def _open_all(subject: Subject) -> Modules:
     """The data, in memory only where they fit."""
     modules: dict[tuple[bool, bool], ImageDataModule] = {}
     for cached, augmented in product((True, False), repeat=2):
-        options = {**subject.data, "image_size": subject.image_size, "batch_size": subject.batch_size}
+        options = {
+            **subject.data,
+            "image_size": subject.image_size,
+            "batch_size": subject.batch_size,
+        }
         if not cached:
             options["cache_mb"] = 0
         if not augmented:
@@ -196,13 +239,19 @@ def show(record: Json) -> None:
     """Rates, decoding, data wait."""
     data = record["data"]
     harness.print_machine(record)
-    harness.print_line(f"{data['path']}: {data['image_size']} px, batches of {data['batch_size']}. {record['split']}")
+    harness.print_line(
+        f"{data['path']}: {data['image_size']} px, batches of {data['batch_size']}. {record['split']}"
+    )
     rows = []
     for row in record["rows"]:
         rate, cells = row["images_per_s"], ("in memory" if row["cached"] else "made each time",)
         cells += ("yes" if row["augmented"] else "no", str(row["workers"]))
-        rows.append([*cells, f"{rate['median']:,.0f} ({rate['quartile_1']:,.0f}–{rate['quartile_3']:,.0f})"])
-    harness.print_table("input pipeline alone", ["images", "augmented", "workers", "images/s (quartiles)"], rows)
+        rows.append(
+            [*cells, f"{rate['median']:,.0f} ({rate['quartile_1']:,.0f}–{rate['quartile_3']:,.0f})"]
+        )
+    harness.print_table(
+        "input pipeline alone", ["images", "augmented", "workers", "images/s (quartiles)"], rows
+    )
     for wait in record["data_wait"]:
         harness.print_line(
             f"data wait, {wait['workers']} workers: {wait['share']:.1%} of a training step of {wait['model']} "

@@ -38,9 +38,16 @@ def answers(model: SavedModel, pictures: PictureSet) -> dict[str, Any]:
     `sure` are the probabilities of the answers with all experts.
     """
     layers = numbered_layers(model.net)
-    experts = [(layer, expert) for layer, moe in layers.items() for expert in range(moe.router.num_experts)]
+    experts = [
+        (layer, expert) for layer, moe in layers.items() for expert in range(moe.router.num_experts)
+    ]
     names = [f"L{layer}·E{expert}" for layer, expert in experts]
-    found: dict[str, Any] = {"labels": "", "all": "", "sure": [], "without": dict.fromkeys(names, "")}
+    found: dict[str, Any] = {
+        "labels": "",
+        "all": "",
+        "sure": [],
+        "without": dict.fromkeys(names, ""),
+    }
     found["at_random"] = dict.fromkeys(names, "")
     for start in range(0, len(pictures), _BATCH):
         numbers = range(start, min(start + _BATCH, len(pictures)))
@@ -53,7 +60,9 @@ def answers(model: SavedModel, pictures: PictureSet) -> dict[str, Any]:
             for place, (name, (layer, expert)) in enumerate(zip(names, experts, strict=True)):
                 away = Intervention("ablate", layer=layer, expert=expert)
                 after, taken, _ = run_under(model.net, x, away)
-                drawn = run_compared(model.net, x, away, taken, [(place, number) for number in numbers])
+                drawn = run_compared(
+                    model.net, x, away, taken, [(place, number) for number in numbers]
+                )
                 found["without"][name] += digits(after.argmax(-1).tolist())
                 found["at_random"][name] += digits(drawn.argmax(-1).tolist())
     return found
@@ -73,15 +82,32 @@ def flipped(record: dict[str, Any], kind: str) -> np.ndarray:
 def record_of(options: Namespace) -> dict[str, Any]:
     """The bundled model's answers."""
     model = bundled_model(MODEL)
-    pictures = open_pictures(options.cifar, model.image_size, limit=options.images, class_names=model.class_names)
-    return {**about(), "model": MODEL, "classes": list(model.class_names), **answers(model, pictures)}
+    pictures = open_pictures(
+        options.cifar, model.image_size, limit=options.images, class_names=model.class_names
+    )
+    return {
+        **about(),
+        "model": MODEL,
+        "classes": list(model.class_names),
+        **answers(model, pictures),
+    }
 
 
 def main() -> None:
     """Measure."""
     parser = argument_parser("flips", __doc__)
-    parser.add_argument("--cifar", metavar="DIR", required=True, help="CIFAR-10 as a folder; its test images are asked")
-    parser.add_argument("--images", type=count, default=2000, help="test images, as many of each class (%(default)s)")
+    parser.add_argument(
+        "--cifar",
+        metavar="DIR",
+        required=True,
+        help="CIFAR-10 as a folder; its test images are asked",
+    )
+    parser.add_argument(
+        "--images",
+        type=count,
+        default=2000,
+        help="test images, as many of each class (%(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="write the record there")
     options = parser.parse_args()
     torch.set_num_threads(1)

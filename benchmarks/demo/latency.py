@@ -83,13 +83,17 @@ TAKE_AWAY = """async ([selector, wanted]) => {
 
 def without_an_expert(browser: Browser, address: str) -> list[float]:
     """Each network of the opening's layer taken away alone, and put back."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, reduced_motion="reduce", bypass_csp=True)
+    context = browser.new_context(
+        viewport={"width": 1440, "height": 900}, reduced_motion="reduce", bypass_csp=True
+    )
     page, times = context.new_page(), []
     page.goto(address)
     page.wait_for_selector(".mv-flow-box")
     page.wait_for_timeout(3000)
     boxes = page.locator(".mv-flow-box").all()
-    for expert in [at for at, box in enumerate(boxes) if "none" not in (box.text_content() or "")] * 4:
+    for expert in [
+        at for at, box in enumerate(boxes) if "none" not in (box.text_content() or "")
+    ] * 4:
         box = f".mv-flow-box[data-expert='{expert}']"
         times.append(page.evaluate(TAKE_AWAY, [box, True]))
         page.evaluate(TAKE_AWAY, [box, False])
@@ -126,9 +130,13 @@ def in_the_page(page: Page) -> dict[str, list[float]]:
         times["layer_change"].append(page.evaluate(MEASURE, [layer, ".mv-grid"]))
         patch = f".mv-cell[data-patch='{step * 7 % patches}']"
         times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-where"]))
-    examples = page.eval_on_selector_all(".mv-rail [data-action=example]", "list => list.map(one => one.dataset.id)")
+    examples = page.eval_on_selector_all(
+        ".mv-rail [data-action=example]", "list => list.map(one => one.dataset.id)"
+    )
     for example in examples[1:]:
-        times["new_picture"].append(page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"]))
+        times["new_picture"].append(
+            page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"])
+        )
     return times
 
 
@@ -138,12 +146,16 @@ def own_picture(page: Page) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         for step in range(8):
             file = Path(folder) / f"{step}.jpg"
-            Image.effect_mandelbrot((1600, 1200), (-2 + step / 10, -1.5, 1, 1.5), 40).convert("RGB").save(file)
+            Image.effect_mandelbrot((1600, 1200), (-2 + step / 10, -1.5, 1, 1.5), 40).convert(
+                "RGB"
+            ).save(file)
             before = page.get_attribute(".mv-picture", "src")
             start = time.perf_counter()
             page.set_input_files("[data-box=file]", file)
             page.wait_for_function(
-                "src => document.querySelector('.mv-picture').src !== src", arg=before, polling="raf"
+                "src => document.querySelector('.mv-picture').src !== src",
+                arg=before,
+                polling="raf",
             )
             times.append((time.perf_counter() - start) * 1000)
     return times
@@ -172,7 +184,9 @@ def away_cpu(model: str) -> list[float]:
     last = entry.facts.routers[-1]
     for expert in range(last.num_experts):
         start = time.process_time()
-        answer = explorer.answer("route", {"model": model, "picture": picture, "away": [[last.layer, expert]]})
+        answer = explorer.answer(
+            "route", {"model": model, "picture": picture, "away": [[last.layer, expert]]}
+        )
         times.append((time.process_time() - start) * 1000)
         assert "error" not in answer, answer
     explorer.close()
@@ -196,17 +210,28 @@ def summary(times: list[float], limit: float | None) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and fail if a median is over its limit."""
     parser = argument_parser("demo-latency", __doc__)
-    parser.add_argument("--starts", type=int, default=3, help="servers that are started for the first page")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="servers that are started for the first page"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     origin = about()
     found: dict[str, dict[str, Any]] = {}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"]
+        )
         version = browser.version
         for model in MODELS:
-            times: dict[str, list[float]] = {"forward": forward(model), "away_cpu": away_cpu(model), "first_page": []}
-            limits = {**LIMIT_MS, "new_picture": statistics.median(times["forward"]) + OVER_FORWARD_MS}
+            times: dict[str, list[float]] = {
+                "forward": forward(model),
+                "away_cpu": away_cpu(model),
+                "first_page": [],
+            }
+            limits = {
+                **LIMIT_MS,
+                "new_picture": statistics.median(times["forward"]) + OVER_FORWARD_MS,
+            }
             for start in range(options.starts):
                 with running_demo() as (_, address):
                     page, first = first_page(browser, f"{address}?model={model}")
@@ -216,8 +241,12 @@ def main() -> None:
                         times |= in_the_page(page) | {"own_picture": own_picture(page)}
                     page.context.close()
                     if start == 0:
-                        times["expert_away"] = without_an_expert(browser, f"{address}?model={model}")
-            found[model] = {name: summary(values, limits.get(name)) for name, values in times.items()}
+                        times["expert_away"] = without_an_expert(
+                            browser, f"{address}?model={model}"
+                        )
+            found[model] = {
+                name: summary(values, limits.get(name)) for name, values in times.items()
+            }
         browser.close()
     result = {
         **origin,
@@ -227,6 +256,11 @@ def main() -> None:
         "models": found,
     }
     write_result(options.out, result)
-    late = [f"{model}: {name}" for model, own in found.items() for name in own if not own[name]["median_within_limit"]]
+    late = [
+        f"{model}: {name}"
+        for model, own in found.items()
+        for name in own
+        if not own[name]["median_within_limit"]
+    ]
     if late:
         sys.exit(f"over the limit: {', '.join(late)}")

@@ -77,7 +77,9 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     with served(options.folder.resolve(), PORT) as home, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"]
+        )
         version = browser.version
         for model in OWN:
             address = f"{home}?model={model}"
@@ -107,7 +109,8 @@ def main() -> None:
         "files": {name: size for name, size in sorted(sizes.items()) if size > 1e5},
         "models": models,
         "all": {
-            key: sum(one[key] for one in models.values()) for key in ("images", "same_class", "choices", "same_first")
+            key: sum(one[key] for one in models.values())
+            for key in ("images", "same_class", "choices", "same_first")
         },
     }
     write_result(options.out, result)

@@ -61,7 +61,9 @@ class Outcome:
             group: {
                 "answers": len(values),
                 "p50_ms": round(statistics.median(values), 1),
-                "p95_ms": round(statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0], 1),
+                "p95_ms": round(
+                    statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0], 1
+                ),
                 "max_ms": round(max(values), 1),
             }
             for group, values in sorted(self.latencies.items())
@@ -86,7 +88,11 @@ def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
     for index in range(count):
         upload = {"kind": "upload", "data": data_uri(pets.image(index))}
         example = {"kind": "example", "id": rng.choice(entry.examples.on_first_screen()).id}
-        change = {"kind": "ablate", "layer": rng.choice(facts.layers), "expert": rng.randrange(facts.num_experts)}
+        change = {
+            "kind": "ablate",
+            "layer": rng.choice(facts.layers),
+            "expert": rng.randrange(facts.num_experts),
+        }
         what_if = rng.random() < WHAT_IF_SHARE
         picture = rng.choice([upload, upload, example])
         request = {
@@ -106,7 +112,9 @@ def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
 
 def comparable(answer: dict[str, Any]) -> Any:
     """An answer as JSON gives it back, without the sentence, in which rounding may show as another last digit."""
-    return json.loads(json.dumps({name: value for name, value in answer.items() if name != "sentence"}))
+    return json.loads(
+        json.dumps({name: value for name, value in answer.items() if name != "sentence"})
+    )
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -126,7 +134,10 @@ def _alike_packed(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the arrays of `moevision.demo.wire.packed` differ by rounding only, which may also be a unit or two."""
     if one["shape"] != other["shape"]:
         return False
-    values, others = (array["unit"] * np.frombuffer(base64.b64decode(array["data"]), "<i2") for array in (one, other))
+    values, others = (
+        array["unit"] * np.frombuffer(base64.b64decode(array["data"]), "<i2")
+        for array in (one, other)
+    )
     return np.allclose(values, others, rtol=1e-3, atol=2e-4 + 2 * max(one["unit"], other["unit"]))
 
 
@@ -139,7 +150,11 @@ async def visit(url: str, tasks: list[Task], end: float, outcome: Outcome, seed:
             start = time.perf_counter()
             answer = await http.post(f"api/{task.name}", json=task.request)
             outcome.latencies[task.group].append(1e3 * (time.perf_counter() - start))
-            found = answer.json() if answer.status_code == 200 else {"error": answer.text, "code": "error"}
+            found = (
+                answer.json()
+                if answer.status_code == 200
+                else {"error": answer.text, "code": "error"}
+            )
             if "error" in found:
                 outcome.wrong["busy" if found["code"] == "busy" else "error"] += 1
             elif not alike(comparable(found), task.truth):
@@ -195,10 +210,19 @@ def main() -> None:
     tasks = make_tasks(Explorer(open_entries(options.model)), options.tasks)
     with running_demo(*([options.model] if options.model else [])) as (pid, url):
         wait_until_ready(url)
-        load(url, tasks, options.visitors, options.seconds / 6)  # caches are full and every thread has run
+        load(
+            url, tasks, options.visitors, options.seconds / 6
+        )  # caches are full and every thread has run
         before = rss_mb(pid)
         outcome = load(url, tasks, options.visitors, options.seconds)
         after = rss_mb(pid)
-    settings = {"visitors": options.visitors, "seconds": options.seconds, "different_questions": len(tasks)}
+    settings = {
+        "visitors": options.visitors,
+        "seconds": options.seconds,
+        "different_questions": len(tasks),
+    }
     memory = {"start_mb": before, "end_mb": after}
-    write_result(options.out, {**origin, **settings, **outcome.summary(options.seconds), "server_rss": memory})
+    write_result(
+        options.out,
+        {**origin, **settings, **outcome.summary(options.seconds), "server_rss": memory},
+    )

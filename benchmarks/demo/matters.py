@@ -42,7 +42,12 @@ def strongest(entry: Entry, images: int) -> dict[str, Any]:
                 prediction = explorer.answer("route", {**asked, "away": away})["prediction"]["moe"]
                 left = next((one["p"] for one in prediction if one["class"] == example.label), 0.0)
                 if prediction[0]["class"] != example.label:
-                    case = {"picture": example.id, "away": away, "before": before, "after": prediction[0]}
+                    case = {
+                        "picture": example.id,
+                        "away": away,
+                        "before": before,
+                        "after": prediction[0],
+                    }
                     cases.append((before["p"] - left, case))
     _, case = max(cases, key=lambda one: one[0], default=(0.0, None))
     flips = len({one["picture"] for _, one in cases})
@@ -58,7 +63,9 @@ def at_random(explorer: Explorer, model: str, case: dict[str, Any]) -> list[floa
     ((layer, expert),) = case["away"]
     picture = {"kind": "example", "id": case["picture"]}
     without = {"kind": "ablate", "layer": layer, "expert": expert}
-    effect = explorer.answer("what_if", {"model": model, "picture": picture, "intervention": without})
+    effect = explorer.answer(
+        "what_if", {"model": model, "picture": picture, "intervention": without}
+    )
     likelihood = {one["class"]: one["p"] for one in effect["before"]}[effect["target"]]
     return [round(likelihood + change, 4) for change in effect["control"]["delta_ps"]]
 
@@ -67,7 +74,9 @@ def main() -> None:
     """Find it, and put it on the card."""
     parser = argument_parser("matters", __doc__)
     parser.add_argument("model", help="id of a bundled model")
-    parser.add_argument("--images", type=count, default=200, metavar="N", help="of its examples (%(default)s)")
+    parser.add_argument(
+        "--images", type=count, default=200, metavar="N", help="of its examples (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record")
     options = parser.parse_args()
     origin = about()

@@ -74,11 +74,15 @@ def pack(
         ):
             weight = value.float()
             largest = weight.unflatten(-1, (-1, size)).abs().amax(-1)
-            packed[name + SCALE] = scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+            packed[name + SCALE] = scale = (
+                (largest / levels).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+            )
             steps = scale.float().repeat_interleave(size, -1)
             product = (products or {}).get(name)
             packed[name] = (
-                nearest(weight, steps, levels) if product is None else compensated(weight, steps, product, levels)
+                nearest(weight, steps, levels)
+                if product is None
+                else compensated(weight, steps, product, levels)
             )
         else:
             packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value
@@ -103,7 +107,9 @@ def compensated(weight: Tensor, steps: Tensor, product: Tensor, levels: int = LE
     """
     damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(product))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(inverse, upper=True)  # row i: what input i tells of those behind it
+    upper = torch.linalg.cholesky(
+        inverse, upper=True
+    )  # row i: what input i tells of those behind it
     left, found = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
     for column in range(weight.shape[1]):
         found[:, column] = nearest(left[:, column], steps[:, column], levels)
@@ -127,7 +133,11 @@ def input_products(model: SavedModel, pictures: PictureSet) -> dict[str, Tensor]
         if isinstance(module, nn.Linear)
     ]
     for start in range(0, len(pictures), 32):
-        model.net(network_input(model, read_images(pictures, range(start, min(start + 32, len(pictures))))))
+        model.net(
+            network_input(
+                model, read_images(pictures, range(start, min(start + 32, len(pictures))))
+            )
+        )
     for hook in hooks:
         hook.remove()
     return products
@@ -145,7 +155,11 @@ def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     state, products, about_it = load_file(folder / WEIGHTS), products_of(folder, data), {}
     if rest is not None:
         known, about_it = unpack(rest / "trained" / PACKED), {REST: rest.name}
-        state = {name: own for name, own in state.items() if name not in known or not torch.equal(own, known[name])}
+        state = {
+            name: own
+            for name, own in state.items()
+            if name not in known or not torch.equal(own, known[name])
+        }
     packed = pack(state, products, levels=LEVELS if rest is None else COARSE)
     save_file(packed, folder / PACKED, metadata=about_it)
     (folder / WEIGHTS).unlink()
@@ -155,7 +169,9 @@ def products_of(folder: Path, data: Data) -> dict[str, Tensor]:
     """`input_products` of a saved model on training images."""
     model = load_model(str(folder))
     names = model.class_names
-    images = open_pictures(data, model.image_size, split="train", class_names=names, limit=CALIBRATION)
+    images = open_pictures(
+        data, model.image_size, split="train", class_names=names, limit=CALIBRATION
+    )
     return input_products(model, images)
 
 
@@ -206,21 +222,33 @@ def main() -> None:
     parser.add_argument("--limit", type=positive, help="at most so many images")
     parser.add_argument("--out", type=Path, help="write the record to this file")
     options = parser.parse_args()
-    origin, model, state = about(), load_model(str(options.model)), load_file(options.model / WEIGHTS)
+    origin, model, state = (
+        about(),
+        load_model(str(options.model)),
+        load_file(options.model / WEIGHTS),
+    )
     packings = {
         "nearest step, a factor per output": pack(state, group=None),
         "as carried": pack(state, products_of(options.model, options.data)),
     }
-    pictures = open_pictures(options.data, model.image_size, class_names=model.class_names, limit=options.limit)
+    pictures = open_pictures(
+        options.data, model.image_size, class_names=model.class_names, limit=options.limit
+    )
     before = collect_routing(model, pictures)
     right = int((before.predictions == before.labels).sum())
     bfloat16 = {**sizes(options.model / WEIGHTS), "load_ms": load_ms(options.model), "right": right}
     arms = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copytree(options.model, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
+        shutil.copytree(
+            options.model, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True
+        )
         for name, packing in packings.items():
             save_file(packing, folder / PACKED)
             alike = agreement(before, collect_routing(str(folder), pictures))
-            arms.append({"name": name, **sizes(folder / PACKED), "load_ms": load_ms(folder), **alike})
-    write_result(options.out, {"images": len(before.labels), "bfloat16": bfloat16, "packed": arms, **origin})
+            arms.append(
+                {"name": name, **sizes(folder / PACKED), "load_ms": load_ms(folder), **alike}
+            )
+    write_result(
+        options.out, {"images": len(before.labels), "bfloat16": bfloat16, "packed": arms, **origin}
+    )

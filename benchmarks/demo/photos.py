@@ -22,7 +22,10 @@ from benchmarks.demo import browser_path, running_demo
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.errors import UserError
 
-SCREENS = {"1440x900": ViewportSize(width=1440, height=900), "390x844": ViewportSize(width=390, height=844)}
+SCREENS = {
+    "1440x900": ViewportSize(width=1440, height=900),
+    "390x844": ViewportSize(width=390, height=844),
+}
 Look = Literal["light", "dark"]
 LOOKS: tuple[Look, ...] = ("light", "dark")
 AT_ONCE = 12  # own images that the page keeps
@@ -51,13 +54,17 @@ def said(page: Page) -> str:
     return str(page.text_content(".mv-verdict b"))
 
 
-def bundled(browser: Browser, address: str, screen: str, look: Look, options: Namespace, found: Counter[str]) -> None:
+def bundled(
+    browser: Browser, address: str, screen: str, look: Look, options: Namespace, found: Counter[str]
+) -> None:
     """Open each photo of the first model by its link."""
     complaints: list[str] = []
     page = visit(browser, screen, look, complaints)
     page.goto(address)
     said(page)
-    ids = page.eval_on_selector_all(".mv-rail [data-action=example]", "all => all.map(one => one.dataset.id)")
+    ids = page.eval_on_selector_all(
+        ".mv-rail [data-action=example]", "all => all.map(one => one.dataset.id)"
+    )
     for name in ids:
         page.goto(f"{address}?picture={name}")
         answer = said(page)
@@ -72,7 +79,9 @@ def bundled(browser: Browser, address: str, screen: str, look: Look, options: Na
     page.context.close()
 
 
-def unseen(browser: Browser, address: str, photos: list[Path], screen: str, look: Look, found: Counter[str]) -> None:
+def unseen(
+    browser: Browser, address: str, photos: list[Path], screen: str, look: Look, found: Counter[str]
+) -> None:
     """Choose photos from the disk, and look at each of them."""
     complaints: list[str] = []
     page = visit(browser, screen, look, complaints)
@@ -84,7 +93,9 @@ def unseen(browser: Browser, address: str, photos: list[Path], screen: str, look
         page.wait_for_selector(f".mv-own [aria-label='Your image {chunk[0].name}']")
         for photo in chunk:
             page.click(f".mv-own [aria-label='Your image {photo.name}']")
-            page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {photo.name}']")
+            page.wait_for_selector(
+                f".mv-own [aria-pressed=true][aria-label='Your image {photo.name}']"
+            )
             found["photos"] += 1
             found["right"] += said(page) == photo.parent.name
         page.click("[data-action=forget]")
@@ -95,14 +106,20 @@ def unseen(browser: Browser, address: str, photos: list[Path], screen: str, look
 def main() -> None:
     """Look, and print what was counted."""
     parser = argument_parser("demo-photos", __doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="photos that the model has never seen")
-    parser.add_argument("--photos", type=int, default=96, help="how many of them (%(default)s), drawn with seed 0")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="photos that the model has never seen"
+    )
+    parser.add_argument(
+        "--photos", type=int, default=96, help="how many of them (%(default)s), drawn with seed 0"
+    )
     parser.add_argument("--screenshots", type=Path, help="folder for those of bundled photos")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     files = sorted(file for file in options.folder.glob("*/*") if file.is_file())
     if len(files) < options.photos:
-        raise UserError(f"{options.folder} has {len(files)} photos in one subfolder per class, not {options.photos}.")
+        raise UserError(
+            f"{options.folder} has {len(files)} photos in one subfolder per class, not {options.photos}."
+        )
     chosen = random.Random(0).sample(files, options.photos)
     cells = [(screen, look) for screen in SCREENS for look in LOOKS]
     share = len(chosen) // len(cells)
@@ -110,9 +127,14 @@ def main() -> None:
     own: Counter[str] = Counter()
     new: Counter[str] = Counter()
     with sync_playwright() as playwright, running_demo() as (_, address):
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"]
+        )
         for place, (screen, look) in enumerate(cells):
             bundled(browser, address, screen, look, options, own)
             unseen(browser, address, chosen[place * share : (place + 1) * share], screen, look, new)
         browser.close()
-    write_result(options.out, {**result, "screens": list(SCREENS), "looks": list(LOOKS), "bundled": own, "unseen": new})
+    write_result(
+        options.out,
+        {**result, "screens": list(SCREENS), "looks": list(LOOKS), "bundled": own, "unseen": new},
+    )

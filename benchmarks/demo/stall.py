@@ -43,21 +43,36 @@ def png(side: int) -> bytes:
     """A transparent square of 16-bit colours: 8 bytes a pixel, nearly all of which deflate takes away."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    header, packed, row = struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0), zlib.compressobj(9), bytes(1 + 8 * side)
+    header, packed, row = (
+        struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0),
+        zlib.compressobj(9),
+        bytes(1 + 8 * side),
+    )
     rows = b"".join(packed.compress(row) for _ in range(side)) + packed.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 def jpeg(side: int) -> bytes:
     """Noise from seed 0."""
-    pixels, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8), io.BytesIO()
+    pixels, file = (
+        np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
+        io.BytesIO(),
+    )
     Image.fromarray(pixels).save(file, "JPEG")
     return file.getvalue()
 
 
-ATTACKS = {"png_49_megapixels": (png, 7000), "png_16_megapixels": (png, 4000), "jpeg_400": (jpeg, 400)}
+ATTACKS = {
+    "png_49_megapixels": (png, 7000),
+    "png_16_megapixels": (png, 4000),
+    "jpeg_400": (jpeg, 400),
+}
 
 
 def body(model: str, image: bytes) -> bytes:
@@ -81,7 +96,9 @@ async def call(http: httpx.AsyncClient, content: bytes) -> tuple[str, float]:
 
 def client(url: str, address: str) -> httpx.AsyncClient:
     """One connection from an address."""
-    return httpx.AsyncClient(base_url=url, timeout=WAIT_S, transport=httpx.AsyncHTTPTransport(local_address=address))
+    return httpx.AsyncClient(
+        base_url=url, timeout=WAIT_S, transport=httpx.AsyncHTTPTransport(local_address=address)
+    )
 
 
 def crowd(url: str, content: bytes, connections: int, seconds: float, told: Any) -> None:
@@ -116,7 +133,9 @@ def visit(url: str, content: bytes, seconds: float, pid: int) -> tuple[dict[str,
                 latencies += [1e3 * took_s] if word == "ok" else []
                 most = max(most, rss_mb(pid))
                 await asyncio.sleep(PAUSE_S)
-        p50, longest = (round(of(latencies), 1) if latencies else None for of in (statistics.median, max))
+        p50, longest = (
+            round(of(latencies), 1) if latencies else None for of in (statistics.median, max)
+        )
         return {"ok": 0, **met, "p50_ms": p50, "max_ms": longest}, most
 
     return asyncio.run(talk())
@@ -136,7 +155,9 @@ def attack(image: bytes, options: argparse.Namespace) -> dict[str, Any]:
         alone, before = visit(url, visitor, options.seconds / 6, pid)
         told = spawn.Queue()
         seconds = BEGIN_S + options.seconds
-        process = spawn.Process(target=crowd, args=(url, body(model, image), options.connections, seconds, told))
+        process = spawn.Process(
+            target=crowd, args=(url, body(model, image), options.connections, seconds, told)
+        )
         process.start()
         told.get(timeout=2 * WAIT_S)
         time.sleep(BEGIN_S)
@@ -144,7 +165,13 @@ def attack(image: bytes, options: argparse.Namespace) -> dict[str, Any]:
         met = told.get(timeout=2 * WAIT_S)
         process.join()
         memory = {"before_mb": before, "most_mb": most}
-    return {"bytes": len(image), "visitor_alone": alone, "visitor": beside, "crowd": met, "server_rss": memory}
+    return {
+        "bytes": len(image),
+        "visitor_alone": alone,
+        "visitor": beside,
+        "crowd": met,
+        "server_rss": memory,
+    }
 
 
 def main() -> None:
@@ -152,7 +179,9 @@ def main() -> None:
     parser = argument_parser("demo-stall", __doc__)
     parser.add_argument("model", nargs="?", help="a run folder (the bundled models)")
     parser.add_argument("--connections", type=int, default=80)
-    parser.add_argument("--seconds", type=float, default=60, help="beside the crowd, for each kind of image")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="beside the crowd, for each kind of image"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     origin = about()

@@ -18,7 +18,9 @@ def test_answers_are_those_without_the_expert(tmp_path) -> None:
             path = tmp_path / file.format(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
-    pictures = open_pictures(str(tmp_path), model.image_size, limit=10, class_names=model.class_names)
+    pictures = open_pictures(
+        str(tmp_path), model.image_size, limit=10, class_names=model.class_names
+    )
     found = answers(model, pictures)
     assert found["labels"] == "0123456789"
     assert {len(one) for kind in ("without", "at_random") for one in found[kind].values()} == {10}
@@ -30,6 +32,10 @@ def test_answers_are_those_without_the_expert(tmp_path) -> None:
 
 
 def test_an_answer_flips_if_any_expert_changes_it() -> None:
-    record = {"all": "0123", "without": {"a": "0124", "b": "1123"}, "at_random": {"a": "0123", "b": "0103"}}
+    record = {
+        "all": "0123",
+        "without": {"a": "0124", "b": "1123"},
+        "at_random": {"a": "0123", "b": "0103"},
+    }
     assert flipped(record, "without").tolist() == [True, False, False, True]
     assert flipped(record, "at_random").tolist() == [False, False, True, False]

@@ -16,7 +16,9 @@ def test_five_seconds_of_visitors(explorer, server):
     finally:
         torch.set_num_threads(threads)
     assert {task.group for task in tasks} == {"new picture", "example", "what_if"}
-    assert len({str(task.truth) for task in tasks}) > 50  # an answer that belongs to another question shows
+    assert (
+        len({str(task.truth) for task in tasks}) > 50
+    )  # an answer that belongs to another question shows
     outcome = demo_load.load(server.url, tasks, visitors=16, seconds=5)
     found = outcome.summary(5)
     assert found["mixed_up"] == found["busy"] == found["error"] == 0
@@ -36,7 +38,10 @@ def test_rounding_is_no_mixed_up_answer_and_another_number_is():
     rng = np.random.default_rng(0)
     values = rng.normal(0, 30, (4, 256))
     answer = {"probability": 0.1234, "scores": packed(values)}
-    rounded = {"probability": 0.1233, "scores": packed(values * (1 + 1e-5 * rng.normal(size=values.shape)))}
+    rounded = {
+        "probability": 0.1233,
+        "scores": packed(values * (1 + 1e-5 * rng.normal(size=values.shape))),
+    }
     assert answer["scores"]["data"] != rounded["scores"]["data"]
     assert demo_load.alike(answer, rounded)
     values[2, 100] += 1

@@ -26,10 +26,14 @@ def folder(saved_model: Path, drawn_pets: Path, monkeypatch: pytest.MonkeyPatch)
     return saved_model
 
 
-def test_parts_of_a_row_are_rounded_to_whole_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_row_are_rounded_to_whole_steps_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Steps of .5 and 1 in the first row; zeros have no step."""
     monkeypatch.setattr(packed, "SMALLEST", 1)
-    stored = pack({"fc.weight": torch.tensor([[-63.5, 0.7, 127.0, 0.7], [0.0, 0.0, 0.0, 0.0]])}, group=2)
+    stored = pack(
+        {"fc.weight": torch.tensor([[-63.5, 0.7, 127.0, 0.7], [0.0, 0.0, 0.0, 0.0]])}, group=2
+    )
     assert stored["fc.weight"].tolist() == [[-127, 1, 127, 1], [0, 0, 0, 0]]
     assert stored["fc.weight"].dtype == torch.int8
     assert stored["fc.weight.scale"][0].tolist() == [0.5, 1.0]
@@ -98,15 +102,25 @@ def test_small_tensors_and_what_is_no_matrix_stay(folder: Path) -> None:
     assert stored["patch_embed.backbone.0.bn.num_batches_tracked"].dtype == torch.int64
     whole = {name for name, value in stored.items() if value.dtype == torch.int8}
     assert {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)} == whole
-    assert not [name for name, value in stored.items() if value.dtype == torch.float32 and not name.endswith(SCALE)]
+    assert not [
+        name
+        for name, value in stored.items()
+        if value.dtype == torch.float32 and not name.endswith(SCALE)
+    ]
 
 
-def test_what_two_models_share_is_packed_once(folder: Path, drawn_pets: Path, tmp_path: Path) -> None:
+def test_what_two_models_share_is_packed_once(
+    folder: Path, drawn_pets: Path, tmp_path: Path
+) -> None:
     """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
     one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
     shutil.copytree(folder, one)
     model = load_model(str(one))
-    changed = {name for name, _ in model.net.named_parameters() if name.startswith(("blocks.1.mlp.", "head."))}
+    changed = {
+        name
+        for name, _ in model.net.named_parameters()
+        if name.startswith(("blocks.1.mlp.", "head."))
+    }
     for name in changed:
         model.net.get_parameter(name).data.mul_(1.1)
     save_model(model, two)

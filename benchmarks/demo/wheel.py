@@ -24,12 +24,26 @@ from benchmarks.queue import refuse_changes
 
 MODEL = "cats_vs_dogs"
 WHERE = "import moevision; from pathlib import Path; print(Path(moevision.__file__).parent)"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+}
 
 
 def build(folder: Path) -> Path:
     """The wheel of this checkout, in `folder`."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, HERE.parent]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        HERE.parent,
+    ]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -40,33 +54,50 @@ def classify(wheel: Path, photos: Path, folder: Path) -> tuple[dict[Path, str], 
     home = folder / "venv"
     venv.create(home, with_pip=True)
     subprocess.run([home / "bin" / "pip", "install", "--quiet", wheel], check=True)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | OFFLINE
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    } | OFFLINE
     run: dict[str, Any] = {"check": True, "cwd": folder, "env": clean, "text": True}
-    where = subprocess.run([home / "bin" / "python", "-c", WHERE], stdout=subprocess.PIPE, **run).stdout.strip()
+    where = subprocess.run(
+        [home / "bin" / "python", "-c", WHERE], stdout=subprocess.PIPE, **run
+    ).stdout.strip()
     assert Path(where).is_relative_to(home), where
     model = Path(where) / "demo" / "models" / MODEL / "trained"
     table = folder / "answers.csv"
-    subprocess.run([home / "bin" / "moevision", "predict", model, photos.resolve(), "--out", table], **run)
+    subprocess.run(
+        [home / "bin" / "moevision", "predict", model, photos.resolve(), "--out", table], **run
+    )
     with table.open(newline="", encoding="utf-8") as lines:
         answers = {Path(row["path"]): row["class"] for row in csv.DictReader(lines)}
-    listed = subprocess.run([home / "bin" / "pip", "list", "--format", "json"], stdout=subprocess.PIPE, **run).stdout
+    listed = subprocess.run(
+        [home / "bin" / "pip", "list", "--format", "json"], stdout=subprocess.PIPE, **run
+    ).stdout
     return answers, {each["name"]: each["version"] for each in json.loads(listed)}
 
 
 def score(answers: dict[Path, str]) -> dict[str, Any]:
     """Photos and right answers of each class, and the mean of the classes' shares."""
     total = Counter(path.parent.name for path in answers)
-    right = Counter(path.parent.name for path, answer in answers.items() if answer == path.parent.name)
+    right = Counter(
+        path.parent.name for path, answer in answers.items() if answer == path.parent.name
+    )
     classes = {name: {"correct": right[name], "total": total[name]} for name in sorted(total)}
-    return {"classes": classes, "balanced_accuracy": sum(right[name] / total[name] for name in total) / len(total)}
+    return {
+        "classes": classes,
+        "balanced_accuracy": sum(right[name] / total[name] for name in total) / len(total),
+    }
 
 
 def main() -> None:
     """Build, install, classify, record."""
     parser = argument_parser("wheel", __doc__)
-    parser.add_argument("--photos", type=Path, required=True, metavar="FOLDER", help="one subfolder per class")
+    parser.add_argument(
+        "--photos", type=Path, required=True, metavar="FOLDER", help="one subfolder per class"
+    )
     parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--allow-dirty", action="store_true", help="try it out with uncommitted changes")
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="try it out with uncommitted changes"
+    )
     options = parser.parse_args()
     refuse_changes(HERE / "demo" / "README.md", allowed=options.allow_dirty)
     origin = about()

@@ -46,7 +46,9 @@ def near_rows(cifar10: dict[str, Any]) -> list[str]:
     rows = []
     for bound, unit in (("bits", "{} of 64 bits differ"), ("cosine", "cosine at least {}")):
         for value, images in cifar10[bound].items():
-            rows.append(f"| {unit.format(value)} | {images:,} | {percent(images / cifar10['test'], 1)} |")
+            rows.append(
+                f"| {unit.format(value)} | {images:,} | {percent(images / cifar10['test'], 1)} |"
+            )
     return rows
 
 

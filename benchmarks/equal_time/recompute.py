@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 from scipy.stats import t as student
 
 HERE = Path(__file__).parent
-ARMS = {"moe": 12, "twin-time": 12, "twin-parameters": 3, "twin-wide": 4}  # and how many seeds each may have
+ARMS = {
+    "moe": 12,
+    "twin-time": 12,
+    "twin-parameters": 3,
+    "twin-wide": 4,
+}  # and how many seeds each may have
 CONTRASTS = (("moe", "twin-time"), ("moe", "twin-wide"), ("twin-parameters", "twin-time"))
 FIRST_SEED = 200  # those below tuned the learning rates
 LOOKS = (6, 12)  # the pairs after which the first contrast is judged
@@ -26,11 +31,17 @@ LEVEL = 0.0294  # of each look, so that both together err with 5 % (Pocock 1977)
 HALF_A_POINT = 0.005
 VERDICTS = {
     "pays": ("yes", "At equal time and full length experts pay", "shown"),
-    "doesn't pay here": ("no", "At equal time and full length experts don't pay here; half a point is excluded",
-                         "excluded"),
-    "undecided": ("undecided", "Whether experts pay half a point at equal time and full length is undecided",
-                  "neither shown nor excluded"),
-}  # fmt: skip
+    "doesn't pay here": (
+        "no",
+        "At equal time and full length experts don't pay here; half a point is excluded",
+        "excluded",
+    ),
+    "undecided": (
+        "undecided",
+        "Whether experts pay half a point at equal time and full length is undecided",
+        "neither shown nor excluded",
+    ),
+}
 """Verdict -> its word in docs/results.md, its sentence, and what it says about half a point more."""
 Run = dict[str, Any]
 
@@ -47,13 +58,20 @@ def read_runs() -> list[Run]:
 
 def by_seed(runs: list[Run], arm: str) -> dict[int, Run]:
     """Seed -> finished run of an arm; the tuning left out."""
-    return {run["seed"]: run for run in runs if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"]}
+    return {
+        run["seed"]: run
+        for run in runs
+        if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"]
+    }
 
 
 def differences(runs: list[Run], first: str, second: str) -> list[float]:
     """One arm's test accuracy minus another's in every seed that both have."""
     own, other = by_seed(runs, first), by_seed(runs, second)
-    return [own[seed]["test_top1"] - other[seed]["test_top1"] for seed in sorted(own.keys() & other.keys())]
+    return [
+        own[seed]["test_top1"] - other[seed]["test_top1"]
+        for seed in sorted(own.keys() & other.keys())
+    ]
 
 
 def half_interval(values: list[float]) -> float:
@@ -63,7 +81,9 @@ def half_interval(values: list[float]) -> float:
 
 def p_value(values: list[float]) -> float:
     """Two-sided p of the paired t-test."""
-    return 2 * student.sf(abs(fmean(values)) / (stdev(values) / math.sqrt(len(values))), len(values) - 1)
+    return 2 * student.sf(
+        abs(fmean(values)) / (stdev(values) / math.sqrt(len(values))), len(values) - 1
+    )
 
 
 def judged_contrasts(runs: list[Run]) -> dict[tuple[str, str], tuple[list[float], float]]:
@@ -80,13 +100,17 @@ def verdict_of(values: list[float], p: float) -> str:
     """The protocol's rule for the first contrast."""
     if p < LEVEL and fmean(values) >= HALF_A_POINT:
         return "pays"
-    return "doesn't pay here" if fmean(values) + half_interval(values) < HALF_A_POINT else "undecided"
+    return (
+        "doesn't pay here" if fmean(values) + half_interval(values) < HALF_A_POINT else "undecided"
+    )
 
 
 def decide(runs: list[Run]) -> tuple[str, list[float]]:
     """The verdict and the differences of the first look that decides, or else of the last; without `twin-wide`."""
     for pairs in LOOKS:
-        early = [run for run in runs if run["seed"] < FIRST_SEED + pairs and run["arm"] != "twin-wide"]
+        early = [
+            run for run in runs if run["seed"] < FIRST_SEED + pairs and run["arm"] != "twin-wide"
+        ]
         values, p = judged_contrasts(early)[CONTRASTS[0]]
         if verdict_of(values, p) != "undecided" or pairs == LOOKS[-1]:
             break
@@ -134,8 +158,11 @@ def arm_row(runs: list[Run], prices: list[Run], arm: str, pairs: int) -> str:
     cells = ["", "", ""]
     if own:
         percents = [100 * run["test_top1"] for run in own]
-        cells = [f"{own[0]['lr']:g}", f"{fmean(percents):.2f} ± {stdev(percents):.2f}",
-                 f"{fmean(run['cpu_s'] for run in own):,.0f}"]  # fmt: skip
+        cells = [
+            f"{own[0]['lr']:g}",
+            f"{fmean(percents):.2f} ± {stdev(percents):.2f}",
+            f"{fmean(run['cpu_s'] for run in own):,.0f}",
+        ]
     return f"| `{arm}` | {len(own)} of {min(ARMS[arm], pairs)} | {' | '.join(cells)} | {price_cells(prices, arm)} |"
 
 
@@ -159,7 +186,9 @@ def of_parameters(runs: list[Run]) -> Parameters:
     values, p = judged_contrasts(runs)[CONTRASTS[2]]
     mean, low, high = mean_and_ends(values)
     is_shown = p < LEVEL and fmean(values) > 0
-    return Parameters("is shown" if is_shown else "isn't shown", f"{mean} ({low} to {high}", len(values))
+    return Parameters(
+        "is shown" if is_shown else "isn't shown", f"{mean} ({low} to {high}", len(values)
+    )
 
 
 def of_cpu_time(runs: list[Run]) -> str:
@@ -175,7 +204,10 @@ def went_on_with_another_order(runs: list[Run]) -> list[Run]:
     return [
         run
         for run in runs
-        if any(later[0] - earlier[0] == 1 for earlier, later in zip(run["curve"], run["curve"][1:], strict=False))
+        if any(
+            later[0] - earlier[0] == 1
+            for earlier, later in zip(run["curve"], run["curve"][1:], strict=False)
+        )
     ]
 
 
@@ -183,7 +215,9 @@ def of_stopped_runs(runs: list[Run]) -> str:
     """Which runs these are, and whether a verdict hangs on them."""
     stopped = went_on_with_another_order(runs)
     others = [run for run in runs if run not in stopped]
-    names = " and ".join(f"`{run['arm']}` {run['seed']}" for run in sorted(stopped, key=lambda run: run["arm"]))
+    names = " and ".join(
+        f"`{run['arm']}` {run['seed']}" for run in sorted(stopped, key=lambda run: run["arm"])
+    )
 
     def verdicts(some: list[Run]) -> list[bool]:
         return [p < LEVEL for _, p in judged_contrasts(some).values()]
@@ -215,7 +249,9 @@ def statements() -> dict[str, list[str]]:
     word, sentence, half_a_point = VERDICTS[verdict]
     mean, low, high = mean_and_ends(values)
     answer = f"{sentence}: {mean} ({low} to {high}) points (97 %); {len(values)} pairs"
-    tuning = sorted((run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED)
+    tuning = sorted(
+        (run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED
+    )
     tuned = "; ".join(f"`{arm}` at {lr:g}: {100 * accuracy:.2f}" for arm, lr, accuracy in tuning)
     parameters, cpu_time = of_parameters(runs), of_cpu_time(runs)
     headlines = [

@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 
 def paired_interval(differences: list[float]) -> tuple[float, float]:
     """Mean of one difference for each division, and half of Student's 95 % interval."""
-    half = student.ppf(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    half = (
+        student.ppf(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    )
     return fmean(differences), half
 
 
@@ -34,7 +36,9 @@ def statements() -> dict[str, list[str]]:
     for fit, own in shares.items():
         less_crop = ""
         if fit != "crop":
-            mean, half = paired_interval([100 * (a - b) for a, b in zip(own, shares["crop"], strict=True)])
+            mean, half = paired_interval(
+                [100 * (a - b) for a, b in zip(own, shares["crop"], strict=True)]
+            )
             less_crop = f"{mean:+.2f} ± {half:.2f}"
             is_better = is_better or mean > half
         by_seed = " | ".join(f"{share:.1%}" for share in own)

@@ -46,15 +46,24 @@ def train(seed: int, faults: str, epochs: int) -> tuple[torch.Tensor, StabilityG
         optim=OptimizerConfig(lr=3e-3),
     )
     data = ImageDataModule(
-        "synthetic_pets", image_size=32, batch_size=BATCH, seed=seed, train_size=TRAIN_SIZE, val_size=64, test_size=1000
+        "synthetic_pets",
+        image_size=32,
+        batch_size=BATCH,
+        seed=seed,
+        train_size=TRAIN_SIZE,
+        val_size=64,
+        test_size=1000,
     )
     guard = StabilityGuard(GuardConfig(snapshot_every=10, max_rollbacks=RETURNS))
     callbacks = [FaultInjector(faults), WeightEMA(EmaConfig(decay=0.95)), guard]
-    trainer = quiet_trainer(max_epochs=epochs, default_root_dir=tempfile.mkdtemp(), callbacks=callbacks)
+    trainer = quiet_trainer(
+        max_epochs=epochs, default_root_dir=tempfile.mkdtemp(), callbacks=callbacks
+    )
     trainer.fit(task, data)
     trainer.test(task, data, verbose=False)
     outputs: dict[str, torch.Tensor] = {
-        name: torch.cat([output[name] for output in task.test_outputs]) for name in ("prediction", "label")
+        name: torch.cat([output[name] for output in task.test_outputs])
+        for name in ("prediction", "label")
     }
     return outputs["prediction"] == outputs["label"], guard
 
@@ -91,7 +100,10 @@ def main() -> None:
     if options.out:
         differences = np.array([run["difference"] for run in runs])
         low, high = t.interval(0.95, len(runs) - 1, differences.mean(), sem(differences))
-        mean = {"difference": round(differences.mean(), 4), "interval": [round(low, 4), round(high, 4)]}
+        mean = {
+            "difference": round(differences.mean(), 4),
+            "interval": [round(low, 4), round(high, 4)],
+        }
         result = {
             **origin,
             "faults": FAULTS,

@@ -113,7 +113,9 @@ def timed(callback: L.Callback, hooks: list[str], spent_s: list[float]) -> L.Cal
     return callback
 
 
-def training(subject: Subject, steps: int, turns: Turns, own: int) -> tuple[End, Callable[[], None]]:
+def training(
+    subject: Subject, steps: int, turns: Turns, own: int
+) -> tuple[End, Callable[[], None]]:
     """One of the two trainings (the second has the guard), ready to run."""
     torch.manual_seed(0)
     task = subject.task()
@@ -182,6 +184,8 @@ def main() -> None:
         "snapshot_ms": round(1000 * snapshot_s, 2),
         "snapshot_every": every,
         "pair_ratio_median": round(statistics.median(pairs), 4),
-        "pair_ratio_quartiles": [round(quartile, 4) for quartile in statistics.quantiles(pairs, n=4)[::2]],
+        "pair_ratio_quartiles": [
+            round(quartile, 4) for quartile in statistics.quantiles(pairs, n=4)[::2]
+        ],
     }
     write_result(options.out, result)

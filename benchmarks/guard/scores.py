@@ -55,11 +55,27 @@ def main() -> None:
 
     vars(fit)["ExampleScores"] = Clocked
     with tempfile.TemporaryDirectory() as runs:
-        code = run_moevision([
-            "fit", "--config", "cifar10", "--data.path", str(options.data), "--data.download", "false",
-            "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(options.steps),
-            "--trainer.limit_val_batches", "1", "--runs_root", runs, "--name", "clocked",
-        ])  # fmt: skip
+        code = run_moevision(
+            [
+                "fit",
+                "--config",
+                "cifar10",
+                "--data.path",
+                str(options.data),
+                "--data.download",
+                "false",
+                "--trainer.max_epochs",
+                "1",
+                "--trainer.limit_train_batches",
+                str(options.steps),
+                "--trainer.limit_val_batches",
+                "1",
+                "--runs_root",
+                runs,
+                "--name",
+                "clocked",
+            ]
+        )
     if code:
         raise UserError(f"The training ended with code {code}, see above.")
     spent_s, whole_s = sum(Clocked.spent_s), Clocked.whole_s

@@ -16,8 +16,12 @@ from tests.house import LONG_FUNCTION, PACKAGE, SHORT_FUNCTION, count
 def main() -> None:
     """Count and print."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[2])
-    parser.add_argument("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
+    parser.add_argument(
+        "checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[2]
+    )
+    parser.add_argument(
+        "--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`"
+    )
     options = parser.parse_args()
 
     counts = count(options.checkout)
@@ -28,7 +32,9 @@ def main() -> None:
     print(
         f"median over functions of at least {SHORT_FUNCTION} lines: {counts['median_tokens_a_line_of_functions']:.2f}"
     )
-    print(f"conditional expressions in 1,000 lines: {counts['conditional_expressions_per_1000_lines']:.1f}")
+    print(
+        f"conditional expressions in 1,000 lines: {counts['conditional_expressions_per_1000_lines']:.1f}"
+    )
     print(f"functions of more than {LONG_FUNCTION} tokens: {len(counts['long_functions'])}")
     for name, size in counts["long_functions"].items():
         print(f"  {size:5,} {name}")

@@ -19,8 +19,12 @@ def main() -> None:
     """Count and print."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the way of each trip too")
-    parser.add_argument("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
-    parser.add_argument("command", nargs=REMAINDER, help="arguments of moevision, to be counted as well")
+    parser.add_argument(
+        "--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`"
+    )
+    parser.add_argument(
+        "command", nargs=REMAINDER, help="arguments of moevision, to be counted as well"
+    )
     arguments = parser.parse_args()
     trips = {
         "MoE forward, `noisy_top_k`": forward_trip(),
@@ -35,7 +39,10 @@ def main() -> None:
     for name, trip in trips.items():
         print(trip.row(name))
     if arguments.record:
-        rows = {name: {"files": len(set(trip.way)), "hops": len(trip.way) - 1} for name, trip in trips.items()}
+        rows = {
+            name: {"files": len(set(trip.way)), "hops": len(trip.way) - 1}
+            for name, trip in trips.items()
+        }
         put(arguments.record, "trips", rows, Path(PACKAGE))
     if arguments.list:
         for name, trip in trips.items():

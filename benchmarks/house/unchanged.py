@@ -52,7 +52,12 @@ def digest(value: Any) -> str:
 
 def run_verb(folder: Path, *words: str) -> None:
     """Run a command of the package in a folder."""
-    subprocess.run([sys.executable, "-m", "moevision", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "moevision", *words],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def quickstart(folder: Path) -> dict[str, str]:
@@ -81,13 +86,27 @@ def resumed(folder: Path) -> dict[str, str]:
         state = matrix.compared(matrix.train(folder, setting, resume=found.path))
     callbacks = {key.split("{")[0]: value for key, value in state["callbacks"].items()}
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "metrics.csv")
-    return {"resumed training": digest({key: state[key] for key in kept} | {"ema": callbacks.get("WeightEMA")})}
+    return {
+        "resumed training": digest(
+            {key: state[key] for key in kept} | {"ema": callbacks.get("WeightEMA")}
+        )
+    }
 
 
 def report(folder: Path) -> dict[str, str]:
     """The numbers of `analyze` on a bundled model."""
     model = Path(moevision.__file__).parent / "demo" / "models" / "pets" / "trained"
-    run_verb(folder, "analyze", str(model), "--data", "synthetic_pets", "--limit", "200", "--out", "report")
+    run_verb(
+        folder,
+        "analyze",
+        str(model),
+        "--data",
+        "synthetic_pets",
+        "--limit",
+        "200",
+        "--out",
+        "report",
+    )
     numbers = json.loads((folder / "report" / "report.json").read_bytes())
     return {"analyze: numbers of report.json": digest(only_numbers(numbers))}
 
@@ -113,7 +132,9 @@ def view(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     """Make the four, or compare them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--against", type=Path)
     options = parser.parse_args()
@@ -127,8 +148,13 @@ def main() -> None:
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.against:
         before = json.loads(options.against.read_text(encoding="utf-8"))["results"]
-        differs = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
-        print("\n".join(f"differs: {name}" for name in sorted(differs)) or f"all {len(found)} results are the same")
+        differs = [
+            name for name in before.keys() | found.keys() if before.get(name) != found.get(name)
+        ]
+        print(
+            "\n".join(f"differs: {name}" for name in sorted(differs))
+            or f"all {len(found)} results are the same"
+        )
         sys.exit(bool(differs))
 
 

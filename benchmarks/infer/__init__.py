@@ -38,14 +38,27 @@ EXAMPLES = """\
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name"
+    )
     harness.add_arch(parser)
     parser.add_argument(
-        "--batch-size", type=positive, nargs="+", default=[1, 8, 64], metavar="N", help="images per call (1 8 64)"
+        "--batch-size",
+        type=positive,
+        nargs="+",
+        default=[1, 8, 64],
+        metavar="N",
+        help="images per call (1 8 64)",
     )
-    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the images, for untrained models")
     parser.add_argument(
-        "--precision", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"], help="(both by default)"
+        "--image-size", type=positive, metavar="PX", help="side of the images, for untrained models"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["fp32", "bf16"],
+        help="(both by default)",
     )
     harness.add_measuring(parser, repetitions=40)
     return parser
@@ -57,9 +70,18 @@ def main() -> None:
     device = harness.set_up(options)
     net, size = find_net(options.model, options.image_size, options.arch)
     peak = harness.measure_peaks(options, device, options.precision)
-    record = {**harness.new_record("infer", options, device), "image_size": size, "measured_peak_flops": peak}
-    record["subject"] = options.model if options.arch is None else f"{options.model} with {options.arch}"
-    nets = {NAMES[which]: (net if which == "moe" else dense_twin(net, which)) for which in get_args(Which)}
+    record = {
+        **harness.new_record("infer", options, device),
+        "image_size": size,
+        "measured_peak_flops": peak,
+    }
+    record["subject"] = (
+        options.model if options.arch is None else f"{options.model} with {options.arch}"
+    )
+    nets = {
+        NAMES[which]: (net if which == "moe" else dense_twin(net, which))
+        for which in get_args(Which)
+    }
     nets = {name: each.to(device).eval() for name, each in nets.items()}
     image = torch.randn(1, 3, size, size, device=device)
     record["models"] = {
@@ -77,7 +99,8 @@ def main() -> None:
     batch = max(options.batch_size)
     images = torch.randn(batch, 3, size, size, device=device)
     record["energy"] = {
-        name: energy_of(inference(net, images, options.precision[0]), batch, device) for name, net in nets.items()
+        name: energy_of(inference(net, images, options.precision[0]), batch, device)
+        for name, net in nets.items()
     }
     show(record)
     harness.write_record(options.out, record)
@@ -98,24 +121,40 @@ def find_net(name: str, image_size: int | None, arch: str | None = None) -> tupl
         subject = find_subject(name, image_size=image_size, arch=arch)
         net, size = subject.build().eval(), subject.image_size
     if not moe_layers(net):
-        raise UserError(f"{name} has no MoE layers, so there is nothing to compare: give a MoE model.")
+        raise UserError(
+            f"{name} has no MoE layers, so there is nothing to compare: give a MoE model."
+        )
     return net, size
 
 
 def _compare(
-    nets: Mapping[str, nn.Module], batch: int, precision: str, record: Json, options: Namespace, device: torch.device
+    nets: Mapping[str, nn.Module],
+    batch: int,
+    precision: str,
+    record: Json,
+    options: Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
     """All models on batches of one size."""
     size = record["image_size"]
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     candidates = [Candidate(name, inference(net, images, precision)) for name, net in nets.items()]
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
-    with harness.progress_bar(f"{batch} images, {precision}", sum(rounds.values()) * len(candidates)) as on_step:
+    with harness.progress_bar(
+        f"{batch} images, {precision}", sum(rounds.values()) * len(candidates)
+    ) as on_step:
         timings = interleave(candidates, **rounds, device=device, on_step=on_step)
-    rows, peak = rows_of(timings, list(NAMES.values())), record["measured_peak_flops"].get(precision)
+    rows, peak = (
+        rows_of(timings, list(NAMES.values())),
+        record["measured_peak_flops"].get(precision),
+    )
     for row in rows:
         milliseconds = 1e3 * np.array(row["seconds"])
-        row["latency_ms"] = {f"p{q}": rounded(float(np.percentile(milliseconds, q))) for q in (50, 95)}
+        row["latency_ms"] = {
+            f"p{q}": rounded(float(np.percentile(milliseconds, q))) for q in (50, 95)
+        }
         row["images_per_s"] = rounded(1e3 * batch / row["time_ms"]["median"])
         rate = row["images_per_s"] * record["models"][row["name"]]["flops_per_image"]
         row["mfu"] = None if peak is None else rounded(rate / peak)
@@ -139,6 +178,8 @@ def show(record: Json) -> None:
             for row in comparison["rows"]
         ]
         columns = ["", "images/s", "p50 ms", "p95 ms", "speed ÷ active-FLOPs twin", "MFU"]
-        harness.print_table(f"batch {comparison['batch_size']}, {comparison['precision']}", columns, rows)
+        harness.print_table(
+            f"batch {comparison['batch_size']}, {comparison['precision']}", columns, rows
+        )
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")

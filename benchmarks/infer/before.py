@@ -64,7 +64,9 @@ def models_of(name: str) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         net = type(subject)(subject.name, {**subject.arch, **MODELS[name]}).build()
         for layer in moe_layers(net):
-            if name == "noisy_top_k":  # it starts with zeros, which send all tokens to the same experts
+            if (
+                name == "noisy_top_k"
+            ):  # it starts with zeros, which send all tokens to the same experts
                 nn.init.normal_(layer.router.weight, std=layer.router.dim**-0.5)
     return net.eval(), dense_twin(net, "active_flops").eval()
 
@@ -87,7 +89,9 @@ def serve() -> None:
         name = asked["model"]
         if name not in models:
             models[name] = models_of(name)
-        moe, twin = (inference(net, images_of(asked["batch"]), asked["precision"]) for net in models[name])
+        moe, twin = (
+            inference(net, images_of(asked["batch"]), asked["precision"]) for net in models[name]
+        )
         if "save" in asked:
             torch.save(moe().float(), asked["save"])
             print("{}", flush=True)
@@ -115,9 +119,13 @@ class Checkout:
         environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
         code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='serve')"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
             env=environment,
-        )  # fmt: skip
+        )
 
     def ask(self, **request: Any) -> dict[str, list[float]]:
         """The answer to one request."""
@@ -129,13 +137,20 @@ class Checkout:
 
     def seconds(self) -> float:
         """CPU seconds that it has taken."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        fields = (
+            Path(f"/proc/{self.process.pid}/stat")
+            .read_text(encoding="utf-8")
+            .rsplit(")", 1)[1]
+            .split()
+        )
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def busy_seconds() -> float:
     """CPU seconds that all programs have taken since the machine started, and what others took from it."""
-    fields = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:]]
+    fields = [
+        int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:]
+    ]
     return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -156,40 +171,77 @@ def quiet_answer(checkout: Checkout, request: Mapping[str, Any], attempts: int) 
 
 
 def compare(
-    before: Path, names: Sequence[str], batches: Sequence[int], precisions: Sequence[str], threads: Sequence[int],
-    rounds: int, attempts: int = ATTEMPTS, out: Path | None = None,
-) -> None:  # fmt: skip
+    before: Path,
+    names: Sequence[str],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    threads: Sequence[int],
+    rounds: int,
+    attempts: int = ATTEMPTS,
+    out: Path | None = None,
+) -> None:
     """One line for each model, batch size, precision and number of threads that the file doesn't have."""
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
+    done = (
+        [json.loads(line) for line in out.read_text().splitlines()]
+        if out is not None and out.exists()
+        else []
+    )
     known = {tuple(row[name] for name in CASE) for row in done}
     checkouts = {"before": Checkout(before), "after": Checkout(Path(__file__).parents[2])}
     cases = [(n, b, p, t) for t in threads for p in precisions for b in batches for n in names]
     where = about()
     for name, batch, precision, thread in (case for case in cases if case not in known):
         calls = max(3, min(20, 160 // batch))
-        request = {"model": name, "batch": batch, "precision": precision, "threads": thread, "calls": calls}
+        request = {
+            "model": name,
+            "batch": batch,
+            "precision": precision,
+            "threads": thread,
+            "calls": calls,
+        }
         found: dict[str, list[dict[str, Any]]] = {which: [] for which in checkouts}
         for number in range(rounds):
             for which in ("before", "after") if number % 2 else ("after", "before"):
                 warm_up = 12 if number == 0 else 2
-                found[which].append(quiet_answer(checkouts[which], {**request, "warm_up": warm_up}, attempts))
-        row: dict[str, Any] = {"model": name, "batch": batch, "precision": precision, "threads": thread}
+                found[which].append(
+                    quiet_answer(checkouts[which], {**request, "warm_up": warm_up}, attempts)
+                )
+        row: dict[str, Any] = {
+            "model": name,
+            "batch": batch,
+            "precision": precision,
+            "threads": thread,
+        }
         # The twin is the same code in both: its mean of a round is what both are divided by.
-        twins = [(sum(a["twin_cpu"]) + sum(b["twin_cpu"])) / 2 for a, b in zip(*found.values(), strict=True)]
+        twins = [
+            (sum(a["twin_cpu"]) + sum(b["twin_cpu"])) / 2
+            for a, b in zip(*found.values(), strict=True)
+        ]
         for which, answers in found.items():
-            pairs = [pair for answer in answers for pair in zip(answer["moe"], answer["twin"], strict=True)]
+            pairs = [
+                pair
+                for answer in answers
+                for pair in zip(answer["moe"], answer["twin"], strict=True)
+            ]
             row[which] = {
                 "moe_ms": spread([moe for moe, _ in pairs], 1e3),
                 "twin_ms": spread([twin for _, twin in pairs], 1e3),
                 "ratio": spread([moe / twin for moe, twin in pairs]),
-                "cpu_ratio": spread([sum(a["moe_cpu"]) / twin for a, twin in zip(answers, twins, strict=True)]),
+                "cpu_ratio": spread(
+                    [sum(a["moe_cpu"]) / twin for a, twin in zip(answers, twins, strict=True)]
+                ),
                 "others": rounded(max(answer["others"] for answer in answers), 2),
             }
         medians = [
-            [sorted(answer["moe"])[len(answer["moe"]) // 2] for answer in found[which]] for which in ("after", "before")
+            [sorted(answer["moe"])[len(answer["moe"]) // 2] for answer in found[which]]
+            for which in ("after", "before")
         ]
         row["after_over_before"] = spread([a / b for a, b in zip(*medians, strict=True)])
-        row["code"], row["cpu"], row["torch"] = where["code"], where["machine"]["cpu"], where["versions"]["torch"]
+        row["code"], row["cpu"], row["torch"] = (
+            where["code"],
+            where["machine"]["cpu"],
+            where["versions"]["torch"],
+        )
         if out is not None:
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -214,19 +266,34 @@ def show(row: Mapping[str, Any]) -> None:
 def main() -> None:
     """Compare two checkouts."""
     parser = argument_parser("infer-before", __doc__)
-    parser.add_argument("--before", type=Path, required=True, metavar="DIR", help="the earlier checkout")
+    parser.add_argument(
+        "--before", type=Path, required=True, metavar="DIR", help="the earlier checkout"
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batch-size", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16")
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--attempts", type=int, default=ATTEMPTS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="lines are added; what it has is not measured again")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="lines are added; what it has is not measured again",
+    )
     options = parser.parse_args()
     compare(
-        options.before, options.models, options.batch_size, options.precision, options.threads, options.rounds,
-        options.attempts, options.out,
-    )  # fmt: skip
+        options.before,
+        options.models,
+        options.batch_size,
+        options.precision,
+        options.threads,
+        options.rounds,
+        options.attempts,
+        options.out,
+    )
 
 
 if __name__ == "serve":  # by `Checkout`, in a process with that checkout's package

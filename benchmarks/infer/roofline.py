@@ -30,8 +30,23 @@ from moevision.layers import MoEMlp
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 64, 128, 256, 8, 2
 ROUNDS = 100
-VIEWS = ("view", "t", "transpose", "unbind", "split", "expand", "select", "slice", "unsqueeze", "squeeze", "alias",
-         "_unsafe_view", "detach", "lift_fresh", "split_with_sizes")  # fmt: skip
+VIEWS = (
+    "view",
+    "t",
+    "transpose",
+    "unbind",
+    "split",
+    "expand",
+    "select",
+    "slice",
+    "unsqueeze",
+    "squeeze",
+    "alias",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+    "split_with_sizes",
+)
 
 
 class Calls(TorchDispatchMode):
@@ -49,12 +64,18 @@ class Calls(TorchDispatchMode):
 def calls_of(layer: nn.Module, precision: str) -> int:
     """Calls of one forward pass in evaluation."""
     x = torch.randn(1, TOKENS, WIDTH)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), (calls := Calls()):
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        (calls := Calls()),
+    ):
         layer(x)
     return calls.number
 
 
-def microseconds(works: Mapping[str, Callable[[], object]], between: Callable[[], object]) -> dict[str, float]:
+def microseconds(
+    works: Mapping[str, Callable[[], object]], between: Callable[[], object]
+) -> dict[str, float]:
     """Lower quartile of each one's times, by turns, each after `between`: other programs only add to them."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
@@ -86,7 +107,13 @@ def measure(precision: str) -> dict[str, Any]:
             torch.addmm(shift, group, one.t())
 
     def small_calls() -> None:
-        number.add(1), number.cumsum(0), number.gather(0, number), torch.ones_like(number), number.mul(2)
+        (
+            number.add(1),
+            number.cumsum(0),
+            number.gather(0, number),
+            torch.ones_like(number),
+            number.mul(2),
+        )
 
     def run(net: nn.Module) -> Callable[[], object]:
         x = torch.randn(1, TOKENS, WIDTH)
@@ -105,7 +132,9 @@ def measure(precision: str) -> dict[str, Any]:
                 else lambda: packed.to(dtype),
                 "of the Mlp": dense.sum if precision == "fp32" else lambda: dense.to(dtype),
                 "product of the Mlp": lambda: F.linear(tokens, small),
-                "products of all experts, batched, even loads": lambda: torch.baddbmm(bias, rows, weight.mT),
+                "products of all experts, batched, even loads": lambda: torch.baddbmm(
+                    bias, rows, weight.mT
+                ),
                 "the same, a call for each, loads of 12 to 20": loop,
                 "five small calls": small_calls,
                 "layer": run(layer),

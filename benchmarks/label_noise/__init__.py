@@ -32,7 +32,9 @@ SIMILAR = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "d
 # ---- flips
 
 
-def flipped(labels: Sequence[int], noise: str, class_names: Sequence[str], seed: int) -> dict[int, int]:
+def flipped(
+    labels: Sequence[int], noise: str, class_names: Sequence[str], seed: int
+) -> dict[int, int]:
     """Index -> wrong class of a share `SHARE` of the images.
 
     Args:
@@ -49,10 +51,14 @@ def flipped(labels: Sequence[int], noise: str, class_names: Sequence[str], seed:
     if noise == "similar":
         return {int(i): class_names.index(SIMILAR[class_names[label[i]]]) for i in chosen}
     shift = generator.integers(1, len(class_names), len(chosen))
-    return {int(i): int((label[i] + by) % len(class_names)) for i, by in zip(chosen, shift, strict=True)}
+    return {
+        int(i): int((label[i] + by) % len(class_names)) for i, by in zip(chosen, shift, strict=True)
+    }
 
 
-def draw_folder(folder: Path, images: int, seed: int, *, side: int = 32, test: int = 800) -> list[str]:
+def draw_folder(
+    folder: Path, images: int, seed: int, *, side: int = 32, test: int = 800
+) -> list[str]:
     """Draw animals into train/ and test/; names of the training images that lie in the folder of another class."""
     wrong = []
     for split, many in (("train", images), ("test", test)):
@@ -78,10 +84,15 @@ def suspicions(run_dir: Path, wrong: set[str]) -> tuple[dict[str, np.ndarray], n
     truth = np.array([csv_name(sample.sample_id) in wrong for sample in images.samples["train"]])
     labels, value = images.labels[: len(truth)], known.scores
     found = {
-        "aum": -value["aum"], "el2n": value["el2n"], "loss_mean": value["loss_mean"], "loss_last": value["loss_last"],
-        "p_mean": -value["p_mean"], "p_std": value["p_std"], "forgetting": value["forgetting"],
+        "aum": -value["aum"],
+        "el2n": value["el2n"],
+        "loss_mean": value["loss_mean"],
+        "loss_last": value["loss_last"],
+        "p_mean": -value["p_mean"],
+        "p_std": value["p_std"],
+        "forgetting": value["forgetting"],
         "correct": -value["correct"],
-    }  # fmt: skip
+    }
     for block, shares in known.experts.items():
         found[f"experts L{block}"] = class_doubt(shares, labels)
     if known.experts:
@@ -97,7 +108,10 @@ def probabilities(images: RunImages, model: SavedModel) -> np.ndarray:
     train, found = images.samples["train"], []
     with evaluating(model.net), torch.inference_mode():
         for start in range(0, len(train), BATCH):
-            opened = [images.collection.open(sample, model.image_size) for sample in train[start : start + BATCH]]
+            opened = [
+                images.collection.open(sample, model.image_size)
+                for sample in train[start : start + BATCH]
+            ]
             pixels = np.stack([square_pixels(image, model.image_size) for image in opened])
             found.append(model.net(network_input(model, pixels)).float().softmax(-1).numpy())
     return np.concatenate(found)
@@ -123,7 +137,9 @@ def finds(suspicion: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     value = np.where(np.isfinite(suspicion), suspicion, -np.inf)
-    value = np.where(np.isneginf(value), np.min(value[np.isfinite(value)]) - 1, value).astype(np.float64)
+    value = np.where(np.isneginf(value), np.min(value[np.isfinite(value)]) - 1, value).astype(
+        np.float64
+    )
     first = np.argsort(-value, kind="stable")[: round(TOP * len(value))]
     return {
         "auroc": rounded(float(roc_auc_score(truth, value)), 4),

@@ -46,7 +46,11 @@ def paired_interval(differences: list[float]) -> tuple[float, float, float]:
 
 def accuracies(runs: list[Run], arm: str) -> list[float]:
     """Test accuracy in per cent, seed by seed."""
-    return [100 * run["test_top1"] for run in sorted(runs, key=lambda run: run["seed"]) if run["arm"] == arm]
+    return [
+        100 * run["test_top1"]
+        for run in sorted(runs, key=lambda run: run["seed"])
+        if run["arm"] == arm
+    ]
 
 
 def beside(runs: list[Run], arm: str, other: str) -> tuple[float, float, float]:
@@ -64,7 +68,9 @@ def score_rows(runs: list[Run]) -> list[str]:
         cells = []
         for arm in arms:
             for measure in ("auroc", "precision"):
-                cells.append(mean_and_sd([scores[name][measure] for scores in by_arm[arm] if name in scores]))
+                cells.append(
+                    mean_and_sd([scores[name][measure] for scores in by_arm[arm] if name in scores])
+                )
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
@@ -79,7 +85,9 @@ def training_rows(runs: list[Run]) -> list[str]:
             mean, low, high = beside(runs, arm, other)
             cells.append("" if arm == other else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
         top1 = mean_and_sd(accuracies(runs, arm), 2)
-        rows.append(f"| {title} | {fmean(wrong):.0f} | {len(wrong)} | {top1} | {cells[0]} | {cells[1]} |")
+        rows.append(
+            f"| {title} | {fmean(wrong):.0f} | {len(wrong)} | {top1} | {cells[0]} | {cells[1]} |"
+        )
     return rows
 
 
@@ -103,22 +111,30 @@ def difficulty_rows(measured: list[Run]) -> list[str]:
     for arm, title in (("moe", "MoE"), ("dense", "dense twin")):
         own = [row for row in measured if row["arm"] == arm]
         by_experts = mean_and_sd([row["experts"] for row in own if row["experts"] is not None])
-        rows.append(f"| {title} | {len(own)} | {by_experts} | {mean_and_sd([row['features'] for row in own])} |")
+        rows.append(
+            f"| {title} | {len(own)} | {by_experts} | {mean_and_sd([row['features'] for row in own])} |"
+        )
     return rows
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     difficulty = json.loads((HERE / "difficulty.json").read_text(encoding="utf-8"))
     readme, areas = [], []
     for noise, title in TITLES.items():
         runs = [run for run in records if run["noise"] == noise]
-        readme.append(f"**{title}** (test top-1 of the MoE: {mean_and_sd(accuracies(runs, 'moe'), 1)} %)")
+        readme.append(
+            f"**{title}** (test top-1 of the MoE: {mean_and_sd(accuracies(runs, 'moe'), 1)} %)"
+        )
         readme += score_rows(runs)
         if noise == "random":
             readme += training_rows(runs) + verdicts(runs)
-        areas.append(f"{fmean(run['scores']['aum']['auroc'] for run in runs if run['arm'] == 'moe'):.2f}")
+        areas.append(
+            f"{fmean(run['scores']['aum']['auroc'] for run in runs if run['arm'] == 'moe'):.2f}"
+        )
     readme += difficulty_rows(difficulty["rows"])
     results = (
         f"finds them with an AUROC of {areas[0]} where CIFAR-10's labels were flipped at random, {areas[1]} where "

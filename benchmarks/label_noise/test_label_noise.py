@@ -27,7 +27,9 @@ def test_images_are_drawn_by_class_and_flips_by_the_kind_of_noise():
     assert len({(own[place], wrong) for place, wrong in flips.items()}) > 50
     similar = flipped(own, "similar", NAMES, 0)
     assert len(similar) == 100
-    assert {(NAMES[own[place]], NAMES[wrong]) for place, wrong in similar.items()} == set(SIMILAR.items())
+    assert {(NAMES[own[place]], NAMES[wrong]) for place, wrong in similar.items()} == set(
+        SIMILAR.items()
+    )
 
 
 def test_finding_by_hand():
@@ -45,8 +47,9 @@ def test_cleanlab_is_asked_about_the_same_predictions():
     found = final_scores(labels, p)
     assert found["p_final"] == pytest.approx([-0.9, -0.2, -0.4, -0.7])
     assert found["cleanlab self_confidence"] == pytest.approx(found["p_final"])
-    assert found["cleanlab normalized_margin"] == pytest.approx([-(0.5 + (a - b) / 2) for a, b in (
-        (0.9, 0.1), (0.2, 0.8), (0.4, 0.6), (0.7, 0.3))])  # fmt: skip
+    assert found["cleanlab normalized_margin"] == pytest.approx(
+        [-(0.5 + (a - b) / 2) for a, b in ((0.9, 0.1), (0.2, 0.8), (0.4, 0.6), (0.7, 0.3))]
+    )
     assert len(found) == 5
 
 
@@ -54,10 +57,20 @@ def test_a_run_s_scores_are_asked_for_its_flips(cli, tiny, drawn_pets, tmp_path)
     """Every score has a value for each training image; the first two images are the flips."""
     outcome = cli("fit", drawn_pets, *tiny, "--data.scores=true", f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
-    wrong = {csv_name(sample.sample_id) for sample in images_of(tmp_path / "pets").samples["train"][:2]}
+    wrong = {
+        csv_name(sample.sample_id) for sample in images_of(tmp_path / "pets").samples["train"][:2]
+    }
     values, truth = suspicions(tmp_path / "pets", wrong)
     assert truth.tolist() == [True, True] + [False] * (len(truth) - 2)
-    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features", "p_final"} <= values.keys()
+    assert {
+        "aum",
+        "el2n",
+        "forgetting",
+        "experts",
+        "experts L1",
+        "features",
+        "p_final",
+    } <= values.keys()
     assert {len(value) for value in values.values()} == {len(truth)}
 
 
@@ -66,8 +79,11 @@ def test_a_drawn_folder_has_a_tenth_of_its_images_in_the_wrong_class(tmp_path):
     folder = tmp_path / "folder"
     wrong = draw_folder(folder, images=80, seed=0, test=8)
     files = sorted((folder / "train").rglob("*.png"))
-    lies = {str(file.relative_to(folder)) for file in files
-            if file.parent.name != SyntheticPets.classes[int(file.stem) % 8]}  # fmt: skip
+    lies = {
+        str(file.relative_to(folder))
+        for file in files
+        if file.parent.name != SyntheticPets.classes[int(file.stem) % 8]
+    }
     assert len(files) == 80
     assert lies == set(wrong)
     assert len(wrong) == 8

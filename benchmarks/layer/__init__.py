@@ -93,13 +93,25 @@ def parser() -> ArgumentParser:
         ("--experts", 8, "experts E (%(default)s)"),
         ("--top-k", 2, f"experts k of a token (%(default)s{from_preset})"),
     ):
-        parser.add_argument(name, type=positive, nargs="+", default=[default], metavar="N", help=text)
-    parser.add_argument("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
+        parser.add_argument(
+            name, type=positive, nargs="+", default=[default], metavar="N", help=text
+        )
     parser.add_argument(
-        "--backend", nargs="+", default=["auto"], metavar="NAME", help="auto, loop, grouped or dense (%(default)s)"
+        "--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k"
     )
     parser.add_argument(
-        "--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="autocast to bf16, or fp32 (bf16)"
+        "--backend",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="auto, loop, grouped or dense (%(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["bf16"],
+        help="autocast to bf16, or fp32 (bf16)",
     )
     parser.add_argument(
         "--preset",
@@ -108,7 +120,10 @@ def parser() -> ArgumentParser:
         "65536, D from 96 to 768, one at a time",
     )
     parser.add_argument(
-        "--peers", nargs="+", metavar="NAME", help="none, all, or some of them by name (all; none with --preset growth)"
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        help="none, all, or some of them by name (all; none with --preset growth)",
     )
     harness.add_measuring(parser, repetitions=20)
     return parser
@@ -119,7 +134,9 @@ def main() -> None:
     options = harness.parse(parser(), QUICK)
     both = ["vmoe_top_k", "noisy_top_k"]
     options.router = options.router or (both if options.preset == "bars" else both[:1])
-    options.peers = chosen_peers(options.peers or (["none"] if options.preset == "growth" else ["all"]))
+    options.peers = chosen_peers(
+        options.peers or (["none"] if options.preset == "growth" else ["all"])
+    )
     shapes, device = shapes_of(options), harness.set_up(options)
     peak = harness.measure_peaks(options, device, options.precision)
     record = {**harness.new_record("layer", options, device), "measured_peak_flops": peak}
@@ -135,31 +152,49 @@ def shapes_of(options: Namespace) -> list[Shape]:
         UserError: if K > E, or K doesn't divide the hidden width.
     """
     if options.preset == "growth":  # one size grows at a time, around T = 16 384, D = 192, E = 8
-        sizes = [(16384, 192, experts, top_k) for top_k in (1, 2) for experts in GROWTH_EXPERTS if experts >= top_k]
+        sizes = [
+            (16384, 192, experts, top_k)
+            for top_k in (1, 2)
+            for experts in GROWTH_EXPERTS
+            if experts >= top_k
+        ]
         sizes += [(tokens, 192, 8, 2) for tokens in GROWTH_TOKENS]
         sizes = list(dict.fromkeys(sizes + [(16384, width, 8, 2) for width in GROWTH_WIDTHS]))
     elif options.preset == "bars":
-        sizes = [(tokens, width, experts, top_k) for (tokens, width, top_k) in BARS for experts in options.experts]
+        sizes = [
+            (tokens, width, experts, top_k)
+            for (tokens, width, top_k) in BARS
+            for experts in options.experts
+        ]
     else:
         sizes = list(product(options.tokens, options.width, options.experts, options.top_k))
     shapes = [Shape(*size, precision) for precision in options.precision for size in sizes]
     for shape in shapes:
         if shape.top_k > shape.experts:
-            raise UserError(f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more.")
+            raise UserError(
+                f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more."
+            )
         if MLP_RATIO * shape.width % shape.top_k:
-            raise UserError(f"--top-k {shape.top_k} does not divide the hidden width {MLP_RATIO * shape.width}.")
+            raise UserError(
+                f"--top-k {shape.top_k} does not divide the hidden width {MLP_RATIO * shape.width}."
+            )
     return shapes
 
 
-def compare(shape: Shape, options: Namespace, peaks: dict[str, float], device: torch.device) -> dict[str, Any]:
+def compare(
+    shape: Shape, options: Namespace, peaks: dict[str, float], device: torch.device
+) -> dict[str, Any]:
     """All candidates at one shape: the shape and a row for each."""
     torch.manual_seed(0)
     layers, left_out = _layers(shape, options, device)
     turn = _Turn(shape, device)
     candidates = [
-        Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS) for name, layer in layers.items()
+        Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS)
+        for name, layer in layers.items()
     ]
-    with harness.progress_bar(str(shape), (options.warm_up + options.repetitions) * len(candidates)) as step:
+    with harness.progress_bar(
+        str(shape), (options.warm_up + options.repetitions) * len(candidates)
+    ) as step:
         timings = interleave(
             candidates,
             repetitions=options.repetitions,
@@ -169,24 +204,37 @@ def compare(shape: Shape, options: Namespace, peaks: dict[str, float], device: t
             on_step=step,
         )
     timings.failures.update(left_out)
-    facts = {name: _facts(name, layer, shape, turn) for name, layer in layers.items() if name in timings.seconds}
+    facts = {
+        name: _facts(name, layer, shape, turn)
+        for name, layer in layers.items()
+        if name in timings.seconds
+    }
     rows = rows_of(timings, [DENSE], facts)
     peak = peaks.get(shape.precision)
     for row in rows:
         if "time_ms" in row:
             rate = shape.flops / (row["time_ms"]["median"] / 1e3)
-            row |= {"active_flops_per_s": rounded(rate), "mfu": None if peak is None else rounded(rate / peak)}
+            row |= {
+                "active_flops_per_s": rounded(rate),
+                "mfu": None if peak is None else rounded(rate / peak),
+            }
     return {**asdict(shape), "hidden": shape.hidden, "flops": shape.flops, "rows": rows}
 
 
-def _layers(shape: Shape, options: Namespace, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _layers(
+    shape: Shape, options: Namespace, device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The candidates by name, and why others can't be."""
     sizes = {"num_experts": shape.experts, "top_k": shape.top_k}
     layers: dict[str, nn.Module] = {DENSE: Mlp(shape.width, shape.top_k * shape.hidden)}
     for router, backend in product(options.router, options.backend):
         name = f"moevision {router}" + (f" {backend}" if len(options.backend) > 1 else "")
         layers[name] = MoEMlp(
-            shape.width, shape.hidden, router=router, backend=cast(Backend, backend), **cast(Any, sizes)
+            shape.width,
+            shape.hidden,
+            router=router,
+            backend=cast(Backend, backend),
+            **cast(Any, sizes),
         )
     for layer in layers.values():
         layer.to(device).train()
@@ -194,11 +242,24 @@ def _layers(shape: Shape, options: Namespace, device: torch.device) -> tuple[dic
     left_out: dict[str, str] = {}
     for name in options.peers:
         # The same router with the same weights, and its own gradients.
-        router = MoEMlp(shape.width, 8, router=options.router[0], **cast(Any, sizes)).to(device).train().router
+        router = (
+            MoEMlp(shape.width, 8, router=options.router[0], **cast(Any, sizes))
+            .to(device)
+            .train()
+            .router
+        )
         router.load_state_dict(first.router.state_dict())
         dtype = DTYPES[shape.precision]
         try:
-            peer = build_peer(name, router, width=shape.width, hidden=shape.hidden, dtype=dtype, device=device, **sizes)
+            peer = build_peer(
+                name,
+                router,
+                width=shape.width,
+                hidden=shape.hidden,
+                dtype=dtype,
+                device=device,
+                **sizes,
+            )
             layers[name] = peer.train()
         except Exception as error:  # another library's fault must not end ours
             left_out[name] = reason(error)
@@ -216,10 +277,14 @@ class _Turn:
     def prepare(self, number: int) -> None:
         """A new input [B, N, D] and a new gradient of the output."""
         tokens = self.shape.tokens
-        images, length = (tokens // _IMAGE_TOKENS, _IMAGE_TOKENS) if tokens % _IMAGE_TOKENS == 0 else (1, tokens)
+        images, length = (
+            (tokens // _IMAGE_TOKENS, _IMAGE_TOKENS) if tokens % _IMAGE_TOKENS == 0 else (1, tokens)
+        )
         torch.manual_seed(number)
         self.round = number
-        self.x = torch.randn(images, length, self.shape.width, device=self.device, requires_grad=True)
+        self.x = torch.randn(
+            images, length, self.shape.width, device=self.device, requires_grad=True
+        )
         self.gradient = torch.randn(images, length, self.shape.width, device=self.device)
         self.gradient = self.gradient.to(DTYPES[self.shape.precision])
 
@@ -232,7 +297,9 @@ class _Turn:
     def forward(self, layer: nn.Module) -> Tensor:
         """Forward under autocast."""
         dtype = DTYPES[self.shape.precision]
-        with torch.autocast(self.device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32):
+        with torch.autocast(
+            self.device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32
+        ):
             return cast(Tensor, layer(self.x))
 
     def reset(self) -> None:
@@ -245,7 +312,9 @@ class _Turn:
 
 def _facts(name: str, layer: nn.Module, shape: Shape, turn: _Turn) -> dict[str, Any]:
     """What a row says beside times."""
-    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in layer.parameters())}
+    facts: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in layer.parameters())
+    }
     if name in PEERS:
         facts["active_flops_beside_ours"] = rounded(flops_beside_ours(name, shape.hidden))
     if isinstance(layer, MoEMlp):
@@ -277,8 +346,19 @@ def show(record: Json) -> None:
                     harness.share_text(row.get("padding_waste")),
                 ]
             )
-        columns = ["", "ms", "time ÷ dense (quartiles)", "active GFLOP/s", "MFU", "parameters", "load max", "padding"]
-        shape = Shape(*(comparison[name] for name in ("tokens", "width", "experts", "top_k", "precision")))
+        columns = [
+            "",
+            "ms",
+            "time ÷ dense (quartiles)",
+            "active GFLOP/s",
+            "MFU",
+            "parameters",
+            "load max",
+            "padding",
+        ]
+        shape = Shape(
+            *(comparison[name] for name in ("tokens", "width", "experts", "top_k", "precision"))
+        )
         harness.print_table(str(shape), columns, rows)
     harness.print_line(
         "dense k·H: timm's Mlp of equal active FLOPs; a ratio above 1 is slower, pair by pair, median and quartiles. "

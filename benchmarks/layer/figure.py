@@ -24,7 +24,11 @@ def draw(record: Json, out: Path) -> None:
 
 def _ratios(comparison: Json) -> dict[str, Json]:
     """Time ÷ dense of everything but the dense MLPs, by name."""
-    rows = [row for row in comparison["rows"] if "ratio_to" in row and not row["name"].startswith("dense")]
+    rows = [
+        row
+        for row in comparison["rows"]
+        if "ratio_to" in row and not row["name"].startswith("dense")
+    ]
     return {row["name"]: row["ratio_to"][DENSE] for row in rows}
 
 
@@ -34,16 +38,23 @@ def _bars(record: Json) -> Figure:
     columns = min(3, len(comparisons))
     lines = -(-len(comparisons) // columns)
     tallest = max(len(_ratios(comparison)) for comparison in comparisons)
-    figure = Figure(figsize=(1.8 + 3.6 * columns, lines * (1.2 + 0.26 * tallest)), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(1.8 + 3.6 * columns, lines * (1.2 + 0.26 * tallest)), dpi=150, layout="constrained"
+    )
     for place, comparison in enumerate(comparisons, start=1):
         axes = figure.add_subplot(lines, columns, place)
         ratios = _ratios(comparison)
         _draw_bars(axes, ratios)
         if (place - 1) % columns and list(ratios) == list(_ratios(comparisons[place - 2])):
             axes.set_yticklabels([])
-        title(axes, "T {tokens:,}, D {width}, E {experts}, k {top_k}, {precision}".format(**comparison))
+        title(
+            axes,
+            "T {tokens:,}, D {width}, E {experts}, k {top_k}, {precision}".format(**comparison),
+        )
         if place > len(comparisons) - columns:
-            axes.set_xlabel("forward + backward time ÷ dense MLP of equal active FLOPs", fontsize=8, color=SOFT)
+            axes.set_xlabel(
+                "forward + backward time ÷ dense MLP of equal active FLOPs", fontsize=8, color=SOFT
+            )
     return figure
 
 
@@ -54,8 +65,20 @@ def _draw_bars(axes: Axes, ratios: Mapping[str, Json]) -> None:
     longest = max((ratio["quartile_3"] for ratio in ratios.values()), default=1.0)
     for place, (name, ratio) in enumerate(ratios.items()):
         middle, end = ratio["median"], max(ratio["median"], ratio["quartile_3"])
-        axes.barh(place, middle, height=0.62, color=BLUE if name.startswith("moevision") else "#B9C2CC", zorder=2)
-        axes.plot([ratio["quartile_1"], ratio["quartile_3"]], [place, place], color=INK, linewidth=1.2, zorder=3)
+        axes.barh(
+            place,
+            middle,
+            height=0.62,
+            color=BLUE if name.startswith("moevision") else "#B9C2CC",
+            zorder=2,
+        )
+        axes.plot(
+            [ratio["quartile_1"], ratio["quartile_3"]],
+            [place, place],
+            color=INK,
+            linewidth=1.2,
+            zorder=3,
+        )
         axes.text(end + 0.02 * longest, place, f"{middle:.2f}", va="center", fontsize=8, color=INK)
     axes.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     axes.set_yticks(range(len(ratios)), list(ratios), fontsize=8)
@@ -67,7 +90,11 @@ def _draw_bars(axes: Axes, ratios: Mapping[str, Json]) -> None:
 def _growth(record: Json) -> Figure:
     """Ratio against experts, tokens and width, one size at a time."""
     figure = Figure(figsize=(11.4, 3.5), dpi=150, layout="constrained")
-    sweeps = (("experts", "experts E", (1, 2)), ("tokens", "tokens T", (2,)), ("width", "width D", (2,)))
+    sweeps = (
+        ("experts", "experts E", (1, 2)),
+        ("tokens", "tokens T", (2,)),
+        ("width", "width D", (2,)),
+    )
     for place, (key, label, choices) in enumerate(sweeps, start=1):
         axes = figure.add_subplot(1, 3, place, sharey=figure.axes[0] if figure.axes else None)
         calm(axes)
@@ -75,7 +102,9 @@ def _growth(record: Json) -> Figure:
         for number, (name, points) in enumerate(lines.items()):
             colour = (BLUE, ORANGE, GREEN, *OKABE_ITO[3:])[number % 7]
             xs, ratios = zip(*sorted(points.items()), strict=True)
-            low, middle, high = ([ratio[end] for ratio in ratios] for end in ("quartile_1", "median", "quartile_3"))
+            low, middle, high = (
+                [ratio[end] for ratio in ratios] for end in ("quartile_1", "median", "quartile_3")
+            )
             axes.plot(xs, middle, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
             axes.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
         _log_axis(axes, sorted({x for points in lines.values() for x in points}))
@@ -83,7 +112,10 @@ def _growth(record: Json) -> Figure:
         axes.set_ylim(bottom=0)
         axes.set_xlabel(label, fontsize=9, color=INK)
         fixed = {"experts": "E = 8", "tokens": "T = 16 384", "width": "D = 192"}
-        note = ", ".join([text for other, text in fixed.items() if other != key] + record["settings"]["precision"][:1])
+        note = ", ".join(
+            [text for other, text in fixed.items() if other != key]
+            + record["settings"]["precision"][:1]
+        )
         title(axes, f"time ÷ dense against {label.split()[0]}", f"{note}; band: quartiles")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
@@ -93,7 +125,9 @@ def sweep(record: Json, key: str, choices: Sequence[int]) -> dict[str, dict[int,
     """Ratios by line name and size, at the other sizes of the centre."""
     lines: dict[str, dict[int, Json]] = {}
     for comparison in record["comparisons"]:
-        at_centre = all(comparison[other] == value for other, value in CENTRE.items() if other != key)
+        at_centre = all(
+            comparison[other] == value for other, value in CENTRE.items() if other != key
+        )
         precision = comparison["precision"] == record["settings"]["precision"][0]
         if at_centre and precision and comparison["top_k"] in choices:
             for name, ratio in _ratios(comparison).items():

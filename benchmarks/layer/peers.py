@@ -61,9 +61,13 @@ class PeerLayer(nn.Module):
         """X [B, N, D] -> [B, N, D] in the compute dtype."""
         routing = self.router(x)
         if routing.kind != "token_choice":
-            raise UserError("peers let each token choose its experts: compare them under a token-choice router.")
+            raise UserError(
+                "peers let each token choose its experts: compare them under a token-choice router."
+            )
         flat = x.flatten(0, 1).to(self.compute_dtype)
-        weights = {name: value.to(self.compute_dtype) for name, value in self.experts.named_parameters()}
+        weights = {
+            name: value.to(self.compute_dtype) for name, value in self.experts.named_parameters()
+        }
         mixed: Tensor = functional_call(self.experts, weights, (flat, routing))
         return mixed.view_as(x)
 
@@ -85,7 +89,9 @@ class _TorchtitanExperts(nn.Module):
 
     def forward(self, tokens: Tensor, routing: Routing) -> Tensor:
         index, weight = routing.expert_index.flatten(0, 1), routing.combine_weight.flatten(0, 1)
-        rows, counts, way_back = self.dispatcher.dispatch(tokens, weight, index, routing.requested_counts())
+        rows, counts, way_back = self.dispatcher.dispatch(
+            tokens, weight, index, routing.requested_counts()
+        )
         return cast(Tensor, self.dispatcher.combine(self.experts(rows, counts), way_back, tokens))
 
 
@@ -100,7 +106,9 @@ def chosen_peers(names: Sequence[str]) -> tuple[str, ...]:
         fitting = [peer for peer in PEERS if name in ("all", peer, peer.split()[0])]
         if not fitting and name != "none":
             families = ", ".join(dict.fromkeys(peer.split()[0] for peer in PEERS))
-            raise UserError(f"There is no peer {name!r}: choose all, none, {families}, or one such as 'mixtral eager'.")
+            raise UserError(
+                f"There is no peer {name!r}: choose all, none, {families}, or one such as 'mixtral eager'."
+            )
         chosen.update(dict.fromkeys(fitting))
     return tuple(chosen)
 
@@ -154,24 +162,42 @@ def flops_beside_ours(name: str, hidden: int) -> float:
     return 3 * gated_width(hidden) / (2 * hidden) if gated else 1.0
 
 
-def _transformers(family: str, implementation: str, width: int, hidden: int, num_experts: int) -> nn.Module:
+def _transformers(
+    family: str, implementation: str, width: int, hidden: int, num_experts: int
+) -> nn.Module:
     if family == "mixtral":
         module = import_module("transformers.models.mixtral.modeling_mixtral")
-        sizes = {"num_local_experts": num_experts, "intermediate_size": gated_width(hidden), "hidden_act": "silu"}
+        sizes = {
+            "num_local_experts": num_experts,
+            "intermediate_size": gated_width(hidden),
+            "hidden_act": "silu",
+        }
         make = module.MixtralExperts
     else:
         module = import_module("transformers.models.nemotron_h.modeling_nemotron_h")
-        sizes = {"n_routed_experts": num_experts, "moe_intermediate_size": hidden, "mlp_hidden_act": "gelu"}
+        sizes = {
+            "n_routed_experts": num_experts,
+            "moe_intermediate_size": hidden,
+            "mlp_hidden_act": "gelu",
+        }
         make = module.NemotronHExperts
-    config = SimpleNamespace(**sizes, hidden_size=width, moe_latent_size=None, _experts_implementation=implementation)
+    config = SimpleNamespace(
+        **sizes, hidden_size=width, moe_latent_size=None, _experts_implementation=implementation
+    )
     return _TransformersExperts(make(config))
 
 
-def _torchtitan(width: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype) -> nn.Module:
+def _torchtitan(
+    width: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype
+) -> nn.Module:
     if dtype != torch.bfloat16:
         raise UserError("torchtitan's experts compute in bf16 only")
     moe = import_module("torchtitan.models.common.moe")
     dispatch = import_module("torchtitan.models.common.token_dispatcher")
-    experts = moe.GroupedExperts(moe.GroupedExperts.Config(dim=width, hidden_dim=hidden, num_experts=num_experts))
+    experts = moe.GroupedExperts(
+        moe.GroupedExperts.Config(dim=width, hidden_dim=hidden, num_experts=num_experts)
+    )
     dispatcher = dispatch.LocalTokenDispatcher
-    return _TorchtitanExperts(experts, dispatcher(dispatcher.Config(num_experts=num_experts, top_k=top_k)))
+    return _TorchtitanExperts(
+        experts, dispatcher(dispatcher.Config(num_experts=num_experts, top_k=top_k))
+    )

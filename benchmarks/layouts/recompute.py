@@ -30,7 +30,9 @@ def sds_above(losses: list[float], reference: list[float]) -> float:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     by_title: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_title.setdefault(record["title"], []).append(record)
@@ -40,7 +42,9 @@ def statements() -> dict[str, list[str]]:
         losses = [run["loss"] for run in runs]
         top1 = spread([100 * run["top1"] for run in runs], 1)
         distance = "" if title == "one process" else f"{sds_above(losses, one_process):+.1f}"
-        rows.append(f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |")
+        rows.append(
+            f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |"
+        )
     return {"benchmarks/layouts/README.md": rows}
 
 

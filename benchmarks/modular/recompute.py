@@ -22,8 +22,15 @@ HERE = Path(__file__).parent
 SETS = ("sources", "far", "imagenette")
 CONTROL = "heads only, tuned"  # what `joined` has to beat, by GAIN (of accuracy) on SETS_NEEDED of the sets
 GAIN, SETS_NEEDED = 0.02, 2
-LESS_JOINED = (CONTROL, "heads only", "one head, tuned", "no training", "dense joint", "dense joint, masked",
-               "dense with replay, masked")  # fmt: skip
+LESS_JOINED = (
+    CONTROL,
+    "heads only",
+    "one head, tuned",
+    "no training",
+    "dense joint",
+    "dense joint, masked",
+    "dense with replay, masked",
+)
 DIFFERENCES = (
     *(("joined", arm) for arm in LESS_JOINED),
     (CONTROL, "no training"),
@@ -52,7 +59,11 @@ def runs_by_seed(records: list[Run], name: str) -> list[Run]:
     for seed in range(3):
         parts = [record for record in records if (record["set"], record["seed"]) == (name, seed)]
         run = dict(next(part for part in parts if part["trains"] == "experts"))
-        for field in ("predicted", "earlier", "cpu_s"):  # a later part's time replaces an earlier part's
+        for field in (
+            "predicted",
+            "earlier",
+            "cpu_s",
+        ):  # a later part's time replaces an earlier part's
             run[field] = {key: value for part in parts for key, value in part[field].items()}
         labels = np.array(list(run["labels"]))
         run["correct"] = {
@@ -78,7 +89,9 @@ def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], f
     gaps = [accuracy(run, first) - accuracy(run, second) for run in both]
     domains, variance = len(both[0]["domains"]), 0.0
     for domain in range(domains):
-        images = np.mean([run["correct"][first][domain] - run["correct"][second][domain] for run in both], axis=0)
+        images = np.mean(
+            [run["correct"][first][domain] - run["correct"][second][domain] for run in both], axis=0
+        )
         variance += images.var(ddof=1) / len(images)
     half_of_seeds = math.inf
     if len(gaps) > 1:
@@ -95,7 +108,9 @@ def over_images(runs: list[Run], first: str, second: str) -> str:
 def over_seeds(runs: list[Run], first: str, second: str) -> str:
     """The mean difference with its interval over seeds, where there are several."""
     gaps, _, half = difference(runs, first, second)
-    interval = f" ({points(fmean(gaps) - half)} to {points(fmean(gaps) + half)})" if len(gaps) > 1 else ""
+    interval = (
+        f" ({points(fmean(gaps) - half)} to {points(fmean(gaps) + half)})" if len(gaps) > 1 else ""
+    )
     return points(fmean(gaps)) + interval
 
 
@@ -115,7 +130,9 @@ def before_and_after(run: Run, arm: str) -> tuple[float, float]:
 
 def cpu_seconds(runs: list[Run], name: str) -> float:
     """CPU seconds of the parts whose names begin so: the mean over the seeds that have them."""
-    sums = [sum(time for part, time in run["cpu_s"].items() if part.startswith(name)) for run in runs]
+    sums = [
+        sum(time for part, time in run["cpu_s"].items() if part.startswith(name)) for run in runs
+    ]
     return fmean(total for total in sums if total)
 
 
@@ -143,17 +160,31 @@ def table_rows(name: str, runs: list[Run]) -> list[list[str]]:
     for arm in dict.fromkeys(arm for run in runs for arm in run["predicted"]):
         own = [run for run in runs if arm in run["predicted"]]
         seeds = [accuracy(run, arm) for run in own]
-        domains = np.mean([[images.mean() for images in run["correct"][arm]] for run in own], axis=0)
+        domains = np.mean(
+            [[images.mean() for images in run["correct"][arm]] for run in own], axis=0
+        )
         mean = percent(fmean(seeds)) + (f" ± {percent(stdev(seeds))}" if len(seeds) > 1 else "")
         rows.append([arm, mean, ", ".join(map(percent, seeds)), " / ".join(map(percent, domains))])
     for pair in DIFFERENCES:
         by_seed = ", ".join(map(points, difference(runs, *pair)[0]))
         verdict = "" if pair != ("joined", CONTROL) else "yes" if is_enough(runs) else "no"
-        rows.append([" − ".join(pair), over_images(runs, *pair), over_seeds(runs, *pair), by_seed, verdict])
-    for domain, sent in enumerate(first["sent"]):  # the router is in closed form: the same in all seeds
+        rows.append(
+            [" − ".join(pair), over_images(runs, *pair), over_seeds(runs, *pair), by_seed, verdict]
+        )
+    for domain, sent in enumerate(
+        first["sent"]
+    ):  # the router is in closed form: the same in all seeds
         shares, router = [percent(count / sum(sent)) for count in sent], first["router"]
-        rows.append([router, percent(first["routers_on_validation"][router]), first["domains"][domain],
-                     f"{sum(sent):,}", shares[domain], " / ".join(shares)])  # fmt: skip
+        rows.append(
+            [
+                router,
+                percent(first["routers_on_validation"][router]),
+                first["domains"][domain],
+                f"{sum(sent):,}",
+                shares[domain],
+                " / ".join(shares),
+            ]
+        )
     for arm in dict.fromkeys(arm for run in runs for arm in run["earlier"]):
         pairs = [before_and_after(run, arm) for run in runs if arm in run["earlier"]]
         before, after = np.mean(pairs, axis=0)
@@ -176,7 +207,9 @@ def is_above_the_rule(records: list[Run]) -> bool:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     records = compared(records)
     sets = {name: runs_by_seed(records, name) for name in SETS}
     sources, imagenette = sets["sources"], sets["imagenette"]
@@ -195,12 +228,23 @@ def statements() -> dict[str, list[str]]:
     enough = sum(map(is_enough, sets.values()))
     is_built = enough >= SETS_NEEDED
     verdict = "Build modular experts" if is_built else "Don't build modular experts"
-    gains, heads, joint, replay = map(over, (CONTROL, "heads only", "dense joint", "dense with replay, masked"))
+    gains, heads, joint, replay = map(
+        over, (CONTROL, "heads only", "dense joint", "dense with replay, masked")
+    )
     ties = "neither from" if is_a_tie("one head, tuned") and is_a_tie("no training") else "from"
     exact = 100 * fmean(difference(sources, "joined", CONTROL)[0])
-    lost = [points(np.diff([before_and_after(run, "joined") for run in runs]).mean()) for runs in sets.values()]
-    apart = np.mean([[part.mean() for part in run["correct"]["joined, domain given"]] for run in sources], axis=0)
-    cheap, experts = cpu_seconds(sources, "tuned head") + cpu_seconds(sources, "router"), cpu_seconds(sources, "expert")
+    lost = [
+        points(np.diff([before_and_after(run, "joined") for run in runs]).mean())
+        for runs in sets.values()
+    ]
+    apart = np.mean(
+        [[part.mean() for part in run["correct"]["joined, domain given"]] for run in sources],
+        axis=0,
+    )
+    cheap, experts = (
+        cpu_seconds(sources, "tuned head") + cpu_seconds(sources, "router"),
+        cpu_seconds(sources, "expert"),
+    )
     _, experts_mib, heads_mib, statistics_mib = mebibytes(sources[0])
     machine = sources[0]["machine"]["cpu"]
     minutes = sum(sum(record["cpu_s"].values()) for record in records) / 60
@@ -222,8 +266,15 @@ def statements() -> dict[str, list[str]]:
         f"3 sets of domains (sources {gains[0]}; far {gains[1]}; imagenette {gains[2]}).**",
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
-    readme += [f"| {' | '.join(cells)} |" for name, runs in sets.items() for cells in table_rows(name, runs)]
-    rule, heads_beside = over("no training"), [over_images(runs, CONTROL, "no training") for runs in sets.values()]
+    readme += [
+        f"| {' | '.join(cells)} |"
+        for name, runs in sets.items()
+        for cells in table_rows(name, runs)
+    ]
+    rule, heads_beside = (
+        over("no training"),
+        [over_images(runs, CONTROL, "no training") for runs in sets.values()],
+    )
     guide = [
         f"beside the rule, experts trained apart and joined bring {rule[0]}, {rule[1]} and {rule[2]} points on three "
         f"sets, tuned heads for each folder {heads_beside[0]}, {heads_beside[1]} and {heads_beside[2]}",

@@ -29,21 +29,50 @@ def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("quickstart", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--checkout", type=Path, default=HERE.parent, help="whose code runs (%(default)s)")
+    parser.add_argument(
+        "--checkout", type=Path, default=HERE.parent, help="whose code runs (%(default)s)"
+    )
     parser.add_argument("--name", default="now", help="what its records begin with (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/quickstarts"), help="run folders (%(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/quickstarts"), help="run folders (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
     options = parser.parse_args()
     checkout, work = options.checkout.resolve(), options.work.resolve()
     environment = {**os.environ, **PLAIN, "PYTHONPATH": str(checkout)}
     for seed in options.seeds:
         name = f"{options.name}-s{seed}"
-        words = ("fit", "--config", "quickstart", "--trainer.precision", "32-true", "--seed_everything", str(seed))
+        words = (
+            "fit",
+            "--config",
+            "quickstart",
+            "--trainer.precision",
+            "32-true",
+            "--seed_everything",
+            str(seed),
+        )
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "moevision", *words, "--name", name, "--runs_root", str(work)]
-        subprocess.run(command, check=True, env=environment, cwd=checkout)  # -m looks where it is called, first
+        command = [
+            sys.executable,
+            "-m",
+            "moevision",
+            *words,
+            "--name",
+            name,
+            "--runs_root",
+            str(work),
+        ]
+        subprocess.run(
+            command, check=True, env=environment, cwd=checkout
+        )  # -m looks where it is called, first
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         command_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        record = record_of(work / name) | {"command_cpu_s": round(command_s, 1), "environment": PLAIN}
+        record = record_of(work / name) | {
+            "command_cpu_s": round(command_s, 1),
+            "environment": PLAIN,
+        }
         write_run(options.out, record.pop("name"), record)
-        print(f"{name}: {command_s:.0f} CPU s, {record['test']['correct']} of {record['test']['total']}", flush=True)
+        print(
+            f"{name}: {command_s:.0f} CPU s, {record['test']['correct']} of {record['test']['total']}",
+            flush=True,
+        )

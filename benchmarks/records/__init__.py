@@ -68,20 +68,30 @@ class Claim:
         """The text for each mapping of values, made once: several tests ask."""
         return self.rendered()
 
-    def loaded(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[Any]:
+    def loaded(
+        self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()
+    ) -> list[Any]:
         """The records in their order, of a `.jsonl` file each line; `read` gives a file's text."""
         return [record for place in self.places for record in _records(place, read)]
 
-    def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
+    def rendered(
+        self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()
+    ) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
         values = self.values(*self.loaded(read))
-        return [self.text.format_map(row) for row in ([values] if isinstance(values, Mapping) else values)]
+        return [
+            self.text.format_map(row)
+            for row in ([values] if isinstance(values, Mapping) else values)
+        ]
 
 
 def _records(place: str, read: Callable[[str], str]) -> list[Any]:
     """The one record of a JSON file or of that name, or all of a file with one in each line."""
     path, _, name = place.partition("#")
-    found = [json.loads(part) for part in (read(path).splitlines() if path.endswith(".jsonl") else [read(path)])]
+    found = [
+        json.loads(part)
+        for part in (read(path).splitlines() if path.endswith(".jsonl") else [read(path)])
+    ]
     return [next(record for record in found if record["name"] == name)] if name else found
 
 
@@ -106,7 +116,9 @@ class Page:
     def accounted(self) -> list[str]:
         """Everything in it that comes from a record or needs none, the longest text first."""
         texts = [text for claim in self.claims for text in claim.texts]
-        return sorted(texts + self.frozen + [each.text for each in self.definitions], key=len, reverse=True)
+        return sorted(
+            texts + self.frozen + [each.text for each in self.definitions], key=len, reverse=True
+        )
 
     @property
     def text(self) -> str:
@@ -119,26 +131,39 @@ class Page:
         lines = self.text.splitlines(keepends=True)
         if self.path.suffix != ".yaml":
             return self.text
-        return "".join(line.removeprefix("#").removeprefix(" ") for line in lines if line.startswith("#"))
+        return "".join(
+            line.removeprefix("#").removeprefix(" ") for line in lines if line.startswith("#")
+        )
 
 
 def all_pages() -> list[Path]:
     """README.md, docs/, the lab notes of benchmarks/ and the configs."""
     notes, configs = (ROOT / "benchmarks").glob("*/README.md"), (ROOT / "configs").glob("*.yaml")
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes), *sorted(configs)]
+    return [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted(notes),
+        *sorted(configs),
+    ]
 
 
 def all_records() -> list[Path]:
     """Every JSON file of benchmarks/, and what the bundled models say of themselves."""
     return sorted(
-        path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*")
+        path
+        for folder in ("benchmarks", "moevision/demo/models")
+        for path in (ROOT / folder).rglob("*.json*")
     )
 
 
 def read_record(path: Path) -> Any:
     """A record: of .jsonl a list, one entry a line."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
 
 
 def parts_of(value: Any) -> Iterator[dict[str, Any]]:
@@ -204,7 +229,9 @@ def unclaimed(page: Page) -> list[str]:
     rest = re.sub(r"^\|.*\|\n(?=\|[-:| ]+\|$)", "", rest, flags=re.M)  # heads of tables
     rest = _NAMES.sub("…", rest)
     found = [(match.start(), match.end()) for match in _MEASURED.finditer(rest)]
-    found += [cell for cell in _cells(rest) if not any(cell[0] <= start < cell[1] for start, _ in found)]
+    found += [
+        cell for cell in _cells(rest) if not any(cell[0] <= start < cell[1] for start, _ in found)
+    ]
     return [" ".join(rest[max(0, start - 40) : end + 20].split()) for start, end in sorted(found)]
 
 
@@ -212,5 +239,7 @@ def _cells(text: str) -> Iterator[tuple[int, int]]:
     """Where cells of tables stand that hold a number and no words."""
     for line in re.finditer(r"^\|.*\|$", text, re.M):
         for cell in re.finditer(r"(?<=\|)[^|]+", line.group()):
-            if re.search(r"\d", cell.group()) and not re.search(r"[^\W\d]", cell.group().replace(" to ", " ")):
+            if re.search(r"\d", cell.group()) and not re.search(
+                r"[^\W\d]", cell.group().replace(" to ", " ")
+            ):
                 yield line.start() + cell.start(), line.start() + cell.end()

@@ -46,7 +46,11 @@ def mean(*records: Json) -> Json:
     """Test accuracy, validation's at the end, and that of the last epoch's batches: means over seeds."""
     _, val, train = zip(*(record["curve"][-1] for record in records), strict=True)
     tests = [record["test"]["correct"] / record["test"]["total"] for record in records]
-    return {"mean": sum(tests) / len(tests), "val": sum(val) / len(val), "train": sum(train) / len(train)}
+    return {
+        "mean": sum(tests) / len(tests),
+        "val": sum(val) / len(val),
+        "train": sum(train) / len(train),
+    }
 
 
 def extremes(*records: Json) -> Json:
@@ -69,7 +73,14 @@ def moe_less_dense(*records: Json) -> Json:
     low, high = found.confidence_interval()
     verdict = "not told apart" if low < 0 < high else "better" if low > 0 else "worse"
     gap = statistics.fmean(tests[:3]) - statistics.fmean(tests[3:])
-    return {"mean": gap, "low": low, "high": high, "verdict": verdict, "moe": 3, "dense": len(tests) - 3}
+    return {
+        "mean": gap,
+        "low": low,
+        "high": high,
+        "verdict": verdict,
+        "moe": 3,
+        "dense": len(tests) - 3,
+    }
 
 
 def pairs(*records: Json) -> Json:
@@ -93,16 +104,29 @@ def of_folders(*records: Json) -> Json:
     """Minutes that `fit FOLDER` took, and what it reached."""
     minutes = [record["cost"]["duration_s"] / 60 for record in records]
     right = [record["test"]["correct"] / record["test"]["total"] for record in records]
-    return {"fastest": min(minutes), "slowest": max(minutes), "least": 100 * min(right), "most": max(right),
-            **mean(*records)}  # fmt: skip
+    return {
+        "fastest": min(minutes),
+        "slowest": max(minutes),
+        "least": 100 * min(right),
+        "most": max(right),
+        **mean(*records),
+    }
 
 
 def to_ninety(*records: Json) -> Json:
     """After how many epochs validation first has 90 %, and the CPU minutes until then, each epoch an equal share."""
-    epochs = [next(place for place, (_, top1, _) in enumerate(each["curve"], 1) if top1 >= 0.9) for each in records]
+    epochs = [
+        next(place for place, (_, top1, _) in enumerate(each["curve"], 1) if top1 >= 0.9)
+        for each in records
+    ]
     shares = [epoch / len(each["curve"]) for epoch, each in zip(epochs, records, strict=True)]
-    minutes = [share * each["cost"]["cpu_s"] / 60 for share, each in zip(shares, records, strict=True)]
-    return {"epochs": ", ".join(map(str, epochs)), "minutes": ", ".join(f"{each:.1f}" for each in minutes)}
+    minutes = [
+        share * each["cost"]["cpu_s"] / 60 for share, each in zip(shares, records, strict=True)
+    ]
+    return {
+        "epochs": ", ".join(map(str, epochs)),
+        "minutes": ", ".join(f"{each:.1f}" for each in minutes),
+    }
 
 
 def outside(record: Json) -> Json:
@@ -110,7 +134,13 @@ def outside(record: Json) -> Json:
     (run,) = record["runs"]
     alone, views = (share(run[name], run["total"]) for name in ("correct", "correct_of_views"))
     pflop = 3 * run["flops_per_image"] * run["images"] / 1e15  # backward is twice forward
-    return {"alone": alone, "views": views, "pflop": pflop, "cpu_s": run["cpu_s"], "train": run["train_images"]}
+    return {
+        "alone": alone,
+        "views": views,
+        "pflop": pflop,
+        "cpu_s": run["cpu_s"],
+        "train": run["train_images"],
+    }
 
 
 def hours(record: Json) -> Json:
@@ -128,9 +158,16 @@ def of_folder(record: Json) -> Json:
     """What `fit FOLDER` reached, and the time that it had announced."""
     cost, choice = record["cost"], record["choice"]
     probe = (
-        {} if choice is None else {"probe": share(*(choice["contenders"][0][name] for name in ("correct", "total")))}
+        {}
+        if choice is None
+        else {"probe": share(*(choice["contenders"][0][name] for name in ("correct", "total")))}
     )
-    return {**of_run(record), "expected_s": cost["expected_s"], "took_s": cost["duration_s"], **probe}
+    return {
+        **of_run(record),
+        "expected_s": cost["expected_s"],
+        "took_s": cost["duration_s"],
+        **probe,
+    }
 
 
 def starts(record: Json) -> list[Json]:
@@ -138,14 +175,18 @@ def starts(record: Json) -> list[Json]:
     found: dict[int, Json] = {}
     for run in record["runs"]:
         name = f"{run['data']}_{run['start']}"
-        found.setdefault(run["seed"], {"seed": run["seed"]})[name] = run["test"]["correct"] / run["test"]["total"]
+        found.setdefault(run["seed"], {"seed": run["seed"]})[name] = (
+            run["test"]["correct"] / run["test"]["total"]
+        )
     return [found[seed] for seed in sorted(found)]
 
 
 def start_gain(record: Json, data: str) -> Json:
     """The probe's start minus a random one: points with Student's t interval over seeds, and mean CPU seconds."""
     spent = {
-        start: statistics.fmean(run["cpu_s"] for run in record["runs"] if (run["data"], run["start"]) == (data, start))
+        start: statistics.fmean(
+            run["cpu_s"] for run in record["runs"] if (run["data"], run["start"]) == (data, start)
+        )
         for start in ("probe", "random")
     }
     gaps = [100 * (row[f"{data}_probe"] - row[f"{data}_random"]) for row in starts(record)]
@@ -171,7 +212,8 @@ def of_runs(*records: Json) -> Json:
     return {
         "top1": ", ".join(f"{100 * test['correct'] / test['total']:.1f}" for test in tests),
         "total": tests[0]["total"],
-        "seeds": f"seed{'s' * (len(records) > 1)} " + ", ".join(str(record["seed"]) for record in records),
+        "seeds": f"seed{'s' * (len(records) > 1)} "
+        + ", ".join(str(record["seed"]) for record in records),
         "cpu_s": ", ".join(f"{record['cost']['cpu_s']:,.0f}" for record in records),
         "first": records[0]["seed"],
         "curve": ", ".join(f"{100 * top1:.1f}" for _, top1, _ in records[0]["curve"]),
@@ -179,7 +221,11 @@ def of_runs(*records: Json) -> Json:
 
 
 def _row(path: str, run: str) -> Claim:
-    return Claim(path, f"{run} | {{top1}} | {{images:,}} | {{pflop:.3f}} | {{cpu_s:,.0f}} | {{loads}} |", of_run)
+    return Claim(
+        path,
+        f"{run} | {{top1}} | {{images:,}} | {{pflop:.3f}} | {{cpu_s:,.0f}} | {{loads}} |",
+        of_run,
+    )
 
 
 def of_avx2(step: Json, run: Json) -> Json:
@@ -194,30 +240,59 @@ CLAIMS = [
     _row(SHOWN, "the explorer's, seed 0"),
     _row(SHOWN_TWIN, "dense twin of the explorer's"),
     Claim(tuple(CIFAR), "The mean of three seeds is {mean:.2%}", mean),
-    Claim(tuple(CIFAR), "right on {train:.1%} of the last epoch's batches, {val:.1%} of validation", mean),
+    Claim(
+        tuple(CIFAR),
+        "right on {train:.1%} of the last epoch's batches, {val:.1%} of validation",
+        mean,
+    ),
     Claim(
         (TRAIN.format("cifar10-avx2"), CIFAR[0]),
         "the images of a training take {seconds:,.0f} s of training steps",
         of_avx2,
     ),
-    Claim((LONG, *CIFAR), "gets {points:.2f} points more than the recipe for {times:.1f} times the FLOPs", more),
+    Claim(
+        (LONG, *CIFAR),
+        "gets {points:.2f} points more than the recipe for {times:.1f} times the FLOPs",
+        more,
+    ),
     Claim(LONG, "right on {train:.1%} of the last epoch's batches, {val:.1%} of validation", mean),
     Claim(LONGER, "on {train:.1%} of its harder batches, {val:.1%} of validation", mean),
     Claim(LONGER, "the second took {hours:.1f} hours", hours),
-    Claim(OUTSIDE, "on the copy's {train:,} training images, is right on {alone} of the test images", outside),
+    Claim(
+        OUTSIDE,
+        "on the copy's {train:,} training images, is right on {alone} of the test images",
+        outside,
+    ),
     Claim(OUTSIDE, "and on {views} with the paper's mean over mirrored and shifted views", outside),
-    Claim(OUTSIDE, "{pflop:.3f} PFLOP, {cpu_s:,.0f} CPU seconds in bf16 on one thread, other work", outside),
+    Claim(
+        OUTSIDE,
+        "{pflop:.3f} PFLOP, {cpu_s:,.0f} CPU seconds in bf16 on one thread, other work",
+        outside,
+    ),
     _row(LONG, "26 epochs, seed 0"),
     _row(LONGER, "40 epochs, seed 1"),
     _row(CIFAR_PRETRAINED, "one epoch at 84 px, seed 0"),
-    Claim(CIFAR_PRETRAINED, "{expected_s:,.0f} s were announced, {took_s:,.0f} s it took. Logistic", of_folder),
-    Claim(CIFAR_PRETRAINED, "the frozen features is right on {probe} of 2,000 test images", of_folder),
+    Claim(
+        CIFAR_PRETRAINED,
+        "{expected_s:,.0f} s were announced, {took_s:,.0f} s it took. Logistic",
+        of_folder,
+    ),
+    Claim(
+        CIFAR_PRETRAINED, "the frozen features is right on {probe} of 2,000 test images", of_folder
+    ),
     *(_row(path, f"MoE, seed {seed}") for seed, path in enumerate(CATS)),
     _row(CATS_DENSE[0], "dense, seed 0"),
     _row(CATS_DENSE[1], "dense, flips alternate"),
-    *(_row(path, f"dense, flips alternate, `--data.seed {seed}`") for seed, path in enumerate(CATS_DENSE_DATA)),
-    Claim(tuple(CATS), "The mean of the MoE's three seeds is {mean:.1f} ± {half:.1f} %", over_seeds),
-    Claim(tuple(CATS_DENSE_DATA), "The mean of these three is {mean:.1f} ± {half:.1f} %", over_seeds),
+    *(
+        _row(path, f"dense, flips alternate, `--data.seed {seed}`")
+        for seed, path in enumerate(CATS_DENSE_DATA)
+    ),
+    Claim(
+        tuple(CATS), "The mean of the MoE's three seeds is {mean:.1f} ± {half:.1f} %", over_seeds
+    ),
+    Claim(
+        tuple(CATS_DENSE_DATA), "The mean of these three is {mean:.1f} ± {half:.1f} %", over_seeds
+    ),
     Claim(tuple(CATS), "has 90 % after epochs {epochs}: {minutes} CPU minutes", to_ninety),
     Claim(tuple(FOLDERS), "has 90 % after epochs {epochs}: {minutes} CPU minutes", to_ninety),
     Claim(
@@ -270,11 +345,15 @@ DEFINITIONS = [
     Definition("ten blocks at 168 px, 5 epochs", "a recipe"),
     Definition("the goals were 97 % and, if possible, 98.5 %", "goals"),
     Definition("Student's 95 % over seeds", "the level of the interval"),
-    Definition("on 2,048 training photos of cats and dogs and the same 832 test photos", "the data"),
+    Definition(
+        "on 2,048 training photos of cats and dogs and the same 832 test photos", "the data"
+    ),
     Definition("three epochs at 112 px", "what `fit` chose"),
     Definition("16 epochs at 128 px", "a recipe"),
     Definition("The goals were 80 % from scratch and 95 % from pretrained weights", "goals"),
-    Definition("It chose 112 px, three epochs and four experts of which one is active", "what `fit` chose"),
+    Definition(
+        "It chose 112 px, three epochs and four experts of which one is active", "what `fit` chose"
+    ),
     Definition("it chose `vit_moe_hybrid_patch8_32`, 64 px and 69 epochs", "what `fit` chose"),
     Definition("64 tokens, Muon, 10 epochs", "a recipe"),
     Definition("Wilson's 95 % over test images", "the level of the intervals"),
@@ -282,8 +361,14 @@ DEFINITIONS = [
     Definition("The goal was 90 % within 2.5 hours", "a goal"),
     Definition("a convolutional net that reaches 94 % on the original", "the paper"),
     Definition("so the goal of 90 % is beyond it", "a goal"),
-    Definition("with width 192 and 16 tokens (`--model.arch.embed_dim 192 --model.arch.patch_size 8`)", "a recipe"),
+    Definition(
+        "with width 192 and 16 tokens (`--model.arch.embed_dim 192 --model.arch.patch_size 8`)",
+        "a recipe",
+    ),
     Definition("`--data.random_erasing 0.5 --trainer.max_epochs 26`", "a recipe"),
-    Definition("`--data.augment trivialaugment --data.random_erasing 0.25 --trainer.max_epochs 40`", "a recipe"),
+    Definition(
+        "`--data.augment trivialaugment --data.random_erasing 0.25 --trainer.max_epochs 40`",
+        "a recipe",
+    ),
     Definition("from its 16th epoch", "how it was run"),
 ]

@@ -14,7 +14,9 @@ def of_earlier_epochs(*records: Any) -> list[dict[str, Any]]:
         best = curve.index(max(curve))
         if best + 1 < len(curve):
             ahead = 100 * (curve[best] - curve[-1])
-            rows.append({"name": record["name"], "best": best + 1, "epochs": len(curve), "ahead": ahead})
+            rows.append(
+                {"name": record["name"], "best": best + 1, "epochs": len(curve), "ahead": ahead}
+            )
     return rows
 
 

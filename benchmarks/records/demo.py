@@ -19,11 +19,15 @@ CROWDS = {  # as the page calls them
     "jpeg_400": "JPEG of 400 x 400, 97 KB",
 }
 STEPS = {
-    "forward": "the model alone, one image", "first_page": "first page, after the server is up",
+    "forward": "the model alone, one image",
+    "first_page": "first page, after the server is up",
     "layer_change": "another layer",
-    "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",
-    "expert_away": "an expert taken away", "away_cpu": "the same, its server's CPU", "own_picture": "one's own image",
-}  # fmt: skip
+    "patch_click": "click on a patch",
+    "new_picture": "another image, until the overlay is there",
+    "expert_away": "an expert taken away",
+    "away_cpu": "the same, its server's CPU",
+    "own_picture": "one's own image",
+}
 
 
 def waiting(record: Json) -> list[Json]:
@@ -32,8 +36,15 @@ def waiting(record: Json) -> list[Json]:
     for name, what in STEPS.items():
         models = [record["models"][model][name] for model in ("cats_vs_dogs", "pets")]
         times = [f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" for own in models]
-        goals = dict.fromkeys("" if own["limit_ms"] is None else f"{own['limit_ms']:.0f}" for own in models)
-        rows.append({"what": what, "cells": " | ".join([*times, ", ".join(goals) + (" ms" if any(goals) else "")])})
+        goals = dict.fromkeys(
+            "" if own["limit_ms"] is None else f"{own['limit_ms']:.0f}" for own in models
+        )
+        rows.append(
+            {
+                "what": what,
+                "cells": " | ".join([*times, ", ".join(goals) + (" ms" if any(goals) else "")]),
+            }
+        )
     return rows
 
 
@@ -47,7 +58,10 @@ def crowds(*records: Json) -> list[Json]:
             met = [one["visitor"].get(word, 0) for word in ("ok", "busy", "unanswered")]
             latency = one["visitor"]["max_ms"]
             longest = "" if latency is None else f", at most {latency / 1e3:.1f} s"
-            cells += ["{} / {} / {}".format(*met) + longest, f"{one['server_rss']['most_mb']:,.0f} MB"]
+            cells += [
+                "{} / {} / {}".format(*met) + longest,
+                f"{one['server_rss']['most_mb']:,.0f} MB",
+            ]
         rows.append({"what": what, "cells": " | ".join(cells)})
     return rows
 
@@ -56,15 +70,29 @@ def installed(record: Json) -> Json:
     """Megabytes of the wheel, and photos right and asked for."""
     cat, dog = (record["classes"][name] for name in ("cat", "dog"))
     balanced = (cat["correct"] / cat["total"] + dog["correct"] / dog["total"]) / 2
-    found = {name: f"{each['correct']} of {each['total']} {name}s" for name, each in (("cat", cat), ("dog", dog))}
-    return {"mb": record["wheel_mb"], "total": cat["total"] + dog["total"], "balanced": f"{balanced:.1%}", **found}
+    found = {
+        name: f"{each['correct']} of {each['total']} {name}s"
+        for name, each in (("cat", cat), ("dog", dog))
+    }
+    return {
+        "mb": record["wheel_mb"],
+        "total": cat["total"] + dog["total"],
+        "balanced": f"{balanced:.1%}",
+        **found,
+    }
 
 
 def packings(record: Json) -> list[Json]:
     """A packed model's bytes and answers beside bfloat16's."""
-    rows = [{"name": "bfloat16", "cells": f"{record['bfloat16']['right']} | | | |"} | _megabytes(record["bfloat16"])]
+    rows = [
+        {"name": "bfloat16", "cells": f"{record['bfloat16']['right']} | | | |"}
+        | _megabytes(record["bfloat16"])
+    ]
     for arm in record["packed"]:
-        first, pair = (", ".join(f"{layer[key]:.1%}" for layer in arm["layers"]) for key in ("same_first", "same_set"))
+        first, pair = (
+            ", ".join(f"{layer[key]:.1%}" for layer in arm["layers"])
+            for key in ("same_first", "same_set")
+        )
         cells = f"{arm['right']} | {arm['same_class']} | {first} | {pair} |"
         rows.append({"name": arm["name"], "cells": cells} | _megabytes(arm))
     return rows
@@ -76,7 +104,11 @@ def live(record: Json) -> list[Json]:
     rows = []
     for model, name in names.items():
         own = record["models"][model]
-        times = {"ran": own["cold_cpu_median_s"], "cold": median(own["cold_s"]), "next": own["next_median_s"]}
+        times = {
+            "ran": own["cold_cpu_median_s"],
+            "cold": median(own["cold_s"]),
+            "next": own["next_median_s"],
+        }
         rows.append({"name": name, **{key: f"{value:.1f}" for key, value in times.items()}})
     return rows
 
@@ -94,7 +126,11 @@ def of_flips(record: Json) -> Json:
     told = {"images": len(right), "right": sum(right), "sure": sum(sure)}
     for kind in ("without", "at_random"):
         changed = flipped(record, kind)
-        told |= {kind: changed[right].mean(), f"sure_{kind}": changed[sure].mean(), f"all_{kind}": changed.mean()}
+        told |= {
+            kind: changed[right].mean(),
+            f"sure_{kind}": changed[sure].mean(),
+            f"all_{kind}": changed.mean(),
+        }
     return told
 
 
@@ -108,10 +144,12 @@ def opening(record: Json, card: Json) -> Json:
     before, after = (case[when]["class"] for when in ("before", "after"))
     stays = min(record["at_random"]) > 0.5
     return {
-        "expert": case["away"][0][1], "before": before, "after": after,
+        "expert": case["away"][0][1],
+        "before": before,
+        "after": after,
         "stays": f"stays a {before}" if stays else "may change too",
         "still": f"still {before}" if stays else "not always",
-    }  # fmt: skip
+    }
 
 
 OPENING = Claim(
@@ -127,12 +165,20 @@ def of_bundled(record: Json) -> Json:
     """Of how many photos the opening's is the strongest, and what as much at random leaves of it."""
     draws = record["at_random"]
     before = record["case"]["before"]["class"]
-    most = {"draws": len(draws), "keep": sum(each > 0.5 for each in draws), "least": min(draws), "before": before}
+    most = {
+        "draws": len(draws),
+        "keep": sum(each > 0.5 for each in draws),
+        "least": min(draws),
+        "before": before,
+    }
     return {**record, **most}
 
 
 def _megabytes(arm: Json) -> Json:
-    return {"file": f"{arm['bytes'] / 1e6:.1f} MB", "compressed": f"{arm['compressed'] / 1e6:.1f} MB"}
+    return {
+        "file": f"{arm['bytes'] / 1e6:.1f} MB",
+        "compressed": f"{arm['compressed'] / 1e6:.1f} MB",
+    }
 
 
 CLAIMS = [
@@ -164,7 +210,11 @@ CLAIMS = [
         "some expert. The strongest case is the {before} of README",
         of_bundled,
     ),
-    Claim(MATTERS[0], "{keep} of {draws} draws leave at least {least:.0%} to the {before}.", of_bundled),
+    Claim(
+        MATTERS[0],
+        "{keep} of {draws} draws leave at least {least:.0%} to the {before}.",
+        of_bundled,
+    ),
     Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu}"),
     Claim(LATENCY, "| {what} | {cells} |", waiting),
     Claim(
@@ -190,11 +240,19 @@ CLAIMS = [
         (STALL_BEFORE, STALL),
         "(load average {before:.0f} and {after:.0f})",
         lambda *records: dict(
-            zip(("before", "after"), (record["machine"]["load_average_before"] for record in records), strict=True)
+            zip(
+                ("before", "after"),
+                (record["machine"]["load_average_before"] for record in records),
+                strict=True,
+            )
         ),
     ),
     Claim(PHOTOS, "All {photos} views of bundled photos", lambda record: record["bundled"]),
-    Claim(PHOTOS, "of the test photos {right} of {photos} are named right", lambda record: record["unseen"]),
+    Claim(
+        PHOTOS,
+        "of the test photos {right} of {photos} are named right",
+        lambda record: record["unseen"],
+    ),
     Claim(
         PHOTOS,
         "{complaints} complaints of the browser, {too_wide} pages too wide",

@@ -88,7 +88,10 @@ DEFINITIONS = {
     "layouts": [
         Definition("2,048 for training and validation, 832 for the test", "the data"),
         Definition("64 images a step", "the batch"),
-        Definition("one in seven lies more than two of them away", "simulated: a normal value, in SDs of five others"),
+        Definition(
+            "one in seven lies more than two of them away",
+            "simulated: a normal value, in SDs of five others",
+        ),
     ],
     "modular": [
         Definition("at least 2 points", "the rule of the protocol"),
@@ -96,7 +99,10 @@ DEFINITIONS = {
         Definition("95 %", "an aim"),
     ],
     "specialization": [
-        Definition("three seeds each, effects below one or two points", "the width of the intervals of single runs"),
+        Definition(
+            "three seeds each, effects below one or two points",
+            "the width of the intervals of single runs",
+        ),
         Definition("in brackets 95 % intervals, over images, or over seeds", "the level of both"),
         Definition("nats per 100 choices", "a unit"),
         Definition("top-2 of 8", "the model's setting"),
@@ -109,8 +115,13 @@ DEFINITIONS = {
         Definition("below 80 %", "`moevision.demo.service.SURE`"),
     ],
     "upcycling": [
-        *(Definition(row, "measured again by `tests/models/test_upcycle.py`") for row in _GAPS_AT_STEP_0),
-        Definition("logits of standard deviation 1.6", "measured again by `tests/models/test_upcycle.py`"),
+        *(
+            Definition(row, "measured again by `tests/models/test_upcycle.py`")
+            for row in _GAPS_AT_STEP_0
+        ),
+        Definition(
+            "logits of standard deviation 1.6", "measured again by `tests/models/test_upcycle.py`"
+        ),
     ],
     "waiting": [
         Definition("64 images each, 1,000 steps of each arm", "settings of the records"),

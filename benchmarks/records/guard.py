@@ -2,4 +2,6 @@
 
 from benchmarks.records import Definition
 
-DEFINITIONS = [Definition("6 standard deviations, 25 % and 0.1", "defaults of `moevision/train/guard.py`")]
+DEFINITIONS = [
+    Definition("6 standard deviations, 25 % and 0.1", "defaults of `moevision/train/guard.py`")
+]

@@ -17,7 +17,8 @@ def one_in_bf16(*rows: dict[str, Any]) -> dict[str, float]:
     (found,) = (
         row["after"]["ratio"]["median"]
         for row in rows
-        if (row["model"], row["batch"], row["precision"], row["threads"]) == ("trained", 1, "bf16", 1)
+        if (row["model"], row["batch"], row["precision"], row["threads"])
+        == ("trained", 1, "bf16", 1)
     )
     return {**readme.few_and_many(*rows), "bf16": found}
 
@@ -61,7 +62,9 @@ TAKE = {
         {"better": "experts", "not told apart": "`fit --dense`", "worse": "`fit --dense`"},
     ),
     "from scratch, few steps": Advice(
-        SPARSITY, few_steps, {"with any classifier": "experts", "with the mean": "dense", "no": "dense"}
+        SPARSITY,
+        few_steps,
+        {"with any classifier": "experts", "with the mean": "dense", "no": "dense"},
     ),
     "from scratch, in a given time or to the end": Advice(
         readme.EQUAL_TIME,
@@ -74,14 +77,18 @@ TAKE = {
         {"not measured": "`--with-twin`"},
     ),
     "one image at a time, on a CPU": Advice(
-        infer.BEFORE, lambda *rows: infer.speed(one_in_bf16(*rows)["one"], one_in_bf16(*rows)["bf16"]), DENSE_IF_SLOWER
+        infer.BEFORE,
+        lambda *rows: infer.speed(one_in_bf16(*rows)["one"], one_in_bf16(*rows)["bf16"]),
+        DENSE_IF_SLOWER,
     ),
     "many images at a time, to predict": Advice(
         infer.BEFORE, lambda *rows: infer.speed(readme.few_and_many(*rows)["many"]), DENSE_IF_SLOWER
     ),
     "new folders of classes, added later": Advice(
         MODULAR,
-        lambda *runs: "on every set" if modular.is_above_the_rule(list(runs)) else "not on every set",
+        lambda *runs: (
+            "on every set" if modular.is_above_the_rule(list(runs)) else "not on every set"
+        ),
         {
             "on every set": "experts trained apart and joined",
             "not on every set": "[a frozen model and a linear rule](#add-a-folder-without-training)",
@@ -105,7 +112,11 @@ TAKE = {
 
 CLAIMS = [
     *(Claim(advice.records, f"| {case} | {{take}} |", advice.of) for case, advice in TAKE.items()),
-    Claim(TAKE["many images, on GPUs"].records, "| {take} | {verdict} |", TAKE["many images, on GPUs"].of),
+    Claim(
+        TAKE["many images, on GPUs"].records,
+        "| {take} | {verdict} |",
+        TAKE["many images, on GPUs"].of,
+    ),
     Claim(
         (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
         "cats and dogs by {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {moe} trainings against {dense})",

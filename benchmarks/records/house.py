@@ -31,12 +31,16 @@ def counts(record: Json) -> list[Json]:
 def trips(record: Json) -> list[Json]:
     """Files and hops of the trips that don't depend on how much is computed."""
     names = [name for name in record["after"]["trips"] if "analyze" not in name]
-    return [{"name": name, **{when: record[when]["trips"][name] for when in WHEN}} for name in names]
+    return [
+        {"name": name, **{when: record[when]["trips"][name] for when in WHEN}} for name in names
+    ]
 
 
 CLAIMS = [
     Claim(HOUSE, "| {name} | {after:,} | {half:,} |", counts),
-    Claim(HOUSE, "| {name} | {after[files]} | {half[files]} | {after[hops]} | {half[hops]} |", trips),
+    Claim(
+        HOUSE, "| {name} | {after[files]} | {half[files]} | {after[hops]} | {half[hops]} |", trips
+    ),
     Claim(
         HOUSE,
         "| `moevision analyze` | {after[files]} | {half[files]} | | |",
@@ -50,9 +54,19 @@ LAYERS = ("4160, 192, 2", "8192, 384, 2")
 def speed(record: Json) -> Json:
     """Of each layer and of a step, before and now: two measurements each."""
     found = record["half_speed"]
-    layers, step = [found["layer_time_to_dense"][shape] for shape in LAYERS], found["step_speed_to_twin"]
-    said = [f"{each[when][0]:.2f} and {each[when][1]:.2f}" for each in layers for when in ("before", "now")]
-    return {"layers": said, "steps": [f"{a:.3f} and {b:.3f}" for a, b in (step["before"], step["now"])]}
+    layers, step = (
+        [found["layer_time_to_dense"][shape] for shape in LAYERS],
+        found["step_speed_to_twin"],
+    )
+    said = [
+        f"{each[when][0]:.2f} and {each[when][1]:.2f}"
+        for each in layers
+        for when in ("before", "now")
+    ]
+    return {
+        "layers": said,
+        "steps": [f"{a:.3f} and {b:.3f}" for a, b in (step["before"], step["now"])],
+    }
 
 
 CLAIMS.append(

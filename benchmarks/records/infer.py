@@ -17,7 +17,9 @@ def by_model(rows: Sequence[Json], precision: str) -> list[Json]:
         if row["precision"] == precision and row["threads"] == 1:
             before, after = row["before"]["ratio"], row["after"]["ratio"]
             spread = f"({after['quartile_1']:.2f} to {after['quartile_3']:.2f})"
-            found.setdefault(row["model"], []).append(f"{before['median']:.2f}, **{after['median']:.2f}** {spread}")
+            found.setdefault(row["model"], []).append(
+                f"{before['median']:.2f}, **{after['median']:.2f}** {spread}"
+            )
     return [{"model": name, "cells": " | ".join(cells)} for name, cells in found.items()]
 
 
@@ -28,8 +30,12 @@ def extremes(*lines: Json) -> Json:
     for precision in ("fp32", "bf16"):
         own = [row for row in rows if row["precision"] == precision]
         found[precision] = max(row["after"]["ratio"]["median"] for row in own)
-        found[f"{precision}_met"] = sum(round(row["after"]["ratio"]["median"], 2) <= 1.3 for row in own)
-        found[f"{precision}_met_before"] = sum(round(row["before"]["ratio"]["median"], 2) <= 1.3 for row in own)
+        found[f"{precision}_met"] = sum(
+            round(row["after"]["ratio"]["median"], 2) <= 1.3 for row in own
+        )
+        found[f"{precision}_met_before"] = sum(
+            round(row["before"]["ratio"]["median"], 2) <= 1.3 for row in own
+        )
         found[f"{precision}_rows"] = len(own)
     return found
 
@@ -49,13 +55,18 @@ def parts(record: Json) -> list[Json]:
         for name, value in fp32["microseconds"].items()
     ]
     more: dict[str, Callable[[Json], str]] = {
-        "calls of torch in the layer, in the Mlp": lambda row: "{layer}, {Mlp}".format_map(row["calls"]),
+        "calls of torch in the layer, in the Mlp": lambda row: "{layer}, {Mlp}".format_map(
+            row["calls"]
+        ),
         "more for bytes, in a layer": lambda row: f"{row['more_for_bytes']:.0f}",
         "more for calls, in a layer": lambda row: f"{row['more_for_calls']:.0f}",
         "the whole twin": lambda row: f"{row['twin_microseconds']:,.0f}",
         "bound: 1 + two layers' more ÷ the twin": lambda row: f"{row['bound_of_two_layers']:.2f}",
     }
-    return [*rows, *({"part": part, "fp32": text(fp32), "bf16": text(bf16)} for part, text in more.items())]
+    return [
+        *rows,
+        *({"part": part, "fp32": text(fp32), "bf16": text(bf16)} for part, text in more.items()),
+    ]
 
 
 CLAIMS = [

@@ -2,7 +2,17 @@
 
 import re
 
-from benchmarks.records import ROOT, Claim, Definition, accuracy, analysis, demo, quickstart, routers, studies
+from benchmarks.records import (
+    ROOT,
+    Claim,
+    Definition,
+    accuracy,
+    analysis,
+    demo,
+    quickstart,
+    routers,
+    studies,
+)
 
 CLAIMS = {
     "benchmarks/sparsity/README.md": [
@@ -15,11 +25,16 @@ CLAIMS = {
     ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
     "configs/imagenette.yaml": [
-        Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
+        Claim(record, accuracy.HEAD, accuracy.of_runs)
+        for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
     ],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
-        Claim(quickstart.NOW, "{tests} % of {total:,} test images, {seconds} CPU seconds", quickstart.of_command),
+        Claim(
+            quickstart.NOW,
+            "{tests} % of {total:,} test images, {seconds} CPU seconds",
+            quickstart.of_command,
+        ),
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
     ],
     "docs/guides/own-images.md": [
@@ -29,7 +44,9 @@ CLAIMS = {
             accuracy.of_folders,
         ),
         Claim(
-            accuracy.NONE, "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)", accuracy.of_folders
+            accuracy.NONE,
+            "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)",
+            accuracy.of_folders,
         ),
     ],
     "docs/index.md": [demo.OPENING],
@@ -46,7 +63,11 @@ CLAIMS = {
         Claim(analysis.ATLAS, "in block 2 ({bits} bits, {n_images:,} images", analysis.answers),
     ],
     "docs/guides/serve.md": [
-        Claim(demo.LIVE, "On {images} images all classes and first choices equal Python's", demo.of_all),
+        Claim(
+            demo.LIVE,
+            "On {images} images all classes and first choices equal Python's",
+            demo.of_all,
+        ),
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
         Claim(
             demo.LOAD,
@@ -56,17 +77,33 @@ CLAIMS = {
     ],
     "docs/reference/routers.md": [
         Claim(
-            routers.STUDY, "it was {mean:.1f} points above the dense twin ({low:+.1f} to {high:+.1f})", routers.learned
+            routers.STUDY,
+            "it was {mean:.1f} points above the dense twin ({low:+.1f} to {high:+.1f})",
+            routers.learned,
         )
     ],
     "docs/reference/models.md": [
-        Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),
-        Claim(quickstart.TWO_CARD, "two experts, told the class | {total:,} | {moe} | {dense} |", quickstart.of_card),
-        Claim(quickstart.CIFAR_CARD, "from scratch | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(
+            quickstart.CATS_CARD,
+            "a pretrained ViT-S | {total:,} | {moe} | {dense} |",
+            quickstart.of_card,
+        ),
+        Claim(
+            quickstart.TWO_CARD,
+            "two experts, told the class | {total:,} | {moe} | {dense} |",
+            quickstart.of_card,
+        ),
+        Claim(
+            quickstart.CIFAR_CARD,
+            "from scratch | {total:,} | {moe} | {dense} |",
+            quickstart.of_card,
+        ),
         Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
     ],
 }
-_MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
+_MODELS = re.findall(
+    r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M
+)
 _APACHE = ("few-shot and zero-shot", "a free course and book")
 DEFINITIONS = {
     "configs/cats_vs_dogs.yaml": [
@@ -77,7 +114,10 @@ DEFINITIONS = {
         Definition("20.4 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
     ],
     "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
-    "configs/moe_vie.yaml": [Definition("4 of 32", "a setting"), Definition("a hundred times larger", "by the paper")],
+    "configs/moe_vie.yaml": [
+        Definition("4 of 32", "a setting"),
+        Definition("a hundred times larger", "by the paper"),
+    ],
     "docs/alternatives.md": [
         Definition("| AGPL-3.0, or a paid enterprise licence", "a licence"),
         Definition("| AGPL-3.0, a commercial or", "a licence"),
@@ -89,14 +129,22 @@ DEFINITIONS = {
     "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
     "docs/concepts/five-looks.md": [
         Definition("12 × 12 patches", "a size"),
-        Definition('rootMargin: "-65% 0px -30% 0px"', "where on the screen a section counts as read"),
+        Definition(
+            'rootMargin: "-65% 0px -30% 0px"', "where on the screen a section counts as read"
+        ),
     ],
-    "docs/concepts/evidence.md": [Definition("95 %, over other images", "the level of the intervals")],
+    "docs/concepts/evidence.md": [
+        Definition("95 %, over other images", "the level of the intervals")
+    ],
     "docs/concepts/walk.md": [
-        Definition("for 0.7 and another for 0.3 gets 0.7 of the one output and 0.3 of", "an example")
+        Definition(
+            "for 0.7 and another for 0.3 gets 0.7 of the one output and 0.3 of", "an example"
+        )
     ],
     "docs/faq.md": [
-        Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
+        Definition(
+            "5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"
+        ),
         Definition("weights (88 MB on a CPU)", "the size of the download that is named"),
     ],
     "docs/guides/serve.md": [
@@ -104,16 +152,23 @@ DEFINITIONS = {
         Definition("with nginx 1.26 and two processes", "a version, and how it was tested"),
         Definition("tested with 0.2.19", "a version"),
     ],
-    "docs/guides/several-gpus.md": [Definition("Five minutes before its time ends the job", "--signal=USR1@300")],
+    "docs/guides/several-gpus.md": [
+        Definition("Five minutes before its time ends the job", "--signal=USR1@300")
+    ],
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
         Definition("(p ≥ .05; of balanced accuracies", "the level of the tests"),
         Definition("would detect with 80 % power", "POWER of `moevision.stats`"),
-        Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
+        Definition(
+            "12.7 standard errors wide on either side, that of five seeds 2.8",
+            "quantiles of Student's t",
+        ),
     ],
     "docs/guides/tables-and-logs.md": [
         Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
-        Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),
+        Definition(
+            "more than 1.5 times the training images", "a constant of `moevision.train.report`"
+        ),
         Definition("Lightning 2.6.6", "a version"),
         Definition("| `tensorboard` 2.21 |", "a version"),
         Definition("| `wandb` 0.31 |", "a version"),
@@ -133,28 +188,49 @@ DEFINITIONS = {
         Definition("2,048 photos of cats and dogs", "the data"),
         Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`"),
         Definition("a DINOv2 ViT-S (88 MB) on a CPU", "the size of the download that is named"),
-        Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),
-        Definition("112 px on a CPU and 224 px on a GPU, layer decay 0.75", "what `moevision/train/start.py` chooses"),
+        Definition(
+            "over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"
+        ),
+        Definition(
+            "112 px on a CPU and 224 px on a GPU, layer decay 0.75",
+            "what `moevision/train/start.py` chooses",
+        ),
     ],
-    "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("A lesson of 45 minutes", "a plan")],
+    "docs/index.md": [
+        Definition("Python 3.11 or newer", "a version"),
+        Definition("A lesson of 45 minutes", "a plan"),
+    ],
     "docs/tutorial.md": [
         Definition("downloads one (88 MB)", "the size of the download that is named"),
         Definition("training brought 3 points, which", "the output above"),
-        Definition("a dog with 98 %. `--unsure 0.9` answers `unsure` below 90 %", "the output above, 0.9758"),
+        Definition(
+            "a dog with 98 %. `--unsure 0.9` answers `unsure` below 90 %",
+            "the output above, 0.9758",
+        ),
         Definition("about four times the time of 112", "224² over 112²"),
     ],
     "docs/reference/files.md": [
-        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
+        Definition(
+            "from 5 on the features must agree, cosine at least .7",
+            "SURE_BITS, AGREE of `analysis.good_data`",
+        ),
         Definition("in the fewest of 64 bits", "the length of the hash"),
-        Definition("with 1 where 5 % of the validation images lie beyond", "`moevision.models.strangers.REFUSED`"),
+        Definition(
+            "with 1 where 5 % of the validation images lie beyond",
+            "`moevision.models.strangers.REFUSED`",
+        ),
     ],
     "docs/reference/config.md": [
         Definition("(Docker gives 64 MB)", "Docker's default"),
-        Definition("as many as cost about 1 % of the training", "a constant of `moevision.train.health`"),
+        Definition(
+            "as many as cost about 1 % of the training", "a constant of `moevision.train.health`"
+        ),
         Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),
-        Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),
+        Definition(
+            "tens of seconds at the start", "an order of magnitude that the option's own help names"
+        ),
         Definition("such as 0.999", "an example"),
     ],
     "docs/reference/models.md": [

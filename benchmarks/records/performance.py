@@ -6,9 +6,15 @@ from benchmarks.records import Claim, Definition
 from benchmarks.subject import find_subject
 
 Json = dict[str, Any]
-LAYER, TRAIN = "benchmarks/layer/{}/benchmark-layer.json", "benchmarks/train/{}/benchmark-train.json"
+LAYER, TRAIN = (
+    "benchmarks/layer/{}/benchmark-layer.json",
+    "benchmarks/train/{}/benchmark-train.json",
+)
 INFER_AVX2 = "benchmarks/infer/cifar10-avx2/benchmark-infer.json"
-INFER, DATA = "benchmarks/infer/cifar10/benchmark-infer.json", "benchmarks/data/quickstart/benchmark-data.json"
+INFER, DATA = (
+    "benchmarks/infer/cifar10/benchmark-infer.json",
+    "benchmarks/data/quickstart/benchmark-data.json",
+)
 DENSE, TWIN, LARGE = "dense k·H", "dense twin, same active FLOPs", "dense twin, same parameters"
 
 
@@ -19,7 +25,9 @@ def spread(ratio: Json) -> str:
 
 def ours(case: Json, router: str = "vmoe_top_k") -> Json:
     """The layer's time over the dense MLP's in one comparison."""
-    return next(row for row in case["rows"] if row["name"] == f"moevision {router}")["ratio_to"][DENSE]
+    return next(row for row in case["rows"] if row["name"] == f"moevision {router}")["ratio_to"][
+        DENSE
+    ]
 
 
 def beside_the_dense(record: Json) -> list[Json]:
@@ -33,7 +41,11 @@ def beside_the_dense(record: Json) -> list[Json]:
 
 def peers(case: Json) -> list[Json]:
     """The rows of one comparison that are neither the layer nor the dense MLP, but for those left out."""
-    return [row for row in case["rows"] if "ratio_to" in row and not row["name"].startswith(("moevision", "dense"))]
+    return [
+        row
+        for row in case["rows"]
+        if "ratio_to" in row and not row["name"].startswith(("moevision", "dense"))
+    ]
 
 
 def beside_peers(*records: Json) -> list[Json]:
@@ -41,7 +53,11 @@ def beside_peers(*records: Json) -> list[Json]:
     rows = []
     for case in (case for record in records for case in record["comparisons"]):
         peer = min(peers(case), key=lambda row: row["ratio_to"][DENSE]["median"])
-        values = {"ours": spread(ours(case)), "peer": peer["name"], "theirs": spread(peer["ratio_to"][DENSE])}
+        values = {
+            "ours": spread(ours(case)),
+            "peer": peer["name"],
+            "theirs": spread(peer["ratio_to"][DENSE]),
+        }
         rows.append({**case, **values})
     return rows
 
@@ -53,8 +69,13 @@ def overlapping(*records: Json) -> Json:
     pairs = [(ours(case), others) for case, others in zip(cases, rivals, strict=True)]
     return {
         "cases": len(cases),
-        "lowest": sum(our["median"] < min(other["median"] for other in others) for our, others in pairs),
-        "clear": sum(our["quartile_3"] < min(other["quartile_1"] for other in others) for our, others in pairs),
+        "lowest": sum(
+            our["median"] < min(other["median"] for other in others) for our, others in pairs
+        ),
+        "clear": sum(
+            our["quartile_3"] < min(other["quartile_1"] for other in others)
+            for our, others in pairs
+        ),
     }
 
 
@@ -70,9 +91,16 @@ def growth(record: Json, along: str, values: list[int], **fixed: int) -> Json:
 
 def more_experts(record: Json) -> list[Json]:
     """Rows of the table of 32 experts beside 8."""
-    ratios = {(case["tokens"], case["top_k"], case["experts"]): ours(case)["median"] for case in record["comparisons"]}
+    ratios = {
+        (case["tokens"], case["top_k"], case["experts"]): ours(case)["median"]
+        for case in record["comparisons"]
+    }
     return [
-        {"tokens": tokens, "top_k": top_k, "more": ratios[tokens, top_k, 32] / ratios[tokens, top_k, 8] - 1}
+        {
+            "tokens": tokens,
+            "top_k": top_k,
+            "more": ratios[tokens, top_k, 32] / ratios[tokens, top_k, 8] - 1,
+        }
         for tokens in (16_384, 65_536)
         for top_k in (1, 2)
     ]
@@ -80,14 +108,22 @@ def more_experts(record: Json) -> list[Json]:
 
 def steps(record: Json) -> list[Json]:
     """Rows of the table of training steps."""
-    names = {"MoE": "MoE", TWIN: "dense twin of equal active FLOPs", LARGE: "dense twin of equal parameters"}
+    names = {
+        "MoE": "MoE",
+        TWIN: "dense twin of equal active FLOPs",
+        LARGE: "dense twin of equal parameters",
+    }
     ratios = {row["name"]: spread(row["speed_to"][TWIN]) for row in record["rows"]} | {TWIN: "1"}
-    return [{**row, "name": names[row["name"]], "ratio": ratios[row["name"]]} for row in record["rows"]]
+    return [
+        {**row, "name": names[row["name"]], "ratio": ratios[row["name"]]} for row in record["rows"]
+    ]
 
 
 def moe(record: Json) -> Json:
     """The MoE's own row of a training record, with its speed beside the twins'; of the model that pages call so."""
-    assert record["model"]["arch"] == find_subject("cifar10").arch, "the recipe has another model now: measure it again"
+    assert record["model"]["arch"] == find_subject("cifar10").arch, (
+        "the recipe has another model now: measure it again"
+    )
     row = record["rows"][0]
     return {**row, "twin": spread(row["speed_to"][TWIN]), "large": spread(row["speed_to"][LARGE])}
 
@@ -97,7 +133,11 @@ def in_lightning(record: Json) -> Json:
     fit, plain = record["peers"]["lightning"]
     twin = next(row["images_per_s"] for row in record["rows"] if row["name"] == TWIN)
     speeds = {"fit": fit["images_per_s"], "plain": plain["images_per_s"], "twin": twin}
-    return {"ratio": spread(fit["speed_to"][plain["name"]]), **speeds, "loop": twin / plain["images_per_s"]}
+    return {
+        "ratio": spread(fit["speed_to"][plain["name"]]),
+        **speeds,
+        "loop": twin / plain["images_per_s"],
+    }
 
 
 def latency(*records: Json) -> list[Json]:
@@ -110,7 +150,9 @@ def latency(*records: Json) -> list[Json]:
                 if case["batch_size"] == batch:
                     row = case["rows"][0]
                     milliseconds = "{p50:.1f}, {p95:.1f}".format_map(row["latency_ms"])
-                    cells[case["precision"] + suffix] = f"{milliseconds}; {spread(row['speed_to'][TWIN])}"
+                    cells[case["precision"] + suffix] = (
+                        f"{milliseconds}; {spread(row['speed_to'][TWIN])}"
+                    )
         rows.append(cells)
     return rows
 
@@ -119,7 +161,10 @@ def inference(record: Json, batch: int = 1) -> Json:
     """Of one batch size, by precision: ms of the MoE and of both dense models, and the MoE's speed beside its twin."""
     found: Json = {}
     for case in (case for case in record["comparisons"] if case["batch_size"] == batch):
-        ms = {name: case["rows"][place]["time_ms"]["median"] for place, name in enumerate(("moe", "twin", "large"))}
+        ms = {
+            name: case["rows"][place]["time_ms"]["median"]
+            for place, name in enumerate(("moe", "twin", "large"))
+        }
         found |= {f"{case['precision']}_{name}": value for name, value in ms.items()}
         found[f"{case['precision']}_speed"] = spread(case["rows"][0]["speed_to"][TWIN])
         found[f"{case['precision']}_than_large"] = "slower" if ms["moe"] > ms["large"] else "faster"
@@ -132,22 +177,37 @@ def side_by_side(record: Json) -> Json:
     speed = {row["name"]: row["images_per_s"] for row in record["rows"]}
     return {
         **{name: speed[model] for name, model in names.items()},
-        **{f"{name}_mib": record["memory"]["models"][model]["peak_mib"] for name, model in names.items()},
+        **{
+            f"{name}_mib": record["memory"]["models"][model]["peak_mib"]
+            for name, model in names.items()
+        },
     }
 
 
 def memory(record: Json) -> list[Json]:
     """Rows of the table of memory."""
-    names = {"MoE": "MoE", TWIN: "dense twin of equal active FLOPs", LARGE: "dense twin of equal parameters"}
+    names = {
+        "MoE": "MoE",
+        TWIN: "dense twin of equal active FLOPs",
+        LARGE: "dense twin of equal parameters",
+    }
     return [
-        {**row, "name": names[name], "state_mib": row["weights_mib"] + row["gradients_mib"] + row["optimizer_mib"]}
+        {
+            **row,
+            "name": names[name],
+            "state_mib": row["weights_mib"] + row["gradients_mib"] + row["optimizer_mib"],
+        }
         for name, row in record["memory"]["models"].items()
     ]
 
 
 BARS = LAYER.format("bars")
 ALL_BARS = (BARS, LAYER.format("bars-fp32"), LAYER.format("bars-32"))
-EXPERTS, TOKENS, WIDTHS = [1, 2, 4, 8, 16, 32, 64], [256, 1024, 4096, 16_384, 65_536], [96, 192, 384, 768]
+EXPERTS, TOKENS, WIDTHS = (
+    [1, 2, 4, 8, 16, 32, 64],
+    [256, 1024, 4096, 16_384, 65_536],
+    [96, 192, 384, 768],
+)
 
 CLAIMS = [
     Claim(BARS, "Measured on an {machine[cpu]}, {machine[usable_cores]} cores"),
@@ -159,7 +219,9 @@ CLAIMS = [
     ),
     Claim(BARS, "| {tokens:,}, {width}, {top_k} | `{router}` | {ratio} |", beside_the_dense),
     Claim(
-        ALL_BARS, "| {tokens:,}, {width}, {top_k} | {experts}, {precision} | {ours} | {theirs} | {peer} |", beside_peers
+        ALL_BARS,
+        "| {tokens:,}, {width}, {top_k} | {experts}, {precision} | {ours} | {theirs} | {peer} |",
+        beside_peers,
     ),
     Claim(
         ALL_BARS,
@@ -169,7 +231,9 @@ CLAIMS = [
     Claim(
         LAYER.format("growth"),
         "| experts, K = {top_k} | {cells} |",
-        lambda record: [growth(record, "experts", EXPERTS, tokens=16_384, width=192, top_k=k) for k in (1, 2)],
+        lambda record: [
+            growth(record, "experts", EXPERTS, tokens=16_384, width=192, top_k=k) for k in (1, 2)
+        ],
     ),
     Claim(
         LAYER.format("growth"),
@@ -181,8 +245,12 @@ CLAIMS = [
         "| width | {cells} |",
         lambda record: growth(record, "width", WIDTHS, tokens=16_384, experts=8, top_k=2),
     ),
-    Claim(LAYER.format("growth-65k"), "| {tokens:,} tokens, K = {top_k} | {more:+.0%} |", more_experts),
-    Claim(TRAIN.format("cifar10"), "training step runs at {twin} times its dense twin's speed", moe),
+    Claim(
+        LAYER.format("growth-65k"), "| {tokens:,} tokens, K = {top_k} | {more:+.0%} |", more_experts
+    ),
+    Claim(
+        TRAIN.format("cifar10"), "training step runs at {twin} times its dense twin's speed", moe
+    ),
     Claim(
         TRAIN.format("cifar10"),
         "({millions:.2f} M parameters)",
@@ -190,20 +258,32 @@ CLAIMS = [
     ),
     Claim(TRAIN.format("cifar10"), "| {name} | {images_per_s:.0f} | {ratio} | {mfu:.1%} |", steps),
     Claim(TRAIN.format("cifar10"), "{large} times as fast as the dense model of its own size", moe),
-    Claim(TRAIN.format("cifar10-avx2"), "in float32 on one thread, it trains at {twin} times the twin's speed", moe),
+    Claim(
+        TRAIN.format("cifar10-avx2"),
+        "in float32 on one thread, it trains at {twin} times the twin's speed",
+        moe,
+    ),
     Claim(
         TRAIN.format("cifar10"),
         "{ratio} times the images/s of that twin in plain timm and Lightning ({fit:.0f} against {plain:.0f})",
         in_lightning,
     ),
-    Claim(TRAIN.format("cifar10"), "the twin's own step has {twin:.0f} images/s, {loop:.2f} times those", in_lightning),
+    Claim(
+        TRAIN.format("cifar10"),
+        "the twin's own step has {twin:.0f} images/s, {loop:.2f} times those",
+        in_lightning,
+    ),
     Claim(
         INFER,
         "| batch {batch} | {fp32_moe:.1f} | {fp32_twin:.1f} | {fp32_large:.1f} | {bf16_moe:.1f} | {bf16_twin:.1f} "
         "| {bf16_large:.1f} |",
         lambda record: [{"batch": batch, **inference(record, batch)} for batch in (1, 8, 64)],
     ),
-    Claim(INFER, "A single image is {fp32_than_large} than with the dense model of equal parameters", inference),
+    Claim(
+        INFER,
+        "A single image is {fp32_than_large} than with the dense model of equal parameters",
+        inference,
+    ),
     Claim((INFER, INFER_AVX2), "| batch {batch} | {fp32} | {bf16} | {fp32_avx2} |", latency),
     Claim(
         DATA,
@@ -234,6 +314,9 @@ DEFINITIONS = [
     Definition("less than 15 % more", "the goal"),
     Definition("backward is 2 × forward", "how useful FLOPs are defined"),
     Definition("at least three times", "how often to measure energy"),
-    Definition("2 MiB a layer in float32 where the twin reads 0.5", "sizes: 8 and 2 experts of 2 · 128 · 256 weights"),
+    Definition(
+        "2 MiB a layer in float32 where the twin reads 0.5",
+        "sizes: 8 and 2 experts of 2 · 128 · 256 weights",
+    ),
     Definition("compute capability 9.0", "a generation of NVIDIA's devices"),
 ]

@@ -24,7 +24,9 @@ def share(correct: int, total: int) -> str:
 def of_card(card: Json) -> Json:
     """The accuracies of a bundled model and of its twin."""
     total = card["test_images"]
-    return {name: share(round(value * total), total) for name, value in card["accuracy"].items()} | {"total": total}
+    return {
+        name: share(round(value * total), total) for name, value in card["accuracy"].items()
+    } | {"total": total}
 
 
 def of_run(summary: Json) -> Json:

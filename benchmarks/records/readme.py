@@ -68,7 +68,9 @@ CLAIMS = [
         accuracy.of_folders,
     ),
     Claim(
-        infer.BEFORE, "{one:.2f} times the time for one image in float32 on one core, {many:.2f} for 64", few_and_many
+        infer.BEFORE,
+        "{one:.2f} times the time for one image in float32 on one core, {many:.2f} for 64",
+        few_and_many,
     ),
     Claim(
         STEP,

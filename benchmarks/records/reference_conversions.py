@@ -15,6 +15,9 @@ DEFINITIONS = [
     *(Definition(row, "counted again by `tests/models/test_upcycle.py`") for row in _TABLES),
     Definition("0.75^(L − i), the embedding at `lr` · 0.75^(L + 1)", "the rule of layer decay"),
     Definition("holds at most 2 GB", "a limit of the format"),
-    Definition("1e-4 in three draws of noise (with `--dtype fp16` 0.05)", "`moevision.models.export.TOLERANCE`"),
+    Definition(
+        "1e-4 in three draws of noise (with `--dtype fp16` 0.05)",
+        "`moevision.models.export.TOLERANCE`",
+    ),
     Definition("checked with 5.24", "a version"),
 ]

@@ -17,7 +17,11 @@ def called(atlas: Json) -> Json:
 
 CLAIMS = [
     Claim(ATLAS, '"{part}: {share:.0%}, its share of everything: {overall:.0%}" says', called),
-    Claim(ATLAS, "gets {share:.0%} of the area of all {part}s, and {overall:.0%} of everything", called),
+    Claim(
+        ATLAS,
+        "gets {share:.0%} of the area of all {part}s, and {overall:.0%} of everything",
+        called,
+    ),
 ]
 
 DEFINITIONS = [

@@ -8,7 +8,11 @@ from scipy.stats import sem, t
 from benchmarks.records import Claim, Definition
 
 Json = dict[str, Any]
-GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
+GUARD, COST, SOAK = (
+    "benchmarks/guard/accuracy.json",
+    "benchmarks/guard/cost.json",
+    "benchmarks/reliability/soak.json",
+)
 RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kills.jsonl"
 
 
@@ -18,15 +22,23 @@ def mean_difference(record: Json) -> Json:
     low, high = t.interval(0.95, len(points) - 1, points.mean(), sem(points))
     (left_out,) = {run["skipped"] + run["updates_taken_back"] for run in record["runs"]}
     return {
-        "difference": points.mean(), "low": low, "high": high, "seeds": len(points), "left_out": left_out,
-        "epochs": record["epochs"], "shown": "**not shown**" if low < -2 else "shown",
-    }  # fmt: skip
+        "difference": points.mean(),
+        "low": low,
+        "high": high,
+        "seeds": len(points),
+        "left_out": left_out,
+        "epochs": record["epochs"],
+        "shown": "**not shown**" if low < -2 else "shown",
+    }
 
 
 def equal_cells(record: Json) -> Json:
     """Cells of the matrix, and those in which nothing differs."""
     cells = record["cells"].values()
-    return {"equal": sum(not cell["differs"] and not cell["leaked"] for cell in cells), "cells": len(cells)}
+    return {
+        "equal": sum(not cell["differs"] and not cell["leaked"] for cell in cells),
+        "cells": len(cells),
+    }
 
 
 def kills(*runs: Json) -> list[Json]:
@@ -71,8 +83,15 @@ CLAIMS = [
         "turns, don't show it: their ratio of {pair_ratio_median:.3f} (quartiles {pair_ratio_quartiles[0]:.3f} to "
         "{pair_ratio_quartiles[1]:.3f}) has other causes",
     ),
-    Claim("benchmarks/avx2_tests.json", "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs"),
-    Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
+    Claim(
+        "benchmarks/avx2_tests.json",
+        "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs",
+    ),
+    Claim(
+        MUTANTS,
+        "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |",
+        mutants,
+    ),
     Claim("benchmarks/mutation.json", "{number} are drawn by seed from {of:,} possible changes"),
     Claim("benchmarks/mutation.json", "`pytest` alone kills {killed_by_pytest}"),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
@@ -94,7 +113,9 @@ DEFINITIONS = [
     Definition("with one sentence within 30 s", "a bound that the tests hold, SILENT_S"),
     Definition("says so within 30 s", "the same"),
     Definition("It costs at most 2 % of a step", "the promise"),
-    Definition("more memory than 1.25 × the numbers in its weights and 64 MB", "the limit in the code"),
+    Definition(
+        "more memory than 1.25 × the numbers in its weights and 64 MB", "the limit in the code"
+    ),
     Definition("a file of 0.3 MB, under a limit of 700 MB", "what the test sets up"),
     Definition("under 900 MB", "the bound that the test asserts"),
     Definition("unfold to 200 MB: under 100 MB", "the bound that the test asserts"),

@@ -4,12 +4,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.records import Claim, Definition, accuracy, performance, quickstart, reliability, small
+from benchmarks.records import (
+    Claim,
+    Definition,
+    accuracy,
+    performance,
+    quickstart,
+    reliability,
+    small,
+)
 from benchmarks.records.studies import on_gpus, shares
 from benchmarks.small.report import batch_leads, batches_answer, counted, rates_answer
 
 TRAIN = performance.TRAIN.format("cifar10")
-FROZEN = tuple(f"benchmarks/{study}/runs.jsonl" for study in ("sparsity", "specialization", "waiting", "equal_time"))
+FROZEN = tuple(
+    f"benchmarks/{study}/runs.jsonl"
+    for study in ("sparsity", "specialization", "waiting", "equal_time")
+)
 
 
 def of_small(answer: Callable[..., tuple[str, str]], *runs: Any) -> dict[str, str]:
@@ -23,12 +34,19 @@ def leads_with_places(*runs: Any) -> dict[str, Any]:
     leads = batch_leads(counted(runs), "places")
     means = [100 * each.mean for each in leads]
     apart = sum(each.verdict != "not told apart" for each in leads)
-    return {"least": min(means), "most": max(means), "batches": len(leads), "apart": apart or "none"}
+    return {
+        "least": min(means),
+        "most": max(means),
+        "batches": len(leads),
+        "apart": apart or "none",
+    }
 
 
 def cpu_time(record: Any) -> dict[str, float]:
     """CPU time of a training step beside that of either dense twin."""
-    twin, large = (1 / record["rows"][0]["speed_to"][row["name"]]["median"] for row in record["rows"][1:])
+    twin, large = (
+        1 / record["rows"][0]["speed_to"][row["name"]]["median"] for row in record["rows"][1:]
+    )
     return {"twin": twin, "large": large}
 
 
@@ -71,9 +89,15 @@ CLAIMS = [
     Claim(
         quickstart.QUICKSTART,
         "the first has {most:.2f} times the mean load on its busiest expert",
-        lambda record: {"most": max(float(value) for value in quickstart.loads(record)["slowest"].split(", "))},
+        lambda record: {
+            "most": max(float(value) for value in quickstart.loads(record)["slowest"].split(", "))
+        },
     ),
-    Claim(tuple(accuracy.CIFAR), "CIFAR-10 from scratch reaches {mean:.1%} (mean of three seeds)", accuracy.mean),
+    Claim(
+        tuple(accuracy.CIFAR),
+        "CIFAR-10 from scratch reaches {mean:.1%} (mean of three seeds)",
+        accuracy.mean,
+    ),
     Claim(
         (*accuracy.FOLDERS, accuracy.BOTH),
         "photos of cats and dogs reaches {least:.1f} to {most:.1%} (four trainings)",

@@ -8,7 +8,9 @@ from benchmarks.records import ROOT, checked_pages, pattern
 
 def committed(path: str) -> str:
     """A record's text as of HEAD; of a file that is new, its text now."""
-    done = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout if done.returncode == 0 else (ROOT / path).read_text()
 
 

@@ -9,7 +9,10 @@ from moevision.stats import Gap
 STUDY = "benchmarks/routers/record.json"
 LEARNED = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")
 MIXED = ("expert_choice", "soft")
-ABOVE, ALIKE = ("vmoe_top_k", "cosine", "switch", "expert_choice"), ("noisy_top_k", "bias_balanced", "sigmoid", "soft")
+ABOVE, ALIKE = (
+    ("vmoe_top_k", "cosine", "switch", "expert_choice"),
+    ("noisy_top_k", "bias_balanced", "sigmoid", "soft"),
+)
 DATA = "cifar10"
 
 
@@ -28,7 +31,10 @@ def _above(record: dict[str, Any]) -> dict[str, Any]:
     learned = {name: to_twin[name].verdict for name in (*LEARNED, *MIXED)}
     assert learned == {**dict.fromkeys(ABOVE, "above"), **dict.fromkeys(ALIKE, "not told apart")}
     for group, names in (("above", ABOVE), ("alike", ALIKE)):
-        found |= {f"least_{group}": min(found[name] for name in names), f"most_{group}": max(found[n] for n in names)}
+        found |= {
+            f"least_{group}": min(found[name] for name in names),
+            f"most_{group}": max(found[n] for n in names),
+        }
     return found
 
 
@@ -49,22 +55,41 @@ def at_random(record: dict[str, Any]) -> dict[str, Any]:
             by_seed[run["row"]][run["seed"]] = run["test_top1"]
     mine, twin = by_seed.values()
     gap = Gap.of([100 * (mine[seed] - twin[seed]) for seed in sorted(mine.keys() & twin.keys())])
-    return {**vars(gap), "verdict": "not told apart from" if gap.low < 0 < gap.high else "told apart from"}
+    return {
+        **vars(gap),
+        "verdict": "not told apart from" if gap.low < 0 < gap.high else "told apart from",
+    }
 
 
 def _speeds(record: dict[str, Any]) -> dict[str, float]:
-    ratios = [row["to_twin"] for name, row in record["speed"]["rows"].items() if name != "dense twin"]
-    slots = record["cost"]["soft"]["flops_per_image"] / record["cost"]["dense twin"]["flops_per_image"] - 1
+    ratios = [
+        row["to_twin"] for name, row in record["speed"]["rows"].items() if name != "dense twin"
+    ]
+    slots = (
+        record["cost"]["soft"]["flops_per_image"] / record["cost"]["dense twin"]["flops_per_image"]
+        - 1
+    )
     return {"least": min(ratios), "most": max(ratios), "slots": slots}
 
 
 def _loads(record: dict[str, Any]) -> dict[str, float]:
     """The largest load of any layer, mean over seeds, of the routers that learn their balance."""
-    return {"most": max(max(row.layers("max_over_mean")) for name, row in _rows(record).items() if name in LEARNED)}
+    return {
+        "most": max(
+            max(row.layers("max_over_mean"))
+            for name, row in _rows(record).items()
+            if name in LEARNED
+        )
+    }
 
 
 def _weaker(record: dict[str, Any]) -> dict[str, float]:
-    loads = [layer["max_over_mean"] for run in record["runs"] for layer in run["layers"] if run["lr"] == 2e-3]
+    loads = [
+        layer["max_over_mean"]
+        for run in record["runs"]
+        for layer in run["layers"]
+        if run["lr"] == 2e-3
+    ]
     return {"least": min(loads), "most": max(loads)}
 
 
@@ -77,14 +102,30 @@ CLAIMS = [
         small.heads,
     ),
     Claim(small.FILES, "on images moved by 8 px it is {below:.1f} points below", small.heads),
-    Claim(STUDY, "{text}", lambda record: {"text": report.accuracy_table(list(_rows(record).values()))}),
-    Claim(STUDY, "{text}", lambda record: {"text": report.load_table(list(_rows(record).values()))}),
+    Claim(
+        STUDY,
+        "{text}",
+        lambda record: {"text": report.accuracy_table(list(_rows(record).values()))},
+    ),
+    Claim(
+        STUDY, "{text}", lambda record: {"text": report.load_table(list(_rows(record).values()))}
+    ),
     Claim(STUDY, "{text}", lambda record: {"text": report.cost_table(record)}),
     Claim(STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", _above),
-    Claim(STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", _above),
-    Claim(STUDY, "({least_alike:.1f} to {most_alike:.1f} points above) are not told apart from it", _above),
     Claim(
-        STUDY, "`random` is {verdict} the twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds", at_random
+        STUDY,
+        "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin",
+        _above,
+    ),
+    Claim(
+        STUDY,
+        "({least_alike:.1f} to {most_alike:.1f} points above) are not told apart from it",
+        _above,
+    ),
+    Claim(
+        STUDY,
+        "`random` is {verdict} the twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds",
+        at_random,
     ),
     Claim(STUDY, "at {least:.2f} to {most:.2f} times its images/s", _speeds),
     Claim(STUDY, "slots cost {slots:.0%} more", _speeds),
@@ -96,7 +137,9 @@ DEFINITIONS = [
     Definition("With .01 of the load-balancing loss instead of .05", "the two settings compared"),
     Definition("0.001, 0.002, 0.004 with seed 0", "the rates of `benchmarks/routers/`"),
     Definition("best on average, 0.002", "asserted in `_above`"),
-    Definition("`vmoe_top_k` had 0.001 and was not told apart", "of the page at 3dc54ab^, before the rule"),
+    Definition(
+        "`vmoe_top_k` had 0.001 and was not told apart", "of the page at 3dc54ab^, before the rule"
+    ),
     Definition("better by more than 1 point", "TOLERANCE of `benchmarks/routers/report.py`"),
     Definition("intervals are of 95 %", "the level of `benchmarks/study.py`"),
 ]

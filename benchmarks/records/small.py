@@ -29,17 +29,27 @@ def heads(*runs: Any) -> dict[str, Any]:
     """What reading places gives dense, and what experts give beside it; that none is told apart is asserted."""
     own = counted(runs)
     found = {(each.first, each.second): each for each in head_contrasts(own)}
-    arms = {arm: found[f"{arm}, places", "dense, places"] for arm in ("position", "hash", "learned")}
+    arms = {
+        arm: found[f"{arm}, places", "dense, places"] for arm in ("position", "hash", "learned")
+    }
     assert {each.verdict for each in arms.values()} == {"not told apart"}
     gain = found["dense, places", "dense, mean"]
-    dense = {head: by_seed(own, "shifted_8", question="heads", arm="dense", head=head) for head in ("places", "mean")}
+    dense = {
+        head: by_seed(own, "shifted_8", question="heads", arm="dense", head=head)
+        for head in ("places", "mean")
+    }
     (moved,) = contrasts(dense, [("places", "mean")])
     bounds = gain.interval.partition("(")[2].removesuffix(")")
     common = {f"{each.first}_common": each.interval for each in common_contrasts(own)}
     return {
         **common,
         **{arm: each.interval for arm, each in arms.items()},
-        **{"mean": 100 * gain.mean, "bounds": bounds, "seeds": len(gain.gaps), "below": -100 * moved.mean},
+        **{
+            "mean": 100 * gain.mean,
+            "bounds": bounds,
+            "seeds": len(gain.gaps),
+            "below": -100 * moved.mean,
+        },
     }
 
 
@@ -81,6 +91,8 @@ CLAIMS = [
 ]
 DEFINITIONS = [
     Definition("over 3 seeds and loses at most 2 points on images", "the rule"),
-    Definition("+9 600 parameters, +.2 % FLOPs", "10 classes x 15 more places x 64; 2 FLOPs each, of 8.1 M"),
+    Definition(
+        "+9 600 parameters, +.2 % FLOPs", "10 classes x 15 more places x 64; 2 FLOPs each, of 8.1 M"
+    ),
     Definition("intervals of 95 % over seeds", "the level of `benchmarks/study.py`"),
 ]

@@ -75,14 +75,20 @@ class History:
         earliest: dict[tuple[str, str], int] = {}
         seconds = 0
         for line in self.git("log", *options, "--", pattern).decode().splitlines():
-            if line.startswith(":"):  # modes before and after, blobs before and after, status, tab, path
+            if line.startswith(
+                ":"
+            ):  # modes before and after, blobs before and after, status, tab, path
                 facts, path = line.split("\t")
                 blob = facts.split()[3]
                 earliest[path, blob] = min(seconds, earliest.get((path, blob), seconds))
             elif line:
                 seconds = int(line)
-        existing = {key: seconds for key, seconds in earliest.items() if int(key[1], 16)}  # zeros: deleted there
-        contents = io.BytesIO(self.git("cat-file", "--batch", stdin="".join(f"{blob}\n" for _, blob in existing)))
+        existing = {
+            key: seconds for key, seconds in earliest.items() if int(key[1], 16)
+        }  # zeros: deleted there
+        contents = io.BytesIO(
+            self.git("cat-file", "--batch", stdin="".join(f"{blob}\n" for _, blob in existing))
+        )
         versions = []
         for (path, _), seconds in existing.items():
             size = int(contents.readline().split()[2])
@@ -127,7 +133,9 @@ class History:
         """Lines of a protocol that a run followed, which no longer stand in it; "None." were its amendments so far."""
         followed = set()
         for path in self.checkout.glob("benchmarks/**/*.jsonl"):
-            followed |= {(path.parent.name, run.get("protocol_sha256")) for run in read_record(path)}
+            followed |= {
+                (path.parent.name, run.get("protocol_sha256")) for run in read_record(path)
+            }
         now = defaultdict(set)
         for path in self.checkout.glob("benchmarks/**/*protocol.md"):
             now[path.parent.name] |= {"None.", *path.read_text(encoding="utf-8").splitlines()}
@@ -135,7 +143,10 @@ class History:
         for version in self.versions(PROTOCOLS):
             study = version.path.parent.name
             if (study, sha256(version.text).hexdigest()) in followed:
-                struck |= {f"{study}: {line}" for line in set(version.text.decode().splitlines()) - now[study]}
+                struck |= {
+                    f"{study}: {line}"
+                    for line in set(version.text.decode().splitlines()) - now[study]
+                }
         return struck
 
 
@@ -147,7 +158,9 @@ def file_of(path: Path) -> str:
 def name_of(line: str, file: str) -> str:
     """`study/runs.jsonl moe-s200 2026-11-30T16:14:02+00:00`: the file, the run, and when it began."""
     run = json.loads(line)
-    began = next((part["started_utc"] for part in parts_of(run) if "started_utc" in part), line[:60])
+    began = next(
+        (part["started_utc"] for part in parts_of(run) if "started_utc" in part), line[:60]
+    )
     return " ".join(filter(None, [file, run.get("name"), began]))
 
 
@@ -161,7 +174,9 @@ def test_the_code_and_the_protocol_of_a_run_were_committed_before_it_began() -> 
     history = History(ROOT)
     records = [(path.parent.name, read_record(path)) for path in all_records()]
     assert sum("git_commit" in part for _, record in records for part in parts_of(record)) > 500
-    assert [each for study, record in records for each in history.wrong_origins(study, record)] == []
+    assert [
+        each for study, record in records for each in history.wrong_origins(study, record)
+    ] == []
 
 
 def test_a_protocol_that_a_run_followed_only_grows() -> None:
@@ -172,9 +187,13 @@ def test_a_protocol_that_a_run_followed_only_grows() -> None:
 def test_no_run_is_told_twice() -> None:
     """Of two with one name a report takes the later one: a line added would change a run as one edited does."""
     files = [path for path in all_records() if path.name == "runs.jsonl"]
-    names = {file_of(path): [run["name"] for run in read_record(path) if "name" in run] for path in files}
+    names = {
+        file_of(path): [run["name"] for run in read_record(path) if "name" in run] for path in files
+    }
     assert sum(map(len, names.values())) > 500
-    assert {file: len(own) - len(set(own)) for file, own in names.items() if len(own) > len(set(own))} == {}
+    assert {
+        file: len(own) - len(set(own)) for file, own in names.items() if len(own) > len(set(own))
+    } == {}
 
 
 # ---- what these find, in a history that is made up
@@ -276,7 +295,10 @@ def test_a_protocol_that_was_rewritten_after_its_runs_is_found(study) -> None:
     ("changes", "said"),
     [
         ({"protocol_sha256": 64 * "0"}, "no commit before it has its protocol, 000000000000"),
-        ({"protocol_sha256": sha256(b"A tenth decides.\n").hexdigest()}, "no commit before it has its protocol"),
+        (
+            {"protocol_sha256": sha256(b"A tenth decides.\n").hexdigest()},
+            "no commit before it has its protocol",
+        ),
         ({"started_utc": (START - timedelta(days=9)).isoformat()}, "its commit is younger"),
         ({"code": {"git_commit": 40 * "1", "dirty": False}}, f"no commit {40 * '1'}"),
     ],

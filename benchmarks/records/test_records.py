@@ -41,7 +41,9 @@ def _param(page: Page) -> Any:
     """A page; some records lie beside the photos."""
     beside = any(path.startswith(PHOTO_MODEL) for claim in page.claims for path in claim.paths)
     return pytest.param(
-        page, id=str(page.path.relative_to(ROOT)), marks=[pytest.mark.needs("photos")] if beside else []
+        page,
+        id=str(page.path.relative_to(ROOT)),
+        marks=[pytest.mark.needs("photos")] if beside else [],
     )
 
 
@@ -53,7 +55,9 @@ def test_a_page_says_what_its_records_say(page: Page) -> None:
     assert wordless == [], "they would be found anywhere"
     assert [(text, records) for text, records in texts if not pattern(text).search(page.text)] == []
     assert unclaimed(page) == []
-    assert [each.text for each in page.definitions if not pattern(each.text).search(page.text)] == []
+    assert [
+        each.text for each in page.definitions if not pattern(each.text).search(page.text)
+    ] == []
     assert all(each.why for each in page.definitions)
 
 
@@ -88,7 +92,9 @@ def test_every_advice_of_the_guide_comes_from_a_verdict() -> None:
     page = (ROOT / "docs" / "guides" / "when-experts.md").read_text()
     table = re.search(r"^\| your case .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
     assert table is not None
-    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()] == list(guides_when_experts.TAKE)
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()] == list(
+        guides_when_experts.TAKE
+    )
 
 
 def _more_accurate(run: dict[str, Any]) -> None:
@@ -140,7 +146,9 @@ def test_every_module_has_one_page() -> None:
 
 def test_a_command_names_no_place_of_the_machine() -> None:
     files = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.json*")]
-    commands = [command for text in files for command in re.findall(r'"command": "([^"\n]*)"', text)]
+    commands = [
+        command for text in files for command in re.findall(r'"command": "([^"\n]*)"', text)
+    ]
     assert len(commands) > 100
     assert [command for command in commands if command != without_places(command)] == []
 
@@ -153,7 +161,11 @@ def test_records_come_from_committed_trees() -> None:
 
 def test_no_record_is_of_a_dry_run() -> None:
     """`--quick` shows that a benchmark runs, and measures nothing."""
-    assert [path for path in all_records() if any(part.get("dry_run") for part in parts_of(read_record(path)))] == []
+    assert [
+        path
+        for path in all_records()
+        if any(part.get("dry_run") for part in parts_of(read_record(path)))
+    ] == []
 
 
 CIFAR10_LABELS = "".join(1000 * str(label) for label in range(10))
@@ -164,7 +176,9 @@ def contradictions(record: Any) -> Iterator[str]:
     """Numbers of a record that don't follow from the counts beside them."""
     for part in parts_of(record):
         correct = part.get("correct")
-        images = next((part[name] for name in ("total", "n", "test_images", "images") if name in part), None)
+        images = next(
+            (part[name] for name in ("total", "n", "test_images", "images") if name in part), None
+        )
         if "total" in part and not 0 <= correct <= images:
             yield f"{correct} of {images} correct"
         rows = part.get("per_class", [])  # name, correct, images
@@ -188,37 +202,68 @@ def contradictions(record: Any) -> Iterator[str]:
         if "max_over_mean" in part and "counts" in part:
             counts, mean = part["counts"], sum(part["counts"]) / len(part["counts"])
             cv_squared = sum((count / mean - 1) ** 2 for count in counts) / len(counts)
-            found = {"max_over_mean": max(counts) / mean, "cv_squared": cv_squared, "dead": counts.count(0)}
+            found = {
+                "max_over_mean": max(counts) / mean,
+                "cv_squared": cv_squared,
+                "dead": counts.count(0),
+            }
             for name, value in found.items():
                 if not math.isclose(part[name], value, rel_tol=1e-6, abs_tol=1e-12):
                     yield f"{name} of {counts} isn't {part[name]}"
-        if "layers" in part and "test" in part:  # every image is as many tokens, each with as many experts
+        if (
+            "layers" in part and "test" in part
+        ):  # every image is as many tokens, each with as many experts
             for choices in (sum(layer.get("counts", ())) for layer in part["layers"]):
                 if choices % part["test"]["total"]:
                     yield f"{choices} choices of {part['test']['total']} images"
         if "curve" in part and "steps_applied" in part:  # a run of benchmarks/sparsity
             step, _, val_top1 = part["curve"][-1]
-            if not (step == part["steps"] == part["steps_applied"] and val_top1 == part["val_top1"]):
+            if not (
+                step == part["steps"] == part["steps_applied"] and val_top1 == part["val_top1"]
+            ):
                 yield f"{part['arm']}: the curve ends with {part['curve'][-1]}"
 
 
 def test_what_a_record_says_follows_from_its_counts() -> None:
-    assert {path: found for path in all_records() if (found := list(contradictions(read_record(path))))} == {}
+    assert {
+        path: found for path in all_records() if (found := list(contradictions(read_record(path))))
+    } == {}
 
 
 @pytest.mark.parametrize(
     ("record", "said"),
     [
         ({"correct": 9, "total": 8}, "9 of 8"),
-        ({"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}}, "add up to 3 of 4"),
+        (
+            {"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}},
+            "add up to 3 of 4",
+        ),
         ({"top1": 0.7, "images": 832}, "0.7 of 832"),
         ({"test_images": 2000, "accuracy": {"moe": 0.99, "dense": 0.9871}}, "0.9871 of 2000"),
-        ({"labels": "0011", "predicted": "0010", "top1": 1.0}, "0.75 of the predicted classes are right, not 1.0"),
+        (
+            {"labels": "0011", "predicted": "0010", "top1": 1.0},
+            "0.75 of the predicted classes are right, not 1.0",
+        ),
         ({"predicted": CIFAR10_LABELS[1:] + "0", "test_top1": 1.0}, "0.999 of the predicted"),
-        ({"predicted": CIFAR10_LABELS[1:], "test_top1": 0.999}, "9999 predicted classes of 10000 images"),
-        ({"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]}, "cv_squared"),
+        (
+            {"predicted": CIFAR10_LABELS[1:], "test_top1": 0.999},
+            "9999 predicted classes of 10000 images",
+        ),
+        (
+            {"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]},
+            "cv_squared",
+        ),
         ({"test": {"correct": 2, "total": 3}, "layers": [{"counts": [6, 7]}]}, "13 choices of 3"),
-        ({"arm": "moe", "curve": [[9, 2.0, 0.5]], "steps": 9, "steps_applied": 9, "val_top1": 0.6}, "moe: the curve"),
+        (
+            {
+                "arm": "moe",
+                "curve": [[9, 2.0, 0.5]],
+                "steps": 9,
+                "steps_applied": 9,
+                "val_top1": 0.6,
+            },
+            "moe: the curve",
+        ),
     ],
 )
 def test_a_contradiction_is_found(record: dict[str, Any], said: str) -> None:
@@ -240,9 +285,14 @@ def test_a_run_on_which_a_verdict_rests_keeps_its_predictions(study: str) -> Non
 
 def test_equal_time_is_as_many_more_steps_as_the_prices_say() -> None:
     """A step of the MoE takes the median of three measurements times as long as one of the twin."""
-    prices, runs = (read_record(ROOT / "benchmarks" / "equal_time" / f"{name}.jsonl") for name in ("prices", "runs"))
+    prices, runs = (
+        read_record(ROOT / "benchmarks" / "equal_time" / f"{name}.jsonl")
+        for name in ("prices", "runs")
+    )
     dearer = statistics.median(price["moe_to_twin"]["median"] for price in prices)
-    steps = {arm: {run["steps"] for run in runs if run["arm"] == arm} for arm in ("moe", "twin-time")}
+    steps = {
+        arm: {run["steps"] for run in runs if run["arm"] == arm} for arm in ("moe", "twin-time")
+    }
     assert steps == {"moe": {3_510}, "twin-time": {round(dearer * 3_510)}}
 
 

@@ -31,10 +31,18 @@ from moevision.train.resume import is_finished
 from tests.forks import Forked
 
 OPTIONS = (
-    *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.router=bias_balanced"),
+    *(
+        "--model.arch.name=test_vit_moe",
+        "--model.arch.proj_drop_rate=0.1",
+        "--model.arch.router=bias_balanced",
+    ),
     *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=160", "--data.val_size=64"),
     *("--data.test_size=64", "--data.augment=trivialaugment", "--trainer.precision=32-true"),
-    *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--checkpoint.every_steps=3"),
+    *(
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--checkpoint.every_steps=3",
+    ),
     *("--trainer.accelerator=cpu", "--trainer.max_epochs=6"),
 )
 TWO = "--trainer.devices=2"
@@ -55,7 +63,12 @@ def start(root: Path, name: str, form: str) -> Forked:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = ["-m", "moevision", "fit", "synthetic_pets", *OPTIONS, *FORMS[form]]
     others = 2 if TWO in FORMS[form] else 0
-    return Forked([*command, f"--runs_root={root}", f"--name={name}", "--resume=auto"], root, environment, others)
+    return Forked(
+        [*command, f"--runs_root={root}", f"--name={name}", "--resume=auto"],
+        root,
+        environment,
+        others,
+    )
 
 
 def finish(root: Path, name: str, form: str) -> float:
@@ -67,10 +80,17 @@ def finish(root: Path, name: str, form: str) -> float:
     return time.monotonic() - began
 
 
-def kill_once(root: Path, name: str, form: str, longest_s: float, draw: random.Random) -> dict[str, Any]:
+def kill_once(
+    root: Path, name: str, form: str, longest_s: float, draw: random.Random
+) -> dict[str, Any]:
     """Start, wait a random time, kill; what was found afterwards."""
-    process, wait_s = start(root, name, form), draw.uniform(0, 0.7 * longest_s)  # what is left takes less
-    victims = ["the command"] + (["the first process", "the second process"] if TWO in FORMS[form] else [])
+    process, wait_s = (
+        start(root, name, form),
+        draw.uniform(0, 0.7 * longest_s),
+    )  # what is left takes less
+    victims = ["the command"] + (
+        ["the first process", "the second process"] if TWO in FORMS[form] else []
+    )
     place = draw.randrange(len(victims))
     try:
         process.wait(wait_s)
@@ -95,10 +115,14 @@ def _started_by(process: int) -> list[int]:
     return sorted(int(each) for each in found.stdout.split())
 
 
-def killed_run(root: Path, name: str, form: str, kills: int, longest_s: float, draw: random.Random) -> dict[str, Any]:
+def killed_run(
+    root: Path, name: str, form: str, kills: int, longest_s: float, draw: random.Random
+) -> dict[str, Any]:
     """Kill a run up to so many times, let it end if it still can't, and compare it; its record."""
     found: list[dict[str, Any]] = []
-    while sum(each["killed"] for each in found) < kills and not is_finished(root / name, with_twin=False):
+    while sum(each["killed"] for each in found) < kills and not is_finished(
+        root / name, with_twin=False
+    ):
         found.append(kill_once(root, name, form, longest_s, draw))
         print(f"{form}, {name}: step {found[-1]['step_after']}", flush=True)
     if not is_finished(root / name, with_twin=False):
@@ -115,10 +139,17 @@ def main() -> None:
     parser.add_argument("--kills", type=count, default=50, help="of each form (%(default)s)")
     parser.add_argument("--only", choices=FORMS, nargs="+", default=list(FORMS), help="(all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "kills.jsonl", help="records (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "reliability" / "kills.jsonl",
+        help="records (%(default)s)",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        wrong = sum(_wrong(form, Path(work) / form.replace(" ", "-"), options) for form in options.only)
+        wrong = sum(
+            _wrong(form, Path(work) / form.replace(" ", "-"), options) for form in options.only
+        )
     print(f"{wrong} runs differ, or a checkpoint was damaged")
     sys.exit(bool(wrong))
 
@@ -134,7 +165,11 @@ def _wrong(form: str, root: Path, options: Namespace) -> int:
         record = killed_run(root, f"killed-{number}", form, options.kills - killed, longest_s, draw)
         shutil.rmtree(root / f"killed-{number}")
         killed += sum(each["killed"] for each in record["kills"])
-        wrong += bool(record["differs"] or record["leaked"] or any(each["damaged"] for each in record["kills"]))
+        wrong += bool(
+            record["differs"]
+            or record["leaked"]
+            or any(each["damaged"] for each in record["kills"])
+        )
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, **about()}) + "\n")
     return wrong

@@ -36,7 +36,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     origin = about()
     record = json.loads(options.out.read_text()) if options.out.is_file() else {"cells": {}}
-    chosen = [(setting, place) for setting, place in cells() if options.only in f"{setting.name} / {place}"]
+    chosen = [
+        (setting, place)
+        for setting, place in cells()
+        if options.only in f"{setting.name} / {place}"
+    ]
     baselines: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary, quiet_lightning():
         root = Path(temporary)

@@ -53,7 +53,9 @@ class Sample(NamedTuple):
 def sample(pid: int | str = "self") -> Sample:
     """Resident memory and open file descriptors of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return Sample(time.time(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd")))
+    return Sample(
+        time.time(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
+    )
 
 
 def verdict(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -80,10 +82,25 @@ def verdict(samples: Sequence[Sample]) -> dict[str, Any]:
 def train(folder: Path, steps: int) -> dict[str, Any]:
     """Train in a process of its own and watch it."""
     epochs = max(2, steps // STEPS_PER_EPOCH)
-    options = [*FIT, f"--data.train_size={BATCH * STEPS_PER_EPOCH}", f"--trainer.max_epochs={epochs}"]
-    command = [sys.executable, "-m", "moevision", "fit", "synthetic_pets", *options, f"--runs_root={folder}"]
+    options = [
+        *FIT,
+        f"--data.train_size={BATCH * STEPS_PER_EPOCH}",
+        f"--trainer.max_epochs={epochs}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "moevision",
+        "fit",
+        "synthetic_pets",
+        *options,
+        f"--runs_root={folder}",
+    ]
     samples: list[Sample] = []
-    with (folder / "fit.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with (
+        (folder / "fit.log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
         while process.poll() is None:
             try:
                 samples.append(sample(process.pid))
@@ -104,7 +121,9 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 def predict(folder: Path, calls: int) -> dict[str, Any]:
     """Predict in a process of its own."""
     samples = in_a_process(predict_here, folder / "soak", calls)
-    return {"calls": calls, "seconds": round(samples[-1].time_s - samples[0].time_s, 1)} | verdict(samples)
+    return {"calls": calls, "seconds": round(samples[-1].time_s - samples[0].time_s, 1)} | verdict(
+        samples
+    )
 
 
 def predict_here(run: Path, calls: int) -> list[Sample]:

@@ -26,7 +26,16 @@ import torch
 
 from benchmarks.harness import HERE, Record, about, argument_parser, read_record
 from benchmarks.routers.report import chosen_rates, draw, rate_beyond, tables, tuned
-from benchmarks.study import BATCH, IMAGE_SIZE, SETTINGS, evaluate, make_task, open_data, small, train
+from benchmarks.study import (
+    BATCH,
+    IMAGE_SIZE,
+    SETTINGS,
+    evaluate,
+    make_task,
+    open_data,
+    small,
+    train,
+)
 from benchmarks.subject import TrainingStep, noise_batch
 from benchmarks.timing import Candidate, interleave
 from moevision.data import ImageDataModule
@@ -40,7 +49,11 @@ ROWS: dict[str, dict[str, Any]] = {
     **{name: {"router": name} for name in ROUTERS},
     "vmoe_top_k, 1 + 1 shared": {"router": "vmoe_top_k", "top_k": 1, "num_shared_experts": 1},
     "vmoe_top_k, 8 of 32": {"router": "vmoe_top_k", "num_experts": 32, "top_k": 8},
-    "switch, capacity 1.25": {"router": "switch", "capacity_factor": 1.25, "eval_capacity_factor": 2.0},  # ST-MoE's
+    "switch, capacity 1.25": {
+        "router": "switch",
+        "capacity_factor": 1.25,
+        "eval_capacity_factor": 2.0,
+    },  # ST-MoE's
 }
 
 
@@ -69,7 +82,9 @@ def study(record: Record, options: Namespace) -> None:
         record.add(run)
         loads = ", ".join(f"{layer['max_over_mean']:.2f}" for layer in run["layers"])
         name = f"{key['dataset']}  {key['row']}  lr {key['lr']:g}  seed {key['seed']}"
-        print(f"{name}: val {run['val_top1']:.3f}  load {loads}  {run['cpu_s']:.0f} s CPU", flush=True)
+        print(
+            f"{name}: val {run['val_top1']:.3f}  load {loads}  {run['cpu_s']:.0f} s CPU", flush=True
+        )
 
 
 def one_run(data: ImageDataModule, key: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -80,7 +95,11 @@ def one_run(data: ImageDataModule, key: dict[str, Any], steps: int) -> dict[str,
     train(task, data, steps, key["seed"])
     found = evaluate(task, data)
     # The wall time belongs to a machine that may be doing other work; `--speed` is what compares speeds.
-    return {**found, "cpu_s": round(time.process_time() - cpu, 1), "wall_s": round(time.monotonic() - start, 1)}
+    return {
+        **found,
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "wall_s": round(time.monotonic() - start, 1),
+    }
 
 
 def measure_rows(rows: list[str]) -> dict[str, dict[str, int]]:
@@ -111,16 +130,37 @@ def measure_speed(rows: list[str], rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Train, measure or report."""
     parser = argument_parser("routers", __doc__)
-    parser.add_argument("--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "routers" / "record.json", help="the record (%(default)s)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all")
+    parser.add_argument(
+        "--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "routers" / "record.json",
+        help="the record (%(default)s)",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all"
+    )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)")
-    parser.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
-    parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
-    parser.add_argument("--speed", action="store_true", help="measure images/s instead (about a minute)")
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="print tables and draw the figure instead")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)"
+    )
+    parser.add_argument(
+        "--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="measure images/s instead (about a minute)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print tables and draw the figure instead"
+    )
     parser.add_argument("--figure", type=Path, default=HERE / "routers" / "routers.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -129,7 +169,11 @@ def main() -> None:
         print(tables(found))
         draw(found, options.figure)
         return
-    recipe = {"steps": options.steps, "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up"}
+    recipe = {
+        "steps": options.steps,
+        "pets": options.pets,
+        "schedule": "AdamW, one cycle, 20 % warm-up",
+    }
     record = Record(options.out, {**SETTINGS, **recipe})
     record.put("cost", {**record.read().get("cost", {}), **measure_rows(options.rows)})
     if options.speed:

@@ -49,7 +49,9 @@ def chosen_rates(tried: dict[str, dict[float, float]]) -> dict[str, float]:
     if not tried:
         return {}
     shared = set.intersection(*(set(rates) for rates in tried.values()))
-    common = max(sorted(shared), key=lambda lr: statistics.fmean(rates[lr] for rates in tried.values()))
+    common = max(
+        sorted(shared), key=lambda lr: statistics.fmean(rates[lr] for rates in tried.values())
+    )
     chosen = {}
     for row, rates in tried.items():
         best = max(rates, key=lambda lr: rates[lr])
@@ -86,15 +88,26 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     """Differences to the dense twin and to `hash`, which learns nothing, with verdicts; the largest first."""
     to_twin, to_hash = against(rows, TWIN), against(rows, HASH)
     lines = []
-    for row in sorted(rows, key=lambda row: -(to_twin[row.name].mean if row.name in to_twin else 0.0)):
-        lines.append([
-            row.name if row.name == TWIN else f"`{row.name}`",
-            *(said(found.get(row.name), len(row.runs)) for found in (to_twin, to_hash)),
-            f"{100 * row.mean:.1f}",
-            str(len(row.runs)),
-            f"{row.lr:g}",
-        ])  # fmt: skip
-    heads = ["router", "points above the dense twin", "points above `hash`", "test top-1, %", "seeds", "lr"]
+    for row in sorted(
+        rows, key=lambda row: -(to_twin[row.name].mean if row.name in to_twin else 0.0)
+    ):
+        lines.append(
+            [
+                row.name if row.name == TWIN else f"`{row.name}`",
+                *(said(found.get(row.name), len(row.runs)) for found in (to_twin, to_hash)),
+                f"{100 * row.mean:.1f}",
+                str(len(row.runs)),
+                f"{row.lr:g}",
+            ]
+        )
+    heads = [
+        "router",
+        "points above the dense twin",
+        "points above `hash`",
+        "test top-1, %",
+        "seeds",
+        "lr",
+    ]
     return table(heads, lines)
 
 
@@ -113,12 +126,14 @@ def load_table(rows: Sequence[Row]) -> str:
         if row.name == TWIN:
             continue
         experts = len(row.runs[0]["layers"][0]["counts"])
-        lines.append([
-            f"`{row.name}`",
-            each(row.layers("max_over_mean"), "{:.2f}"),
-            each([100 * share for share in row.layers("unrouted")], "{:.1f}"),
-            f"{max(max(layer['dead'] for layer in run['layers']) for run in row.runs)} of {experts}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                f"`{row.name}`",
+                each(row.layers("max_over_mean"), "{:.2f}"),
+                each([100 * share for share in row.layers("unrouted")], "{:.1f}"),
+                f"{max(max(layer['dead'] for layer in run['layers']) for run in row.runs)} of {experts}",
+            ]
+        )
     return table(["router", "load max/mean", "tokens without expert, %", "dead experts"], lines)
 
 
@@ -134,15 +149,24 @@ def cost_table(record: dict[str, Any]) -> str:
     for name, cost in record.get("cost", {}).items():
         own = speed.get(name)
         low, high = own["to_twin_quartiles"] if own else ("", "")
-        lines.append([
-            name if name == TWIN else f"`{name}`",
-            f"{cost['active_parameters'] / 1e6:.2f} M",
-            f"{cost['total_parameters'] / 1e6:.2f} M",
-            flops(cost["flops_per_image"]),
-            flops(cost["router_flops_per_image"]),
-            f"{own['to_twin']:.2f} ({low:.2f} to {high:.2f})" if own else "",
-        ])  # fmt: skip
-    heads = ["router", "active parameters", "all", "active FLOPs/image", "router's", "training images/s ÷ the twin's"]
+        lines.append(
+            [
+                name if name == TWIN else f"`{name}`",
+                f"{cost['active_parameters'] / 1e6:.2f} M",
+                f"{cost['total_parameters'] / 1e6:.2f} M",
+                flops(cost["flops_per_image"]),
+                flops(cost["router_flops_per_image"]),
+                f"{own['to_twin']:.2f} ({low:.2f} to {high:.2f})" if own else "",
+            ]
+        )
+    heads = [
+        "router",
+        "active parameters",
+        "all",
+        "active FLOPs/image",
+        "router's",
+        "training images/s ÷ the twin's",
+    ]
     return table(heads, lines)
 
 
@@ -158,7 +182,9 @@ def draw(record: dict[str, Any], out: Path) -> None:
             contrast, runs = found[name], next(row.runs for row in rows if row.name == name)
             color = SOFT if contrast.verdict == "not told apart" else BLUE
             dots = {"s": 14, "alpha": 0.75, "linewidths": 0}
-            accuracy.scatter([100 * gap for gap in contrast.gaps], [y] * len(contrast.gaps), color=color, **dots)
+            accuracy.scatter(
+                [100 * gap for gap in contrast.gaps], [y] * len(contrast.gaps), color=color, **dots
+            )
             accuracy.plot([100 * contrast.mean] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
             worst = [max(layer["max_over_mean"] for layer in run["layers"]) for run in runs]
             load.scatter(worst, [y] * len(worst), color=ORANGE, **dots)
@@ -169,6 +195,10 @@ def draw(record: dict[str, Any], out: Path) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         accuracy.set_xlabel("test top-1, points above the dense twin", fontsize=8, color=INK)
         load.set_xlabel("load max/mean", fontsize=8, color=INK)
-        title(accuracy, TITLES[dataset], "a dot per seed, bar: mean; grey: not told apart from the twin")
+        title(
+            accuracy,
+            TITLES[dataset],
+            "a dot per seed, bar: mean; grey: not told apart from the twin",
+        )
         accuracy.set_yticks(range(len(names)), names)
     save(figure, out)

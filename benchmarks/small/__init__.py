@@ -36,7 +36,10 @@ PROTOCOL = FOLDER / "protocol.md"
 IMAGES = 500 * BATCH  # of every training
 SEEDS = range(5)
 ARMS: dict[str, dict[str, Any]] = {
-    "dense": {"router": "vmoe_top_k", "twin": "active_flops"},  # the router draws, so that shared weights are equal
+    "dense": {
+        "router": "vmoe_top_k",
+        "twin": "active_flops",
+    },  # the router draws, so that shared weights are equal
     "learned": {"router": "vmoe_top_k"},
     "position": {"router": "position"},
     "hash": {"router": "hash"},
@@ -64,13 +67,19 @@ class Job:
 
 def queue(records: Sequence[dict[str, Any]]) -> Iterator[Job]:
     """All runs in the protocol's order, as far as these records decide them."""
-    yield from tuned(records, [Job("heads", arm, BASE_LR, 0, head) for head in HEADS for arm in ARMS])
+    yield from tuned(
+        records, [Job("heads", arm, BASE_LR, 0, head) for head in HEADS for arm in ARMS]
+    )
     for seed in SEEDS:
         for factor in FACTORS:
             for guard in (False, True):
-                yield from (Job("rates", arm, BASE_LR * factor, seed, guard=guard) for arm in COMPARED)
+                yield from (
+                    Job("rates", arm, BASE_LR * factor, seed, guard=guard) for arm in COMPARED
+                )
     middle = {batch: BASE_LR * math.sqrt(batch / BATCH) for batch in BATCHES}
-    rows = [Job("batches", arm, middle[batch], 0, batch=batch) for batch in BATCHES for arm in COMPARED]
+    rows = [
+        Job("batches", arm, middle[batch], 0, batch=batch) for batch in BATCHES for arm in COMPARED
+    ]
     yield from tuned(records, rows)
     for seed in SEEDS:  # the first amendment: at the rate of the other rows
         yield from (Job("common", arm, BASE_LR, seed, "places") for arm in ("position", "hash"))
@@ -99,7 +108,13 @@ def _of(row: Job, lr: float, seed: int) -> Job:
 
 def validation(records: Sequence[dict[str, Any]], row: Job) -> dict[float, float]:
     """Validation accuracy of every rate that was tried for a row; a failed run counts 0."""
-    own = {"question": row.question, "arm": row.arm, "head": row.head, "batch": row.batch, "seed": TUNING_SEED}
+    own = {
+        "question": row.question,
+        "arm": row.arm,
+        "head": row.head,
+        "batch": row.batch,
+        "seed": TUNING_SEED,
+    }
     return {run["lr"]: run["val_top1"] or 0.0 for run in records if own.items() <= run.items()}
 
 
@@ -119,20 +134,34 @@ def run_job(job: Job, options: Namespace, data: ImageDataModule) -> dict[str, An
     subject = small(job.arm, lr=job.lr, num_classes=data.num_classes)
     task = make_task(replace(subject, arch={**subject.arch, **arch}), job.seed)
     guard = StabilityGuard(GuardConfig(enabled=job.guard))
-    steps, start, cpu, failed = options.images // job.batch, time.monotonic(), time.process_time(), None
+    steps, start, cpu, failed = (
+        options.images // job.batch,
+        time.monotonic(),
+        time.process_time(),
+        None,
+    )
     try:
         train(task, data, steps, job.seed, callbacks=[guard])
     except TrainingDiverged as error:
         failed = str(error)
-    spent = {"cpu_s": round(time.process_time() - cpu, 1), "wall_s": round(time.monotonic() - start, 1)}
+    spent = {
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "wall_s": round(time.monotonic() - start, 1),
+    }
     if not all(value.isfinite().all() for value in task.parameters()):
         failed = failed or "the weights are not finite"
     nothing = dict.fromkeys(("val_top1", "test_top1", *(f"shifted_{by}" for by in SHIFTS)))
     data.batch_size = 256
     return {
-        **vars(job), "steps": steps, "failed": failed, **(nothing if failed else test(task.net, data)),
-        "refused": guard.record.skipped, "returns": guard.record.rollbacks, **spent, **origin,
-    }  # fmt: skip
+        **vars(job),
+        "steps": steps,
+        "failed": failed,
+        **(nothing if failed else test(task.net, data)),
+        "refused": guard.record.skipped,
+        "returns": guard.record.rollbacks,
+        **spent,
+        **origin,
+    }
 
 
 def test(net: torch.nn.Module, data: ImageDataModule) -> dict[str, Any]:
@@ -141,14 +170,18 @@ def test(net: torch.nn.Module, data: ImageDataModule) -> dict[str, Any]:
     predicted = []
     with evaluating(net), torch.inference_mode():
         for batch in data.val_dataloader():
-            right.setdefault("val_top1", []).append(net(batch["image"]).argmax(-1) == batch["label"])
+            right.setdefault("val_top1", []).append(
+                net(batch["image"]).argmax(-1) == batch["label"]
+            )
         for batch in data.test_dataloader():
             predicted.append(net(batch["image"]).argmax(-1))
             right.setdefault("test_top1", []).append(predicted[-1] == batch["label"])
             for by in SHIFTS:
                 answers = net(shifted(batch["image"], by, batch["index"])).argmax(-1)
                 right.setdefault(f"shifted_{by}", []).append(answers == batch["label"])
-    found = {name: round(float(torch.cat(values).double().mean()), 6) for name, values in right.items()}
+    found = {
+        name: round(float(torch.cat(values).double().mean()), 6) for name, values in right.items()
+    }
     classes = torch.cat(predicted)
     digits = "".join(map(str, classes.tolist()))  # in the order of the test images, by class
     return {**found, "predictions": hash_of(classes), "predicted": digits}
@@ -163,8 +196,12 @@ def main() -> None:
     """Run or report."""
     parser = argument_parser("small", __doc__)
     parser.add_argument("verb", choices=("run", "report"))
-    parser.add_argument("--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of a training; the protocol has %(default)s")
+    parser.add_argument(
+        "--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, help="of a training; the protocol has %(default)s"
+    )
     add_study(parser, FOLDER)
     options = parser.parse_args()
     if options.verb == "report":

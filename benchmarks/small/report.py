@@ -13,7 +13,12 @@ from benchmarks.study import Contrast, contrasts, holm
 Runs = Sequence[dict[str, Any]]
 BASE_LR, TUNING_SEED = 2e-3, 100
 HEADS = ("mean", "places")
-COMPARED, FACTORS, BATCHES, LARGE = ("dense", "learned"), (1, 4, 16), (16, 64, 256, 1024), (256, 1024)
+COMPARED, FACTORS, BATCHES, LARGE = (
+    ("dense", "learned"),
+    (1, 4, 16),
+    (16, 64, 256, 1024),
+    (256, 1024),
+)
 
 
 def parts_of(runs: Runs) -> list[str]:
@@ -30,7 +35,11 @@ def counted(runs: Runs) -> list[dict[str, Any]]:
 
 def by_seed(runs: Runs, quantity: str = "test_top1", **keys: Any) -> dict[int, float]:
     """Seed -> accuracy of the finished runs that have these keys."""
-    return {run["seed"]: run[quantity] for run in runs if not run["failed"] and keys.items() <= run.items()}
+    return {
+        run["seed"]: run[quantity]
+        for run in runs
+        if not run["failed"] and keys.items() <= run.items()
+    }
 
 
 def mean(values: dict[int, float]) -> str:
@@ -38,29 +47,48 @@ def mean(values: dict[int, float]) -> str:
     if not values:
         return "not run"
     own = [100 * value for value in values.values()]
-    return f"{statistics.fmean(own):.1f}" + (f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else "")
+    return f"{statistics.fmean(own):.1f}" + (
+        f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else ""
+    )
 
 
 def said(contrast: Contrast) -> list[str]:
     """A line of a table of contrasts."""
-    return [f"{contrast.first} − {contrast.second}", contrast.interval, str(len(contrast.gaps)), contrast.verdict]
+    return [
+        f"{contrast.first} − {contrast.second}",
+        contrast.interval,
+        str(len(contrast.gaps)),
+        contrast.verdict,
+    ]
 
 
 def contrast_table(found: Sequence[Contrast]) -> str:
     """All of them."""
-    return table(["contrast", "points (95 %)", "seeds", "verdict"], [said(each) for each in found], "lrrl")
+    return table(
+        ["contrast", "points (95 %)", "seeds", "verdict"], [said(each) for each in found], "lrrl"
+    )
 
 
 def head_contrasts(runs: Runs) -> list[Contrast]:
     """The protocol's eight: by head the three routers less dense, then what the head gives dense, shifted or not."""
-    own = {f"{arm}, {head}": by_seed(runs, question="heads", arm=arm, head=head)
-           for head in ("mean", "places") for arm in ("dense", "learned", "position", "hash")}  # fmt: skip
-    own |= {f"dense, {head}, 4 px": by_seed(runs, "shifted_4", question="heads", arm="dense", head=head)
-            for head in ("mean", "places")}  # fmt: skip
+    own = {
+        f"{arm}, {head}": by_seed(runs, question="heads", arm=arm, head=head)
+        for head in ("mean", "places")
+        for arm in ("dense", "learned", "position", "hash")
+    }
+    own |= {
+        f"dense, {head}, 4 px": by_seed(runs, "shifted_4", question="heads", arm="dense", head=head)
+        for head in ("mean", "places")
+    }
     pairs = [
-        (f"{arm}, {head}", f"dense, {head}") for head in ("places", "mean") for arm in ("position", "hash", "learned")
+        (f"{arm}, {head}", f"dense, {head}")
+        for head in ("places", "mean")
+        for arm in ("position", "hash", "learned")
     ]
-    return contrasts(own, [*pairs, ("dense, places", "dense, mean"), ("dense, places, 4 px", "dense, mean, 4 px")])
+    return contrasts(
+        own,
+        [*pairs, ("dense, places", "dense, mean"), ("dense, places, 4 px", "dense, mean, 4 px")],
+    )
 
 
 def heads(runs: Runs) -> list[str]:
@@ -99,7 +127,9 @@ def less(first: dict[int, float], second: dict[int, float]) -> dict[int, float]:
     return {seed: first[seed] - second[seed] for seed in first.keys() & second.keys()}
 
 
-def interactions(runs: Runs, keys: Callable[[Any], dict[str, Any]], base: Any, others: Sequence[Any]) -> list[Contrast]:
+def interactions(
+    runs: Runs, keys: Callable[[Any], dict[str, Any]], base: Any, others: Sequence[Any]
+) -> list[Contrast]:
     """(learned − dense at each of `others`) less the same at `base`, seed by seed, judged together."""
     names = {value: f"learned − dense at {value}" for value in (base, *others)}
     leads = {name: lead(runs, **keys(value)) for value, name in names.items()}
@@ -114,11 +144,34 @@ def rates(runs: Runs) -> list[str]:
             for guard in (False, True):
                 keys = {"question": "rates", "arm": arm, "lr": BASE_LR * factor, "guard": guard}
                 own = [run for run in runs if keys.items() <= run.items()]
-                counts = [str(sum(value(run) for run in own)) for value in (
-                    lambda run: bool(run["failed"]), lambda run: run["refused"], lambda run: run["returns"]
-                )]  # fmt: skip
-                lines.append([arm, f"× {factor}", "on" if guard else "off", mean(by_seed(own)), str(len(own)), *counts])
-    names = ["arm", "learning rate", "guard", "test top-1, % ± SD", "runs", "failed", "updates refused", "returns"]
+                counts = [
+                    str(sum(value(run) for run in own))
+                    for value in (
+                        lambda run: bool(run["failed"]),
+                        lambda run: run["refused"],
+                        lambda run: run["returns"],
+                    )
+                ]
+                lines.append(
+                    [
+                        arm,
+                        f"× {factor}",
+                        "on" if guard else "off",
+                        mean(by_seed(own)),
+                        str(len(own)),
+                        *counts,
+                    ]
+                )
+    names = [
+        "arm",
+        "learning rate",
+        "guard",
+        "test top-1, % ± SD",
+        "runs",
+        "failed",
+        "updates refused",
+        "returns",
+    ]
     return ["### Instability", table(names, lines), contrast_table(rate_contrasts(runs))]
 
 
@@ -129,11 +182,21 @@ def rate_contrasts(runs: Runs) -> list[Contrast]:
         return {"question": "rates", "lr": BASE_LR * factor, "guard": False}
 
     found = interactions(runs, keys, 1, (4, 16))
-    own = {f"{arm} × 16, guard {'on' if guard else 'off'}": by_seed(runs, arm=arm, **{**keys(16), "guard": guard})
-           for arm in ("dense", "learned") for guard in (False, True)}  # fmt: skip
-    found += contrasts(own, [(f"{arm} × 16, guard on", f"{arm} × 16, guard off") for arm in ("dense", "learned")])
+    own = {
+        f"{arm} × 16, guard {'on' if guard else 'off'}": by_seed(
+            runs, arm=arm, **{**keys(16), "guard": guard}
+        )
+        for arm in ("dense", "learned")
+        for guard in (False, True)
+    }
+    found += contrasts(
+        own, [(f"{arm} × 16, guard on", f"{arm} × 16, guard off") for arm in ("dense", "learned")]
+    )
     adjusted = holm([each.own_p for each in found])  # one family
-    return [Contrast(each.first, each.second, each.gaps, p) for each, p in zip(found, adjusted, strict=True)]
+    return [
+        Contrast(each.first, each.second, each.gaps, p)
+        for each, p in zip(found, adjusted, strict=True)
+    ]
 
 
 def batches(runs: Runs) -> list[str]:
@@ -146,16 +209,22 @@ def batches(runs: Runs) -> list[str]:
                 own = [run for run in runs if keys.items() <= run.items()]
                 values = [f"{own[0]['lr']:g}", str(own[0]["steps"])] if own else ["", ""]
                 seconds = f"{statistics.fmean(run['cpu_s'] for run in own):.0f}" if own else ""
-                lines.append([head, str(batch), arm, mean(by_seed(own)), str(len(own)), *values, seconds])
+                lines.append(
+                    [head, str(batch), arm, mean(by_seed(own)), str(len(own)), *values, seconds]
+                )
     names = ["head", "batch", "arm", "test top-1, % ± SD", "seeds", "lr", "steps", "CPU s, busy"]
     return [
         "### Large batches",
         table(names, lines),
-        "With the mean:", contrast_table(batch_contrasts(runs)),
-        "With places read (the second amendment):", contrast_table(batch_contrasts(runs, "places")),
-        "The lead itself, with places read:", contrast_table(batch_leads(runs, "places")),
-        "What reading places takes from the lead's growth:", contrast_table(growth_by_head(runs)),
-    ]  # fmt: skip
+        "With the mean:",
+        contrast_table(batch_contrasts(runs)),
+        "With places read (the second amendment):",
+        contrast_table(batch_contrasts(runs, "places")),
+        "The lead itself, with places read:",
+        contrast_table(batch_leads(runs, "places")),
+        "What reading places takes from the lead's growth:",
+        contrast_table(growth_by_head(runs)),
+    ]
 
 
 def batch_contrasts(runs: Runs, head: str = "mean") -> list[Contrast]:
@@ -171,18 +240,26 @@ def of_batch(head: str, batch: int) -> dict[str, Any]:
 def batch_leads(runs: Runs, head: str) -> list[Contrast]:
     """Learned less dense at each batch."""
     own = {
-        f"{arm} at {batch}": by_seed(runs, arm=arm, **of_batch(head, batch)) for arm in COMPARED for batch in BATCHES
+        f"{arm} at {batch}": by_seed(runs, arm=arm, **of_batch(head, batch))
+        for arm in COMPARED
+        for batch in BATCHES
     }
     return contrasts(own, [(f"learned at {batch}", f"dense at {batch}") for batch in BATCHES])
 
 
 def growth_by_head(runs: Runs) -> list[Contrast]:
     """How much the lead grows from 64 to a large batch: with the mean less with places read."""
-    leads = {(head, batch): lead(runs, **of_batch(head, batch)) for head in HEADS for batch in BATCHES}
-    grown = {
-        f"growth to {batch}, {head}": less(leads[head, batch], leads[head, 64]) for head in HEADS for batch in LARGE
+    leads = {
+        (head, batch): lead(runs, **of_batch(head, batch)) for head in HEADS for batch in BATCHES
     }
-    return contrasts(grown, [(f"growth to {batch}, mean", f"growth to {batch}, places") for batch in LARGE])
+    grown = {
+        f"growth to {batch}, {head}": less(leads[head, batch], leads[head, 64])
+        for head in HEADS
+        for batch in LARGE
+    }
+    return contrasts(
+        grown, [(f"growth to {batch}, mean", f"growth to {batch}, places") for batch in LARGE]
+    )
 
 
 # ---- the protocol's verdicts: yes, no or not shown of the idea; the sentence with its numbers
@@ -199,7 +276,9 @@ def places_answer(runs: Runs) -> tuple[str, str]:
     head = ("dense, places", "dense, mean")
     if not found.keys() >= {*arms, head}:
         return NOT_RUN
-    gaps = ", ".join(f"{first.partition(',')[0]} {found[first, second].interval}" for first, second in arms)
+    gaps = ", ".join(
+        f"{first.partition(',')[0]} {found[first, second].interval}" for first, second in arms
+    )
     none = all(found[pair].verdict == "not told apart" for pair in arms)
     return OPEN if none else "", (
         f"Reading every place, not their mean, gives a small dense model {found[head].interval}; "
@@ -211,11 +290,16 @@ def rates_answer(runs: Runs) -> tuple[str, str]:
     """Question 2."""
     found = rate_contrasts(runs)
     own = [run for run in runs if run["question"] == "rates" and not run["guard"]]
-    failed = {arm: sum(bool(run["failed"]) for run in own if run["arm"] == arm) for arm in ("dense", "learned")}
+    failed = {
+        arm: sum(bool(run["failed"]) for run in own if run["arm"] == arm)
+        for arm in ("dense", "learned")
+    }
     if len(found) < 4 and not any(failed.values()):
         return NOT_RUN
     at = {each.first.rpartition(" ")[2]: each for each in found[:2]}
-    less = failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in at.values())
+    less = failed["learned"] > failed["dense"] or any(
+        each.verdict == "below" for each in at.values()
+    )
     stable = not less and all(each.mean - each.half > -MARGIN for each in at.values())
     gaps = ", ".join(f"{each.interval} at × {factor}" for factor, each in at.items())
     return YES if less else NO if stable else OPEN, (
@@ -236,13 +320,19 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
         without = not wants and all(each.mean + each.half < MARGIN for each in large)
         verdicts.append(YES if wants else NO if without else OPEN)
         gaps = ", ".join(f"{each.interval} at {batch}" for batch, each in found.items())
-        texts.append(f"{where[0].upper() if texts else where[0]}{where[1:]} {gaps}; {len(large[0].gaps)} seeds")
+        texts.append(
+            f"{where[0].upper() if texts else where[0]}{where[1:]} {gaps}; {len(large[0].gaps)} seeds"
+        )
     if not verdicts:
         return NOT_RUN
     falls = []
     for arm, name in (("dense", "dense goes"), ("learned", "the MoE")):
-        ends = [by_seed(runs, arm=arm, **of_batch("mean", batch)).values() for batch in (64, LARGE[-1])]
-        falls.append(f"{name} from {' to '.join(f'{100 * statistics.fmean(end):.0f}' for end in ends)} %")
+        ends = [
+            by_seed(runs, arm=arm, **of_batch("mean", batch)).values() for batch in (64, LARGE[-1])
+        ]
+        falls.append(
+            f"{name} from {' to '.join(f'{100 * statistics.fmean(end):.0f}' for end in ends)} %"
+        )
     only = verdicts[0] == YES and verdicts[1:] != [YES]  # also as long as places haven't been asked
     return ONLY_MEAN if only else verdicts[0], (
         f"Compared with batches of 64, the MoE's lead over dense changes by so many points: {'. '.join(texts)}. "

@@ -19,7 +19,14 @@ from benchmarks.small.report import (
     rates_answer,
 )
 
-TINY = {"num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "num_experts": 4}
+TINY = {
+    "num_classes": 3,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": 8,
+    "num_experts": 4,
+}
 
 
 @pytest.mark.parametrize(("pooling", "reading"), PLACES.items())
@@ -43,7 +50,9 @@ def test_the_classifier_is_a_sum_over_places() -> None:
     weight = net.head.weight.unflatten(1, (16, 16))  # [C, N, D]
     expected = torch.einsum("bnd,cnd->bc", tokens, weight) + net.head.bias
     torch.testing.assert_close(net.forward_head(tokens), expected)
-    assert not torch.allclose(net.forward_head(tokens.flip(1)), expected)  # it knows the place, as a mean doesn't
+    assert not torch.allclose(
+        net.forward_head(tokens.flip(1)), expected
+    )  # it knows the place, as a mean doesn't
     mean = timm.create_model(MICRO, class_token=False, **TINY).eval()
     torch.testing.assert_close(mean.forward_head(tokens.flip(1)), mean.forward_head(tokens))
 
@@ -62,11 +71,21 @@ def run(question, arm, seed, top1, lr=BASE_LR, **more):
     job = Job(question, arm, lr, seed, **more)
     tops = {"val_top1": top1, "test_top1": top1, "shifted_4": top1 - 0.01, "shifted_8": top1 - 0.1}
     rest = {"failed": None, "refused": 0, "returns": 0, "cpu_s": 20.0, "steps": 500}
-    return {"name": job.name, **vars(job), **tops, **rest, "code": {"git_commit": "c", "dirty": False}}
+    return {
+        "name": job.name,
+        **vars(job),
+        **tops,
+        **rest,
+        "code": {"git_commit": "c", "dirty": False},
+    }
 
 
 def of_row(runs):
-    return [job for job in queue(runs) if (job.question, job.arm, job.head) == ("heads", "dense", "mean")]
+    return [
+        job
+        for job in queue(runs)
+        if (job.question, job.arm, job.head) == ("heads", "dense", "mean")
+    ]
 
 
 def test_rates_are_tuned_before_seeds_and_beyond_a_winning_edge() -> None:
@@ -83,7 +102,10 @@ def test_rates_are_tuned_before_seeds_and_beyond_a_winning_edge() -> None:
 def test_contrasts_follow_from_the_records() -> None:
     runs = [run("heads", "dense", seed, 0.45 + seed / 100, head="mean") for seed in range(5)]
     runs += [run("heads", "dense", seed, 0.52 + seed / 100, head="places") for seed in range(5)]
-    runs += [run("heads", "position", seed, 0.53 + seed / 100 + seed / 1000, head="places") for seed in range(5)]
+    runs += [
+        run("heads", "position", seed, 0.53 + seed / 100 + seed / 1000, head="places")
+        for seed in range(5)
+    ]
     found = {(each.first, each.second): each for each in head_contrasts(runs)}
     assert found["dense, places", "dense, mean"].mean == pytest.approx(0.07)
     assert found["position, places", "dense, places"].mean == pytest.approx(0.012)
@@ -106,7 +128,19 @@ def test_contrasts_follow_from_the_records() -> None:
 
 def test_a_run_is_a_line_and_is_not_repeated(bench, drawn_pets, tmp_path) -> None:
     out = tmp_path / "runs.jsonl"
-    call = ("small", "run", "--cifar", drawn_pets, "--images", 64, "--allow-dirty", "--out", out, "--work", tmp_path)
+    call = (
+        "small",
+        "run",
+        "--cifar",
+        drawn_pets,
+        "--images",
+        64,
+        "--allow-dirty",
+        "--out",
+        out,
+        "--work",
+        tmp_path,
+    )
     for _ in range(2):
         outcome = bench(*call)
         assert outcome.code == 0, outcome.err
@@ -119,7 +153,12 @@ def test_a_run_is_a_line_and_is_not_repeated(bench, drawn_pets, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("loss", "spread", "failed", "expected"),
-    [(0.03, 0.001, 0, "yes"), (0.0, 0.001, 0, "no"), (0.0, 0.05, 0, "not shown"), (-0.03, 0.001, 1, "yes")],
+    [
+        (0.03, 0.001, 0, "yes"),
+        (0.0, 0.001, 0, "no"),
+        (0.0, 0.05, 0, "not shown"),
+        (-0.03, 0.001, 1, "yes"),
+    ],
 )
 def test_instability_is_judged_by_its_protocol(loss, spread, failed, expected) -> None:
     """Learned loses `loss` more than dense at 4 and 16 times the rate, give or take; or it fails once."""
@@ -131,12 +170,15 @@ def test_instability_is_judged_by_its_protocol(loss, spread, failed, expected) -
                 runs.append(run("rates", "dense", seed, 0.45, lr=lr, guard=guard))
                 runs.append(run("rates", "learned", seed, 0.46 + gap, lr=lr, guard=guard))
     if failed:
-        next(run for run in reversed(runs) if not run["guard"])["failed"] = "the weights are not finite"
+        next(run for run in reversed(runs) if not run["guard"])["failed"] = (
+            "the weights are not finite"
+        )
     assert rates_answer(counted(runs))[0] == expected
 
 
 @pytest.mark.parametrize(
-    ("gain", "spread", "expected"), [(0.03, 0.001, "only with the mean"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")]
+    ("gain", "spread", "expected"),
+    [(0.03, 0.001, "only with the mean"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")],
 )
 def test_large_batches_are_judged_by_their_protocol(gain, spread, expected) -> None:
     runs = []

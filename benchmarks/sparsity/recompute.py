@@ -29,7 +29,9 @@ TUNING_SEEDS = (100, 101)
 PLANNED = {
     **dict.fromkeys(("moe", "twin", "hash", "position"), 8),
     **dict.fromkeys(("unbalanced", "importance", "load", "z", "bias"), 6),
-    **dict.fromkeys(("rho10", "twin-time", "twin-places", "position-places", "moe-places", "hash-places"), 5),
+    **dict.fromkeys(
+        ("rho10", "twin-time", "twin-places", "position-places", "moe-places", "hash-places"), 5
+    ),
     **dict.fromkeys(("twin-again", "position-again", "moe-again", "hash-again"), 1),
     **dict.fromkeys(("colour", "random", "twin-parameters"), 5),
 }
@@ -53,7 +55,10 @@ MARGIN = {"H5": 0.01}
 
 def read_runs() -> list[dict]:
     """All records; no run failed, and none is of a changed tree."""
-    runs = [json.loads(line) for line in (FOLDER / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    runs = [
+        json.loads(line)
+        for line in (FOLDER / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert not any(run["failed"] or run["code"]["dirty"] for run in runs)
     return runs
 
@@ -136,7 +141,12 @@ class Difference(NamedTuple):
     def numbers(self) -> dict[str, Any]:
         """In points, as the sentences of the protocol name them."""
         low, high = self.interval
-        return {"mean": points(self.mean), "low": points(low), "high": points(high), "n": len(self.by_seed)}
+        return {
+            "mean": points(self.mean),
+            "low": points(low),
+            "high": points(high),
+            "n": len(self.by_seed),
+        }
 
     @property
     def direction(self) -> str:
@@ -150,7 +160,9 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
-def difference(runs: list[dict], first: str, second: str, among: tuple[str, ...] = ()) -> Difference:
+def difference(
+    runs: list[dict], first: str, second: str, among: tuple[str, ...] = ()
+) -> Difference:
     """Of two arms, over the seeds that both, and those `among`, have."""
     arms = {arm: runs_of(runs, arm) for arm in (first, second, *among)}
     seeds = sorted(set.intersection(*(set(of_arm) for of_arm in arms.values())))
@@ -162,7 +174,9 @@ def better_rule(runs: list[dict], first: str, rivals: tuple[str, ...]) -> str:
     """The rival with the better validation accuracy, over the seeds that all have."""
     arms = {arm: runs_of(runs, arm) for arm in (first, *rivals)}
     seeds = set.intersection(*(set(of_arm) for of_arm in arms.values()))
-    return max(rivals, key=lambda rival: statistics.fmean(arms[rival][seed]["val_top1"] for seed in seeds))
+    return max(
+        rivals, key=lambda rival: statistics.fmean(arms[rival][seed]["val_top1"] for seed in seeds)
+    )
 
 
 # ---- hypotheses
@@ -199,7 +213,9 @@ def detectable(by_seed: list[float], level: float) -> float:
     """The mean difference that a paired t-test finds with 80 % power, by the noncentral t, in points."""
     seeds = len(by_seed)
     critical = student.ppf(1 - level / 2, seeds - 1)
-    in_deviations = brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - 0.8, 1e-6, 100.0)
+    in_deviations = brentq(
+        lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - 0.8, 1e-6, 100.0
+    )
     return 100 * in_deviations * statistics.stdev(by_seed)
 
 
@@ -210,12 +226,16 @@ def judged(runs: list[dict]) -> dict[str, Result]:
         differences = {}
         for name in names:
             first, rivals = HYPOTHESES[name]
-            differences[name] = difference(runs, first, better_rule(runs, first, rivals), among=rivals)
+            differences[name] = difference(
+                runs, first, better_rule(runs, first, rivals), among=rivals
+            )
         adjusted = holm({name: differences[name].p_value(MARGIN.get(name, 0.0)) for name in names})
         for name in names:
             contrast, p = differences[name], adjusted[name]
             verdict = verdict_of(contrast, p, MARGIN.get(name, 0.0))
-            results[name] = Result(name, contrast, p, verdict, detectable(contrast.by_seed, 0.05 / len(names)))
+            results[name] = Result(
+                name, contrast, p, verdict, detectable(contrast.by_seed, 0.05 / len(names))
+            )
     return results
 
 
@@ -272,7 +292,9 @@ def arm_row(runs: list[dict], speeds: list[dict], arm: str) -> str:
 def shift_row(runs: list[dict], arm: str) -> str:
     """Accuracy on test images as they are, and moved by 4 and by 8 pixels."""
     of_arm = {seed: run for seed, run in runs_of(runs, arm).items() if "shifted_4" in run}
-    cells = (f"{100 * mean_of(of_arm, name):.1f}" for name in ("test_top1", "shifted_4", "shifted_8"))
+    cells = (
+        f"{100 * mean_of(of_arm, name):.1f}" for name in ("test_top1", "shifted_4", "shifted_8")
+    )
     return f"| `{arm}` | {len(of_arm)} | {' | '.join(cells)} |"
 
 
@@ -282,7 +304,9 @@ def balance_row(runs: list[dict], arm: str) -> str:
     importance = statistics.fmean(max(run["cv_importance"]) for run in of_arm.values())
     loads = [[layer["counts"] for layer in run["layers"]] for run in of_arm.values()]
     variation = statistics.fmean(max(map(coefficient_of_variation, layers)) for layers in loads)
-    busiest = statistics.fmean(max(max(counts) / statistics.fmean(counts) for counts in layers) for layers in loads)
+    busiest = statistics.fmean(
+        max(max(counts) / statistics.fmean(counts) for counts in layers) for layers in loads
+    )
     cells = f"{importance:.2f} | {variation:.2f} | {busiest:.2f} | {100 * mean_of(of_arm, 'test_top1'):.1f}"
     return f"| `{arm}` | {len(of_arm)} | {cells} |"
 
@@ -301,7 +325,10 @@ def tables(runs: list[dict], speeds: list[dict]) -> list[str]:
         *(arm_row(runs, speeds, arm) for arm in ran),
         f"No seed finished: {', '.join(missing)}.",
         *(shift_row(runs, arm) for arm in moved),
-        *(balance_row(runs, arm) for arm in ("unbalanced", "importance", "load", "moe", "z", "bias")),
+        *(
+            balance_row(runs, arm)
+            for arm in ("unbalanced", "importance", "load", "moe", "z", "bias")
+        ),
     ]
 
 
@@ -368,11 +395,16 @@ def rows_of_results(runs: list[dict], results: dict[str, Result]) -> list[str]:
     holds = {}
     for name, result in results.items():
         no = f"not `{result.difference.second}`" if name == "H4" else "no"
-        holds[name] = {"positive": "after 1 epoch", "negative": no, "tie": "not shown"}[result.verdict]
+        holds[name] = {"positive": "after 1 epoch", "negative": no, "tie": "not shown"}[
+            result.verdict
+        ]
     if holds["H1"] == "after 1 epoch" and holds["H7"] != holds["H1"]:
         holds["H1"] = "only with the mean"  # a lead that is gone once places are read
     said = {name: sentence(result).removesuffix(".") for name, result in results.items()}
-    longer, hashed = difference(runs, "twin-time", "twin").numbers, difference(runs, "moe", "hash").numbers
+    longer, hashed = (
+        difference(runs, "twin-time", "twin").numbers,
+        difference(runs, "moe", "hash").numbers,
+    )
     interval = "{mean} ({low} to {high}; {n} seeds)"
     rows = [
         f"| More parameters help at equal compute | {holds['H1']} | {said['H1']}. {more_steps(runs)} more steps give "

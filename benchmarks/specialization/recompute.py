@@ -26,7 +26,11 @@ FOLDER = Path(__file__).parent
 README, RESULTS = "benchmarks/specialization/README.md", "docs/results.md"
 UNITS = ("token", "image")
 ARMS = (
-    *(f"{router}-{unit}" for router in ("vmoe_top_k", "noisy_top_k", "switch", "bias_balanced") for unit in UNITS),
+    *(
+        f"{router}-{unit}"
+        for router in ("vmoe_top_k", "noisy_top_k", "switch", "bias_balanced")
+        for unit in UNITS
+    ),
     *(f"{router}-{unit}-every2" for router in ("vmoe_top_k", "bias_balanced") for unit in UNITS),
     *(f"unbalanced-{unit}" for unit in UNITS),
 )
@@ -158,7 +162,9 @@ def costliest_swap(settings: list[Setting]) -> str:
 
 CONDITIONS: dict[str, Callable[[dict], bool]] = {
     "max/mean at most 1.5": lambda layer: layer["load"]["max_over_mean"] <= 1.5,
-    "no expert below 0.25 of the mean": lambda layer: min(layer["load"]["share"]) * len(layer["load"]["share"]) >= 0.25,
+    "no expert below 0.25 of the mean": lambda layer: (
+        min(layer["load"]["share"]) * len(layer["load"]["share"]) >= 0.25
+    ),
     "class guessed right from the expert: at least 75 %": lambda layer: guess(layer) >= 0.75,
     "more bits than before training": tells_more_than_before,
     "the swap costs accuracy": lambda layer: third_answer(layer) == "yes",
@@ -175,11 +181,17 @@ def rule_on_photos(settings: list[Setting]) -> list[str]:
     """How many settings keep the rule and each of its conditions; which miss that condition alone."""
     missed = [missed_conditions(setting) for setting in settings]
     rule = "No setting keeps the rule: none" if all(missed) else f"{missed.count([])}"
-    lines = [f"{rule} of {len(settings)} separates cats from dogs evenly, by training and with effect."]
+    lines = [
+        f"{rule} of {len(settings)} separates cats from dogs evenly, by training and with effect."
+    ]
     for condition in CONDITIONS:
         keeping = sum(condition not in conditions for conditions in missed)
         pairs = zip(settings, missed, strict=True)
-        alone = [f"`{setting.arm}, {setting.layer}`" for setting, conditions in pairs if conditions == [condition]]
+        alone = [
+            f"`{setting.arm}, {setting.layer}`"
+            for setting, conditions in pairs
+            if conditions == [condition]
+        ]
         lines.append(f"| {condition} | {keeping} of {len(settings)} | {', '.join(alone)} |")
     return lines
 
@@ -191,12 +203,17 @@ def of_all_settings(settings: list[Setting]) -> str:
     """How many settings tell more than before training, and more than clusters of the router's input."""
     more = [setting for setting in settings if all(map(tells_more_than_before, setting.layers))]
     from_zero = [
-        setting for setting in more if all(bits_of_control(layer, "before") < 5e-4 for layer in setting.layers)
+        setting
+        for setting in more
+        if all(bits_of_control(layer, "before") < 5e-4 for layer in setting.layers)
     ]
     beyond_clusters = sum(
-        all(bits(layer) > bits_of_control(layer, "clusters") for layer in setting.layers) for setting in settings
+        all(bits(layer) > bits_of_control(layer, "clusters") for layer in setting.layers)
+        for setting in settings
     )
-    most = max(setting.mean(lambda layer: bits_of_control(layer, "clusters")) for setting in settings)
+    most = max(
+        setting.mean(lambda layer: bits_of_control(layer, "clusters")) for setting in settings
+    )
     return (
         f"In {len(more)} of {len(settings)} settings the router tells more than before training, but {len(from_zero)} "
         f"of the {len(more)} compare with a router that starts at zero; and {beyond_clusters or 'none'} of "
@@ -218,14 +235,17 @@ def images_separate_more(settings: list[Setting]) -> bool:
     """Whether routing by image separates the classes more than routing by token, in every arm and layer."""
     shares = {(setting.arm, setting.layer): setting.mean(guess) for setting in settings}
     return all(
-        shares[arm.replace("token", "image"), layer] > share for (arm, layer), share in shares.items() if "token" in arm
+        shares[arm.replace("token", "image"), layer] > share
+        for (arm, layer), share in shares.items()
+        if "token" in arm
     )
 
 
 def clusters_tell_more(settings: list[Setting]) -> bool:
     """Whether clusters of the input tell more than the router, in every setting."""
     return all(
-        setting.mean(lambda layer: bits_of_control(layer, "clusters")) > setting.mean(bits) for setting in settings
+        setting.mean(lambda layer: bits_of_control(layer, "clusters")) > setting.mean(bits)
+        for setting in settings
     )
 
 
@@ -255,7 +275,9 @@ def of_cifar10(settings: list[Setting]) -> str:
 
 def of_photos(settings: list[Setting]) -> str:
     """README.md's sentence on the arms of photos with MoE layers in every second block."""
-    right = {setting.arm: statistics.fmean(run["top1"] for run in setting.runs) for setting in settings}
+    right = {
+        setting.arm: statistics.fmean(run["top1"] for run in setting.runs) for setting in settings
+    }
     token, image = (100 * right[f"vmoe_top_k-{unit}-every2"] for unit in UNITS)
     before = span([100 * run["top1_before"] for run in settings[0].runs], 1)
     return f"lost accuracy in training ({token:.1f} and {image:.1f} % right, the trunk {before} %)"
@@ -336,7 +358,11 @@ def trained_answer(swap: dict) -> str:
         return "the layer contributes nothing"
     if is_shown(swap["more"], "log_loss"):
         return "yes" if is_shown(swap["without"], "points") else "a little"
-    return "a little" if is_shown(swap, "log_loss") or is_shown(swap["any_two"], "log_loss") else "not shown"
+    return (
+        "a little"
+        if is_shown(swap, "log_loss") or is_shown(swap["any_two"], "log_loss")
+        else "not shown"
+    )
 
 
 def bundled_layers(records: list[dict]) -> dict[str, list[Trained]]:
@@ -352,7 +378,9 @@ def bundled_layers(records: list[dict]) -> dict[str, list[Trained]]:
 
 def small_layers(records: list[dict]) -> list[Trained]:
     """The small model's MoE layers, each with six seeds."""
-    seeds = sorted((record for record in records if "seed" in record), key=lambda record: record["seed"])
+    seeds = sorted(
+        (record for record in records if "seed" in record), key=lambda record: record["seed"]
+    )
     return [
         Trained(f"small, {layers[0]['name']}", list(layers))
         for layers in zip(*(record["layers"] for record in seeds), strict=True)
@@ -364,7 +392,10 @@ def trained_row(layer: Trained) -> str:
     swaps = [each["swap"] for each in layer.layers]
     moved = 100 * statistics.fmean(swap["moved"] for swap in swaps)
     equal = 100 * statistics.fmean(swap["favourite"]["moved"] for swap in swaps)
-    own, others = (100 * statistics.fmean(swap["knock_out"][name] for swap in swaps) for name in ("own", "others"))
+    own, others = (
+        100 * statistics.fmean(swap["knock_out"][name] for swap in swaps)
+        for name in ("own", "others")
+    )
     without_low, without_high = layer.interval("without", "points")
     low, high = layer.interval("more", "log_loss")
     cells = [
@@ -388,7 +419,10 @@ def answers_of(layer: Trained) -> str:
     """The answer, or how many seeds have each."""
     if len(layer.answers) == 1:
         return layer.answers[0]
-    return ", ".join(f"{answer}: {layer.answers.count(answer)}" for answer in sorted(set(layer.answers), reverse=True))
+    return ", ".join(
+        f"{answer}: {layer.answers.count(answer)}"
+        for answer in sorted(set(layer.answers), reverse=True)
+    )
 
 
 def of_cifar10_model(first: Trained, second: Trained) -> str:
@@ -420,7 +454,10 @@ def of_small_model(first: Trained, second: Trained) -> str:
 
 def own_costs_more(layer: Trained) -> bool:
     """Whether taking a class's favourite away costs its own images more than others, in every seed."""
-    return all(each["swap"]["knock_out"]["own"] > each["swap"]["knock_out"]["others"] for each in layer.layers)
+    return all(
+        each["swap"]["knock_out"]["own"] > each["swap"]["knock_out"]["others"]
+        for each in layer.layers
+    )
 
 
 def of_knock_out(bundled: dict[str, list[Trained]], small: list[Trained]) -> str:
@@ -428,7 +465,9 @@ def of_knock_out(bundled: dict[str, list[Trained]], small: list[Trained]) -> str
     asked = [*bundled["cifar10"], *bundled["pets"], *small]
     p = max(each["swap"]["knock_out"]["p_value"] for layer in asked for each in layer.layers)
     where = "in every layer" if all(map(own_costs_more, asked)) else "not in every layer"
-    others = " and ".join(layer.layers[0]["name"] for layer in bundled["cats_vs_dogs"] if not own_costs_more(layer))
+    others = " and ".join(
+        layer.layers[0]["name"] for layer in bundled["cats_vs_dogs"] if not own_costs_more(layer)
+    )
     return (
         f"own is larger {where} on CIFAR-10 and drawn pets (p at most {p:.3f}, images permuted between classes), and "
         f"not in {others} of cats and dogs."
@@ -461,7 +500,9 @@ def of_other_costs(records: list[dict], again: list[dict]) -> str:
     """Whether all costs that both files have are the same, but for rounding."""
     earlier = {record["name"]: record for record in records}
     same = all(
-        math.isclose(before["swap"][cost][unit][end], after["swap"][cost][unit][end], rel_tol=0, abs_tol=1e-6)
+        math.isclose(
+            before["swap"][cost][unit][end], after["swap"][cost][unit][end], rel_tol=0, abs_tol=1e-6
+        )
         for record in again
         for before, after in zip(earlier[record["name"]]["layers"], record["layers"], strict=True)
         for cost in ("without", "routes", "favourite", "any_two", "more")
@@ -513,18 +554,25 @@ class Count(NamedTuple):
 def count(layers: list[Trained]) -> Count:
     """Each seed of a layer counts."""
     answers = [answer for layer in layers for answer in layer.answers]
-    return Count(answers.count("yes"), len(answers), sum(layer.costs_more_log_loss for layer in layers))
+    return Count(
+        answers.count("yes"), len(answers), sum(layer.costs_more_log_loss for layer in layers)
+    )
 
 
 def row_of_results(settings: dict[str, list[Setting]], bundled: Count, small: Count) -> str:
     """The row of docs/results.md: a question counts if most settings, or most trained layers of both kinds, say yes."""
     everything = [setting for of_data in settings.values() for setting in of_data]
     asked = len(everything)
-    first, second, third = (yes_of(question, everything) for question in (first_answer, second_answer, third_answer))
+    first, second, third = (
+        yes_of(question, everything) for question in (first_answer, second_answer, third_answer)
+    )
     third_holds = bundled.yes > bundled.of / 2 and small.yes > small.of / 2
     holds = (first > asked / 2) + (second > asked / 2) + third_holds
     part = ", another in part" if not third_holds and bundled.yes + small.yes else ""
-    by_data = {data: f"{yes_of(first_answer, of_data)} of {len(of_data)}" for data, of_data in settings.items()}
+    by_data = {
+        data: f"{yes_of(first_answer, of_data)} of {len(of_data)}"
+        for data, of_data in settings.items()
+    }
     return (
         f"| Experts specialize | {holds} of 3 questions{part} | Do classes go to different experts? In upcycled models "
         f"yes in {by_data['pets']} settings on pets, {by_data['cifar10']} on cifar10, {by_data['cats_vs_dogs']} on "

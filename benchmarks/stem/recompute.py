@@ -89,7 +89,13 @@ def effect_table(effects: dict[str, list[float]]) -> list[str]:
         first, second = FACTORS[factor]
         p = adjusted[factor]
         shown_p = "below 0.001" if p < 0.0005 else f"{p:.3f}"
-        verdict = "not told apart" if p >= 0.05 else "above" if statistics.fmean(differences) > 0 else "below"
+        verdict = (
+            "not told apart"
+            if p >= 0.05
+            else "above"
+            if statistics.fmean(differences) > 0
+            else "below"
+        )
         name = f"`{factor} {second}` − `{factor} {first}`"
         lines.append(f"| {name} | {with_interval(differences)} | {shown_p} | {verdict} |")
     return lines
@@ -119,7 +125,8 @@ def model_table(runs: list[dict]) -> list[str]:
 def depth_with_convolutions(runs: list[dict], width: int) -> str:
     """What twice the depth gives the models with convolutions of one width."""
     shallow, deep = (
-        mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=depth)) for depth in FACTORS["depth"]
+        mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=depth))
+        for depth in FACTORS["depth"]
     )
     return points(deep - shallow)
 

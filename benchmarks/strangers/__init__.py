@@ -54,10 +54,26 @@ HALVES = (  # of Imagenette
     ("French horn", "gas pump", "golf ball", "parachute"),
 )
 CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "truck")
-KINDS_OF_CIFAR = ("eagle", "duck", "kingfisher", "owl", "macaw", "chicken", "moose", "horse")  # photos of its classes
+KINDS_OF_CIFAR = (
+    "eagle",
+    "duck",
+    "kingfisher",
+    "owl",
+    "macaw",
+    "chicken",
+    "moose",
+    "horse",
+)  # photos of its classes
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
-PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")  # that are reported
-IMAGES = 2_000  # of training and of validation that a model is fitted to, here; `fit` takes half of it
+PHOTOS = (
+    "Imagenette, second half",
+    "photos of other animals",
+    "cats and dogs",
+    "CIFAR-10",
+)  # that are reported
+IMAGES = (
+    2_000  # of training and of validation that a model is fitted to, here; `fit` takes half of it
+)
 MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
 DRAWS = 1_000
 
@@ -67,14 +83,24 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
     size, data = model.image_size, options.data
 
     def of(
-        source: str | Path, *classes: str, without: tuple[str, ...] = (), split: str = "test", most: int = MOST
+        source: str | Path,
+        *classes: str,
+        without: tuple[str, ...] = (),
+        split: str = "test",
+        most: int = MOST,
     ) -> np.ndarray:
         pictures = open_pictures(source, size, split=split)
-        wanted = [number for number, own in enumerate(pictures.class_names) if own in classes or not classes]
+        wanted = [
+            number
+            for number, own in enumerate(pictures.class_names)
+            if own in classes or not classes
+        ]
         rows = [
-            row for row in range(len(pictures))
-            if pictures.label(row) in wanted and not any(word in pictures.picture_name(row) for word in without)
-        ]  # fmt: skip
+            row
+            for row in range(len(pictures))
+            if pictures.label(row) in wanted
+            and not any(word in pictures.picture_name(row) for word in without)
+        ]
         rows = sorted(np.random.default_rng(0).permutation(rows)[:most].tolist())
         return read_images(pictures, rows)
 
@@ -90,13 +116,18 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
         yield "CIFAR-10", of(data / "cifar10")
     else:
         yield "drawn pets", of("synthetic_pets", most=FEW)
-        yield "own: English springers of Imagenette", of(data / "imagenette128", "English springer", most=FEW)
+        yield (
+            "own: English springers of Imagenette",
+            of(data / "imagenette128", "English springer", most=FEW),
+        )
         yield "own: photos of cats and dogs", of(options.photos, "cat", "dog", split="all")
     rng = np.random.default_rng(0)
     yield "uniform noise", rng.integers(0, 256, (FEW, size, size, 3), dtype=np.uint8)
     yield (
         "one flat colour",
-        np.broadcast_to(rng.integers(0, 256, (FEW, 1, 1, 3), np.uint8), (FEW, size, size, 3)).copy(),
+        np.broadcast_to(
+            rng.integers(0, 256, (FEW, 1, 1, 3), np.uint8), (FEW, size, size, 3)
+        ).copy(),
     )
 
 
@@ -106,17 +137,30 @@ def features_of(model: SavedModel, images: PictureSet | np.ndarray) -> tuple[Flo
     found = []
     for start in range(0, len(images), 64):
         rows = range(start, min(start + 64, len(images)))
-        pixels = images[rows.start : rows.stop] if isinstance(images, np.ndarray) else read_images(images, rows)
+        pixels = (
+            images[rows.start : rows.stop]
+            if isinstance(images, np.ndarray)
+            else read_images(images, rows)
+        )
         features = pooled(model.net, network_input(model, pixels))
         found.append((features, model.net.get_classifier()(features)))  # type: ignore[operator]
     return tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))  # type: ignore[return-value]
 
 
-def known_of(model: SavedModel, data: str | Path, **held_out: Any) -> tuple[Floats, Floats, Floats, Floats]:
+def known_of(
+    model: SavedModel, data: str | Path, **held_out: Any
+) -> tuple[Floats, Floats, Floats, Floats]:
     """Training features and labels, validation features and logits, as many as `fit` takes; see `open_pictures`."""
     most = {"train": max(IMAGES, 10 * len(model.class_names)), "val": IMAGES}
     train, val = (
-        open_pictures(data, model.image_size, split=split, limit=limit, class_names=model.class_names, **held_out)
+        open_pictures(
+            data,
+            model.image_size,
+            split=split,
+            limit=limit,
+            class_names=model.class_names,
+            **held_out,
+        )
         for split, limit in most.items()
     )
     labels = np.array([train.label(row) for row in range(len(train))])
@@ -136,7 +180,9 @@ def put_beside(folder: Path, strangers: Strangers, share: float | None = None) -
     home = folder / "trained"
     save_file(strangers.state_dict(), home / FILE)
     write_json_atomic(home / CONFIG, {**read_json(home / CONFIG), "strangers": True})
-    write_json_atomic(folder / "card.json", {**read_json(folder / "card.json"), "recognized": share})
+    write_json_atomic(
+        folder / "card.json", {**read_json(folder / "card.json"), "recognized": share}
+    )
 
 
 def distances(strangers: Strangers, features: Floats) -> Floats:
@@ -167,7 +213,9 @@ def others(features: Floats, labels: Floats) -> dict[str, Callable[[Floats, Floa
     }
 
 
-def gaussians(features: Floats, labels: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
+def gaussians(
+    features: Floats, labels: Floats
+) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
     """Mahalanobis distances [m, C] of x [m, D] from the mean of each class, and x whitened; one shrunk covariance."""
     classes, place = np.unique(labels, return_inverse=True)
     means = np.stack([features[place == number].mean(0) for number in range(len(classes))])
@@ -182,7 +230,9 @@ def gaussians(features: Floats, labels: Floats) -> tuple[Callable[[Floats], Floa
 def area(own: Floats, others: Floats) -> float:
     """Area under the ROC curve: how often one of `others` has the larger value than one of `own`; ties half."""
     ranks = rankdata(np.concatenate([own, others]))
-    return float((ranks[len(own) :].sum() - len(others) * (len(others) + 1) / 2) / len(own) / len(others))
+    return float(
+        (ranks[len(own) :].sum() - len(others) * (len(others) + 1) / 2) / len(own) / len(others)
+    )
 
 
 def area_with_interval(own: Floats, others: Floats) -> tuple[float, float, float]:
@@ -211,38 +261,56 @@ def kept(file: Path, make: Callable[[], Sequence[Floats]]) -> list[Floats]:
 def run(options: Namespace) -> None:
     """Measure one bundled model, and put its line into the record; features are kept in the work folder."""
     name, model = options.model, bundled_model(options.model)
-    data, work = OWN[name] if name == "pets" else options.data / OWN[name], options.work / options.model
+    data, work = (
+        OWN[name] if name == "pets" else options.data / OWN[name],
+        options.work / options.model,
+    )
     features, labels, validation, logits = kept(work / "known.npz", lambda: known_of(model, data))
     chosen = fit_strangers(features, labels, validation)
     assert chosen is not None
     test = open_pictures(data, model.image_size, class_names=model.class_names)
     own, own_logits = kept(work / "test.npz", lambda: features_of(model, test))
     far, others_of = distances(chosen, own), others(features, labels)
-    limits = {word: np.quantile(measure(validation, logits), 1 - REFUSED) for word, measure in others_of.items()}
+    limits = {
+        word: np.quantile(measure(validation, logits), 1 - REFUSED)
+        for word, measure in others_of.items()
+    }
     near = {word: measure(own, own_logits) for word, measure in others_of.items()}
     sets: dict[str, Any] = {}
     for kind, images in sets_of(name, model, options):
         x, z = kept(
-            work / f"{re.sub(r'[^a-z]+', '-', kind.lower())}.npz", lambda images=images: features_of(model, images)
+            work / f"{re.sub(r'[^a-z]+', '-', kind.lower())}.npz",
+            lambda images=images: features_of(model, images),
         )
         found = distances(chosen, x)
         best, low, high = area_with_interval(far, found)
         sets[kind] = {
-            "images": len(x), "beyond": int((found > 1).sum()), "auroc": rounded(best, 4),
+            "images": len(x),
+            "beyond": int((found > 1).sum()),
+            "auroc": rounded(best, 4),
             "interval": [rounded(low, 4), rounded(high, 4)],
             "others": {
-                word: {"auroc": rounded(area(near[word], measure(x, z)), 4),
-                       "beyond": int((measure(x, z) > limits[word]).sum())}
+                word: {
+                    "auroc": rounded(area(near[word], measure(x, z)), 4),
+                    "beyond": int((measure(x, z) > limits[word]).sum()),
+                }
                 for word, measure in others_of.items()
             },
-        }  # fmt: skip
+        }
         print(f"{kind:40} {len(x):5} {best:.3f} {(found > 1).mean():.1%}", flush=True)
     record = {
-        "name": name, **about(), "training_images": len(labels), "validation_images": len(validation),
-        "test": {"images": len(far), "beyond": int((far > 1).sum()),
-                 "others": {word: int((near[word] > limit).sum()) for word, limit in limits.items()}},
-        "sets": sets, "recognized": rounded(recognized(sets), 4),
-    }  # fmt: skip
+        "name": name,
+        **about(),
+        "training_images": len(labels),
+        "validation_images": len(validation),
+        "test": {
+            "images": len(far),
+            "beyond": int((far > 1).sum()),
+            "others": {word: int((near[word] > limit).sum()) for word, limit in limits.items()},
+        },
+        "sets": sets,
+        "recognized": rounded(recognized(sets), 4),
+    }
     if options.carry:
         put_beside(bundled_folder(name), chosen, record["recognized"])
     lines = [each for each in read_records(options.out) if each["name"] != name] + [record]
@@ -257,10 +325,16 @@ def main() -> None:
     parser.add_argument("model", choices=tuple(OWN), help="a bundled model")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--carry", action="store_true", help="put it beside the weights that the package carries")
-    parser.add_argument("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
+    parser.add_argument(
+        "--carry", action="store_true", help="put it beside the weights that the package carries"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
     options = parser.parse_args()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)  # classes that aren't the model's are the point
+        warnings.simplefilter(
+            "ignore", DataWarning
+        )  # classes that aren't the model's are the point
         run(options)

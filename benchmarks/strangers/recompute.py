@@ -43,7 +43,11 @@ def count_cells(images: Record) -> str:
 
 def recognized(record: Record) -> float:
     """Mean share beyond the threshold, over the sets of photos that the measure was not chosen by."""
-    return float(np.mean([share_beyond(images) for name, images in record["sets"].items() if name in IN_THE_RATE]))
+    return float(
+        np.mean(
+            [share_beyond(images) for name, images in record["sets"].items() if name in IN_THE_RATE]
+        )
+    )
 
 
 def set_rows(record: Record) -> list[str]:
@@ -55,7 +59,9 @@ def set_rows(record: Record) -> list[str]:
         use = "chosen by" if name in CHOSEN_BY else "in the rate" if name in IN_THE_RATE else ""
         if name.startswith(OWN_KIND):
             area, use = "", "refused"
-        rows.append(f"| {title} | {name.removeprefix(OWN_KIND)} | {count_cells(images)} | {area} | {use} |")
+        rows.append(
+            f"| {title} | {name.removeprefix(OWN_KIND)} | {count_cells(images)} | {area} | {use} |"
+        )
     return rows
 
 
@@ -69,21 +75,34 @@ def measure_rows(record: Record) -> list[str]:
         for group in (CHOSEN_BY, IN_THE_RATE):
             sets = [images for name, images in record["sets"].items() if name in group]
             results = [images if is_main else images["others"][measure] for images in sets]
-            shares = [result["beyond"] / images["images"] for result, images in zip(results, sets, strict=True)]
-            cells += [f"{np.mean([result['auroc'] for result in results]):.3f}", f"{np.mean(shares):.0%}"]
+            shares = [
+                result["beyond"] / images["images"]
+                for result, images in zip(results, sets, strict=True)
+            ]
+            cells += [
+                f"{np.mean([result['auroc'] for result in results]):.3f}",
+                f"{np.mean(shares):.0%}",
+            ]
         rows.append(f"| {title} | {measure} | {' | '.join(cells)} |")
     return rows
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     rates = "; ".join(f"{TITLES[record['name']]} {recognized(record):.0%}" for record in records)
-    readme = [f"Recognized, mean over the sets of photos that the measure was not chosen by: {rates}."]
+    readme = [
+        f"Recognized, mean over the sets of photos that the measure was not chosen by: {rates}."
+    ]
     for record in records:
         readme += set_rows(record) + measure_rows(record)
     best_first = sorted(records, key=recognized, reverse=True)
-    files = ", ".join(f"`{record['name']}` {100 * recognized(record):.0f}" for record in best_first) + " %."
+    files = (
+        ", ".join(f"`{record['name']}` {100 * recognized(record):.0f}" for record in best_first)
+        + " %."
+    )
     return {"benchmarks/strangers/README.md": readme, "docs/reference/files.md": [files]}
 
 

@@ -9,7 +9,11 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, others, recognized
 from moevision.demo.models import bundled_folders, read_card
 
-RECORDS = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.exists() else []
+RECORDS = (
+    [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+    if RUNS.exists()
+    else []
+)
 
 
 def test_the_area_is_that_of_scikit_learn_and_of_a_count():
@@ -25,9 +29,11 @@ def test_the_area_is_that_of_scikit_learn_and_of_a_count():
 
 def test_the_rate_is_the_mean_over_photos_that_chose_nothing():
     sets = {
-        CHOICE[0]: {"images": 10, "beyond": 10}, PHOTOS[0]: {"images": 10, "beyond": 4},
-        PHOTOS[1]: {"images": 100, "beyond": 60}, "uniform noise": {"images": 5, "beyond": 5},
-    }  # fmt: skip
+        CHOICE[0]: {"images": 10, "beyond": 10},
+        PHOTOS[0]: {"images": 10, "beyond": 4},
+        PHOTOS[1]: {"images": 100, "beyond": 60},
+        "uniform noise": {"images": 5, "beyond": 5},
+    }
     assert recognized(sets) == pytest.approx((0.4 + 0.6) / 2)
     assert not set(CHOICE) & set(PHOTOS)
 
@@ -41,7 +47,10 @@ def test_other_measures_by_their_definitions():
     x = rng.normal(size=(3, 6))[labels] * 5 + rng.normal(size=(300, 6)) * np.arange(1, 7)
     measures = others(x, labels)
     means = np.stack([x[labels == label].mean(0) for label in range(3)])
-    within, whole = (LedoitWolf(assume_centered=True).fit(r).covariance_ for r in (x - means[labels], x - x.mean(0)))
+    within, whole = (
+        LedoitWolf(assume_centered=True).fit(r).covariance_
+        for r in (x - means[labels], x - x.mean(0))
+    )
 
     def far(v, mean, covariance):
         return (v - mean) @ np.linalg.solve(covariance, v - mean)
@@ -50,8 +59,12 @@ def test_other_measures_by_their_definitions():
     relative = [min(far(v, m, within) for m in means) - far(v, x.mean(0), whole) for v in new]
     density = [-np.log(sum(np.exp(-far(v, m, within) / 2) for m in means)) for v in new]
     none = np.zeros((5, 3))
-    np.testing.assert_allclose(measures["relative Mahalanobis"](new, none), relative, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(measures["log-density of all classes"](new, none), density, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        measures["relative Mahalanobis"](new, none), relative, rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(
+        measures["log-density of all classes"](new, none), density, rtol=1e-3, atol=1e-3
+    )
     z = rng.normal(size=(5, 3))
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     np.testing.assert_allclose(measures["largest probability"](new, z), -np.log(p.max(1)))
@@ -62,4 +75,6 @@ def test_cards_have_the_share_of_the_record():
     shares = {record["name"]: record["recognized"] for record in RECORDS}
     for record in RECORDS:
         assert record["recognized"] == pytest.approx(recognized(record["sets"]), abs=1e-4)
-    assert {folder.name: read_card(folder / "card.json").recognized for folder in bundled_folders()} == shares
+    assert {
+        folder.name: read_card(folder / "card.json").recognized for folder in bundled_folders()
+    } == shares

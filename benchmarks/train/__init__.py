@@ -43,15 +43,30 @@ def parser() -> ArgumentParser:
     parser.add_argument("model", metavar="WHAT", help="a config, a run folder, or a timm name")
     harness.add_arch(parser)
     harness.add_image_sizes(parser)
-    parser.add_argument("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
     parser.add_argument(
-        "--peer", dest="peers", nargs="+", choices=("lightning",), default=[], help="also plain timm in Lightning"
+        "--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)"
     )
     parser.add_argument(
-        "--memory-runs", type=count, default=3, metavar="N", help="processes per model for its peak memory (3; 0: none)"
+        "--peer",
+        dest="peers",
+        nargs="+",
+        choices=("lightning",),
+        default=[],
+        help="also plain timm in Lightning",
     )
     parser.add_argument(
-        "--breakdown-steps", type=positive, default=10, metavar="N", help="steps for the breakdown (%(default)s)"
+        "--memory-runs",
+        type=count,
+        default=3,
+        metavar="N",
+        help="processes per model for its peak memory (3; 0: none)",
+    )
+    parser.add_argument(
+        "--breakdown-steps",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="steps for the breakdown (%(default)s)",
     )
     harness.add_measuring(parser, repetitions=30)
     return parser
@@ -61,18 +76,32 @@ def main() -> None:
     """Measure, print tables and write the record."""
     options = harness.parse(parser(), QUICK)
     device = harness.set_up(options)
-    sizes = {"batch_size": options.batch_size, "image_size": options.image_size, "num_classes": options.num_classes}
+    sizes = {
+        "batch_size": options.batch_size,
+        "image_size": options.image_size,
+        "num_classes": options.num_classes,
+    }
     subject = find_subject(options.model, arch=options.arch, **sizes)
     peak = harness.measure_peaks(options, device, [options.precision])
-    record = {**harness.new_record("train", options, device), "model": asdict(subject), "measured_peak_flops": peak}
-    steps = {NAMES[which]: TrainingStep(subject, which, options.precision, device) for which in get_args(Which)}
+    record = {
+        **harness.new_record("train", options, device),
+        "model": asdict(subject),
+        "measured_peak_flops": peak,
+    }
+    steps = {
+        NAMES[which]: TrainingStep(subject, which, options.precision, device)
+        for which in get_args(Which)
+    }
     record["rows"] = _measure_steps(steps, subject, options, peak, device)
     batch, moe = noise_batch(subject, device), steps[NAMES["moe"]]
     with torch.no_grad(), moe.autocast():
         record["load"] = measure_load(moe.net, partial(moe.net, batch[0]))
-    record["breakdown"] = {name: _breakdown(step, batch, options.breakdown_steps) for name, step in steps.items()}
+    record["breakdown"] = {
+        name: _breakdown(step, batch, options.breakdown_steps) for name, step in steps.items()
+    }
     record["energy"] = {
-        name: energy_of(partial(step, *batch), subject.batch_size, device) for name, step in steps.items()
+        name: energy_of(partial(step, *batch), subject.batch_size, device)
+        for name, step in steps.items()
     }
     del steps, moe
     record["memory"] = _memories(subject, options, device)
@@ -82,7 +111,11 @@ def main() -> None:
 
 
 def _measure_steps(
-    steps: Mapping[str, TrainingStep], subject: Subject, options: Namespace, peaks: Json, device: torch.device
+    steps: Mapping[str, TrainingStep],
+    subject: Subject,
+    options: Namespace,
+    peaks: Json,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """A row for each model, with images per second, FLOPs and MFU."""
     batch = noise_batch(subject, device)
@@ -103,7 +136,9 @@ def _measure_steps(
     return rows
 
 
-def _breakdown(step: TrainingStep, batch: tuple[torch.Tensor, torch.Tensor], steps: int) -> dict[str, Any]:
+def _breakdown(
+    step: TrainingStep, batch: tuple[torch.Tensor, torch.Tensor], steps: int
+) -> dict[str, Any]:
     """Phases over some further steps."""
     clock = PhaseClock(step.device)
     with clock.watching(step.net):
@@ -124,7 +159,9 @@ def _memories(subject: Subject, options: Namespace, device: torch.device) -> dic
             on_step()
     moe, *twins = NAMES.values()
     ratios = {
-        twin: beside_twin(found[moe], found[twin]) for twin in twins if "error" not in {**found[moe], **found[twin]}
+        twin: beside_twin(found[moe], found[twin])
+        for twin in twins
+        if "error" not in {**found[moe], **found[twin]}
     }
     return {"models": found, "moe_beside": ratios}
 
@@ -135,7 +172,11 @@ def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[s
         return {}
     with harness.progress_bar("in Lightning", lightning_peer.turns(options.repetitions)) as on_step:
         timings = lightning_peer.compare_in_lightning(
-            subject, precision=options.precision, device=device, repetitions=options.repetitions, on_step=on_step
+            subject,
+            precision=options.precision,
+            device=device,
+            repetitions=options.repetitions,
+            on_step=on_step,
         )
     rows = rows_of(timings, list(timings.seconds))
     for row in rows:
@@ -152,7 +193,10 @@ def show(record: Json) -> None:
     _show_speed(record)
     found = {name: part["phases"] for name, part in record["breakdown"].items()}
     phases = [phase for phase in ORDER if any(phase in part for part in found.values())]
-    cells = [[f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values()] for phase in phases]
+    cells = [
+        [f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values()]
+        for phase in phases
+    ]
     rows = [[phase, *row] for phase, row in zip(phases, cells, strict=True)]
     harness.print_table("ms per step, by phase", ["", *found], rows)
     for layer in record["load"]:
@@ -165,7 +209,9 @@ def show(record: Json) -> None:
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")
     for row in record["peers"].get("lightning", []):
-        others = [(other, speed) for other, speed in row["speed_to"].items() if other != row["name"]]
+        others = [
+            (other, speed) for other, speed in row["speed_to"].items() if other != row["name"]
+        ]
         harness.print_line(
             f"{row['name']}: {row['images_per_s']:.1f} images/s"
             + "".join(f", {harness.ratio_text(speed)} × {other}" for other, speed in others)
@@ -185,7 +231,15 @@ def _show_speed(record: Json) -> None:
         ]
         for row in record["rows"]
     ]
-    columns = ["", "images/s", "speed ÷ active-FLOPs twin", "÷ parameters twin", "GFLOPs/image", "MFU", "parameters"]
+    columns = [
+        "",
+        "images/s",
+        "speed ÷ active-FLOPs twin",
+        "÷ parameters twin",
+        "GFLOPs/image",
+        "MFU",
+        "parameters",
+    ]
     harness.print_table("training step", columns, rows)
 
 
@@ -200,9 +254,18 @@ def _show_memory(memory: Json) -> None:
             continue
         beside = memory["moe_beside"].get(name, dict.fromkeys(range(4)))
         parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *MEMORY_PARTS, "tensors")]
-        rows.append([name, *parts, *("" if value is None else f"{value:.2f}" for value in beside.values())])
+        rows.append(
+            [name, *parts, *("" if value is None else f"{value:.2f}" for value in beside.values())]
+        )
     beside_columns = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
-    columns = ["", "peak", *MEMORY_PARTS, "tensors", *beside_columns, "tensors − extra weights, optimizer"]
+    columns = [
+        "",
+        "peak",
+        *MEMORY_PARTS,
+        "tensors",
+        *beside_columns,
+        "tensors − extra weights, optimizer",
+    ]
     harness.print_table("peak memory of training, MiB", columns, rows)
     harness.print_line(
         "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "

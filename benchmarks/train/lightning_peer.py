@@ -44,13 +44,22 @@ _PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
 class PlainModule(L.LightningModule):
     """What a tutorial shows: a network, cross-entropy, AdamW."""
 
-    def __init__(self, net: nn.Module, lr: float, weight_decay: float, label_smoothing: float) -> None:
+    def __init__(
+        self, net: nn.Module, lr: float, weight_decay: float, label_smoothing: float
+    ) -> None:
         super().__init__()
-        self.net, self.lr, self.weight_decay, self.label_smoothing = net, lr, weight_decay, label_smoothing
+        self.net, self.lr, self.weight_decay, self.label_smoothing = (
+            net,
+            lr,
+            weight_decay,
+            label_smoothing,
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy."""
-        loss = F.cross_entropy(self.net(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(
+            self.net(batch["image"]), batch["label"], label_smoothing=self.label_smoothing
+        )
         self.log("train/loss", loss)
         return loss
 
@@ -66,7 +75,9 @@ class _StepClock(L.Callback):
         self.device = device
         self.marks: list[float] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """A step begins, the one before is over."""
         synchronize(self.device)
         self.marks.append(time.perf_counter())
@@ -78,7 +89,12 @@ class _StepClock(L.Callback):
 
 
 def compare_in_lightning(
-    subject: Subject, *, precision: str, device: torch.device, repetitions: int, on_step: Callable[[], object]
+    subject: Subject,
+    *,
+    precision: str,
+    device: torch.device,
+    repetitions: int,
+    on_step: Callable[[], object],
 ) -> Timings:
     """Time both Trainers in turns.
 
@@ -134,7 +150,11 @@ def turns(repetitions: int) -> int:
 
 
 def _train(
-    module: L.LightningModule, subject: Subject, precision: str, device: torch.device, watchers: list[L.Callback]
+    module: L.LightningModule,
+    subject: Subject,
+    precision: str,
+    device: torch.device,
+    watchers: list[L.Callback],
 ) -> list[float]:
     """One turn: a short training on one batch of noise, and the seconds of its counted steps."""
     images, labels = noise_batch(subject)

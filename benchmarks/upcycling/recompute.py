@@ -18,7 +18,11 @@ from pathlib import Path
 from scipy.stats import t as student
 
 RECORD = Path(__file__).with_name("record.json")
-README, RESULTS, GUIDE = "benchmarks/upcycling/README.md", "docs/results.md", "docs/guides/dense-sparse.md"
+README, RESULTS, GUIDE = (
+    "benchmarks/upcycling/README.md",
+    "docs/results.md",
+    "docs/guides/dense-sparse.md",
+)
 LABELS = {
     "dense": "dense, n",
     "in one": "dense, n + m in one schedule",
@@ -137,8 +141,12 @@ def difference_sentences(record: dict) -> list[str]:
 
 def row_of_results(record: dict) -> str:
     """The row of docs/results.md: the idea holds if the upcycled model is above the dense model trained on."""
-    holds = {"above": "yes", "below": "no", "not told apart": "not shown"}[verdict(record, "continued")]
-    continued, in_one = (f"{with_interval(differences(record, rival))}, {verdict(record, rival)}" for rival in RIVALS)
+    holds = {"above": "yes", "below": "no", "not told apart": "not shown"}[
+        verdict(record, "continued")
+    ]
+    continued, in_one = (
+        f"{with_interval(differences(record, rival))}, {verdict(record, rival)}" for rival in RIVALS
+    )
     row = (
         f"| [Experts improve a trained dense model](guides/dense-sparse.md) | {holds} | upcycled minus dense, trained "
         f"on: {continued}; minus dense in one schedule of as many steps: {in_one} "
@@ -150,7 +158,10 @@ def row_of_results(record: dict) -> str:
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
     record = read_record()
-    settings, more_time = record["settings"], mean_cost(record, "upcycled")[1] / mean_cost(record, "continued")[1] - 1
+    settings, more_time = (
+        record["settings"],
+        mean_cost(record, "upcycled")[1] / mean_cost(record, "continued")[1] - 1,
+    )
     against_one_schedule = with_interval(differences(record, "in one"))
     return {
         README: [

@@ -32,13 +32,17 @@ def spread(rows: list[dict[str, Any]], digits: int) -> str:
 def is_longer_in_every_run(without: list[dict[str, Any]], with_loss: list[dict[str, Any]]) -> bool:
     """Whether waits are longer without the balance loss by both measures: milliseconds run by run, and all ratios."""
     by_ms = all(a["wait_ms"] > b["wait_ms"] for a, b in zip(without, with_loss, strict=True))
-    by_ratio = min(row["wait_over_even"] for row in without) > max(row["wait_over_even"] for row in with_loss)
+    by_ratio = min(row["wait_over_even"] for row in without) > max(
+        row["wait_over_even"] for row in with_loss
+    )
     return by_ms and by_ratio
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     by_arm = {arm: rows_of(records, arm) for arm in ARMS}
     without, with_loss = by_arm["no loss"], by_arm["loss"]
     pairs = list(zip(without, with_loss, strict=True))
@@ -55,8 +59,12 @@ def statements() -> dict[str, list[str]]:
     ]
     for arm, rows in by_arm.items():  # rows and bytes are counts, the same in every run
         kilobytes = rows[0]["bytes_sent"] / 1000
-        readme.append(f"| `{arm}` | {rows[0]['busiest_over_mean']:.2f} | {kilobytes:.0f} | {spread(rows, 2)} |")
-    busiest = [f"{fmean(row['busiest_over_mean'] for row in rows):.2f}" for rows in (without, with_loss)]
+        readme.append(
+            f"| `{arm}` | {rows[0]['busiest_over_mean']:.2f} | {kilobytes:.0f} | {spread(rows, 2)} |"
+        )
+    busiest = [
+        f"{fmean(row['busiest_over_mean'] for row in rows):.2f}" for rows in (without, with_loss)
+    ]
     results = (
         f"| Uneven experts make others wait | {'yes' if is_shown else 'not shown'} | Without a balance loss the busier "
         f"of two processes computes {busiest[0]} times the mean rows, with one {busiest[1]}; waits are longer without "

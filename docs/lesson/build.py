@@ -32,7 +32,14 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import intervene, numbered_layers
 from moevision.data import SyntheticPets
 from moevision.demo.facts import model_input
-from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of, without_comments
+from moevision.demo.html import (
+    CORE_STYLES,
+    document,
+    read_asset,
+    read_css,
+    script_of,
+    without_comments,
+)
 from moevision.demo.models import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.view import route_image
 from moevision.efficiency import measure_cost
@@ -66,7 +73,9 @@ def read_module(name: str) -> str:
 def lesson_html() -> str:
     """The page."""
     home = bundled_folder("cats_vs_dogs") / "examples"
-    photos = {name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS}
+    photos = {
+        name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS
+    }
     block = f"data:image/svg+xml;base64,{_base64((ROOT / 'docs' / 'img' / BLOCK).read_bytes())}"
     script = script_of(
         "lesson.js",
@@ -87,10 +96,15 @@ def measure() -> dict[str, Any]:
     """Every number of the lesson, as JSON."""
     saved, folder = bundled_model("cats_vs_dogs"), bundled_folder("cats_vs_dogs")
     card, atlas = read_card(folder / "card.json"), read_json(folder / "atlas.json")
-    history, credits = RoutingHistory.load(folder / "history.safetensors"), credits_of(folder / SOURCES)
+    history, credits = (
+        RoutingHistory.load(folder / "history.safetensors"),
+        credits_of(folder / SOURCES),
+    )
     shares = next(layer for layer in atlas["layers"] if layer["layer"] == LAYER)["map"]
     cost = measure_cost(saved.net, saved.image_size)
-    before, after = (history.first_choice(LAYER)[moment].reshape(-1, *history.grid) for moment in (0, -1))
+    before, after = (
+        history.first_choice(LAYER)[moment].reshape(-1, *history.grid) for moment in (0, -1)
+    )
     facts = route_image(saved, folder / "examples" / PHOTOS[0]).model
     _, hidden, width = numbered_layers(saved.net)[LAYER].experts.fc1.weight.shape
     return {
@@ -130,7 +144,9 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _photo(saved: SavedModel, folder: Path, name: str, history: RoutingHistory, credit: str) -> dict[str, Any]:
+def _photo(
+    saved: SavedModel, folder: Path, name: str, history: RoutingHistory, credit: str
+) -> dict[str, Any]:
     """Where the patches of a photo go: first choices as one digit per patch, by layer; and before the training."""
     view = route_image(saved, folder / "examples" / name).to_json()
     best = view["prediction"]["moe"][0]
@@ -142,7 +158,8 @@ def _photo(saved: SavedModel, folder: Path, name: str, history: RoutingHistory, 
         "answer": best["class"],
         "probability": round(best["p"], 4),
         "first": {
-            str(layer["layer"]): _digits([experts[0] for experts in layer["experts"]]) for layer in view["layers"]
+            str(layer["layer"]): _digits([experts[0] for experts in layer["experts"]])
+            for layer in view["layers"]
         },
         "before": _digits(before),
     }
@@ -169,22 +186,32 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
     """
     net, label = saved.net, saved.class_names.index(photo.parent.name)
     images = network_input(saved, np.stack([model_input(photo, saved.image_size)]))
-    weight, bias = ((way[label] - way[1 - label]).detach() for way in (net.head.weight, net.head.bias))
+    weight, bias = (
+        (way[label] - way[1 - label]).detach() for way in (net.head.weight, net.head.bias)
+    )
     rows, columns = net.patch_embed.grid_size
 
     def by_piece(patches: torch.Tensor) -> npt.NDArray[np.float64]:
         grid = patches.double().numpy().reshape(SIDE, rows // SIDE, SIDE, columns // SIDE, -1)
         return grid.sum((1, 3)).reshape(SIDE * SIDE, -1)
 
-    def parts(*changes: Intervention) -> torch.Tensor:  # [patches] whose mean and the bias are the score
+    def parts(
+        *changes: Intervention,
+    ) -> torch.Tensor:  # [patches] whose mean and the bias are the score
         with torch.inference_mode(), intervene(net, *changes):
             return net.forward_features(images)[0, net.num_prefix_tokens :] @ weight
 
     with torch.inference_mode():
         routing = forward_routing(net, images)[1][-1]
     first = routing.expert_index[0, net.num_prefix_tokens :, 0]
-    experts = torch.bincount(first, minlength=routing.num_experts).argsort(descending=True, stable=True)[:4].tolist()
-    forced = torch.stack([parts(Intervention("force", layer=LAYER, expert=expert)) for expert in experts], -1)
+    experts = (
+        torch.bincount(first, minlength=routing.num_experts)
+        .argsort(descending=True, stable=True)[:4]
+        .tolist()
+    )
+    forced = torch.stack(
+        [parts(Intervention("force", layer=LAYER, expert=expert)) for expert in experts], -1
+    )
     scores = by_piece(routing.logits[0, net.num_prefix_tokens :])[:, experts]
     return {
         "photo": GAME,
@@ -193,7 +220,10 @@ def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
         "experts": experts,
         "parts": np.round(by_piece(forced) / len(first), 5).tolist(),
         "bias": round(float(bias), 5),
-        "own": {"choice": scores.argmax(1).tolist(), "answer": round(float(torch.sigmoid(parts().mean() + bias)), 4)},
+        "own": {
+            "choice": scores.argmax(1).tolist(),
+            "answer": round(float(torch.sigmoid(parts().mean() + bias)), 4),
+        },
     }
 
 
@@ -210,17 +240,21 @@ def sparsity() -> dict[str, Any]:
     words = {"positive": "better than", "negative": "worse than", "tie": "not told apart from"}
     return {
         "seeds": {arm: len(of_arm) for arm, of_arm in runs.items()},
-        "right": {arm: round(statistics.fmean(run["test_top1"] for run in of_arm.values()), 4)
-                  for arm, of_arm in runs.items()},
+        "right": {
+            arm: round(statistics.fmean(run["test_top1"] for run in of_arm.values()), 4)
+            for arm, of_arm in runs.items()
+        },
         "equal_time": {name: round(100 * value, 2) for name, value in points.items()},
         "verdict": words[at_equal_time.verdict],
-    }  # fmt: skip
+    }
 
 
 def _neighbours(maps: npt.NDArray[np.int64]) -> float:
     """Share of pairs of neighbours in [I, rows, columns] with the same expert: mean over images."""
     pairs = [(maps[:, :, 1:] == maps[:, :, :-1]), (maps[:, 1:] == maps[:, :-1])]
-    return round(float(np.concatenate([pair.reshape(len(maps), -1) for pair in pairs], 1).mean()), 4)
+    return round(
+        float(np.concatenate([pair.reshape(len(maps), -1) for pair in pairs], 1).mean()), 4
+    )
 
 
 def _alike(maps: npt.NDArray[np.int64]) -> float:
@@ -234,10 +268,19 @@ def _without() -> dict[str, Any]:
     """Answers that change when an expert is taken away: the choice on validation images, the result on test images."""
     saved = bundled_model("pets")
     places = _experts(saved)
-    splits = {split: SyntheticPets(PETS, saved.image_size, split=split) for split in ("val", "test")}
-    images = {split: np.stack([pets.image(index) for index in range(PETS)]) for split, pets in splits.items()}
+    splits = {
+        split: SyntheticPets(PETS, saved.image_size, split=split) for split in ("val", "test")
+    }
+    images = {
+        split: np.stack([pets.image(index) for index in range(PETS)])
+        for split, pets in splits.items()
+    }
     plain = {split: _answers(saved, pixels) for split, pixels in images.items()}
-    after = {(split, *place): _answers(saved, pixels, *place) for split, pixels in images.items() for place in places}
+    after = {
+        (split, *place): _answers(saved, pixels, *place)
+        for split, pixels in images.items()
+        for place in places
+    }
     changed = {key: int((answers != plain[key[0]]).sum()) for key, answers in after.items()}
     work = _work(saved, images["val"])
     telling = max(places, key=lambda place: changed["val", *place])
@@ -258,7 +301,11 @@ def _without() -> dict[str, Any]:
             for layer, expert in places
         ],
         "right_test": int((plain["test"] == labels).sum()),
-        "shown": {"index": shown, "label": saved.class_names[labels[shown]], "src": _png(images["test"][shown])},
+        "shown": {
+            "index": shown,
+            "label": saved.class_names[labels[shown]],
+            "src": _png(images["test"][shown]),
+        },
         "telling": _one(saved, images["test"][shown], *telling),
         "quiet": _one(saved, images["test"][shown], *quiet),
     }
@@ -294,30 +341,41 @@ def _photos_without(saved: SavedModel, home: Path) -> dict[str, int]:
 def _experts(saved: SavedModel) -> list[tuple[int, int]]:
     """Every (layer, expert) of a model."""
     layers = numbered_layers(saved.net).items()
-    return [(number, expert) for number, layer in layers for expert in range(layer.router.num_experts)]
+    return [
+        (number, expert) for number, layer in layers for expert in range(layer.router.num_experts)
+    ]
 
 
 def _answers(saved: SavedModel, images: Pixels, *place: int) -> npt.NDArray[np.int64]:
     """Predicted class of each image [I], without the expert of `place` (layer, expert) if one is given."""
-    return _changed(saved, images, *([Intervention("ablate", layer=place[0], expert=place[1])] if place else []))
+    return _changed(
+        saved, images, *([Intervention("ablate", layer=place[0], expert=place[1])] if place else [])
+    )
 
 
 @torch.inference_mode()
 def _changed(saved: SavedModel, images: Pixels, *changes: Intervention) -> npt.NDArray[np.int64]:
     """Predicted class of each image [I] under changes of the routing."""
     with intervene(saved.net, *changes):
-        batches = [saved.net(batch).argmax(1) for batch in network_input(saved, images).split(_BATCH)]
+        batches = [
+            saved.net(batch).argmax(1) for batch in network_input(saved, images).split(_BATCH)
+        ]
     return torch.cat(batches).numpy()
 
 
 def _work(saved: SavedModel, images: Pixels) -> dict[tuple[int, int], float]:
     """Share of a layer's choices that each (layer, expert) gets."""
     with torch.inference_mode():
-        passes = [forward_routing(saved.net, batch)[1] for batch in network_input(saved, images).split(_BATCH)]
+        passes = [
+            forward_routing(saved.net, batch)[1]
+            for batch in network_input(saved, images).split(_BATCH)
+        ]
     found: dict[tuple[int, int], float] = {}
     for place, number in enumerate(numbered_layers(saved.net)):
         counts = torch.stack([routings[place].counts() for routings in passes]).sum(0).double()
-        found |= {(number, expert): float(share) for expert, share in enumerate(counts / counts.sum())}
+        found |= {
+            (number, expert): float(share) for expert, share in enumerate(counts / counts.sum())
+        }
     return found
 
 

@@ -55,7 +55,9 @@ POLICY: Final = (
     "base-uri 'none'; form-action 'none'"
 )
 NO_SERVER: Final = "changing k or capacity takes the server that moevision demo starts"
-LEFT_OUT: Final = "cats_vs_dogs_two"  # most of it is the photo model, which the page would fetch twice
+LEFT_OUT: Final = (
+    "cats_vs_dogs_two"  # most of it is the photo model, which the page would fetch twice
+)
 _LARGE: Final = 8_000_000  # bytes of a model that takes its time
 _SMALLEST: Final = 256  # elements of a weight that is worth another type
 Json = dict[str, Any]
@@ -72,7 +74,9 @@ def build(out: Path, ort: Path | None = None) -> None:
     entries = [entry for entry in open_entries(None) if entry.card.id != LEFT_OUT]
     explorer = Explorer(entries)
     notices = [bundled_folder(entry.card.id) / "NOTICE" for entry in entries]
-    texts = [f"{file.parent.name}\n\n{file.read_text('utf-8')}" for file in notices if file.is_file()]
+    texts = [
+        f"{file.parent.name}\n\n{file.read_text('utf-8')}" for file in notices if file.is_file()
+    ]
     (out / "NOTICE.txt").write_text("\n\n".join([NOTICE, *texts]), "utf-8")
     recorded: dict[str, Json] = {}
     for entry in entries:
@@ -87,7 +91,9 @@ def build(out: Path, ort: Path | None = None) -> None:
     boot = _boot(explorer, entries, sizes) | {"recorded": sorted(recorded)}
     explorer.close()
     first = recorded[key("route", entries[0].card.id, boot["default"]["picture"])]
-    page = app_page(boot, [first], read=read_module, style=without_comments(read_module("live.css")))
+    page = app_page(
+        boot, [first], read=read_module, style=without_comments(read_module("live.css"))
+    )
     policy = f"{POLICY}; {page.policy} 'self' 'wasm-unsafe-eval'"
     head = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">'
     (out / "index.html").write_text(page.text.replace('<meta charset="utf-8">', head, 1), "utf-8")
@@ -113,7 +119,8 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
     for model, entry in zip(boot["models"], entries, strict=True):
         kinds = ("top_k", "capacity", "force")
         model["routers"] = [
-            {**router, "noise": "none", "refused": dict.fromkeys(kinds, NO_SERVER)} for router in model["routers"]
+            {**router, "noise": "none", "refused": dict.fromkeys(kinds, NO_SERVER)}
+            for router in model["routers"]
         ]
         first = _views(explorer, entry, model["examples"][:1])[0]
         model |= {
@@ -126,7 +133,11 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
                 "std": entry.variants["trained"].saved.std,
                 "unlike": stranger_words(entry.card.recognized),
                 "bytes": sizes[entry.card.id],
-                "view": {**first, "picture": None, "layers": [_facts(layer) for layer in first["layers"]]},
+                "view": {
+                    **first,
+                    "picture": None,
+                    "layers": [_facts(layer) for layer in first["layers"]],
+                },
             },
         }
     return {**boot, "whole": True, "device": True}
@@ -135,7 +146,10 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
 def _facts(layer: Mapping[str, Any]) -> Json:
     """What a view says about a layer whatever the image."""
     told = set(LayerFacts.__dataclass_fields__) | {"name", "words"}
-    return {name: value for name, value in layer.items() if name in told} | {"computation": None, "reads": None}
+    return {name: value for name, value in layer.items() if name in told} | {
+        "computation": None,
+        "reads": None,
+    }
 
 
 def _views(explorer: Explorer, entry: Entry, examples: Sequence[Mapping[str, Any]]) -> list[Json]:
@@ -155,9 +169,14 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
     telling = (entry.card.matters or {}).get("picture")
     if telling is not None and telling not in [one["id"] for one in examples]:
         examples.append({"id": telling})
-    answers = {key("route", model, view["picture"]["id"]): view for view in _views(explorer, entry, examples)}
+    answers = {
+        key("route", model, view["picture"]["id"]): view
+        for view in _views(explorer, entry, examples)
+    }
     for one in examples:
-        answers[key("sharp", model, one["id"])] = _answer(explorer, "sharp", {"model": model, "picture": one["id"]})
+        answers[key("sharp", model, one["id"])] = _answer(
+            explorer, "sharp", {"model": model, "picture": one["id"]}
+        )
         if one["id"] in (about["history"] or {"images": []})["images"]:
             asked = {"model": model, "picture": one["id"]}
             answers[key("history", model, one["id"])] = _answer(explorer, "history", asked)
@@ -169,7 +188,9 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         asked = {"model": model, "variant": "trained", "layer": layer}
         answers[key("experts", model, layer)] = _answer(explorer, "experts", asked)
     cards = [card for one in answers.values() for card in one.get("experts", ())]
-    shown = {patch["picture"] for card in cards for kind in ("top", "random") for patch in card[kind]}
+    shown = {
+        patch["picture"] for card in cards for kind in ("top", "random") for patch in card[kind]
+    }
     others = shown - {one["id"] for one in examples}
     if others:
         found = [entry.examples.find(id) for id in sorted(others)]
@@ -186,8 +207,14 @@ def _without(explorer: Explorer, entry: Entry, id: str) -> Json:
             asked = {"model": entry.card.id, "picture": picture, "away": [[router.layer, expert]]}
             view = _answer(explorer, "route", asked)
             known = {name for layer in view["layers"] for name in _facts(layer)}
-            layers = [{name: layer[name] for name in layer if name not in known} for layer in view["layers"]]
-            answers[f"{router.layer}.{expert}"] = {"layers": layers, "moe": view["prediction"]["moe"]}
+            layers = [
+                {name: layer[name] for name in layer if name not in known}
+                for layer in view["layers"]
+            ]
+            answers[f"{router.layer}.{expert}"] = {
+                "layers": layers,
+                "moe": view["prediction"]["moe"],
+            }
     return answers
 
 
@@ -233,7 +260,9 @@ def stored(entry: Entry) -> SavedModel:
         owner, _, last = name.rpartition(".")
         module = net.get_submodule(owner)
         setattr(module, last, nn.Parameter(weights[name], requires_grad=False))
-        parametrize.register_parametrization(module, last, _Unpacked(weights[name + SCALE]), unsafe=True)
+        parametrize.register_parametrization(
+            module, last, _Unpacked(weights[name + SCALE]), unsafe=True
+        )
     return replace(saved, net=net)
 
 
@@ -255,7 +284,9 @@ def in_bfloat16(model: bytes) -> bytes:
         weight.name, weight.data_type = f"{name}.bf16", onnx.TensorProto.BFLOAT16
         weight.ClearField("float_data")
         weight.raw_data = (bits >> 16).astype("<u2").tobytes()
-        casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
+        casts.append(
+            onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT)
+        )
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
@@ -272,10 +303,16 @@ def _pack(file: Path, data: bytes) -> None:
 def _fetch(work: Path) -> Path:
     """onnxruntime-web's files, from the registry that npm is set to."""
     if shutil.which("npm") is None:
-        raise UserError(f"{ORT} comes from npm, which is not installed: install node, or give --ort FOLDER.")
-    done = subprocess.run(["npm", "pack", ORT, "--silent"], cwd=work, capture_output=True, text=True)
+        raise UserError(
+            f"{ORT} comes from npm, which is not installed: install node, or give --ort FOLDER."
+        )
+    done = subprocess.run(
+        ["npm", "pack", ORT, "--silent"], cwd=work, capture_output=True, text=True
+    )
     if done.returncode:
-        raise UserError(f"npm could not fetch {ORT} ({done.stderr.strip()[-200:]}): give --ort FOLDER.")
+        raise UserError(
+            f"npm could not fetch {ORT} ({done.stderr.strip()[-200:]}): give --ort FOLDER."
+        )
     with tarfile.open(work / done.stdout.strip().splitlines()[-1]) as archive:
         for name in ORT_FILES:
             archive.extract(f"package/dist/{name}", work, filter="data")
@@ -284,9 +321,13 @@ def _fetch(work: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the folder and say how large it is."""
-    parser = argparse.ArgumentParser(prog="python docs/live/build.py", description="The explorer without a server.")
+    parser = argparse.ArgumentParser(
+        prog="python docs/live/build.py", description="The explorer without a server."
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--ort", type=Path, metavar="FOLDER", help=f"dist/ of {ORT}; by default npm fetches it")
+    parser.add_argument(
+        "--ort", type=Path, metavar="FOLDER", help=f"dist/ of {ORT}; by default npm fetches it"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     build(given.out, given.ort)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.questions import three_questions
-    from moevision.analysis.readings import RecordedLayer, Recording, measure_baselines, recording_of
+    from moevision.analysis.readings import (
+        RecordedLayer,
+        Recording,
+        measure_baselines,
+        recording_of,
+    )
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 _NAMES = {

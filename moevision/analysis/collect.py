@@ -93,11 +93,20 @@ def collect_routing(
     saved = as_saved_model(model)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
         found = find_images(str(model), str(data))
-        run_dir = None if found is None else found.run  # of its own images those that it was not trained on
+        run_dir = (
+            None if found is None else found.run
+        )  # of its own images those that it was not trained on
     pictures = open_pictures(
-        data, saved.image_size, framing=saved.framing, split=split, limit=limit, seed=seed,
-        class_names=saved.class_names or None, root=root, run_dir=run_dir,
-    )  # fmt: skip
+        data,
+        saved.image_size,
+        framing=saved.framing,
+        split=split,
+        limit=limit,
+        seed=seed,
+        class_names=saved.class_names or None,
+        root=root,
+        run_dir=run_dir,
+    )
     settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
@@ -114,9 +123,20 @@ def collect_routing(
             )
         for batch in reader.batches(progress):
             rows, place = _rows(net, batch)
-            outputs = rows["probabilities"].shape[1]  # called as the model or the data call them, or numbered
-            names = next((known for known in (saved.class_names, pictures.class_names) if len(known) == outputs), None)
-            about |= place | {"prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))}
+            outputs = rows["probabilities"].shape[
+                1
+            ]  # called as the model or the data call them, or numbered
+            names = next(
+                (
+                    known
+                    for known in (saved.class_names, pictures.class_names)
+                    if len(known) == outputs
+                ),
+                None,
+            )
+            about |= place | {
+                "prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))
+            }
             collected.append(rows)
         reader.report()
         about["provenance"] |= {"unreadable": len(reader.bad)}
@@ -127,9 +147,16 @@ def collect_routing(
     return trace
 
 
-def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _about(
+    saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]
+) -> dict[str, Any]:
     """What is known about a trace before the model runs."""
-    versions = {"moevision": __version__, "torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
+    versions = {
+        "moevision": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
     provenance = {
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": best_device().type,
@@ -138,7 +165,12 @@ def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[s
         "weights_sha256": weights_sha256(saved.net),
         "unreadable": 0,
     }
-    return {"class_names": pictures.class_names, "model": title, "data": pictures.name, "provenance": provenance}
+    return {
+        "class_names": pictures.class_names,
+        "model": title,
+        "data": pictures.name,
+        "provenance": provenance,
+    }
 
 
 @torch.inference_mode()
@@ -147,23 +179,36 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
     dtype = next(net.parameters()).dtype
     output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
     if not routings:
-        raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
+        raise UserError(
+            "This model has no MoE layers: give a model that was converted by moevision.convert_to_moe."
+        )
     grids = {routing.grid for routing in routings}
     (grid,) = grids if len(grids) == 1 else (None,)
     if grid is None:
-        raise UserError("This model's tokens are no single grid of patches: give a plain ViT, without patch dropping.")
+        raise UserError(
+            "This model's tokens are no single grid of patches: give a plain ViT, without patch dropping."
+        )
     has_head = getattr(net, "num_classes", None) != 0
     probabilities = output.float().softmax(-1) if has_head else output.float()[:, :0]
     rows: dict[str, Array] = {
         "labels": batch.labels.numpy(),
-        "predictions": _numpy(probabilities.argmax(-1) if has_head else torch.full_like(batch.labels, -1)),
+        "predictions": _numpy(
+            probabilities.argmax(-1) if has_head else torch.full_like(batch.labels, -1)
+        ),
         "probabilities": _numpy(probabilities),
     }
-    layers = [place if routing.layer is None else routing.layer for place, routing in enumerate(routings)]
+    layers = [
+        place if routing.layer is None else routing.layer for place, routing in enumerate(routings)
+    ]
     for layer, routing in zip(layers, routings, strict=True):
         rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
     units = [routing.route_by for routing in routings]
-    return rows, {"layers": layers, "kinds": [r.kind for r in routings], "route_by": units, "grid": grid}
+    return rows, {
+        "layers": layers,
+        "kinds": [r.kind for r in routings],
+        "route_by": units,
+        "grid": grid,
+    }
 
 
 def _layer_rows(routing: Routing) -> dict[str, Array]:
@@ -173,7 +218,9 @@ def _layer_rows(routing: Routing) -> dict[str, Array]:
     best = probs.topk(min(2, routing.num_experts), dim=-1).values  # [B, P, 2]
     rows: dict[str, Array] = {}
     if isinstance(routing, SoftRouting):
-        reads = routing.dispatch_weight.sum(-1).gather(-1, routing.expert_index)  # [B, N, E, slots] -> [B, N, E]
+        reads = routing.dispatch_weight.sum(-1).gather(
+            -1, routing.expert_index
+        )  # [B, N, E, slots] -> [B, N, E]
         rows["read_weight"] = _numpy(reads[:, patches].float())
     return rows | {
         "expert_index": _numpy(routing.expert_index[:, patches].to(torch.int16)),
@@ -208,12 +255,20 @@ class PictureReader:
         """All images in order, with a progress bar where there are more than a few batches."""
         starts = range(0, len(self.pictures), self.batch_size)
         hidden = not progress or len(starts) < 4
-        for start in track(starts, "routing", console=Console(stderr=True), disable=hidden, transient=True):
+        for start in track(
+            starts, "routing", console=Console(stderr=True), disable=hidden, transient=True
+        ):
             indices = range(start, min(start + self.batch_size, len(self.pictures)))
-            pixels = [(index, image) for index in indices if (image := self._image(index)) is not None]
+            pixels = [
+                (index, image) for index in indices if (image := self._image(index)) is not None
+            ]
             if pixels:
-                images = normalize(torch.stack([image for _, image in pixels]), self.model.mean, self.model.std)
-                yield Batch(images, torch.tensor([self.pictures.label(index) for index, _ in pixels]))
+                images = normalize(
+                    torch.stack([image for _, image in pixels]), self.model.mean, self.model.std
+                )
+                yield Batch(
+                    images, torch.tensor([self.pictures.label(index) for index, _ in pixels])
+                )
 
     def _image(self, index: int) -> Tensor | None:
         """The image, uint8 [3, S, S]; None if it can't be read."""
@@ -224,7 +279,9 @@ class PictureReader:
             self.bad.append((name, error.reason))
             return None
         if pixels.shape != (size, size, 3):
-            raise UserError(f"The image {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it.")
+            raise UserError(
+                f"The image {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it."
+            )
         self.names.append(name)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -232,7 +289,9 @@ class PictureReader:
         """Warn of images that couldn't be read; a UserError if there is no other."""
         first = f", the first is {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else ""
         if not self.names:
-            raise UserError(f"None of the {len(self.pictures)} images can be read: fix or replace them{first}.")
+            raise UserError(
+                f"None of the {len(self.pictures)} images can be read: fix or replace them{first}."
+            )
         if self.bad:
             total = len(self.pictures)
             text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{first}"
@@ -279,7 +338,9 @@ def weights_sha256(net: nn.Module) -> str:
 
 def network_input(model: SavedModel, images: Pixels) -> Tensor:
     """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
-    pixels = normalize(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std)
+    pixels = normalize(
+        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std
+    )
     weight = next(model.net.parameters())
     return pixels.to(weight.device, weight.dtype)
 
@@ -293,8 +354,13 @@ def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         received[block] = arguments[0][:, prefix:]
 
-    layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
-    with routing_lock(net), ExitStack() as hooks:  # locked, so that no other thread's images pass the hooks
+    layers = {
+        layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None
+    }
+    with (
+        routing_lock(net),
+        ExitStack() as hooks,
+    ):  # locked, so that no other thread's images pass the hooks
         for block, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(keep, block)))
         net(pixels)
@@ -324,14 +390,21 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))]
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True)),
+                ]
             )
             for row in lines
         )
 
     def _repr_html_(self) -> str:
         def line(kind: str, row: Sequence[object]) -> str:
-            cells = (f'<{kind} style="text-align:left">{html.escape(str(cell))}</{kind}>' for cell in row)
+            cells = (
+                f'<{kind} style="text-align:left">{html.escape(str(cell))}</{kind}>' for cell in row
+            )
             return f"<tr>{''.join(cells)}</tr>"
 
-        return f"<table>{line('th', self.head)}{''.join(line('td', row) for row in self.rows)}</table>"
+        return (
+            f"<table>{line('th', self.head)}{''.join(line('td', row) for row in self.rows)}</table>"
+        )

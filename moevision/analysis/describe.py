@@ -30,7 +30,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Numbers, Pixels, choice_counts, chunks
+from moevision.analysis.information import (
+    Array,
+    Flags,
+    Floats,
+    Ints,
+    Json,
+    Numbers,
+    Pixels,
+    choice_counts,
+    chunks,
+)
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
@@ -42,9 +52,13 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
     """[I, P, parts]: which share of each patch's pixels belongs to each part, from masks [I, S, S] of part numbers."""
     rows, columns = grid
     images, height, width = part_masks.shape
-    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(2, 3)
+    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(
+        2, 3
+    )
     pixels = tiles.reshape(images, rows * columns, -1)
-    return np.stack([(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1)
+    return np.stack(
+        [(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1
+    )
 
 
 def majority_part(fractions: Floats) -> Ints:
@@ -53,7 +67,9 @@ def majority_part(fractions: Floats) -> Ints:
     return majority
 
 
-def part_expert_table(expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None) -> Floats:
+def part_expert_table(
+    expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None
+) -> Floats:
     """[parts, E]: patches of each part that went to each expert; a patch counts for its parts by their area.
 
     From chosen experts [I, P, K] and `part_fractions` [I, P, parts]. Each choice carries 1/K of its patch, so that row
@@ -65,12 +81,19 @@ def part_expert_table(expert_index: Ints, fractions: Floats, num_experts: int, a
 
 def _carried(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
     """[I · P, E] float64: how much of each patch went to each expert; a choice carries its amount, or 1/K."""
-    counts = choice_counts(expert_index, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
+    counts = (
+        choice_counts(expert_index, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
+    )
     return counts / np.shape(expert_index)[2] if amount is None else counts
 
 
 def part_stands_out(
-    expert_index: Ints, fractions: Floats, num_experts: int, amount: Array | None = None, *, num_permutations: int = 400
+    expert_index: Ints,
+    fractions: Floats,
+    num_experts: int,
+    amount: Array | None = None,
+    *,
+    num_permutations: int = 400,
 ) -> Flags:
     """[parts, E] bool: which experts get another share of a part than if masks belonged to other images.
 
@@ -85,16 +108,22 @@ def part_stands_out(
         return share
 
     rng = np.random.default_rng(0)
-    permuted = np.stack([shares(rng.permutation(len(area))) for _ in range(num_permutations)])  # [R, parts, E]
+    permuted = np.stack(
+        [shares(rng.permutation(len(area))) for _ in range(num_permutations)]
+    )  # [R, parts, E]
     mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
 
     def distance(share: Floats) -> Floats:
         known = np.broadcast_to(spread > 0, share.shape)
-        away: Floats = np.abs(np.divide(share - mean, spread, out=np.zeros_like(share), where=known))
+        away: Floats = np.abs(
+            np.divide(share - mean, spread, out=np.zeros_like(share), where=known)
+        )
         return away
 
     largest = distance(permuted).max((1, 2))
-    stands_out: Flags = distance(shares(np.arange(len(area)))) > np.quantile(largest, _LEVEL, method="higher")
+    stands_out: Flags = distance(shares(np.arange(len(area)))) > np.quantile(
+        largest, _LEVEL, method="higher"
+    )
     return stands_out
 
 
@@ -111,13 +140,18 @@ class ExpertGallery(NamedTuple):
 
     expert: int  # index of the expert in its layer
     top: list[GalleryPatch]  # heaviest first, at most one of each image
-    random: list[GalleryPatch]  # drawn from all patches that the expert computed, in order of image and patch
+    random: list[
+        GalleryPatch
+    ]  # drawn from all patches that the expert computed, in order of image and patch
 
 
 def layer_gallery(layer: LayerTrace, count: int = 8, seed: int = 0) -> list[ExpertGallery]:
     """The gallery of every expert of a layer, in order; an expert that nothing is routed to has an empty one."""
     experts = range(layer.num_experts)
-    return [ExpertGallery(e, top_patches(layer, e, count), random_patches(layer, e, count, seed)) for e in experts]
+    return [
+        ExpertGallery(e, top_patches(layer, e, count), random_patches(layer, e, count, seed))
+        for e in experts
+    ]
 
 
 def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryPatch]:
@@ -133,7 +167,9 @@ def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryP
     return _as_patches(images[best], patches[best], weights[best])
 
 
-def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0) -> list[GalleryPatch]:
+def random_patches(
+    layer: LayerTrace, expert: int, count: int = 8, seed: int = 0
+) -> list[GalleryPatch]:
     """Patches drawn without replacement from all that an expert computed: evenly, or (Soft MoE) as it reads them.
 
     Layers and experts of one seed are drawn independently.
@@ -150,7 +186,9 @@ def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0
 
 def first_choice_paths(trace: RoutingTrace) -> Ints:
     """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
-    return np.stack([np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1)
+    return np.stack(
+        [np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1
+    )
 
 
 def patches_on_path(
@@ -162,14 +200,18 @@ def patches_on_path(
     first choice.
     """
     if len(path) != len(trace.layers):
-        raise UserError(f"A path through this model names {len(trace.layers)} experts, one per MoE layer: {path}.")
+        raise UserError(
+            f"A path through this model names {len(trace.layers)} experts, one per MoE layer: {path}."
+        )
     on_path = (first_choice_paths(trace) == np.asarray(path)).all(-1)
     if label is not None:
         on_path &= (trace.labels == label)[:, None]
     images, patches = np.nonzero(on_path)
     order = np.random.default_rng(0).permutation(len(images))
     once = np.zeros(len(order), dtype=bool)
-    once[np.unique(images[order], return_index=True)[1]] = True  # an image's second patch only fills up
+    once[np.unique(images[order], return_index=True)[1]] = (
+        True  # an image's second patch only fills up
+    )
     chosen = np.sort(np.concatenate([order[once], order[~once]])[:count])
     weights = np.asarray(trace.layers[-1].combine_weight)[images[chosen], patches[chosen], 0]
     return _as_patches(images[chosen], patches[chosen], weights)
@@ -178,14 +220,19 @@ def patches_on_path(
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
     """Image, patch and weight of everything that an expert computed, in order of image and patch."""
     if not 0 <= expert < layer.num_experts:
-        raise UserError(f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}.")
+        raise UserError(
+            f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}."
+        )
     images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)
     weights = layer.combine_weight if layer.read_weight is None else layer.read_weight
     return images, patches, np.asarray(weights)[images, patches, choices]
 
 
 def _as_patches(images: Ints, patches: Ints, weights: Floats) -> list[GalleryPatch]:
-    return [GalleryPatch(int(i), int(p), round(float(w), 4)) for i, p, w in zip(images, patches, weights, strict=True)]
+    return [
+        GalleryPatch(int(i), int(p), round(float(w), 4))
+        for i, p, w in zip(images, patches, weights, strict=True)
+    ]
 
 
 def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | None:
@@ -196,7 +243,9 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
     for index in range(len(pictures)):
         mask = pictures.part_mask(index)
         if mask is None:
-            raise UserError(f"{pictures.name} names parts, but the image {pictures.picture_name(index)} has no mask.")
+            raise UserError(
+                f"{pictures.name} names parts, but the image {pictures.picture_name(index)} has no mask."
+            )
         fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
     return np.stack(fractions)
 
@@ -228,7 +277,9 @@ class ClassExpertMap(Numbers):
         return {"name": f"L{self.layer}", **super().to_json()}
 
 
-def class_expert_map(trace: RoutingTrace, layer: int, *, num_permutations: int = 1000, seed: int = 0) -> ClassExpertMap:
+def class_expert_map(
+    trace: RoutingTrace, layer: int, *, num_permutations: int = 1000, seed: int = 0
+) -> ClassExpertMap:
     """The class x expert table of the MoE layer in that block, with its max-statistic threshold of R permutations.
 
     A UserError if that block has no MoE layer, or there are fewer than two labelled images.
@@ -237,7 +288,9 @@ def class_expert_map(trace: RoutingTrace, layer: int, *, num_permutations: int =
     labels = np.asarray(trace.labels)
     known = labels >= 0
     if known.sum() < 2:
-        raise UserError("A map of classes and experts needs at least two images with a known class: give more images.")
+        raise UserError(
+            "A map of classes and experts needs at least two images with a known class: give more images."
+        )
     shares, labels, num_classes = shares[known], labels[known], len(trace.class_names)
     overall = shares.mean(0)
     n_images = np.bincount(labels, minlength=num_classes)
@@ -250,7 +303,15 @@ def class_expert_map(trace: RoutingTrace, layer: int, *, num_permutations: int =
     p_value = np.where(np.isnan(excess), np.nan, (1 + above) / (1 + len(largest)))
     significant = np.abs(np.nan_to_num(excess)) > threshold + 1e-12
     return ClassExpertMap(
-        layer, tuple(trace.class_names), n_images, share, overall, excess, threshold, significant, p_value
+        layer,
+        tuple(trace.class_names),
+        n_images,
+        share,
+        overall,
+        excess,
+        threshold,
+        significant,
+        p_value,
     )
 
 
@@ -262,11 +323,17 @@ def image_shares(takes: Array) -> Floats:
 
 def _class_sums(shares: Floats, labels: Ints, num_classes: int) -> Floats:
     """Sums [R, C, E] of shares [I, E] over the images of each class, for labellings [R, I]."""
-    one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float64)  # [R, C, I]
-    return np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(len(labels), num_classes, -1)
+    one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(
+        np.float64
+    )  # [R, C, I]
+    return np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(
+        len(labels), num_classes, -1
+    )
 
 
-def _largest_of_permuted(centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int) -> Floats:
+def _largest_of_permuted(
+    centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int
+) -> Floats:
     """[R] the largest absolute excess in each permuted table."""
     rng, present = np.random.default_rng(seed), n_images > 0
     chunk = max(1, _CHUNK_CELLS // (len(n_images) * len(labels)))

@@ -43,7 +43,9 @@ from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
-Taken = dict[MoEMlp, Tensor]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
+Taken = dict[
+    MoEMlp, Tensor
+]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
 
 
 @torch.inference_mode()
@@ -71,7 +73,9 @@ def effect(
         kinds: set[RoutingKind] = {layer.router.kind for layer in intervention.edits(net)}
         keys = [(seed, draw) for draw in range(num_controls)]
         logits = run_compared(net, x, intervention, taken, keys) if has_control else None
-    moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
+    moved_prefix, moved = (
+        int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1)
+    )
     # Where layers differ in who chooses, words for tokens are right in a wider sense.
     routing = kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
@@ -112,12 +116,16 @@ def class_effect(
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net
     if name not in pictures.class_names:
-        raise UserError(f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}.")
+        raise UserError(
+            f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}."
+        )
     label = pictures.class_names.index(name)
     chosen = [number for number in range(len(pictures)) if pictures.label(number) == label]
     if limit is not None and len(chosen) > limit:
         chosen = sorted(np.random.default_rng(seed).choice(chosen, limit, replace=False).tolist())
-    rows: list[Tensor] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
+    rows: list[
+        Tensor
+    ] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
     unreadable, has_control = 0, True
     for start in range(0, len(chosen), batch_size):
         readable: dict[int, Pixels] = {}
@@ -134,13 +142,21 @@ def class_effect(
             after, taken, has_control = run_under(net, x, intervention)
             control = before
             if has_control:
-                control = run_compared(net, x, intervention, taken, [(seed, number) for number in readable])
+                control = run_compared(
+                    net, x, intervention, taken, [(seed, number) for number in readable]
+                )
         delta_p = after.softmax(-1) - before.softmax(-1)
         moved = sum(counts[:, 1] for counts in taken.values())
         deltas = [after - before, delta_p, control - before]
-        rows.append(torch.stack([*(delta[:, index] for delta in deltas), torch.as_tensor(moved).to(before)], -1))
+        rows.append(
+            torch.stack(
+                [*(delta[:, index] for delta in deltas), torch.as_tensor(moved).to(before)], -1
+            )
+        )
     if not rows:
-        raise UserError(f"There is no readable image of {name!r}: take another class or other images.")
+        raise UserError(
+            f"There is no readable image of {name!r}: take another class or other images."
+        )
     logits, ps, controls, moved_patches = torch.cat(rows).T.tolist()
     return ClassEffect(
         class_name=name,
@@ -158,7 +174,9 @@ def _class_index(class_names: Sequence[str], target: int | str) -> int:
         return list(class_names).index(target)
     if isinstance(target, int) and 0 <= target < len(class_names):
         return target
-    raise UserError(f"The model has no class {target!r}: choose one of {', '.join(class_names[:20])}.")
+    raise UserError(
+        f"The model has no class {target!r}: choose one of {', '.join(class_names[:20])}."
+    )
 
 
 def take_away_random(
@@ -184,7 +202,9 @@ def take_away_random(
             away[image][:, rng.choice(experts, number, replace=False)] = True
             continue
         token, choice = kept[image].nonzero()  # every kept assignment of the image
-        for number, part in zip(wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True):
+        for number, part in zip(
+            wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True
+        ):
             candidates = np.flatnonzero(part)
             drawn = rng.choice(candidates, min(number, len(candidates)), replace=False)
             away[image, token[drawn], index[image, token[drawn], choice[drawn]]] = True
@@ -209,19 +229,29 @@ def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Te
         routing = decision.settle()
         pairs = computed_pairs(routing)
         alone.append(routing.route_by == "image" and routing.expert_index.shape[-1] == 1)
-        gone = (after.removed | after.silenced) if intervention.kind == "ablate" else ~computed_pairs(after.settle())
+        gone = (
+            (after.removed | after.silenced)
+            if intervention.kind == "ablate"
+            else ~computed_pairs(after.settle())
+        )
         lost = (pairs & gone).sum(-1)  # [B, N, E] -> [B, N] assignments of each token
         taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)  # [B, 2]
         return after
 
-    edits = {layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()}
+    edits = {
+        layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()
+    }
     with edited(net, edits):
         logits = net(x).double()
     return logits, taken, not (intervention.kind == "ablate" and any(alone))
 
 
 def run_compared(
-    net: nn.Module, x: Tensor, intervention: Intervention, taken: Taken, keys: Sequence[tuple[int, int]]
+    net: nn.Module,
+    x: Tensor,
+    intervention: Intervention,
+    taken: Taken,
+    keys: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Logits [R, C] of one batch in which every row has its own draw of the control.
 
@@ -235,13 +265,17 @@ def run_compared(
         seeds = [(*key, place) for key in keys]
         return take_away_random(decision, numbers, seeds, prefix, control_fill(intervention))
 
-    edits: dict[MoEMlp, Edit] = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
+    edits: dict[MoEMlp, Edit] = {
+        layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)
+    }
     if len(x) > 1:
         with edited(net, edits):
             logits: Tensor = net(x).double()
         return logits
     with each_alone(net), edited(net, edits):
-        return run_repeated(net, x, torch.zeros(len(keys), dtype=torch.int64), next(iter(taken))).double()
+        return run_repeated(
+            net, x, torch.zeros(len(keys), dtype=torch.int64), next(iter(taken))
+        ).double()
 
 
 @dataclass(frozen=True)
@@ -264,7 +298,11 @@ class Control:
 
     def to_json(self) -> Json:
         """Every number."""
-        deltas = {"n": len(self.delta_logits), "deltas": list(self.delta_logits), "delta_ps": list(self.delta_ps)}
+        deltas = {
+            "n": len(self.delta_logits),
+            "deltas": list(self.delta_logits),
+            "delta_ps": list(self.delta_ps),
+        }
         return {"what": self.what, **deltas, "mean": self.mean, "sd": self.sd}
 
 
@@ -339,16 +377,24 @@ class Effect:
         before, after = self.before[self.target], self.after[self.target]
         change = in_words(self.intervention, self.moved, self.routing)
         old, new = f"{before:.2f}", f"{after:.2f}"
-        moves = f"stays at {old}" if old == new else f"{'falls' if after < before else 'rises'} from {old} to {new}"
+        moves = (
+            f"stays at {old}"
+            if old == new
+            else f"{'falls' if after < before else 'rises'} from {old} to {new}"
+        )
         parts = [
             f"For this image: {change} {self.class_names[self.target]} {moves} (logit {_signed(self.delta_logit)})"
         ]
         any_moved = self.moved or self.moved_prefix
         if any_moved and self.control is None:
-            parts.append("no control: as many random choices are these, since an image has one expert")
+            parts.append(
+                "no control: as many random choices are these, since an image has one expert"
+            )
         elif any_moved and self.control is not None:
             spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
-            parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
+            parts.append(
+                f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)"
+            )
         return "; ".join(parts) + "."
 
     def to_json(self) -> Json:
@@ -410,10 +456,14 @@ def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "tok
         case "top_k":
             return f"with k = {intervention.top_k} in {layer} ({assignments} dropped)"
         case "capacity":
-            return f"with capacity factor {intervention.factor:g} in {layer} ({assignments} dropped)"
+            return (
+                f"with capacity factor {intervention.factor:g} in {layer} ({assignments} dropped)"
+            )
 
 
-def control_in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
+def control_in_words(
+    intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
+) -> str:
     """What the control does, with its fill."""
     layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
     assignments = f"{moved} random patch assignment{'' if moved == 1 else 's'} of {layer}"

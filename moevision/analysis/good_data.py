@@ -71,7 +71,9 @@ _GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no co
 _FEW = 0.5  # grey images stand out where at most this share is grey
 
 
-def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = "") -> Json:
+def score(
+    run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = ""
+) -> Json:
     """Find out everything about the images of a run, and write the table and the page to `out`.
 
     The page shows `show` images per list; `quick`: only the scores, no image is opened but those that are shown.
@@ -82,31 +84,52 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     scores = Scores.read(run_dir / FILE)
     images = images_of(run_dir)
     model = None if quick else load_model(str(run_dir))
-    with Progress(console=Console(stderr=True), transient=True, disable=quick or len(images) < 1000) as bar:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=quick or len(images) < 1000
+    ) as bar:
         task = bar.add_task("looking at images", total=len(images))
         known = examine(images, scores, model, lambda done: bar.update(task, advance=done))
     facts = page_facts(images, known, show)
-    facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
-    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shell_word(shown(str(run_dir)))}"}
+    facts |= {
+        "title": f"The images of {shown(run_dir.resolve().name)}",
+        "command": command,
+        "quick": quick,
+    }
+    facts |= {
+        "explorer": EXPLORER,
+        "explorer_command": f"moevision demo {shell_word(shown(str(run_dir)))}",
+    }
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         write_text_atomic(out / TABLE, _table(images, known))
         write_text_atomic(out / PAGE, render(facts, Thumbnails(images, out / THUMBS)))
     except OSError as error:
-        raise UserError(f"{out} can't be written to ({error.strerror}): give --out another folder.") from error
+        raise UserError(
+            f"{out} can't be written to ({error.strerror}): give --out another folder."
+        ) from error
     return facts
 
 
 # ---- what the pixels of one image say
 
 SIDE: Final = 224
-LOOK: Final = np.dtype([
-    ("width", np.int32), ("height", np.int32), ("sharpness", np.float32), ("brightness", np.float32),
-    ("colour", np.float32), ("hash", np.uint64), ("has_hash", np.bool_), ("read", np.bool_),
-])  # fmt: skip
+LOOK: Final = np.dtype(
+    [
+        ("width", np.int32),
+        ("height", np.int32),
+        ("sharpness", np.float32),
+        ("brightness", np.float32),
+        ("colour", np.float32),
+        ("hash", np.uint64),
+        ("has_hash", np.bool_),
+        ("read", np.bool_),
+    ]
+)
 """What is kept of one image, 33 bytes; `read` is false where it can't be decoded."""
 _GRID: Final = 32
-_FLAT: Final = 2.0  # grey levels: standard deviation of the 32 x 32 luma below which signs are noise
+_FLAT: Final = (
+    2.0  # grey levels: standard deviation of the 32 x 32 luma below which signs are noise
+)
 
 
 def look_at(image: Image.Image) -> Array:
@@ -193,7 +216,9 @@ class Nearest:
         self.distance[image[better]] = distance[better]
 
 
-def nearest_by_hash(hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None) -> tuple[Nearest, Nearest]:
+def nearest_by_hash(
+    hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None
+) -> tuple[Nearest, Nearest]:
     """The nearest image, and the nearest one of another split, by the bits in which hashes differ, at most `MOST_BITS`.
 
     Of hashes, whether they are usable, and splits, [n] each; where more than `SURE_BITS` differ `whitened` features [n,
@@ -213,7 +238,10 @@ def nearest_by_hash(hashes: Ints, usable: Flags, split: Ints, white: Floats | No
             if white is not None:
                 cosine = np.einsum("pd,pd->p", white[left[near]], white[right[near]])
                 near = near[(differ[near] <= SURE_BITS) | (cosine >= AGREE)]
-            left, right = np.concatenate([left[near], right[near]]), np.concatenate([right[near], left[near]])
+            left, right = (
+                np.concatenate([left[near], right[near]]),
+                np.concatenate([right[near], left[near]]),
+            )
             distance = np.tile(differ[near].astype(np.float32), 2)
             found[0].offer(left, right, distance)
             across = split[left] != split[right]
@@ -249,7 +277,9 @@ def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
     Of the shares of each layer [m, E], NaN: unknown. The coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for
     equal shares.
     """
-    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32) / np.sqrt(np.float32(len(shares)))
+    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32) / np.sqrt(
+        np.float32(len(shares))
+    )
     return nearest_in_class(roots, np.where(np.isfinite(roots).all(1), labels, -1))
 
 
@@ -258,7 +288,9 @@ def nearest_in_class(vectors: Floats, labels: Ints) -> Nearest:
     found = Nearest.none(len(labels))
     for label in np.unique(labels[labels >= 0]):
         rows = np.flatnonzero(labels == label)
-        near, _ = nearest_by_features(vectors[rows], np.ones(len(rows), bool), np.zeros(len(rows), np.int64))
+        near, _ = nearest_by_features(
+            vectors[rows], np.ones(len(rows), bool), np.zeros(len(rows), np.int64)
+        )
         there = near.other >= 0
         found.offer(rows[there], rows[near.other[there]], near.distance[there])
     return found
@@ -287,7 +319,9 @@ def _cells(white: Floats) -> list[Ints]:
     from sklearn.cluster import KMeans  # slow to import, and not needed for fewer images
 
     sample = white[np.sort(np.random.default_rng(0).choice(n, min(n, 2 * CELL), replace=False))]
-    means = KMeans(2 * -(-n // CELL), init="random", n_init=1, max_iter=_ROUNDS, random_state=0).fit(sample)
+    means = KMeans(
+        2 * -(-n // CELL), init="random", n_init=1, max_iter=_ROUNDS, random_state=0
+    ).fit(sample)
     mine = means.predict(white)
     order = np.argsort(mine, kind="stable")
     cells = np.split(order, np.flatnonzero(np.diff(mine[order])) + 1)
@@ -351,7 +385,9 @@ class RunImages:
     def __post_init__(self) -> None:
         self.splits = [split for split in SPLITS if split in self.samples]
         self.all = [sample for split in self.splits for sample in self.samples[split]]
-        self.split_of = np.repeat(np.arange(len(self.splits)), [len(self.samples[split]) for split in self.splits])
+        self.split_of = np.repeat(
+            np.arange(len(self.splits)), [len(self.samples[split]) for split in self.splits]
+        )
         self.labels = np.array([sample.label for sample in self.all], np.int64)
 
     def __len__(self) -> int:
@@ -389,7 +425,9 @@ class Known:
     prediction: Ints  # [n] class that the model names; -1: not asked
     certainty: Floats  # [n] its probability
     margin: Floats  # [n] its probability of the label less the largest other one; NaN: not asked
-    by_hash: tuple[Nearest, Nearest]  # the most alike image, and the most alike one of another split
+    by_hash: tuple[
+        Nearest, Nearest
+    ]  # the most alike image, and the most alike one of another split
     by_features: tuple[Nearest, Nearest]  # the same
     scores: dict[str, Floats]  # name -> [m]; NaN where there are none, or the image has no visit
     experts: dict[int, Floats]  # block -> [m, E]
@@ -415,7 +453,10 @@ class Known:
 
 
 def examine(
-    images: RunImages, scores: Scores, model: SavedModel | None, advance: Callable[[int], None] = lambda _: None
+    images: RunImages,
+    scores: Scores,
+    model: SavedModel | None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Known:
     """Find out everything about the images of a run, with the scores of its training images.
 
@@ -423,11 +464,19 @@ def examine(
     call.
     """
     n, row_of = len(images), {csv_name(name): row for row, name in enumerate(scores.images)}
-    row = np.array([row_of.get(csv_name(sample.sample_id), -1) for sample in images.samples["train"]], np.int64)
+    row = np.array(
+        [row_of.get(csv_name(sample.sample_id), -1) for sample in images.samples["train"]], np.int64
+    )
     there = row >= 0
     if not there.any():
-        raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
-    labels, unlike, alike = images.labels[: len(row)], np.full(len(row), np.nan, np.float32), Nearest.none(len(row))
+        raise UserError(
+            "scores.csv is of other images than the run's training set: it was replaced, or its data were."
+        )
+    labels, unlike, alike = (
+        images.labels[: len(row)],
+        np.full(len(row), np.nan, np.float32),
+        Nearest.none(len(row)),
+    )
     experts = {
         block: np.where(there[:, None], shares[row], np.nan).astype(np.float32)
         for block, shares in scores.experts.items()
@@ -436,11 +485,21 @@ def examine(
         unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels)
         alike = nearest_by_experts(list(experts.values()), labels)
     known = Known(
-        np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32),
-        (Nearest.none(n), Nearest.none(n)), (Nearest.none(n), Nearest.none(n)),
-        {name: np.where(there, scores.scores[name][row], np.nan).astype(np.float32) for name in SCORES},
-        experts, np.where(there, scores.visits[row], 0), unlike, alike,
-    )  # fmt: skip
+        np.zeros(n, LOOK),
+        np.full(n, -1),
+        np.full(n, np.nan, np.float32),
+        np.full(n, np.nan, np.float32),
+        (Nearest.none(n), Nearest.none(n)),
+        (Nearest.none(n), Nearest.none(n)),
+        {
+            name: np.where(there, scores.scores[name][row], np.nan).astype(np.float32)
+            for name in SCORES
+        },
+        experts,
+        np.where(there, scores.visits[row], 0),
+        unlike,
+        alike,
+    )
     if model is None:
         return known
     side, net, onto = model.image_size, cast(Any, model.net.to(best_device())), None
@@ -452,10 +511,16 @@ def examine(
             return error.reason
         return look_at(image), square_pixels(image, side, model.framing)
 
-    with ThreadPoolExecutor(min(16, usable_cores())) as pool, evaluating(net), torch.inference_mode():
+    with (
+        ThreadPoolExecutor(min(16, usable_cores())) as pool,
+        evaluating(net),
+        torch.inference_mode(),
+    ):
         for start in range(0, n, _BATCH):
             found = dict(enumerate(pool.map(open_one, images.all[start : start + _BATCH]), start))
-            known.problems |= {index: each for index, each in found.items() if isinstance(each, str)}
+            known.problems |= {
+                index: each for index, each in found.items() if isinstance(each, str)
+            }
             rows = [index for index in found if index not in known.problems]
             if rows:
                 looks, pixels = zip(*(found[index] for index in rows), strict=True)
@@ -464,7 +529,9 @@ def examine(
                 p = net.forward_head(tokens).float().softmax(-1).cpu().numpy()
                 known.prediction[rows], known.certainty[rows] = p.argmax(1), p.max(1)
                 known.margin[rows] = _margins(p, images.labels[rows])
-                seen = net.forward_head(tokens, pre_logits=True).float().cpu().numpy()  # before the classifier
+                seen = (
+                    net.forward_head(tokens, pre_logits=True).float().cpu().numpy()
+                )  # before the classifier
                 if onto is None or known.features is None:
                     onto = projection(seen.shape[1])
                     known.features = np.zeros((n, onto.shape[1]), np.float16)
@@ -472,7 +539,9 @@ def examine(
             advance(len(found))
     read = known.look["read"]
     known.white = None if known.features is None else whitened(known.features, read)
-    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], images.split_of, known.white)
+    known.by_hash = nearest_by_hash(
+        known.look["hash"], read & known.look["has_hash"], images.split_of, known.white
+    )
     if known.white is not None:
         known.by_features = nearest_by_features(known.white, read, images.split_of)
     return known
@@ -515,28 +584,44 @@ SCORE_LISTS: Final = {
     one.key: one
     for one in (
         ScoreList(
-            "doubtful", "Doubtful labels", "Other images speak against the label",
+            "doubtful",
+            "Doubtful labels",
+            "Other images speak against the label",
             "Lowest area under the margin: the logit of the label less the largest other one, mean over the training. "
             "Wrong labels come first, and with them rare and ambiguous images.",
-            "aum", False, "margin {:.2f}",
+            "aum",
+            False,
+            "margin {:.2f}",
         ),
         ScoreList(
-            "hardest", "Hardest", "Hardest",
+            "hardest",
+            "Hardest",
+            "Hardest",
             "Highest EL2N: how far the probabilities were from the label, mean over the training.",
-            "el2n", True, "EL2N {:.2f}",
+            "el2n",
+            True,
+            "EL2N {:.2f}",
         ),
         ScoreList(
-            "unsteady", "Most unsteady", "Most unsteady",
+            "unsteady",
+            "Most unsteady",
+            "Most unsteady",
             "Largest spread of the label's probability over the training: learned and lost again.",
-            "p_std", True, "spread {:.2f}",
+            "p_std",
+            True,
+            "spread {:.2f}",
         ),
         ScoreList(
-            "easiest", "Easiest", "Easiest",
+            "easiest",
+            "Easiest",
+            "Easiest",
             "Lowest EL2N. Many alike easy images teach little more than some of them.",
-            "el2n", False, "EL2N {:.2g}",
+            "el2n",
+            False,
+            "EL2N {:.2g}",
         ),
     )
-}  # fmt: skip
+}
 
 
 def lowest(values: Array, count: int, among: Flags | None = None) -> Ints:
@@ -559,7 +644,11 @@ def _table(images: RunImages, known: Known) -> Iterator[str]:
     look, read = known.look, known.look["read"]
     (hash_twin, hash_leak), (feature_twin, _) = known.by_hash, known.by_features
     leak, names = known.most_alike(across=True).other, images.class_names
-    cosine = np.full(len(images), np.nan) if known.white is None else np.vecdot(known.white, known.white[leak])
+    cosine = (
+        np.full(len(images), np.nan)
+        if known.white is None
+        else np.vecdot(known.white, known.white[leak])
+    )
 
     def numbers(values: Array, form: str = ".5g") -> Iterator[str]:
         return (format(value, form) if math.isfinite(value) else "" for value in values)
@@ -595,7 +684,9 @@ def _table(images: RunImages, known: Known) -> Iterator[str]:
         "expert_coefficient": numbers(1 - known.by_experts.distance),
     }
     yield csv_text([*columns], [])
-    for row in zip_longest(*columns.values(), fillvalue=""):  # images outside of the training have no scores
+    for row in zip_longest(
+        *columns.values(), fillvalue=""
+    ):  # images outside of the training have no scores
         yield csv_text(row, [])
 
 
@@ -623,18 +714,27 @@ def page_facts(images: RunImages, known: Known, show: int) -> Json:
         said = shown(names[known.prediction[index]]) if known.prediction[index] >= 0 else ""
         label = names[sample.label]
         return {
-            "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+            "index": index,
+            "split": split,
+            "image": shown(sample.sample_id),
+            "id": csv_name(sample.sample_id),
             "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
-            "label": shown(label), "label_id": csv_name(label), "prediction": said, "prediction_id": csv_name(said),
+            "label": shown(label),
+            "label_id": csv_name(label),
+            "prediction": said,
+            "prediction_id": csv_name(said),
             "certainty": float(known.certainty[index]) if said else None,
-        }  # fmt: skip
+        }
 
     def told(lists: Sequence[Ranked]) -> list[Json]:
         return [
             {
-                "key": each.key, "title": each.title, "about": each.about,
+                "key": each.key,
+                "title": each.title,
+                "about": each.about,
                 "entries": [
-                    entry(row) | {
+                    entry(row)
+                    | {
                         "value": each.value(row).replace("-", "\N{MINUS SIGN}"),
                         "twin": None if each.twin is None else entry(int(each.twin[row])),
                     }
@@ -642,14 +742,18 @@ def page_facts(images: RunImages, known: Known, show: int) -> Json:
                 ],
             }
             for each in lists
-        ]  # fmt: skip
+        ]
 
     return {
         "counts": {split: len(images.samples[split]) for split in images.splits},
         "unreadable": len(known.problems),
         "doubts": doubts(known, images.labels),
-        "lists": told([each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]),
-        "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
+        "lists": told(
+            [each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]
+        ),
+        "map": map_cells(
+            known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]
+        ),
         "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
         "classes": class_rows(images, known),
         "experts": expert_rows(images, known),
@@ -674,10 +778,14 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     def measured(key: str, name: str, words: str, among: Flags) -> Ranked:
         return Ranked(key, lowest(look[name], show, among), lambda i: words.format(look[name][i]))
 
-    def pairs(key: str, near: Nearest, value: Callable[[int], str], among: Flags | None = None) -> Ranked:
+    def pairs(
+        key: str, near: Nearest, value: Callable[[int], str], among: Flags | None = None
+    ) -> Ranked:
         rows = lowest(near.distance, 2 * show, among)
         pair = np.sort(np.stack([rows, near.other[rows]], 1), 1)
-        _, first = np.unique(pair, axis=0, return_index=True)  # the second image of a pair would say it again
+        _, first = np.unique(
+            pair, axis=0, return_index=True
+        )  # the second image of a pair would say it again
         return Ranked(key, rows[np.sort(first)][:show], value, near.other)
 
     def copied(across: bool) -> Callable[[int], str]:
@@ -689,24 +797,42 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         )
 
     def computed_alike(i: int) -> str:
-        features = "" if known.white is None else f", features {known.white[i] @ known.white[alike.other[i]]:.2f}"
+        features = (
+            ""
+            if known.white is None
+            else f", features {known.white[i] @ known.white[alike.other[i]]:.2f}"
+        )
         return f"coefficient {1 - alike.distance[i]:.4f}{features}"
 
     return [
         scored("doubtful"),
-        Ranked("contradicted", lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}"),
+        Ranked(
+            "contradicted",
+            lowest(known.margin, show, split == 0),
+            lambda i: f"margin {known.margin[i]:.2f}",
+        ),
         scored("hardest"),
         scored("unsteady"),
-        Ranked("experts", lowest(-known.unlike_class, show), lambda i: f"−ln p {known.unlike_class[i]:.2f}"),
+        Ranked(
+            "experts",
+            lowest(-known.unlike_class, show),
+            lambda i: f"−ln p {known.unlike_class[i]:.2f}",
+        ),
         scored("easiest"),
         pairs("leaks", known.most_alike(across=True), copied(True), split > 0),
         pairs("doubles", known.most_alike(across=False), copied(False)),
         pairs("redundant", alike, computed_alike),
         measured("blurred", "sharpness", "variance {:.3g}", read),
         measured("dark", "brightness", "brightness {:.2f}", read),
-        Ranked("odd", lowest(-odd, show, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px"),
+        Ranked(
+            "odd",
+            lowest(-odd, show, odd > 0),
+            lambda i: f"{look['width'][i]} × {look['height'][i]} px",
+        ),
         measured("grey", "colour", "colour {:.3f}", grey & (grey.sum() <= _FEW * read.sum())),
-        Ranked("unreadable", np.array(sorted(known.problems)[:show], np.int64), lambda i: ""),  # the frame says why
+        Ranked(
+            "unreadable", np.array(sorted(known.problems)[:show], np.int64), lambda i: ""
+        ),  # the frame says why
     ]
 
 
@@ -748,17 +874,28 @@ def class_rows(images: RunImages, known: Known) -> list[Json]:
     }
     wrong = (predicted >= 0) & (predicted != labels)
     taken: dict[int, tuple[int, int]] = {}
-    for (label, guess), times in Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True)).items():
+    for (label, guess), times in Counter(
+        zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True)
+    ).items():
         taken[label] = max(taken.get(label, (0, 0)), (times, guess))
     rows = [
         {
-            "name": shown(name), "images": count,
-            **{key: None if math.isnan(values[label]) else values[label] for key, values in means.items()},
-            "taken_for": shown(names[taken[label][1]]) if label in taken else "", "times": taken.get(label, (0, 0))[0],
+            "name": shown(name),
+            "images": count,
+            **{
+                key: None if math.isnan(values[label]) else values[label]
+                for key, values in means.items()
+            },
+            "taken_for": shown(names[taken[label][1]]) if label in taken else "",
+            "times": taken.get(label, (0, 0))[0],
         }
-        for label, (name, count) in enumerate(zip(names, np.bincount(labels, minlength=classes).tolist(), strict=True))
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[:_MOST_ROWS]
+        for label, (name, count) in enumerate(
+            zip(names, np.bincount(labels, minlength=classes).tolist(), strict=True)
+        )
+    ]
+    return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[
+        :_MOST_ROWS
+    ]
 
 
 def expert_rows(images: RunImages, known: Known) -> list[Json]:
@@ -775,13 +912,20 @@ def expert_rows(images: RunImages, known: Known) -> list[Json]:
         for expert in range(weight.shape[1]):
             by_class = np.bincount(labels[there], weight[:, expert], minlength=classes)
             most = int(by_class.argmax())
-            means = {name: float(weight[:, expert] @ known.scores[name][there] / total[expert])
-                     for name in ("p_mean", "aum", "correct")}  # fmt: skip
-            found.append({
-                "name": f"L{block}.E{expert}", "share": float(total[expert] / weight.sum()),
-                "images": float(total[expert]), **means, "class": shown(images.class_names[most]),
-                "of_class": float(by_class[most] / total[expert]),
-            })  # fmt: skip
+            means = {
+                name: float(weight[:, expert] @ known.scores[name][there] / total[expert])
+                for name in ("p_mean", "aum", "correct")
+            }
+            found.append(
+                {
+                    "name": f"L{block}.E{expert}",
+                    "share": float(total[expert] / weight.sum()),
+                    "images": float(total[expert]),
+                    **means,
+                    "class": shown(images.class_names[most]),
+                    "of_class": float(by_class[most] / total[expert]),
+                }
+            )
     return found[:_MOST_ROWS]
 
 
@@ -844,7 +988,11 @@ def doubts(known: Known, labels: Ints) -> list[str]:
     """Why the lists may be noise: a model that is often wrong, or scores of few looks at each image."""
     told = []
     asked = known.prediction >= 0
-    right = float((known.prediction == labels)[asked].mean() if asked.any() else known.scores["correct"].mean())
+    right = float(
+        (known.prediction == labels)[asked].mean()
+        if asked.any()
+        else known.scores["correct"].mean()
+    )
     if right < _WEAK:
         told.append(
             f"The model is right on {100 * right:.0f} % of these images: the lists rank its mistakes more than the "
@@ -863,7 +1011,9 @@ def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
     """The page, in which only its own script runs."""
     from moevision.analysis.report import environment  # figures come along
 
-    script = files("moevision.analysis").joinpath("templates/good_data.js").read_text(encoding="utf-8")
+    script = (
+        files("moevision.analysis").joinpath("templates/good_data.js").read_text(encoding="utf-8")
+    )
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode("ascii")
     page = environment()
     page.filters |= {"thumbnail": cache(thumbnail)}  # an image may stand in several lists

@@ -44,7 +44,9 @@ class PictureSet(Protocol):
 
     class_names: tuple[str, ...]  # names of the labels
     name: str  # what the images are, in words
-    part_names: tuple[str, ...] = ()  # names of the values of a part mask; empty where parts aren't known
+    part_names: tuple[
+        str, ...
+    ] = ()  # names of the values of a part mask; empty where parts aren't known
 
     def __len__(self) -> int:
         """Number of images, unreadable ones included."""
@@ -114,18 +116,30 @@ def open_pictures(
         pictures = Collected(drawn, drawn.given[data.split], image_size, data.classes, name)
     elif isinstance(data, str | Path):
         collection = open_collection(
-            str(data), root=str(root), download=download, image_size=image_size, seed=seed, columns=columns
+            str(data),
+            root=str(root),
+            download=download,
+            image_size=image_size,
+            seed=seed,
+            columns=columns,
         )
-        pictures = _from_collection(collection, str(data), image_size, framing, split, seed, run_dir)
+        pictures = _from_collection(
+            collection, str(data), image_size, framing, split, seed, run_dir
+        )
     else:
         pictures = FromDataset(data, image_size, class_names, framing)
     return _viewed(pictures, limit, seed, class_names)
 
 
 def _from_collection(
-    collection: Collection, data: str, image_size: int, framing: Framing, split: str, seed: int,
+    collection: Collection,
+    data: str,
+    image_size: int,
+    framing: Framing,
+    split: str,
+    seed: int,
     run_dir: str | Path | None,
-) -> PictureSet:  # fmt: skip
+) -> PictureSet:
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
     class_names: Sequence[str] = collection.class_names
@@ -151,7 +165,9 @@ def _from_collection(
     return Collected(collection, samples, image_size, tuple(class_names), name, framing)
 
 
-def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
+def _viewed(
+    pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None
+) -> PictureSet:
     """The images with the model's labels, and as many of them as wanted."""
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1 image.")
@@ -178,14 +194,20 @@ class Collected:
     framing: Framing = CROP
 
     def __post_init__(self) -> None:
-        self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(self.collection, DrawnCollection) else ()
+        self.part_names: tuple[str, ...] = (
+            SyntheticPets.parts if isinstance(self.collection, DrawnCollection) else ()
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def image(self, index: int) -> Pixels:
         """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size, self.framing)
+        return square_pixels(
+            self.collection.open(self.samples[index], self.image_size),
+            self.image_size,
+            self.framing,
+        )
 
     def label(self, index: int) -> int:
         """The class."""
@@ -211,7 +233,11 @@ class FromDataset(PictureSet):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None, framing: Framing
+        self,
+        dataset: Dataset[Any],
+        image_size: int,
+        class_names: Sequence[str] | None,
+        framing: Framing,
     ) -> None:
         size = getattr(dataset, "__len__", None)
         if size is None:
@@ -219,7 +245,12 @@ class FromDataset(PictureSet):
                 f"{type(dataset).__name__} is no set of images: give a folder, a dataset's name, or a torch dataset "
                 "with a length whose items are (PIL image, label)."
             )
-        self.dataset, self.image_size, self.framing, self._size = dataset, image_size, framing, int(size())
+        self.dataset, self.image_size, self.framing, self._size = (
+            dataset,
+            image_size,
+            framing,
+            int(size()),
+        )
         self.name = type(dataset).__name__
         targets = getattr(dataset, "targets", None)
         self._labels: dict[int, int] = {}
@@ -227,7 +258,10 @@ class FromDataset(PictureSet):
             self._labels = {index: int(label) for index, label in enumerate(targets)}
         names = getattr(dataset, "classes", None) or class_names
         if names is None:
-            names = [f"class {label}" for label in range(1 + max(map(self._label, range(self._size)), default=-1))]
+            names = [
+                f"class {label}"
+                for label in range(1 + max(map(self._label, range(self._size)), default=-1))
+            ]
         self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
 
     def __len__(self) -> int:
@@ -265,14 +299,20 @@ class FromDataset(PictureSet):
             item = self.dataset[index]
         except BadImageError:
             raise
-        except OSError as error:  # what Pillow raises on a damaged file, and the system on a missing one
+        except (
+            OSError
+        ) as error:  # what Pillow raises on a damaged file, and the system on a missing one
             raise BadImageError(self.picture_name(index), f"it can't be read ({error})") from error
-        if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Image.Image)):
+        if not (
+            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Image.Image)
+        ):
             raise UserError(
                 f"Items of {self.name} must be pairs of a PIL image and a label: leave out its transform, the model's "
                 "own is applied here."
             )
-        self._labels.setdefault(index, max(-1, int(item[1])))  # so that a label costs no second decoding
+        self._labels.setdefault(
+            index, max(-1, int(item[1]))
+        )  # so that a label costs no second decoding
         return upright_rgb(item[0], self.picture_name(index))
 
 
@@ -331,7 +371,9 @@ class Remembered(View):
         return pixels
 
 
-def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:
+def labels_in(
+    own: tuple[str, ...], wanted: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[int]]:
     """The class names to use, and for each label of the data its number among the model's classes.
 
     -1: the model has no such class. The data keeps its own names where the model knows none of them, or has no names
@@ -368,7 +410,11 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
     for index in range(len(pictures)):
         key = hashlib.sha256(name_bytes(f"{seed}:{pictures.picture_name(index)}")).digest()
         members[pictures.label(index)].append((key, index))
-    turns = [(turn, label, index) for label, keyed in members.items() for turn, (_, index) in enumerate(sorted(keyed))]
+    turns = [
+        (turn, label, index)
+        for label, keyed in members.items()
+        for turn, (_, index) in enumerate(sorted(keyed))
+    ]
     return sorted(index for _, _, index in sorted(turns)[:limit])
 
 
@@ -417,15 +463,23 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     """
     rows, columns = grid
     height, width = image.shape[0] // rows, image.shape[1] // columns
-    if (height * rows, width * columns) != image.shape[:2] or not 0 <= patch < rows * columns or context < 0:
+    if (
+        (height * rows, width * columns) != image.shape[:2]
+        or not 0 <= patch < rows * columns
+        or context < 0
+    ):
         raise UserError(
             f"There is no patch {patch} in a grid of {rows} x {columns} on {image.shape[0]} x {image.shape[1]} px: the "
             f"grid does not tile the image, or its patches are 0 to {rows * columns - 1}."
         )
     top, left = patch // columns * height, patch % columns * width
     margin = ((context * height, context * height), (context * width, context * width), (0, 0))
-    padded = np.pad(image, margin, mode="symmetric")  # so the window starts at the patch's own place
-    return padded[top : top + (1 + 2 * context) * height, left : left + (1 + 2 * context) * width].copy()
+    padded = np.pad(
+        image, margin, mode="symmetric"
+    )  # so the window starts at the patch's own place
+    return padded[
+        top : top + (1 + 2 * context) * height, left : left + (1 + 2 * context) * width
+    ].copy()
 
 
 def run_folder(address: str) -> Path | None:
@@ -441,7 +495,9 @@ def data_settings(run: Path) -> Mapping[str, Any]:
     try:
         data = read_yaml(file)["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} can't be read ({type(error).__name__}): fix it or move it away.") from error
+        raise UserError(
+            f"{file} can't be read ({type(error).__name__}): fix it or move it away."
+        ) from error
     return data if isinstance(data, dict) else {}
 
 
@@ -450,12 +506,21 @@ class FoundImages:
     """Which images there are for a model; none is read yet."""
 
     path: str  # where they are, or a dataset's name
-    run: Path | None  # the run that was trained on them and whose split holds; None: these are other images
-    settings: Mapping[str, Any]  # what the config of the model's run says about its data; empty without a run
+    run: (
+        Path | None
+    )  # the run that was trained on them and whose split holds; None: these are other images
+    settings: Mapping[
+        str, Any
+    ]  # what the config of the model's run says about its data; empty without a run
     collection: Collection | None = None  # all of them, where they were listed to know that
 
     def open(
-        self, model: SavedModel, *, split: str = "test", limit: int | None = None, root: str | None = None
+        self,
+        model: SavedModel,
+        *,
+        split: str = "test",
+        limit: int | None = None,
+        root: str | None = None,
     ) -> PictureSet:
         """The images as the model sees them; see `pictures_for`."""
         seed = int(self.settings.get("seed") or 0)
@@ -463,7 +528,12 @@ class FoundImages:
         columns = (None, None) if self.run is None else _columns(self.settings)
         try:
             collection = self.collection or open_collection(
-                self.path, root=where, download=False, image_size=model.image_size, seed=seed, columns=columns
+                self.path,
+                root=where,
+                download=False,
+                image_size=model.image_size,
+                seed=seed,
+                columns=columns,
             )
             of_model = self.path, model.image_size, model.framing
             pictures = _from_collection(collection, *of_model, split, seed, self.run)
@@ -496,7 +566,9 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
 
     try:
         collection, original = listed(data), Path(str(path)).expanduser()
-        if is_copy(run / "splits.csv", collection, lambda: listed(str(path)) if original.exists() else None):
+        if is_copy(
+            run / "splits.csv", collection, lambda: listed(str(path)) if original.exists() else None
+        ):
             warnings.warn(
                 f"{data} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
                 DataWarning,
@@ -506,7 +578,9 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
     except UserError:  # whoever opens the images will say why
         return FoundImages(data, None, settings)
     # The columns of the run's table are not those of another.
-    return FoundImages(data, None, settings, collection if _columns(settings) == (None, None) else None)
+    return FoundImages(
+        data, None, settings, collection if _columns(settings) == (None, None) else None
+    )
 
 
 def _is_place(path: str, data: str) -> bool:
@@ -520,7 +594,12 @@ def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def pictures_for(
-    address: str, model: SavedModel, data: str | None = None, *, limit: int | None = None, root: str | None = None
+    address: str,
+    model: SavedModel,
+    data: str | None = None,
+    *,
+    limit: int | None = None,
+    root: str | None = None,
 ) -> PictureSet | None:
     """Test images for a model at an address: of `data`, or else of what its run was trained on.
 

@@ -58,25 +58,35 @@ def class_information(
     Images with a negative label are left out.
     """
     labelled = np.asarray(labels) >= 0
-    _, values = np.unique(np.asarray(labels)[labelled], return_inverse=True)  # classes without an image cost nothing
+    _, values = np.unique(
+        np.asarray(labels)[labelled], return_inverse=True
+    )  # classes without an image cost nothing
     flat = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
     images, num_classes = len(flat), int(values.max()) + 1
     rng = np.random.default_rng(seed)
 
     def sums(classes: Ints, of: Floats) -> Floats:  # [R', I] -> [R', V, E]
-        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)  # [R', V, I]
+        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(
+            np.float32
+        )  # [R', V, I]
         result: Floats = (one_hot.reshape(-1, images) @ of).reshape(-1, num_classes, of.shape[1])
         return result
 
     def bias(classes: Ints) -> Floats:
-        return second_order_bias(sums(classes, flat), sums(classes, np.square(flat)), np.bincount(values))
+        return second_order_bias(
+            sums(classes, flat), sums(classes, np.square(flat)), np.bincount(values)
+        )
 
     null: list[Floats] = []
     null_bias = np.empty(0)
-    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
+    for size in chunks(
+        num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))
+    ):
         classes = rng.permuted(np.tile(values, (size, 1)), axis=1)  # [size, I]
         null.append(mutual_information_bits(sums(classes, flat)))
-        null_bias = np.append(null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))]))
+        null_bias = np.append(
+            null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))])
+        )
     table = sums(values[None], flat)[0]  # [V, E]
     plug_in = float(mutual_information_bits(table))
     return excess_estimate(
@@ -99,7 +109,9 @@ def part_information(
     if not (np.asarray(parts) >= 0).any():
         raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
     images, _, experts = maps.shape
-    shown = (np.asarray(parts)[..., None] == np.unique(parts[parts >= 0])).astype(np.float32)  # [I, P, V]
+    shown = (np.asarray(parts)[..., None] == np.unique(parts[parts >= 0])).astype(
+        np.float32
+    )  # [I, P, V]
     flat_maps = maps.reshape(-1, experts)
 
     def table_of(one_hot: Floats) -> Floats:
@@ -107,7 +119,10 @@ def part_information(
 
     rng = np.random.default_rng(seed)
     null = np.array(
-        [mutual_information_bits(table_of(shown[rng.permutation(images)])) for _ in range(num_permutations)]
+        [
+            mutual_information_bits(table_of(shown[rng.permutation(images)]))
+            for _ in range(num_permutations)
+        ]
     )
     table = table_of(shown)
     # The null's own mean is a statistic of the images: maps and parts averaged apart, position by position.
@@ -119,14 +134,19 @@ def part_information(
     separately = np.einsum("ipv,ve,pe->i", shown, bits_apart, mean_map, optimize=True)
     separately += np.einsum("pv,ve,ipe->i", mean_shown, bits_apart, maps, optimize=True)
     return excess_estimate(
-        float(mutual_information_bits(table)), null, (together - separately) / table.sum(), keeps_effect=True
+        float(mutual_information_bits(table)),
+        null,
+        (together - separately) / table.sum(),
+        keeps_effect=True,
     )
 
 
 def _checked(patch_counts: Array) -> Floats:
     """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
-        raise UserError("Statistics over images need at least two images with a known class: give more images.")
+        raise UserError(
+            "Statistics over images need at least two images with a known class: give more images."
+        )
     return np.ascontiguousarray(patch_counts, dtype=np.float32)
 
 
@@ -156,7 +176,9 @@ def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = N
     counts = np.zeros((*chosen.shape[:2], num_experts), np.float32)
     for choice in range(chosen.shape[2]):
         hit = chosen[:, :, choice, None] == np.arange(num_experts)
-        counts += hit if amount is None else hit * np.asarray(amount[:, :, choice, None], np.float32)
+        counts += (
+            hit if amount is None else hit * np.asarray(amount[:, :, choice, None], np.float32)
+        )
     return counts
 
 
@@ -177,7 +199,11 @@ def entropy_bits(counts: Floats | Ints) -> float:
     """Entropy of a distribution given by counts [V], in bits."""
     counts = np.asarray(counts, dtype=np.float64)
     total = float(counts.sum())
-    return float((_n_log2_n(np.asarray(total)) - _n_log2_n(counts).sum()) / total) if total > 0 else 0.0
+    return (
+        float((_n_log2_n(np.asarray(total)) - _n_log2_n(counts).sum()) / total)
+        if total > 0
+        else 0.0
+    )
 
 
 def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
@@ -287,7 +313,9 @@ def excess_estimate(
 
 def students_quantile(freedom: int) -> float:
     """Student's quantile of a two-sided interval; where no degree of freedom is left, that of one."""
-    from scipy.special import stdtrit  # traces and images, which import this module, are opened without SciPy
+    from scipy.special import (
+        stdtrit,
+    )  # traces and images, which import this module, are opened without SciPy
 
     return float(stdtrit(max(1, freedom), (1 + LEVEL) / 2))
 

@@ -72,10 +72,19 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "capacity": ("layer", "factor"),
 }
 _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
-    ("expert_choice", "force"): "its experts choose their tokens, so no token has a first choice to be changed",
-    ("soft", "force"): "every token takes from all slots, so no token has a first choice to be changed",
+    (
+        "expert_choice",
+        "force",
+    ): "its experts choose their tokens, so no token has a first choice to be changed",
+    (
+        "soft",
+        "force",
+    ): "every token takes from all slots, so no token has a first choice to be changed",
     ("soft", "top_k"): "every token takes from all slots, so there is no k to be changed",
-    ("soft", "capacity"): "every expert computes its slots and no more, so there is no capacity to be limited",
+    (
+        "soft",
+        "capacity",
+    ): "every expert computes its slots and no more, so there is no capacity to be limited",
 }
 
 
@@ -115,8 +124,12 @@ class Intervention:
     """
 
     kind: Kind  # `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`
-    layer: int | None = None  # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
-    expert: int | None = None  # the expert that is ablated or forced, or the first of two that are swapped
+    layer: int | None = (
+        None  # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
+    )
+    expert: int | None = (
+        None  # the expert that is ablated or forced, or the first of two that are swapped
+    )
     other: int | None = None  # the second of two that are swapped
     fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
     seed: int = 0  # of `random`, not negative
@@ -125,7 +138,9 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.kind not in _FIELDS:
-            raise UserError(f"There is no intervention {self.kind!r}: choose one of {', '.join(_FIELDS)}.")
+            raise UserError(
+                f"There is no intervention {self.kind!r}: choose one of {', '.join(_FIELDS)}."
+            )
         if self.fill not in get_args(Fill):
             raise UserError(f"There is no fill {self.fill!r}: choose next_best or zero.")
         needed = {"layer", "expert", "other", "top_k", "factor"} & set(_FIELDS[self.kind])
@@ -133,13 +148,21 @@ class Intervention:
             needed -= {"layer"}
         missing = sorted(name for name in needed if getattr(self, name) is None)
         if missing:
-            raise UserError(f"The intervention {self.kind!r} needs {' and '.join(missing)}: give a number.")
+            raise UserError(
+                f"The intervention {self.kind!r} needs {' and '.join(missing)}: give a number."
+            )
         for name in ("layer", "expert", "other", "seed", "top_k"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise UserError(f"{name}={value!r} does not fit an intervention: give a whole number from 0.")
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 0
+            ):
+                raise UserError(
+                    f"{name}={value!r} does not fit an intervention: give a whole number from 0."
+                )
         if self.factor is not None and not 0 < self.factor < float("inf"):
-            raise UserError(f"factor={self.factor!r} is no capacity: give a positive number, 1 is perfect balance.")
+            raise UserError(
+                f"factor={self.factor!r} is no capacity: give a positive number, 1 is perfect balance."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The kind and what belongs to it."""
@@ -154,21 +177,27 @@ class Intervention:
         layers = numbered_layers(model)
         if self.layer is not None and self.layer not in layers:
             names = ", ".join(str(number) for number in layers)
-            raise UserError(f"Block {self.layer} is no MoE layer of this model: choose one of {names}.")
+            raise UserError(
+                f"Block {self.layer} is no MoE layer of this model: choose one of {names}."
+            )
         chosen = layers if self.layer is None else {self.layer: layers[self.layer]}
         return {layer: self._edit(number, layer.router) for number, layer in chosen.items()}
 
     def _edit(self, layer: int, router: Any) -> Edit:
         why = refusal(self.kind, router)
         if why is not None:
-            raise UserError(f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one.")
+            raise UserError(
+                f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one."
+            )
         last = router.num_experts - 1
         for expert in (self.expert, self.other):
             if expert is not None and expert > last:
                 raise UserError(f"L{layer} has no expert {expert}: its experts are 0 to {last}.")
         match self.kind:
             case "ablate":
-                return methodcaller("remove" if self.fill == "next_best" else "silence", self.expert)
+                return methodcaller(
+                    "remove" if self.fill == "next_best" else "silence", self.expert
+                )
             case "force":
                 return methodcaller("put_first", self.expert)
             case "swap":
@@ -178,7 +207,9 @@ class Intervention:
             case "top_k":
                 k = cast(int, self.top_k)
                 if not 1 <= k <= last + 1:
-                    raise UserError(f"k={k} does not fit {last + 1} experts: choose k between 1 and {last + 1}.")
+                    raise UserError(
+                        f"k={k} does not fit {last + 1} experts: choose k between 1 and {last + 1}."
+                    )
                 return lambda decision: replace(decision, top_k=k)
             case "capacity":
                 return methodcaller("at_capacity", self.factor)
@@ -198,9 +229,12 @@ def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
     """The MoE layers by block index; by position among them where they aren't in a converted model."""
     layers = moe_layers(model)
     if not layers:
-        raise UserError(f"{type(model).__name__} has no MoE layer to intervene on: give a MoE model, not a dense one.")
+        raise UserError(
+            f"{type(model).__name__} has no MoE layer to intervene on: give a MoE model, not a dense one."
+        )
     return {
-        position if layer.layer_index is None else layer.layer_index: layer for position, layer in enumerate(layers)
+        position if layer.layer_index is None else layer.layer_index: layer
+        for position, layer in enumerate(layers)
     }
 
 
@@ -237,20 +271,28 @@ def edited(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
 
 def each_alone(model: nn.Module) -> AbstractContextManager[None]:
     """A scope in which rows don't share a capacity that the model shares over its batch: they are one image's."""
-    shared = [layer for layer in moe_layers(model) if (own := Capacity.own(layer.router)) and own.whole_batch]
+    shared = [
+        layer
+        for layer in moe_layers(model)
+        if (own := Capacity.own(layer.router)) and own.whole_batch
+    ]
     return edited(model, dict.fromkeys(shared, Ranking.apart))
 
 
 def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:
     """Logits [R, C] of the images `rows` [R] of x; up to the block that holds `first` each image is computed once."""
     blocks, thread, rows = getattr(model, "blocks", None), threading.get_ident(), rows.to(x.device)
-    by_colour = any(layer.router.sees_image for layer in moe_layers(model))  # looks at the images again
+    by_colour = any(
+        layer.router.sees_image for layer in moe_layers(model)
+    )  # looks at the images again
     if blocks is None or first.layer_index is None or by_colour:
         logits: Tensor = model(x[rows])
         return logits
 
     def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if threading.get_ident() != thread:  # a plain forward pass elsewhere, which waits for no lock
+        if (
+            threading.get_ident() != thread
+        ):  # a plain forward pass elsewhere, which waits for no lock
             return inputs
         return (inputs[0][rows], *inputs[1:])
 
@@ -270,7 +312,11 @@ class _Edits:
     def __call__(self, routing: Routing) -> Routing:
         if threading.get_ident() != self.thread:
             return routing
-        kinds: dict[str, type[Decision]] = {"token_choice": Ranking, "expert_choice": TokenLists, "soft": SlotWeights}
+        kinds: dict[str, type[Decision]] = {
+            "token_choice": Ranking,
+            "expert_choice": TokenLists,
+            "soft": SlotWeights,
+        }
         decision = kinds[self.router.kind].of(self.router, routing)
         for edit in self.edits:
             decision = edit(decision)
@@ -282,7 +328,9 @@ class Decision(ABC):
     """What an MoE layer is about to decide."""
 
     router: Any  # whose rule gives the weights
-    routing: Routing  # what the router itself decided; its scores and probabilities stay as they are
+    routing: (
+        Routing  # what the router itself decided; its scores and probabilities stay as they are
+    )
     removed: Tensor  # [B, N, E] bool, experts that are away for a token; what takes their place depends on the kind
     silenced: Tensor  # [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay
 
@@ -321,7 +369,9 @@ Edit = Callable[[Any], Any]
 
 def computed_pairs(routing: Routing) -> Tensor:
     """[B, N, E] bool: which expert computes which token; of Soft MoE: from which expert a token takes anything."""
-    return torch.zeros_like(routing.logits, dtype=torch.bool).scatter(-1, routing.expert_index, routing.kept)
+    return torch.zeros_like(routing.logits, dtype=torch.bool).scatter(
+        -1, routing.expert_index, routing.kept
+    )
 
 
 def draw_orders(key: Sequence[int], rows: int, length: int, device: torch.device) -> Tensor:
@@ -335,7 +385,9 @@ class Capacity:
     """How many choices an expert computes at most, see `moevision.layers.within_capacity`."""
 
     factor: float  # over the load of perfect balance
-    priority: bool = True  # V-MoE's batch priority routing: tokens with larger first gates come first
+    priority: bool = (
+        True  # V-MoE's batch priority routing: tokens with larger first gates come first
+    )
     whole_batch: bool = False  # the limit is one of the whole batch instead of one image
 
     @classmethod
@@ -345,7 +397,11 @@ class Capacity:
         if options is None:
             return None
         factor = options.capacity_factor if router.training else options.eval_capacity_factor
-        return None if factor is None else cls(factor, bool(options.batch_priority), options.capacity_group == "batch")
+        return (
+            None
+            if factor is None
+            else cls(factor, bool(options.batch_priority), options.capacity_group == "batch")
+        )
 
 
 @dataclass(frozen=True)
@@ -361,7 +417,9 @@ class Ranking(Decision):
     # rank
     scores: Tensor
     top_k: int  # K
-    capacity: Capacity | None = None  # applied last, to whatever the edits have left; None for no limit
+    capacity: Capacity | None = (
+        None  # applied last, to whatever the edits have left; None for no limit
+    )
 
     @classmethod
     def of(cls, router: Any, routing: Routing) -> Self:
@@ -369,8 +427,12 @@ class Ranking(Decision):
         nobody = torch.zeros_like(routing.logits, dtype=torch.bool)
         chosen = nobody.scatter(-1, routing.expert_index, True)
         # The router's own order of the chosen is kept: among equal scores topk and sort may disagree.
-        others = routing.noisy_logits.masked_fill(chosen, -math.inf).argsort(dim=-1, descending=True, stable=True)
-        order = torch.cat([routing.expert_index, others[..., : routing.num_experts - routing.top_k]], -1)
+        others = routing.noisy_logits.masked_fill(chosen, -math.inf).argsort(
+            dim=-1, descending=True, stable=True
+        )
+        order = torch.cat(
+            [routing.expert_index, others[..., : routing.num_experts - routing.top_k]], -1
+        )
         capacity = Capacity.own(router)
         # What the router's capacity dropped is no property of the choice: it is found again after the edits.
         dropped = nobody if capacity else nobody.scatter(-1, routing.expert_index, ~routing.kept)
@@ -391,7 +453,9 @@ class Ranking(Decision):
         A token left with fewer than K experts has choices with kept = False and weight 0.
         """
         gone = self.removed.gather(-1, self.order)  # [B, N, E] by rank
-        place = gone.to(torch.uint8).argsort(dim=-1, stable=True)[..., : self.top_k]  # [B, N, K] the first K ranks left
+        place = gone.to(torch.uint8).argsort(dim=-1, stable=True)[
+            ..., : self.top_k
+        ]  # [B, N, K] the first K ranks left
         index, exists = self.order.gather(-1, place), ~gone.gather(-1, place)  # [B, N, K]
         top_scores = self.scores.gather(-1, place).masked_fill(~exists, -math.inf)
         gate_logits = self.router.gate_logits(self.routing)
@@ -413,7 +477,9 @@ class Ranking(Decision):
 
     def put_first(self, expert: int) -> Self:
         """Put an expert first for every token; the others follow in their old order, weights stay with the rank."""
-        back = (self.order != expert).to(torch.uint8)  # [B, N, E] 0 for the expert, which a stable sort puts first
+        back = (self.order != expert).to(
+            torch.uint8
+        )  # [B, N, E] 0 for the expert, which a stable sort puts first
         return replace(self, order=self.order.gather(-1, back.argsort(dim=-1, stable=True)))
 
     def choose(self, experts: Tensor, prefix: int) -> Self:
@@ -448,7 +514,9 @@ class Ranking(Decision):
         """
         _, tokens, num_experts = self.order.shape
         rows = 1 if self.routing.route_by == "image" else tokens
-        return replace(self, order=draw_orders(key, rows, num_experts, self.order.device).expand_as(self.order))
+        return replace(
+            self, order=draw_orders(key, rows, num_experts, self.order.device).expand_as(self.order)
+        )
 
     def at_capacity(self, factor: float) -> Self:
         """A limit per image with batch priority, in place of any other."""
@@ -490,7 +558,9 @@ class TokenLists(Decision):
         weight = weight.masked_fill(silenced, 0.0)
         computed = by_expert.scatter(-1, index, (~removed & ~silenced).to(by_expert.dtype)).mT
         view = token_view(by_expert.scatter(-1, index, weight).mT, computed.bool())
-        return replace(cast(ExpertChoiceRouting, self.routing), token_index=index, token_weight=weight, **view)
+        return replace(
+            cast(ExpertChoiceRouting, self.routing), token_index=index, token_weight=weight, **view
+        )
 
     def exchange(self, a: int, b: int) -> Self:
         """Let each of two experts take the other's tokens, with the other's weights."""
@@ -500,7 +570,10 @@ class TokenLists(Decision):
     def shuffle(self, key: Sequence[int]) -> Self:
         """Let every expert take the tokens at positions drawn at random; weights stay with the rank."""
         _, num_experts, tokens = self.order.shape
-        return replace(self, order=draw_orders(key, num_experts, tokens, self.order.device).expand_as(self.order))
+        return replace(
+            self,
+            order=draw_orders(key, num_experts, tokens, self.order.device).expand_as(self.order),
+        )
 
     def at_capacity(self, factor: float) -> Self:
         """`factor` times as many tokens per expert."""
@@ -518,7 +591,14 @@ class SlotWeights(Decision):
     def of(cls, router: Any, routing: SoftRouting) -> Self:
         """The weights as they are."""
         nobody = torch.zeros_like(routing.logits, dtype=torch.bool)
-        return cls(router, routing, nobody, nobody, reads=routing.dispatch_weight, takes=routing.slot_weight)
+        return cls(
+            router,
+            routing,
+            nobody,
+            nobody,
+            reads=routing.dispatch_weight,
+            takes=routing.slot_weight,
+        )
 
     def settle(self) -> Routing:
         """The weights without what is taken away."""
@@ -529,11 +609,15 @@ class SlotWeights(Decision):
         takes = torch.where(lost, left / torch.where(lost, total, 1.0), left)
         takes = takes.masked_fill(self.silenced.unsqueeze(-1), 0.0)
         view = token_view(takes.sum(-1), ~(self.removed | self.silenced))
-        return replace(cast(SoftRouting, self.routing), dispatch_weight=self.reads, slot_weight=takes, **view)
+        return replace(
+            cast(SoftRouting, self.routing), dispatch_weight=self.reads, slot_weight=takes, **view
+        )
 
     def exchange(self, a: int, b: int) -> Self:
         """Let each of two experts compute the other's slots."""
-        return replace(self, reads=_swapped(self.reads, a, b, 2), takes=_swapped(self.takes, a, b, 2))
+        return replace(
+            self, reads=_swapped(self.reads, a, b, 2), takes=_swapped(self.takes, a, b, 2)
+        )
 
     def shuffle(self, key: Sequence[int]) -> Self:
         """Deal all E · P slots out to the experts at random, P to each; what a slot reads and gives stays the same."""

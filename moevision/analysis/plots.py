@@ -91,7 +91,9 @@ class NotebookFigure(Figure):
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
     """An empty white figure with constrained layout, 200 dots per inch."""
-    figure = NotebookFigure(figsize=(width_inches, height_inches), dpi=200, facecolor="white", layout="constrained")
+    figure = NotebookFigure(
+        figsize=(width_inches, height_inches), dpi=200, facecolor="white", layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)  # type: ignore[union-attr, call-arg]
     return figure
 
@@ -120,9 +122,16 @@ def heading(figure: Figure, text: str, note: str = "") -> None:
         y = 1 - (0.06 + _LINE_INCHES * place) / (height + room)
         is_bold = place < len(bold)
         figure.text(
-            0.05 / width, y, line, va="top", in_layout=False, parse_math=False, color=INK if is_bold else SOFT,
-            fontsize=LARGE if is_bold else NORMAL - 0.5, fontweight="bold" if is_bold else "normal",
-        )  # fmt: skip
+            0.05 / width,
+            y,
+            line,
+            va="top",
+            in_layout=False,
+            parse_math=False,
+            color=INK if is_bold else SOFT,
+            fontsize=LARGE if is_bold else NORMAL - 0.5,
+            fontweight="bold" if is_bold else "normal",
+        )
 
 
 def wrap(text: str, width_inches: float, font: FontProperties) -> list[str]:
@@ -160,7 +169,9 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def put(axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any) -> None:
+def put(
+    axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any
+) -> None:
     """A word or number whose middle is at (x, y)."""
     axes.text(x, y, text, ha="center", **{"va": "center", "fontsize": size, "color": ink, **style})
 
@@ -180,10 +191,18 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
     for expert in range(0, num_experts, 4 if crowded else 1):
         colour = expert_colour(expert, num_experts)
         axes.annotate(
-            str(expert), (expert, 1.0), (0, 7), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha="center", va="center", fontsize=SMALL, color=INK if crowded else ink_on(colour), annotation_clip=False,
+            str(expert),
+            (expert, 1.0),
+            (0, 7),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=INK if crowded else ink_on(colour),
+            annotation_clip=False,
             bbox=None if crowded else chip(colour),
-        )  # fmt: skip
+        )
 
 
 def rgb_of(colour: str) -> Floats:
@@ -232,13 +251,17 @@ def plot_load(
     capacity, by layer; what was dropped stands hollow on top. `kinds`: who chooses in each layer; tokens if None.
     """
     loads = [np.asarray(load, dtype=np.float64) for load in counts]
-    wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
+    wanted = (
+        loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
+    )
     kinds = kinds or ["token_choice"] * len(loads)
     experts, layers = max(len(load) for load in loads), len(loads)
     # a long name needs room beside its ratio
     columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
     rows = -(-layers // columns)
-    figure = new_figure(PAGE_INCHES if columns > 1 or experts > 8 else COLUMN_INCHES, 0.25 + 1.5 * rows)
+    figure = new_figure(
+        PAGE_INCHES if columns > 1 or experts > 8 else COLUMN_INCHES, 0.25 + 1.5 * rows
+    )
     highest = max(float((each / each.sum()).max()) for each in wanted)
     for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
@@ -246,7 +269,11 @@ def plot_load(
         ratio = "max/mean weight" if kind == "soft" else "max/mean load"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
-            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
+            axes.set_ylabel(
+                "share of weight" if kind == "soft" else "share of choices",
+                fontsize=SMALL,
+                color=SOFT,
+            )
         if place >= layers - columns:
             axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
     sizes = {len(load) for load in loads}
@@ -257,8 +284,12 @@ def plot_load(
     if "expert_choice" in kinds:
         note.append("Where experts choose, all take as many tokens of every image.")
     if "soft" in kinds:
-        note.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
-    title = "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert"
+        note.append(
+            "Soft MoE: all compute as many slots; bars show the weight that patches take from each."
+        )
+    title = (
+        "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert"
+    )
     heading(figure, title, " ".join(note))
     return figure
 
@@ -267,7 +298,14 @@ def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None
     experts, total = len(load), wanted.sum()
     calm(axes)
     colours = expert_colours(experts)
-    axes.bar(range(experts), wanted / total, 0.78, color="none", edgecolor=SOFT, linewidth=0.5 * (wanted > load))
+    axes.bar(
+        range(experts),
+        wanted / total,
+        0.78,
+        color="none",
+        edgecolor=SOFT,
+        linewidth=0.5 * (wanted > load),
+    )
     axes.bar(range(experts), load / total, 0.78, color=colours)
     axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
     axes.set(ylim=(0, max(1.18 * highest, 1.4 / experts)), xlim=(-0.6, experts - 0.4))
@@ -277,12 +315,19 @@ def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None
     if experts > _NUMBERED:
         return
     for expert, share in enumerate(load / total):
-        inside = share > 0.3 / experts  # else the bar is too low for a number, which then stands above it
+        inside = (
+            share > 0.3 / experts
+        )  # else the bar is too low for a number, which then stands above it
         text = f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
         axes.annotate(
-            text, (expert, 0 if inside else share), (0, 3), textcoords="offset points", ha="center",
-            fontsize=SMALL - 0.5, color=ink_on(colours[expert]) if inside else INK,
-        )  # fmt: skip
+            text,
+            (expert, 0 if inside else share),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SMALL - 0.5,
+            color=ink_on(colours[expert]) if inside else INK,
+        )
 
 
 def plot_class_experts(
@@ -314,11 +359,17 @@ def plot_class_experts(
     best = above[kept].argmax(1)
     order = kept[np.lexsort((-above[kept].max(1), best))]
     figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
-    shown = f" {len(order)} of {len(shares)} classes, those with the largest effect." if len(kept) < len(shares) else ""
+    shown = (
+        f" {len(order)} of {len(shares)} classes, those with the largest effect."
+        if len(kept) < len(shares)
+        else ""
+    )
     limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
     what = "choices" if kind == "token_choice" else "weights"
     cells = (
-        f"Cells: share of the class's {what} (%)." if shares.shape[1] <= _NUMBERED else f"Share of a class's {what}."
+        f"Cells: share of the class's {what} (%)."
+        if shares.shape[1] <= _NUMBERED
+        else f"Share of a class's {what}."
     )
     found = "No cell stands above chance over images, so none is coloured: no class was found to use an expert more"
     if flags.any():
@@ -327,12 +378,20 @@ def plot_class_experts(
     # Without the load two busy experts and two classes look like specialization.
     overall = (shares - above).mean(0)  # [E]
     load = Load(overall / overall.sum(), shares).words
-    heading(figure, f"{layer_name}: which classes use which expert", f"{cells} {found}{shown} Load: {load}.")
+    heading(
+        figure,
+        f"{layer_name}: which classes use which expert",
+        f"{cells} {found}{shown} Load: {load}.",
+    )
     return figure
 
 
 def plot_part_experts(
-    table: npt.ArrayLike, part_names: Sequence[str], *, layer_name: str, kind: RoutingKind = "token_choice"
+    table: npt.ArrayLike,
+    part_names: Sequence[str],
+    *,
+    layer_name: str,
+    kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Part × expert heatmap of one layer: where the patches of each part of an image go.
 
@@ -361,13 +420,16 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     label = 0.075 * min(max(len(name) for name in names), _LONGEST_NAME) + 0.1
     cell = 0.29 if experts <= _NUMBERED else 0.1
     figure = new_figure(
-        float(np.clip(label + cell * experts + 0.85, COLUMN_INCHES, 12.0)), max(1.0, 0.19 * rows + 0.55)
+        float(np.clip(label + cell * experts + 0.85, COLUMN_INCHES, 12.0)),
+        max(1.0, 0.19 * rows + 0.55),
     )
     axes = figure.add_subplot()
     axes.set_facecolor(BLANK)
     reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
     norm = TwoSlopeNorm(0, -reach, reach)
-    cells = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    cells = axes.imshow(
+        np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto"
+    )
     axes.spines[:].set_visible(False)
     axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, experts - 0.5, color="white", linewidth=0.8)
@@ -377,13 +439,17 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
             colour = to_hex(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
             ink = ink_on(colour) if flags[row, column] else SOFT
             put(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
-    short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    short = [
+        name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names
+    ]
     axes.set_yticks(range(rows), short, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)
     if flags.any():
         aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
-        bar = figure.colorbar(cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points))
+        bar = figure.colorbar(
+            cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points)
+        )
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
         bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)
@@ -431,30 +497,61 @@ def plot_effects(
     marks = [
         Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]
         Line2D([], [], color=INK, markersize=2.5, alpha=0.55, label="one class", **style),  # type: ignore[arg-type]
-        Line2D([], [], color=_CONTROL, markersize=4, marker="_", linestyle="none", label="as many choices at random"),
+        Line2D(
+            [],
+            [],
+            color=_CONTROL,
+            markersize=4,
+            marker="_",
+            linestyle="none",
+            label="as many choices at random",
+        ),
     ]
-    figure.legend(handles=marks, loc="outside lower left", ncols=3, fontsize=SMALL, frameon=False, labelcolor=INK)
+    figure.legend(
+        handles=marks,
+        loc="outside lower left",
+        ncols=3,
+        fontsize=SMALL,
+        frameon=False,
+        labelcolor=INK,
+    )
     heading(figure, "Without one expert", f"Change of the true class's logit; {what}.")
     return figure
 
 
-def _draw_effects(axes: Axes, effect: Floats, control: Floats, class_names: Sequence[str], least: float) -> None:
+def _draw_effects(
+    axes: Axes, effect: Floats, control: Floats, class_names: Sequence[str], least: float
+) -> None:
     """One layer; the class that changes most without an expert is named where it is `least` away from zero."""
     calm(axes)
     axes.axhline(0, color=RULE, linewidth=1.0)
     experts, classes = effect.shape
-    spread = np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)  # classes stand side by side
+    spread = (
+        np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)
+    )  # classes stand side by side
     for expert, (row, chance) in enumerate(zip(effect, control, strict=True)):
         colour = expert_colour(expert, experts) if experts <= len(EXPERT_COLOURS) else INK
-        axes.plot(expert + 0.28, chance.mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
+        axes.plot(
+            expert + 0.28, chance.mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2
+        )
         axes.vlines(expert + 0.28, chance.min(), chance.max(), color=_CONTROL, linewidth=1)
         axes.plot(expert - 0.12 + spread, row, "o", color=colour, markersize=2.2, alpha=0.55)
-        axes.plot(expert - 0.12, row.mean(), "o", color=colour, markersize=5, markeredgecolor="white")
+        axes.plot(
+            expert - 0.12, row.mean(), "o", color=colour, markersize=5, markeredgecolor="white"
+        )
     for expert, row in enumerate(effect):
         label = int(np.abs(row).argmax())
         if abs(row[label]) >= max(least, 1e-6):
-            axes.annotate(class_names[label], (expert - 0.12 + spread[label], row[label]), (4, 0), parse_math=False,
-                          textcoords="offset points", va="center", fontsize=SMALL - 0.5, color=SOFT)  # fmt: skip
+            axes.annotate(
+                class_names[label],
+                (expert - 0.12 + spread[label], row[label]),
+                (4, 0),
+                parse_math=False,
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL - 0.5,
+                color=SOFT,
+            )
     axes.set_xticks(range(experts))
     axes.set_xlim(-0.6, experts - 0.1)
 
@@ -492,7 +589,9 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
         "weight, from an equal share to all of it.",
     }
-    said = " ".join(text for kind, text in words.items() if any(each.kind == kind for each in shown))
+    said = " ".join(
+        text for kind, text in words.items() if any(each.kind == kind for each in shown)
+    )
     note = f"{said} Equal colours in two layers are unrelated experts."
     heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
     return figure
@@ -507,7 +606,9 @@ def _first_choices(layer: LayerTrace, image: int) -> str:
     return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
 
 
-def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
+def _draw_experts(
+    axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]
+) -> None:
     rows, columns = grid
     first = np.asarray(layer.expert_index[image, :, 0], dtype=np.int64)
     kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
@@ -526,7 +627,12 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, image: int, gr
     bare(axes)
     axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
-    ground = pale[..., None].repeat(3, -1).reshape(rows, pale.shape[0] // rows, columns, -1, 3).mean((1, 3))
+    ground = (
+        pale[..., None]
+        .repeat(3, -1)
+        .reshape(rows, pale.shape[0] // rows, columns, -1, 3)
+        .mean((1, 3))
+    )
     shade = alpha[:, None] * palette[first] + (1 - alpha[:, None]) * ground.reshape(-1, 3)
     points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
     size = float(np.clip(0.5 * points, 4.5, 8.5))
@@ -575,11 +681,22 @@ def plot_gallery(
     for row, expert in enumerate(shown):
         share = float(loads[expert] / max(1, loads.sum()))
         _draw_row(axes, galleries[expert], row, share, routing.num_experts)
-        for start, patches in ((_NAME, galleries[expert].top), (_NAME + count + _GAP, galleries[expert].random)):
+        for start, patches in (
+            (_NAME, galleries[expert].top),
+            (_NAME + count + _GAP, galleries[expert].random),
+        ):
             for place, patch in enumerate(patches):
                 _draw_patch(axes, pictures, patch, trace.grid, start + place, 1.06 * row)
-    fewer = "" if len(shown) == routing.num_experts else f" {len(shown)} of {routing.num_experts} experts."
-    drawn = "drawn as much as the expert reads of them" if soft else "drawn evenly from all that the expert computes"
+    fewer = (
+        ""
+        if len(shown) == routing.num_experts
+        else f" {len(shown)} of {routing.num_experts} experts."
+    )
+    drawn = (
+        "drawn as much as the expert reads of them"
+        if soft
+        else "drawn evenly from all that the expert computes"
+    )
     share_of = "the weight that patches take" if soft else "choices"
     note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
     heading(figure, f"{routing.name}: what each expert gets", note)
@@ -589,12 +706,21 @@ def plot_gallery(
 def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_experts: int) -> None:
     """The expert's chip, and a word where nothing is routed to it."""
     y, colour = 1.06 * row, expert_colour(gallery.expert, num_experts)
-    put(axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=chip(colour, 0.3))
+    put(
+        axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=chip(colour, 0.3)
+    )
     put(axes, 0.65, y + 0.83, percent(share), SOFT, SMALL - 0.5)
     if not gallery.top:
         width = axes.get_xlim()[1] - _NAME
         axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))
-        axes.text(_NAME + 0.2, y + 0.5, "no patch goes to this expert", va="center", fontsize=SMALL, color=SOFT)
+        axes.text(
+            _NAME + 0.2,
+            y + 0.5,
+            "no patch goes to this expert",
+            va="center",
+            fontsize=SMALL,
+            color=SOFT,
+        )
 
 
 def _draw_patch(
@@ -602,8 +728,12 @@ def _draw_patch(
 ) -> None:
     """A crop of one unit, with its patch, which is in the middle, outlined in white on black."""
     crop = patch_crop(pictures.image(patch.image), grid, patch.patch)
-    axes.imshow(crop, extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02), interpolation="nearest", zorder=2)
+    axes.imshow(
+        crop, extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02), interpolation="nearest", zorder=2
+    )
     side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
     for width, colour in ((1.5, "black"), (0.7, "white")):
-        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=3))
+        axes.add_patch(
+            Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=3)
+        )

@@ -33,7 +33,15 @@ from typing import Final, Literal, cast
 import numpy as np
 from scipy.special import log_softmax
 
-from moevision.analysis.information import Estimate, Flags, Floats, Ints, Json, Numbers, halves_by_class
+from moevision.analysis.information import (
+    Estimate,
+    Flags,
+    Floats,
+    Ints,
+    Json,
+    Numbers,
+    halves_by_class,
+)
 from moevision.analysis.readings import (
     Controls,
     Interval,
@@ -110,7 +118,9 @@ class LayerAnswers(Numbers):
     answers: Sequence[Answer]  # of the three questions, in order
     load: Load  # how evenly the experts are used
     readings: Sequence[Reading] = ()  # everything that was read off the choices
-    probe: Reading | None = None  # the same of the linear probe's balanced groups; None without inputs
+    probe: Reading | None = (
+        None  # the same of the linear probe's balanced groups; None without inputs
+    )
     # name of a control -> what each of its seeds tells, of a patch and of the image
     controls: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
     # name of a control -> the same of the router, on the images of that control
@@ -158,14 +168,20 @@ def three_questions(
     """
     for other in seeds:
         if len(other.layers) != len(recording.layers):
-            raise UserError("Other trainings must be of the same recipe: these have other MoE layers.")
+            raise UserError(
+                "Other trainings must be of the same recipe: these have other MoE layers."
+            )
     found = []
     for place, layer in enumerate(recording.layers):
         options = {"permutations": permutations, "cluster_seeds": cluster_seeds, "seed": seed}
         own, *others = (read_layer(each, place, **options) for each in (recording, *seeds))
         swap = why = None
         if recording.run is None or not layer.tokens_choose:
-            why = "routes were not forced" if layer.tokens_choose else "no patch chooses its experts here"
+            why = (
+                "routes were not forced"
+                if layer.tokens_choose
+                else "no patch chooses its experts here"
+            )
         elif not layer.read:
             why = "no logit reads these patches, so that no swap can cost anything"
         elif own.why is not None:
@@ -181,10 +197,17 @@ def three_questions(
         gains = [each.controls.gain for each in (own, *others)]
         found.append(
             LayerAnswers(
-                layer.name, answers, own.load, own.readings, own.probe, own.controls.readings, own.controls.same, gains,
+                layer.name,
+                answers,
+                own.load,
+                own.readings,
+                own.probe,
+                own.controls.readings,
+                own.controls.same,
+                gains,
                 swap,
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -201,7 +224,13 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
         names = [name for name, answer in answers if answer.answer == best]
         # The deepest of them is quoted: there experts know most about the image.
         quoted = next(answer for name, answer in reversed(answers) if name == names[-1])
-        where = "" if len(layers) == 1 else f"{names[-1]}: " if len(names) == 1 else f"{listed(names)}; {names[-1]}: "
+        where = (
+            ""
+            if len(layers) == 1
+            else f"{names[-1]}: "
+            if len(names) == 1
+            else f"{listed(names)}; {names[-1]}: "
+        )
         if len(names) < len(layers) and best in (YES, A_LITTLE_WORD):
             where = f"{len(names)} of {len(layers)} layers, each tested at 5 %; {where}"
         found.append(replace(quoted, question=question, detail=where + quoted.detail))
@@ -234,22 +263,30 @@ def experts_answer(found: LayerReadings) -> Answer:
         return Answer("experts", NOT_MEASURED, found.why)
     layer, reading, estimate = found.layer, found.readings[0], cast(Estimate, found.estimate)
     told = "the expert alone" if layer.tokens_choose else "how much is taken from each expert"
-    detail = f"{told} guesses {percent(reading.guess.value)} right, chance {percent(reading.chance)}"
+    detail = (
+        f"{told} guesses {percent(reading.guess.value)} right, chance {percent(reading.chance)}"
+    )
     if found.probe is not None and layer.by_image:
         probe = percent(found.probe.guess.value)
         detail += f", a linear probe of the same input in {layer.num_experts} groups {probe}"
     most = 0.0 if found.probe is None else found.probe.bits.value
-    beside = "" if most <= 0 else (
-        f", {percent(reading.bits.value / most)} of the {signed(most)} bits of a linear probe in "
-        f"{layer.num_experts} balanced groups"
-    )  # fmt: skip
+    beside = (
+        ""
+        if most <= 0
+        else (
+            f", {percent(reading.bits.value / most)} of the {signed(most)} bits of a linear probe in "
+            f"{layer.num_experts} balanced groups"
+        )
+    )
     bits = f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
     numbers = [f"{layer.name}: {bits}{beside}; {found.load.words}."]
     numbers += [_reading_words(each) for each in found.readings[1:]]
     if not (estimate.low > 0 and estimate.p_value <= _P_VALUE):
         return Answer("experts", NOT_SHOWN, detail, numbers)
     few = reading.guess.value - reading.chance < SKILL * (1 - reading.chance)
-    return Answer("experts", A_LITTLE_WORD if few else _yes(estimate.value_bits, found), detail, numbers)
+    return Answer(
+        "experts", A_LITTLE_WORD if few else _yes(estimate.value_bits, found), detail, numbers
+    )
 
 
 def _yes(bits: float, found: LayerReadings) -> str:
@@ -263,15 +300,22 @@ def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> An
     controls = found.controls
     numbers = [_control_words(name, controls) for name in controls.readings]
     if found.layer.cluster_start:
-        return Answer("training", NOT_SHOWN, "the router started from clusters, which is no training", numbers)
+        return Answer(
+            "training", NOT_SHOWN, "the router started from clusters, which is no training", numbers
+        )
     if "clusters" not in controls.readings:
-        what = "not compared with clusters of the same input" if found.layer.inputs is not None else _MEASURES
+        what = (
+            "not compared with clusters of the same input"
+            if found.layer.inputs is not None
+            else _MEASURES
+        )
         return Answer("training", NOT_SHOWN if controls.readings else NOT_MEASURED, what, numbers)
     if not {"before", "untrained"} & set(controls.readings):
         numbers.append("The router before training: not recorded.")
     trainings = [found, *others]
     above = [
-        each.controls.gain is not None and each.controls.exceeded and not each.layer.cluster_start for each in trainings
+        each.controls.gain is not None and each.controls.exceeded and not each.layer.cluster_start
+        for each in trainings
     ]
     gains = [each.controls.gain for each in trainings if each.controls.gain is not None]
     if others:
@@ -281,7 +325,12 @@ def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> An
     else:
         numbers.append("One training; other trainings of the recipe were not compared.")
     name, reading = max(
-        ((name, each) for name, readings in controls.readings.items() for each in readings if each.unit == "patch"),
+        (
+            (name, each)
+            for name, readings in controls.readings.items()
+            for each in readings
+            if each.unit == "patch"
+        ),
         key=lambda pair: pair[1].bits.value,
     )
     own = controls.same[name][0]
@@ -296,7 +345,13 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     """The third question's answer; `why` it wasn't measured."""
     if swap is None:
         return Answer("function", NOT_MEASURED, why or _MEASURES)
-    without, whole, favourite, two, more = swap.without, swap.whole, swap.favourite, swap.any_two, swap.more
+    without, whole, favourite, two, more = (
+        swap.without,
+        swap.whole,
+        swap.favourite,
+        swap.any_two,
+        swap.more,
+    )
     numbers = _swap_words(swap)
     lost = f"{signed(without.points.value, 1)} points of accuracy, {_interval(without.points, 1)}"
     if not without.shown and without.points.low <= 0:
@@ -322,7 +377,9 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
         return Answer("function", A_LITTLE_WORD, detail, numbers)
     detail += f"; without the layer {signed(without.points.value, 1)}"
     if answer == NOT_SHOWN and (whole.shown or (two is not None and two.shown)):
-        return Answer("function", A_LITTLE_WORD, f"a class's favourite no more than others: {detail}", numbers)
+        return Answer(
+            "function", A_LITTLE_WORD, f"a class's favourite no more than others: {detail}", numbers
+        )
     return Answer("function", answer, detail, numbers)
 
 
@@ -345,12 +402,17 @@ def _swap_words(swap: Swap) -> list[str]:
         for name, cost in costs.items()
         if cost is not None
     ]
-    return [f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."]
+    return [
+        f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."
+    ]
 
 
 def _control_words(name: str, controls: Controls) -> str:
     of = controls.readings[name]
-    bits, image = ([reading.bits.value for reading in of if reading.unit == unit] for unit in ("patch", "image"))
+    bits, image = (
+        [reading.bits.value for reading in of if reading.unit == unit]
+        for unit in ("patch", "image")
+    )
     guess = [reading.guess.value for reading in of if reading.unit == "patch"]
     own, own_image = controls.same[name]
     return (
@@ -418,11 +480,15 @@ class Swap(Numbers):
     favourite: Cost | None
     any_two: Cost | None  # two other experts change places
     more: Cost | None  # `favourite` minus `any_two`, image by image
-    same_patches: Cost | None  # a third expert in the favourite's place; None where no patches can show it
+    same_patches: (
+        Cost | None
+    )  # a third expert in the favourite's place; None where no patches can show it
     their_other: Cost | None  # on the same patches, in the place of their other choice
     beyond_patches: Cost | None  # `same_patches` minus `their_other`, image by image
     n_images: int  # images that were run
-    favourites: Sequence[tuple[str, int, int]]  # class, its favourite expert in either half of the images
+    favourites: Sequence[
+        tuple[str, int, int]
+    ]  # class, its favourite expert in either half of the images
 
     def to_json(self) -> Json:
         """As JSON primitives; `points`, `log_loss` and `moved` are those of `whole`."""
@@ -430,7 +496,9 @@ class Swap(Numbers):
         return {**found.pop("whole"), **found}
 
 
-def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0) -> Swap | None:
+def swap_test(
+    recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0
+) -> Swap | None:
     """Change the routes of the layer at `place` and measure what that costs; None where no exchange moves a token.
 
     `recording` needs its `run`. An image has `draws` exchanges, each with experts drawn anew. At most `limit` images
@@ -458,7 +526,12 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
     order = rng.permutation(len(own))
     other_image = np.empty_like(order)
     other_image[order] = np.roll(order, 1)
-    variants = [~own, own[other_image], *exchanged, *(routes for pair in thinned for routes in pair)]
+    variants = [
+        ~own,
+        own[other_image],
+        *exchanged,
+        *(routes for pair in thinned for routes in pair),
+    ]
     variants += _on_same_patches(own, liked, layer.num_experts, rng)
     loss, right = lost_by(recording, place, images, own, target, variants)
     moved = np.array([(routes != own).mean() for routes in variants])
@@ -487,7 +560,9 @@ def swap_test(recording: Recording, place: int, *, draws: int = 2, limit: int = 
         their_other=cost(other) if has_same else None,
         beyond_patches=cost(same, other) if has_same else None,
         n_images=len(images),
-        favourites=[(recording.class_names[c], *favourite[:, c].tolist()) for c in np.unique(target)],
+        favourites=[
+            (recording.class_names[c], *favourite[:, c].tolist()) for c in np.unique(target)
+        ],
     )
 
 
@@ -504,13 +579,18 @@ def images_to_run(
     halves = halves_by_class(labels, seed)
     first = counts_of(choices, layer.amounts, layer.num_experts, "first")
     favourite = np.stack(
-        [_favourites(first[other], labels[other], len(recording.class_names)) for other in (halves, ~halves)]
+        [
+            _favourites(first[other], labels[other], len(recording.class_names))
+            for other in (halves, ~halves)
+        ]
     )
     classes = np.flatnonzero((favourite >= 0).all(0))
     if len(classes) > limit:
         classes = np.sort(rng.permutation(classes)[:limit])
     of_class = [np.flatnonzero(labels == c) for c in classes]
-    images = np.array([i for each in of_class for i in rng.permutation(each)[: limit // classes.size]], int)
+    images = np.array(
+        [i for each in of_class for i in rng.permutation(each)[: limit // classes.size]], int
+    )
     return images, choices[images], labels[images], halves[images].astype(int), favourite, rng
 
 
@@ -536,7 +616,9 @@ def _others(liked: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
     return order.argsort(1)[:, :-1]
 
 
-def _on_same_patches(own: Ints, liked: Ints, num_experts: int, rng: np.random.Generator) -> list[Ints]:
+def _on_same_patches(
+    own: Ints, liked: Ints, num_experts: int, rng: np.random.Generator
+) -> list[Ints]:
     """Routes [R, P, K] with a third expert in place of the favourite, and in place of the other expert.
 
     The other one is chosen beside the favourite by most patches of the image. Of these patches as many are changed
@@ -544,7 +626,9 @@ def _on_same_patches(own: Ints, liked: Ints, num_experts: int, rng: np.random.Ge
     """
     order, row = _others(liked, num_experts, rng), np.arange(len(own))
     is_liked = own == liked[:, None, None]  # [R, P, K]
-    beside = (own[..., None] == order[:, None, None]).any(2) & is_liked.any(-1, keepdims=True)  # [R, P, E - 1]
+    beside = (own[..., None] == order[:, None, None]).any(2) & is_liked.any(
+        -1, keepdims=True
+    )  # [R, P, E - 1]
     place = beside.sum(1).argmax(1)
     other, third = order[row, place], order[row, place - 1]
     both = beside[row, :, place] & ~beside[row, :, place - 1]
@@ -573,7 +657,9 @@ class _Exchange:
     def routes(self, own: Ints) -> Ints:
         """[R, P, K] after the exchange."""
         a, b = self.a[:, None, None], self.b[:, None, None]
-        return np.where(self.moves[..., None], np.where(own == a, b, np.where(own == b, a, own)), own)
+        return np.where(
+            self.moves[..., None], np.where(own == a, b, np.where(own == b, a, own)), own
+        )
 
     def thinned(self, images: Flags, count: int, rng: np.random.Generator) -> _Exchange:
         """With only `count` of the tokens of some images [R]."""
@@ -584,7 +670,12 @@ class _Exchange:
 
 
 def lost_by(
-    recording: Recording, place: int, images: Ints, own: Ints, target: Ints, variants: Sequence[Ints]
+    recording: Recording,
+    place: int,
+    images: Ints,
+    own: Ints,
+    target: Ints,
+    variants: Sequence[Ints],
 ) -> tuple[Floats, Floats]:
     """Log-loss gained and correctness lost [V, R] by other routes [R, P, K]; what isn't changed isn't run."""
     routes = np.stack([own, *variants], 1)  # [R, 1 + V, P, K]
@@ -592,9 +683,12 @@ def lost_by(
     changed[:, 0] = True
     row, variant = changed.nonzero()
     log_p = log_softmax(
-        np.asarray(cast(Run, recording.run)(place, images[row], routes[row, variant]), np.float64), axis=1
+        np.asarray(cast(Run, recording.run)(place, images[row], routes[row, variant]), np.float64),
+        axis=1,
     )
-    values = np.stack([-log_p[np.arange(len(row)), target[row]], -(log_p.argmax(1) == target[row]).astype(float)])
+    values = np.stack(
+        [-log_p[np.arange(len(row)), target[row]], -(log_p.argmax(1) == target[row]).astype(float)]
+    )
     lost = np.zeros((2, *changed.shape))
     lost[:, row, variant] = values - values[:, variant == 0][:, row]
     loss, right = lost[:, :, 1:].swapaxes(1, 2)

@@ -48,7 +48,13 @@ from moevision.analysis.information import (
     part_information,
     students_quantile,
 )
-from moevision.analysis.intervention import each_alone, edited, numbered_layers, refusal, run_repeated
+from moevision.analysis.intervention import (
+    each_alone,
+    edited,
+    numbered_layers,
+    refusal,
+    run_repeated,
+)
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
@@ -133,15 +139,23 @@ class Recording:
         images = len(self.labels)
         for layer in self.layers:
             shape = np.shape(layer.choices)
-            if len(shape) != 3 or shape[0] != images or np.max(layer.choices, initial=0) >= layer.num_experts:
+            if (
+                len(shape) != 3
+                or shape[0] != images
+                or np.max(layer.choices, initial=0) >= layer.num_experts
+            ):
                 raise UserError(
                     f"The choices of {layer.name} are {list(shape)}: give [images, patches, choices], {images} images, "
                     f"experts 0 to {layer.num_experts - 1}."
                 )
             if layer.inputs is not None and layer.inputs.shape[:2] != (images, _count(layer)):
-                raise UserError(f"The inputs of {layer.name} must be [images, {_count(layer)}, width].")
+                raise UserError(
+                    f"The inputs of {layer.name} must be [images, {_count(layer)}, width]."
+                )
         if not self.layers:
-            raise UserError("A recording without a layer tells nothing: give the choices of at least one MoE layer.")
+            raise UserError(
+                "A recording without a layer tells nothing: give the choices of at least one MoE layer."
+            )
 
 
 def _count(layer: RecordedLayer) -> int:
@@ -177,15 +191,21 @@ def recording_of(
     Raises:
         UserError: `before` has other layers or is about other images.
     """
-    if before is not None and (before.picture_names != trace.picture_names or len(before.layers) != len(trace.layers)):
-        raise UserError("The model before training must have the same MoE layers, and be traced on the same images.")
+    if before is not None and (
+        before.picture_names != trace.picture_names or len(before.layers) != len(trace.layers)
+    ):
+        raise UserError(
+            "The model before training must have the same MoE layers, and be traced on the same images."
+        )
     patches = trace.grid[0] * trace.grid[1]
     kept = min(patches, max(1, _INPUT_TOKENS // max(1, len(trace))))
     positions = np.sort(np.random.default_rng(seed).permutation(patches)[:kept])
     inputs: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for batch in router_inputs(model, pictures, trace, range(len(trace)), _BATCH):
         for layer in trace.layers:
-            inputs[layer.layer].append(batch[layer.layer][:, [0] if layer.route_by == "image" else positions])
+            inputs[layer.layer].append(
+                batch[layer.layer][:, [0] if layer.route_by == "image" else positions]
+            )
     found = baselines or {}
     layers = []
     for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
@@ -196,7 +216,16 @@ def recording_of(
         old = []
         if before is not None:
             ago = before.layers[place]
-            old = [Assignments(layer.layer, 0, ago.expert_index, np.arange(len(before)), ago.num_experts, ago.takes)]
+            old = [
+                Assignments(
+                    layer.layer,
+                    0,
+                    ago.expert_index,
+                    np.arange(len(before)),
+                    ago.num_experts,
+                    ago.takes,
+                )
+            ]
         layers.append(
             replace(
                 choices_of(layer),
@@ -213,7 +242,11 @@ def recording_of(
     if parts is not None and "background" in part_names:
         objects = np.asarray(parts) != list(part_names).index("background")
     run = None
-    if swap and trace.accuracy is not None and not any(refusal("swap", each.router) for each in moe_layers(model.net)):
+    if (
+        swap
+        and trace.accuracy is not None
+        and not any(refusal("swap", each.router) for each in moe_layers(model.net))
+    ):
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
 
@@ -233,7 +266,12 @@ def choices_of(layer: LayerTrace) -> RecordedLayer:
 
 @torch.inference_mode()
 def run_forced(
-    model: SavedModel, pictures: PictureSet, blocks: Sequence[int], place: int, images: Ints, experts: Ints
+    model: SavedModel,
+    pictures: PictureSet,
+    blocks: Sequence[int],
+    place: int,
+    images: Ints,
+    experts: Ints,
 ) -> Floats:
     """Logits [R, C] of images [R] whose patches go to these experts [R, P, K] in one layer; see `Run`.
 
@@ -252,9 +290,13 @@ def run_forced(
 
 @torch.inference_mode()
 def forced_logits(
-    net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0,
+    net: nn.Module,
+    layer: MoEMlp,
+    inputs: torch.Tensor,
+    experts: Ints,
+    prefix: int = 0,
     run: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Floats:  # fmt: skip
+) -> Floats:
     """Logits [R, C] of `net(inputs)` while the patches go to these experts [R, P, K] in one of its layers; see `Run`.
 
     The first `prefix` tokens stay where they are. `run` stands for `net`.
@@ -300,14 +342,24 @@ def measure_baselines(
         UserError: if the trace is about one image, other images or another model.
     """
     if len(trace) < 2:
-        raise UserError("Baselines need at least two images, to fit and to measure clusters: give more images.")
-    if [layer.layer_index for layer in moe_layers(model.net)] != [layer.layer for layer in trace.layers]:
-        raise UserError("This trace has other MoE layers than the model: collect it again with this model.")
+        raise UserError(
+            "Baselines need at least two images, to fit and to measure clusters: give more images."
+        )
+    if [layer.layer_index for layer in moe_layers(model.net)] != [
+        layer.layer for layer in trace.layers
+    ]:
+        raise UserError(
+            "This trace has other MoE layers than the model: collect it again with this model."
+        )
     pictures = Remembered(aligned_pictures(pictures, trace))  # image i is row i of the trace
     untrained = [
-        Assignments(own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes)
+        Assignments(
+            own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes
+        )
         for s in range(seeds)
-        for own in collect_routing(replace(model, net=fresh_copy(model.net, s)), pictures, progress=False).layers
+        for own in collect_routing(
+            replace(model, net=fresh_copy(model.net, s)), pictures, progress=False
+        ).layers
     ]
     return {"untrained": untrained, "kmeans_input": _clusters(model, pictures, trace, seeds, seed)}
 
@@ -328,20 +380,28 @@ def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
         for layer in moe_layers(fresh):
             weight = getattr(layer.router, "weight", None)
             if weight is not None and not weight.detach().any():
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # LeCun, as V-MoE's router starts
+                nn.init.normal_(
+                    weight, std=weight.shape[1] ** -0.5
+                )  # LeCun, as V-MoE's router starts
     return fresh.eval()
 
 
-def _clusters(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int) -> list[Assignments]:
+def _clusters(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int
+) -> list[Assignments]:
     """K-means of each layer's input, fitted on half of the images, applied to the others."""
     half, rng = halves_by_class(np.asarray(trace.labels), seed), np.random.default_rng(seed)
     fitted, measured = np.flatnonzero(~half), np.flatnonzero(half)
     per_image = max(1, _FIT_TOKENS // max(1, len(fitted)))
     sample: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for inputs in router_inputs(model, pictures, trace, fitted, _FIT_BATCH):
-        places = np.tile(np.arange(trace.grid[0] * trace.grid[1]), (len(next(iter(inputs.values()))), 1))  # [B, P]
+        places = np.tile(
+            np.arange(trace.grid[0] * trace.grid[1]), (len(next(iter(inputs.values()))), 1)
+        )  # [B, P]
         for _ in {layer.route_by for layer in trace.layers}:
-            rng.permuted(places, axis=1)  # a draw that earlier versions made: clusters are those of their reports
+            rng.permuted(
+                places, axis=1
+            )  # a draw that earlier versions made: clusters are those of their reports
         for block, tokens in inputs.items():
             taken = rng.permuted(places, axis=1)[:, :per_image]
             sample[block].append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
@@ -352,7 +412,9 @@ def _clusters(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seed
         for s in range(seeds):
             means = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, s)
             chosen: list[Chosen] = []
-            clusterings.append((layer.layer, s, rule, means, rule.scale(nearness(means, tokens)), chosen))
+            clusterings.append(
+                (layer.layer, s, rule, means, rule.scale(nearness(means, tokens)), chosen)
+            )
     for inputs in router_inputs(model, pictures, trace, measured, _FIT_BATCH):
         for block, _, rule, means, scale, chosen in clusterings:
             chosen.append(rule.apply(nearness(means, inputs[block]), scale))
@@ -382,7 +444,11 @@ def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
 
 
 def router_inputs(
-    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, indices: Sequence[int] | Ints, batch_size: int
+    model: SavedModel,
+    pictures: PictureSet,
+    trace: RoutingTrace,
+    indices: Sequence[int] | Ints,
+    batch_size: int,
 ) -> Iterator[dict[int, Floats]]:
     """Per batch what each MoE layer routes by: block -> [B, P, D]; everywhere their mean where images are routed."""
     for start in range(0, len(indices), batch_size):
@@ -409,7 +475,9 @@ class Rule:
     kind: RoutingKind  # who chooses
     num_experts: int  # E
     top_k: int  # K of token choice, C of expert choice, 0 for Soft MoE
-    entropy_bits: float = 0.0  # mean entropy of the layer's router; 0 for token choice, which needs none
+    entropy_bits: float = (
+        0.0  # mean entropy of the layer's router; 0 for token choice, which needs none
+    )
 
     @classmethod
     def of(cls, layer: LayerTrace) -> Rule:
@@ -437,7 +505,9 @@ class Rule:
     def apply(self, scores: Array, scale: float) -> Chosen:
         """What scores [I, P, E] choose, the larger the better, multiplied by the `scale`."""
         if self.kind == "token_choice":
-            return Chosen(np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16))
+            return Chosen(
+                np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16)
+            )
         everyone = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)
         logits = scale * np.asarray(scores, dtype=np.float64)
         affinity = log_softmax(logits, -1)
@@ -452,7 +522,9 @@ class Rule:
 class Assignments:
     """The experts that one baseline gives to patches."""
 
-    layer: int | None  # block index of the layer it is compared with; None where it is the same for every layer
+    layer: (
+        int | None
+    )  # block index of the layer it is compared with; None where it is the same for every layer
     seed: int  # of what is random in it
     expert_index: Ints  # [I', P, K] int16, best first
     images: Ints  # [I'] rows of the trace that it was measured on
@@ -468,7 +540,9 @@ _CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
 _PROBE_TOKENS = 6_000  # that a linear probe is fitted on
 _PROBE_CLASSES = 100  # more take minutes to fit
 _CLUSTER_TOKENS = 20_000  # that clusters are fitted on
-_PRIOR = 1e-3  # of a probe's prediction: a class that it excludes costs 10 bits, not infinitely many
+_PRIOR = (
+    1e-3  # of a probe's prediction: a class that it excludes costs 10 bits, not infinitely many
+)
 
 
 class Interval(NamedTuple):
@@ -518,7 +592,11 @@ class Load(Numbers):
 
     def to_json(self) -> Json:
         """The shares, and what follows from them."""
-        return {**super().to_json(), "max_over_mean": self.max_over_mean, "effective_experts": self.effective}
+        return {
+            **super().to_json(),
+            "max_over_mean": self.max_over_mean,
+            "effective_experts": self.effective,
+        }
 
 
 @dataclass(frozen=True)
@@ -529,7 +607,9 @@ class Controls:
     readings: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
     # name of a control -> the same of the router, on the images of that control
     same: Mapping[str, tuple[Reading, Reading]] = field(default_factory=dict)
-    gain: float | None = None  # bits by which the router exceeds the best of them; None where there is none
+    gain: float | None = (
+        None  # bits by which the router exceeds the best of them; None where there is none
+    )
     exceeded: bool = True  # whether it exceeds each of them (interval of the difference above 0)
 
 
@@ -542,16 +622,23 @@ class LayerReadings:
     why: str | None = None  # why nothing else was read; None where it was
     readings: Sequence[Reading] = ()  # that of the answers first
     estimate: Estimate | None = None  # the bits of the first of them
-    probe: Reading | None = None  # the same of the linear probe's balanced groups; None without inputs
+    probe: Reading | None = (
+        None  # the same of the linear probe's balanced groups; None without inputs
+    )
     controls: Controls = Controls()  # those of the layer
-    most_bits: float = math.nan  # what a probe tells, or without one what so many experts could tell at most
+    most_bits: float = (
+        math.nan
+    )  # what a probe tells, or without one what so many experts could tell at most
 
 
-def read_layer(recording: Recording, place: int, *, permutations: int, cluster_seeds: int, seed: int) -> LayerReadings:
+def read_layer(
+    recording: Recording, place: int, *, permutations: int, cluster_seeds: int, seed: int
+) -> LayerReadings:
     """Read one layer of one training; the arguments are those of `three_questions`."""
     layer, labels = recording.layers[place], np.asarray(recording.labels)
     counts = {
-        choices: counts_of(layer.choices, layer.amounts, layer.num_experts, choices) for choices in get_args(Choices)
+        choices: counts_of(layer.choices, layer.amounts, layer.num_experts, choices)
+        for choices in get_args(Choices)
     }
     load = load_of(counts["all"], labels, len(recording.class_names))
     known = labels[labels >= 0]
@@ -586,36 +673,57 @@ class _Reader:
     seed: int  # of what is shuffled
 
     def patch(
-        self, counts: Floats, permutations: int, *, of: str = "class", choices: Choices = "first",
-        where: str = "everywhere", images: Ints | None = None,
-    ) -> tuple[Reading, Estimate]:  # fmt: skip
+        self,
+        counts: Floats,
+        permutations: int,
+        *,
+        of: str = "class",
+        choices: Choices = "first",
+        where: str = "everywhere",
+        images: Ints | None = None,
+    ) -> tuple[Reading, Estimate]:
         """What the choice of one patch tells."""
         rows = np.arange(len(self.labels)) if images is None else images
         if of == "part":
             target = np.asarray(self.recording.parts)[rows]
-            estimate = part_information(counts, target, num_permutations=permutations, seed=self.seed)
+            estimate = part_information(
+                counts, target, num_permutations=permutations, seed=self.seed
+            )
         else:
             labels = self.labels[rows]
             target = np.broadcast_to(labels[:, None], counts.shape[:2])
-            estimate = class_information(counts, labels, num_permutations=permutations, seed=self.seed)
+            estimate = class_information(
+                counts, labels, num_permutations=permutations, seed=self.seed
+            )
         guess, chance = guess_from_experts(counts, target, self._halves_of(rows))
         bits = Interval(estimate.value_bits, estimate.low, estimate.high)
         return Reading(of, "patch", choices, where, guess, chance, bits, estimate.p_value), estimate
 
     def image(
-        self, counts: Floats, *, choices: Choices = "first", where: str = "everywhere", images: Ints | None = None
+        self,
+        counts: Floats,
+        *,
+        choices: Choices = "first",
+        where: str = "everywhere",
+        images: Ints | None = None,
     ) -> Reading:
         """What a probe reads off the histogram of the image, on held-out images."""
         rows = np.arange(len(self.labels)) if images is None else images
         known = self.labels[rows] >= 0
         sums = counts[known].sum(1)
         histogram = sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
-        guess, chance, bits = probe_histogram(histogram, self.labels[rows][known], self._halves_of(rows)[known])
+        guess, chance, bits = probe_histogram(
+            histogram, self.labels[rows][known], self._halves_of(rows)[known]
+        )
         return Reading("class", "image", choices, where, guess, chance, bits)
 
     def _halves_of(self, rows: Ints) -> Flags:
         """Halves of some images: clusters are measured on one half of all, which is divided again."""
-        return self.halves if len(rows) == len(self.labels) else halves_by_class(self.labels[rows], self.seed)
+        return (
+            self.halves
+            if len(rows) == len(self.labels)
+            else halves_by_class(self.labels[rows], self.seed)
+        )
 
 
 def _read(
@@ -623,7 +731,11 @@ def _read(
 ) -> tuple[list[Reading], Estimate]:
     """All readings, that of the answers first, and its bits."""
     primary, patches = _primary(layer), layer.choices.shape[1]
-    order = [primary] if counts["first"].sum() == counts["all"].sum() else list(dict.fromkeys((primary, "all")))
+    order = (
+        [primary]
+        if counts["first"].sum() == counts["all"].sum()
+        else list(dict.fromkeys((primary, "all")))
+    )
     asked: list[tuple[str, Flags | None]] = [("everywhere", None)]
     objects = reader.recording.objects
     if objects is not None and patches > 1:
@@ -641,7 +753,9 @@ def _read(
     return readings, estimates[0]
 
 
-def _compare(reader: _Reader, layer: RecordedLayer, counts: Floats, permutations: int, cluster_seeds: int) -> Controls:
+def _compare(
+    reader: _Reader, layer: RecordedLayer, counts: Floats, permutations: int, cluster_seeds: int
+) -> Controls:
     """The controls, and by how much the router exceeds the best of them."""
     choices, patches = _primary(layer), counts.shape[1]
     clusters = layer.clusters
@@ -651,19 +765,27 @@ def _compare(reader: _Reader, layer: RecordedLayer, counts: Floats, permutations
     same: dict[str, tuple[Reading, Reading]] = {}
     gains, exceeded = [], True
     known: dict[bytes, tuple[Reading, Estimate, Reading]] = {}
-    for name, controls in {"before": layer.before, "untrained": layer.untrained, "clusters": clusters}.items():
+    for name, controls in {
+        "before": layer.before,
+        "untrained": layer.untrained,
+        "clusters": clusters,
+    }.items():
         for control in controls:
             images = np.asarray(control.images)
             if (reader.labels[images] >= 0).sum() < 2:  # of the half that clusters are measured on
                 continue
             some: dict[str, Any] = {"choices": choices, "images": images}
             key = images.tobytes()
-            if key not in known:  # clusters are measured on half of the images, and so the router there
+            if (
+                key not in known
+            ):  # clusters are measured on half of the images, and so the router there
                 mine = counts[images]
                 known[key] = (*reader.patch(mine, permutations, **some), reader.image(mine, **some))
             own, own_estimate, own_image = known[key]
             same[name] = (own, own_image)
-            index, amounts = (x if x is None else x[:, :patches] for x in (control.expert_index, control.takes))
+            index, amounts = (
+                x if x is None else x[:, :patches] for x in (control.expert_index, control.takes)
+            )
             theirs = counts_of(cast(Ints, index), amounts, control.num_experts, choices)
             reading, estimate = reader.patch(theirs, _CONTROL_PERMUTATIONS, **some)
             readings[name] = [*readings.get(name, []), reading, reader.image(theirs, **some)]
@@ -683,7 +805,9 @@ def exceeds(a: Estimate, b: Estimate) -> bool:
 def counts_of(choices: Ints, amounts: Array | None, num_experts: int, which: Choices) -> Floats:
     """[I, P, E] of all choices, or of the first alone (which counts 1 where it counts at all)."""
     index = np.asarray(choices)
-    amount = np.ones(index.shape, np.float32) if amounts is None else np.asarray(amounts, np.float32)
+    amount = (
+        np.ones(index.shape, np.float32) if amounts is None else np.asarray(amounts, np.float32)
+    )
     amount = np.where(index >= 0, amount, 0)
     if which == "first":
         index, amount = index[..., :1], (amount[..., :1] > 0).astype(np.float32)
@@ -696,7 +820,9 @@ def load_of(counts: Floats, labels: Ints, num_classes: int) -> Load:
     one_hot = labels[:, None] == np.arange(num_classes)
     table = one_hot.T.astype(np.float64) @ by_image
     with np.errstate(invalid="ignore"):
-        return Load(by_image.sum(0) / max(by_image.sum(), 1e-12), table / table.sum(1, keepdims=True))
+        return Load(
+            by_image.sum(0) / max(by_image.sum(), 1e-12), table / table.sum(1, keepdims=True)
+        )
 
 
 def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Interval, float]:
@@ -715,7 +841,9 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
         np.add.at(known, ranks[fit], own[fit])
         best = np.where(known.sum(0) > 0, known.argmax(0), known.sum(1).argmax())  # [E]
         hits[~fit] = (own[~fit] * (ranks[~fit, None] == best)).sum(1)
-    right, total = (np.bincount(image, each, len(counts)).astype(np.float64) for each in (hits, own.sum(1)))  # [I]
+    right, total = (
+        np.bincount(image, each, len(counts)).astype(np.float64) for each in (hits, own.sum(1))
+    )  # [I]
     frequency = np.bincount(ranks, own.sum(1))
     return ratio_interval(right, total), float(frequency.max() / max(frequency.sum(), 1e-12))
 
@@ -725,7 +853,11 @@ def ratio_interval(part: Floats, whole: Floats) -> Interval:
     n, total = len(part), max(float(whole.sum()), 1e-12)
     ratio = float(part.sum()) / total
     deviation = part - ratio * whole
-    half = students_quantile(n - 1) * math.sqrt(n / max(1, n - 1) * float(np.square(deviation).sum())) / total
+    half = (
+        students_quantile(n - 1)
+        * math.sqrt(n / max(1, n - 1) * float(np.square(deviation).sum()))
+        / total
+    )
     return Interval(ratio, ratio - half, ratio + half)
 
 
@@ -741,7 +873,9 @@ def paired_interval(loss: Floats) -> Interval:
     return Interval(total / n, max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Interval, float, Interval]:
+def probe_histogram(
+    histogram: Floats, labels: Ints, halves: Flags
+) -> tuple[Interval, float, Interval]:
     """What logistic regression tells from the histograms [I, E] of held-out images.
 
     It is the share guessed right, that of the most frequent class, and the bits about the class: the mean of log2 of
@@ -754,11 +888,17 @@ def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Int
         if not (fit.any() and test.any()):
             continue
         prior = (np.bincount(ranks[fit], minlength=len(values)) + 1) / (fit.sum() + len(values))
-        predicted = (1 - _PRIOR) * _predict(histogram[fit], ranks[fit], histogram[test], len(values)) + _PRIOR * prior
+        predicted = (1 - _PRIOR) * _predict(
+            histogram[fit], ranks[fit], histogram[test], len(values)
+        ) + _PRIOR * prior
         right[test] = predicted.argmax(1) == ranks[test]
         bits[test] = np.log2(predicted / prior)[np.arange(test.sum()), ranks[test]]
     ones = np.ones(len(labels))
-    return ratio_interval(right, ones), float(np.bincount(ranks).max() / len(ranks)), ratio_interval(bits, ones)
+    return (
+        ratio_interval(right, ones),
+        float(np.bincount(ranks).max() / len(ranks)),
+        ratio_interval(bits, ones),
+    )
 
 
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
@@ -787,7 +927,9 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
 
 def _predict(known: Floats, ranks: Ints, asked: Floats, num_values: int) -> Floats:
     """[N, V] probabilities by logistic regression on standardised features."""
-    from sklearn.linear_model import LogisticRegression  # slow to import, and not needed for anything else here
+    from sklearn.linear_model import (
+        LogisticRegression,
+    )  # slow to import, and not needed for anything else here
 
     found = np.zeros((len(asked), num_values))
     present = np.unique(ranks)
@@ -813,7 +955,10 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
     if len(tokens) < layer.num_experts:
         return []
     sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_TOKENS]
-    rule, images = Rule("token_choice", layer.num_experts, layer.choices.shape[2]), np.arange(len(inputs))
+    rule, images = (
+        Rule("token_choice", layer.num_experts, layer.choices.shape[2]),
+        np.arange(len(inputs)),
+    )
     found = []
     for number in range(seeds):
         means = fit_clusters(tokens[sample], layer.num_experts, seed + number)

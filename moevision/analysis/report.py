@@ -50,7 +50,14 @@ from moevision.analysis.describe import (
     part_expert_table,
 )
 from moevision.analysis.effects import class_effect
-from moevision.analysis.images import EXPLORER, PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
+from moevision.analysis.images import (
+    EXPLORER,
+    PictureSet,
+    Remembered,
+    aligned_pictures,
+    pictures_for,
+    run_folder,
+)
 from moevision.analysis.information import Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
@@ -69,7 +76,9 @@ SCHEMA = "moevision.report/1"  # of report.json; a change that an older reader w
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent
-_SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
+_SHOWN_PER_PIXEL = (
+    0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
+)
 _PICTURES_SHOWN = 3
 _LEAST, _MOST = 3, 40  # images of a class
 _WHAT: dict[RoutingKind, str] = {
@@ -124,8 +133,12 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     refuse_equal_seeds((address, seed_of(address)) for address in (settings.model, *settings.seeds))
     model = load_model(settings.model)
     if not moe_layers(model.net):
-        raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
-    found = pictures_for(settings.model, model, settings.data, limit=settings.limit, root=settings.root)
+        raise UserError(
+            f"{settings.model} has no MoE layers to look at: give a model with experts."
+        )
+    found = pictures_for(
+        settings.model, model, settings.data, limit=settings.limit, root=settings.root
+    )
     if found is None:
         raise UserError(
             f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
@@ -139,7 +152,9 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     with stages.bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
         with stages.stage("collecting the routing"):
-            trace = collect_routing(model, found, path=folder / TRACE, progress=False, name=titles[settings.model])
+            trace = collect_routing(
+                model, found, path=folder / TRACE, progress=False, name=titles[settings.model]
+            )
             (folder / HTML).unlink(missing_ok=True)  # it belongs to the trace that was replaced
             pictures = Remembered(aligned_pictures(found, trace))
         results = measure(model, pictures, trace, others, settings, stages, before)
@@ -147,7 +162,9 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
             layers = [layer_numbers(layer) for layer in trace.layers]
             figures: list[Json] = []
             pngs: dict[str, bytes] = {}
-            for kind, file, title, figure in draw_figures(trace, pictures, results, layers, settings.seed):
+            for kind, file, title, figure in draw_figures(
+                trace, pictures, results, layers, settings.seed
+            ):
                 figures.append({"file": file, "kind": kind, "title": title})
                 pngs[file] = plots.figure_png(figure)
         wrong = wrong_routes(trace)
@@ -156,12 +173,20 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
         {
             "schema": SCHEMA,
             "title": f"What the experts of {trace.model} do",
-            "settings": {"limit": settings.limit, "permutations": settings.permutations, "seed": settings.seed,
-                         "quick": settings.quick, "seeds": [titles[address] for address in settings.seeds],
-                         "before": settings.before and shown(model_title(settings.before))},
+            "settings": {
+                "limit": settings.limit,
+                "permutations": settings.permutations,
+                "seed": settings.seed,
+                "quick": settings.quick,
+                "seeds": [titles[address] for address in settings.seeds],
+                "before": settings.before and shown(model_title(settings.before)),
+            },
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
-            "layers": [{**layer, "read": read} for layer, read in zip(layers, routes_read(model.net), strict=True)],
+            "layers": [
+                {**layer, "read": read}
+                for layer, read in zip(layers, routes_read(model.net), strict=True)
+            ],
             **results.to_json(trace),
             "wrong": wrong,
             "figures": figures,
@@ -179,7 +204,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
                 "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             },
         }
-    )  # fmt: skip
+    )
     write_report(folder, numbers, render(numbers, pngs, views), pngs)
     return numbers
 
@@ -211,8 +236,12 @@ class Results:
     """What was measured."""
 
     questions: Sequence[LayerAnswers]  # the three answers about each layer
-    maps: dict[int, ClassExpertMap]  # block index -> class x expert map; empty with fewer than two labelled classes
-    parts: Floats | None  # [I, P, parts] share of each patch that belongs to each part; None where images have none
+    maps: dict[
+        int, ClassExpertMap
+    ]  # block index -> class x expert map; empty with fewer than two labelled classes
+    parts: (
+        Floats | None
+    )  # [I, P, parts] share of each patch that belongs to each part; None where images have none
     effects: Json  # from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
@@ -261,22 +290,41 @@ def measure(
     with stages.stage("measuring what needs no learning"):
         baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
     with stages.stage("looking at other trainings"):
-        seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
+        seeds = [
+            collect_routing(other, pictures, progress=False, name=name) for name, other in others
+        ]
     shown_parts = None if parts is None else majority_part(parts)
     with stages.stage("asking three questions"):
         again = []
-        for (_, other), routed in zip(others, seeds, strict=True):  # each beside controls of its own
+        for (_, other), routed in zip(
+            others, seeds, strict=True
+        ):  # each beside controls of its own
             own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3)
-            again.append(recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed))
-        ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
+            again.append(
+                recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed)
+            )
+        ago = (
+            None
+            if before is None
+            else collect_routing(before, pictures, progress=False, name="before")
+        )
         recording = recording_of(
-            model, pictures, trace,
-            baselines=baselines, before=ago, parts=shown_parts, part_names=pictures.part_names, seed=settings.seed,
-        )  # fmt: skip
-        questions = three_questions(
-            recording, seeds=again, permutations=settings.permutations, draws=1 if settings.quick else 2,
+            model,
+            pictures,
+            trace,
+            baselines=baselines,
+            before=ago,
+            parts=shown_parts,
+            part_names=pictures.part_names,
             seed=settings.seed,
-        )  # fmt: skip
+        )
+        questions = three_questions(
+            recording,
+            seeds=again,
+            permutations=settings.permutations,
+            draws=1 if settings.quick else 2,
+            seed=settings.seed,
+        )
     with stages.stage("mapping classes to experts"):
         known = len(np.unique(trace.labels[trace.labels >= 0])) > 1
         maps = {
@@ -286,7 +334,9 @@ def measure(
             for layer in (trace.layers if known else ())
         }
     with stages.stage("taking experts away"):
-        effects = measure_effects(model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed)
+        effects = measure_effects(
+            model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed
+        )
     return Results(questions, maps, parts, effects)
 
 
@@ -300,9 +350,10 @@ def measure_effects(
     class of the model has images, both are empty, and `why` says why.
     """
     classes = [
-        name for label, name in enumerate(trace.class_names)
+        name
+        for label, name in enumerate(trace.class_names)
         if name in model.class_names and (trace.labels == label).sum() >= _LEAST
-    ]  # fmt: skip
+    ]
     what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
     found: Json = {"what": what, "why": None, "pictures_per_class": 0, "rows": [], "experts": []}
     if not classes:
@@ -315,14 +366,21 @@ def measure_effects(
     per_class = min(_MOST, int(budget_s / (each_s * calls)))
     if per_class < _LEAST:
         minutes = each_s * calls * _LEAST / 60
-        return found | {"why": f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"}
+        return found | {
+            "why": f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"
+        }
     for layer in trace.layers:
         load = layer.counts().sum(0)
         for expert in range(layer.num_experts):
             away = Intervention("ablate", layer=layer.layer, expert=expert)
             place = {"layer": layer.layer, "expert": expert}
             rows = [
-                {**place, **class_effect(model, pictures, name, away, limit=per_class, seed=seed).to_json()}
+                {
+                    **place,
+                    **class_effect(
+                        model, pictures, name, away, limit=per_class, seed=seed
+                    ).to_json(),
+                }
                 for name in classes
             ]
             strongest = max(rows, key=lambda row: abs(row["delta_logit"]))
@@ -372,10 +430,16 @@ def data_numbers(trace: RoutingTrace) -> Json:
     for index, name in enumerate(trace.class_names):
         of_class = trace.labels == index
         count = int(of_class.sum())
-        correct = int((trace.predictions[of_class] == index).sum()) if trace.accuracy is not None else None
+        correct = (
+            int((trace.predictions[of_class] == index).sum())
+            if trace.accuracy is not None
+            else None
+        )
         accuracy = None if correct is None or count == 0 else correct / count
         classes.append({"class": name, "n": count, "correct": correct, "accuracy": accuracy})
-    correct = None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
+    correct = (
+        None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
+    )
     return {
         "name": trace.data,
         "n_images": len(trace),
@@ -440,7 +504,9 @@ def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Jso
     if trace.prediction_names != trace.class_names:
         return []
     labels, said = trace.labels, trace.predictions
-    pairs = Counter(zip(labels[labels != said].tolist(), said[labels != said].tolist(), strict=True))
+    pairs = Counter(
+        zip(labels[labels != said].tolist(), said[labels != said].tolist(), strict=True)
+    )
     found: list[Json] = []
     for (label, other), count in pairs.most_common():
         if len(found) == most:
@@ -457,7 +523,8 @@ def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Jso
                 continue
             first = np.asarray(layer.expert_index)[..., 0]  # [I, P]
             wrong, own, its = (
-                np.bincount(first[group].ravel(), minlength=layer.num_experts) / first[group].size for group in groups
+                np.bincount(first[group].ravel(), minlength=layer.num_experts) / first[group].size
+                for group in groups
             )
             layers.append(
                 {
@@ -479,14 +546,22 @@ def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Jso
 
 
 def live_views(
-    model: SavedModel, trace: RoutingTrace, pictures: PictureSet, wrong: Sequence[Json], seed: int, live: Live
+    model: SavedModel,
+    trace: RoutingTrace,
+    pictures: PictureSet,
+    wrong: Sequence[Json],
+    seed: int,
+    live: Live,
 ) -> list[tuple[str, str]]:
     """An image drawn at random, and one of the most frequent mistake, each beside what it is."""
     if any(layer.kind != "token_choice" for layer in trace.layers):
         return []  # the view's boxes are of networks that patches choose
     asked = [(shown_pictures(trace, seed, 1)[0], "An image drawn at random")]
     asked += [(each["index"][0], f"{each['label']}, called {each['called']}") for each in wrong[:1]]
-    names = [trace.class_names[label] if label >= 0 else None for label in (trace.labels[index] for index, _ in asked)]
+    names = [
+        trace.class_names[label] if label >= 0 else None
+        for label in (trace.labels[index] for index, _ in asked)
+    ]
     return [
         (title, live(model, pictures.image(index), shown(trace.picture_names[index]), name))
         for (index, title), name in zip(asked, names, strict=True)
@@ -506,7 +581,11 @@ class Drawn(NamedTuple):
 
 
 def draw_figures(
-    trace: RoutingTrace, pictures: PictureSet, results: Results, layers: Sequence[Json], seed: int = 0
+    trace: RoutingTrace,
+    pictures: PictureSet,
+    results: Results,
+    layers: Sequence[Json],
+    seed: int = 0,
 ) -> Iterator[Drawn]:
     """All figures of what was measured, in the order of the report.
 
@@ -514,25 +593,44 @@ def draw_figures(
     """
     for place, image in enumerate(shown_pictures(trace, seed), start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
-        yield Drawn("overlay", f"overlay_{place}.png", f"Which expert each patch goes to, image {place}", overlay)
+        yield Drawn(
+            "overlay",
+            f"overlay_{place}.png",
+            f"Which expert each patch goes to, image {place}",
+            overlay,
+        )
     names = [layer.name for layer in trace.layers]
     counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
     kinds = [layer.kind for layer in trace.layers]
-    load = plots.plot_load(counts, names, requested=None if wanted == counts else wanted, kinds=kinds)
+    load = plots.plot_load(
+        counts, names, requested=None if wanted == counts else wanted, kinds=kinds
+    )
     yield Drawn("load", "load.png", "Load of each expert", load)
     for layer in trace.layers:
         for kind, title, figure in _draw_layer(trace, pictures, results, layer, seed):
             yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
     if rows := results.effects["rows"]:
-        tables: dict[str, list[Floats]] = {"delta_logit": [], "control_delta_logit": []}  # by layer, [E, C]
+        tables: dict[str, list[Floats]] = {
+            "delta_logit": [],
+            "control_delta_logit": [],
+        }  # by layer, [E, C]
         for layer in trace.layers:
             of_layer = [row for row in rows if row["layer"] == layer.layer]
             for name, each in tables.items():
-                by_expert = [[row[name] for row in of_layer if row["expert"] == e] for e in range(layer.num_experts)]
-                each.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
+                by_expert = [
+                    [row[name] for row in of_layer if row["expert"] == e]
+                    for e in range(layer.num_experts)
+                ]
+                each.append(
+                    np.array(by_expert, np.float64)
+                )  # None, where there is no control, becomes NaN
         classes = list(dict.fromkeys(row["class"] for row in rows))
         effects = plots.plot_effects(
-            tables["delta_logit"], tables["control_delta_logit"], names, classes, what=results.effects["what"]
+            tables["delta_logit"],
+            tables["control_delta_logit"],
+            names,
+            classes,
+            what=results.effects["what"],
         )
         yield Drawn("effects", "effects.png", "Without one expert", effects)
 
@@ -552,28 +650,41 @@ def _draw_layer(
     if layer.layer in results.maps:
         found = results.maps[layer.layer]
         figure = plots.plot_class_experts(
-            found.share, found.significant, trace.class_names,
-            layer_name=name, excess=found.excess, threshold=found.threshold, kind=kind,
-        )  # fmt: skip
+            found.share,
+            found.significant,
+            trace.class_names,
+            layer_name=name,
+            excess=found.excess,
+            threshold=found.threshold,
+            kind=kind,
+        )
         yield "class_experts", "which classes use which expert", figure
     if results.parts is not None:
         table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
         figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)
         yield "parts", "which parts go to which expert", figure
-    yield "gallery", "what each expert gets", plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
+    yield (
+        "gallery",
+        "what each expert gets",
+        plots.plot_gallery(pictures, trace, layer.layer, seed=seed),
+    )
 
 
 # ---- the page and the folder
 
 
-def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()) -> str:
+def render(
+    numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()
+) -> str:
     """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
     page = environment()
 
     def image(entry: Mapping[str, Any]) -> Json:
         """A PNG as the page holds it: size on screen, and the address with the image inside."""
         png = pictures[entry["file"]]
-        width, height = struct.unpack(">II", png[16:24])  # 8 bytes of signature, then the chunk IHDR
+        width, height = struct.unpack(
+            ">II", png[16:24]
+        )  # 8 bytes of signature, then the chunk IHDR
         return {
             "width": round(width * _SHOWN_PER_PIXEL),
             "height": round(height * _SHOWN_PER_PIXEL),
@@ -582,7 +693,9 @@ def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequ
 
     page.filters |= {"image": image, "shell_word": shell_word}
     views = [(title, Markup(view)) for title, view in live]
-    return page.get_template("report.html.jinja").render({"wrong": [], **numbers}, explorer=EXPLORER, live=views)
+    return page.get_template("report.html.jinja").render(
+        {"wrong": [], **numbers}, explorer=EXPLORER, live=views
+    )
 
 
 def environment() -> jinja2.Environment:
@@ -590,7 +703,9 @@ def environment() -> jinja2.Environment:
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader([HERE / "templates", HERE.parent / "demo" / "assets"]),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else shown(str(value)),  # names from outside
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else shown(str(value))
+        ),  # names from outside
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -620,9 +735,15 @@ def claim_folder(out: str | Path) -> Path:
     except FileExistsError as error:
         raise UserError(f"{folder} is a file: give --out a folder for the report.") from error
     except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}): give --out another place.") from error
+        raise UserError(
+            f"{folder} can't be written to ({error.strerror}): give --out another place."
+        ) from error
     ours = (HTML, NUMBERS, TRACE, FIGURES)  # of an earlier, perhaps interrupted run
-    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours and entry.suffix != ".tmp")
+    foreign = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in ours and entry.suffix != ".tmp"
+    )
     if foreign and former_report(folder) is None:
         raise UserError(
             f"{folder} holds other files ({foreign[0]}, ...) and no former report: give --out a new folder."
@@ -640,7 +761,9 @@ def former_report(folder: Path) -> dict[str, Any] | None:
     return found if ours else None
 
 
-def write_report(folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]) -> None:
+def write_report(
+    folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]
+) -> None:
     """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go."""
     former = former_report(folder) or {}
     try:

@@ -129,12 +129,19 @@ class LayerTrace:
     def _sums(self, what: str) -> Array:
         """[I, E] amounts [I, P, K] by image and expert; int64 where an amount is whether a choice counts."""
         images, experts = len(self.expert_index), self.num_experts
-        sums = np.zeros((images, experts), np.int64 if getattr(self.select(slice(0)), what).dtype == bool else float)
-        for start in range(0, images, _CHUNK):  # a few at a time, so that it takes no second trace's memory
+        sums = np.zeros(
+            (images, experts),
+            np.int64 if getattr(self.select(slice(0)), what).dtype == bool else float,
+        )
+        for start in range(
+            0, images, _CHUNK
+        ):  # a few at a time, so that it takes no second trace's memory
             part = slice(start, start + _CHUNK)
             amount, into = getattr(self.select(part), what), sums[part]
             cells = np.arange(len(into))[:, None, None] * experts + self.expert_index[part]
-            into[:] = np.bincount(cells.ravel(), amount.ravel(), minlength=into.size).reshape(-1, experts)
+            into[:] = np.bincount(cells.ravel(), amount.ravel(), minlength=into.size).reshape(
+                -1, experts
+            )
         return sums
 
 
@@ -216,7 +223,9 @@ class RoutingTrace:
             self,
             layers=tuple(layer.select(chosen) for layer in self.layers),
             **{name: getattr(self, name)[chosen] for name in IMAGE_ARRAYS},
-            picture_names=tuple(self.picture_names[index] for index in np.arange(len(self))[chosen]),
+            picture_names=tuple(
+                self.picture_names[index] for index in np.arange(len(self))[chosen]
+            ),
         )
 
     def arrays(self) -> dict[str, Array]:
@@ -228,7 +237,15 @@ class RoutingTrace:
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside the arrays."""
-        fields = ("picture_names", "class_names", "prediction_names", "grid", "model", "data", "provenance")
+        fields = (
+            "picture_names",
+            "class_names",
+            "prediction_names",
+            "grid",
+            "model",
+            "data",
+            "provenance",
+        )
         about = {name: getattr(self, name) for name in fields}
         about["layers"] = [layer.layer for layer in self.layers]
         about["kinds"] = [layer.kind for layer in self.layers]
@@ -251,11 +268,15 @@ class RoutingTrace:
         try:
             metadata, arrays = read_metadata(path), load_file(path)
         except FileNotFoundError as error:
-            raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
+            raise UserError(
+                f"There is no file {path}: collect the routing again, or check the path."
+            ) from error
         schema = metadata.get("schema")
         if schema != SCHEMA:
             what = f"has the schema {schema!r}" if schema else "is no routing trace"
-            raise UserError(f"{path} {what}, and this version reads {SCHEMA}: collect the trace again.")
+            raise UserError(
+                f"{path} {what}, and this version reads {SCHEMA}: collect the trace again."
+            )
         try:
             return cls.from_arrays(arrays, metadata)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -264,7 +285,11 @@ class RoutingTrace:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
         """Put a trace together from `arrays()` and `metadata()`."""
-        words = {name: parse_json(value.encode(), name) for name, value in metadata.items() if name != "schema"}
+        words = {
+            name: parse_json(value.encode(), name)
+            for name, value in metadata.items()
+            if name != "schema"
+        }
         indices = words.pop("layers")
         kinds = words.pop("kinds", ["token_choice"] * len(indices))
         units = words.pop("route_by", ["token"] * len(indices))
@@ -280,9 +305,13 @@ class RoutingTrace:
         )
         images: dict[str, Any] = {name: arrays[name] for name in IMAGE_ARRAYS}
         tuples: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in words.items()
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in words.items()
         }
-        for name in {"class_names", "prediction_names"} & tuples.keys():  # an older trace has folder names as they are
+        for name in {
+            "class_names",
+            "prediction_names",
+        } & tuples.keys():  # an older trace has folder names as they are
             tuples[name] = tuple(map(shown, tuples[name]))
         return cls(layers=layers, **images, **tuples)
 
@@ -294,5 +323,9 @@ def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
     other traces stay as earlier versions wrote them.
     """
     usual = {"kinds": {"token_choice"}, "route_by": {"token"}}
-    told = {name: value for name, value in about.items() if name not in usual or set(value) != usual[name]}
+    told = {
+        name: value
+        for name, value in about.items()
+        if name not in usual or set(value) != usual[name]
+    }
     return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in told.items()}}

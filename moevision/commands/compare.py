@@ -54,7 +54,9 @@ _NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_mem
 # These may change too while a run goes on, and yet make another recipe; max_time ended an earlier version's.
 _RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
 _LISTED = 6  # options that differ
-_TRAINERS = {name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE}
+_TRAINERS = {
+    name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE
+}
 _ACCURACIES = ("correct", "total", "accuracy", "interval", "balanced_accuracy")
 _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
@@ -97,7 +99,9 @@ class FinishedRun:
         """What makes the training, but for its seed: options as text, without nulls and the Trainer's own defaults."""
         recipe = {"images per step": str(self.summary.batch_size)}
         for option, value in self.options.items():
-            of_recipe = option.startswith(_RECIPE) or not (is_free(option) or option.startswith(_NO_RECIPE))
+            of_recipe = option.startswith(_RECIPE) or not (
+                is_free(option) or option.startswith(_NO_RECIPE)
+            )
             usual = value is None or _TRAINERS.get(option.removeprefix("trainer.")) == value
             if usual or not of_recipe:
                 continue
@@ -111,14 +115,20 @@ def read_run(address: str) -> FinishedRun:
     """Read a run folder; a UserError if it isn't finished."""
     folder = run_of(address)
     if not is_finished(folder, with_twin=False):
-        raise UserError(f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare.")
+        raise UserError(
+            f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare."
+        )
     summary, file = read_summary(folder / "summary.json"), folder / PREDICTIONS
     try:
         rows = sorted((row["image"], row["label"], row["correct"] == "1") for row in read_csv(file))
         images, labels, correct = zip(*rows, strict=True)
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{file} can't be read ({error}): restore it, or train the run again.") from error
-    return FinishedRun(folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct))
+        raise UserError(
+            f"{file} can't be read ({error}): restore it, or train the run again."
+        ) from error
+    return FinishedRun(
+        folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct)
+    )
 
 
 def differing(first: FinishedRun, second: FinishedRun) -> dict[str, tuple[str, str]]:
@@ -143,10 +153,16 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
         where = f"{first.name} and {run.name} were not tested on the same images"
         if apart := set(first.images) ^ set(run.images):
             count = len(set(first.images) | set(run.images))
-            raise UserError(f"{where}: {len(apart):,} of {count:,} are in one of them only, such as {min(apart)!r}.")
+            raise UserError(
+                f"{where}: {len(apart):,} of {count:,} are in one of them only, such as {min(apart)!r}."
+            )
         if first.labels != run.labels:
             raise UserError(f"{where}: they have the same names and other labels.")
-        seeds = [each.options.get("data.seed") for each in (first, run) if each.options.get("data.path") == SYNTHETIC]
+        seeds = [
+            each.options.get("data.seed")
+            for each in (first, run)
+            if each.options.get("data.path") == SYNTHETIC
+        ]
         if len(set(seeds)) > 1 or len(seeds) == 1:
             raise UserError(f"{where}: drawn images depend on --data.seed, which must be the same.")
 
@@ -161,7 +177,9 @@ def sides(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Finished
         recipes.append([run]) if known is None else known.append(run)
     if len(recipes) != 2:
         names = "; ".join(", ".join(run.name for run in recipe) for recipe in recipes)
-        options = sorted({name for recipe in recipes for name in differing(recipes[0][0], recipe[0])})
+        options = sorted(
+            {name for recipe in recipes for name in differing(recipes[0][0], recipe[0])}
+        )
         raise UserError(
             f"These runs are of {'one recipe' if len(recipes) == 1 else f'{len(recipes)} recipes'}, by everything in "
             f"config.yaml but the seed ({names})."
@@ -170,7 +188,10 @@ def sides(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Finished
         )
     for recipe in recipes:
         refuse_equal_seeds((run.name, run.summary.seed) for run in recipe)
-    one, other = ({run.summary.seed: run for run in recipe if run.summary.seed is not None} for recipe in recipes)
+    one, other = (
+        {run.summary.seed: run for run in recipe if run.summary.seed is not None}
+        for recipe in recipes
+    )
     common = sorted(one.keys() & other.keys())
     if len(common) < 2:
         have = (f"seed{'s' * (len(recipe) > 1)} {_seeds(recipe)}" for recipe in recipes)
@@ -198,7 +219,9 @@ class Comparison:
     a: Sequence[FinishedRun]
     b: Sequence[FinishedRun]
     unbalanced: bool  # whether balanced accuracy is compared, because classes differ in size or the runs chose by it
-    by_seed: Sequence[PairedDifference]  # the difference of each pair on the test images; `difference` is their mean
+    by_seed: Sequence[
+        PairedDifference
+    ]  # the difference of each pair on the test images; `difference` is their mean
     difference: float
     low: float
     high: float
@@ -221,7 +244,9 @@ class Comparison:
     @property
     def simpler(self) -> str | None:
         """The side without experts; None where both have some, or neither."""
-        dense = [letter for letter, side in (("A", self.a), ("B", self.b)) if not side[0].summary.layers]
+        dense = [
+            letter for letter, side in (("A", self.a), ("B", self.b)) if not side[0].summary.layers
+        ]
         return dense[0] if len(dense) == 1 else None
 
 
@@ -239,19 +264,30 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     if len(a) > 1:
         gap = Gap.of([100 * pair.difference for pair in by_seed])
         low, high, p, detectable = gap.low / 100, gap.high / 100, gap.p_value, gap.detectable / 100
-        return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, p < LEVEL, detectable)
+        return Comparison(
+            a, b, unbalanced, by_seed, difference, low, high, p, p < LEVEL, detectable
+        )
     (pair,) = by_seed
-    low, high, p, differ = pair.low, pair.high, pair.p_value, shown_to_differ(pair, balanced=unbalanced)
+    low, high, p, differ = (
+        pair.low,
+        pair.high,
+        pair.p_value,
+        shown_to_differ(pair, balanced=unbalanced),
+    )
     if unbalanced:
         detectable = (1 + norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)) * (high - low) / 2
     else:
         detectable = detectable_on(pair.n, pair.only_a + pair.only_b)
-    return Comparison(a, b, unbalanced, by_seed, difference, low, high, p, differ, float(detectable))
+    return Comparison(
+        a, b, unbalanced, by_seed, difference, low, high, p, differ, float(detectable)
+    )
 
 
 def told(found: Comparison) -> list[list[str]]:
     """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
-    machines = sorted({f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]})
+    machines = sorted(
+        {f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]}
+    )
     text = template("compare.txt.jinja").render(
         found=found, options=differing(found.a[0], found.b[0]), machines=machines
     )
@@ -286,7 +322,11 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
     for sentence in sentences:
         say(sentence)
     console.print()
-    left = [f"Left out, without a partner of the same seed: {', '.join(left_out)}."] if left_out else []
+    left = (
+        [f"Left out, without a partner of the same seed: {', '.join(left_out)}."]
+        if left_out
+        else []
+    )
     for note in [*notes, *left]:
         say(f"note: {shown(note)}")
 
@@ -294,7 +334,11 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
 def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
     """Accuracy and cost of both sides, with their names; of several seeds the mean. What neither knows is left out."""
     rows: list[tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]] = [
-        ("FLOPs of one image", lambda run: run.cost.flops_per_image + run.cost.router_flops_per_image, flops),
+        (
+            "FLOPs of one image",
+            lambda run: run.cost.flops_per_image + run.cost.router_flops_per_image,
+            flops,
+        ),
         ("parameters", lambda run: run.cost.total_parameters, flops),
         ("active parameters", lambda run: run.cost.active_parameters, flops),
         ("epochs", lambda run: run.epochs, "{:g}".format),
@@ -302,14 +346,21 @@ def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
         ("training, CPU time", lambda run: run.cpu_s, duration),
         ("training, images/s", lambda run: run.images_per_s, "{:,.0f}".format),
         ("one image, ms", lambda run: run.ms_per_image, "{:.1f}".format),
-        ("max/mean load", lambda run: max((x.max_over_mean for x in run.layers), default=None), "{:.2f}".format),
+        (
+            "max/mean load",
+            lambda run: max((x.max_over_mean for x in run.layers), default=None),
+            "{:.2f}".format,
+        ),
     ]
     yield "test accuracy", _accuracy(found.a), _accuracy(found.b)
     if found.unbalanced:
         rows.insert(0, ("balanced accuracy", lambda run: run.test.balanced_accuracy, percent))
     yield "seeds" if found.a[1:] else "seed", _seeds(found.a), _seeds(found.b)
     for name, value, text in rows:
-        known = [[number for run in side if (number := value(run.summary)) is not None] for side in (found.a, found.b)]
+        known = [
+            [number for run in side if (number := value(run.summary)) is not None]
+            for side in (found.a, found.b)
+        ]
         if any(known):
             one, other = (text(fmean(numbers)) if numbers else "" for numbers in known)
             yield name, one, other

@@ -33,7 +33,9 @@ def run_of(address: str) -> Path:
     """The run folder; raises UserError if it is none."""
     folder = run_folder(address)
     if folder is None:
-        raise UserError(f"{address} is no run folder, it has no config.yaml: give the folder that fit wrote.")
+        raise UserError(
+            f"{address} is no run folder, it has no config.yaml: give the folder that fit wrote."
+        )
     return folder
 
 
@@ -45,7 +47,10 @@ def write_page(chosen: Namespace) -> None:
     out = chosen.out or run_dir / "data"
     found = score(run_dir, out, show=chosen.show, quick=chosen.quick, command=chosen.command)
     counts = ", ".join(f"{count:,} {split}" for split, count in found["counts"].items())
-    print(f"{counts} images" + ("" if chosen.quick else f", {found['unreadable']:,} of them unreadable"))
+    print(
+        f"{counts} images"
+        + ("" if chosen.quick else f", {found['unreadable']:,} of them unreadable")
+    )
     print(f"The page is {shown(str(out / PAGE))}; every number is in {shown(str(out / TABLE))}")
 
 
@@ -53,9 +58,13 @@ def write_list(chosen: Namespace) -> None:
     """`moevision data prune RUN`: write the list, and print the shares."""
     decided = chosen.by == "decisions"
     if decided and (chosen.decisions is None or chosen.keep is not None):
-        raise UserError("--by decisions needs --decisions FILE and no --keep: the file says what goes.")
+        raise UserError(
+            "--by decisions needs --decisions FILE and no --keep: the file says what goes."
+        )
     if not decided and (not chosen.keep or chosen.decisions is not None):
-        raise UserError(f"--by {chosen.by} needs --keep SHARE above 0, such as 0.7, and no --decisions.")
+        raise UserError(
+            f"--by {chosen.by} needs --keep SHARE above 0, such as 0.7, and no --decisions."
+        )
     if chosen.hardest is not None and chosen.by != "ccs":
         raise UserError("--hardest belongs to --by ccs.")
     run_dir = run_of(chosen.run)
@@ -66,7 +75,9 @@ def write_list(chosen: Namespace) -> None:
         hardest = _HARDEST if chosen.hardest is None else chosen.hardest
         kept = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
         # Lists that differ lie side by side.
-        others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (f"-s{chosen.seed}" if chosen.seed else "")
+        others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (
+            f"-s{chosen.seed}" if chosen.seed else ""
+        )
         name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))

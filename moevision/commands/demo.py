@@ -32,7 +32,9 @@ def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
     given = {each.name: getattr(chosen, each.name) for each in fields(Serving)}
     serving = Serving(**{**given, "auth": login(chosen.auth)})
     serving.check()
-    with serving.listen() as listener:  # before the models are loaded, which takes seconds: who is early waits
+    with (
+        serving.listen() as listener
+    ):  # before the models are loaded, which takes seconds: who is early waits
         print("Loading the models …", file=sys.stderr)
         explorer = open_explorer(chosen.model, chosen.data, chosen.root, local=serving.local)
         from moevision.demo.server import Server
@@ -68,11 +70,15 @@ def login(argument: str | None) -> tuple[str, str] | None:
         password = getpass.getpass(f"Password for {user}: ")
     if not (user and password):
         name = AUTH if argument is None else "--auth"
-        raise UserError(f"{name} needs a user and a password, neither of them empty, as in class:secret.")
+        raise UserError(
+            f"{name} needs a user and a password, neither of them empty, as in class:secret."
+        )
     return user, password
 
 
-def open_explorer(model: str | None, data: str | None, root: str | None, *, local: bool = True) -> Explorer:
+def open_explorer(
+    model: str | None, data: str | None, root: str | None, *, local: bool = True
+) -> Explorer:
     """Load the models, start to look through their images, and warm everything up."""
     import torch
 
@@ -93,10 +99,13 @@ def announcement(server: Server, serving: Serving) -> str:
     """What is printed when the page is up: address, how to stop, who can see it, and a QR code for others."""
     lines = [f"The explorer is at {server.url}", "Stop it with Ctrl-C."]
     if serving.local:
-        return "\n".join([*lines, "Only this computer can see it; --host and --share show it to others."])
+        return "\n".join(
+            [*lines, "Only this computer can see it; --host and --share show it to others."]
+        )
     address = server.share_url or address_for_others(serving.bare_host, server.url)
     lines.append(
-        f"Others open {address}" + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
+        f"Others open {address}"
+        + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
     )
     return "\n".join([*lines, "", qr_code(address)])
 

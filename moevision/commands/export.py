@@ -37,16 +37,24 @@ def run(chosen: Namespace) -> None:
         pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
         report = export_onnx(
-            saved, out, opset=chosen.opset or OPSET, dtype=chosen.dtype, pictures=pictures, routes=chosen.routes
+            saved,
+            out,
+            opset=chosen.opset or OPSET,
+            dtype=chosen.dtype,
+            pictures=pictures,
+            routes=chosen.routes,
         )
         status.update("measuring")
         net = saved.net.cpu().float()
         latency_ms = measure_latency(
-            {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out)}, saved.image_size
+            {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out)},
+            saved.image_size,
         )
         costs = [measure_cost(net, saved.image_size, backend=each) for each in ("loop", "dense")]
     file = shown(str(out))
-    print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
+    print(
+        f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px"
+    )
     print(
         f"compared on {report.pictures} images: logits of noise differ by at most {report.max_logit_delta:.1g} "
         f"({TOLERANCE[chosen.dtype]:g} passes), same class for {report.top1_agreement:.1%}\n\n"
@@ -60,8 +68,12 @@ def run(chosen: Namespace) -> None:
         table.add_row(name, f"{flops / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
     Console().print(table)
     n = torch.get_num_threads()
-    print(f"median of {_ROUNDS} turns on {n} CPU thread{'s' * (n > 1)} of this machine; one multiply-add is two FLOPs")
-    code = template("run_exported.py.jinja").render(file=repr(file), fit=saved.fit, routes=chosen.routes)
+    print(
+        f"median of {_ROUNDS} turns on {n} CPU thread{'s' * (n > 1)} of this machine; one multiply-add is two FLOPs"
+    )
+    code = template("run_exported.py.jinja").render(
+        file=repr(file), fit=saved.fit, routes=chosen.routes
+    )
     print(f"\nRun it without moevision:\n\n{code}")
 
 
@@ -75,13 +87,21 @@ def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
     data = chosen.data
     if Path(data).is_file():
         try:
-            pixels = square_pixels(safe_open(data, saved.image_size), saved.image_size, saved.framing)
+            pixels = square_pixels(
+                safe_open(data, saved.image_size), saved.image_size, saved.framing
+            )
         except BadImageError as error:
-            raise UserError(f"{data} can't be read ({error.reason}): give another image.") from error
+            raise UserError(
+                f"{data} can't be read ({error.reason}): give another image."
+            ) from error
         return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None], saved.mean, saved.std)
     pictures = pictures_for(chosen.model, saved, data, limit=chosen.limit, root=chosen.root)
     # A comparison needs images, not all of them: some may be unreadable, and the report says how many there were.
-    read = [] if pictures is None else [batch.images for batch in PictureReader(pictures, saved, 64).batches(False)]
+    read = (
+        []
+        if pictures is None
+        else [batch.images for batch in PictureReader(pictures, saved, 64).batches(False)]
+    )
     if not read:
         raise UserError(f"{data} holds no image that can be read: give another --data.")
     return torch.cat(read)
@@ -93,7 +113,9 @@ def measure_latency(
     """For each runner and batch size the median milliseconds of a call; they take turns: what slows one slows all."""
     medians: dict[str, dict[int, float]] = {name: {} for name in runners}
     for batch in batches:
-        images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+        images = torch.randn(
+            batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch)
+        )
         for run in runners.values():
             run(images)  # the first call allocates and picks kernels
         times_ms: dict[str, list[float]] = {name: [] for name in runners}
@@ -111,7 +133,11 @@ def experts_sentence(net: nn.Module) -> str:
     """Says plainly which experts the file computes, and which the model does."""
     routers = [layer.router for layer in moe_layers(net) if layer.router.kind != "soft"]
     if not routers:
-        soft = "Soft MoE's experts each compute their slots" if moe_layers(net) else "The model has no experts"
+        soft = (
+            "Soft MoE's experts each compute their slots"
+            if moe_layers(net)
+            else "The model has no experts"
+        )
         return f"{soft}: the file does the same work as the model."
 
     def span(numbers: set[int]) -> str:

@@ -48,7 +48,9 @@ def run(chosen: Namespace) -> None:
         print(json.dumps(facts, indent=2))
         return
     console = Console()
-    console.print(f"{shown(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
+    console.print(
+        f"{shown(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px", markup=False
+    )
     console.print(facts["moe"])
     console.print(cost_table(facts["costs"]))
     console.print(
@@ -68,14 +70,18 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs
-    costs["dense twin, same active FLOPs"] = measure_cost(dense_twin(net, "active_flops"), image_size)
+    costs["dense twin, same active FLOPs"] = measure_cost(
+        dense_twin(net, "active_flops"), image_size
+    )
     costs["dense twin, same parameters"] = measure_cost(dense_twin(net, "total_params"), image_size)
     architecture = cast(dict[str, Any], net.pretrained_cfg).get("architecture")
     if not architecture:
         raise UserError("The plain ViT of a model without a timm name is not known.")
     given = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
     dense = {name: value for name, value in given.items() if name not in (*MOE_ARGUMENTS, "twin")}
-    plain = timm.create_model(architecture, **{**dense, "num_classes": net.num_classes, "moe_layers": []})
+    plain = timm.create_model(
+        architecture, **{**dense, "num_classes": net.num_classes, "moe_layers": []}
+    )
     costs["the plain ViT"] = measure_cost(plain, image_size)
     return costs
 
@@ -104,10 +110,14 @@ def analyze(chosen: Namespace) -> None:
     from moevision.analysis import report  # scikit-learn and matplotlib come along
 
     options = {field.name for field in fields(report.ReportSettings)}
-    given = {name: value for name, value in vars(chosen).items() if name in options and value is not None}
+    given = {
+        name: value for name, value in vars(chosen).items() if name in options and value is not None
+    }
     if chosen.quick:
         given = {"limit": 300, "permutations": 200} | given
-    settings = report.ReportSettings(**given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)})
+    settings = report.ReportSettings(
+        **given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)}
+    )
     numbers = report.analyze(settings, live=live_view)
     for answer in numbers["verdict"]["answers"]:
         print(shown(answer["sentence"]))
@@ -122,4 +132,6 @@ def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> s
     from moevision.demo.html import flow_html
     from moevision.demo.view import route_image
 
-    return flow_html(route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json())
+    return flow_html(
+        route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json()
+    )

@@ -40,11 +40,17 @@ class Prediction:
     """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.strangers`)."""
 
     path: str
-    classes: tuple[str, ...] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
+    classes: tuple[
+        str, ...
+    ] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
     probabilities: tuple[float, ...] = ()
-    error: str = ""  # why the file could not be read, or `NO_NUMBER`; the other fields are empty then
+    error: str = (
+        ""  # why the file could not be read, or `NO_NUMBER`; the other fields are empty then
+    )
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = None  # what the classifier reads, float32 [D], where it was asked for
+    feature: npt.NDArray[np.float32] | None = (
+        None  # what the classifier reads, float32 [D], where it was asked for
+    )
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
@@ -59,19 +65,41 @@ def run(chosen: Namespace) -> None:
     with loading("loading the model"):
         model = load_trained(chosen.model)
     if chosen.features is not None and linear_head(model.net) is None:
-        raise UserError(f"{chosen.model} has no linear classifier, and so no features before it: leave --features out.")
+        raise UserError(
+            f"{chosen.model} has no linear classifier, and so no features before it: leave --features out."
+        )
     files = list(images_at(chosen.paths))
     head_of_text = to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD
-    for option, out, head in (("--out", chosen.out, head_of_text), ("--features", chosen.features, NPY_HEAD)):
+    for option, out, head in (
+        ("--out", chosen.out, head_of_text),
+        ("--features", chosen.features, NPY_HEAD),
+    ):
         if out is not None:  # before hours of classifying
             refuse_foreign(Path(out), head, option)
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-    batches = [files[start : start + chosen.batch_size] for start in range(0, len(files), chosen.batch_size)]
-    progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
+    batches = [
+        files[start : start + chosen.batch_size]
+        for start in range(0, len(files), chosen.batch_size)
+    ]
+    progress = track(
+        batches,
+        "classifying",
+        console=Console(stderr=True),
+        disable=len(batches) < 4,
+        transient=True,
+    )
     wanted = chosen.features is not None
-    rows = [row for batch in progress for row in predict_batch(model, batch, chosen.precision, features=wanted)]
+    rows = [
+        row
+        for batch in progress
+        for row in predict_batch(model, batch, chosen.precision, features=wanted)
+    ]
     calibrated, limit = model.temperature is not None, chosen.unsure
-    text = to_json(rows, limit, calibrated=calibrated) if chosen.format == "json" else to_csv(rows, limit)
+    text = (
+        to_json(rows, limit, calibrated=calibrated)
+        if chosen.format == "json"
+        else to_csv(rows, limit)
+    )
     if chosen.out is None:
         print(text, end="")
     else:
@@ -79,19 +107,28 @@ def run(chosen: Namespace) -> None:
     if wanted:
         write_bytes_atomic(Path(chosen.features), to_npy(rows))
     if not calibrated:
-        print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
+        print(
+            "Probabilities are not calibrated: this model was saved without a temperature.",
+            file=sys.stderr,
+        )
     _tell_problems(rows, limit)
 
 
 def _tell_problems(rows: Sequence[Prediction], unsure: float | None) -> None:
     """Say on standard error how many answers are missing, or not to be taken as they are."""
     problems = {
-        f"images are unsure: no class reaches {unsure or 0:g}": sum(row.is_unsure(unsure) for row in rows),
+        f"images are unsure: no class reaches {unsure or 0:g}": sum(
+            row.is_unsure(unsure) for row in rows
+        ),
         "images are unlike the training images: their distance is above 1": sum(
             (row.distance or 0) > 1 for row in rows
         ),
-        "images have no answer: the model's is no number": sum(row.error == NO_NUMBER for row in rows),
-        "files could not be read; their rows say why": sum(row.error not in ("", NO_NUMBER) for row in rows),
+        "images have no answer: the model's is no number": sum(
+            row.error == NO_NUMBER for row in rows
+        ),
+        "files could not be read; their rows say why": sum(
+            row.error not in ("", NO_NUMBER) for row in rows
+        ),
     }
     for problem, count in problems.items():
         if count:
@@ -114,7 +151,9 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
             images = sorted(Path(file.path) for file in files if is_image_path(file.name))
             others = left_out(path, (file.name for file in files if not is_image_path(file.name)))
             if links["unreadable"]:
-                tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
+                tell(
+                    f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it."
+                )
             if not images:
                 raise UserError("; ".join([f"{path} holds no image", *others]))
             if others:
@@ -128,7 +167,11 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
 
 @torch.inference_mode()
 def predict_batch(
-    model: SavedModel, files: Sequence[Path], precision: Literal["fp32", "bf16"] = "fp32", *, features: bool = False
+    model: SavedModel,
+    files: Sequence[Path],
+    precision: Literal["fp32", "bf16"] = "fp32",
+    *,
+    features: bool = False,
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device, side = best_device(), model.image_size
@@ -141,9 +184,15 @@ def predict_batch(
         except BadImageError as error:
             rows[place] = Prediction(str(file), error=error.reason)
     if pixels:
-        images = normalize(torch.stack([*pixels.values()]), model.mean, model.std).to(device)  # [B, 3, S, S]
+        images = normalize(torch.stack([*pixels.values()]), model.mean, model.std).to(
+            device
+        )  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            net, distances, rows_of = model.net.to(device), [None] * len(images), [None] * len(images)
+            net, distances, rows_of = (
+                model.net.to(device),
+                [None] * len(images),
+                [None] * len(images),
+            )
             if model.strangers is None and not features:
                 logits = net(images)  # [B, C]
             else:
@@ -161,7 +210,9 @@ def predict_batch(
                 rows[place] = Prediction(str(files[place]), error=NO_NUMBER)
                 continue
             names = tuple(model.class_names[each] for each in classes)
-            rows[place] = Prediction(str(files[place]), names, tuple(likeliest), distance=distance, feature=feature)
+            rows[place] = Prediction(
+                str(files[place]), names, tuple(likeliest), distance=distance, feature=feature
+            )
     return [rows[place] for place in range(len(files))]
 
 
@@ -172,12 +223,24 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
     """
     rows = []
     for row in predictions:
-        pairs = [(name, f"{share:.4f}") for name, share in zip(row.classes, row.probabilities, strict=True)]
+        pairs = [
+            (name, f"{share:.4f}")
+            for name, share in zip(row.classes, row.probabilities, strict=True)
+        ]
         best, probability = pairs[0] if pairs else ("", "")
         best = UNSURE if row.is_unsure(unsure) else best
         distance = "" if row.distance is None else f"{row.distance:.4f}"
         top5 = "; ".join(f"{name}={share}" for name, share in pairs)
-        rows.append((csv_name(row.path), csv_name(best), probability, csv_name(top5), csv_name(row.error), distance))
+        rows.append(
+            (
+                csv_name(row.path),
+                csv_name(best),
+                probability,
+                csv_name(top5),
+                csv_name(row.error),
+                distance,
+            )
+        )
     return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
 
 
@@ -190,7 +253,9 @@ def to_npy(predictions: Sequence[Prediction]) -> bytes:
     return file.getvalue()
 
 
-def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False) -> str:
+def to_json(
+    predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False
+) -> str:
     """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error, distance}`.
 
     Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.

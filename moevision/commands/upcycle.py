@@ -29,7 +29,9 @@ from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, st
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading, shell_word
 
-GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
+GAP_IMAGES = (
+    32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
+)
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
 
 
@@ -53,7 +55,9 @@ def run(chosen: Namespace) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: give --out another name.")
     if (chosen.router_start == "cluster") != (chosen.data is not None):
-        raise UserError("--router-start cluster and --data belong together: the images whose tokens are clustered.")
+        raise UserError(
+            "--router-start cluster and --data belong together: the images whose tokens are clustered."
+        )
     for name, _ in chosen.option:
         if name not in MOE_ARGUMENTS:
             raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
@@ -63,10 +67,16 @@ def run(chosen: Namespace) -> None:
         sizes = {name: getattr(chosen, name) for name in ("num_classes", "image_size", "depth")}
         dense = load_dense(chosen.model, chosen.weights, **sizes, seed=chosen.seed)
     if not dense.num_classes:
-        raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
+        raise UserError(
+            f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N."
+        )
     with loading("copying experts"):
         names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
-        moe = upcycle(dense, layers=chosen.layers or None, **{name: getattr(chosen, name) for name in names} | options)
+        moe = upcycle(
+            dense,
+            layers=chosen.layers or None,
+            **{name: getattr(chosen, name) for name in names} | options,
+        )
     saved = describe(moe.eval())
     start: dict[str, Any] = {}
     if chosen.router_start == "cluster":
@@ -80,7 +90,12 @@ def run(chosen: Namespace) -> None:
         reader.report()
         start = {"router_start": {"kind": "cluster", "pictures": pictures.name, "shares": shares}}
     with loading("measuring"):
-        record = {"source": chosen.model, "moe_config": moe.moe_config, **start, **measure(dense, saved)}
+        record = {
+            "source": chosen.model,
+            "moe_config": moe.moe_config,
+            **start,
+            **measure(dense, saved),
+        }
     write_model(saved, out, record)
     console = Console(highlight=False)
     _print_upcycling(console, record)
@@ -91,7 +106,10 @@ def run(chosen: Namespace) -> None:
             soft_wrap=True,
         )
     command = f"moevision fit FOLDER --pretrained {shell_word(str(out))} --data.image_size {saved.image_size}"
-    if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):  # what `fit` takes by itself
+    if (saved.mean, saved.std) != (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+    ):  # what `fit` takes by itself
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     console.print(f"\nnext: {shown(command)}", markup=False, soft_wrap=True)
 
@@ -131,7 +149,9 @@ def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
             f"routers start from clusters of what {record['router_start']['pictures']} gives them; largest over mean "
             f"cluster {', '.join(f'{share:.2f}' for share in shares)}"
         )
-    console.print(cost_table({"dense": record["costs"]["before"], "upcycled": record["costs"]["after"]}))
+    console.print(
+        cost_table({"dense": record["costs"]["before"], "upcycled": record["costs"]["after"]})
+    )
     say(
         f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the dense "
         f"logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}"

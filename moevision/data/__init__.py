@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BadImageError", "ImageDataModule", "SyntheticPets", "safe_open"]
 
-_HOME = {"BadImageError": "images", "ImageDataModule": "module", "SyntheticPets": "synthetic", "safe_open": "images"}
+_HOME = {
+    "BadImageError": "images",
+    "ImageDataModule": "module",
+    "SyntheticPets": "synthetic",
+    "safe_open": "images",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -30,9 +30,14 @@ from moevision.errors import UserError, csv_name, name_bytes, shown
 
 SPLITS: Final = ("train", "val", "test")
 SPLIT_NAMES: Final = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
     "testing": "test",
-}  # fmt: skip
+}
 _PROBED_BYTES: Final = 64 * 1024  # from here on a probe is cheaper than the digest
 
 
@@ -48,9 +53,15 @@ class Collection(ABC):
     """Labelled images."""
 
     class_names: list[str]  # class names in words; a label is an index into them
-    given: dict[str, list[Sample]]  # samples per split the data came with ("train", "val", "test"), or all under "all"
-    notes: list[str] = field(default_factory=list)  # sentences about what was left out while reading
-    group_column: str | None = None  # the column whose equal values are kept together, where the data say so themselves
+    given: dict[
+        str, list[Sample]
+    ]  # samples per split the data came with ("train", "val", "test"), or all under "all"
+    notes: list[str] = field(
+        default_factory=list
+    )  # sentences about what was left out while reading
+    group_column: str | None = (
+        None  # the column whose equal values are kept together, where the data say so themselves
+    )
     # other columns of a table, name -> sample id -> value
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -115,7 +126,10 @@ class FileCollection(Collection):
         size = self.size_bytes(sample)
         if size < _PROBED_BYTES:
             return b""
-        with suppress(OSError), (self.root / sample.sample_id).open("rb") as handle:  # the digest knows what to do
+        with (
+            suppress(OSError),
+            (self.root / sample.sample_id).open("rb") as handle,
+        ):  # the digest knows what to do
             handle.seek(size // 2)
             return handle.read(1024)
         return b""
@@ -153,9 +167,13 @@ class DrawnCollection(Collection):
     @classmethod
     def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
         """``sizes[split]`` images per split."""
-        pets = {split: SyntheticPets(size, image_size, seed, split) for split, size in sizes.items()}
+        pets = {
+            split: SyntheticPets(size, image_size, seed, split) for split, size in sizes.items()
+        }
         given = {
-            split: [Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))]
+            split: [
+                Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))
+            ]
             for split, drawn in pets.items()
         }
         return cls(list(SyntheticPets.classes), given, pets=pets)
@@ -217,7 +235,10 @@ def words_of(class_folders: list[str]) -> list[str]:
 
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
-    lemmas = [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_folders]
+    lemmas = [
+        info.label_name_to_description(name).split(",")[0] if name in known else name
+        for name in class_folders
+    ]
     often = Counter(lemmas)
     both = zip(lemmas, class_folders, strict=True)
     return [lemma if often[lemma] == 1 else f"{lemma} ({name})" for lemma, name in both]
@@ -229,7 +250,9 @@ def check_distinct(names: Iterable[str]) -> None:
     for name in names:
         written = unicodedata.normalize("NFC", csv_name(name))  # a Mac writes accents apart
         if (other := known.get(written)) is not None:
-            raise UserError(f"{other!r} and {name!r} look the same when they are written down: rename one of them")
+            raise UserError(
+                f"{other!r} and {name!r} look the same when they are written down: rename one of them"
+            )
         known[written] = name
 
 
@@ -242,25 +265,37 @@ def differ_in_case(names: Iterable[str]) -> list[str]:
     return [what] if alike else []
 
 
-def check_same_classes(train: Path | str, classes: Iterable[str], other: Path | str, found: Iterable[str]) -> None:
+def check_same_classes(
+    train: Path | str, classes: Iterable[str], other: Path | str, found: Iterable[str]
+) -> None:
     """Each split must hold every class, else its score would mean something else than the training's."""
     known, here = set(classes), set(found)
     if missing := sorted(known - here):
-        raise UserError(f"{other} has no images of the class {some_of(missing)}, which {train} has: add some there")
+        raise UserError(
+            f"{other} has no images of the class {some_of(missing)}, which {train} has: add some there"
+        )
     if surplus := sorted(here - known):
-        raise UserError(f"{other} has the class {some_of(surplus)}, which {train} lacks: add it there or remove it")
+        raise UserError(
+            f"{other} has the class {some_of(surplus)}, which {train} lacks: add it there or remove it"
+        )
 
 
 def check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], where: str) -> None:
     """Two classes at least; a dataset that came split has a train set, and every class in every split."""
     if "all" not in given and "train" not in given:
-        raise UserError(f"{where} has no train split, only {', '.join(given)}: add one, or give them as one split.")
+        raise UserError(
+            f"{where} has no train split, only {', '.join(given)}: add one, or give them as one split."
+        )
     used = {split: {names[sample.label] for sample in samples} for split, samples in given.items()}
     train = "train" if "train" in used else "all"
     if len(used[train]) < 2:
-        raise UserError(f"{where} has {len(used[train])} classes, and a classifier needs two: add images of another.")
+        raise UserError(
+            f"{where} has {len(used[train])} classes, and a classifier needs two: add images of another."
+        )
     for split, found in used.items():
-        check_same_classes(f"the {train} split of {where}", used[train], f"its {split} split", found)
+        check_same_classes(
+            f"the {train} split of {where}", used[train], f"its {split} split", found
+        )
 
 
 def in_turn(labels: Sequence[int]) -> list[int]:
@@ -268,7 +303,9 @@ def in_turn(labels: Sequence[int]) -> list[int]:
     of_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         of_class.setdefault(label, []).append(index)
-    return [index for turn in zip_longest(*of_class.values()) for index in turn if index is not None]
+    return [
+        index for turn in zip_longest(*of_class.values()) for index in turn if index is not None
+    ]
 
 
 def some_of(names: Sequence[str]) -> str:

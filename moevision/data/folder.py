@@ -40,9 +40,16 @@ def read_folder(root: Path) -> FileCollection:
     notes: list[str] = []
     links: Counter[str] = Counter()
     splits = split_folders(root)
-    given = {split: _class_files(folder, root, notes, links) for split, folder in (splits or {"all": root}).items()}
+    given = {
+        split: _class_files(folder, root, notes, links)
+        for split, folder in (splits or {"all": root}).items()
+    }
     if splits:
-        others = [each.name for each in subfolders(root) if each not in splits.values() and _holds_images(each)]
+        others = [
+            each.name
+            for each in subfolders(root)
+            if each not in splits.values() and _holds_images(each)
+        ]
         if others:
             notes.append(
                 f"{root} has the folders {', '.join(others)} beside train, which were left out: call a validation set "
@@ -54,11 +61,16 @@ def read_folder(root: Path) -> FileCollection:
     train, classes = (splits["train"], given["train"]) if splits else (root, given["all"])
     _check_classes(train, classes, notes)
     for split in given if splits else ():
-        check_same_classes(train, classes, splits[split], (name for name, files in given[split].items() if files))
+        check_same_classes(
+            train, classes, splits[split], (name for name, files in given[split].items() if files)
+        )
     folders = sorted(classes)
     notes += differ_in_case(folders)
     # training_set and test_set, seg_train and seg_test: alike without the split's name
-    rest = {name: re.sub("|".join(sorted(SPLIT_NAMES, reverse=True)), "*", name.lower(), count=1) for name in folders}
+    rest = {
+        name: re.sub("|".join(sorted(SPLIT_NAMES, reverse=True)), "*", name.lower(), count=1)
+        for name in folders
+    }
     often = Counter(each for each in rest.values() if "*" in each)
     if not splits and (like := [name for name in folders if often[rest[name]] > 1]):
         notes.append(
@@ -86,7 +98,9 @@ def read_folder(root: Path) -> FileCollection:
 def subfolders(folder: Path) -> list[Path]:
     """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir) and links to a folder that holds them."""
     return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
+        entry
+        for entry in folder.iterdir()
+        if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
     )
 
 
@@ -151,14 +165,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _leads_up(entry: Path) -> bool:
-    return entry.is_symlink() and entry.is_dir() and entry.parent.resolve().is_relative_to(entry.resolve())
+    return (
+        entry.is_symlink()
+        and entry.is_dir()
+        and entry.parent.resolve().is_relative_to(entry.resolve())
+    )
 
 
 def _holds_images(folder: Path) -> bool:
     return any(is_image_path(entry.name) for entry in walk(folder))
 
 
-def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
+def _class_files(
+    folder: Path, root: Path, notes: list[str], links: Counter[str]
+) -> dict[str, list[str]]:
     """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
 
     ``links`` counts those that led to nothing new, and folders that can't be read.
@@ -172,7 +192,12 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         loose += is_image_path(entry) and entry.is_file()
         if entry.is_symlink() and not entry.exists() and not entry.suffix:
             notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
-        elif entry.name[0] == "_" and entry.name != "__MACOSX" and entry.is_dir() and _holds_images(entry):
+        elif (
+            entry.name[0] == "_"
+            and entry.name != "__MACOSX"
+            and entry.is_dir()
+            and _holds_images(entry)
+        ):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
     for class_folder in subfolders(folder):
         real: list[str] = []
@@ -184,7 +209,9 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
                 ignored.append(found.name)
         # Links to files that are neither among the real ones nor behind an earlier link.
         known = set(map(file_identity, real)) if linked else set()
-        behind = {file_identity(path): path for path in sorted(linked, reverse=True)}  # the first path of each stays
+        behind = {
+            file_identity(path): path for path in sorted(linked, reverse=True)
+        }  # the first path of each stays
         files = real + [path for identity, path in behind.items() if identity not in known]
         links["repeated"] += len(real) + len(linked) - len(files)
         classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
@@ -218,10 +245,14 @@ def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]
         only = folder / next(iter(classes))
         inner = [entry.name for entry in subfolders(only)]
         hint = f"did you mean {only} (it holds {some_of(inner)})?" if len(inner) > 1 else _LAYOUT
-        raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
+        raise UserError(
+            f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}"
+        )
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise UserError(f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{why}")
+        raise UserError(
+            f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{why}"
+        )
 
 
 def _missing_folder(root: Path) -> str:

@@ -39,7 +39,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from moevision.errors import UserError
 
 # File name endings, in lower case, that a folder scan takes for images.
-IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+)
 MAX_BYTES: Final = 256 * 1024 * 1024  # largest file that is read
 MAX_SIDE: Final = 16_384  # longest side, in pixels, that is decoded
 JPEG: Final = b"\xff\xd8\xff"
@@ -72,7 +74,9 @@ _REPEATED_EXIF: Final = b"Exif\0\0" * 4
 # Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is.
 MAX_SCANS: Final = 100
 _MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # 0 is a stuffed byte, D0-D7 restart within a scan
+_JPEG_MARKER = re.compile(
+    rb"\xff+([^\x00\xff\xd0-\xd7])"
+)  # 0 is a stuffed byte, D0-D7 restart within a scan
 
 # A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
 _REDUCING_GAP: Final = 2
@@ -122,24 +126,33 @@ def safe_open(
         BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
             WebP, BMP, GIF or TIFF image.
     """
-    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
+    name = (
+        str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
+    )
     data = read_image(source, name, max_bytes)
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")
     if _REPEATED_EXIF in data:
-        raise BadImageError(name, "its metadata are malformed (repeated Exif headers); save it anew")
+        raise BadImageError(
+            name, "its metadata are malformed (repeated Exif headers); save it anew"
+        )
     if data.startswith(JPEG) and _has_too_many_scans(data):
         raise BadImageError(
-            name, f"it is a JPEG of more than {MAX_SCANS} scans, or of countless segments; save it anew"
+            name,
+            f"it is a JPEG of more than {MAX_SCANS} scans, or of countless segments; save it anew",
         )
     # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
     # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     try:
         image = _open_header(data)
     except Exception as error:
-        raise BadImageError(name, f"its header is damaged ({error}); replace or remove it") from error
+        raise BadImageError(
+            name, f"its header is damaged ({error}); replace or remove it"
+        ) from error
     if image is None:
-        raise BadImageError(name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it")
+        raise BadImageError(
+            name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it"
+        )
     _check_size(image.size, name, max_pixels)
     full, reduction = image.size, 1
     try:
@@ -153,7 +166,9 @@ def safe_open(
     except BadImageError:
         raise
     except Exception as error:
-        raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
+        raise BadImageError(
+            name, f"it is truncated or damaged ({error}); replace or remove it"
+        ) from error
     rgb.info.clear()
     if reduction > 1:
         rgb.info[_FULL_SIZE] = full, reduction
@@ -173,7 +188,9 @@ def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
         values = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImageError(name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits")
+        raise BadImageError(
+            name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits"
+        )
     if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -193,7 +210,9 @@ def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = M
         if isinstance(source, str | Path):
             path = Path(source)
             if path.exists() and not path.is_file():
-                raise BadImageError(name, "it is not a regular file; give the path of an image file")
+                raise BadImageError(
+                    name, "it is not a regular file; give the path of an image file"
+                )
             with path.open("rb") as handle:
                 # Not more than there is: Python sets the memory that is asked for aside before it reads.
                 data = handle.read(min(max_bytes, os.fstat(handle.fileno()).st_size) + 1)
@@ -203,7 +222,11 @@ def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = M
         raise BadImageError(name, "there is no such file; check the path") from error
     except BadImageError:
         raise
-    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path, a closed stream
+    except (
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:  # ValueError: a NUL in the path, a closed stream
         raise BadImageError(name, f"it can't be read ({error}); check its permissions") from error
     if len(data) > max_bytes:
         raise BadImageError(name, f"the file is larger than {max_bytes:,} bytes; save it smaller")
@@ -230,7 +253,9 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if min(size) < 1:
         raise BadImageError(name, f"{announced} is empty; replace or remove it")
     if max(size) > MAX_SIDE:
-        raise BadImageError(name, f"{announced} exceeds the longest side of {MAX_SIDE:,}; shrink it")
+        raise BadImageError(
+            name, f"{announced} exceeds the longest side of {MAX_SIDE:,}; shrink it"
+        )
     if width * height > max_pixels:
         raise BadImageError(name, f"{announced} exceeds the limit of {max_pixels:,}; shrink it")
 

@@ -66,7 +66,9 @@ class PositionSampler(Sampler[tuple[int, int]]):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    balanced_labels: Sequence[int] | None = None  # of the n images: every class is drawn equally often
+    balanced_labels: Sequence[int] | None = (
+        None  # of the n images: every class is drawn equally often
+    )
 
     def __post_init__(self) -> None:
         self.epoch = self.start = 0
@@ -74,7 +76,9 @@ class PositionSampler(Sampler[tuple[int, int]]):
         self._class_members: list[Tensor] | None = None
         if self.balanced_labels is not None:
             labels = torch.as_tensor(self.balanced_labels)
-            self._class_members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+            self._class_members = [
+                (labels == label).nonzero().flatten() for label in labels.unique()
+            ]
 
     def __len__(self) -> int:
         return self.num_samples // self.world_size
@@ -97,7 +101,10 @@ class PositionSampler(Sampler[tuple[int, int]]):
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
         if self._class_members is None:
-            keys = [(epoch, index) for index in torch.randperm(self.num_samples, generator=generator).tolist()]
+            keys = [
+                (epoch, index)
+                for index in torch.randperm(self.num_samples, generator=generator).tolist()
+            ]
         else:
             seen: Counter[int] = Counter()
             keys = []
@@ -111,12 +118,16 @@ class PositionSampler(Sampler[tuple[int, int]]):
         assert self._class_members is not None
         num_classes = len(self._class_members)
         # n need not divide by the number of classes: a random choice of them gets one draw more
-        extra = torch.randperm(num_classes, generator=generator)[: self.num_samples % num_classes].tolist()
+        extra = torch.randperm(num_classes, generator=generator)[
+            : self.num_samples % num_classes
+        ].tolist()
         drawn = []
         for label, members in enumerate(self._class_members):
             quota = self.num_samples // num_classes + (label in extra)
             rounds = -(-quota // len(members))
-            shuffled = [members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)]
+            shuffled = [
+                members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)
+            ]
             drawn.append(torch.cat(shuffled)[:quota] if shuffled else members[:0])
         pool = torch.cat(drawn)
         return pool[torch.randperm(len(pool), generator=generator)]
@@ -128,7 +139,9 @@ class PositionSampler(Sampler[tuple[int, int]]):
         yield from self.keys(epoch)[start:]
 
 
-def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+def eval_batches(
+    num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
     """This process's batches of indices; together they cover a split once, in order.
 
     Every process gets the same number of batches (collective operations inside an evaluation step would
@@ -198,8 +211,14 @@ class ImageDataset(Dataset[RawBatch]):
 
     def decode(self, index: int) -> Pixels:
         """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
-        prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
-        return prepare(self.collection.open(self.samples[index], side), self.image_size, self.framing)
+        prepare, side = (
+            (square_pixels, self.image_size)
+            if self.square
+            else (base_pixels, base_side(self.image_size))
+        )
+        return prepare(
+            self.collection.open(self.samples[index], side), self.image_size, self.framing
+        )
 
     def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.
@@ -230,7 +249,10 @@ class ImageDataset(Dataset[RawBatch]):
         """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
         if self.cache is not None:
             return self.cache.take(indices)
-        return [found if isinstance(found, str) else found.transpose(2, 0, 1) for found in self._attempt(indices)]
+        return [
+            found if isinstance(found, str) else found.transpose(2, 0, 1)
+            for found in self._attempt(indices)
+        ]
 
     def _stand_in(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
         """The next image after ``index`` that can be used, and its pixels; bad ones met on the way go into ``bad``."""
@@ -247,7 +269,9 @@ class ImageDataset(Dataset[RawBatch]):
         images: list[Pixels] = []
         bad: list[BadImage] = []
         indices, epochs, drawn = [], [], []
-        for (epoch, key_index), found in zip(keyed, self.pixels([index for _, index in keyed]), strict=True):
+        for (epoch, key_index), found in zip(
+            keyed, self.pixels([index for _, index in keyed]), strict=True
+        ):
             index, image = key_index, found
             if isinstance(image, str):
                 bad.append(BadImage(self.split, index, image))
@@ -263,10 +287,14 @@ class ImageDataset(Dataset[RawBatch]):
             # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
             pixels = self.transform(images, self.seed, epochs, drawn)  # [B, 3, S, S]
         else:
-            pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
+            pixels = torch.empty(
+                len(images), 3, self.image_size, self.image_size, dtype=torch.uint8
+            )
             for row, prepared in zip(pixels.numpy(), images, strict=True):
                 row[:] = prepared
-        return RawBatch(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
+        return RawBatch(
+            pixels, [self.samples[index].label for index in indices], indices, epochs, bad
+        )
 
 
 class PixelCache:
@@ -287,7 +315,9 @@ class PixelCache:
 
     def extend(self, images: Sequence[Pixels | str]) -> None:
         """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
-        chunk = torch.empty(sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8)
+        chunk = torch.empty(
+            sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8
+        )
         offset = 0
         for image in images:
             if isinstance(image, str):
@@ -365,7 +395,9 @@ class ImageLoader(DataLoader[RawBatch]):
         **options: Any,  # DataLoader's own
     ) -> None:
         """Report to ``on_bad``; ``in_step``: other processes wait for every batch, so that none may be skipped."""
-        super().__init__(dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options)
+        super().__init__(
+            dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options
+        )
         self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
 

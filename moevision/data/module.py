@@ -27,7 +27,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from moevision.config import Data, Framing
-from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample, check_same_classes
+from moevision.data.collection import (
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    Sample,
+    check_same_classes,
+)
 from moevision.data.images import BadImageError
 from moevision.data.loader import (
     SHM,
@@ -85,21 +91,35 @@ class ImageDataModule(Data, LightningDataModule):
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
         self.columns = (self.image_column, self.label_column)
-        self.lists = [None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel)]
+        self.lists = [
+            None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel)
+        ]
         self.run_dir: Path | None = None
-        self.only_for: str | None = None  # the split that all images are for, where they aren't the run's
+        self.only_for: str | None = (
+            None  # the split that all images are for, where they aren't the run's
+        )
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
         self._start = (0, 0)
         self.processes = 1  # of this training on this machine
-        self.in_step = False  # whether processes wait for one another at every batch of an evaluation
+        self.in_step = (
+            False  # whether processes wait for one another at every batch of an evaluation
+        )
         ranges = (
             (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
             (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
-            (f"at least 0 and at most {_MAX_WORKERS}", lambda x: 0 <= x <= _MAX_WORKERS, ("num_workers",)),
-            ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
+            (
+                f"at least 0 and at most {_MAX_WORKERS}",
+                lambda x: 0 <= x <= _MAX_WORKERS,
+                ("num_workers",),
+            ),
+            (
+                "between 0 and 1",
+                lambda x: 0 <= x <= 1,
+                ("min_crop_scale", "random_erasing", "max_bad_fraction"),
+            ),
             (*SEED, ("seed", "order_seed")),
         )
         check_ranges(self, ranges, "--data.")
@@ -126,8 +146,14 @@ class ImageDataModule(Data, LightningDataModule):
         table = run_dir / "splits.csv"
         if self.path == path or not table.exists():
             return self.path == path
-        own, here, there = replace(self, path=path), self._open_collection(False), Path(path).expanduser().exists()
-        return is_copy(table, here, lambda: own._open_collection(False) if there else None, part=True)
+        own, here, there = (
+            replace(self, path=path),
+            self._open_collection(False),
+            Path(path).expanduser().exists(),
+        )
+        return is_copy(
+            table, here, lambda: own._open_collection(False) if there else None, part=True
+        )
 
     def prepare_data(self) -> None:
         """Fetch the dataset if asked to; Lightning calls this in one process only."""
@@ -137,8 +163,12 @@ class ImageDataModule(Data, LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory."""
         if self._contents is None:
-            self._contents = self._read(self._open_collection(self.download and self.trainer is None))
-            self.batch_size = min(self.batch_size, len(self._contents.datasets["train"]) or self.batch_size)
+            self._contents = self._read(
+                self._open_collection(self.download and self.trainer is None)
+            )
+            self.batch_size = min(
+                self.batch_size, len(self._contents.datasets["train"]) or self.batch_size
+            )
             self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
@@ -148,22 +178,40 @@ class ImageDataModule(Data, LightningDataModule):
         """Split the collection, or take its split from the run's splits.csv, and describe a dataset per split."""
         class_names = collection.class_names
         # Drawn images need no record, unless some are left out or relabelled.
-        recorded = self.run_dir is not None and (any(self.lists) or not isinstance(collection, DrawnCollection))
+        recorded = self.run_dir is not None and (
+            any(self.lists) or not isinstance(collection, DrawnCollection)
+        )
         table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
         if self.only_for is not None:
             splits = all_for(self.only_for, collection)
         elif table is not None and table.exists():  # it holds the choices already
             splits, class_names = read_splits(table, collection)
         else:
-            cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
+            cut = Cut(
+                self.val_fraction,
+                self.test_fraction,
+                self.seed,
+                self.group_by,
+                self.check_duplicates,
+            )
             splits = apply_lists(make_splits(collection, cut), class_names, *self.lists)
             if table is not None and is_main_process():
                 write_splits(table, splits, class_names)
-        labels = {split: Counter(sample.label for sample in members) for split, members in splits.samples.items()}
-        counts = {split: {name: own[label] for label, name in enumerate(class_names)} for split, own in labels.items()}
+        labels = {
+            split: Counter(sample.label for sample in members)
+            for split, members in splits.samples.items()
+        }
+        counts = {
+            split: {name: own[label] for label, name in enumerate(class_names)}
+            for split, own in labels.items()
+        }
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
-        imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
-        self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
+        imbalance = balance_warnings(
+            counts["train"], self._class_weights is not None, self.balanced_sampling
+        )
+        self.crop_mode = (
+            choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
+        )
         transform = TrainTransform(self, self.crop_mode)
         datasets = {
             split: ImageDataset(
@@ -179,16 +227,28 @@ class ImageDataModule(Data, LightningDataModule):
             for split, samples in splits.samples.items()
         }
         notes = list(map(shown, [*collection.notes, *splits.warnings, *imbalance]))
-        bad = self.run_dir / "bad_images.csv" if self.run_dir is not None and is_main_process() else None
+        bad = (
+            self.run_dir / "bad_images.csv"
+            if self.run_dir is not None and is_main_process()
+            else None
+        )
         quarantine = Quarantine(splits.samples, self.max_bad_fraction, bad)
         return Contents(
-            datasets, class_names, counts, splits.sentences(), notes, quarantine, self.cache_mb // self.processes
+            datasets,
+            class_names,
+            counts,
+            splits.sentences(),
+            notes,
+            quarantine,
+            self.cache_mb // self.processes,
         )
 
     def _limit_workers(self, contents: Contents) -> None:
         """Leave out data workers for whose batches the shared memory has no room."""
         # float32 pixels and a soft target; and a page or two for each small tensor
-        batch_bytes = self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        batch_bytes = (
+            self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        )
         workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
         if workers < self.num_workers:
             contents.warnings.append(
@@ -268,7 +328,9 @@ class ImageDataModule(Data, LightningDataModule):
 
     def file_sizes_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
-        return self.contents.sha256_with(lambda dataset, sample: dataset.collection.size_bytes(sample))
+        return self.contents.sha256_with(
+            lambda dataset, sample: dataset.collection.size_bytes(sample)
+        )
 
     def class_weight_tensor(self) -> Tensor | None:
         """Weights of the loss per class, float32 [C], or None; their mean over the training images is 1."""
@@ -278,14 +340,20 @@ class ImageDataModule(Data, LightningDataModule):
         """What the data are, in lines: splits, images per class, pixels, warnings."""
         found = self.contents
         where = "kept in memory" if found.fits_memory else "decoded as needed"
-        lines = [f"{self.num_classes} classes from {self.path}", *found.sentences, *count_table(found.counts)]
+        lines = [
+            f"{self.num_classes} classes from {self.path}",
+            *found.sentences,
+            *count_table(found.counts),
+        ]
         lines.append(
             f"{self.image_size} x {self.image_size} pixels, {where}; augmentation {self.augment}, crop {self.crop_mode}"
         )
         lines += [f"warning: {sentence}" for sentence in found.warnings]
         if bad := self.bad_images:
             path, reason, split = bad[0]
-            lines.append(f"warning: {len(bad)} of the images can't be used, the first ({split}) is {path}: {reason}")
+            lines.append(
+                f"warning: {len(bad)} of the images can't be used, the first ({split}) is {path}: {reason}"
+            )
         return "\n".join(map(shown, lines))
 
     @property
@@ -293,7 +361,9 @@ class ImageDataModule(Data, LightningDataModule):
         return self.seed if self.order_seed is None else self.order_seed
 
     def _rank_and_world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
 
     def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
         return {
@@ -312,11 +382,17 @@ class ImageDataModule(Data, LightningDataModule):
         rank, world_size = self._rank_and_world()
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
-            raise UserError("Give Trainer use_distributed_sampler=False: the images are shared out already.")
+            raise UserError(
+                "Give Trainer use_distributed_sampler=False: the images are shared out already."
+            )
         dataset = self.contents.datasets["train"]
         labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
         self.sampler = PositionSampler(
-            len(dataset), seed=self._order_seed, rank=rank, world_size=world_size, balanced_labels=labels
+            len(dataset),
+            seed=self._order_seed,
+            rank=rank,
+            world_size=world_size,
+            balanced_labels=labels,
         )
         self.sampler.seek(*self._start)
         self._start = (0, 0)  # used up: another fit with this module begins at the beginning
@@ -339,7 +415,9 @@ class ImageDataModule(Data, LightningDataModule):
         if dataset is None:
             raise UserError(f"there is no {split} set: splits.csv lists no image of it")
         batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
-        return ImageLoader(dataset, in_step=self.in_step, batch_sampler=batches, **self._loader_options())
+        return ImageLoader(
+            dataset, in_step=self.in_step, batch_sampler=batches, **self._loader_options()
+        )
 
     def val_dataloader(self) -> ImageLoader:
         """Validation batches, in order, without randomness."""
@@ -355,8 +433,15 @@ class ImageDataModule(Data, LightningDataModule):
         if split == "train":
             dataset = replace(dataset, square=True, transform=None)
         wanted = list(range(len(dataset)) if indices is None else indices)
-        batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
-        return ImageLoader(dataset, batch_sampler=batches, **{**self._loader_options(), "persistent_workers": False})
+        batches = [
+            wanted[start : start + self.batch_size]
+            for start in range(0, len(wanted), self.batch_size)
+        ]
+        return ImageLoader(
+            dataset,
+            batch_sampler=batches,
+            **{**self._loader_options(), "persistent_workers": False},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
@@ -366,10 +451,17 @@ class ImageDataModule(Data, LightningDataModule):
         if sampler is not None and sampler.running_epoch is not None and self.trainer is not None:
             epoch = sampler.running_epoch
             batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            if batch >= self.trainer.num_training_batches:  # the last batch of an epoch: the next one starts
+            if (
+                batch >= self.trainer.num_training_batches
+            ):  # the last batch of an epoch: the next one starts
                 epoch, batch = epoch + 1, 0
         _, world_size = self._rank_and_world()
-        return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "world_size": world_size}
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "batch_size": self.batch_size,
+            "world_size": world_size,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's position; another batch size or process count gets a warning."""
@@ -380,7 +472,9 @@ class ImageDataModule(Data, LightningDataModule):
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the images can't be repeated exactly"
                 )
-        read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]  # by all processes
+        read = (
+            state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]
+        )  # by all processes
         self._start = (int(state_dict["epoch"]), int(read // now["world_size"]))
 
 
@@ -415,11 +509,15 @@ class Contents:
         count = sum(map(len, datasets))
         if not datasets or not self.fits_memory:
             return
-        with Progress(disable=count <= _MANY_DECODED or not is_main_process(), transient=True) as progress:
+        with Progress(
+            disable=count <= _MANY_DECODED or not is_main_process(), transient=True
+        ) as progress:
             task = progress.add_task("decoding images", total=count)
             for dataset in datasets:
                 bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
-                self.quarantine.add([BadImage(dataset.split, i, reason) for i, reason in bad.items()])
+                self.quarantine.add(
+                    [BadImage(dataset.split, i, reason) for i, reason in bad.items()]
+                )
 
     def sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
         """SHA-256 over the sorted (split, relative path, number) of all images, in hexadecimal."""
@@ -434,7 +532,12 @@ class Contents:
 class Quarantine:
     """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
-    def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
+    def __init__(
+        self,
+        samples: Mapping[str, Sequence[Sample]],
+        max_fraction: float,
+        table: Path | None = None,
+    ) -> None:
         """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
         self.samples, self.max_fraction, self.table = samples, max_fraction, table
         self._reasons: dict[tuple[str, int], str] = {}
@@ -442,7 +545,8 @@ class Quarantine:
     def entries(self) -> list[tuple[str, str, str]]:
         """(path, reason, split) of every bad image, in the order they were met."""
         return [
-            (self.samples[split][index].sample_id, reason, split) for (split, index), reason in self._reasons.items()
+            (self.samples[split][index].sample_id, reason, split)
+            for (split, index), reason in self._reasons.items()
         ]
 
     def add(self, bad: Sequence[BadImage]) -> None:
@@ -452,23 +556,32 @@ class Quarantine:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            rows = ((csv_name(path), csv_name(reason), split) for path, reason, split in self.entries())
+            rows = (
+                (csv_name(path), csv_name(reason), split) for path, reason, split in self.entries()
+            )
             write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
             size = len(self.samples[split])
             if count > self.max_fraction * size:
-                first = [f"{name}: {reason}" for name, reason, where in self.entries() if where == split][:3]
+                first = [
+                    f"{name}: {reason}" for name, reason, where in self.entries() if where == split
+                ][:3]
                 raise UserError(
                     f"{count} of {size} {split} images can't be used, more than the allowed share of "
                     f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
                 )
 
 
-def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:
+def balance_warnings(
+    train: Mapping[str, int], weighted: bool, balanced_sampling: bool
+) -> list[str]:
     """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
     if weighted and balanced_sampling:
         return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
-    largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
+    largest, smallest = (
+        max(train, key=lambda name: train[name]),
+        min(train, key=lambda name: train[name]),
+    )
     if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
         return []
     return [
@@ -488,12 +601,18 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     counts = torch.tensor(list(train.values()))
     if not isinstance(weights, dict):
         return _with_mean_1(1 / counts, counts)
-    weights = {shown(str(name)): weight for name, weight in weights.items()}  # YAML reads the class 7 as a number
+    weights = {
+        shown(str(name)): weight for name, weight in weights.items()
+    }  # YAML reads the class 7 as a number
     for name, weight in weights.items():
         if name not in train:
-            raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")
+            raise UserError(
+                f"--data.class_weights names {name!r}: the classes are {', '.join(train)}"
+            )
         if not 0 < weight < math.inf:
-            raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01")
+            raise UserError(
+                f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01"
+            )
     return _with_mean_1(torch.tensor([float(weights.get(name, 1.0)) for name in train]), counts)
 
 
@@ -508,13 +627,17 @@ def count_table(counts: ClassCounts) -> list[str]:
     rows = {name: [split[name] for split in counts.values()] for name in names}
     if len(names) > _MAX_ROWS:
         rows = {
-            f"{what} of the {len(names)} classes": [choose(split.values()) for split in counts.values()]
+            f"{what} of the {len(names)} classes": [
+                choose(split.values()) for split in counts.values()
+            ]
             for what, choose in (("smallest", min), ("largest", max))
         }
     rows = {**rows, "all": [sum(split.values()) for split in counts.values()]}
     width = max(len("class"), *map(len, rows))
     lines = [f"{'class':<{width}}" + "".join(f"{split:>9}" for split in counts)]
-    lines += [f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row) for name, row in rows.items()]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row) for name, row in rows.items()
+    ]
     return lines
 
 
@@ -535,7 +658,9 @@ def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
     """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
     total = 0.0
     for dataset in datasets:
-        probes = () if dataset.square else range(0, len(dataset), max(1, len(dataset) // _NUM_PROBES))
+        probes = (
+            () if dataset.square else range(0, len(dataset), max(1, len(dataset) // _NUM_PROBES))
+        )
         seen = [found.nbytes for found in dataset.pixels(probes) if not isinstance(found, str)]
         total += len(dataset) * (sum(seen) / len(seen) if seen else 3.0 * dataset.image_size**2)
     return total

@@ -32,7 +32,11 @@ SYNTHETIC: Final = "synthetic_pets"
 HF: Final = "hf:"
 UNKNOWN: Final = "unknown: check before you publish"
 DRAWN_SIZES: Final = {"train": 16_000, "val": 1_000, "test": 2_000}
-_IMAGENET_ARCHIVES: Final = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+_IMAGENET_ARCHIVES: Final = (
+    "ILSVRC2012_img_train.tar",
+    "ILSVRC2012_img_val.tar",
+    "ILSVRC2012_devkit_t12.tar.gz",
+)
 
 
 def read_named(name: str, root: str, *, download: bool = False) -> Collection:
@@ -42,7 +46,11 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
         return _imagenet(folder, download)
     try:
         return known.read(folder, False)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # something in a folder isn't there
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+    ) as error:  # something in a folder isn't there
         raise UserError(
             f"the dataset {name} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
             f"{folder / known.unpacked} and fetch it anew by {fetching(name, root)}"
@@ -78,13 +86,20 @@ def fetching(name: str, root: str | Path = "data") -> str:
 
 
 def _cifar10(root: Path, download: bool) -> Collection:
-    parts = {split: datasets.CIFAR10(root, train=split == "train", download=download) for split in ("train", "test")}
+    parts = {
+        split: datasets.CIFAR10(root, train=split == "train", download=download)
+        for split in ("train", "test")
+    }
     given = {
-        split: [Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)]
+        split: [
+            Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)
+        ]
         for split, part in parts.items()
     }
     arrays = {split: np.asarray(part.data, dtype=np.uint8) for split, part in parts.items()}
-    return ArrayCollection([name.replace("_", " ") for name in parts["train"].classes], given, arrays=arrays)
+    return ArrayCollection(
+        [name.replace("_", " ") for name in parts["train"].classes], given, arrays=arrays
+    )
 
 
 def _imagenette(root: Path, download: bool) -> Collection:
@@ -92,8 +107,12 @@ def _imagenette(root: Path, download: bool) -> Collection:
     part = datasets.Imagenette(root, split="train", size="320px", download=download)
     place = Path(part._image_root).parent
     found = read_folder(place)
-    if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(found.given):
-        raise ValueError(f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each")
+    if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(
+        found.given
+    ):
+        raise ValueError(
+            f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each"
+        )
     return found
 
 
@@ -107,7 +126,9 @@ def _pets(binary: bool, root: Path, download: bool) -> Collection:
     given = {
         split: [
             Sample(Path(path).relative_to(root).as_posix(), int(label))
-            for path, label in zip(part._images, part._bin_labels if binary else part._labels, strict=True)
+            for path, label in zip(
+                part._images, part._bin_labels if binary else part._labels, strict=True
+            )
         ]
         for split, part in parts.items()
     }
@@ -157,20 +178,38 @@ _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
 NAMED: Final = {
-    SYNTHETIC: Named("SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)),
-    "cifar10": Named("CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, _cifar10, "cifar-10-batches-py"),
+    SYNTHETIC: Named(
+        "SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)
+    ),
+    "cifar10": Named(
+        "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, _cifar10, "cifar-10-batches-py"
+    ),
     "imagenette": Named(
-        "Imagenette", f"a selection of ImageNet's photos, which are {_IMAGENET}", "frgfm/imagenette", 13_394,
-        _imagenette, "imagenette2-320",
+        "Imagenette",
+        f"a selection of ImageNet's photos, which are {_IMAGENET}",
+        "frgfm/imagenette",
+        13_394,
+        _imagenette,
+        "imagenette2-320",
     ),
     "pets": Named(
-        "Oxford-IIIT Pet", _OXFORD, "timm/oxford-iiit-pet", 7_349, partial(_pets, False), "oxford-iiit-pet"
+        "Oxford-IIIT Pet",
+        _OXFORD,
+        "timm/oxford-iiit-pet",
+        7_349,
+        partial(_pets, False),
+        "oxford-iiit-pet",
     ),
     "pets_cat_dog": Named(
-        "Oxford-IIIT Pet, cat or dog", _OXFORD, "timm/oxford-iiit-pet", 7_349, partial(_pets, True), "oxford-iiit-pet"
+        "Oxford-IIIT Pet, cat or dog",
+        _OXFORD,
+        "timm/oxford-iiit-pet",
+        7_349,
+        partial(_pets, True),
+        "oxford-iiit-pet",
     ),
     "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
-}  # fmt: skip
+}
 DATASET_NAMES: Final = tuple(NAMED)
 
 
@@ -183,4 +222,8 @@ def terms_of(path: str) -> DataTerms:
         return NAMED[path]
     if path.lower().endswith(".csv"):
         return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)", UNKNOWN, "")
-    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)", UNKNOWN, "")
+    return DataTerms(
+        f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)",
+        UNKNOWN,
+        "",
+    )

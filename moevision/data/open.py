@@ -68,7 +68,9 @@ def open_collection(
             return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
         if kind == "folder" and [*place.glob("*.tar"), *place.glob("*/*.tar")]:
-            raise UserError(f"{error}; tars in the WebDataset format are read as {HF}{path}") from error
+            raise UserError(
+                f"{error}; tars in the WebDataset format are read as {HF}{path}"
+            ) from error
         if os.path.exists(place) or isinstance(error.__cause__, OSError):
             raise
         alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)

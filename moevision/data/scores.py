@@ -56,8 +56,23 @@ Ints = npt.NDArray[np.int64]
 _T = TypeVar("_T")
 
 FILE: Final = "scores.csv"
-MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")  # what is measured at a visit, in this order
-SCORES: Final = ("aum", "el2n", "loss_mean", "loss_last", "p_mean", "p_std", "forgetting", "correct")
+MEASURES: Final = (
+    "margin",
+    "el2n",
+    "loss",
+    "p",
+    "correct",
+)  # what is measured at a visit, in this order
+SCORES: Final = (
+    "aum",
+    "el2n",
+    "loss_mean",
+    "loss_last",
+    "p_mean",
+    "p_std",
+    "forgetting",
+    "correct",
+)
 METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
 DECISIONS: Final = ("keep", "relabel", "drop")
 KEEP, NEW_LABEL, DECISION = "keep", "new_label", "decision"
@@ -75,7 +90,9 @@ def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
     counts = ("visits", "correct", "was_correct", "forgotten", "routed")
     # In half precision a running mean near 1 takes up decreases only: 0.95 became 0.88 in 1,000 visits.
     shares = ("shares", np.float32, (sum(experts.values()),))
-    return np.dtype([*((name, np.float32) for name in numbers), *((name, np.int32) for name in counts), shares])
+    return np.dtype(
+        [*((name, np.float32) for name in numbers), *((name, np.int32) for name in counts), shares]
+    )
 
 
 def keys_of(ids: Iterable[str]) -> Ints:
@@ -133,7 +150,9 @@ class ScoreSums:
         if state["layout"] != self._layout():
             return False
         saved = np.ascontiguousarray(state["rows"].numpy()).view(self.rows.dtype)[:, 0]
-        _, here, there = np.intersect1d(self.keys, state["keys"].numpy(), assume_unique=True, return_indices=True)
+        _, here, there = np.intersect1d(
+            self.keys, state["keys"].numpy(), assume_unique=True, return_indices=True
+        )
         self.rows[here] = saved[there]
         return True
 
@@ -144,7 +163,9 @@ class ScoreSums:
         """The scores, with the name and the class of each image."""
         rows, visits = self.rows, self.rows["visits"]
         with np.errstate(invalid="ignore"):  # an image without visits has no scores: 0 / 0
-            mean = {name: rows[name] / visits.astype(np.float32) for name in ("margin", "el2n", "loss")}
+            mean = {
+                name: rows[name] / visits.astype(np.float32) for name in ("margin", "el2n", "loss")
+            }
             seen, routed = visits > 0, rows["routed"] > 0
             found = {
                 "aum": mean["margin"],
@@ -163,7 +184,9 @@ class ScoreSums:
             list(labels),
             visits.astype(np.int64),
             {name: values.astype(np.float32) for name, values in found.items()},
-            dict(zip(self.experts, np.split(shares, ends, axis=1), strict=False)),  # nothing is behind the last end
+            dict(
+                zip(self.experts, np.split(shares, ends, axis=1), strict=False)
+            ),  # nothing is behind the last end
         )
 
 
@@ -180,11 +203,24 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write the CSV whole or not at all."""
-        experts = [f"L{block}.E{expert}" for block, shares in self.experts.items() for expert in range(shares.shape[1])]
-        cells = np.concatenate([*(self.scores[name][:, None] for name in SCORES), *self.experts.values()], axis=1)
+        experts = [
+            f"L{block}.E{expert}"
+            for block, shares in self.experts.items()
+            for expert in range(shares.shape[1])
+        ]
+        cells = np.concatenate(
+            [*(self.scores[name][:, None] for name in SCORES), *self.experts.values()], axis=1
+        )
         rows = (
-            [csv_name(image), csv_name(label), visits, *("" if x != x else f"{x:.5g}" for x in numbers.tolist())]
-            for image, label, visits, numbers in zip(self.images, self.labels, self.visits.tolist(), cells, strict=True)
+            [
+                csv_name(image),
+                csv_name(label),
+                visits,
+                *("" if x != x else f"{x:.5g}" for x in numbers.tolist()),
+            ]
+            for image, label, visits, numbers in zip(
+                self.images, self.labels, self.visits.tolist(), cells, strict=True
+            )
         )
         write_text_atomic(path, csv_text([*_SCORES_HEAD, *experts], rows))
 
@@ -200,7 +236,9 @@ class Scores:
                 images, labels, numbers = [], [], array("f")
                 for image, label, *cells in lines:
                     if len(cells) != len(head) - 2:
-                        raise ValueError(f"{image} has {len(cells) + 2} cells and the first line {len(head)}")
+                        raise ValueError(
+                            f"{image} has {len(cells) + 2} cells and the first line {len(head)}"
+                        )
                     images.append(image)
                     labels.append(label)
                     numbers.extend(float(cell or "nan") for cell in cells)
@@ -212,7 +250,9 @@ class Scores:
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
         values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
-        blocks = [int(name.partition(".E")[0].removeprefix("L")) for name in head[len(_SCORES_HEAD) :]]
+        blocks = [
+            int(name.partition(".E")[0].removeprefix("L")) for name in head[len(_SCORES_HEAD) :]
+        ]
         shares = values[:, 1 + len(SCORES) :]
         return cls(
             images,
@@ -235,7 +275,9 @@ class Kept:
     reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
     value: Floats  # [n], the score that decided
     rank: Ints  # [n], 1 for the first to keep; 0 without an order
-    new_label: dict[int, str] = field(default_factory=dict)  # row -> class, for those that a person gave another one
+    new_label: dict[int, str] = field(
+        default_factory=dict
+    )  # row -> class, for those that a person gave another one
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
@@ -255,7 +297,9 @@ class Kept:
         try:
             write_text_atomic(path, csv_text(LIST_HEAD.split(","), rows()))
         except OSError as error:
-            raise UserError(f"{path} can't be written ({error.strerror}): give --out another file.") from error
+            raise UserError(
+                f"{path} can't be written ({error.strerror}): give --out another file."
+            ) from error
 
 
 def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0) -> Kept:
@@ -289,7 +333,9 @@ def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: 
     found.rank[order] = np.arange(1, len(order) + 1)
     never = scores.visits == 0
     _, labels = np.unique(scores.labels, return_inverse=True)
-    classes, first = np.unique(labels[order], return_index=True)  # the first in `order` of each class
+    classes, first = np.unique(
+        labels[order], return_index=True
+    )  # the first in `order` of each class
     empty = np.bincount(labels[found.keep | never], minlength=labels.max() + 1)[classes] == 0
     for rows, reason in (
         (np.flatnonzero(never), "never visited, so it has no score"),
@@ -319,10 +365,13 @@ def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int
         members = left[stratum == each]
         drawn[each] = generator.permutation(members)[: budget // (len(filled) - done)]
         budget -= len(drawn[each])
-    found.reasons = [f"aum {{value}}: among the {hardest:.0%} with the lowest", *(
-        f"aum {{value}}: stratum {each + 1} of {_STRATA}, {len(drawn.get(each, ()))} of {sizes[each]} drawn"
-        for each in range(_STRATA)
-    )]  # fmt: skip
+    found.reasons = [
+        f"aum {{value}}: among the {hardest:.0%} with the lowest",
+        *(
+            f"aum {{value}}: stratum {each + 1} of {_STRATA}, {len(drawn.get(each, ()))} of {sizes[each]} drawn"
+            for each in range(_STRATA)
+        ),
+    ]
     found.reason[left] = 1 + stratum
     return np.concatenate(list(drawn.values()))
 
@@ -333,7 +382,9 @@ def decide(scores: Scores, path: Path) -> Kept:
 
     def decision(row: Mapping[str, str]) -> tuple[int, str]:
         if row[DECISION] not in DECISIONS:
-            raise ValueError(f"decision is {row[DECISION]!r} and must be one of {', '.join(DECISIONS)}")
+            raise ValueError(
+                f"decision is {row[DECISION]!r} and must be one of {', '.join(DECISIONS)}"
+            )
         new = csv_name(row.get(NEW_LABEL, "")) if row[DECISION] == "relabel" else ""
         if new not in classes and row[DECISION] == "relabel":
             raise ValueError(f"new_label is {new!r}, and the training images have no such class")
@@ -342,10 +393,18 @@ def decide(scores: Scores, path: Path) -> Kept:
     listed = read_list(path, DECISION, decision, "--decisions")
     row_of = {csv_name(image): row for row, image in enumerate(scores.images)}
     if strange := len(listed.keys() - row_of.keys()):
-        raise UserError(f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own.")
+        raise UserError(
+            f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own."
+        )
     n = len(scores.images)
     reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]
-    found = Kept(np.ones(n, bool), np.full(n, len(DECISIONS)), reasons, np.zeros(n, np.float32), np.zeros(n, np.int64))
+    found = Kept(
+        np.ones(n, bool),
+        np.full(n, len(DECISIONS)),
+        reasons,
+        np.zeros(n, np.float32),
+        np.zeros(n, np.int64),
+    )
     for image, (what, new) in listed.items():
         found.reason[row_of[image]] = what
         if new:
@@ -371,8 +430,14 @@ def class_shares(scores: Scores, kept: Kept) -> list[Share]:
     before = numbers[: len(scores.labels)]
     after = before.copy()
     after[list(kept.new_label)] = numbers[len(scores.labels) :]
-    shares = [np.bincount(each, minlength=len(names)) / max(1, len(each)) for each in (before, after[kept.keep])]
-    return [Share(*each) for each in zip(names.tolist(), *(share.tolist() for share in shares), strict=True)]
+    shares = [
+        np.bincount(each, minlength=len(names)) / max(1, len(each))
+        for each in (before, after[kept.keep])
+    ]
+    return [
+        Share(*each)
+        for each in zip(names.tolist(), *(share.tolist() for share in shares), strict=True)
+    ]
 
 
 def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
@@ -381,8 +446,14 @@ def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
     for block, shares in scores.experts.items():
         routed = ~np.isnan(shares[:, 0])
         if (routed & keep).any():
-            both = [shares[chosen].mean(0, dtype=np.float64).tolist() for chosen in (routed, routed & keep)]
-            found += [Share(f"L{block}.E{expert}", *each) for expert, each in enumerate(zip(*both, strict=True))]
+            both = [
+                shares[chosen].mean(0, dtype=np.float64).tolist()
+                for chosen in (routed, routed & keep)
+            ]
+            found += [
+                Share(f"L{block}.E{expert}", *each)
+                for expert, each in enumerate(zip(*both, strict=True))
+            ]
     return found
 
 
@@ -399,7 +470,9 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
     """Lines of a table; of many only those that lose most."""
     rows = list(shares)
     if len(rows) > _MAX_ROWS:
-        rows = sorted(rows, key=lambda share: share.after / share.before if share.before else 1.0)[:_MAX_ROWS]
+        rows = sorted(rows, key=lambda share: share.after / share.before if share.before else 1.0)[
+            :_MAX_ROWS
+        ]
     left_out = len(shares) - len(rows)
     width = max([len(what), *(len(share.name) for share in rows)])
     lines = [f"{what:<{width}}   before    after"]
@@ -410,7 +483,9 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 # ---- what lists do to a split
 
 
-def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str) -> dict[str, _T]:
+def read_list(
+    path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str
+) -> dict[str, _T]:
     """What a CSV says of each image, by its name as `csv_name` writes it.
 
     `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
@@ -427,13 +502,17 @@ def read_list(path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T
             except ValueError as error:
                 raise ValueError(f"line {line}: {error}") from error
     except OSError as error:
-        raise UserError(f"{option}: {path} can't be read ({error.strerror}): give a CSV file.") from error
+        raise UserError(
+            f"{option}: {path} can't be read ({error.strerror}): give a CSV file."
+        ) from error
     except (ValueError, csv.Error) as error:
         raise UserError(f"{option}: {path} can't be used: {error}.") from error
     return found
 
 
-def apply_lists(splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None) -> Splits:
+def apply_lists(
+    splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None
+) -> Splits:
     """The split with the training images that the files choose under the labels that they give, as it was otherwise."""
     number_of = {csv_name(name): number for number, name in enumerate(class_names)}
 
@@ -459,9 +538,14 @@ def apply_lists(splits: Splits, class_names: Sequence[str], keep: Path | None, r
         labels = _of_training_images(relabel, NEW_LABEL, new_label, "--data.relabel", splits)
         if not any(label is not None for label in labels):
             raise UserError(f"--data.relabel: {relabel} gives no image a new label: leave it out.")
-        new = [old if label is None else old._replace(label=label) for old, label in zip(train, labels, strict=True)]
+        new = [
+            old if label is None else old._replace(label=label)
+            for old, label in zip(train, labels, strict=True)
+        ]
         changed = sum(one != other for one, other in zip(new, train, strict=True))
-        splits = _with_train(splits, new, f"{changed:,} with another label by {relabel.name}", class_names, relabel)
+        splits = _with_train(
+            splits, new, f"{changed:,} with another label by {relabel.name}", class_names, relabel
+        )
     if keep is not None:
         train = splits.samples["train"]
         kept = _of_training_images(keep, KEEP, is_kept, "--data.keep", splits)
@@ -472,10 +556,16 @@ def apply_lists(splits: Splits, class_names: Sequence[str], keep: Path | None, r
     return splits
 
 
-def _with_train(splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path) -> Splits:
-    before, after = ({sample.label for sample in members} for members in (splits.samples["train"], train))
+def _with_train(
+    splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path
+) -> Splits:
+    before, after = (
+        {sample.label for sample in members} for members in (splits.samples["train"], train)
+    )
     if lost := sorted(before - after):
-        raise UserError(f"{path} leaves the class {class_names[lost[0]]!r} without a training image: keep some of it.")
+        raise UserError(
+            f"{path} leaves the class {class_names[lost[0]]!r} without a training image: keep some of it."
+        )
     notes = splits.notes | {"train": f"{splits.notes['train']}, {note}"}
     return replace(splits, samples=splits.samples | {"train": train}, notes=notes)
 
@@ -489,7 +579,14 @@ def _of_training_images(
     known = set(names)
     if strangers := [name for name in listed if name not in known]:
         parts = {**splits.samples, "no split": splits.unused}
-        place = next((s for s, part in parts.items() if any(csv_name(e.sample_id) == strangers[0] for e in part)), None)
+        place = next(
+            (
+                s
+                for s, part in parts.items()
+                if any(csv_name(e.sample_id) == strangers[0] for e in part)
+            ),
+            None,
+        )
         where = f"it is in {place}" if place else "the data have no such image"
         raise UserError(
             f"{option}: {path} lists {len(strangers):,} images that are not among the training images, the first is "

@@ -41,7 +41,11 @@ class Splits:
 
     def sentences(self) -> list[str]:
         """One sentence per split, with its count, and what was kept together."""
-        counts = [f"{split}: {len(own):,} images, {self.notes[split]}." for split, own in self.samples.items() if own]
+        counts = [
+            f"{split}: {len(own):,} images, {self.notes[split]}."
+            for split, own in self.samples.items()
+            if own
+        ]
         return [*counts, *([self.together] if self.together else [])]
 
 
@@ -79,10 +83,14 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
     notes = split_origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
         if not cut.test_fraction:
-            raise UserError("test_fraction 0 leaves nothing to test on: set --data.test_fraction above 0, or add test/")
+            raise UserError(
+                "test_fraction 0 leaves nothing to test on: set --data.test_fraction above 0, or add test/"
+            )
         fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
         parts = stratified_cut(samples, groups, fractions, cut.seed, collection.class_names)
-        return Splits({split: parts[split] for split in SPLITS}, notes, warnings, [], together or _ASK)
+        return Splits(
+            {split: parts[split] for split in SPLITS}, notes, warnings, [], together or _ASK
+        )
     if "test" not in given:
         given["test"] = given.pop("val")
     before = given
@@ -95,7 +103,9 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
                 f"copy, by a link, or by its group), so no score would count: give {split} images of its own"
             )
     if "val" not in given:
-        given |= stratified_cut(given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names)
+        given |= stratified_cut(
+            given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names
+        )
     return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused, together)
 
 
@@ -103,7 +113,9 @@ def all_for(split: str, collection: Collection) -> Splits:
     """Images that are only evaluated: the set that the collection has for `split`, else for the other; else all."""
     given = collection.given
     part = next(name for name in (split, "test", "val", "all", "train") if name in given)
-    return Splits({"train": [], split: given[part]}, {split: f"{part} of these data, which are not the run's"})
+    return Splits(
+        {"train": [], split: given[part]}, {split: f"{part} of these data, which are not the run's"}
+    )
 
 
 def _merged(given: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -143,7 +155,9 @@ def stratified_cut(
     for sample in samples:
         sizes[groups.get(sample.sample_id, sample.sample_id)][sample.label] += 1
     by_label: dict[int, list[str]] = defaultdict(list)
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest()):
+    for group in sorted(
+        sizes, key=lambda group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest()
+    ):
         for label in sizes[group]:
             by_label[label].append(group)
     part_of: dict[str, str] = {}
@@ -184,7 +198,9 @@ def _chosen(free: list[str], sizes: Mapping[str, Counter[int]], label: int, need
     return chosen
 
 
-def _named_groups(collection: Collection, samples: Sequence[Sample], by: str | None) -> tuple[dict[str, str], str]:
+def _named_groups(
+    collection: Collection, samples: Sequence[Sample], by: str | None
+) -> tuple[dict[str, str], str]:
     """Groups by a column, the parent folder or a regular expression, and what these are in words, empty for none.
 
     Keys begin with //, so that they can't be sample ids.
@@ -194,9 +210,13 @@ def _named_groups(collection: Collection, samples: Sequence[Sample], by: str | N
         return {}, ""
     ids = [sample.sample_id for sample in samples]
     if (column := collection.column(by)) is not None:
-        return {name: f"//{column[name]}" for name in ids if column.get(name)}, f"images with the same {by!r}"
+        return {
+            name: f"//{column[name]}" for name in ids if column.get(name)
+        }, f"images with the same {by!r}"
     if by == "parent":
-        return {name: f"//{name.rpartition('/')[0]}" for name in ids}, "images of one folder (--data.group_by parent)"
+        return {
+            name: f"//{name.rpartition('/')[0]}" for name in ids
+        }, "images of one folder (--data.group_by parent)"
     try:
         pattern = re.compile(by)
     except re.error as error:
@@ -208,13 +228,18 @@ def _named_groups(collection: Collection, samples: Sequence[Sample], by: str | N
         )
     found = {name: pattern.search(name) for name in ids}
     if unlike := next((name for name, match in found.items() if match is None), None):
-        raise UserError(f"--data.group_by {by!r} does not match {unlike!r}: let it match every path")
+        raise UserError(
+            f"--data.group_by {by!r} does not match {unlike!r}: let it match every path"
+        )
     groups = {name: f"//{match.group(1)}" for name, match in found.items() if match}
     return groups, f"images whose path agrees in {by} (--data.group_by)"
 
 
 def _with_copies(
-    collection: Collection, samples: Sequence[Sample], named: Mapping[str, str], check_duplicates: bool
+    collection: Collection,
+    samples: Sequence[Sample],
+    named: Mapping[str, str],
+    check_duplicates: bool,
 ) -> tuple[dict[str, str], list[str]]:
     """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
     group_of, parent = dict(named), dict[str, str]()
@@ -225,17 +250,27 @@ def _with_copies(
         return group
 
     contradictions = []
-    for copies in identical(collection, samples) if check_duplicates else _alike(samples, [collection.identity]):
+    for copies in (
+        identical(collection, samples)
+        if check_duplicates
+        else _alike(samples, [collection.identity])
+    ):
         if len({sample.label for sample in copies}) > 1:
             contradictions.append(copies[0].sample_id)
-        first, *others = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
+        first, *others = [
+            group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies
+        ]
         for key in others:
             if root(key) != root(first):
                 parent[root(key)] = root(first)
-    warnings = [
-        f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
-        f"{contradictions[0]}): keep each in its right class"
-    ] if contradictions else []  # fmt: skip
+    warnings = (
+        [
+            f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
+            f"{contradictions[0]}): keep each in its right class"
+        ]
+        if contradictions
+        else []
+    )
     return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
 
 
@@ -246,7 +281,9 @@ def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sa
     return _alike(stored, (collection.size_bytes, collection.probe, collection.digest))
 
 
-def _alike(samples: Iterable[Sample], keys: Sequence[Callable[[Sample], Hashable]]) -> list[list[Sample]]:
+def _alike(
+    samples: Iterable[Sample], keys: Sequence[Callable[[Sample], Hashable]]
+) -> list[list[Sample]]:
     """Sets of two or more samples that agree in every key; the next key is asked only of those that agree so far."""
     sets = [list(samples)]
     for key in keys:
@@ -269,7 +306,9 @@ def _without_leaks(
     reserved: dict[str, str] = {}  # split by group
     for split in (split for split in ("test", "val", "train") if split in given):
         dropped = [sample for sample in given[split] if groups.get(sample.sample_id) in reserved]
-        kept[split] = [sample for sample in given[split] if groups.get(sample.sample_id) not in reserved]
+        kept[split] = [
+            sample for sample in given[split] if groups.get(sample.sample_id) not in reserved
+        ]
         unused += dropped
         if dropped:
             others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
@@ -277,7 +316,9 @@ def _without_leaks(
                 f"{len(dropped)} {split} images are not used: byte-identical copies, links to them, or files of their "
                 f"group, are in {' and '.join(others)} (for example {dropped[0].sample_id})"
             )
-        reserved |= {groups[sample.sample_id]: split for sample in kept[split] if sample.sample_id in groups}
+        reserved |= {
+            groups[sample.sample_id]: split for sample in kept[split] if sample.sample_id in groups
+        }
     return kept, unused
 
 
@@ -304,7 +345,9 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     listed = {row["class"] for row in rows}
     class_names = [name for name in collection.class_names if csv_name(name) in listed]
     label_of = {csv_name(name): label for label, name in enumerate(class_names)}
-    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS if any(row["split"] == split for row in rows)}
+    samples: dict[str, list[Sample]] = {
+        split: [] for split in SPLITS if any(row["split"] == split for row in rows)
+    }
     unused: list[Sample] = []
     vanished = [row["path"] for row in rows if row["path"] not in current]
     if (moved := _moved(rows, current, collection)) is not None:
@@ -315,7 +358,9 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         )
     for row in rows:
         if row["path"] in current and row["class"] in label_of:
-            samples.get(row["split"], unused).append(Sample(current[row["path"]].sample_id, label_of[row["class"]]))
+            samples.get(row["split"], unused).append(
+                Sample(current[row["path"]].sample_id, label_of[row["class"]])
+            )
     for split, members in samples.items():
         lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})
         if lost:
@@ -331,7 +376,10 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     ):
         if paths:
             warnings.append(f"{len(paths)} images {what} (for example {paths[0]})")
-    notes = {split: f"{origin} (as listed in {path.name})" for split, origin in split_origins(collection.given).items()}
+    notes = {
+        split: f"{origin} (as listed in {path.name})"
+        for split, origin in split_origins(collection.given).items()
+    }
     return Splits(samples, notes, warnings, unused), class_names
 
 
@@ -339,14 +387,22 @@ def _listed(path: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     with suppress(UnicodeDecodeError, csv.Error):
         rows = read_csv(path)
-    if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
+    if (
+        not rows
+        or set(rows[0]) != {"split", "class", "path"}
+        or {row["split"] for row in rows} - {*SPLITS, _UNUSED}
+    ):
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
     return [{name: csv_name(row[name]) for name in ("split", "class", "path")} for row in rows]
 
 
 def is_copy(
-    path: Path, collection: Collection, original: Callable[[], Collection | None], *, part: bool = False
+    path: Path,
+    collection: Collection,
+    original: Callable[[], Collection | None],
+    *,
+    part: bool = False,
 ) -> bool:
     """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
@@ -355,12 +411,18 @@ def is_copy(
     """
     rows, here = _listed(path), _by_written_name(collection)
     both = [row["path"] for row in rows if row["path"] in here]
-    if not both or not (part or (len(both) == len(rows) and _moved(rows, here, collection) is None)):
+    if not both or not (
+        part or (len(both) == len(rows) and _moved(rows, here, collection) is None)
+    ):
         return False
     if (known := original()) is None:
         return True
     there = _by_written_name(known)
-    alike = [collection.size_bytes(here[name]) == known.size_bytes(there[name]) for name in both if name in there]
+    alike = [
+        collection.size_bytes(here[name]) == known.size_bytes(there[name])
+        for name in both
+        if name in there
+    ]
     return sum(alike) >= len(alike) * (0.5 if part else 1)
 
 
@@ -381,4 +443,6 @@ def _moved(
 
 
 def _by_written_name(collection: Collection) -> dict[str, Sample]:
-    return {csv_name(sample.sample_id): sample for part in collection.given.values() for sample in part}
+    return {
+        csv_name(sample.sample_id): sample for part in collection.given.values() for sample in part
+    }

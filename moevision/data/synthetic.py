@@ -38,8 +38,17 @@ Points = npt.NDArray[np.float64]
 Pairs = Sequence[tuple[float, float]]
 
 PARTS: Final = (
-    "background", "occluder", "body", "fur", "ear", "eye", "nose", "muzzle", "mouth", "whisker",
-)  # fmt: skip
+    "background",
+    "occluder",
+    "body",
+    "fur",
+    "ear",
+    "eye",
+    "nose",
+    "muzzle",
+    "mouth",
+    "whisker",
+)
 """Meaning of each value of a part mask. An owl's beak counts as nose, a pig's snout disc as muzzle."""
 
 
@@ -143,12 +152,16 @@ class Face:
 
     vertices: Points  # All vertices in face coordinates, [V, 2]
     groups: npt.NDArray[np.intp]  # The group of each vertex, [V]
-    shapes: tuple[tuple[int, int, int], ...]  # (region id, first vertex, one past the last) of each shape
+    shapes: tuple[
+        tuple[int, int, int], ...
+    ]  # (region id, first vertex, one past the last) of each shape
     center: Points  # Middle of the head with its ears, whiskers left out, [2]
     half_size: float  # Half the longer side of the box around the same
 
 
-def _rimmed(slot: Slot, part: str, group: _Group, points: Points, margin: float = 0.045) -> Iterator[Shape]:
+def _rimmed(
+    slot: Slot, part: str, group: _Group, points: Points, margin: float = 0.045
+) -> Iterator[Shape]:
     """A shape over its own slightly larger dark rim, which sets equal colours apart as a shadow would."""
     yield Shape(Slot.RIM, part, group, grown(points, margin))
     yield Shape(slot, part, group, points)
@@ -173,12 +186,16 @@ def _eyes(x: float, y: float, iris: Points, pupil: Points) -> Iterator[Shape]:
     yield from _both(Slot.IRIS, "eye", _Group.EYES, iris + place)
     yield from _both(Slot.PUPIL, "eye", _Group.EYES, pupil + place)
     for side in (x, -x):
-        yield Shape(Slot.GLINT, "eye", _Group.EYES, ellipse(side + 0.04, y - 0.2 * size, 0.055, 0.055))
+        yield Shape(
+            Slot.GLINT, "eye", _Group.EYES, ellipse(side + 0.04, y - 0.2 * size, 0.055, 0.055)
+        )
 
 
 def _mouth(y: float, drop: float, width: float) -> Iterator[Shape]:
     yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y, 0, y + drop, 0.055))
-    yield from _both(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y + drop, width, y + drop - 0.09, 0.055))
+    yield from _both(
+        Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, y + drop, width, y + drop - 0.09, 0.055)
+    )
 
 
 def _whiskers(x: float, y: float, length: float) -> Iterator[Shape]:
@@ -196,7 +213,9 @@ def _cat() -> Iterator[Shape]:
     yield from _eyes(0.43, -0.1, ellipse(0, 0, 0.22, 0.2), ellipse(0, 0, 0.07, 0.18))
     yield from _whiskers(0.3, 0.42, 0.95)
     yield from _both(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0.17, 0.45, 0.23, 0.19))
-    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, np.array([(-0.14, 0.24), (0.14, 0.24), (0.0, 0.4)]))
+    yield Shape(
+        Slot.NOSE, "nose", _Group.MUZZLE, np.array([(-0.14, 0.24), (0.14, 0.24), (0.0, 0.4)])
+    )
     yield from _mouth(0.4, 0.12, 0.2)
 
 
@@ -204,13 +223,28 @@ def _dog() -> Iterator[Shape]:
     """Ears that hang in front of a long head, a deep muzzle with a large nose, and the tongue out."""
     head = [(0.0, -0.86), (0.55, -0.72), (0.76, -0.15), (0.64, 0.45), (0.42, 0.88), (0.0, 1.02)]
     yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
-    ear = _smooth([(0.42, -0.8), (0.85, -0.74), (1.16, -0.1), (1.2, 0.6), (0.94, 0.84), (0.74, 0.35), (0.66, -0.35)])
+    ear = _smooth(
+        [
+            (0.42, -0.8),
+            (0.85, -0.74),
+            (1.16, -0.1),
+            (1.2, 0.6),
+            (0.94, 0.84),
+            (0.74, 0.35),
+            (0.66, -0.35),
+        ]
+    )
     yield from _ears(Slot.SHADE, ear, None)
     yield from _eyes(0.32, -0.22, ellipse(0, 0, 0.15, 0.15), ellipse(0, 0, 0.1, 0.1))
     yield Shape(Slot.TONGUE, "mouth", _Group.MUZZLE, ellipse(0, 0.9, 0.17, 0.28))
     yield Shape(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0, 0.45, 0.45, 0.4))
     yield from _mouth(0.36, 0.24, 0.3)
-    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, _smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)]))
+    yield Shape(
+        Slot.NOSE,
+        "nose",
+        _Group.MUZZLE,
+        _smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)]),
+    )
 
 
 def _rabbit() -> Iterator[Shape]:
@@ -221,10 +255,17 @@ def _rabbit() -> Iterator[Shape]:
     head = [(0.0, -0.72), (0.48, -0.62), (0.76, -0.1), (0.78, 0.4), (0.45, 0.78), (0.0, 0.85)]
     yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
     yield from _eyes(0.47, -0.12, ellipse(0, 0, 0.15, 0.19), ellipse(0, 0, 0.11, 0.14))
-    yield Shape(Slot.GLINT, "mouth", _Group.MUZZLE, np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)]))
+    yield Shape(
+        Slot.GLINT,
+        "mouth",
+        _Group.MUZZLE,
+        np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)]),
+    )
     yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, stroke(0, 0.5, 0, 0.78, 0.035))
     yield from _both(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0.17, 0.42, 0.21, 0.18))
-    yield Shape(Slot.NOSE, "nose", _Group.MUZZLE, _smooth([(-0.13, 0.22), (0.13, 0.22), (0.0, 0.38)]))
+    yield Shape(
+        Slot.NOSE, "nose", _Group.MUZZLE, _smooth([(-0.13, 0.22), (0.13, 0.22), (0.0, 0.38)])
+    )
 
 
 def _bear() -> Iterator[Shape]:
@@ -253,7 +294,15 @@ def _fox() -> Iterator[Shape]:
     """Tall ears close together, slanted eyes, wide cheeks that run to a pointed chin."""
     ear = _smooth([(0.06, -0.5), (0.3, -1.15), (0.66, -1.66), (0.86, -1.0), (0.84, -0.3)])
     yield from _ears(Slot.FUR, ear, np.array([(0.3, -0.65), (0.61, -1.35), (0.7, -0.55)]))
-    head = [(0.0, -0.66), (0.55, -0.58), (0.95, -0.02), (1.2, 0.42), (0.62, 0.62), (0.24, 0.98), (0.0, 1.1)]
+    head = [
+        (0.0, -0.66),
+        (0.55, -0.58),
+        (0.95, -0.02),
+        (1.2, 0.42),
+        (0.62, 0.62),
+        (0.24, 0.98),
+        (0.0, 1.1),
+    ]
     yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, symmetric(head))
     cheek = _smooth([(0.1, 0.35), (0.6, 0.2), (1.1, 0.4), (0.6, 0.56), (0.25, 0.88)])
     yield from _both(Slot.LIGHT, "muzzle", _Group.HEAD, cheek)
@@ -265,12 +314,18 @@ def _fox() -> Iterator[Shape]:
 def _pig() -> Iterator[Shape]:
     """Ears that fold outward, a snout disc with two nostrils in the middle of the face."""
     yield from _rimmed(Slot.FUR, "fur", _Group.HEAD, ellipse(0, 0, 0.98, 0.9))
-    ear = np.array([(0.26, -0.86), (0.6, -1.08), (0.95, -1.06), (1.36, -0.5), (0.98, -0.44), (0.8, -0.4)])
-    yield from _ears(Slot.SHADE, ear, np.array([(0.55, -0.84), (0.88, -0.92), (1.16, -0.6), (0.86, -0.56)]))
+    ear = np.array(
+        [(0.26, -0.86), (0.6, -1.08), (0.95, -1.06), (1.36, -0.5), (0.98, -0.44), (0.8, -0.4)]
+    )
+    yield from _ears(
+        Slot.SHADE, ear, np.array([(0.55, -0.84), (0.88, -0.92), (1.16, -0.6), (0.86, -0.56)])
+    )
     yield from _eyes(0.45, -0.2, ellipse(0, 0, 0.13, 0.13), ellipse(0, 0, 0.09, 0.09))
     yield from _rimmed(Slot.LIGHT, "muzzle", _Group.MUZZLE, ellipse(0, 0.24, 0.42, 0.31))
     yield from _both(Slot.NOSE, "nose", _Group.MUZZLE, ellipse(0.16, 0.24, 0.09, 0.14))
-    yield Shape(Slot.DARK, "mouth", _Group.MUZZLE, _smooth([(-0.3, 0.64), (0.3, 0.64), (0.0, 0.76)]))
+    yield Shape(
+        Slot.DARK, "mouth", _Group.MUZZLE, _smooth([(-0.3, 0.64), (0.3, 0.64), (0.0, 0.76)])
+    )
 
 
 def _owl() -> Iterator[Shape]:
@@ -286,16 +341,24 @@ def _owl() -> Iterator[Shape]:
 
 
 _FACES: Final[dict[str, Callable[[], Iterator[Shape]]]] = {
-    "cat": _cat, "dog": _dog, "rabbit": _rabbit, "bear": _bear,
-    "mouse": _mouse, "fox": _fox, "pig": _pig, "owl": _owl,
-}  # fmt: skip
+    "cat": _cat,
+    "dog": _dog,
+    "rabbit": _rabbit,
+    "bear": _bear,
+    "mouse": _mouse,
+    "fox": _fox,
+    "pig": _pig,
+    "owl": _owl,
+}
 CLASSES: Final = tuple(_FACES)
 
 
 @cache
 def face(label: int) -> Face:
     """The face of one class, on the shoulders that all classes share."""
-    shoulders = _smooth([(-1.0, 3.6), (-1.05, 1.6), (-0.55, 0.75), (0.55, 0.75), (1.05, 1.6), (1.0, 3.6)])
+    shoulders = _smooth(
+        [(-1.0, 3.6), (-1.05, 1.6), (-0.55, 0.75), (0.55, 0.75), (1.05, 1.6), (1.0, 3.6)]
+    )
     chest = _smooth([(-0.45, 3.6), (-0.5, 1.6), (0.0, 0.8), (0.5, 1.6), (0.45, 3.6)])
     head = list(_FACES[CLASSES[label]]())
     shapes = [
@@ -308,8 +371,17 @@ def face(label: int) -> Face:
     solid = np.concatenate([shape.points for shape in head if shape.part != "whisker"])
     return Face(
         vertices=np.concatenate([shape.points for shape in shapes]),
-        groups=np.concatenate([np.full(len(shape.points), shape.group, np.intp) for shape in shapes]),
-        shapes=tuple(zip((region_id(shape.slot, shape.part) for shape in shapes), [0, *ends[:-1]], ends, strict=True)),
+        groups=np.concatenate(
+            [np.full(len(shape.points), shape.group, np.intp) for shape in shapes]
+        ),
+        shapes=tuple(
+            zip(
+                (region_id(shape.slot, shape.part) for shape in shapes),
+                [0, *ends[:-1]],
+                ends,
+                strict=True,
+            )
+        ),
         center=(solid.min(axis=0) + solid.max(axis=0)) / 2,
         half_size=float(np.ptp(solid, axis=0).max() / 2),
     )
@@ -327,15 +399,21 @@ _COATS: Final = np.array(
     dtype=np.float64,
 )  # fmt: skip
 _IRISES: Final = np.array(
-    [(206, 172, 60), (120, 168, 84), (96, 150, 196), (150, 92, 44), (218, 132, 48), (92, 62, 40)], np.float64
+    [(206, 172, 60), (120, 168, 84), (96, 150, 196), (150, 92, 44), (218, 132, 48), (92, 62, 40)],
+    np.float64,
 )
 _NOSES: Final = np.array([(214, 122, 122), (44, 36, 38), (92, 58, 50), (226, 158, 70)], np.float64)
 
 _FACE_REGIONS: Final = [
-    region_id(slot, part) for slot in range(Slot.BODY, Slot.WHISKER + 1) for part in PARTS if part != "eye"
+    region_id(slot, part)
+    for slot in range(Slot.BODY, Slot.WHISKER + 1)
+    for part in PARTS
+    if part != "eye"
 ]
 # Lookup tables over the 256 region ids: region -> 255 where the layer shows.
-_SCENERY_TABLE: Final = [255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)]
+_SCENERY_TABLE: Final = [
+    255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)
+]
 _COAT_TABLE: Final = [255 if region in _FACE_REGIONS else 0 for region in range(256)]
 
 
@@ -343,7 +421,9 @@ _COAT_TABLE: Final = [255 if region in _FACE_REGIONS else 0 for region in range(
 class Scene:
     """An image before it has pixels."""
 
-    polygons: list[tuple[int, Points]]  # (region id, vertices [n, 2] in frame coordinates) in painting order
+    polygons: list[
+        tuple[int, Points]
+    ]  # (region id, vertices [n, 2] in frame coordinates) in painting order
     palette: npt.NDArray[np.float64]  # RGB 0-255 of every slot, [slots, 3]
     scenery: npt.NDArray[np.float32]  # Coarse grid of background colours, float32 [4, 4, 3]
     to_face: Points  # Map [2, 3] from frame coordinates to face coordinates, for shading
@@ -392,7 +472,14 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     """Vertices [V, 2] in face coordinates after each group's own tilt, stretch and shift."""
     count = len(_Group)
     tilt = rng.uniform(-1, 1, count) * (0.25, 0.0, 0.2, 0.2, 0.0, 0.0)
-    stretch = 1 + rng.uniform(-1, 1, (count, 2)) * ((0.2,), (0.05,), (0.13,), (0.13,), (0.1,), (0.08,))
+    stretch = 1 + rng.uniform(-1, 1, (count, 2)) * (
+        (0.2,),
+        (0.05,),
+        (0.13,),
+        (0.13,),
+        (0.1,),
+        (0.08,),
+    )
     pivot = np.array([(0, 0.8), (0, 0), (-0.55, -0.6), (0.55, -0.6), (0, -0.1), (0, 0.4)])
     # A head that looks to one side: what lies nearer to the viewer moves farther.
     look = rng.uniform(-1, 1, 2) * (1.0, 0.5)
@@ -405,7 +492,9 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     return np.asarray(np.einsum("vij,vj->vi", matrix[groups], template.vertices) + offset[groups])
 
 
-def _blobs(centers: Points, radii: npt.NDArray[np.float64], rng: np.random.Generator) -> list[Points]:
+def _blobs(
+    centers: Points, radii: npt.NDArray[np.float64], rng: np.random.Generator
+) -> list[Points]:
     """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2]."""
     n = len(centers)
     angle = np.linspace(0, 2 * np.pi, 10, endpoint=False) + rng.uniform(0, 0.5, (n, 10))
@@ -424,19 +513,28 @@ def _clutter(rng: np.random.Generator) -> list[tuple[int, Points]]:
     return [(region_id(Slot.CLUTTER + i, "background"), shape) for i, shape in enumerate(shapes)]
 
 
-def _occluders(to_frame: Points, template: Face, rng: np.random.Generator) -> list[tuple[int, Points]]:
+def _occluders(
+    to_frame: Points, template: Face, rng: np.random.Generator
+) -> list[tuple[int, Points]]:
     """Up to two objects in front, near the head's edge, so that some parts hide but never all."""
     count = int(rng.integers(0, 3))
-    angle, distance = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.5, 1.0, count) * template.half_size
+    angle, distance = (
+        rng.uniform(0, 2 * np.pi, count),
+        rng.uniform(0.5, 1.0, count) * template.half_size,
+    )
     on_face = template.center + np.stack([np.cos(angle), np.sin(angle)], axis=1) * distance[:, None]
-    shapes = _blobs(on_face @ to_frame[:, :2].T + to_frame[:, 2], rng.uniform(0.05, 0.14, count), rng)
+    shapes = _blobs(
+        on_face @ to_frame[:, :2].T + to_frame[:, 2], rng.uniform(0.05, 0.14, count), rng
+    )
     return [(region_id(Slot.OCCLUDER + i, "occluder"), shape) for i, shape in enumerate(shapes)]
 
 
 def _palette(rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """RGB of every slot, [slots, 3]; no argument says which animal it is for."""
     palette = rng.uniform(15, 240, (Slot.WHISKER + 1, 3))
-    palette[: Slot.BODY] += 0.4 * (palette[: Slot.BODY].mean(axis=1, keepdims=True) - palette[: Slot.BODY])
+    palette[: Slot.BODY] += 0.4 * (
+        palette[: Slot.BODY].mean(axis=1, keepdims=True) - palette[: Slot.BODY]
+    )
     fur, second = _COATS[rng.integers(0, len(_COATS), 2)] + rng.normal(0, 9, (2, 3))
     light = fur + (np.array([246, 240, 230]) - fur) * rng.uniform(0.25, 0.8)
     palette[Slot.FUR] = fur
@@ -479,7 +577,9 @@ def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDAr
     direction, strength = scene.light
     shade *= 1.0 + strength * (np.cos(direction) * (x - 0.5) + np.sin(direction) * (y - 0.5))
     backdrop = open_scenery * (1.0 + _stripes(3 * x, 3 * y, scene.ripples[1]))
-    pixels = _coloured(regions, scene.palette) + backdrop[:, :, None] * _scenery(scene.scenery, image_size)
+    pixels = _coloured(regions, scene.palette) + backdrop[:, :, None] * _scenery(
+        scene.scenery, image_size
+    )
     pixels *= shade[:, :, None] * scene.gain.astype(np.float32)
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(scene.grain)
     return np.clip(pixels, 0, 255).astype(np.uint8)
@@ -506,7 +606,9 @@ def _scenery(grid: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.f
 
 
 def _stripes(
-    x: npt.NDArray[np.floating[Any]], y: npt.NDArray[np.floating[Any]], ripple: npt.NDArray[np.float64]
+    x: npt.NDArray[np.floating[Any]],
+    y: npt.NDArray[np.floating[Any]],
+    ripple: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float32]:
     """Wavy stripes around 0; a strength below 0 means none, so that many coats and walls are plain."""
     direction, frequency, phase, strength = ripple.tolist()
@@ -514,7 +616,9 @@ def _stripes(
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     along = np.cos(direction) * x + np.sin(direction) * y
     across = np.cos(direction) * y - np.sin(direction) * x
-    return np.asarray(strength * np.sin(frequency * 2 * along + phase + 1.5 * np.sin(3 * across)), np.float32)
+    return np.asarray(
+        strength * np.sin(frequency * 2 * along + phase + 1.5 * np.sin(3 * across)), np.float32
+    )
 
 
 # Part of every image's key. Raise it when the drawing changes: then no image of the old set comes back
@@ -534,7 +638,9 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     parts: ClassVar[tuple[str, ...]] = PARTS  # names of the values of a part mask
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 
-    def __init__(self, size: int, image_size: int = 64, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, size: int, image_size: int = 64, seed: int = 0, split: str = "train"
+    ) -> None:
         """Describes the set; images are drawn when asked for.
 
         Args:
@@ -546,7 +652,9 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         if size < 1:
             raise UserError(f"SyntheticPets needs a size of at least 1 image, not {size}")
         if image_size < 16:
-            raise UserError(f"SyntheticPets needs an image_size of at least 16 pixels, not {image_size}")
+            raise UserError(
+                f"SyntheticPets needs an image_size of at least 16 pixels, not {image_size}"
+            )
         if split not in self.splits:
             raise UserError(f"SyntheticPets has the splits {', '.join(self.splits)}, not {split!r}")
         self.size, self.image_size, self.seed, self.split = size, image_size, seed, split

@@ -80,8 +80,12 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
             wrong = f"{sample_id!r} is in another split on line {first_line}: remove one of them"
         elif bool(some["split"]) != bool(split):
             wrong = "some rows name a split and others don't: name it in all of them or in none"
-        elif not os.path.isfile(file.parent / sample_id):  # unlike Path.is_file no error where the path is too long
-            wrong = f"there is no file {file.parent / sample_id}: correct the path or remove the row"
+        elif not os.path.isfile(
+            file.parent / sample_id
+        ):  # unlike Path.is_file no error where the path is too long
+            wrong = (
+                f"there is no file {file.parent / sample_id}: correct the path or remove the row"
+            )
         if wrong:
             raise UserError(f"{file}, line {line}: {wrong}.")
         repeated += first_line != line
@@ -92,13 +96,17 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     number = {name: place for place, name in enumerate(names)}
     given: dict[str, list[Sample]] = {}
     for sample_id, row in rows.items():
-        given.setdefault(row["split"] or "all", []).append(Sample(sample_id, number[row[label_column]]))
+        given.setdefault(row["split"] or "all", []).append(
+            Sample(sample_id, number[row[label_column]])
+        )
     if not given:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
     check_splits(given, names, str(file))
     others = sorted(some.keys() - {path_column, label_column, "split"})
     values = {name: {sample_id: row[name] for sample_id, row in rows.items()} for name in others}
-    notes = [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else []
+    notes = (
+        [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else []
+    )
     notes += differ_in_case(names)
     notes += [
         f"the column {name!r} of {file} says train, val or test and was not used: call it split to use it"
@@ -109,7 +117,10 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
         words_of(names),
         given,
         notes,
-        next((name for name in others if name.lower() == "group" and any(values[name].values())), None),
+        next(
+            (name for name in others if name.lower() == "group" and any(values[name].values())),
+            None,
+        ),
         values,
         root=file.parent,
     )
@@ -140,7 +151,9 @@ def _csv_rows(file: Path, path: str, label: str) -> Iterator[tuple[int, dict[str
                     )
                 yield reader.line_num, dict(zip(head, map(str.strip, cells), strict=True))
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: it can't be read as CSV ({error}).") from error
+            raise UserError(
+                f"{file}, line {reader.line_num}: it can't be read as CSV ({error})."
+            ) from error
 
 
 def _sample_id(folder: Path, cell: str) -> str:
@@ -164,7 +177,9 @@ class ArrowCollection(Collection):
     @cached_property
     def _pixels(self) -> dict[str, Any]:
         """The images alone: reading a row decodes all of its columns."""
-        return {split: table.select_columns([self.image_column]) for split, table in self.tables.items()}
+        return {
+            split: table.select_columns([self.image_column]) for split, table in self.tables.items()
+        }
 
     def _stored(self, sample: Sample) -> bytes | str:
         split, row = sample.sample_id.rsplit("/", 1)
@@ -177,7 +192,9 @@ class ArrowCollection(Collection):
         if isinstance(stored, bytes):
             return safe_open(io.BytesIO(stored), short_side)
         if not os.path.isabs(stored):  # empty, an address, or a member of an archive
-            raise BadImageError(sample.sample_id, f"the dataset has no image there, only the path {stored!r}")
+            raise BadImageError(
+                sample.sample_id, f"the dataset has no image there, only the path {stored!r}"
+            )
         return safe_open(stored, short_side)
 
     @cached_property
@@ -188,7 +205,9 @@ class ArrowCollection(Collection):
             for batch in table.with_format("arrow").iter(batch_size=1000):
                 for image in batch[self.image_column]:
                     stored, path = image["bytes"], str(image["path"])
-                    named = 0 if stored.is_valid or not os.path.isfile(path) else os.path.getsize(path)
+                    named = (
+                        0 if stored.is_valid or not os.path.isfile(path) else os.path.getsize(path)
+                    )
                     sizes[split].append(len(stored.as_buffer()) if stored.is_valid else named)
         return sizes
 
@@ -214,7 +233,9 @@ class ArrowCollection(Collection):
         return found
 
 
-def read_dataset(path: str, columns: Columns = (None, None), *, download: bool = False) -> ArrowCollection:
+def read_dataset(
+    path: str, columns: Columns = (None, None), *, download: bool = False
+) -> ArrowCollection:
     """Read a Hugging Face dataset: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
 
     `columns` are those with image and label, where they can't be found out; `download` fetches what isn't in the cache.
@@ -226,14 +247,23 @@ def read_dataset(path: str, columns: Columns = (None, None), *, download: bool =
     names, index = _classes(first.features[label], values, f"the column {label!r} of {path}")
     samples = {}
     for split, found in values.items():
-        samples[split] = [Sample(f"{split}/{row:06d}", index[v]) for row, v in enumerate(found) if v in index]
+        samples[split] = [
+            Sample(f"{split}/{row:06d}", index[v]) for row, v in enumerate(found) if v in index
+        ]
         if missing := len(found) - len(samples[split]):
-            notes.append(f"{missing} of {len(found)} {split} images of {path} have no label and were left out")
+            notes.append(
+                f"{missing} of {len(found)} {split} images of {path} have no label and were left out"
+            )
     samples = {split: found for split, found in samples.items() if found}
     check_splits(samples, names, path)
     notes += differ_in_case(names)
-    tables = {split: table.cast_column(image, _datasets().Image(decode=False)) for split, table in given.items()}
-    return ArrowCollection(list(map(shown, names)), samples, notes, tables=tables, image_column=image)
+    tables = {
+        split: table.cast_column(image, _datasets().Image(decode=False))
+        for split, table in given.items()
+    }
+    return ArrowCollection(
+        list(map(shown, names)), samples, notes, tables=tables, image_column=image
+    )
 
 
 def count_rows(path: str) -> int:
@@ -245,7 +275,9 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("A Hugging Face dataset needs the package datasets: pip install datasets.") from error
+        raise UserError(
+            "A Hugging Face dataset needs the package datasets: pip install datasets."
+        ) from error
     return datasets
 
 
@@ -266,10 +298,14 @@ def _load(path: str, download: bool) -> Any:
         return datasets.load_from_disk(str(Path(path).expanduser())).with_format(None)
     except UserError:
         raise
-    except Exception as error:  # damaged files fail in every type, and so do names, networks and configurations
+    except (
+        Exception
+    ) as error:  # damaged files fail in every type, and so do names, networks and configurations
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not path.startswith(HF):
-            raise UserError(f"{path} can't be read as a saved dataset ({why}): save it anew.") from error
+            raise UserError(
+                f"{path} can't be read as a saved dataset ({why}): save it anew."
+            ) from error
         hint = "check the name" if download else f"fetch it by {fetching(path)}"
         raise UserError(
             f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({why}): {hint}; a configuration "
@@ -289,7 +325,9 @@ def _refuse_addresses(folder: Path, path: str) -> None:
         described |= yaml.safe_load(more.read_text(encoding="utf-8")) or {}
     configs = str(described.get("configs"))
     if "://" in configs or "::" in configs:
-        raise UserError(f"{folder} names files at other addresses: if you trust it, fetch them by {fetching(path)}.")
+        raise UserError(
+            f"{folder} names files at other addresses: if you trust it, fetch them by {fetching(path)}."
+        )
 
 
 def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -315,9 +353,15 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
     datasets = _datasets()
     kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = [
+        name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    ]
     labels = labels or [name for name in _LABELS if name in features][:1]
-    lists = [name for name, each in features.items() if isinstance(getattr(each, "feature", None), datasets.ClassLabel)]
+    lists = [
+        name
+        for name, each in features.items()
+        if isinstance(getattr(each, "feature", None), datasets.ClassLabel)
+    ]
     labels = labels or lists  # refused below
     for what, named, found in (("image", columns[0], images), ("label", columns[1], labels)):
         if (named is not None and named not in features) or (named is None and len(found) != 1):
@@ -327,18 +371,26 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
             )
     image, label = columns[0] or images[0], columns[1] or labels[0]
     if image not in images:
-        raise UserError(f"The column {image!r} of {path} holds no images but {type(features[image]).__name__}.")
+        raise UserError(
+            f"The column {image!r} of {path} holds no images but {type(features[image]).__name__}."
+        )
     feature = features[label]
     if isinstance(feature, datasets.ClassLabel):
         return image, label
     if not isinstance(feature, datasets.Value):
-        raise UserError(f"The column {label!r} of {path} holds several values per image; {_SEVERAL}.")
+        raise UserError(
+            f"The column {label!r} of {path} holds several values per image; {_SEVERAL}."
+        )
     if "float" in feature.dtype or "double" in feature.dtype:
-        raise UserError(f"The column {label!r} of {path} holds measures, and a classifier needs classes.")
+        raise UserError(
+            f"The column {label!r} of {path} holds measures, and a classifier needs classes."
+        )
     return image, label
 
 
-def _classes(feature: Any, values: Mapping[str, Sequence[Any]], where: str) -> tuple[list[str], dict[Any, int]]:
+def _classes(
+    feature: Any, values: Mapping[str, Sequence[Any]], where: str
+) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the label of every value; none for None, "" and for -1, which stands for a hidden label."""
     used = {value for found in values.values() for value in found} - {None, ""}
     names: list[str] | None = getattr(feature, "names", None)

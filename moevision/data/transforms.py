@@ -79,7 +79,9 @@ def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) 
     if side == image_size:
         image = image.crop((left, top, left + side, top + side))
     else:
-        image = _resized(image, (image_size, image_size), (left, top, left + side, top + side), reduction)
+        image = _resized(
+            image, (image_size, image_size), (left, top, left + side, top + side), reduction
+        )
     return np.array(image)
 
 
@@ -98,13 +100,17 @@ def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) ->
     box = (left, top, left + width, top + height)
     scale = min(1.0, base_side(image_size) / short)
     if scale < 1.0:
-        image = _resized(image, (max(1, round(width * scale)), max(1, round(height * scale))), box, reduction)
+        image = _resized(
+            image, (max(1, round(width * scale)), max(1, round(height * scale))), box, reduction
+        )
     elif (width, height) != image.size:
         image = image.crop(box)
     return np.array(image)
 
 
-def _resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], reduction: int) -> Image.Image:
+def _resized(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], reduction: int
+) -> Image.Image:
     """The box, given in pixels of the full image, as an image of ``size`` (width, height)."""
     left, top, right, bottom = (edge / reduction for edge in box)
     return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
@@ -124,10 +130,14 @@ class TrainTransform:
         self.hflip = data.hflip and data.augment != "none"
         fill = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(fill, np.uint8)[:, None, None]
-        policy = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}.get(data.augment)
+        policy = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}.get(
+            data.augment
+        )
         self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
 
-    def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
+    def __call__(
+        self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]
+    ) -> Tensor:
         """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each.
 
         They are not written to. The result is uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b
@@ -138,8 +148,12 @@ class TrainTransform:
         rows = list(out)
         if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
             first = uniform(1, seed, _FLIP, 0, index)[:, 0] < 0.5  # [B]
-            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides (arXiv:2404.00498, section 3.6)
-            rows = [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
+            mirrored = first ^ (
+                epoch % 2 == 1
+            )  # two epochs in a row show both sides (arXiv:2404.00498, section 3.6)
+            rows = [
+                row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)
+            ]
         if self.crop == "pad":
             out[:] = self.fill
             padding = max(1, self.image_size // 8)
@@ -147,14 +161,18 @@ class TrainTransform:
             size = self.image_size
             for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
                 # The window that starts down and right of the image's corner; the row keeps what lies outside.
-                row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = image[
+                row[
+                    :, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)
+                ] = image[
                     :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
                 ]
         elif self.crop == "random_resized":
             u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)  # [B, T, 4]
             sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
             boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
-            for row, image, (top, left, height, width) in zip(rows, images, boxes.tolist(), strict=True):
+            for row, image, (top, left, height, width) in zip(
+                rows, images, boxes.tolist(), strict=True
+            ):
                 # [1, 3, h, w]; with the channels last torch's uint8 kernel takes half the time (cached photos are so)
                 crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
                 crop = crop.contiguous(memory_format=torch.channels_last)
@@ -163,15 +181,25 @@ class TrainTransform:
             for row, image in zip(rows, images, strict=True):
                 row[:] = image
         if self.policy is not None:  # on PIL images: two to four times as fast as on tensors
-            for row, number in zip(out, hash_u64_array(seed, _POLICY, epoch, index).tolist(), strict=True):
+            for row, number in zip(
+                out, hash_u64_array(seed, _POLICY, epoch, index).tolist(), strict=True
+            ):
                 with seeded_torch(number):
-                    changed = self.policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
+                    changed = self.policy(
+                        Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0)))
+                    )
                 row[:] = np.asarray(changed).transpose(2, 0, 1)
         if self.random_erasing > 0:
-            erased = np.flatnonzero(uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing)
-            u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(-1, TRIES, 4)
+            erased = np.flatnonzero(
+                uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing
+            )
+            u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(
+                -1, TRIES, 4
+            )
             boxes = erasing_boxes(u, self.image_size)
-            for number, (top, left, height, width) in zip(erased.tolist(), boxes.tolist(), strict=True):
+            for number, (top, left, height, width) in zip(
+                erased.tolist(), boxes.tolist(), strict=True
+            ):
                 out[number, :, top : top + height, left : left + width] = self.fill
         return torch.from_numpy(out)
 
@@ -189,9 +217,13 @@ class BatchMixer:
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
         kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
-        self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+        self.mixers = [
+            kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0
+        ]
 
-    def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
+    ) -> tuple[Tensor, Tensor]:
         """Every image float32 [B, 3, H, W] mixed with its neighbour, and soft targets [B, C], whose rows sum to 1."""
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
@@ -208,7 +240,9 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
-def resized_crop_boxes(u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float]) -> Boxes:
+def resized_crop_boxes(
+    u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float]
+) -> Boxes:
     """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
     u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
@@ -231,7 +265,9 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     return _first_that_fits(u, fits, height, width, sizes) * fits.any(axis=1, keepdims=True)
 
 
-def _sides(u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Boxes, Boxes]:
+def _sides(
+    u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Boxes, Boxes]:
     """Two sides, [B, T] each, with a uniform product and a log-uniform quotient (first / second)."""
     target = area * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
     low, high = np.log(ratio)
@@ -242,7 +278,11 @@ def _sides(u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[flo
 
 
 def _first_that_fits(
-    u: Uniform, fits: npt.NDArray[np.bool_], height: Boxes, width: Boxes, sizes: npt.NDArray[np.int64]
+    u: Uniform,
+    fits: npt.NDArray[np.bool_],
+    height: Boxes,
+    width: Boxes,
+    sizes: npt.NDArray[np.int64],
 ) -> Boxes:
     """The first try of each image that fits, at a uniform position; the first of all where none does."""
     rows, chosen = np.arange(len(u)), fits.argmax(axis=1)
@@ -256,7 +296,9 @@ def _central(sizes: npt.NDArray[np.int64]) -> Boxes:
     height, width = sizes.T
     crop_height = np.minimum(height, np.rint(width / CROP_RATIO[0])).astype(np.int64)
     crop_width = np.minimum(width, np.rint(height * CROP_RATIO[1])).astype(np.int64)
-    return np.stack([(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1)
+    return np.stack(
+        [(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1
+    )
 
 
 # Random numbers by key: a pure function of integers, independent of what was drawn before, elsewhere or in another

@@ -74,7 +74,10 @@ def build_atlas(
     layers = []
     on_show = trace if shown is None else shown
     told = {
-        found.name: {"answers": [answer.to_json() for answer in found.answers], "load_words": found.load.words}
+        found.name: {
+            "answers": [answer.to_json() for answer in found.answers],
+            "load_words": found.load.words,
+        }
         for found in questions
     }
     for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
@@ -94,7 +97,9 @@ def build_atlas(
                         "top": _named(gallery.top, on_show),
                         "random": _named(gallery.random, on_show),
                         "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
-                        "parts": None if parts is None else _parts_of(parts, gallery.expert, part_names),
+                        "parts": None
+                        if parts is None
+                        else _parts_of(parts, gallery.expert, part_names),
                         **_without(effects, layer.layer, gallery.expert),
                     }
                     for gallery in layer_gallery(of_shown, count)
@@ -109,7 +114,9 @@ def build_atlas(
         "layers": layers,
         **({} if shown is None else {"shown": shown.data}),
     }
-    rounded: Json = json.loads(json_text(as_json(atlas)), parse_float=lambda text: round(float(text), _DIGITS))
+    rounded: Json = json.loads(
+        json_text(as_json(atlas)), parse_float=lambda text: round(float(text), _DIGITS)
+    )
     return rounded
 
 
@@ -145,7 +152,10 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
             "experts": [
                 {"expert": expert, "difference": x - y, "significant": any(stands)}
                 for expert, (x, y, *stands) in enumerate(
-                    zip(*(of[key][row] for key in ("share", "significant") for row in (one, other)), strict=True)
+                    zip(
+                        *(of[key][row] for key in ("share", "significant") for row in (one, other)),
+                        strict=True,
+                    )
                 )
             ],
         }
@@ -159,7 +169,14 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
         f"{len(every)} experts stand out for one of them. The largest difference is {name}·E{most['expert']}, which "
         f"takes {100 * abs(most['difference']):.1f} percentage points more of {a if most['difference'] > 0 else b}."
     )
-    return {"class_a": a, "class_b": b, "n_a": n_a, "n_b": n_b, "layers": layers, "sentence": sentence}
+    return {
+        "class_a": a,
+        "class_b": b,
+        "n_a": n_a,
+        "n_b": n_b,
+        "layers": layers,
+        "sentence": sentence,
+    }
 
 
 def save_atlas(atlas: Json, path: str | Path) -> None:
@@ -172,19 +189,29 @@ def load_atlas(path: str | Path) -> Json:
     try:
         atlas: Json = read_json(path)
     except FileNotFoundError as error:
-        raise UserError(f"There is no atlas at {path} ({error.strerror}): build it with build_atlas.") from error
+        raise UserError(
+            f"There is no atlas at {path} ({error.strerror}): build it with build_atlas."
+        ) from error
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
+        raise UserError(
+            f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again."
+        )
     return atlas
 
 
-def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
+def _part_shares(
+    layer: LayerTrace, fractions: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[Any], ...]:
     """[parts, E] which share of each part's area an expert got, [E] of all parts together, [parts, E] beyond chance."""
-    table = part_expert_table(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
+    table = part_expert_table(
+        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
+    )
     area = table.sum(1, keepdims=True)
     share = np.divide(table, area, out=np.zeros_like(table), where=area > 0)
-    beyond = part_stands_out(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
+    beyond = part_stands_out(
+        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
+    )
     return share, table.sum(0) / table.sum(), beyond
 
 
@@ -194,34 +221,62 @@ def _without(effects: Json | None, layer: int, expert: int) -> Json:
         return {}
     for found in effects["experts"]:
         if (found["layer"], found["expert"]) == (layer, expert):
-            names = ("delta_logit", "control_delta_logit", "strongest_class", "strongest_delta_logit")
+            names = (
+                "delta_logit",
+                "control_delta_logit",
+                "strongest_class",
+                "strongest_delta_logit",
+            )
             images = effects["pictures_per_class"]
-            return {"without": {"images_per_class": images, **{name: found[name] for name in names}}}
+            return {
+                "without": {"images_per_class": images, **{name: found[name] for name in names}}
+            }
     return {}
 
 
-def _parts_of(shares: tuple[npt.NDArray[Any], ...], expert: int, part_names: Sequence[str]) -> list[Json]:
+def _parts_of(
+    shares: tuple[npt.NDArray[Any], ...], expert: int, part_names: Sequence[str]
+) -> list[Json]:
     """The parts that there are, largest excess first."""
     share, overall, beyond = shares
     rows = [
-        _row("part", name, share[part, expert], share[part, expert] - overall[expert], beyond[part, expert])
+        _row(
+            "part",
+            name,
+            share[part, expert],
+            share[part, expert] - overall[expert],
+            beyond[part, expert],
+        )
         for part, name in enumerate(part_names)
         if share[part].sum() > 0
     ]
     return sorted(rows, key=lambda row: -row["above"])
 
 
-def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequence[str]) -> list[Json]:
+def _favourite_classes(
+    class_map: ClassExpertMap, expert: int, class_names: Sequence[str]
+) -> list[Json]:
     """The classes that send an expert more than the others do, largest excess first; those without images don't."""
     seen = int((class_map.n_images > 0).sum())  # nan sorts last
     order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
     told = (class_map.share, class_map.excess, class_map.significant)  # each [C, E]
-    return [_row("class", class_names[index], *(values[index, expert] for values in told)) for index in order]
+    return [
+        _row("class", class_names[index], *(values[index, expert] for values in told))
+        for index in order
+    ]
 
 
 def _row(kind: str, name: str, share: float, above: float, significant: bool) -> Json:
-    return {kind: name, "share": float(share), "above": float(above), "significant": bool(significant)}
+    return {
+        kind: name,
+        "share": float(share),
+        "above": float(above),
+        "significant": bool(significant),
+    }
 
 
 def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:
-    return [[trace.picture_names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]
+    return [
+        [trace.picture_names[patch.image], patch.image, patch.patch, patch.weight]
+        for patch in patches
+    ]

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from moevision.demo.wire import packed
-from moevision.layers import ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, routing_lock
+from moevision.layers import (
+    ExpertChoiceRouting,
+    MoEMlp,
+    Routing,
+    SoftRouting,
+    moe_layers,
+    routing_lock,
+)
 
 Floats = npt.NDArray[np.float32]
 SHOWN = 8  # channels of a vector: as many as can be drawn and read
@@ -43,12 +50,17 @@ class Channels:
     outputs: Floats  # [P, K, V] what each chosen expert gave, before its weight; lengths: `Computation.outputs`
     shared: Floats | None  # [P, V] what the shared experts gave; None without
     total: Floats  # [P, V] the layer's output
-    before: Floats | None  # [P, V] the residual stream that the block's MLP branch reads; None as in `Computation`
+    before: (
+        Floats | None
+    )  # [P, V] the residual stream that the block's MLP branch reads; None as in `Computation`
     after: Floats | None  # [P, V] the stream behind the block; None as `before`
 
     def to_json(self) -> dict[str, Any]:
         """The fields; each array as `wire.packed` writes it."""
-        return {name: packed(one) if isinstance(one, np.ndarray) else one for name, one in vars(self).items()}
+        return {
+            name: packed(one) if isinstance(one, np.ndarray) else one
+            for name, one in vars(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,10 @@ class Computation:
 
     def to_json(self) -> dict[str, Any]:
         """Each array by name as `wire.packed` writes it, or None; `channels` as an object of its own."""
-        arrays = {name: packed(one) if isinstance(one, np.ndarray) else one for name, one in vars(self).items()}
+        arrays = {
+            name: packed(one) if isinstance(one, np.ndarray) else one
+            for name, one in vars(self).items()
+        }
         return {**arrays, "channels": self.channels.to_json()}
 
 
@@ -115,7 +130,9 @@ class Heard:
         total, shared = self.output.flatten(0, -2)[first:], of_patches(self.shared)
         outputs = self._expert_outputs(x, routing)[first:]
         bias = getattr(self.layer.router, "bias", None)
-        changed = (total if before is None or after is None else after - before).float().abs().mean(0)
+        changed = (
+            (total if before is None or after is None else after - before).float().abs().mean(0)
+        )
         index = changed.topk(min(SHOWN, len(changed))).indices.sort().values
         gamma = getattr(getattr(self.block, "ls2", None), "gamma", None)
         scale = (torch.ones_like(changed) if gamma is None else gamma) if in_branch else None
@@ -148,16 +165,24 @@ class Heard:
         """[N, K, D] the experts' outputs, in the order of `routing.expert_index`."""
         experts = self.layer.experts
         sent = self.layer.dispatcher.dispatch(x.to(experts.compute_dtype(x)), routing)
-        rows: Tensor = experts(sent.rows, sent.counts) if self.rows is None else self.rows  # dense: none were computed
+        rows: Tensor = (
+            experts(sent.rows, sent.counts) if self.rows is None else self.rows
+        )  # dense: none were computed
         if isinstance(routing, SoftRouting):
             weight = routing.slot_weight[0].to(rows.dtype)  # [N, E, S]
             slots = rows.view(routing.num_experts, -1, rows.shape[-1])  # [E, S, D]
-            share = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # [N, E, 1]
+            share = weight.sum(-1, keepdim=True).clamp_min(
+                torch.finfo(rows.dtype).tiny
+            )  # [N, E, 1]
             return _of_choices(torch.einsum("nes,esd->ned", weight, slots) / share, routing)
         if isinstance(routing, ExpertChoiceRouting):
-            by_expert = rows.new_zeros(routing.logits.shape[2], routing.logits.shape[1], rows.shape[-1])  # [E, N, D]
+            by_expert = rows.new_zeros(
+                routing.logits.shape[2], routing.logits.shape[1], rows.shape[-1]
+            )  # [E, N, D]
             token = routing.token_index[0]  # [E, C]
-            by_expert.scatter_(1, token.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), rows.view(*token.shape, -1))
+            by_expert.scatter_(
+                1, token.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), rows.view(*token.shape, -1)
+            )
             return _of_choices(by_expert.transpose(0, 1), routing)
         assert sent.position is not None  # token choice
         return rows[sent.position]
@@ -169,7 +194,12 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
 
     It gives one `Heard` per MoE layer, in order of depth, which fills while the model runs.
     """
-    parents = {child: module for module in net.modules() for child in module.children() if isinstance(child, MoEMlp)}
+    parents = {
+        child: module
+        for module in net.modules()
+        for child in module.children()
+        if isinstance(child, MoEMlp)
+    }
     heard = [Heard(layer, parents.get(layer)) for layer in moe_layers(net)]
     thread, hooks = threading.get_ident(), ExitStack()
 
@@ -178,7 +208,9 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
             if threading.get_ident() == thread:
-                vars(one).update({output: result} if given is None else {output: result, given: arguments[0]})
+                vars(one).update(
+                    {output: result} if given is None else {output: result, given: arguments[0]}
+                )
 
         if isinstance(module, nn.Module):
             hooks.enter_context(module.register_forward_hook(hook))

@@ -21,7 +21,13 @@ import numpy as np
 from PIL import Image
 
 from moevision.analysis.good_data import SCORE_LISTS, image_id
-from moevision.analysis.images import Collected, PictureSet, open_pictures, original_image, run_folder
+from moevision.analysis.images import (
+    Collected,
+    PictureSet,
+    open_pictures,
+    original_image,
+    run_folder,
+)
 from moevision.config import CROP, Framing
 from moevision.data.collection import SPLITS, in_turn
 from moevision.data.images import BadImageError, safe_open
@@ -78,10 +84,19 @@ class Examples:
         scored: ScoredRun | None = None,
         framing: Framing = CROP,
     ) -> None:
-        self.pictures, self.image_size, self.scored, self.framing = pictures, image_size, scored, framing
+        self.pictures, self.image_size, self.scored, self.framing = (
+            pictures,
+            image_size,
+            scored,
+            framing,
+        )
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
-        self._index = {} if pictures is None else {self.id_of(pictures, index): index for index in range(len(pictures))}
+        self._index = (
+            {}
+            if pictures is None
+            else {self.id_of(pictures, index): index for index in range(len(pictures))}
+        )
         self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
         self._recent: Recent[PictureFacts] = Recent(256)
@@ -98,7 +113,10 @@ class Examples:
         """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
         if (pictures := self.pictures) is None:
             return []
-        return [self.id_of(pictures, index) for index in in_turn(list(map(pictures.label, range(len(pictures)))))]
+        return [
+            self.id_of(pictures, index)
+            for index in in_turn(list(map(pictures.label, range(len(pictures)))))
+        ]
 
     def on_first_screen(self) -> list[PictureFacts]:
         """The first images that can be used, then gradio's photos."""
@@ -127,12 +145,18 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        return f"data/{shown(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
+        return (
+            f"data/{shown(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
+        )
 
     @property
     def names(self) -> set[str]:
         """Names of all images of the model's data."""
-        return set() if self.pictures is None else set(map(self.pictures.picture_name, range(len(self.pictures))))
+        return (
+            set()
+            if self.pictures is None
+            else set(map(self.pictures.picture_name, range(len(self.pictures))))
+        )
 
     def find(self, id: str) -> PictureFacts:
         """The image of that id, or RequestError if there is none."""
@@ -157,7 +181,9 @@ class Examples:
     def _open(self, id: str) -> PictureFacts:
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
-            return PictureFacts(model_input(self.photos[rest], self.image_size, self.framing), id, rest)
+            return PictureFacts(
+                model_input(self.photos[rest], self.image_size, self.framing), id, rest
+            )
         pictures, index = self._place(id)
         label = pictures.label(index)
         word = pictures.class_names[label] if label >= 0 else None
@@ -165,9 +191,13 @@ class Examples:
         try:
             pixels = pictures.image(index)
         except BadImageError as error:
-            raise (gone(rest) if isinstance(error.__cause__, FileNotFoundError) else error) from error
+            raise (
+                gone(rest) if isinstance(error.__cause__, FileNotFoundError) else error
+            ) from error
         name = rest if pictures is self.pictures else id  # which says that it is a training image
-        return PictureFacts(pixels, id, id if word is None else f"{word}, {name}", word, credit=credit)
+        return PictureFacts(
+            pixels, id, id if word is None else f"{word}, {name}", word, credit=credit
+        )
 
     def _place(self, id: str) -> tuple[PictureSet, int]:
         index = self._index.get(id)
@@ -187,7 +217,9 @@ def sharp(image: Image.Image, image_size: int, framing: Framing) -> str | None:
 def thumb(pixels: Pixels) -> str:
     """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
     if len(pixels) > THUMB_PX:
-        pixels = np.asarray(Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC))
+        pixels = np.asarray(
+            Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)
+        )
     return data_uri(pixels, "jpeg", quality=80, subsampling=2)
 
 
@@ -216,14 +248,19 @@ class ScoredRun:
     @cached_property
     def scores(self) -> Scores:
         """The table, or RequestError if it can't be read."""
-        return _told(lambda: Scores.read(self.run / FILE), f"The scores of this run can't be read: look at its {FILE}")
+        return _told(
+            lambda: Scores.read(self.run / FILE),
+            f"The scores of this run can't be read: look at its {FILE}",
+        )
 
     def first(self, key: str, class_name: str | None) -> tuple[list[int], int]:
         """Rows of the scores at the head of a list, and how many images it ranks; of one class, or of all."""
         scores, one = self.scores, SCORE_LISTS[key]
         among = np.isfinite(scores.scores[one.score])
         if class_name is not None:
-            among &= np.array([label == csv_name(class_name) for label in scores.labels], dtype=bool)
+            among &= np.array(
+                [label == csv_name(class_name) for label in scores.labels], dtype=bool
+            )
         return one.first(scores.scores, SHOWN, among).tolist(), int(among.sum())
 
     def holds(self, id: str) -> bool:
@@ -253,18 +290,27 @@ class ScoredRun:
         from moevision.analysis.good_data import images_of  # and with it what finds duplicates
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # at start the explorer noted what there is to note
+            warnings.simplefilter(
+                "ignore", DataWarning
+            )  # at start the explorer noted what there is to note
             images = images_of(self.run)
         listed = [sample for _, sample in images.each()]
-        index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
+        index = {
+            image_id(split, sample.sample_id): row
+            for row, (split, sample) in enumerate(images.each())
+        }
         names, size = tuple(images.class_names), self._model.image_size
-        pictures = Collected(images.collection, listed, size, names, "the run's images", self._model.framing)
+        pictures = Collected(
+            images.collection, listed, size, names, "the run's images", self._model.framing
+        )
         return open_pictures(pictures, size, class_names=self._model.class_names), index
 
 
 def gone(name: str) -> RequestError:
     """What is said of an image whose file was there once."""
-    return RequestError(f"The file of {name!r} is gone: bring it back, or choose another image.", "bad_image")
+    return RequestError(
+        f"The file of {name!r} is gone: bring it back, or choose another image.", "bad_image"
+    )
 
 
 def _told(make: Callable[[], T], sentence: str) -> T:

@@ -60,13 +60,21 @@ class LayerFacts:
     # experts per patch
     top_k: int
     num_shared_experts: int = 0  # experts that compute every patch besides the routed ones
-    capacity: float | None = None  # the model's own capacity factor in evaluation; None if it drops nothing there
+    capacity: float | None = (
+        None  # the model's own capacity factor in evaluation; None if it drops nothing there
+    )
     train_capacity: float | None = None  # the same in training
     slots: int | None = None  # S of Soft MoE
-    read_by_classifier: bool = True  # False: what it computes for patches isn't read, and routes change no answer
-    refused: dict[str, str] = field(default_factory=dict)  # change -> why it has no meaning here, to end a sentence
+    read_by_classifier: bool = (
+        True  # False: what it computes for patches isn't read, and routes change no answer
+    )
+    refused: dict[str, str] = field(
+        default_factory=dict
+    )  # change -> why it has no meaning here, to end a sentence
     route_by: RouteBy = "token"  # `image`: all patches of an image share one choice
-    steps: dict[str, str] = field(default_factory=dict)  # what the router does, see `moevision.layers.words`
+    steps: dict[str, str] = field(
+        default_factory=dict
+    )  # what the router does, see `moevision.layers.words`
     expert_parameters: int = 0  # of one routed expert
     noise: str = "none"  # what the router adds in training: `learned`, `fixed`, `jitter` or `none`
 
@@ -80,9 +88,15 @@ class LayerFacts:
         """How it routes, as in "top-2 of 8 experts, capacity factor 0.8, plus 1 shared expert for every patch"."""
         limit = "" if self.capacity is None else f", capacity factor {self.capacity:g}"
         shared = {0: "", 1: ", plus 1 shared expert that computes every patch"}.get(
-            self.num_shared_experts, f", plus {self.num_shared_experts} shared experts that compute every patch"
+            self.num_shared_experts,
+            f", plus {self.num_shared_experts} shared experts that compute every patch",
         )
-        return self._choice() + limit + shared + ("" if self.read_by_classifier else ", not read by the classifier")
+        return (
+            self._choice()
+            + limit
+            + shared
+            + ("" if self.read_by_classifier else ", not read by the classifier")
+        )
 
     def _choice(self) -> str:
         experts = plural(self.num_experts, "expert")
@@ -93,7 +107,11 @@ class LayerFacts:
         if self.route_by == "image":
             return f"top-{self.top_k} of {experts}, chosen once for the whole image"
         chosen = f"top-{self.top_k} of {experts}"
-        return chosen if self.learned else f"{chosen} {RULES.get(self.router, 'by a rule')}, not learned"
+        return (
+            chosen
+            if self.learned
+            else f"{chosen} {RULES.get(self.router, 'by a rule')}, not learned"
+        )
 
     @property
     def k_words(self) -> str:
@@ -107,7 +125,9 @@ class LayerFacts:
         return {**asdict(self), "name": self.name, "words": self.words}
 
 
-def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Routing]) -> tuple[LayerFacts, ...]:
+def layer_facts(
+    net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Routing]
+) -> tuple[LayerFacts, ...]:
     """What there is to know about the MoE layers of a model, from the layers and what each decided about an image."""
     configured = getattr(net, "moe_config", {}).get("router")
     names = configured if isinstance(configured, list) else [configured] * len(layers)
@@ -124,13 +144,18 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             train_capacity=_option(layer, "capacity_factor"),
             slots=int(routing.slot_weight.shape[-1]) if isinstance(routing, SoftRouting) else None,
             read_by_classifier=is_read,
-            refused={kind: why for kind in CHANGES if (why := refusal(kind, layer.router)) is not None},
+            refused={
+                kind: why for kind in CHANGES if (why := refusal(kind, layer.router)) is not None
+            },
             route_by=routing.route_by,
             steps=layer.router.words(noisy=False, top_k=layer.router.top_k, capacity=None),
-            expert_parameters=sum(weight.numel() for weight in layer.experts.parameters()) // routing.num_experts,
+            expert_parameters=sum(weight.numel() for weight in layer.experts.parameters())
+            // routing.num_experts,
             noise=noise_of(layer.router),
         )
-        for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
+        for name, layer, routing, is_read in zip(
+            names, layers, routings, routes_read(net), strict=True
+        )
     )
 
 
@@ -197,14 +222,32 @@ class ModelFacts:
     @property
     def max_top_k(self) -> int:
         """The largest k that a person may ask for; 0 if k has no meaning in any layer."""
-        return min((router.num_experts for router in self.routers if "top_k" not in router.refused), default=0)
+        return min(
+            (router.num_experts for router in self.routers if "top_k" not in router.refused),
+            default=0,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON."""
-        texts = {name: value for name, value in self.__dict__.items() if not isinstance(value, tuple)}
-        numbers = {"num_experts": self.num_experts, "top_k": self.top_k, "max_top_k": self.max_top_k}
-        lists = {"grid": list(self.grid), "layers": list(self.layers), "class_names": list(self.class_names)}
-        return {**texts, **numbers, **lists, "routers": [router.to_json() for router in self.routers]}
+        texts = {
+            name: value for name, value in self.__dict__.items() if not isinstance(value, tuple)
+        }
+        numbers = {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "max_top_k": self.max_top_k,
+        }
+        lists = {
+            "grid": list(self.grid),
+            "layers": list(self.layers),
+            "class_names": list(self.class_names),
+        }
+        return {
+            **texts,
+            **numbers,
+            **lists,
+            "routers": [router.to_json() for router in self.routers],
+        }
 
 
 @dataclass(frozen=True)
@@ -215,8 +258,12 @@ class PictureFacts:
     id: str = ""  # how the explorer asks for it again; empty for an image that a visitor brought
     name: str = "image"  # in words
     label: str | None = None  # its class in words, if known
-    unlike: str | None = None  # what to say if it is unlike the images that the model learned from, as far as known
-    credit: str | None = None  # whose image it is and under which licence; None where nothing has to be said
+    unlike: str | None = (
+        None  # what to say if it is unlike the images that the model learned from, as far as known
+    )
+    credit: str | None = (
+        None  # whose image it is and under which licence; None where nothing has to be said
+    )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a WebP without loss."""
@@ -224,11 +271,15 @@ class PictureFacts:
         return {**words, "id": self.id or None, "src": data_uri(self.pixels)}
 
 
-def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:
+def describe(
+    model: SavedModel, *, id: str = "model", title: str = "model", **texts: str
+) -> ModelFacts:
     """What a view says about a model, read off the network; a UserError without MoE layer or grid of patches."""
     layers = moe_layers(model.net)
     if not layers:
-        raise UserError("This model has no MoE layer, so there is no routing to see: give a model made by moevision.")
+        raise UserError(
+            "This model has no MoE layer, so there is no routing to see: give a model made by moevision."
+        )
     _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
     grid = routings[0].grid
     if grid is None or any(routing.layer is None for routing in routings):
@@ -251,7 +302,9 @@ def title_of(address: str | Path) -> str:
     return shown(path.parent.name if path.name == "model" and path.parent.name else path.name)
 
 
-def model_input(image: Image.Image | Pixels | str | Path, image_size: int, framing: Framing = CROP) -> Pixels:
+def model_input(
+    image: Image.Image | Pixels | str | Path, image_size: int, framing: Framing = CROP
+) -> Pixels:
     """An image as the model sees it, uint8 [S, S, 3].
 
     A `BadImageError` if it can't be read, or is too small or too narrow to show anything.
@@ -318,7 +371,9 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
         yield
         return
     with routing_lock(net), _GENERATOR:
-        routers: list[Any] = [layer.router for layer in moe_layers(net) if noise_of(layer.router) != "none"]
+        routers: list[Any] = [
+            layer.router for layer in moe_layers(net) if noise_of(layer.router) != "none"
+        ]
         before = [(router.training, router.options) for router in routers]
         devices = {weight.device for weight in net.parameters() if weight.is_cuda}
         with torch.random.fork_rng(devices=devices):

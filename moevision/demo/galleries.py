@@ -88,7 +88,9 @@ class Gallery:
     def has(self, count: int, *classes: str) -> bool:
         """Whether there are as many images of each of these classes."""
         names, labels = self.trace.class_names, np.asarray(self.trace.labels)
-        return all(name in names and int((labels == names.index(name)).sum()) >= count for name in classes)
+        return all(
+            name in names and int((labels == names.index(name)).sum()) >= count for name in classes
+        )
 
 
 class Galleries:
@@ -96,7 +98,9 @@ class Galleries:
 
     def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
         self.entries, self.limit = list(entries), limit
-        self._atlases: dict[Key, Json] = {key: atlas for entry in entries for key, atlas in _stored(entry)}
+        self._atlases: dict[Key, Json] = {
+            key: atlas for entry in entries for key, atlas in _stored(entry)
+        }
         self._galleries: dict[Key, Gallery] = {}
         self._failed: dict[Key, str] = {}
         self.stopping = threading.Event()
@@ -133,12 +137,19 @@ class Galleries:
     def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
         failed = self._failed.get((entry.card.id, variant))
         if found is None and failed is not None:
-            raise RequestError(f"The images of {entry.card.title} could not be looked through: {failed}")
+            raise RequestError(
+                f"The images of {entry.card.title} could not be looked through: {failed}"
+            )
         return found
 
     def _work(self) -> None:
         order = [(entry, "trained") for entry in self.entries]
-        order += [(entry, variant) for entry in self.entries for variant in entry.variants if variant != "trained"]
+        order += [
+            (entry, variant)
+            for entry in self.entries
+            for variant in entry.variants
+            if variant != "trained"
+        ]
         held: dict[str, View] = {}
         for entry, variant in order:
             if entry.examples.pictures is None:
@@ -146,13 +157,17 @@ class Galleries:
             try:
                 if entry.card.id not in held:
                     limit = max(self.limit, MOST) if entry.shown else self.limit
-                    chosen = open_pictures(entry.examples.pictures, entry.facts.image_size, limit=limit)
+                    chosen = open_pictures(
+                        entry.examples.pictures, entry.facts.image_size, limit=limit
+                    )
                     held[entry.card.id] = read_into_memory(_UntilStopped(chosen, self.stopping))
                 self._collect(entry, variant, held[entry.card.id])
                 self._ready(entry, variant)
             except _StoppedError:
                 break
-            except Exception as error:  # an exception would end this thread, and nobody would see it
+            except (
+                Exception
+            ) as error:  # an exception would end this thread, and nobody would see it
                 log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
                 self._failed[entry.card.id, variant] = str(error) or type(error).__name__
         self._done.set()
@@ -170,21 +185,27 @@ class Galleries:
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
     """An atlas by recorded choices alone: what training added, and what experts do, take minutes to measure."""
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
-    choices = Recording(np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names)
+    choices = Recording(
+        np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names
+    )
     return build_atlas(trace, pictures, maps, questions=three_questions(choices))
 
 
 def _stored(entry: Entry) -> list[tuple[Key, Json]]:
     """The atlases that came with the model, but for those about images that can't be shown beside the entry's own."""
     files = [(name, variant.atlas) for name, variant in entry.variants.items()]
-    atlases = [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+    atlases = [
+        ((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None
+    ]
     if not atlases or not entry.examples.has_pictures:
         return atlases
     names = entry.examples.names
 
     def has_all(atlas: Json) -> bool:
         experts = [expert for layer in atlas["layers"] for expert in layer["experts"]]
-        return all(patch[0] in names for expert in experts for patch in (*expert["top"], *expert["random"]))
+        return all(
+            patch[0] in names for expert in experts for patch in (*expert["top"], *expert["random"])
+        )
 
     return [(key, atlas) for key, atlas in atlases if has_all(atlas)]
 
@@ -199,8 +220,12 @@ class AtlasPages:
 
     def model(self, request: Mapping[str, Any]) -> tuple[Entry, Variant]:
         """The model and variant that a request names; variant `trained` if it names none."""
-        entry = self.entries[read.choice(request, "model", tuple(self.entries), next(iter(self.entries)))]
-        return entry, entry.variants[read.choice(request, "variant", tuple(entry.variants), "trained")]
+        entry = self.entries[
+            read.choice(request, "model", tuple(self.entries), next(iter(self.entries)))
+        ]
+        return entry, entry.variants[
+            read.choice(request, "variant", tuple(entry.variants), "trained")
+        ]
 
     def experts(self, request: Any) -> Json:
         """A card per expert of one layer: load, patches in context, classes, parts."""
@@ -211,7 +236,9 @@ class AtlasPages:
         if atlas is None:
             return _waiting(self.galleries.status(entry), layer=layer, name=f"L{layer}", experts=[])
         key = (entry.card.id, variant.facts.variant, layer, id(atlas))
-        return self._experts.get(key, lambda: self._experts_page(entry, variant.facts, layer, atlas))
+        return self._experts.get(
+            key, lambda: self._experts_page(entry, variant.facts, layer, atlas)
+        )
 
     def prepare(self, entry: Entry, variant: str) -> None:
         """Cut out the patches of all experts, so that nobody waits for that."""
@@ -243,10 +270,18 @@ class AtlasPages:
             {
                 "layer": layer["layer"],
                 "name": layer["name"],
-                **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
+                **{
+                    name: layer["map"][name]
+                    for name in ("share", "excess", "significant", "threshold")
+                },
                 # What wasn't measured names the command that measures it of this model.
                 "answers": [
-                    {**answer, "sentence": answer["sentence"].replace("analyze MODEL", f"analyze {entry.address}")}
+                    {
+                        **answer,
+                        "sentence": answer["sentence"].replace(
+                            "analyze MODEL", f"analyze {entry.address}"
+                        ),
+                    }
                     for answer in layer["answers"]
                 ],
                 "load_words": layer["load_words"],
@@ -255,7 +290,13 @@ class AtlasPages:
         ]
         note = f"Measured on {atlas['n_images']:,} images: {atlas['data']}."
         names = atlas["class_names"]
-        return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
+        return {
+            "status": "ready",
+            "n_images": atlas["n_images"],
+            "class_names": names,
+            "layers": layers,
+            "note": note,
+        }
 
     def compare(self, request: Any) -> Json:
         """How two classes differ in the experts they use, by the maps of the atlas."""
@@ -293,7 +334,9 @@ class AtlasPages:
 
     def mistakes(self, request: Any) -> Json:
         """Images that are called another class most often, and whose routes theirs are more like (`wrong_routes`)."""
-        from moevision.analysis.report import wrong_routes  # brings the figures, which no other answer needs
+        from moevision.analysis.report import (
+            wrong_routes,
+        )  # brings the figures, which no other answer needs
 
         entry, variant = self.model(read.fields(request, ("model", "variant")))
         gallery = self._gallery(entry, variant)
@@ -301,7 +344,10 @@ class AtlasPages:
             {
                 **{name: group[name] for name in ("label", "called", "images", "layers")},
                 "pictures": [
-                    {"id": entry.examples.id_of(gallery.pictures, index), "thumb": thumb(gallery.pictures.image(index))}
+                    {
+                        "id": entry.examples.id_of(gallery.pictures, index),
+                        "thumb": thumb(gallery.pictures.image(index)),
+                    }
                     for index in group["index"][:CELL_PICTURES]
                 ],
             }
@@ -317,7 +363,9 @@ class AtlasPages:
         gallery = self._gallery(entry, variant)
         label = None
         if given.get("class") is not None:
-            label = gallery.trace.class_names.index(read.choice(given, "class", gallery.trace.class_names))
+            label = gallery.trace.class_names.index(
+                read.choice(given, "class", gallery.trace.class_names)
+            )
         alike = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
         patches = [
             patch_json(_found(entry, gallery.pictures, image), variant.facts, patch, weight)
@@ -333,7 +381,9 @@ class AtlasPages:
 
     def _without_images(self, entry: Entry) -> RequestError:
         if self.galleries.status(entry) == "computing":
-            return RequestError("The images are still being looked through: try again in a few seconds.", "busy")
+            return RequestError(
+                "The images are still being looked through: try again in a few seconds.", "busy"
+            )
         return RequestError(f"{entry.card.title} {_NO_PICTURES}")
 
     def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
@@ -343,7 +393,10 @@ class AtlasPages:
         shown, examples = entry.examples.has_pictures, entry.examples
 
         def patches(listed: Sequence[Any]) -> list[Json]:
-            found = [(examples.find(examples.id_of_name(name)), patch, weight) for name, _, patch, weight in listed]
+            found = [
+                (examples.find(examples.id_of_name(name)), patch, weight)
+                for name, _, patch, weight in listed
+            ]
             return [patch_json(image, facts, patch, weight) for image, patch, weight in found]
 
         experts = [
@@ -362,9 +415,19 @@ class AtlasPages:
         ]
         source = f"From {atlas['n_images']:,} images: {atlas['data']}."
         source += f" Patches shown are of {atlas['shown']}." if "shown" in atlas else ""
-        note = f"{source} The heaviest patches flatter an expert; the random ones don't." if shown else source
+        note = (
+            f"{source} The heaviest patches flatter an expert; the random ones don't."
+            if shown
+            else source
+        )
         status = "ready" if shown else "no_pictures"
-        return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}
+        return {
+            "status": status,
+            "layer": layer,
+            "name": f"L{layer}",
+            "experts": experts,
+            "note": note,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,7 +438,9 @@ class Times:
     numbers of a view; of the others there are weights and predictions only.
     """
 
-    histories: dict[str, RoutingHistory]  # by variant, `trained` first; of images that are among the model's examples
+    histories: dict[
+        str, RoutingHistory
+    ]  # by variant, `trained` first; of images that are among the model's examples
     rows: dict[str, int]  # place of each image in them, by the example's id
     about: Json  # what the page knows before it asks for an image
 
@@ -384,7 +449,9 @@ class Times:
         """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
         if "trained" not in entry.histories:
             return None
-        histories = {variant: RoutingHistory.load(file) for variant, file in entry.histories.items()}
+        histories = {
+            variant: RoutingHistory.load(file) for variant, file in entry.histories.items()
+        }
         trained, examples = histories["trained"], entry.examples
         for variant, history in histories.items():
             own = history.image_names == trained.image_names and history.grid == entry.facts.grid
@@ -392,7 +459,9 @@ class Times:
                 if entry.card.id == OWN:  # it recorded images of another folder
                     return None
                 file = entry.histories[variant]
-                raise UserError(f"{file} doesn't fit the model beside it: put back the package's own file.")
+                raise UserError(
+                    f"{file} doesn't fit the model beside it: put back the package's own file."
+                )
         rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
         labels = [examples.find(id).label for id in rows]
         about = {
@@ -406,17 +475,21 @@ class Times:
     def of_image(self, id: str, variant: str = "trained") -> Json:
         """All moments of one image: the likeliest classes, and of each layer `weights` [T, P, E] as `halves` packs."""
         if id not in self.rows or variant not in self.histories:
-            raise RequestError(f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}.")
+            raise RequestError(
+                f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}."
+            )
         history, row = self.histories[variant], self.rows[id]
         return {
             **self.about,
             "picture": id,
             "steps": list(history.steps),
             "predictions": [
-                top_classes(history.class_names, moment[row].astype("float32")) for moment in history.probabilities
+                top_classes(history.class_names, moment[row].astype("float32"))
+                for moment in history.probabilities
             ],
             "layers": [
-                {"layer": layer, "weights": halves(weights[:, row])} for layer, weights in history.weights.items()
+                {"layer": layer, "weights": halves(weights[:, row])}
+                for layer, weights in history.weights.items()
             ],
         }
 
@@ -424,12 +497,16 @@ class Times:
 def _track(history: RoutingHistory, labels: Sequence[str | None]) -> Json:
     """Over all images of a history: `right` [T] of `of`, and `loads` [L, T, E], the share of the choices of patches."""
     said = np.array(history.class_names)[history.probabilities.argmax(-1)]  # [T, I]
-    taken = [np.count_nonzero(weights, axis=(1, 2)) for weights in history.weights.values()]  # each [T, E]
+    taken = [
+        np.count_nonzero(weights, axis=(1, 2)) for weights in history.weights.values()
+    ]  # each [T, E]
     return {
         "steps": list(history.steps),
         "right": (said == np.array([label or "" for label in labels])).sum(1).tolist(),
         "of": sum(label is not None for label in labels),
-        "loads": [np.round(own / np.maximum(own.sum(1, keepdims=True), 1), 3).tolist() for own in taken],
+        "loads": [
+            np.round(own / np.maximum(own.sum(1, keepdims=True), 1), 3).tolist() for own in taken
+        ],
     }
 
 
@@ -456,5 +533,8 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> PictureFacts:
 
 
 def _waiting(status: str, **empty: Any) -> Json:
-    notes = {"computing": "The images are being looked through.", "no_pictures": f"This model {_NO_PICTURES}"}
+    notes = {
+        "computing": "The images are being looked through.",
+        "no_pictures": f"This model {_NO_PICTURES}",
+    }
     return {"status": status, **empty, "note": notes[status]}

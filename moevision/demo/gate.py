@@ -32,7 +32,10 @@ MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6
 EACH: Final = 4  # an address has at most a fourth of connections, requests and bodies
 PORTS: Final = {"http": 80, "https": 443}  # which browsers leave out
 HEADER_S: Final = 10.0
-READING_S, READ_BYTES = 30.0, 16_384  # of an answer, a visitor takes at least so many bytes in such a time
+READING_S, READ_BYTES = (
+    30.0,
+    16_384,
+)  # of an answer, a visitor takes at least so many bytes in such a time
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,18 @@ class Serving:
         """Refuse to open the page to others by accident, and names that are not written as ones: a UserError."""
         for name in self.allow_host:
             if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
-                raise UserError(f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org.")
+                raise UserError(
+                    f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org."
+                )
         for site in self.allow_embed:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*:(//[\w.*-]+(:(\d+|\*))?)?", site, re.ASCII):
-                raise UserError(f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org.")
+                raise UserError(
+                    f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org."
+                )
         if not re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII):
-            raise UserError(f"--root-path is {self.root_path!r}: give a path without a slash at its end, as in /moe.")
+            raise UserError(
+                f"--root-path is {self.root_path!r}: give a path without a slash at its end, as in /moe."
+            )
         if not self.local and self.auth is None and not self.public:
             way = "--share" if self.share else f"--host {self.host}"
             raise UserError(
@@ -105,8 +114,12 @@ class Serving:
             error = unknown
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             where = f"{in_url(self.bare_host)}:{ports[0]}"
-            raise UserError(f"{where} can't be used ({error}): give another --port, or another --host.") from error
-        raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
+            raise UserError(
+                f"{where} can't be used ({error}): give another --port, or another --host."
+            ) from error
+        raise UserError(
+            f"--host {self.host} is no address of this computer ({error}): give another."
+        ) from error
 
     def known(self, name: str) -> bool:
         """Whether the page goes by this host name.
@@ -123,7 +136,9 @@ class Serving:
         """Whether this is a name of `allow_host`, or the Space's, at which a proxy shows the page."""
         if name == "localhost" or _ip(name) is not None:
             return False
-        names = (*self.allow_host, os.environ.get("SPACE_HOST", "")) if _on_space() else self.allow_host
+        names = (
+            (*self.allow_host, os.environ.get("SPACE_HOST", "")) if _on_space() else self.allow_host
+        )
         return any(fnmatch.fnmatchcase(name, one.lower()) for one in names)
 
     def frames(self) -> str:
@@ -182,7 +197,9 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
     address = _ip(host)
     if address is None:
         return host
-    return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
+    return str(
+        address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False)
+    )
 
 
 class Gate:
@@ -197,7 +214,9 @@ class Gate:
         self.workers, self.waiting = workers, waiting
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moevision-demo")
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by address, none of them empty
-        self._turns: dict[str, int] = {}  # of an address: the number of its last turn; later turns come later
+        self._turns: dict[
+            str, int
+        ] = {}  # of an address: the number of its last turn; later turns come later
         self._turn = self._running = 0
         self._closed = False
 
@@ -249,7 +268,9 @@ class Gate:
             turn.set_result(None)
 
 
-def _busy(sentence: str = "Many people are asking at this moment: try again in a few seconds.") -> RequestError:
+def _busy(
+    sentence: str = "Many people are asking at this moment: try again in a few seconds.",
+) -> RequestError:
     return RequestError(sentence, "busy")
 
 
@@ -269,9 +290,13 @@ class Connection(H11Protocol):
         host = self.client[0] if self.client else ""
         self.address = client_address(self.client, proxied=False, forwarded=False)
         each = sum(getattr(other, "address", "") == self.address for other in self.connections)
-        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(host)  # a proxy on this computer is everyone
+        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(
+            host
+        )  # a proxy on this computer is everyone
         if crowd or len(self.connections) > MAX_CONNECTIONS:
-            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            transport.write(
+                b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
             transport.close()
         else:
             self._set_clock()

@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # examples of a model
 KEPT_S: Final = (600, 3600)  # every ten minutes Gradio deletes uploads that are older than an hour
-LEAD = "Small networks share one photo. Which of them computes each patch, and what if some were away?"
-_DECODING: Final = threading.Lock()  # one image at a time: a request to /run doesn't wait in Gradio's queue
+LEAD = (
+    "Small networks share one photo. Which of them computes each patch, and what if some were away?"
+)
+_DECODING: Final = (
+    threading.Lock()
+)  # one image at a time: a request to /run doesn't wait in Gradio's queue
 
 
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
@@ -61,23 +65,37 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     shown = examples(entries)
     app: gr.Blocks
     with gr.Blocks(
-        title="See inside a Mixture of Experts", analytics_enabled=False, fill_width=True, delete_cache=KEPT_S
+        title="See inside a Mixture of Experts",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=KEPT_S,
     ) as app:
         gr.Markdown(f"# See inside a Mixture of Experts\n{LEAD}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(type="filepath", image_mode=None, label="Your photo", height=240)
                 label = gr.Label(num_top_classes=5, label="The model says")
-                choice = gr.Dropdown(list(entries), value=first, label="Model", visible=len(entries) > 1)
-                away = gr.Dropdown(list(experts(entries[first])), value=[], multiselect=True, label="Take away")
+                choice = gr.Dropdown(
+                    list(entries), value=first, label="Model", visible=len(entries) > 1
+                )
+                away = gr.Dropdown(
+                    list(experts(entries[first])), value=[], multiselect=True, label="Take away"
+                )
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(label="The flow of the patches")
                 gr.Examples([list(one) for one in shown], [image, choice], label="Examples")
         choice.change(
-            lambda title: gr.Dropdown(list(experts(entries[title])), value=[]), choice, away, api_visibility="private"
+            lambda title: gr.Dropdown(list(experts(entries[title])), value=[]),
+            choice,
+            away,
+            api_visibility="private",
         )
         listen = partial(
-            gr.on, inputs=[image, choice, away], outputs=[label, view], preprocess=False, concurrency_id="route"
+            gr.on,
+            inputs=[image, choice, away],
+            outputs=[label, view],
+            preprocess=False,
+            concurrency_id="route",
         )
         listen([image.change, away.change], partial(answer_page, entries), api_visibility="private")
         listen([], partial(answer, entries), api_name="route")  # of programs
@@ -125,30 +143,44 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
     except (OSError, ValueError):  # there is none; a NUL in the name
         uploaded = False
     if not uploaded:
-        raise BadImageError("<upload>", "its file is not, or no longer, among the uploaded ones; choose it again")
+        raise BadImageError(
+            "<upload>", "its file is not, or no longer, among the uploaded ones; choose it again"
+        )
     with _DECODING:
         return open_upload(read_image(file, max_bytes=MAX_BYTES), side)
 
 
-def route(entries: dict[str, Entry], image: Image.Image | None, model: str, away: list[str]) -> tuple[Any, str]:
+def route(
+    entries: dict[str, Entry], image: Image.Image | None, model: str, away: list[str]
+) -> tuple[Any, str]:
     """Classes with their probabilities, and the view as HTML; nothing without an image.
 
     `away` names experts as `experts` does; a RequestError names one that the model doesn't have.
     """
     trained, known = entries[model].variants["trained"], experts(entries[model])
     if not isinstance(away, list):
-        raise RequestError(f"Experts to take away are a list of names such as {next(iter(known))!r}.")
+        raise RequestError(
+            f"Experts to take away are a list of names such as {next(iter(known))!r}."
+        )
     for one in away:
         if not isinstance(one, str) or one not in known:
             layers = ", ".join(
-                f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}" for layer in trained.facts.routers
+                f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}"
+                for layer in trained.facts.routers
             )
-            raise RequestError(f"There is no expert {str(one)[:40]!r} in {model}: its experts are {layers}.")
+            raise RequestError(
+                f"There is no expert {str(one)[:40]!r} in {model}: its experts are {layers}."
+            )
     gone = read.away([known[one] for one in away], trained.facts)
     if image is None:
         return None, ""
-    view = route_image(trained.saved, image, settings=Settings(away=gone), facts=trained.facts).to_json()
-    view["picture"] |= {"name": "your photo", "sharp": sharp(image, trained.saved.image_size, trained.saved.framing)}
+    view = route_image(
+        trained.saved, image, settings=Settings(away=gone), facts=trained.facts
+    ).to_json()
+    view["picture"] |= {
+        "name": "your photo",
+        "sharp": sharp(image, trained.saved.image_size, trained.saved.framing),
+    }
     return {one["class"]: one["p"] for one in view["prediction"]["moe"]}, flow_html(view)
 
 

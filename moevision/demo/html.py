@@ -24,9 +24,13 @@ from moevision.errors import json_text
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
 APP_STYLES: Final = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
 # The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
-_PAGE_STYLE: Final = "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
+_PAGE_STYLE: Final = (
+    "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
+)
 VIEW_SCHEMA: Final = "moevision.view/2"
-OFFLINE: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+OFFLINE: Final = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 """A second lock: even a bug could not make a page of one file load something from elsewhere."""
 
 _IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
@@ -93,7 +97,9 @@ def login_page(query: str, wrong: bool) -> str:
 def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
     """The first screen before its script: the images in a few pixels, where they will stand."""
     thumbs = {one["id"]: one["thumb"] for model in boot["models"] for one in model["examples"]}
-    images = "".join(f'<img src="{html.escape(thumbs.get(view["picture"]["id"], ""))}" alt="">' for view in views)
+    images = "".join(
+        f'<img src="{html.escape(thumbs.get(view["picture"]["id"], ""))}" alt="">' for view in views
+    )
     return (
         '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
         f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
@@ -103,7 +109,10 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
 def lesson_file() -> Path | None:
     """The lesson: inside the package in a wheel, in a checkout beside it; None without."""
     home = Path(str(files("moevision")))
-    return next((at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()), None)
+    return next(
+        (at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()),
+        None,
+    )
 
 
 def lesson_page() -> str | None:
@@ -112,7 +121,9 @@ def lesson_page() -> str | None:
     return file.read_text(encoding="utf-8").replace('"explorer/cat.html"', '"./"') if file else None
 
 
-def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:
+def view_html(
+    view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None
+) -> str:
     """One view, JSON of the schema `moevision.view/2`, as HTML that needs neither server nor network.
 
     A `full_page` is a document to save, anything else a frame to show in a notebook. The frame keeps the page's style
@@ -134,12 +145,16 @@ def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str,
 
 def flow_html(view: Mapping[str, Any]) -> str:
     """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
-    script = script_of("flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    script = script_of(
+        "flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view
+    )
     style = read_css((*CORE_STYLES, "explorer_flow.css"))
     experts = max(layer["num_experts"] for layer in view["layers"])
     across = min(4, experts)
     rows = -(-experts // across) * 4 / across  # of boxes: the fewer side by side, the higher
-    return _framed(document("Routing", style, '<main class="mv" data-mv></main>', script), 700, rows)
+    return _framed(
+        document("Routing", style, '<main class="mv" data-mv></main>', script), 700, rows
+    )
 
 
 def _framed(page: str, height: int, rows: float = 0) -> str:
@@ -147,7 +162,11 @@ def _framed(page: str, height: int, rows: float = 0) -> str:
 
     Below 816 px, as on a phone, photo and `rows` of boxes stand below one another, each box a third of the width high.
     """
-    below = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))" if rows else f"{height}px"
+    below = (
+        f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
+        if rows
+        else f"{height}px"
+    )
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
         f'style="width:100%;height:{below};border:1px solid #8884;border-radius:8px"></iframe>'
@@ -159,7 +178,11 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
     `policy` is its Content-Security-Policy, empty where a server sends one.
     """
-    own = f'<meta http-equiv="Content-Security-Policy" content="{policy}">' if policy else _about(title)
+    own = (
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        if policy
+        else _about(title)
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{own}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -183,7 +206,9 @@ def _about(title: str) -> str:
     )
 
 
-def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any) -> str:
+def script_of(
+    entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any
+) -> str:
     """The module `entry` and all that it imports in one function, which ends with the call `last`.
 
     It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.

@@ -31,7 +31,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.images import FoundImages, PictureSet, find_images, open_pictures, run_folder
+from moevision.analysis.images import (
+    FoundImages,
+    PictureSet,
+    find_images,
+    open_pictures,
+    run_folder,
+)
 from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
@@ -44,7 +50,10 @@ from moevision.words import percent, shell_word
 
 Floats = npt.NDArray[np.float32]
 SOURCES: Final = Path("examples/SOURCES.json")
-HISTORIES: Final = {"trained": "history.safetensors", "unbalanced": "history_unbalanced.safetensors"}
+HISTORIES: Final = {
+    "trained": "history.safetensors",
+    "unbalanced": "history_unbalanced.safetensors",
+}
 OWN: Final = "own"  # the id of a user's model
 
 
@@ -58,17 +67,29 @@ class Card:
     data: str = ""  # the training data, in words
     recipe: str = ""  # the command or config that trained it
     seed: int | None = None  # of that training
-    accuracy: dict[str, float] = field(default_factory=dict)  # on test images, of `moe`, `dense` and `unbalanced`
-    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)  # 95 % interval [low, high] of each
-    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)  # mean of the classes', [share, low, high]
+    accuracy: dict[str, float] = field(
+        default_factory=dict
+    )  # on test images, of `moe`, `dense` and `unbalanced`
+    accuracy_interval: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # 95 % interval [low, high] of each
+    balanced_accuracy: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # mean of the classes', [share, low, high]
     test_images: int | None = None  # on which these were measured
-    recipes: dict[str, str] = field(default_factory=dict)  # the commands that trained each variant, and the dense twin
+    recipes: dict[str, str] = field(
+        default_factory=dict
+    )  # the commands that trained each variant, and the dense twin
     note: str = ""  # what the commands don't say about the training
-    validation_top1: list[float] = field(default_factory=list)  # of the trained model after each epoch
+    validation_top1: list[float] = field(
+        default_factory=list
+    )  # of the trained model after each epoch
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
     recognized: float | None = None  # share of strangers, images of other things, that it calls so
-    matters: dict[str, Any] | None = None  # the image and the expert without which its answer changes most
+    matters: dict[str, Any] | None = (
+        None  # the image and the expert without which its answer changes most
+    )
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of 832 test images right (dense twin: 97.1 %)"."""
@@ -76,10 +97,16 @@ class Card:
             return "not trained: its weights are random, so its predictions mean nothing"
         images = "" if self.test_images is None else f"{self.test_images:,} "
         known = self.accuracy.get("moe" if variant == "trained" else variant)
-        right = "accuracy not known" if known is None else f"{percent(known)} of {images}test images right"
+        right = (
+            "accuracy not known"
+            if known is None
+            else f"{percent(known)} of {images}test images right"
+        )
         if variant == "unbalanced":
             return f"{right}, trained without the balance loss"
-        twin = f" (dense twin: {percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        twin = (
+            f" (dense twin: {percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        )
         return right + twin
 
 
@@ -91,7 +118,9 @@ def read_card(file: Path) -> Card:
             raise ValueError("recognized is no share")
         return card
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
+        raise UserError(
+            f"{file} is no model card ({error}): put back the file that the package came with."
+        ) from error
 
 
 def card_of_run(address: str) -> Card:
@@ -119,7 +148,9 @@ def card_of_run(address: str) -> Card:
             data_kind=str(summary["data"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away.") from error
+        raise UserError(
+            f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -141,7 +172,9 @@ class Entry:
     examples: Examples
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    histories: Mapping[str, Path] = field(default_factory=dict)  # by variant: routing of examples while it was trained
+    histories: Mapping[str, Path] = field(
+        default_factory=dict
+    )  # by variant: routing of examples while it was trained
     address: str = "MODEL"  # what commands call it
     shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
@@ -171,9 +204,13 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
-    variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
+    variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + [
+        "untrained"
+    ]
     if variant not in variants:
-        raise UserError(f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}.")
+        raise UserError(
+            f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}."
+        )
     if variant == "untrained":
         return untrained(load_model(str(folder / "trained")))
     return load_model(str(folder / variant))
@@ -186,13 +223,17 @@ def bundled_photos(name: str) -> PictureSet:
     """
     folder = bundled_folder(name)
     if not (folder / SOURCES).is_file():
-        raise UserError(f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn.")
+        raise UserError(
+            f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn."
+        )
     return _photos(folder, bundled_model(name))
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:
     home = folder / SOURCES.parent
-    return open_pictures(home, model.image_size, framing=model.framing, split="all", class_names=model.class_names)
+    return open_pictures(
+        home, model.image_size, framing=model.framing, split="all", class_names=model.class_names
+    )
 
 
 def open_entries(
@@ -206,19 +247,27 @@ def open_entries(
         return [_open_own(model, data, root)]
     folders = bundled_folders(home)
     if not folders:
-        raise UserError("This installation carries no model: give one, as in moevision demo runs/NAME/model.")
+        raise UserError(
+            "This installation carries no model: give one, as in moevision demo runs/NAME/model."
+        )
     cards = [read_card(folder / "card.json") for folder in folders]
     kinds, entries = {card.data_kind for card in cards}, []
     for folder, card in zip(folders, cards, strict=True):
         own = data
         if card.data_kind == SYNTHETIC:  # the drawn images are for the model of their kind alone
             own = SYNTHETIC
-        elif data in kinds - {card.data_kind}:  # another model's; a folder of photos is for all that know photos
+        elif data in kinds - {
+            card.data_kind
+        }:  # another model's; a folder of photos is for all that know photos
             own = None
         entries.append(_open_bundled(folder, card, own, root))
     drawn_first = data == SYNTHETIC
     return sorted(
-        entries, key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first)
+        entries,
+        key=lambda entry: (
+            not entry.examples.has_pictures,
+            (entry.card.data_kind == SYNTHETIC) != drawn_first,
+        ),
     )
 
 
@@ -238,21 +287,33 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
     histories = {variant: folder / name for variant, name in HISTORIES.items()}
-    own = credits is not None or card.data_kind == SYNTHETIC  # else the images are others than those of the history
+    own = (
+        credits is not None or card.data_kind == SYNTHETIC
+    )  # else the images are others than those of the history
     file = folder / "dense.json"
     said = read_json(file)["probabilities"] if credits is not None and file.is_file() else {}
     return replace(
         entry,
         shown=_named(data, entry.examples.pictures),
-        dense_answers={entry.examples.id_of_name(name): np.array(row, np.float32) for name, row in said.items()},
-        histories={variant: file for variant, file in histories.items() if own and variant in nets and file.is_file()},
+        dense_answers={
+            entry.examples.id_of_name(name): np.array(row, np.float32) for name, row in said.items()
+        },
+        histories={
+            variant: file
+            for variant, file in histories.items()
+            if own and variant in nets and file.is_file()
+        },
     )
 
 
 def credits_of(file: Path) -> dict[str, str]:
     """Whose an example is and under which licence, by its name, from SOURCES.json."""
     return {
-        name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
+        name: ", ".join(
+            shown(str(row[key]))
+            for key in ("author", "licence", "source", "changes")
+            if row.get(key)
+        )
         for name, row in read_json(file).items()
     }
 
@@ -263,7 +324,11 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     nets = {"trained": (trained, ""), "untrained": (untrained(trained), "")}
     run = run_folder(address)
     twin = None if run is None else run / "twin"
-    dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
+    dense = (
+        load_model(str(twin))
+        if twin is not None and (twin / "model" / "config.json").is_file()
+        else None
+    )
     images, pictures = None, None
     try:
         images = find_images(address, data)
@@ -276,7 +341,9 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
     own = images is None or images.run is not None
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
-    entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
+    entry = _entry(
+        card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None
+    )
     history = None if run is None or images is None or images.run is None else run / FILE
     histories = {"trained": history} if history is not None and history.is_file() else {}
     named = _named(data, pictures, held_out=own)
@@ -299,7 +366,14 @@ def _entry(
         if name == "untrained":  # which has the trained one's architecture
             facts = replace(variants["trained"].facts, variant=name, accuracy_text=text)
         else:
-            facts = describe(saved, id=card.id, title=card.title, variant=name, accuracy_text=text, data_text=card.data)
+            facts = describe(
+                saved,
+                id=card.id,
+                title=card.title,
+                variant=name,
+                accuracy_text=text,
+                data_text=card.data,
+            )
         atlas = None if folder is None or not (folder / file).is_file() else folder / file
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:
@@ -318,7 +392,11 @@ def _named(data: str | None, pictures: PictureSet | None, *, held_out: bool = Fa
         return f"The {len(pictures):,} test images of {name}"
     if held_out:
         return f"The {len(pictures):,} images of {name} that the run held out"
-    return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
+    return (
+        f"All {len(pictures):,} images of {name}"
+        if len(pictures) > 1
+        else f"The one image of {name}"
+    )
 
 
 def untrained(like: SavedModel) -> SavedModel:

@@ -32,7 +32,17 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from moevision.demo.gate import EACH, MAX_CONNECTIONS, PORTS, Connection, Gate, Serving, client_address, in_url, place
+from moevision.demo.gate import (
+    EACH,
+    MAX_CONNECTIONS,
+    PORTS,
+    Connection,
+    Gate,
+    Serving,
+    client_address,
+    in_url,
+    place,
+)
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
 from moevision.demo.wire import MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
@@ -68,7 +78,10 @@ class Door:
         self._cookie, self._word = f"moevision-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
         # Decoding a visitor's image takes up to 0.4 GB; wrong logins wait for each other.
         self._decoding, self._answering, self._logins = Gate(1), Gate(cpu_workers()), Gate(1)
-        self._inside, self._held = Counter[str](), Counter[str]()  # by address: requests, and bytes of their bodies
+        self._inside, self._held = (
+            Counter[str](),
+            Counter[str](),
+        )  # by address: requests, and bytes of their bodies
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
@@ -89,7 +102,9 @@ class Door:
         path, root, headers = scope["path"], self.serving.root_path, Headers(scope=scope)
         if root and f"{path}/".startswith(f"{root}/"):  # a proxy that leaves it on
             path = path.removeprefix(root) or "/"
-        address = client_address(scope["client"], self.serving.proxied, "x-forwarded-for" in headers)
+        address = client_address(
+            scope["client"], self.serving.proxied, "x-forwarded-for" in headers
+        )
         scope = {**scope, "path": path, "raw_path": path.encode(), "client": (address, 0)}
         most = MAX_LOGIN if path == "/login" else MAX_BODY
         held, more, end = 0, True, asyncio.get_running_loop().time() + READ_S
@@ -107,7 +122,9 @@ class Door:
             if held > most:
                 raise _too_large(most)
             if self._held[address] * EACH > MAX_BODIES or self._held.total() > MAX_BODIES:
-                raise HTTPException(503, "Many people are sending images: try again in a few seconds.")
+                raise HTTPException(
+                    503, "Many people are sending images: try again in a few seconds."
+                )
             return message
 
         async def protected(message: Message) -> None:
@@ -121,7 +138,9 @@ class Door:
             self._check(Request(scope), address, most)
             await self._app(scope, counted, protected)
         except HTTPException as refused:
-            with suppress(TimeoutError):  # who still sends when the connection is closed may lose the answer
+            with suppress(
+                TimeoutError
+            ):  # who still sends when the connection is closed may lose the answer
                 async with asyncio.timeout(DRAIN_S):
                     while (await receive()).get("more_body", False):
                         pass
@@ -133,9 +152,13 @@ class Door:
     def _check(self, request: Request, address: str, most: int) -> None:
         headers, path = request.headers, request.scope["path"]
         if not self._is_known(headers.get("host", "")):
-            raise HTTPException(421, "The explorer doesn't go by this name: start it with --allow-host NAME.")
+            raise HTTPException(
+                421, "The explorer doesn't go by this name: start it with --allow-host NAME."
+            )
         if self._inside[address] * EACH > MAX_CONNECTIONS:
-            raise HTTPException(503, "Too many requests from this address: try again in a few seconds.")
+            raise HTTPException(
+                503, "Too many requests from this address: try again in a few seconds."
+            )
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             raise _too_large(most)
@@ -178,13 +201,18 @@ class Door:
 
     def _is_logged_in(self, request: Request) -> bool:
         given = request.cookies.get(self._cookie, "")
-        return self.serving.auth is None or secrets.compare_digest(given.encode(), self._word.encode())
+        return self.serving.auth is None or secrets.compare_digest(
+            given.encode(), self._word.encode()
+        )
 
     async def _show(self, request: Request) -> Response:
         if not self._is_logged_in(request):
             return self._form(request)
         policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}"
-        return HTMLResponse(self._page.text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+        return HTMLResponse(
+            self._page.text,
+            headers={"content-security-policy": policy, "cache-control": "no-cache"},
+        )
 
     async def _lesson(self, request: Request) -> Response:
         if not self._is_logged_in(request):
@@ -195,10 +223,15 @@ class Door:
         return HTMLResponse(page, headers={"content-security-policy": policy})
 
     def _form(self, request: Request, wrong: bool = False) -> Response:
-        headers = {"content-security-policy": POLICY + self.serving.frames(), "cache-control": "no-store"}
+        headers = {
+            "content-security-policy": POLICY + self.serving.frames(),
+            "cache-control": "no-store",
+        }
         # Without a referrer a browser doesn't say that the form comes from here.
         return HTMLResponse(
-            login_page(request.url.query, wrong), 401 if wrong else 200, {**headers, "referrer-policy": "same-origin"}
+            login_page(request.url.query, wrong),
+            401 if wrong else 200,
+            {**headers, "referrer-policy": "same-origin"},
         )
 
     async def _log_in(self, request: Request) -> Response:
@@ -212,14 +245,26 @@ class Door:
             raise HTTPException(429, str(busy)) from busy
         if not right:
             return self._form(request, wrong=True)
-        answer = HTMLResponse("You are logged in.", headers={"refresh": f"0; url=./?{request.url.query}"})
-        secure = request.url.scheme == "https"  # without which no browser keeps a login in another website's frame
-        answer.set_cookie(self._cookie, self._word, httponly=True, secure=secure, samesite="none" if secure else "lax")
+        answer = HTMLResponse(
+            "You are logged in.", headers={"refresh": f"0; url=./?{request.url.query}"}
+        )
+        secure = (
+            request.url.scheme == "https"
+        )  # without which no browser keeps a login in another website's frame
+        answer.set_cookie(
+            self._cookie,
+            self._word,
+            httponly=True,
+            secure=secure,
+            samesite="none" if secure else "lax",
+        )
         return answer
 
     def _is_right(self, *given: str) -> bool:
         """Whether these are user and password; wrong ones take a second, one after another, so that nobody guesses."""
-        right = secrets.compare_digest("\n".join(given).encode(), "\n".join(self.serving.auth or ()).encode())
+        right = secrets.compare_digest(
+            "\n".join(given).encode(), "\n".join(self.serving.auth or ()).encode()
+        )
         if not right:
             time.sleep(WRONG_LOGIN_S)
         return right
@@ -255,7 +300,9 @@ class Server(AbstractContextManager["Server"]):
     like this, or the port is taken.
     """
 
-    def __init__(self, explorer: Explorer, serving: Serving, listener: socket | None = None) -> None:
+    def __init__(
+        self, explorer: Explorer, serving: Serving, listener: socket | None = None
+    ) -> None:
         serving.check()
         listener = listener or serving.listen()
         self.explorer, self._door, self.share_url = explorer, Door(explorer, serving), ""
@@ -263,7 +310,9 @@ class Server(AbstractContextManager["Server"]):
             self._door, http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=5
         )
         self._uvicorn, port = uvicorn.Server(config), listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([listener],), name="moevision-server")
+        self._thread = threading.Thread(
+            target=self._uvicorn.run, args=([listener],), name="moevision-server"
+        )
         self._thread.start()
         while not self._uvicorn.started and self._thread.is_alive():
             time.sleep(0.01)
@@ -279,7 +328,9 @@ class Server(AbstractContextManager["Server"]):
 
         try:
             address = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
-        except Exception as error:  # of httpx's, of the program that gradio downloads, or a bare one
+        except (
+            Exception
+        ) as error:  # of httpx's, of the program that gradio downloads, or a bare one
             self.close()
             raise UserError(
                 f"The tunnel could not be opened ({error}): check the network, or use --host on your own network."
@@ -305,7 +356,9 @@ def cpu_workers() -> int:
 
 async def _json(request: Request) -> dict[str, Any]:
     body, found = await request.body(), None
-    if sum(map(body.count, (b"[", b"{", b","))) <= MOST_PARTS:  # an image, in base64, has none of them
+    if (
+        sum(map(body.count, (b"[", b"{", b","))) <= MOST_PARTS
+    ):  # an image, in base64, has none of them
         with suppress(ValueError, RecursionError):
             found = json.loads(body)
     if not isinstance(found, dict):
@@ -317,7 +370,9 @@ def _refuse(_: Request | None, refused: Exception) -> Response:
     assert isinstance(refused, HTTPException)
     status = refused.status_code
     code = {413: "too_large", 429: "busy", 503: "busy"}.get(status, "bad_request")
-    sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(status, refused.detail)
+    sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(
+        status, refused.detail
+    )
     # What is left of a body is not read.
     headers = {"connection": "close"} if status in (408, 413, 503) else None
     return JSONResponse({"error": sentence, "code": code}, status, headers)

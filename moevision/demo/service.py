@@ -42,7 +42,9 @@ MORE = 24  # further examples at a time
 KEPT_VIEWS = 64  # of examples as the model was trained to route them, about 0.1 MB each
 LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
 SURE = 0.8  # share of strangers from which on one is called so without "may"
-FARTHER = f"It is farther from every class than {1 - REFUSED:.0%} of the validation images".replace("%", " %")
+FARTHER = f"It is farther from every class than {1 - REFUSED:.0%} of the validation images".replace(
+    "%", " %"
+)
 log = logging.getLogger(__name__)
 
 
@@ -52,18 +54,33 @@ class Explorer:
     `galleries` is what is known about their image sets; `local` says whether only this computer can see the page.
     """
 
-    def __init__(self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True
+    ) -> None:
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
-        self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
+        self.times = {
+            entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None
+        }
         self.pages = pages = AtlasPages(self.entries, self.galleries)
         own = (self.boot, self.route, self.history, self.sharp, self.examples, self.data)
         more = (self.what_if, self.class_effect, self.export_html)
-        tabs = (pages.experts, pages.classes, pages.compare, pages.cell, pages.mistakes, pages.similar)
-        self.handlers: dict[str, Callable[[Any], Json]] = {one.__name__: one for one in (*own, *more, *tabs)}
+        tabs = (
+            pages.experts,
+            pages.classes,
+            pages.compare,
+            pages.cell,
+            pages.mistakes,
+            pages.similar,
+        )
+        self.handlers: dict[str, Callable[[Any], Json]] = {
+            one.__name__: one for one in (*own, *more, *tabs)
+        }
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
-        self._unlike: Recent[str | None] = Recent(KEPT_VIEWS)  # by pixels: every control asks for the image again
+        self._unlike: Recent[str | None] = Recent(
+            KEPT_VIEWS
+        )  # by pixels: every control asks for the image again
         models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
         first = models[0]["examples"][:1]
         fit, mean = entries[0].examples.framing  # an own model is alone, and the bundled ones crop
@@ -107,14 +124,25 @@ class Explorer:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
         models = self._boot["models"]
         asked = [
-            (model, variant, one) for model in models for one in model["examples"][:1] for variant in model["variants"]
+            (model, variant, one)
+            for model in models
+            for one in model["examples"][:1]
+            for variant in model["variants"]
         ]
         for model, variant, one in asked:
-            self.route({"model": model["id"], "variant": variant, "picture": {"kind": "example", "id": one["id"]}})
+            self.route(
+                {
+                    "model": model["id"],
+                    "variant": variant,
+                    "picture": {"kind": "example", "id": one["id"]},
+                }
+            )
         end = time.monotonic() + LOOK_AHEAD_S
         for one in models[0]["examples"]:
             if time.monotonic() < end:
-                self.route({"model": models[0]["id"], "picture": {"kind": "example", "id": one["id"]}})
+                self.route(
+                    {"model": models[0]["id"], "picture": {"kind": "example", "id": one["id"]}}
+                )
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -142,7 +170,9 @@ class Explorer:
 
         if not found.id or settings != Settings():
             return view()
-        return self._views.get((entry.card.id, variant.facts.variant, found.id), view)  # the same for everybody
+        return self._views.get(
+            (entry.card.id, variant.facts.variant, found.id), view
+        )  # the same for everybody
 
     def history(self, request: Any) -> Json:
         """Where the patches of an example went at moments of the training, and what the model then made of it."""
@@ -150,7 +180,9 @@ class Explorer:
         entry, variant = self.pages.model(given)
         if entry.card.id not in self.times:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
-        return self.times[entry.card.id].of_image(read.image_id(given, "picture"), variant.facts.variant)
+        return self.times[entry.card.id].of_image(
+            read.image_id(given, "picture"), variant.facts.variant
+        )
 
     def examples(self, request: Any) -> Json:
         """The next examples of a model after the first `start` ones, classes in turn, and how many there are in all."""
@@ -173,9 +205,15 @@ class Explorer:
         entry, _ = self.pages.model(given)
         run = entry.examples.scored
         if run is None:
-            raise RequestError(f"{entry.card.title} comes without scores of its training images, which fit leaves.")
+            raise RequestError(
+                f"{entry.card.title} comes without scores of its training images, which fit leaves."
+            )
         one = SCORE_LISTS[read.choice(given, "list", tuple(SCORE_LISTS))]
-        wanted = None if given.get("class") is None else read.choice(given, "class", entry.facts.class_names)
+        wanted = (
+            None
+            if given.get("class") is None
+            else read.choice(given, "class", entry.facts.class_names)
+        )
         rows, images = run.first(one.key, wanted)
         run.open()  # if that fails, once for all of them
         scores = run.scores
@@ -200,7 +238,9 @@ class Explorer:
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
         if settings.noise is not None:
-            raise RequestError("A change is measured without noise: the field 'noise' must be null.")
+            raise RequestError(
+                "A change is measured without noise: the field 'noise' must be null."
+            )
         with replace(settings, intervention=None).applied(variant.saved.net):
             return effect(variant.saved, found.pixels, change).to_json()
 
@@ -209,12 +249,21 @@ class Explorer:
 
         For an expert that is taken away, `without` has what the atlas says over test images; null where not measured.
         """
-        given = read.fields(request, ("model", "variant", "top_k", "capacity", "intervention", "away", "class"))
+        given = read.fields(
+            request, ("model", "variant", "top_k", "capacity", "intervention", "away", "class")
+        )
         entry, variant = self.pages.model(given)
         settings = read.settings(given, variant.facts)
         name = read.choice(given, "class", variant.facts.class_names)
-        gallery, change = self.galleries.gallery(entry, variant.facts.variant), settings.intervention
-        without = self.pages.without(entry, variant, change) if settings == Settings(intervention=change) else None
+        gallery, change = (
+            self.galleries.gallery(entry, variant.facts.variant),
+            settings.intervention,
+        )
+        without = (
+            self.pages.without(entry, variant, change)
+            if settings == Settings(intervention=change)
+            else None
+        )
         if gallery is None or change is None or not gallery.has(MIN_CLASS_PICTURES, name):
             return {"class_effect": None, "without": without}
         pictures = gallery.pictures
@@ -236,10 +285,20 @@ class Explorer:
         else:
             view["picture"]["sharp"] = request["picture"]["data"].sharp
         times, kind = self.times.get(entry.card.id), variant.facts.variant
-        recorded = times is not None and settings == Settings() and found.id in times.rows and kind in times.histories
+        recorded = (
+            times is not None
+            and settings == Settings()
+            and found.id in times.rows
+            and kind in times.histories
+        )
         history = times.of_image(found.id, kind) if times is not None and recorded else None
-        name = re.sub(r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()).strip("-")
-        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True, history=history)}
+        name = re.sub(
+            r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()
+        ).strip("-")
+        return {
+            "filename": f"moevision-{name[:80]}.html",
+            "html": view_html(view, full_page=True, history=history),
+        }
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -257,11 +316,15 @@ class Explorer:
             return entry.examples.find(read.image_id(picture, "id"))
         data = picture.get("data")
         if not isinstance(data, str | Upload) or not data:
-            raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
+            raise RequestError(
+                "The field 'data' must be an image as data:image/...;base64,... text."
+            )
         upload = data if isinstance(data, Upload) else _open(data, entry.examples)
         return PictureFacts(upload.pixels, name="your image")
 
-    def _view(self, entry: Entry, variant: Variant, found: PictureFacts, settings: Settings) -> RoutingView:
+    def _view(
+        self, entry: Entry, variant: Variant, found: PictureFacts, settings: Settings
+    ) -> RoutingView:
         trained = variant.facts.variant == "trained"
         asked = entry.card.id, found.label, hashlib.sha256(found.pixels.tobytes()).digest()
         picture = replace(found, unlike=self._unlike.get(asked, lambda: unlike(entry, found)))
@@ -297,23 +360,30 @@ def stranger_words(recognized: float | None) -> str:
     """What is said of a stranger by a model that recognizes that share of them."""
     if recognized is not None and recognized >= SURE:
         return f"This doesn't look like the images it learned from. {FARTHER}, so its answer may mean little."
-    known = "was not measured" if recognized is None else f"is {percent(recognized, 0)}"
+    noticed = "was not measured" if recognized is None else f"is {percent(recognized, 0)}"
     return (
-        f"This may be unlike the images it learned from. {FARTHER}; the share of such images that it notices {known}."
+        f"This may be unlike the images it learned from. {FARTHER}; "
+        f"the share of such images that it notices {noticed}."
     )
 
 
 def brings_image(request: Any) -> bool:
     """Whether an image must be decoded for a request."""
     picture = request.get("picture") if isinstance(request, dict) else None
-    data = picture.get("data") if isinstance(picture, dict) and picture.get("kind") == "upload" else None
+    data = (
+        picture.get("data")
+        if isinstance(picture, dict) and picture.get("kind") == "upload"
+        else None
+    )
     return isinstance(data, str) and data != ""
 
 
 def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
     size, framing = examples.image_size, examples.framing
     image = open_data_uri(data, max(SHARP_PX, size))
-    return Upload(model_input(image, size, framing), sharp(image, size, framing) if with_sharp else None)
+    return Upload(
+        model_input(image, size, framing), sharp(image, size, framing) if with_sharp else None
+    )
 
 
 def told(error: Exception, name: str) -> Json:
@@ -324,8 +394,13 @@ def told(error: Exception, name: str) -> Json:
     elif isinstance(error, BadImageError):
         sentence, code = f"This image can't be used: {error.reason}.", "bad_image"
     elif not isinstance(error, UserError):
-        log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
-        sentence, code = "The explorer stumbled over this request; its log on the server says where.", "internal"
+        log.error(
+            "the request %s failed", name, exc_info=error
+        )  # a fault of ours: the log says where
+        sentence, code = (
+            "The explorer stumbled over this request; its log on the server says where.",
+            "internal",
+        )
     return {"error": sentence, "code": code}
 
 
@@ -334,10 +409,14 @@ def _about(entry: Entry, times: Times | None) -> Json:
     pictures = entry.examples.pictures
     examples = entry.examples.on_first_screen()
     return {
-        **{name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")},
+        **{
+            name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")
+        },
         "subtitle": card.subtitle,
         "variants": list(entry.variants),
-        "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
+        "accuracy_texts": {
+            name: variant.facts.accuracy_text for name, variant in entry.variants.items()
+        },
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),

@@ -52,18 +52,29 @@ class Settings:
     """How an image is routed, where it differs from how the model was trained."""
 
     top_k: int | None = None  # experts per patch
-    capacity: float | None = None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
+    capacity: float | None = (
+        None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
+    )
     intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
-    noise: int | None = None  # seed of the noise that routers draw in training; None for evaluation, without noise
-    away: tuple[Intervention, ...] = ()  # experts that are taken away, beside the one change of `intervention`
+    noise: int | None = (
+        None  # seed of the noise that routers draw in training; None for evaluation, without noise
+    )
+    away: tuple[
+        Intervention, ...
+    ] = ()  # experts that are taken away, beside the one change of `intervention`
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
         """Hold `net` in these settings inside the scope; if they change anything, other threads wait for their turn."""
         top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
-        capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
+        capacity = (
+            [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
+        )
         changed = (*top_k, *capacity, *self.away, *filter(None, [self.intervention]))
-        with intervene(net, *changed) if changed else nullcontext(), noise_of_training(net, self.noise):
+        with (
+            intervene(net, *changed) if changed else nullcontext(),
+            noise_of_training(net, self.noise),
+        ):
             yield
 
     def off_reason(self, routers: Sequence[LayerFacts]) -> str | None:
@@ -74,7 +85,9 @@ class Settings:
         return " ".join(reasons) or None
 
 
-def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
+def _where_possible(
+    net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any
+) -> list[Intervention]:
     """The change on those layers of `net` where it has a meaning; some must have."""
     layers = numbered_layers(net)
     able = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
@@ -85,7 +98,10 @@ def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value:
 def _other_k(k: int, routers: Sequence[LayerFacts]) -> list[str]:
     """At most one sentence about an other k."""
     able = [router for router in routers if "top_k" not in router.refused]
-    trained = {router.k_words: [other.name for other in able if other.k_words == router.k_words] for router in able}
+    trained = {
+        router.k_words: [other.name for other in able if other.k_words == router.k_words]
+        for router in able
+    }
     if all(router.top_k == k for router in able):
         return []
     if len(trained) == 1:
@@ -103,7 +119,11 @@ def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
     if limits == {None}:
         sentences.append(f"Trained without a capacity limit, shown is capacity factor {factor:g}.")
     elif limits - {factor}:
-        was = " and ".join(sorted("no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits))
+        was = " and ".join(
+            sorted(
+                "no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits
+            )
+        )
         sentences.append(f"Trained with {was}, shown is {factor:g}.")
     if factor != 1 and any(router.kind == "expert_choice" for router in able):
         sentences.append(f"Experts take {factor:g} times as many patches as trained.")
@@ -112,7 +132,14 @@ def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
 
 def intervention_json(change: Intervention) -> dict[str, Any]:
     """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
-    names = ("kind", "layer", "expert", *(["other"] if change.kind == "swap" else []), "fill", "seed")
+    names = (
+        "kind",
+        "layer",
+        "expert",
+        *(["other"] if change.kind == "swap" else []),
+        "fill",
+        "seed",
+    )
     return {name: getattr(change, name) for name in names}
 
 
@@ -126,10 +153,16 @@ class LayerView:
     facts: LayerFacts  # which layer, and how it routes; `top_k` is what is shown, which may not be as trained
     expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
     combine_weight: npt.NDArray[np.float32]  # [P, K] weight of each of them in the output
-    kept: npt.NDArray[np.bool_]  # [P, K] False where a capacity dropped the choice, or the expert chose other patches
+    kept: npt.NDArray[
+        np.bool_
+    ]  # [P, K] False where a capacity dropped the choice, or the expert chose other patches
     probs: npt.NDArray[np.float32]  # [P, E] the router's affinities, summing to 1
-    reads: npt.NDArray[np.float64] | None = None  # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
-    computation: Computation | None = None  # what was computed of it, in numbers; None where nobody listened
+    reads: npt.NDArray[np.float64] | None = (
+        None  # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
+    )
+    computation: Computation | None = (
+        None  # what was computed of it, in numbers; None where nobody listened
+    )
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
@@ -161,10 +194,17 @@ class LayerView:
         """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""
         counts, facts = self.counts, self.facts.to_json()
         del facts["refused"]  # about the model, not about this image
-        choices: list[Any] = [self.expert_index.tolist(), _round(self.combine_weight), self.kept.tolist()]
+        choices: list[Any] = [
+            self.expert_index.tolist(),
+            _round(self.combine_weight),
+            self.kept.tolist(),
+        ]
         if self.facts.kind == "expert_choice":
             takers = [[rank for rank, taken in enumerate(row) if taken] for row in choices[2]]
-            choices = [[[row[rank] for rank in ranks] for row, ranks in zip(of, takers, strict=True)] for of in choices]
+            choices = [
+                [[row[rank] for rank in ranks] for row, ranks in zip(of, takers, strict=True)]
+                for of in choices
+            ]
         return {
             **facts,
             **dict(zip(("experts", "weights", "kept"), choices, strict=True)),
@@ -220,14 +260,18 @@ class RoutingView:
                 "moe": top_classes(names, self.probabilities),
                 "dense": None if dense is None else top_classes(names, dense),
             },
-            "lens": None if self.lens is None else [top_classes(names, block, LENS_TOP) for block in self.lens],
+            "lens": None
+            if self.lens is None
+            else [top_classes(names, block, LENS_TOP) for block in self.lens],
             "settings": {
                 "top_k": self.model.top_k if settings.top_k is None else settings.top_k,
                 "capacity": settings.capacity,
                 "intervention": None if changed is None else intervention_json(changed),
                 "noise": settings.noise,
                 "away": [[one.layer, one.expert] for one in settings.away],
-                "off_distribution": reason is not None or changed is not None or bool(settings.away),
+                "off_distribution": reason is not None
+                or changed is not None
+                or bool(settings.away),
                 "off_reason": reason,
             },
         }
@@ -264,20 +308,34 @@ def route_image(
     settings = settings or Settings()
     facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
     pixels = model_input(image, saved.image_size, saved.framing)
-    with routing_lock(saved.net):  # the layers' clean scores too: another thread's noise would be in them
-        with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
+    with routing_lock(
+        saved.net
+    ):  # the layers' clean scores too: another thread's noise would be in them
+        with (
+            settings.applied(saved.net),
+            listen(saved.net) as heard,
+            block_outputs(saved.net) as outputs,
+        ):
             logits, routings = route_batch(saved, pixels[None])
         if not logits.isfinite().all():
-            raise UserError("The model's answer to this image is no number: its weights are too large, or damaged.")
+            raise UserError(
+                "The model's answer to this image is no number: its weights are too large, or damaged."
+            )
         layers = tuple(
             _layer_view(routing, router, settings, one)
             for routing, router, one in zip(routings, facts.routers, heard, strict=True)
         )
     if dense is not None:
-        alike = pixels if dense.image_size == len(pixels) else model_input(image, dense.image_size, dense.framing)
+        alike = (
+            pixels
+            if dense.image_size == len(pixels)
+            else model_input(image, dense.image_size, dense.framing)
+        )
         dense_probabilities = softmax(route_batch(dense, alike[None])[0])[0]
     after_blocks = lens(saved.net, outputs)
-    known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
+    known = picture or PictureFacts(
+        pixels, name=Path(image).name if isinstance(image, str | Path) else "one image"
+    )
     return RoutingView(
         model=facts,
         picture=replace(known, pixels=pixels),
@@ -289,7 +347,9 @@ def route_image(
     )
 
 
-def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32], count: int = TOP) -> list[dict[str, Any]]:
+def top_classes(
+    names: Sequence[str], probabilities: npt.NDArray[np.float32], count: int = TOP
+) -> list[dict[str, Any]]:
     """The `count` likeliest classes, best first: `{"class", "p"}`."""
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
@@ -299,7 +359,9 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
     first = routing.num_prefix_tokens
     top_k = routing.top_k  # also what an intervention around us has made of it
     if routing.kind != "token_choice":
-        top_k = facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
+        top_k = (
+            facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
+        )
     noisy = settings.noise is not None and facts.noise != "none"
     capacity = None if "capacity" in facts.refused else settings.capacity
     words = heard.layer.router.words(noisy=noisy, top_k=top_k, capacity=capacity)
@@ -347,7 +409,9 @@ def lens(net: Any, outputs: list[Tensor]) -> Tensor | None:
 
 def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
     """[E, P] what experts read of the patches of a batch of one image: means over their slots."""
-    weight = routing.dispatch_weight[0, routing.num_prefix_tokens :].double().cpu().numpy()  # [P, E, S]
+    weight = (
+        routing.dispatch_weight[0, routing.num_prefix_tokens :].double().cpu().numpy()
+    )  # [P, E, S]
     mean: npt.NDArray[np.float64] = weight.mean(2).T
     return mean
 

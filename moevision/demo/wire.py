@@ -38,7 +38,11 @@ class RequestError(UserError):
 
 
 def data_uri(
-    pixels: npt.NDArray[np.uint8], format: Literal["webp", "jpeg"] = "webp", *, quality: int = 90, subsampling: int = 0
+    pixels: npt.NDArray[np.uint8],
+    format: Literal["webp", "jpeg"] = "webp",
+    *,
+    quality: int = 90,
+    subsampling: int = 0,
 ) -> str:
     """An image, uint8 [H, W, 3], as `data:image/...;base64,...`; WebP keeps every pixel, JPEG is small.
 
@@ -62,12 +66,19 @@ def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     largest = float(np.abs(values).max(initial=0.0))
     unit = largest / 32767 if largest > 0 else 1.0
     whole = np.round(np.asarray(values, np.float64) / unit).astype("<i2")
-    return {"unit": unit, "shape": list(values.shape), "data": base64.b64encode(whole.tobytes()).decode("ascii")}
+    return {
+        "unit": unit,
+        "shape": list(values.shape),
+        "data": base64.b64encode(whole.tobytes()).decode("ascii"),
+    }
 
 
 def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
     """Half-precision numbers as they are: `shape`, and `data`, base64 of little-endian float16 in row-major order."""
-    return {"shape": list(values.shape), "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")}
+    return {
+        "shape": list(values.shape),
+        "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii"),
+    }
 
 
 def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
@@ -80,7 +91,9 @@ def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
         raise _too_large()
     head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
     if not comma or (head and not head.endswith(";base64")):
-        raise BadImageError("<upload>", "an image is sent as data:image/...;base64,... or as plain base64")
+        raise BadImageError(
+            "<upload>", "an image is sent as data:image/...;base64,... or as plain base64"
+        )
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -3,9 +3,20 @@
 from moevision.config import RouterOptions
 from moevision.layers.baselines import ColourRouter
 from moevision.layers.experts import Backend, PackedLinear
-from moevision.layers.moe import LocalDispatcher, MoEMlp, describe_moe, moe_layers, update_router_bias
+from moevision.layers.moe import (
+    LocalDispatcher,
+    MoEMlp,
+    describe_moe,
+    moe_layers,
+    update_router_bias,
+)
 from moevision.layers.routers import ROUTERS, CosineRouter, TopKRouter, build_router, router_kind
-from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
+from moevision.layers.routers_soft import (
+    ExpertChoiceRouter,
+    ExpertChoiceRouting,
+    SoftRouter,
+    SoftRouting,
+)
 from moevision.layers.routing import (
     LayerLoad,
     Router,

@@ -52,7 +52,9 @@ class HandmadeRouter(Router):
     def order(self, x: Tensor) -> Tensor:
         """[B, N, E] int64: all experts of each token, in the order of choice."""
         first = self.first_expert(x).expand(x.shape[:2])
-        return (first.unsqueeze(-1) + torch.arange(self.num_experts, device=x.device)) % self.num_experts
+        return (
+            first.unsqueeze(-1) + torch.arange(self.num_experts, device=x.device)
+        ) % self.num_experts
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
@@ -103,13 +105,17 @@ class HashRouter(HandmadeRouter):
 class RandomRouter(HandmadeRouter):
     """K different experts at random for every token; in evaluation a fixed draw by position, so that it repeats."""
 
-    words = partialmethod(by_rule, rule="A draw that is fixed for each position (in training a new one each time)")
+    words = partialmethod(
+        by_rule, rule="A draw that is fixed for each position (in training a new one each time)"
+    )
 
     def order(self, x: Tensor) -> Tensor:
         """A random order of all experts."""
         if self.training:
             return torch.rand(*x.shape[:2], self.num_experts, device=x.device).argsort(-1)
-        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(1, x.shape[1], self.num_experts)
+        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(
+            1, x.shape[1], self.num_experts
+        )
         return _scrambled(number).argsort(dim=-1, stable=True).expand(x.shape[0], -1, -1)
 
 
@@ -136,7 +142,9 @@ class ColourRouter(HandmadeRouter):
     centroids: Tensor
     fitted: Tensor
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, *, device: Any = None, **_: Any) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, device: Any = None, **_: Any
+    ) -> None:
         super().__init__(dim, num_experts, top_k)
         grey = torch.linspace(-2, 2, num_experts, device=device).unsqueeze(1).repeat(1, 3)
         self.register_buffer("centroids", grey)
@@ -160,7 +168,9 @@ class ColourRouter(HandmadeRouter):
             found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
             centroids.copy_(torch.from_numpy(found))
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(centroids, 0)  # every process saw other images, perhaps with too few colours
+            dist.broadcast(
+                centroids, 0
+            )  # every process saw other images, perhaps with too few colours
         if centroids.isnan().any():
             return  # a batch of few or blank images: the next one decides
         self.centroids.copy_(centroids)
@@ -169,8 +179,13 @@ class ColourRouter(HandmadeRouter):
     def first_expert(self, x: Tensor) -> Tensor:
         """The nearest colour of each patch; a prefix token has the image's mean colour."""
         colours = self._colours
-        if colours is None or x.shape[:2] != (colours.shape[0], colours.shape[1] + self.num_prefix_tokens):
-            raise UserError("The router 'colour' needs the image of these tokens: use it in a converted timm ViT.")
+        if colours is None or x.shape[:2] != (
+            colours.shape[0],
+            colours.shape[1] + self.num_prefix_tokens,
+        ):
+            raise UserError(
+                "The router 'colour' needs the image of these tokens: use it in a converted timm ViT."
+            )
         mean = colours.mean(1, keepdim=True).expand(-1, self.num_prefix_tokens, -1)
         return torch.cdist(torch.cat([mean, colours], 1), self.centroids.float()).argmin(-1)
 

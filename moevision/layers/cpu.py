@@ -100,7 +100,11 @@ class _Refuse(torch.autograd.Function):
 
 
 def send_choices(
-    x: Tensor, expert: Tensor, num_experts: int, row_multiple: int | None = None, max_padding: float | None = None
+    x: Tensor,
+    expert: Tensor,
+    num_experts: int,
+    row_multiple: int | None = None,
+    max_padding: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copies of tokens x [T, D] sorted by their experts [T, K], equal choices as they stand, with padding.
 
@@ -111,9 +115,15 @@ def send_choices(
     choices, top_k = expert.flatten(), expert.shape[1]  # [T·K]
     if row_multiple is max_padding is None and 0 < len(choices) <= FEW and _rows_of_a_call(x):
         # Places in a group are counted, not sorted: few calls count here, each runs code that isn't in the cache.
-        place = choices.new_zeros(len(choices), num_experts).scatter_(1, choices.unsqueeze(1), 1).cumsum(0)
+        place = (
+            choices.new_zeros(len(choices), num_experts)
+            .scatter_(1, choices.unsqueeze(1), 1)
+            .cumsum(0)
+        )
         sizes = _padded(place[-1].tolist(), x, None, None)
-        first, padded = torch.tensor([[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]).unbind()
+        first, padded = torch.tensor(
+            [[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]
+        ).unbind()
         row = (place + first).gather(1, choices.unsqueeze(1)).squeeze(1)
         token = row.new_zeros(sum(sizes)).scatter_(0, row, torch.arange(len(row)) // top_k)  # [R]
     else:
@@ -121,10 +131,16 @@ def send_choices(
         choice, row, counts = sort_choices(choices, num_experts)
         token = choice // top_k  # [T·K] who made each
         padded = padded_counts(counts, x, row_multiple, max_padding)
-        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
-            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
+        if (
+            padded is not counts
+        ):  # rows of padding copy token 0, and nothing reads what becomes of them
+            before = (padded - counts).cumsum(0) - (
+                padded - counts
+            )  # [E] padding in front of each group
             row += before.index_select(0, choices)
-            token = token.new_zeros(int(padded.sum())).index_copy_(0, row.index_select(0, choice), token)  # [R]
+            token = token.new_zeros(int(padded.sum())).index_copy_(
+                0, row.index_select(0, choice), token
+            )  # [R]
     position = row.view_as(expert)
     return take_rows(x, token, position), padded, token, position
 
@@ -139,7 +155,9 @@ def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
         order = torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
     else:
         order = expert.argsort(stable=True)
-    row = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+    row = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(order.numel(), device=order.device)
+    )
     # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
     counts = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
     return order, row, counts.scatter_add(0, expert, torch.ones_like(expert))
@@ -167,7 +185,9 @@ def padded_counts(
     return counts if lengths is sizes else counts.new_tensor(lengths)
 
 
-def _padded(sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None) -> list[int]:
+def _padded(
+    sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None
+) -> list[int]:
     """See `padded_counts`; `sizes` itself where nothing is padded."""
     half, num_rows = x.dtype == torch.bfloat16, sum(sizes)
     if row_multiple is max_padding is None and (spared := _rows_of_a_call(x)):
@@ -175,7 +195,9 @@ def _padded(sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: 
         if len(sizes) * longest - num_rows <= spared * (len(sizes) - sizes.count(0)):
             return len(sizes) * [longest]
     if row_multiple is None:
-        row_multiple = 1 if not half else MULTIPLE if num_rows >= 8 * MULTIPLE * len(sizes) else SMALL_MULTIPLE
+        row_multiple = (
+            1 if not half else MULTIPLE if num_rows >= 8 * MULTIPLE * len(sizes) else SMALL_MULTIPLE
+        )
     if row_multiple == 1:
         return sizes
     lengths = [_rounded(count, row_multiple) for count in sizes]
@@ -219,7 +241,9 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def softmax_over_experts(logits: Tensor) -> Tensor:
     """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
     eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if logits.device.type != "cpu" or (eager and logits.numel() <= FEW):  # for few tokens one call, not three
+    if logits.device.type != "cpu" or (
+        eager and logits.numel() <= FEW
+    ):  # for few tokens one call, not three
         return logits.softmax(-1)
     return logits.mT.contiguous().softmax(-2).mT
 
@@ -291,11 +315,17 @@ class _SumRows(torch.autograd.Function):
         rows, weight, token, position = ctx.saved_tensors
         gradient = gradient.contiguous()
         # Padding has weight 0, whatever token it copies.
-        of_row = weight.new_zeros(rows.shape[0]).index_copy_(0, position.flatten(), weight.flatten())
-        of_rows = _sum(gradient, token.unsqueeze(1), of_row.unsqueeze(1))  # [R, D], gathered and scaled at once
+        of_row = weight.new_zeros(rows.shape[0]).index_copy_(
+            0, position.flatten(), weight.flatten()
+        )
+        of_rows = _sum(
+            gradient, token.unsqueeze(1), of_row.unsqueeze(1)
+        )  # [R, D], gathered and scaled at once
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient.index_select(0, token) * rows).sum(-1).index_select(0, position.flatten())
+            of_weight = (
+                (gradient.index_select(0, token) * rows).sum(-1).index_select(0, position.flatten())
+            )
         return of_rows, None if of_weight is None else of_weight.view_as(weight), None, None
 
 
@@ -322,7 +352,9 @@ def looped_mlps(
     out, H] are of any dtype; they are computed with in that of the rows. Gradients can be taken once, not of gradients.
     """
     parameters = (weight1, bias1, weight2, bias2)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, *parameters)):
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (rows, *parameters)
+    ):
         out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
         return out
     return _linear(act(_linear(rows, counts, weight1, bias1)), counts, weight2, bias2)
@@ -330,8 +362,12 @@ def looped_mlps(
 
 class _LoopedMlps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None) -> Tensor:
-        weight1, bias1, weight2, bias2 = (None if x is None else x.to(rows.dtype) for x in parameters)
+    def forward(
+        ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None
+    ) -> Tensor:
+        weight1, bias1, weight2, bias2 = (
+            None if x is None else x.to(rows.dtype) for x in parameters
+        )
         hidden = _linear(rows, counts, weight1, bias1)
         active = act(hidden)
         ctx.counts, ctx.act = counts, act
@@ -361,14 +397,18 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
     dtype = rows.dtype
     if bias is None:
         return _product(rows, counts, weight.to(dtype).mT)
-    out = rows.new_empty(rows.shape[0], weight.shape[1])  # no view of a product: FSDP2 warns of outputs that are views
+    out = rows.new_empty(
+        rows.shape[0], weight.shape[1]
+    )  # no view of a product: FSDP2 warns of outputs that are views
     if _equal(counts):
         bias, weight = bias.to(dtype).unsqueeze(1), weight.to(dtype).mT
         torch.baddbmm(bias, _batched(rows, counts), weight, out=_batched(out, counts))
         return out
     if 0 not in counts:  # with few rows many experts have none, whose weights needn't be cast
         bias, weight = bias.to(dtype), weight.to(dtype)
-    groups = zip(bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
+    groups = zip(
+        bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True
+    )
     for one_bias, group, one_weight, place in groups:
         if len(group):
             if one_weight.dtype is not dtype:
@@ -385,12 +425,16 @@ def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
     if _equal(counts):
         torch.bmm(_batched(rows, counts), weight, out=_batched(out, counts))
         return out
-    for group, one, place in zip(rows.split(counts), weight.unbind(), out.split(counts), strict=True):
+    for group, one, place in zip(
+        rows.split(counts), weight.unbind(), out.split(counts), strict=True
+    ):
         torch.mm(group, one, out=place)
     return out
 
 
-def _weight_gradient(of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _weight_gradient(
+    of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """of_out_eᵀ · rows_e: [E, O, I]."""
     if _equal(counts):
         return torch.bmm(_batched(of_out, counts).mT, _batched(rows, counts)).to(dtype)
@@ -435,7 +479,9 @@ def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
 def _activation_gradient(act: nn.Module, hidden: Tensor, of_active: Tensor) -> Tensor:
     if isinstance(act, nn.GELU):
         # Not into the memory of `of_active`, though nobody else reads that: it would take 1.2 to 1.4 times as long.
-        of_hidden: Tensor = torch.ops.aten.gelu_backward(of_active, hidden, approximate=act.approximate)
+        of_hidden: Tensor = torch.ops.aten.gelu_backward(
+            of_active, hidden, approximate=act.approximate
+        )
         return of_hidden
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()

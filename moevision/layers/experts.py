@@ -24,7 +24,13 @@ from moevision.errors import UserError
 from moevision.layers.cpu import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
-_PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # elementwise, without parameters or randomness
+_PLAIN_ACTIVATIONS = (
+    nn.GELU,
+    nn.ReLU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+)  # elementwise, without parameters or randomness
 
 
 def local(x: Tensor) -> Tensor:
@@ -50,9 +56,19 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
+        self.num_experts, self.in_features, self.out_features = (
+            num_experts,
+            in_features,
+            out_features,
+        )
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,37 +112,58 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if backend not in get_args(Backend):
-            raise UserError(f"There is no expert backend {backend!r}; choose one of {', '.join(get_args(Backend))}.")
+            raise UserError(
+                f"There is no expert backend {backend!r}; choose one of {', '.join(get_args(Backend))}."
+            )
         self.num_experts, self.backend = num_experts, backend
         self._widths = (in_features, hidden_features, out_features)
-        self.fc1 = PackedLinear(num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
+        self.fc1 = PackedLinear(
+            num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype
+        )
         self.act = act_layer()
         # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
-        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not getattr(self.act, "inplace", False)
+        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not getattr(
+            self.act, "inplace", False
+        )
         self.drop = nn.Dropout(drop)
-        self.fc2 = PackedLinear(num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
+        self.fc2 = PackedLinear(
+            num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype
+        )
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert e to the e-th group of rows [R, D], in `compute_dtype`: [R, out_features].
 
         `counts` [E'] int64 has the length of each group, one for each expert in this process; any may be zero.
         """
-        return self._grouped(rows, counts) if self._use_grouped(rows) else self._loop(rows, counts.tolist())
+        return (
+            self._grouped(rows, counts)
+            if self._use_grouped(rows)
+            else self._loop(rows, counts.tolist())
+        )
 
     def _loop(self, rows: Tensor, counts: list[int]) -> Tensor:
         dropping = self.training and self.drop.p > 0
         if self._act_is_plain and not dropping and not torch.compiler.is_compiling():
-            return looped_mlps(rows, counts, self.act, *self.fc1.local_weights(), *self.fc2.local_weights())
-        (w1, b1), (w2, b2) = _each(*self.fc1.local_weights(rows.dtype)), _each(*self.fc2.local_weights(rows.dtype))
+            return looped_mlps(
+                rows, counts, self.act, *self.fc1.local_weights(), *self.fc2.local_weights()
+            )
+        (w1, b1), (w2, b2) = (
+            _each(*self.fc1.local_weights(rows.dtype)),
+            _each(*self.fc2.local_weights(rows.dtype)),
+        )
         return torch.cat(
             [
-                F.linear(self.drop(self.act(F.linear(group, w1[e], b1[e]))), w2[e], b2[e])  # [rows of e, out]
+                F.linear(
+                    self.drop(self.act(F.linear(group, w1[e], b1[e]))), w2[e], b2[e]
+                )  # [rows of e, out]
                 for e, group in enumerate(rows.split(counts))
             ]
         )
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        hidden = self.drop(self.act(_grouped_linear(rows, counts, *self.fc1.local_weights(rows.dtype))))  # [R, H]
+        hidden = self.drop(
+            self.act(_grouped_linear(rows, counts, *self.fc1.local_weights(rows.dtype)))
+        )  # [R, H]
         return _grouped_linear(hidden, counts, *self.fc2.local_weights(hidden.dtype))
 
     def on_all_tokens(self, x: Tensor) -> Tensor:
@@ -138,8 +175,13 @@ class Experts(nn.Module):
 
     def on_slots(self, slots: Tensor) -> Tensor:
         """Every expert on its own, equally many rows: slots [E, P, D] -> [E, P, out_features] (dense Soft MoE)."""
-        (w1, b1), (w2, b2) = self.fc1.local_weights(slots.dtype), self.fc2.local_weights(slots.dtype)
-        hidden = self.drop(self.act(_plus(torch.einsum("epd,ehd->eph", slots, w1), b1, 1)))  # [E, P, H]
+        (w1, b1), (w2, b2) = (
+            self.fc1.local_weights(slots.dtype),
+            self.fc2.local_weights(slots.dtype),
+        )
+        hidden = self.drop(
+            self.act(_plus(torch.einsum("epd,ehd->eph", slots, w1), b1, 1))
+        )  # [E, P, H]
         return _plus(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -165,7 +207,9 @@ class Experts(nn.Module):
         if rows.dtype != torch.bfloat16 or not fits:
             return False
         compiling = torch.compiler.is_compiling()
-        return compiling or (rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0))
+        return compiling or (
+            rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        )
 
 
 def _each(weight: Tensor, bias: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:

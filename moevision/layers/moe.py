@@ -59,12 +59,20 @@ class LocalDispatcher:
             return Dispatched(slots.flatten(0, 2), routing.counts())
         if isinstance(routing, ExpertChoiceRouting):  # every expert's tokens, image after image
             images, tokens = routing.logits.shape[:2]
-            first = torch.arange(images, device=x.device).view(-1, 1, 1) * tokens  # [B, 1, 1] each image's first token
+            first = (
+                torch.arange(images, device=x.device).view(-1, 1, 1) * tokens
+            )  # [B, 1, 1] each image's first token
             token = _by_expert(routing.token_index + first)  # [R]
-            counts = torch.full((routing.num_experts,), token.numel() // routing.num_experts, device=x.device)
+            counts = torch.full(
+                (routing.num_experts,), token.numel() // routing.num_experts, device=x.device
+            )
             return Dispatched(x.index_select(0, token), counts, token)
-        expert = routing.expert_index.flatten(0, 1)  # [T, K]: each token is copied once for every expert that it chose
-        return Dispatched(*send_choices(x, expert, routing.num_experts, self.row_multiple, self.max_padding))
+        expert = routing.expert_index.flatten(
+            0, 1
+        )  # [T, K]: each token is copied once for every expert that it chose
+        return Dispatched(
+            *send_choices(x, expert, routing.num_experts, self.row_multiple, self.max_padding)
+        )
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Rows [R, D] for the experts of this process and the length of each group [E]: those that were sent."""
@@ -75,11 +83,15 @@ class LocalDispatcher:
         if isinstance(routing, SoftRouting):
             images, _, num_experts, slots = routing.slot_weight.shape
             by_expert = rows.view(num_experts, images, slots, rows.shape[-1])
-            return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
+            return torch.einsum(
+                "bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert
+            ).flatten(0, 1)
         assert dispatched.token is not None  # only slots have no single token
         if isinstance(routing, ExpertChoiceRouting):
             weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
-            tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])  # [T, D]
+            tokens = rows.new_zeros(
+                routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1]
+            )  # [T, D]
             return tokens.index_add(0, dispatched.token, rows * weight)
         assert dispatched.position is not None
         weight = (routing.combine_weight * routing.kept).flatten(0, 1)  # [T, K]
@@ -150,7 +162,9 @@ class MoEMlp(Recordable):
     ) -> None:
         super().__init__()
         if norm_layer is not None or use_conv:
-            raise UserError("MoEMlp has no norm_layer and no use_conv: keep this block dense, or leave them out.")
+            raise UserError(
+                "MoEMlp has no norm_layer and no use_conv: keep this block dense, or leave them out."
+            )
         drops = drop if isinstance(drop, tuple) else (drop, drop)
         hidden = hidden_features or in_features
         sizes = (in_features, hidden, out_features or in_features)
@@ -158,7 +172,12 @@ class MoEMlp(Recordable):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.router_name = router
         self.router = build_router(
-            router, in_features, num_experts, top_k, options=RouterOptions(**router_options), **place
+            router,
+            in_features,
+            num_experts,
+            top_k,
+            options=RouterOptions(**router_options),
+            **place,
         )
         self.dispatcher = LocalDispatcher()
         self.experts = Experts(
@@ -171,7 +190,15 @@ class MoEMlp(Recordable):
             **place,
         )
         self.shared = (
-            SharedExperts(in_features, num_shared_experts * hidden, sizes[2], act_layer, biases, drops[0], **place)
+            SharedExperts(
+                in_features,
+                num_shared_experts * hidden,
+                sizes[2],
+                act_layer,
+                biases,
+                drops[0],
+                **place,
+            )
             if num_shared_experts
             else None
         )
@@ -197,7 +224,9 @@ class MoEMlp(Recordable):
             refuse_transforms()
             # Cast before the copy: the rows are then half as large under bf16 autocast.
             sent = self.dispatcher.dispatch(flat.to(self.experts.compute_dtype(flat)), routing)
-            shared = self._share(flat)  # here, so that rows travel meanwhile if experts are on other processes
+            shared = self._share(
+                flat
+            )  # here, so that rows travel meanwhile if experts are on other processes
             rows = self.experts(*self.dispatcher.receive(sent))  # [R, out]
             mixed = self.dispatcher.combine(rows, sent, routing)  # [T, out]
         if shared is not None:
@@ -214,7 +243,9 @@ class MoEMlp(Recordable):
         if isinstance(routing, SoftRouting):
             sent = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
             slots = sent.rows.view(routing.num_experts, -1, x.shape[-1])  # [E, B·P, D]
-            return self.dispatcher.combine(self.experts.on_slots(slots).flatten(0, 1), sent, routing)
+            return self.dispatcher.combine(
+                self.experts.on_slots(slots).flatten(0, 1), sent, routing
+            )
         outputs = self.experts.on_all_tokens(x)  # [T, E, out]
         weights = routing.expert_weights().flatten(0, 1)  # [T, E]
         return (outputs * weights.unsqueeze(-1)).sum(1).to(outputs.dtype)
@@ -241,7 +272,9 @@ class SharedExperts(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
         self.act = act_layer()
         self.drop = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
+        self.fc2 = nn.Linear(
+            hidden_features, out_features, bias=bias[1], device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -276,7 +309,9 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
     """
     layers = moe_layers(model)
     if len(layers) != len(counts):
-        raise UserError(f"Give the counts of all {len(layers)} MoE layers; these are {len(counts)}.")
+        raise UserError(
+            f"Give the counts of all {len(layers)} MoE layers; these are {len(counts)}."
+        )
     for layer, load in zip(layers, counts, strict=True):
         layer.router.after_step(load)
 

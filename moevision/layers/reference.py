@@ -39,7 +39,9 @@ class NoisyTopKRouter(nn.Module):
         logits = noisy = F.linear(x, self.weight)  # [T, E]
         std = None
         if self.training:
-            std = F.softplus(F.linear(x, self.noise_weight))  # [T, E] learned for each token and expert
+            std = F.softplus(
+                F.linear(x, self.noise_weight)
+            )  # [T, E] learned for each token and expert
             noisy = logits + torch.randn_like(logits) * std
         best, expert = noisy.topk(self.top_k, dim=-1)  # [T, K]
         gate = best.softmax(-1)
@@ -75,7 +77,9 @@ class ReferenceMoE(nn.Module):
         choice: Choice = self.router(tokens)
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            token, rank = (choice.expert == number).nonzero(as_tuple=True)  # who chose it, as which choice
+            token, rank = (choice.expert == number).nonzero(
+                as_tuple=True
+            )  # who chose it, as which choice
             gate = choice.gate[token, rank].unsqueeze(-1)  # [R, 1]
             y = y.index_add(0, token, gate * expert(tokens[token]))
         return y.view_as(x), choice
@@ -96,7 +100,9 @@ def load_loss(choice: Choice) -> Tensor:
     assert choice.noise_std is not None
     noisy, top_k = choice.noisy_logits, choice.expert.shape[-1]
     others = [torch.cat([noisy[:, :e], noisy[:, e + 1 :]], dim=-1) for e in range(noisy.shape[-1])]
-    threshold = torch.stack([other.topk(top_k, dim=-1).values[:, -1] for other in others], dim=-1)  # [T, E]
+    threshold = torch.stack(
+        [other.topk(top_k, dim=-1).values[:, -1] for other in others], dim=-1
+    )  # [T, E]
     chance: Tensor = torch.special.ndtr((choice.logits - threshold) / choice.noise_std)  # [T, E]
     load = chance.sum(0)  # [E]
     return load.var(correction=0) / load.mean() ** 2

@@ -145,7 +145,9 @@ class TopKRouter(Router):
     @property
     def default_losses(self) -> dict[str, float]:
         """Those of the constructor that it can supply."""
-        return {name: weight for name, weight in self._default_losses.items() if name in self.losses}
+        return {
+            name: weight for name, weight in self._default_losses.items() if name in self.losses
+        }
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
@@ -167,7 +169,9 @@ class TopKRouter(Router):
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
         """The K best of the noisy logits [B, N, E], with gates by softmax."""
-        noisy_logits = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
+        noisy_logits = (
+            logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
+        )
         probs = softmax_over_experts(logits)  # [B, N, E]
         top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
         # Without gradients the gates are read, not computed anew: one call in the place of a dozen.
@@ -178,7 +182,9 @@ class TopKRouter(Router):
             probs=probs,
             noise_std=noise_std,
             expert_index=expert_index,
-            combine_weight=probs.gather(-1, expert_index) if read else self.gates(noisy_logits, top_logits),
+            combine_weight=probs.gather(-1, expert_index)
+            if read
+            else self.gates(noisy_logits, top_logits),
             kept=self.keep(expert_index, noisy_logits, top_logits),
         )
 
@@ -192,7 +198,9 @@ class TopKRouter(Router):
         From `gate_logits` [B, N, E] and those of the chosen experts [B, N, k]; k is `top_k` unless an intervention
         chose otherwise.
         """
-        return softmax_gates(gate_logits, top_logits, normalize=self.normalizes(top_logits.shape[-1]))
+        return softmax_gates(
+            gate_logits, top_logits, normalize=self.normalizes(top_logits.shape[-1])
+        )
 
     def normalizes(self, top_k: int) -> bool:
         """Whether the gates of `top_k` experts are made to sum to 1."""
@@ -227,7 +235,9 @@ class TopKRouter(Router):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        given = "".join(f", {name}={value!r}" for name, value in self.options.given().items() if name != "noise")
+        given = "".join(
+            f", {name}={value!r}" for name, value in self.options.given().items() if name != "noise"
+        )
         return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}{given}"
 
 
@@ -243,11 +253,17 @@ class CosineRouter(TopKRouter):
     def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """The projection, an embedding [E, features] and the logarithm of the scale."""
         if self.noise == "learned":
-            raise UserError("The router 'cosine' has no learned noise: use noise 'fixed', 'jitter' or 'none'.")
+            raise UserError(
+                "The router 'cosine' has no learned noise: use noise 'fixed', 'jitter' or 'none'."
+            )
         features = min(256, self.dim)
         self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
-        self.expert_embedding = nn.Parameter(torch.empty(self.num_experts, features, device=device, dtype=dtype))
-        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 shards no scalars
+        self.expert_embedding = nn.Parameter(
+            torch.empty(self.num_experts, features, device=device, dtype=dtype)
+        )
+        self.temperature = nn.Parameter(
+            torch.empty(1, device=device, dtype=dtype)
+        )  # FSDP2 shards no scalars
 
     @property
     def rows(self) -> nn.Parameter:
@@ -256,7 +272,9 @@ class CosineRouter(TopKRouter):
 
     def features(self, x: Tensor) -> Tensor:
         """Projected tokens of length 1."""
-        return F.normalize(F.linear(x, self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)), dim=-1)
+        return F.normalize(
+            F.linear(x, self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)), dim=-1
+        )
 
     @torch.no_grad()
     def start_rows(self, centroids: Tensor, features: Tensor) -> None:
@@ -274,7 +292,9 @@ class CosineRouter(TopKRouter):
         noise = self.noise if self.training else "none"
         query = self.features(jittered(x) if noise == "jitter" else x)  # [B, N, features]
         embedding = F.normalize(self.expert_embedding.to(x.dtype), dim=-1)  # [E, features]
-        logits = F.linear(query, embedding) * self.temperature.to(x.dtype).exp().clamp_max(_MAX_SCALE)  # [B, N, E]
+        logits = F.linear(query, embedding) * self.temperature.to(x.dtype).exp().clamp_max(
+            _MAX_SCALE
+        )  # [B, N, E]
         return logits, fixed_std(logits) if noise == "fixed" else None
 
 
@@ -302,14 +322,22 @@ class SigmoidRouter(TopKRouter):
     ) -> None:
         super().__init__(dim, num_experts, top_k, noise="none", device=device, **given)
         self.bias_rate = bias_rate
-        bias = None if bias_rate is None else torch.zeros(num_experts, device=device, dtype=torch.float32)
+        bias = (
+            None
+            if bias_rate is None
+            else torch.zeros(num_experts, device=device, dtype=torch.float32)
+        )
         self.register_buffer("bias", bias)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """As torch, but the bias stays in float32: in bfloat16 its small steps would soon be lost."""
         bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bias is not None and self.bias is not None and self.bias.dtype.itemsize < bias.dtype.itemsize:
+        if (
+            bias is not None
+            and self.bias is not None
+            and self.bias.dtype.itemsize < bias.dtype.itemsize
+        ):
             self.bias = bias.to(self.bias.device)
         return self
 
@@ -339,7 +367,9 @@ class SigmoidRouter(TopKRouter):
         """The K best by sigmoid and bias, with gates of the sigmoids alone."""
         affinity = logits.sigmoid()  # [B, N, E]
         chosen_by = affinity if self.bias is None else affinity + self.bias.to(affinity.dtype)
-        probs = F.logsigmoid(logits).softmax(-1)  # s / Σ s, also where each s is too small for a float
+        probs = F.logsigmoid(logits).softmax(
+            -1
+        )  # s / Σ s, also where each s is too small for a float
         expert_index = best(chosen_by, self.top_k)[1]  # [B, N, K]
         top_logits = logits.gather(-1, expert_index)
         return Routing(
@@ -420,15 +450,33 @@ _BALANCING = {"load_balancing": _LOAD_BALANCING}
 
 def _switch(dim: int, num_experts: int, top_k: int, **given: Any) -> TopKRouter:
     if top_k != 1:
-        raise UserError(f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out.")
-    return TopKRouter(dim, num_experts, top_k, noise="none", softmax_over="all", default_losses=_BALANCING, **given)
+        raise UserError(
+            f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out."
+        )
+    return TopKRouter(
+        dim,
+        num_experts,
+        top_k,
+        noise="none",
+        softmax_over="all",
+        default_losses=_BALANCING,
+        **given,
+    )
 
 
-def _bias_balanced(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
-    return SigmoidRouter(dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place)
+def _bias_balanced(
+    dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any
+) -> SigmoidRouter:
+    return SigmoidRouter(
+        dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place
+    )
 
 
-_VMOE: dict[str, Any] = {"noise": "fixed", "softmax_over": "all", "default_losses": _IMPORTANCE_AND_LOAD}
+_VMOE: dict[str, Any] = {
+    "noise": "fixed",
+    "softmax_over": "all",
+    "default_losses": _IMPORTANCE_AND_LOAD,
+}
 _SIGMOID = (
     "route_by",
     "normalize_gates",
@@ -439,7 +487,9 @@ _SIGMOID = (
 )
 _TOKEN_CHOICE = ("noise", *_SIGMOID)
 ROUTERS: dict[str, RouterKind] = {
-    "noisy_top_k": RouterKind(partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD), _TOKEN_CHOICE),
+    "noisy_top_k": RouterKind(
+        partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD), _TOKEN_CHOICE
+    ),
     "vmoe_top_k": RouterKind(partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
     "switch": RouterKind(_switch, _TOKEN_CHOICE, top_k=1),
     "sigmoid": RouterKind(partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),

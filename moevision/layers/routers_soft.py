@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
-from moevision.layers.routing import Kind, Router, Routing, at_least_float32, capacity_of, check_top_k, full_precision
+from moevision.layers.routing import (
+    Kind,
+    Router,
+    Routing,
+    at_least_float32,
+    capacity_of,
+    check_top_k,
+    full_precision,
+)
 from moevision.layers.words import by_experts, by_slots
 
 _EPS = 1e-6  # under the root, as in Soft MoE's released code
@@ -35,7 +43,11 @@ def token_view(weights: Tensor, computed: Tensor) -> dict[str, Any]:
     Those come first even where a weight has underflowed to 0; equal weights in the order of experts.
     """
     index = weights.masked_fill(~computed, -1.0).argsort(dim=-1, descending=True, stable=True)
-    return {"expert_index": index, "combine_weight": weights.gather(-1, index), "kept": computed.gather(-1, index)}
+    return {
+        "expert_index": index,
+        "combine_weight": weights.gather(-1, index),
+        "kept": computed.gather(-1, index),
+    }
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,21 @@ class ExpertChoiceRouting(Routing):
     """
 
     kind: ClassVar[Kind] = "expert_choice"
-    token_index: Tensor = field(kw_only=True)  # [B, E, C] int64, tokens that each expert takes, best first
-    token_weight: Tensor = field(kw_only=True)  # [B, E, C] weight of each of them in the output of its token
+    token_index: Tensor = field(
+        kw_only=True
+    )  # [B, E, C] int64, tokens that each expert takes, best first
+    token_weight: Tensor = field(
+        kw_only=True
+    )  # [B, E, C] weight of each of them in the output of its token
 
     @classmethod
     def of(
-        cls, logits: Tensor, noisy_logits: Tensor, noise_std: Tensor | None, token_index: Tensor, token_weight: Tensor
+        cls,
+        logits: Tensor,
+        noisy_logits: Tensor,
+        noise_std: Tensor | None,
+        token_index: Tensor,
+        token_weight: Tensor,
     ) -> ExpertChoiceRouting:
         """The decision by tokens and weights [B, E, C] of each expert, with its token's view; scores are [B, N, E]."""
         by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]
@@ -96,7 +117,9 @@ class ExpertChoiceRouter(Router):
         super().__init__()
         check_top_k(top_k, num_experts)
         if options.noise in ("learned", "jitter"):
-            raise UserError("The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'.")
+            raise UserError(
+                "The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'."
+            )
         self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
         self.noise: Noise = options.noise or "fixed"
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
@@ -124,21 +147,31 @@ class ExpertChoiceRouter(Router):
             capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
             affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
             # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
-            token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
+            token_index = affinity.argsort(dim=-1, descending=True, stable=True)[
+                ..., :capacity
+            ]  # [B, E, C]
             token_weight = affinity.gather(-1, token_index)
             if self.options.normalize_gates:
                 token_weight = shares_of_token(token_weight, token_index, tokens)
-            return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
+            return ExpertChoiceRouting.of(
+                logits, noisy_logits, noise_std, token_index, token_weight
+            )
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
+        return (
+            f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
+        )
 
 
 def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     """Weights [B, E, C] over their sum for the same of N tokens; 0 where all of them are too small for a float."""
     batch, experts, _ = weight.shape
-    taken = weight.new_zeros(batch, experts, tokens).scatter(-1, token_index, weight).sum(1, keepdim=True)  # [B, 1, N]
+    taken = (
+        weight.new_zeros(batch, experts, tokens)
+        .scatter(-1, token_index, weight)
+        .sum(1, keepdim=True)
+    )  # [B, 1, N]
     taken = taken.clamp_min(torch.finfo(weight.dtype).tiny).expand(-1, experts, -1)
     return weight / taken.gather(-1, token_index)
 
@@ -151,8 +184,12 @@ class SoftRouting(Routing):
     """
 
     kind: ClassVar[Kind] = "soft"
-    dispatch_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each slot reads; sums to 1 over the tokens
-    slot_weight: Tensor = field(kw_only=True)  # [B, N, E, P] what each token takes; sums to 1 over all slots
+    dispatch_weight: Tensor = field(
+        kw_only=True
+    )  # [B, N, E, P] what each slot reads; sums to 1 over the tokens
+    slot_weight: Tensor = field(
+        kw_only=True
+    )  # [B, N, E, P] what each token takes; sums to 1 over all slots
 
     @classmethod
     def of(cls, slot_logits: Tensor) -> SoftRouting:
@@ -160,7 +197,9 @@ class SoftRouting(Routing):
 
         An expert's logit is the log of the sum over its slots, so that `probs` are the softmax of `logits`.
         """
-        slot_weight = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)  # over all E · P slots
+        slot_weight = (
+            slot_logits.flatten(2).softmax(-1).view_as(slot_logits)
+        )  # over all E · P slots
         logits = slot_logits.logsumexp(-1)  # [B, N, E]
         return cls(
             logits=logits,
@@ -175,7 +214,9 @@ class SoftRouting(Routing):
     def image_counts(self) -> Tensor:
         """[B, E] int64: slots that each expert computes in each image, the same everywhere."""
         images, _, num_experts, slots = self.slot_weight.shape
-        return torch.full((images, num_experts), slots, dtype=torch.int64, device=self.logits.device)
+        return torch.full(
+            (images, num_experts), slots, dtype=torch.int64, device=self.logits.device
+        )
 
 
 class SoftRouter(Router):
@@ -204,7 +245,9 @@ class SoftRouter(Router):
         self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
         slots = options.slots_per_expert or 1
         self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 shards no scalars
+        self.scale = nn.Parameter(
+            torch.empty(1, device=device, dtype=dtype)
+        )  # FSDP2 shards no scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

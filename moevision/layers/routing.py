@@ -96,8 +96,12 @@ class Routing:
     def image_counts(self) -> Tensor:
         """[B, E] int64: `counts()` of each image."""
         # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-        zeros = torch.zeros(len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device)
-        return zeros.scatter_add(1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64))
+        zeros = torch.zeros(
+            len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device
+        )
+        return zeros.scatter_add(
+            1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64)
+        )
 
     def for_tokens(self, tokens: int) -> Self:
         """One decision per image [B, 1, ...] as that of each of its N tokens [B, N, ...], without a copy."""
@@ -109,7 +113,9 @@ class Routing:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(x) for name, x in values.items() if isinstance(x, Tensor)
+        }
         return replace(self, **changed)
 
 
@@ -150,8 +156,12 @@ class LayerLoad:
         """
         load = counts.double()
         total = load.sum()
-        spread = (count_squares.double() - load.square() / images) / (images - 1)  # [E] variance of an image's counts
-        floor = images * spread.mean() / load.mean().square() if images > 1 else (len(load) - 1) / total
+        spread = (count_squares.double() - load.square() / images) / (
+            images - 1
+        )  # [E] variance of an image's counts
+        floor = (
+            images * spread.mean() / load.mean().square() if images > 1 else (len(load) - 1) / total
+        )
         return cls(
             layer=layer,
             counts=counts.tolist(),
@@ -187,7 +197,9 @@ class Recordable(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """A copy or a pickle never carries an open recorder or intervention along, nor what `compile` made of it."""
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {name: value for name, value in state.items() if name not in ("recorder", "intervention")}
+        return {
+            name: value for name, value in state.items() if name not in ("recorder", "intervention")
+        }
 
 
 def _decide(layer: Recordable, routing: Routing) -> Routing:
@@ -307,10 +319,14 @@ class Router(nn.Module):
     """
 
     kind: ClassVar[Kind] = "token_choice"  # who chooses
-    sees_image: ClassVar[bool] = False  # whether `look` gets the patch embedding and its arguments before each pass
+    sees_image: ClassVar[bool] = (
+        False  # whether `look` gets the patch embedding and its arguments before each pass
+    )
     num_experts: int  # E
     top_k: int  # K
-    num_prefix_tokens: int = 0  # class and register tokens in front of the patches; a model's conversion sets it
+    num_prefix_tokens: int = (
+        0  # class and register tokens in front of the patches; a model's conversion sets it
+    )
 
     @property
     def rows(self) -> nn.Parameter | None:
@@ -338,7 +354,13 @@ class Router(nn.Module):
     def words(self, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
         """What the router does with a patch in evaluation, under the noise, K and capacity factor that are shown."""
         scores = f"The router {type(self).__name__} gives each expert a number."
-        return dict(zip(STEPS, (scores, "As shares of 1.", "It chooses experts.", "It gives weights."), strict=True))
+        return dict(
+            zip(
+                STEPS,
+                (scores, "As shares of 1.", "It chooses experts.", "It gives weights."),
+                strict=True,
+            )
+        )
 
 
 def routed_unit(router: object) -> RouteBy:
@@ -405,13 +427,21 @@ def within_capacity(
     # The queue of a group [B, K·N]: first choices of all tokens, then second ones, ...
     expert, alive = index.mT.flatten(1), kept.mT.flatten(1)
     if priority:
-        by_gate = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [B, N] tokens, surest first
-        order = (by_gate.unsqueeze(1) + tokens * torch.arange(top_k, device=index.device).view(-1, 1)).flatten(1)
+        by_gate = weight.amax(-1).argsort(
+            dim=1, descending=True, stable=True
+        )  # [B, N] tokens, surest first
+        order = (
+            by_gate.unsqueeze(1) + tokens * torch.arange(top_k, device=index.device).view(-1, 1)
+        ).flatten(1)
         expert, alive = expert.gather(1, order), alive.gather(1, order)  # [B, K·N]
     # [B, K·N, E] int32, how many are ahead for each expert: what a queue costs.
-    ahead = (F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)).cumsum(1, dtype=torch.int32)
+    ahead = (F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)).cumsum(
+        1, dtype=torch.int32
+    )
     place = ahead.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N] from 1
     fits = alive & (place <= unit * capacity_of(factor, tokens // unit, top_k, num_experts))
     if priority:
         fits = torch.zeros_like(fits).scatter(1, order, fits)
-    return fits.view(fits.shape[0], top_k, tokens).mT.reshape(shape)  # not len(): it would fix the size of an export
+    return fits.view(fits.shape[0], top_k, tokens).mT.reshape(
+        shape
+    )  # not len(): it would fix the size of an export

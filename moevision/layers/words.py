@@ -10,10 +10,14 @@ from typing import Any, Final
 from moevision.layers.routing import JITTER, Words, routed_unit
 
 ONE_DIRECTION: Final = "The patch is compared with one learned direction per expert."
-ANGLE: Final = "The angle between the patch and one learned direction per expert, times a learned scale."
+ANGLE: Final = (
+    "The angle between the patch and one learned direction per expert, times a learned scale."
+)
 
 
-def by_softmax(router: Any, *, noisy: bool, top_k: int, capacity: float | None, scores: str = ONE_DIRECTION) -> Words:
+def by_softmax(
+    router: Any, *, noisy: bool, top_k: int, capacity: float | None, scores: str = ONE_DIRECTION
+) -> Words:
     """Of a `TopKRouter`; `scores` says how a patch is scored."""
     if router.softmax_over == "kept" and router.normalizes(top_k):
         weights = "Softmax over the kept scores alone: the weights add up to 1."
@@ -41,7 +45,8 @@ def by_sigmoid(router: Any, *, noisy: bool, top_k: int, capacity: float | None) 
     return {
         "scores": _unit(router) + ONE_DIRECTION,
         "shares": "A sigmoid for each score alone gives an affinity from 0 to 1: experts don't compete here.",
-        "kept": (best if balanced else "The highest are kept; the others don't run.") + _capacity(router, capacity),
+        "kept": (best if balanced else "The highest are kept; the others don't run.")
+        + _capacity(router, capacity),
         "weights": weights,
     }
 
@@ -69,13 +74,17 @@ def by_slots(router: Any, **_: Any) -> Words:
     }
 
 
-def by_rule(router: Any, *, noisy: bool, top_k: int, capacity: float | None, rule: str = "A rule") -> Words:
+def by_rule(
+    router: Any, *, noisy: bool, top_k: int, capacity: float | None, rule: str = "A rule"
+) -> Words:
     """Of a `HandmadeRouter`, for which nobody learned anything; `rule` says where the expert comes from."""
     return {
         "scores": f"Nothing is learned here. {rule} decides.",
         "shares": "No shares: the rule has decided already.",
         "kept": "The rule's expert is kept, and the next ones in cyclic order if there are several."
-        + ("" if capacity is None else _full(capacity, "the last patches")),  # all weights are the same
+        + (
+            "" if capacity is None else _full(capacity, "the last patches")
+        ),  # all weights are the same
         "weights": "Every kept expert gets the same weight; the weights add up to 1.",
     }
 

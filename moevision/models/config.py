@@ -27,7 +27,12 @@ _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads
 
 
 def build_model(
-    config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
+    config: MoEConfig,
+    num_classes: int,
+    image_size: int,
+    *,
+    load_pretrained: bool = True,
+    kept: Path | None = None,
 ) -> nn.Module:
     """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
@@ -41,18 +46,24 @@ def build_model(
     name = config.name or DEFAULT_NAME
     if not timm.is_model(name):
         raise UserError(unknown_name(name))
-    arguments = {key: value for key, value in asdict(config).items() if value is not None and key != "name"}
+    arguments = {
+        key: value for key, value in asdict(config).items() if value is not None and key != "name"
+    }
     if of_copies := [key for key in arguments if key.startswith("upcycle_")]:
         raise UserError(
             f"--model.arch.{of_copies[0]} changes copies of pretrained weights: give --pretrained, or leave it out."
         )
     try:
-        model: nn.Module = timm.create_model(name, num_classes=num_classes, img_size=image_size, **arguments)
+        model: nn.Module = timm.create_model(
+            name, num_classes=num_classes, img_size=image_size, **arguments
+        )
     except (TypeError, AssertionError) as error:  # timm asserts that heads divide the width
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{name} does not take these options ({reason}).") from error
     if not hasattr(model, "moe_config"):
-        raise UserError(f"{name} is a dense model: use --model.arch.name vit_moe --model.arch.base {name}.")
+        raise UserError(
+            f"{name} is a dense model: use --model.arch.name vit_moe --model.arch.base {name}."
+        )
     return model
 
 
@@ -70,7 +81,9 @@ def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Modu
     return None if moe_layers(source) else source
 
 
-def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
+def _from_pretrained(
+    config: MoEConfig, num_classes: int, image_size: int, load_weights: bool
+) -> nn.Module:
     if load_weights:  # without them a run of an earlier version goes on as it began
         _refuse_other_sizes(config)
     source = _pretrained_source(config, num_classes, image_size, load_weights)
@@ -86,7 +99,9 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
         if load_weights:
             _refuse_other_experts(config, source)
         return source  # a MoE model of ours, trained further
-    if config.twin is not None:  # of a model whose experts are copies: the dense model that they were copied from
+    if (
+        config.twin is not None
+    ):  # of a model whose experts are copies: the dense model that they were copied from
         return convert_to_moe(source, [])
     options = {name: getattr(config, name) for name in MOE_ARGUMENTS}
     given = {name: value for name, value in options.items() if value is not None}
@@ -109,7 +124,9 @@ def _refuse_other_sizes(config: MoEConfig) -> None:
     if config.twin == "total_params":
         given.append("twin")
     if given:
-        options = ", ".join(f"--model.arch.{name} null (it is {getattr(config, name)})" for name in given)
+        options = ", ".join(
+            f"--model.arch.{name} null (it is {getattr(config, name)})" for name in given
+        )
         raise UserError(
             f"The model is that of the pretrained weights {config.pretrained}, as it is: give {options}, or train from "
             "scratch, with --pretrained none."
@@ -119,7 +136,9 @@ def _refuse_other_sizes(config: MoEConfig) -> None:
 def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
     """Experts that come with the weights are trained as they came."""
     own = dict(cast(Any, source).moe_config)
-    own["expert_hidden"] = one_or_list([layer.experts.fc1.out_features for layer in moe_layers(source)], None)
+    own["expert_hidden"] = one_or_list(
+        [layer.experts.fc1.out_features for layer in moe_layers(source)], None
+    )
     others = []
     for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_noise", "upcycle_reinit"):
         asked = getattr(config, name)
@@ -128,7 +147,9 @@ def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
         else:
             same = (one_or_list(asked, None) if isinstance(asked, list) else asked) == own.get(name)
         if asked is not None and not same:
-            others.append(f"--model.arch.{name} null (it is {asked}; there: {own.get(name, 'not set')})")
+            others.append(
+                f"--model.arch.{name} null (it is {asked}; there: {own.get(name, 'not set')})"
+            )
     if others:
         raise UserError(
             f"{config.pretrained} has experts already, which are trained on as they are: give {', '.join(others)}, "
@@ -136,13 +157,24 @@ def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
         )
 
 
-def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
+def _pretrained_source(
+    config: MoEConfig, num_classes: int, image_size: int, load_weights: bool
+) -> nn.Module:
     name, weights = str(config.pretrained), None
     if name.endswith(".safetensors"):
         name, weights = config.base or architecture_of(name), name
-    rates = {name: getattr(config, name) for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")}
+    rates = {
+        name: getattr(config, name)
+        for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")
+    }
     source = create_from(
-        name, num_classes, image_size, weights=weights, load_weights=load_weights, depth=config.depth, **rates
+        name,
+        num_classes,
+        image_size,
+        weights=weights,
+        load_weights=load_weights,
+        depth=config.depth,
+        **rates,
     )
     if config.global_pool == "avg":
         source = pool_patches(source)

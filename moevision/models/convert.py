@@ -43,11 +43,15 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
     named = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}
     if isinstance(moe_layers, str):
         if moe_layers not in named:
-            raise UserError(f"There is no placement {moe_layers!r}: use {', '.join(named)} or a list of block numbers.")
+            raise UserError(
+                f"There is no placement {moe_layers!r}: use {', '.join(named)} or a list of block numbers."
+            )
         return named[moe_layers]
     outside = [index for index in moe_layers if not 0 <= index < depth]
     if outside:
-        raise UserError(f"moe_layers={list(moe_layers)} does not fit {depth} blocks: they are 0 to {depth - 1}.")
+        raise UserError(
+            f"moe_layers={list(moe_layers)} does not fit {depth} blocks: they are 0 to {depth - 1}."
+        )
     return sorted(set(moe_layers))
 
 
@@ -101,18 +105,34 @@ def convert_to_moe(
             f"{type(vit).__name__} has no transformer blocks behind a patch_embed to convert: give a timm ViT or DeiT."
         )
     if moe_layers(vit):
-        raise UserError(f"{type(vit).__name__} has experts already: convert all layers in one call.")
+        raise UserError(
+            f"{type(vit).__name__} has experts already: convert all layers in one call."
+        )
     if copy_weights and num_shared_experts:
-        raise UserError("A shared expert on top of copies would double the output: leave num_shared_experts out.")
+        raise UserError(
+            "A shared expert on top of copies would double the output: leave num_shared_experts out."
+        )
     indices = moe_layer_indices(layers, len(blocks))
-    of_layer = {"num_experts": num_experts, "top_k": top_k, "router": router, "hidden_features": expert_hidden}
-    shared = {"backend": backend, "num_shared_experts": num_shared_experts, "expert_drop": expert_drop}
+    of_layer = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "router": router,
+        "hidden_features": expert_hidden,
+    }
+    shared = {
+        "backend": backend,
+        "num_shared_experts": num_shared_experts,
+        "expert_drop": expert_drop,
+    }
     # As in timm, an option that is None was not given.
     options = {name: value for name, value in router_options.items() if value is not None}
     plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
     _check_twin(vit, indices)
     # All of them first: a layer that can't be made leaves the model as it was.
-    experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
+    experts = [
+        _moe_like(vit, index, plan, copy_weights)
+        for index, plan in zip(indices, plans, strict=True)
+    ]
     if not isinstance(getattr(vit, "patch_drop", None), nn.Identity | None) and any(
         isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in experts
     ):
@@ -129,13 +149,19 @@ def convert_to_moe(
             state.patch_embed.register_forward_pre_hook(moe.router.look)
     # The experts' biases must not decay: two dimensions are a weight to timm's optimizers. A plain function of names:
     # one that holds the model would be a reference cycle.
-    packed = [f"{name}.bias" for name, module in vit.named_modules() if isinstance(module, PackedLinear)]
+    packed = [
+        f"{name}.bias" for name, module in vit.named_modules() if isinstance(module, PackedLinear)
+    ]
     state.no_weight_decay = partial(set, {*getattr(vit, "no_weight_decay", set)(), *packed})
-    written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
+    written = {
+        name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()
+    }
     if not copy_weights and expert_hidden is None and "twin" not in getattr(vit, "_model_args", {}):
         written["hidden_features"] = None  # follows from the MLP
     if any("slots_per_expert" in plan for plan in plans):
-        options["slots_per_expert"] = one_or_list([plan.get("slots_per_expert") for plan in plans], None)
+        options["slots_per_expert"] = one_or_list(
+            [plan.get("slots_per_expert") for plan in plans], None
+        )
     _set_address(
         vit,
         moe_layers=indices,
@@ -163,7 +189,9 @@ def _plan(
     slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), len(indices))
     routers = lists["router"]
     useful = {name for router in routers for name in router_kind(router).options}
-    useless = sorted(options.keys() - (useful if routers else {field.name for field in fields(RouterOptions)}))
+    useless = sorted(
+        options.keys() - (useful if routers else {field.name for field in fields(RouterOptions)})
+    )
     if useless:
         names = " and ".join(dict.fromkeys(map(repr, routers))) or "A model without MoE layers"
         raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
@@ -177,8 +205,12 @@ def _plan(
         plan |= {name: value for name, value in options.items() if name in kind.options}
         if "slots_per_expert" in kind.options:
             # So many that a token costs as much as with K experts; kept when the image's size changes.
-            tokens = int(cast(Any, vit).patch_embed.num_patches) + int(cast(Any, vit).num_prefix_tokens)
-            plan["slots_per_expert"] = slots[place] or capacity_of(1.0, tokens, plan["top_k"], plan["num_experts"])
+            tokens = int(cast(Any, vit).patch_embed.num_patches) + int(
+                cast(Any, vit).num_prefix_tokens
+            )
+            plan["slots_per_expert"] = slots[place] or capacity_of(
+                1.0, tokens, plan["top_k"], plan["num_experts"]
+            )
         plans.append(plan)
     return plans
 
@@ -188,7 +220,9 @@ def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_wei
     if plan["top_k"] < 1:
         raise UserError(f"top_k is {plan['top_k']}: it must be at least 1 expert.")
     asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
-    if copy_weights and asked is not None:  # experts of that width share the dense MLP out among them
+    if (
+        copy_weights and asked is not None
+    ):  # experts of that width share the dense MLP out among them
         parts, rest = divmod(dense_hidden, asked) if 0 < asked <= dense_hidden else (0, 1)
         if rest:
             raise UserError(
@@ -202,7 +236,9 @@ def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_wei
             )
     hidden = int(asked or (dense_hidden if copy_weights else dense_hidden // units))
     if hidden < 1:
-        raise UserError(f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden.")
+        raise UserError(
+            f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden."
+        )
     return hidden
 
 
@@ -210,7 +246,9 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
-        raise UserError(f"{name}={list(value)} has {len(value)} entries for {count} MoE layers: give one for each.")
+        raise UserError(
+            f"{name}={list(value)} has {len(value)} entries for {count} MoE layers: give one for each."
+        )
     return list(value)
 
 
@@ -226,7 +264,11 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
     mlp: Any = getattr(cast(Any, vit).blocks[index], "mlp", None)
     if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
         return mlp.fc1
-    has = "no MLP of its own" if mlp is None else f"a {type(mlp).__name__} that is gated, convolutional or has a norm"
+    has = (
+        "no MLP of its own"
+        if mlp is None
+        else f"a {type(mlp).__name__} that is gated, convolutional or has a norm"
+    )
     raise UserError(
         f"Block {index} of {type(vit).__name__} has {has}: it can't be converted, since experts take the place of "
         "plain two-layer MLPs."
@@ -236,7 +278,9 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
 def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
     """What timm wrote down of a model, but for experts that it was given in its time and a twin."""
     others = {"twin", *getattr(vit, "moe_config", {})}
-    return {name: value for name, value in getattr(vit, "_model_args", {}).items() if name not in others}
+    return {
+        name: value for name, value in getattr(vit, "_model_args", {}).items() if name not in others
+    }
 
 
 def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
@@ -273,7 +317,9 @@ def _set_address(vit: nn.Module, **moe_config: Any) -> None:
         state.pretrained_cfg = state.default_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
     elif not moe_config["moe_layers"]:  # as it was, a twin for instance
         return
-    state._model_args = arguments | {key: value for key, value in moe_config.items() if value is not None}
+    state._model_args = arguments | {
+        key: value for key, value in moe_config.items() if value is not None
+    }
 
 
 def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bool) -> MoEMlp:
@@ -367,7 +413,10 @@ def pool_patches(vit: nn.Module) -> nn.Module:
         raise UserError(
             f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
         ) from error
-    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}  # what rebuilds the model
+    state._model_args = {
+        **getattr(vit, "_model_args", {}),
+        "global_pool": "avg",
+    }  # what rebuilds the model
     if hasattr(vit, "fc_norm"):  # timm itself would move the norm behind the pooling
         state._model_args["use_fc_norm" if isinstance(vit, Eva) else "fc_norm"] = False
     return vit
@@ -408,13 +457,21 @@ def routes_read(model: nn.Module) -> list[bool]:
             hooks.enter_context(layer.register_forward_hook(add_zeros))
         parameter, state = next(model.parameters()), cast(Any, model)
         height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
-        noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
-        if hasattr(model, "forward_features"):  # what a classifier reads: a new one may be zero, and hide everything
-            features = state.forward_head(state.forward_features(noise), pre_logits=True).float()  # [1, D]
+        noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(
+            parameter
+        )
+        if hasattr(
+            model, "forward_features"
+        ):  # what a classifier reads: a new one may be zero, and hide everything
+            features = state.forward_head(
+                state.forward_features(noise), pre_logits=True
+            ).float()  # [1, D]
         else:
             features = state(noise).float()
         # Against random directions: a plain sum is constant behind a LayerNorm.
-        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(
+            features.device
+        )
         gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     read = []
@@ -428,7 +485,11 @@ def routes_read(model: nn.Module) -> list[bool]:
 def unread_layers(model: nn.Module) -> list[int]:
     """Block numbers of the MoE layers whose routes of patches no classifier reads."""
     read = routes_read(model)
-    return [cast(int, layer.layer_index) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
+    return [
+        cast(int, layer.layer_index)
+        for layer, is_read in zip(moe_layers(model), read, strict=True)
+        if not is_read
+    ]
 
 
 def block_to_pool(model: nn.Module) -> int | None:
@@ -440,7 +501,9 @@ def block_to_pool(model: nn.Module) -> int | None:
     if last is None or last.router.rows is None or routed_unit(last.router) == "image":
         return None
     end = len(cast(Any, model).blocks) - 1
-    could_pool = reads_class_token_only(model) and not hasattr(model, "dist_token")  # a distilled model can't
+    could_pool = reads_class_token_only(model) and not hasattr(
+        model, "dist_token"
+    )  # a distilled model can't
     return end if last.layer_index == end and could_pool else None
 
 
@@ -463,7 +526,9 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
         UserError: if the model is not a converted one, or `match` is unknown.
     """
     if not moe_layers(model) or not hasattr(model, "moe_config"):
-        raise UserError(f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model.")
+        raise UserError(
+            f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model."
+        )
     twin = copy.deepcopy(model)
     make_dense(twin, match)
     cast(Any, twin)._model_args = {**getattr(model, "_model_args", {}), "twin": match}
@@ -485,7 +550,9 @@ def make_dense(model: nn.Module, match: Match) -> None:
             units = moe.router.top_k if match == "active_flops" else moe.router.num_experts
             # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
             drop = (moe.drop if "expert_drop" in state.moe_config else moe.experts.drop).p
-            block.mlp = _mlp_like(moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features, drop)
+            block.mlp = _mlp_like(
+                moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features, drop
+            )
             scale_by_depth(model, block.mlp, index)
     state.moe_config = {**state.moe_config, "twin": match}
 

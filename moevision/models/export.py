@@ -41,7 +41,10 @@ OPSET = 20  # by default; from here on GELU is one of the operators
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
 
-_NOISE, _DRAWS = 4, 3  # images of seeded noise; draws of them, in case rounding chooses another expert in one
+_NOISE, _DRAWS = (
+    4,
+    3,
+)  # images of seeded noise; draws of them, in case rounding chooses another expert in one
 _OPSETS = range(18, 24)  # what torch 2.13 writes
 _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
@@ -98,14 +101,25 @@ def export_onnx(
 
     halved = copy.deepcopy(net).half() if dtype == "fp16" else net
     written, net = (
-        _WithRoutes(told) if routes else told for told in (_Exported(own, model.strangers) for own in (halved, net))
+        _WithRoutes(told) if routes else told
+        for told in (_Exported(own, model.strangers) for own in (halved, net))
     )
     tolerance = TOLERANCE[dtype]
     inputs: list[Tensor] = []  # behind the image
     if isinstance(net, _WithRoutes):
-        inputs = [torch.zeros(len(net.layers), max(layer.router.num_experts for layer in net.layers), dtype=torch.bool)]
+        inputs = [
+            torch.zeros(
+                len(net.layers),
+                max(layer.router.num_experts for layer in net.layers),
+                dtype=torch.bool,
+            )
+        ]
     generator = torch.Generator().manual_seed(0)
-    given = torch.zeros(0, 3, model.image_size, model.image_size) if pictures is None else pictures.cpu().float()
+    given = (
+        torch.zeros(0, 3, model.image_size, model.image_size)
+        if pictures is None
+        else pictures.cpu().float()
+    )
     try:
         data = _to_bytes(_with_backend(written, "dense"), inputs, exported_facts(model), opset)
         run = load_exported(data)
@@ -134,16 +148,24 @@ def export_onnx(
     path = Path(path)
     write_bytes_atomic(path, data)
     classes = len(model.class_names)
-    agreement = float((told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean())
+    agreement = float(
+        (told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean()
+    )
     return ExportReport(path, len(data), len(logits), delta, agreement)
 
 
 def _refuse_layers(net: nn.Module, routes: bool) -> None:
     for layer in moe_layers(net):
         if routes and layer.router.kind != "token_choice":
-            raise UserError("Routes are exported where patches choose experts: leave them out for this model.")
+            raise UserError(
+                "Routes are exported where patches choose experts: leave them out for this model."
+            )
         options = getattr(layer.router, "options", None)
-        if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
+        if (
+            options is not None
+            and options.eval_capacity_factor is not None
+            and options.capacity_group == "batch"
+        ):
             raise UserError(
                 "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
                 "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
@@ -176,7 +198,9 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         if model.strangers is None
         else "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
         f"{REFUSED:.0%} of the validation images, and images of other things.",
-        "architecture": cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {})).get("architecture"),
+        "architecture": cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {})).get(
+            "architecture"
+        ),
         "moe_config": getattr(model.net, "moe_config", None),
     }
 
@@ -203,7 +227,9 @@ class _WithRoutes(nn.Module):
         super().__init__()
         self.net, self.layers = net, moe_layers(net)
         named = {str(layer.layer_index): layer for layer in self.layers}
-        self.outputs = [f"{what}.{number}" for number in named for what in ("experts", "weights", "probs")]
+        self.outputs = [
+            f"{what}.{number}" for number in named for what in ("experts", "weights", "probs")
+        ]
 
     def forward(self, image: Tensor, away: Tensor) -> tuple[Tensor, ...]:
         first = int(getattr(self.net.net, "num_prefix_tokens", 0))
@@ -222,7 +248,9 @@ class _WithRoutes(nn.Module):
 
 def _without(router: Any, away: Tensor, routing: Routing) -> Routing:
     """A decision of tokens without some experts, away bool [E]: the next best take their places, at their own gates."""
-    index = routing.noisy_logits.masked_fill(away, -torch.inf).topk(routing.top_k).indices  # [B, N, K]
+    index = (
+        routing.noisy_logits.masked_fill(away, -torch.inf).topk(routing.top_k).indices
+    )  # [B, N, K]
     gate_logits = router.gate_logits(routing)
     top_logits = gate_logits.gather(-1, index).masked_fill(away[index], -torch.inf)
     left = ~away[index]  # fewer than K may be
@@ -250,7 +278,10 @@ def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], opset
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             net,
-            (torch.zeros(2, 3, side, side), *inputs),  # two images: a batch of 1 would be taken for a constant
+            (
+                torch.zeros(2, 3, side, side),
+                *inputs,
+            ),  # two images: a batch of 1 would be taken for a constant
             dynamic_shapes=({0: Dim("batch", min=1)}, *(None for _ in inputs)),
             strict=False,
             # Soft MoE's reshapes hold for every batch, but torch can't prove it.
@@ -280,7 +311,9 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     """Operations of our routers that torch's exporter has no ONNX for."""
     op = require_extra("onnxscript").opset18
 
-    def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    def stable_sort(
+        self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+    ) -> Any:
         # ONNX's TopK is defined to be stable: of equal values the lower index comes first.
         size = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
@@ -290,7 +323,10 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         apart = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
         return op.Sqrt(op.ReduceSum(op.Mul(apart, apart), [-1], keepdims=0))
 
-    return {torch.ops.aten.sort.stable: stable_sort, torch.ops.aten._cdist_forward.default: distance}
+    return {
+        torch.ops.aten.sort.stable: stable_sort,
+        torch.ops.aten._cdist_forward.default: distance,
+    }
 
 
 def load_exported(source: bytes | str | Path) -> Runner:
@@ -309,7 +345,9 @@ def load_exported(source: bytes | str | Path) -> Runner:
     def run(*inputs: Tensor) -> Any:
         asked = session.get_inputs()
         nobody = [torch.zeros(one.shape).bool() for one in asked[len(inputs) :]]
-        feeds = {one.name: given.numpy() for one, given in zip(asked, [*inputs, *nobody], strict=True)}
+        feeds = {
+            one.name: given.numpy() for one, given in zip(asked, [*inputs, *nobody], strict=True)
+        }
         found = [torch.from_numpy(each) for each in session.run(None, feeds)]
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -324,9 +362,13 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # torch 2.13 asks its own pytree in a way that it has deprecated.
-            warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning
+            )
             # Colour gates look at the image of each pass before they read what they saw.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning
+            )
             yield
     finally:
         optimizer.setLevel(level)

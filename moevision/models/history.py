@@ -56,10 +56,16 @@ def moment_of(net: nn.Module, images: Tensor) -> Moment:
     weights = {}
     first = passes[0][1]
     for place, routing in enumerate(first):
-        of_patches = [each[place].expert_weights()[:, routing.num_prefix_tokens :] for _, each in passes]
+        of_patches = [
+            each[place].expert_weights()[:, routing.num_prefix_tokens :] for _, each in passes
+        ]
         weights[int(routing.layer or 0)] = _half(torch.cat(of_patches))
     probabilities = torch.cat([logits.float().softmax(-1) for logits, _ in passes])
-    return Moment(_half(probabilities), weights, first[0].grid or (1, weights[int(first[0].layer or 0)].shape[1]))
+    return Moment(
+        _half(probabilities),
+        weights,
+        first[0].grid or (1, weights[int(first[0].layer or 0)].shape[1]),
+    )
 
 
 def _half(values: Tensor) -> Half:
@@ -75,9 +81,16 @@ class RoutingHistory:
     total_steps: int  # optimizer steps of the whole training
     pretrained: bool = False  # whether the training began with pretrained layers
     steps: tuple[int, ...] = ()  # [T] optimizer steps done at each moment
-    grid: tuple[int, int] = (0, 0)  # rows and columns of patches; (0, 0) as long as there is no moment
-    probabilities: Half = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False)  # [T, I, C]
-    weights: Mapping[int, Half] = field(default_factory=dict, repr=False)  # [T, I, P, E] by block number
+    grid: tuple[int, int] = (
+        0,
+        0,
+    )  # rows and columns of patches; (0, 0) as long as there is no moment
+    probabilities: Half = field(
+        default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False
+    )  # [T, I, C]
+    weights: Mapping[int, Half] = field(
+        default_factory=dict, repr=False
+    )  # [T, I, P, E] by block number
 
     def __len__(self) -> int:
         """Number of moments."""
@@ -100,7 +113,10 @@ class RoutingHistory:
             steps=(*self.steps, step),
             grid=moment.grid,
             probabilities=np.stack([*self.probabilities, moment.probabilities]),
-            weights={layer: np.stack([*self.weights.get(layer, ()), own]) for layer, own in moment.weights.items()},
+            weights={
+                layer: np.stack([*self.weights.get(layer, ()), own])
+                for layer, own in moment.weights.items()
+            },
         )
 
     def until(self, step: int) -> RoutingHistory:
@@ -116,7 +132,9 @@ class RoutingHistory:
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
         tensors = {"probabilities": np.ascontiguousarray(self.probabilities)}
-        tensors |= {f"L{layer}.weights": np.ascontiguousarray(own) for layer, own in self.weights.items()}
+        tensors |= {
+            f"L{layer}.weights": np.ascontiguousarray(own) for layer, own in self.weights.items()
+        }
         words: dict[str, Any] = {"schema": SCHEMA, **{name: getattr(self, name) for name in _WORDS}}
         # One entry: safetensors writes several in any order, and equal histories shall be equal files.
         write_bytes_atomic(path, save(tensors, {_KEY: json_text(words)}))
@@ -134,11 +152,15 @@ class RoutingHistory:
         words = parse_json(metadata[_KEY].encode(), _KEY)
         schema = words.get("schema") if isinstance(words, dict) else None
         if schema != SCHEMA:
-            raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: record it again.")
+            raise UserError(
+                f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: record it again."
+            )
         try:
             return cls._of(load_file(path), words)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise UserError(f"The routing history {path} is damaged ({error}): record it again.") from error
+            raise UserError(
+                f"The routing history {path} is damaged ({error}): record it again."
+            ) from error
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Any], words: Mapping[str, Any]) -> RoutingHistory:
@@ -156,7 +178,8 @@ class RoutingHistory:
         )
         wanted = (moments, images, len(history.class_names))
         if history.probabilities.shape != wanted or any(
-            own.ndim != 4 or own.shape[:3] != (moments, images, rows * columns) for own in history.weights.values()
+            own.ndim != 4 or own.shape[:3] != (moments, images, rows * columns)
+            for own in history.weights.values()
         ):
             raise ValueError("its arrays don't fit its header")
         if list(history.steps) != sorted(set(history.steps)):
@@ -165,7 +188,15 @@ class RoutingHistory:
 
 
 _KEY: Final = "history"
-_WORDS: Final = ("steps", "total_steps", "pretrained", "image_names", "class_names", "layers", "grid")
+_WORDS: Final = (
+    "steps",
+    "total_steps",
+    "pretrained",
+    "image_names",
+    "class_names",
+    "layers",
+    "grid",
+)
 
 
 def planned_moments(total_steps: int, moments: int) -> list[int]:

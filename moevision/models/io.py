@@ -54,9 +54,15 @@ from moevision.words import shell_word
 ImageSize = int | tuple[int, int]
 Colour = tuple[float, float, float]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
-MAX_SIDE_PX: Final = 4096  # of a model's input: one image takes 50 MB of pixels and 200 MB in float32
+MAX_SIDE_PX: Final = (
+    4096  # of a model's input: one image takes 50 MB of pixels and 200 MB in float32
+)
 MAX_COLOUR: Final = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
-_CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}  # in timm's words
+_CROP_MODES: dict[Fit, str] = {
+    "crop": "center",
+    "pad": "border",
+    "squash": "squash",
+}  # in timm's words
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class SavedModel:
     image_size: int  # side of the square input in pixels
     mean: Colour  # per channel, of pixels in [0, 1]
     std: Colour  # per channel, of pixels in [0, 1]
-    temperature: float | None = None  # what logits are divided by for calibrated probabilities; None: not calibrated
+    temperature: float | None = (
+        None  # what logits are divided by for calibrated probabilities; None: not calibrated
+    )
     # how far images may lie from the classes that the model knows; None: not measured
     strangers: Strangers | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
@@ -105,9 +113,13 @@ def check_numbers(net: nn.Module, address: str) -> None:
     """Refuse weights with which every answer is NaN; `address` is what to call the model in the error."""
     for name, value in net.state_dict().items():  # statistics and biases of a choice too
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
+            raise UserError(
+                f"The model {address!r} can't be used: its weight {name} holds NaN or infinity."
+            )
         if name.endswith(".running_var") and bool((value < 0).any()):
-            raise UserError(f"The model {address!r} can't be used: its variance {name} is negative.")
+            raise UserError(
+                f"The model {address!r} can't be used: its variance {name} is negative."
+            )
 
 
 def describe(net: nn.Module) -> SavedModel:
@@ -122,11 +134,17 @@ def _described(net: nn.Module, name: str, known: dict[str, Any]) -> SavedModel:
     config = timm.data.resolve_model_data_config(net)
     words = _class_names(known, getattr(net, "num_classes", 0))
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
-    height, width = (getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"])[-2:]
+    height, width = (
+        getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
+    )[-2:]
     if height != width:
-        raise UserError(f"The model takes images of {height} x {width} px: only square ones are supported.")
+        raise UserError(
+            f"The model takes images of {height} x {width} px: only square ones are supported."
+        )
     if not isinstance(width, int) or not 1 <= width <= MAX_SIDE_PX:
-        raise UserError(f"The model takes images of {width} px: a side is a whole number from 1 to {MAX_SIDE_PX}.")
+        raise UserError(
+            f"The model takes images of {width} px: a side is a whole number from 1 to {MAX_SIDE_PX}."
+        )
     fit = {mode: fit for fit, mode in _CROP_MODES.items()}.get(config["crop_mode"], "crop")
     return SavedModel(net, words, width, *colours(config["mean"], config["std"], name), fit=fit)
 
@@ -191,7 +209,9 @@ def save_model(model: SavedModel, folder: Path) -> None:
             "timm.create_model."
         )
 
-    def contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+    def contiguous(
+        _net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]
+    ) -> None:
         # Safetensors refuses weights in another order, such as those of a `channels_last` convolution.
         state.update({name: tensor.contiguous() for name, tensor in state.items()})
 
@@ -207,7 +227,11 @@ def save_model(model: SavedModel, folder: Path) -> None:
     try:
         with model.net.register_state_dict_post_hook(contiguous):
             timm.models.save_for_hf(
-                model.net, str(folder), model_config=names, data_config=data_config, safe_serialization=True
+                model.net,
+                str(folder),
+                model_config=names,
+                data_config=data_config,
+                safe_serialization=True,
             )
     except SafetensorError as error:
         (folder / WEIGHTS).unlink(missing_ok=True)
@@ -285,7 +309,9 @@ def address_of(source: str) -> str:
     if path.exists() or source.startswith(FOLDER):
         if (saved := path / "checkpoints" / "last.ckpt").is_file():
             resume = f"moevision fit --resume {shell_word(str(path))}"
-            raise UserError(f"{path} isn't finished: go on with `{resume}`. Until then `predict` takes {saved}.")
+            raise UserError(
+                f"{path} isn't finished: go on with `{resume}`. Until then `predict` takes {saved}."
+            )
         raise UserError(
             f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
             "runs/NAME/model; a file of weights goes with the name of its architecture."
@@ -293,7 +319,9 @@ def address_of(source: str) -> str:
     if ":" in source:
         return source
     if "/" in source or os.sep in source:
-        raise UserError(f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name.")
+        raise UserError(
+            f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name."
+        )
     raise UserError(f"{unknown_name(source)} A saved model is a folder such as runs/NAME/model.")
 
 
@@ -309,7 +337,9 @@ def architecture_of(file: str | Path) -> str:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}.") from error
     if not timm.is_model(named):
-        raise UserError(f"{file} doesn't say its architecture: give --model.arch.base, such as deit_tiny_patch16_224.")
+        raise UserError(
+            f"{file} doesn't say its architecture: give --model.arch.base, such as deit_tiny_patch16_224."
+        )
     return named
 
 
@@ -322,12 +352,18 @@ def unknown_name(name: str) -> str:
     return f"There is no model {name!r}.{hint}"
 
 
-def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+def _create_from_file(
+    address: str, file: Path, num_classes: int | None, options: dict[str, Any]
+) -> nn.Module:
     """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
     if file.suffix != ".safetensors" or not file.is_file():
-        raise UserError(f"There is no .safetensors file {file}: only safetensors are read, never pickles.")
+        raise UserError(
+            f"There is no .safetensors file {file}: only safetensors are read, never pickles."
+        )
     if ":" in address:
-        raise UserError(f"{address} has weights of its own: give {file} with the timm name of their architecture.")
+        raise UserError(
+            f"{address} has weights of its own: give {file} with the timm name of their architecture."
+        )
     classifier = getattr(timm.get_pretrained_cfg(address), "classifier", None) or "head"
     stored = read_header(file)
     head = stored.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
@@ -335,11 +371,16 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
     overlay = {"file": str(file), "num_classes": classes}
     try:
         model: nn.Module = timm.create_model(
-            address, pretrained=True, pretrained_cfg_overlay=overlay, **{**options, "num_classes": classes}
+            address,
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            **{**options, "num_classes": classes},
         )
     except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason}).") from error
+        raise UserError(
+            f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason})."
+        ) from error
     check_types(file, model, stored)
     return reshape(model, num_classes, None)
 
@@ -373,13 +414,19 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{name} has no list of transformer blocks: leave depth out.")
     if not 1 <= depth <= len(blocks):
-        raise UserError(f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}.")
+        raise UserError(
+            f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}."
+        )
     if depth == len(blocks):
         return vit
     if moe_layers(vit):
-        raise UserError(f"{name} has experts, and only a dense model can be cut to its first blocks: leave depth out.")
+        raise UserError(
+            f"{name} has experts, and only a dense model can be cut to its first blocks: leave depth out."
+        )
     for module in blocks.modules():
-        if isinstance(module, DropPath):  # from 0 at the first block to the rate at the last one, as timm spaces it
+        if isinstance(
+            module, DropPath
+        ):  # from 0 at the first block to the rate at the last one, as timm spaces it
             module.drop_prob *= (len(blocks) - 1) / max(1, depth - 1)
     state.blocks = blocks[:depth]
     if isinstance(getattr(vit, "feature_info", None), list):
@@ -399,32 +446,45 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         file = cast(Path, config_file(address))
         told = read_config(file)  # before gigabytes are fetched for nothing
         for wanted in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-            _fetch(repository.partition("@")[0], wanted, file.parent.name)  # the cache names a folder after its commit
+            _fetch(
+                repository.partition("@")[0], wanted, file.parent.name
+            )  # the cache names a folder after its commit
         model = open_model(f"{FOLDER}{file.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
-        cast(dict[str, Any], model.pretrained_cfg).update(source="hf-hub", hf_hub_id=repository, file=None)
+        cast(dict[str, Any], model.pretrained_cfg).update(
+            source="hf-hub", hf_hub_id=repository, file=None
+        )
         return model
     config: dict[str, Any] = {}
     if address.startswith(FOLDER):
         folder = Path(address.removeprefix(FOLDER))
         config = check_model_folder(folder, weights=weights)
-        created: Any = timm.create_model(address, pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options)
+        created: Any = timm.create_model(
+            address, pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
+        )
         if weights:
             file = weights_of(folder)
             fill(created, unpack(file) if file.name == PACKED else load_file(file))
     else:
         if weights:
-            options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
+            options["pretrained_cfg_overlay"] = {
+                "file": str(fetch_weights(address)),
+                "custom_load": False,
+            }
         created = timm.create_model(address, pretrained=weights, **options)
     if weights and "calibration" in config:
         match config["calibration"]:
             case {"temperature": int() | float() as temperature} if 1e-3 <= temperature <= 1e3:
                 created.temperature = float(temperature)  # for `load_model`
             case _:
-                raise UserError("calibration.temperature in its config.json is no number from 0.001 to 1000: mend it.")
+                raise UserError(
+                    "calibration.temperature in its config.json is no number from 0.001 to 1000: mend it."
+                )
     if weights and config.get("strangers"):
         created.strangers_file = Path(address.removeprefix(FOLDER)) / STRANGERS  # for `load_model`
-    if config.get("router_start") == "cluster":  # without weights too: a training that goes on has them elsewhere
+    if (
+        config.get("router_start") == "cluster"
+    ):  # without weights too: a training that goes on has them elsewhere
         created.router_start = "cluster"
     return cast(nn.Module, created)
 
@@ -440,7 +500,9 @@ def unpack(file: Path) -> dict[str, Tensor]:
     stored = {name: value for part in parts_of(file) for name, value in load_file(part).items()}
     for name in [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]:
         scale = stored.pop(name + SCALE).float()[..., None]  # [..., out, G, 1]
-        stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
+        stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(
+            -2
+        )
     return stored
 
 
@@ -457,11 +519,25 @@ def best_device() -> torch.device:
 PATIENCE_S = 3.0
 """How long an answer of the hub is waited for."""
 
-_SAFE_NAMES = {"": WEIGHTS, "pytorch_model.bin": WEIGHTS, "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+_SAFE_NAMES = {
+    "": WEIGHTS,
+    "pytorch_model.bin": WEIGHTS,
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
 # Licences, as the hub abbreviates them, that let anybody use the weights for anything, with attribution at most.
 FREE_LICENCES = frozenset(
     [
-        *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "cc0-1.0"),
+        *(
+            "apache-2.0",
+            "mit",
+            "bsd",
+            "bsd-2-clause",
+            "bsd-3-clause",
+            "isc",
+            "zlib",
+            "unlicense",
+            "cc0-1.0",
+        ),
         *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
     ]
 )
@@ -496,13 +572,19 @@ def published(name: str) -> Published:
     """What timm records about the weights of a name."""
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
-        raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
+        raise UserError(
+            f"There are no pretrained weights for {name}: choose one of timm.list_pretrained()."
+        )
     asked = str(known.hf_hub_filename or "")
     file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
     if not known.hf_hub_id or file is None:
-        raise UserError(f"The weights of {name} are not published as safetensors, and pickles are never read.")
+        raise UserError(
+            f"The weights of {name} are not published as safetensors, and pickles are never read."
+        )
     repository, _, revision = str(known.hf_hub_id).partition("@")
-    return Published(name, repository, revision or None, file, str(known.license or NOT_STATED).lower())
+    return Published(
+        name, repository, revision or None, file, str(known.license or NOT_STATED).lower()
+    )
 
 
 def cached(weights: Published) -> Path | None:
@@ -513,22 +595,33 @@ def cached(weights: Published) -> Path | None:
 def _in_cache(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    found = try_to_load_from_cache(
+        repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision
+    )
     return Path(found) if isinstance(found, str) else None
 
 
 def ask_hub(weights: Published) -> HubFacts:
     """Licence and size of published weights, as the hub states them today; a `HubUnreachableError` if it doesn't."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:  # its client asks twice
         info = HfApi().model_info(
-            weights.repository, revision=weights.revision, files_metadata=True, timeout=PATIENCE_S / 2
+            weights.repository,
+            revision=weights.revision,
+            files_metadata=True,
+            timeout=PATIENCE_S / 2,
         )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(_HIDDEN.format(weights.repository)) from error
-    except Exception as error:  # each version of the hub's client has its own; the cause stays attached
+    except (
+        Exception
+    ) as error:  # each version of the hub's client has its own; the cause stays attached
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else f"no answer: {type(error).__name__}"
         raise HubUnreachableError(f"The hub can't be reached ({reason}).") from error
@@ -584,7 +677,9 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
             "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
         ) from error
     except EntryNotFoundError as error:
-        raise UserError(f"{repository} has no {file} on the hub: only safetensors are read, never pickles.") from error
+        raise UserError(
+            f"{repository} has no {file} on the hub: only safetensors are read, never pickles."
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(_HIDDEN.format(repository)) from error
     except Exception as error:

@@ -32,7 +32,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
 # numbers for weights: hence the name.
 PACKED, SCALE, REST = "model.int8", ".scale", "rest"
-MAX_JSON_BYTES: Final = 16 * 2**20  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
+MAX_JSON_BYTES: Final = (
+    16 * 2**20
+)  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
 MAX_YAML_BYTES: Final = 2**20
 MAX_LAYERS: Final = 512
 # What a model may need beside the numbers in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
@@ -54,7 +56,9 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     with _open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
-        raise UserError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have: give another one.")
+        raise UserError(
+            f"{path} is larger than the {max_bytes:,} bytes that such a file may have: give another one."
+        )
     return data
 
 
@@ -66,7 +70,9 @@ def _open_regular(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{path} can't be read ({error}): check the path and its permissions.") from error
+        raise UserError(
+            f"{path} can't be read ({error}): check the path and its permissions."
+        ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is no regular file: give a file.")
@@ -83,7 +89,9 @@ def parse_json(data: bytes, name: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is damaged, or no JSON file ({str(error)[:120]}): give another one.") from error
+        raise UserError(
+            f"{name} is damaged, or no JSON file ({str(error)[:120]}): give another one."
+        ) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -91,18 +99,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it.") from error
+        raise UserError(
+            f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it."
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no configuration: it must have keys, such as data: {{path: ...}}.")
+        raise UserError(
+            f"{path} is no configuration: it must have keys, such as data: {{path: ...}}."
+        )
     return content
 
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML of plain values, without anchors: behind them a few lines can stand for billions of values."""
     if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"A configuration has at most {MAX_YAML_BYTES:,} characters, and this one has {len(text):,}.")
+        raise UserError(
+            f"A configuration has at most {MAX_YAML_BYTES:,} characters, and this one has {len(text):,}."
+        )
     if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-        raise UserError("A configuration may not use YAML's anchors (&name, *name): write the values out.")
+        raise UserError(
+            "A configuration may not use YAML's anchors (&name, *name): write the values out."
+        )
     return yaml.safe_load(text)
 
 
@@ -131,11 +147,16 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
     try:
         with safe_open(path, framework="np") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
-            entries = {name: TensorEntry(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+            entries = {
+                name: TensorEntry(each.get_dtype(), tuple(each.get_shape()))
+                for name, each in slices.items()
+            }
             return entries, stored.metadata() or {}
     except (SafetensorError, ValueError, OSError) as error:
         reason = str(error)[:120]
-        raise UserError(f"{path} can't be loaded ({reason}): it is damaged, or no safetensors file.") from error
+        raise UserError(
+            f"{path} can't be loaded ({reason}): it is damaged, or no safetensors file."
+        ) from error
 
 
 # ---- a saved model
@@ -150,7 +171,9 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             parts = parts_of(file) if file.name == PACKED else [file]
             entries = {name: entry for part in parts for name, entry in read_header(part).items()}
         except FileNotFoundError as error:
-            raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles.") from error
+            raise UserError(
+                f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles."
+            ) from error
         if not entries:
             raise UserError(f"{file} holds no weights: give the whole model again.")
         if file.name == PACKED:
@@ -171,7 +194,11 @@ def parts_of(file: Path) -> list[Path]:
     A header that says `rest: NAME` holds only what the model doesn't share with the bundled model NAME beside it.
     """
     rest = read_metadata(file).get(REST, "")
-    return [file.parents[2] / rest / "trained" / PACKED, file] if re.fullmatch(r"\w+", rest) else [file]
+    return (
+        [file.parents[2] / rest / "trained" / PACKED, file]
+        if re.fullmatch(r"\w+", rest)
+        else [file]
+    )
 
 
 def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -180,8 +207,15 @@ def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tenso
     for name in [name.removesuffix(SCALE) for name in entries if name.endswith(SCALE)]:
         values, scale = found.get(name, TensorEntry("", ())), found.pop(name + SCALE)
         (*rows, width), (*scaled, parts) = values.shape or (0,), scale.shape or (0,)
-        if (values.dtype, scale.dtype) != ("I8", "BF16") or rows != scaled or not parts or width % parts:
-            raise UserError(f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged.")
+        if (
+            (values.dtype, scale.dtype) != ("I8", "BF16")
+            or rows != scaled
+            or not parts
+            or width % parts
+        ):
+            raise UserError(
+                f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged."
+            )
         found[name] = TensorEntry("F32", values.shape)
     return found
 
@@ -194,14 +228,21 @@ def read_config(file: Path) -> dict[str, Any]:
         pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
         if "state_dict" in (*config, *pretrained):
             raise ValueError("weights stand in it (state_dict)")
-        for name in (config["architecture"], arguments.get("base") or "vit"):  # `hf-hub:...` would fetch a model
+        for name in (
+            config["architecture"],
+            arguments.get("base") or "vit",
+        ):  # `hf-hub:...` would fetch a model
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is no architecture's name")
         check_arguments(arguments)
         told = config.get("num_classes", pretrained.get("num_classes", 1000))
-        if arguments.get("num_classes", told) != told:  # timm would quietly leave the classifier untrained
+        if (
+            arguments.get("num_classes", told) != told
+        ):  # timm would quietly leave the classifier untrained
             raise ValueError("it gives two numbers of classes")
-        if not isinstance(told, int) or told < 0:  # timm would build another number, and leave out what doesn't fit
+        if (
+            not isinstance(told, int) or told < 0
+        ):  # timm would build another number, and leave out what doesn't fit
             raise ValueError("num_classes is no number of classes")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -280,7 +321,15 @@ def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
     # The function that brings weights of another size and of earlier versions into today's form, by timm's own naming.
     into_form = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     built = cast(Any, net)
-    config = {**built.pretrained_cfg, **NO_SOURCE, "state_dict": timm.models.clean_state_dict(weights)}
+    config = {
+        **built.pretrained_cfg,
+        **NO_SOURCE,
+        "state_dict": timm.models.clean_state_dict(weights),
+    }
     timm.models.load_pretrained(
-        net, config, num_classes=built.num_classes, in_chans=config["input_size"][0], filter_fn=into_form
+        net,
+        config,
+        num_classes=built.num_classes,
+        in_chans=config["input_size"][0],
+        filter_fn=into_form,
     )

@@ -26,7 +26,9 @@ Floats = npt.NDArray[np.float64]
 FILE: Final = "strangers.safetensors"
 REFUSED: Final = 0.05
 """Share of the validation images beyond the threshold."""
-IMAGES: Final = 1_000  # of training (10 of a class, if that is more) and of validation that `fit` measures
+IMAGES: Final = (
+    1_000  # of training (10 of a class, if that is more) and of validation that `fit` measures
+)
 MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
 
 
@@ -37,7 +39,9 @@ class Strangers(nn.Module):
     whitening: Tensor  # [D, D] lower triangular: `whitening @ (feature - mean)` has the same spread in all directions
     centers: Tensor  # [C, D] where that puts the mean of each class
 
-    def __init__(self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike) -> None:
+    def __init__(
+        self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike
+    ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("whitening", whitening), ("centers", centers)):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).clone())
@@ -45,10 +49,14 @@ class Strangers(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Distances, float32 [B], of pooled features [B, D]; above 1 an image is a stranger."""
         white = (features.to(self.mean) - self.mean) @ self.whitening.T
-        return torch.cdist(white, self.centers, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+        return torch.cdist(white, self.centers, compute_mode="donot_use_mm_for_euclid_dist").amin(
+            -1
+        )
 
 
-def fit_strangers(features: Floats, labels: npt.NDArray[Any], validation: Floats) -> Strangers | None:
+def fit_strangers(
+    features: Floats, labels: npt.NDArray[Any], validation: Floats
+) -> Strangers | None:
     """Fit to features [n, D] of training images with labels [n], the threshold to those of validation images [m, D].
 
     The covariance is shrunk towards a multiple of the identity as Ledoit and Wolf do (2004, Journal of Multivariate
@@ -58,11 +66,17 @@ def fit_strangers(features: Floats, labels: npt.NDArray[Any], validation: Floats
     from scipy.spatial.distance import cdist
     from sklearn.covariance import LedoitWolf
 
-    if len(validation) < MIN_VALIDATION or not (np.isfinite(features).all() and np.isfinite(validation).all()):
+    if len(validation) < MIN_VALIDATION or not (
+        np.isfinite(features).all() and np.isfinite(validation).all()
+    ):
         return None
     classes, place = np.unique(labels, return_inverse=True)
-    means = np.stack([features[place == number].mean(0) for number in range(len(classes))])  # [C, D]
-    covariance = LedoitWolf(assume_centered=True).fit(features - means[place]).covariance_  # [D, D], within classes
+    means = np.stack(
+        [features[place == number].mean(0) for number in range(len(classes))]
+    )  # [C, D]
+    covariance = (
+        LedoitWolf(assume_centered=True).fit(features - means[place]).covariance_
+    )  # [D, D], within classes
     try:
         whitening = np.linalg.inv(np.linalg.cholesky(covariance))
     except np.linalg.LinAlgError:  # no two images of a class differ
@@ -98,7 +112,9 @@ def read_strangers(file: Path, net: nn.Module) -> Strangers:
     head = linear_head(net)
     width, classes = (0, 0) if head is None else (head.in_features, head.out_features)
     try:
-        shapes = {name: entry.shape for name, entry in read_header(file).items() if entry.dtype == "F32"}
+        shapes = {
+            name: entry.shape for name, entry in read_header(file).items() if entry.dtype == "F32"
+        }
     except FileNotFoundError:
         shapes = {}
     rows = (shapes.get("centers") or (0,))[0]

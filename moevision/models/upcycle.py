@@ -33,7 +33,12 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
-from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp, read_layer_indices
+from moevision.models.convert import (
+    convert_to_moe,
+    moe_layer_indices,
+    plain_mlp,
+    read_layer_indices,
+)
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
 
 
@@ -87,26 +92,43 @@ def upcycle(
     """
     for name, value, highest in (("noise", noise, math.inf), ("reinit", reinit, 1.0)):
         if not 0 <= value <= highest or value == math.inf:
-            raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest == 1 else "."))
+            raise UserError(
+                f"{name} is {value}: it must be at least 0"
+                + (" and at most 1." if highest == 1 else ".")
+            )
     device = torch.device("cpu")  # where seeds mean the same on every machine
     if not isinstance(source, nn.Module):
-        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed)
+        dense = load_dense(
+            source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed
+        )
     elif weights is not None:
-        raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
+        raise UserError(
+            "A model brings its own weights: give a timm name together with a file of weights."
+        )
     else:
         device = next(source.parameters()).device
         with _seeded(seed):
             dense = copy.deepcopy(source)
             dense = dense if device.type == "meta" else dense.cpu()
-            dense = reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size)
+            dense = reshape(
+                dense if depth is None else first_blocks(dense, depth), num_classes, image_size
+            )
     check_upcyclable(dense, "last2" if layers is None else layers)
     if layers is None and not (layers := read_layer_indices(dense, "last2")):
-        raise UserError("The classifier reads the patches of none of the last two blocks: name layers.")
+        raise UserError(
+            "The classifier reads the patches of none of the last two blocks: name layers."
+        )
     with _seeded(seed, stream=1):
         kinds = [router_kind(name) for name in ([router] if isinstance(router, str) else router)]
         can_normalize = any("normalize_gates" in kind.options for kind in kinds)
-        options = {"normalize_gates": True if can_normalize else None, "noise": router_noise, **moe_options}
-        model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)
+        options = {
+            "normalize_gates": True if can_normalize else None,
+            "noise": router_noise,
+            **moe_options,
+        }
+        model = convert_to_moe(
+            dense, layers, num_experts, top_k, router, copy_weights=True, **options
+        )
         for layer in moe_layers(model):
             _diversify(layer, noise, reinit)
     return model.to(device)
@@ -156,9 +178,15 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     """Raise a UserError that says why the MLPs of these blocks can't become experts; do nothing if they can."""
     name = type(vit).__name__
     if moe_layers(vit):
-        raise UserError(f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`.")
+        raise UserError(
+            f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`."
+        )
     blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks) or not hasattr(vit, "patch_embed"):
+    if (
+        not isinstance(blocks, nn.Sequential | nn.ModuleList)
+        or not len(blocks)
+        or not hasattr(vit, "patch_embed")
+    ):
         raise UserError(
             f"{name} has no list of transformer blocks behind a patch_embed: upcycling needs a ViT, DeiT or EVA-style "
             "model."
@@ -171,7 +199,9 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     mlps = [getattr(block, "mlp", None) for block in blocks]
     widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
     if len(widths) > 1:
-        raise UserError(f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks.")
+        raise UserError(
+            f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks."
+        )
 
 
 @torch.no_grad()
@@ -182,7 +212,11 @@ def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
     for expert in range(fc1.num_experts if units else 0):
         # One set of units for all their weights, as the paper has it (its code draws a set for every matrix).
         chosen = torch.randperm(fc1.out_features)[:units]
-        for part in (fc1.weight[expert], fc2.weight[expert].mT, *([] if fc1.bias is None else [fc1.bias[expert]])):
+        for part in (
+            fc1.weight[expert],
+            fc2.weight[expert].mT,
+            *([] if fc1.bias is None else [fc1.bias[expert]]),
+        ):
             old = part[chosen]
             part[chosen] = torch.randn_like(old) * old.std(correction=0) + old.mean()
     if noise:
@@ -192,14 +226,19 @@ def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
 
 # ---- routers from clusters
 
-_UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}  # enough for E centres, more only costs time
+_UNITS: dict[RouteBy, int] = {
+    "token": 20_000,
+    "image": 2_000,
+}  # enough for E centres, more only costs time
 START_IMAGES = 2_000  # whose tokens are clustered, at most
 _OF_IMAGE = 40  # tokens that are taken of one image, so that there are many images among them
 _RESTARTS, _STEPS = 8, 50
 
 
 @torch.no_grad()
-def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0) -> dict[int, list[float]]:
+def start_routers(
+    model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0
+) -> dict[int, list[float]]:
     """Let the routers of a model start from clusters of their own input, in place.
 
     Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
@@ -216,7 +255,9 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     """
     layers = moe_layers(model)
     if not layers:
-        raise UserError(f"{type(model).__name__} has no MoE layer, so it has no router to start: give a MoE model.")
+        raise UserError(
+            f"{type(model).__name__} has no MoE layer, so it has no router to start: give a MoE model."
+        )
     for layer in layers:
         if layer.router.rows is None:
             raise UserError(
@@ -225,23 +266,36 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
             )
     generator = torch.Generator().manual_seed(seed)
     shares = {}
-    for place, (layer, units) in enumerate(zip(layers, _router_inputs(model, layers, batches, generator), strict=True)):
+    for place, (layer, units) in enumerate(
+        zip(layers, _router_inputs(model, layers, batches, generator), strict=True)
+    ):
         router = cast(TopKRouter, layer.router)
         group = _groups(router)  # [E]
         clusters = int(group.max()) + 1
         if len(units) < clusters:
             what = "images" if routed_unit(layer.router) == "image" else "tokens"
-            raise UserError(f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images.")
+            raise UserError(
+                f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images."
+            )
         found = [spherical_kmeans(units, clusters, generator) for _ in range(_RESTARTS)]
-        centroids, sizes = min(found, key=lambda each: int(each[1].max()))  # whose largest cluster is smallest
+        centroids, sizes = min(
+            found, key=lambda each: int(each[1].max())
+        )  # whose largest cluster is smallest
         router.start_rows(centroids[group], units)
-        shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
-    cast(Any, model).router_start = "cluster"  # saved with the model: no training can be credited with it
+        shares[place if layer.layer_index is None else layer.layer_index] = (
+            sizes / sizes.sum()
+        ).tolist()
+    cast(
+        Any, model
+    ).router_start = "cluster"  # saved with the model: no training can be credited with it
     return shares
 
 
 def _router_inputs(
-    model: nn.Module, layers: Sequence[MoEMlp], batches: Iterable[Tensor], generator: torch.Generator
+    model: nn.Module,
+    layers: Sequence[MoEMlp],
+    batches: Iterable[Tensor],
+    generator: torch.Generator,
 ) -> list[Tensor]:
     """[T, D] float64 per layer, on the CPU: what its router scores, up to `_UNITS` of the first images."""
     found: list[list[Tensor]] = [[] for _ in layers]
@@ -252,8 +306,14 @@ def _router_inputs(
         if routed_unit(layer.router) == "image":
             found[place].append(mean_token(tokens)[:, 0].double().cpu())
         else:
-            taken = torch.rand(tokens.shape[:2], generator=generator).argsort(1)[:, :_OF_IMAGE]  # [B, taken]
-            chosen = tokens.double().cpu().gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            taken = torch.rand(tokens.shape[:2], generator=generator).argsort(1)[
+                :, :_OF_IMAGE
+            ]  # [B, taken]
+            chosen = (
+                tokens.double()
+                .cpu()
+                .gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            )
             found[place].append(chosen.flatten(0, 1))
 
     # Locked, so that no other thread's images pass the hooks.
@@ -262,7 +322,9 @@ def _router_inputs(
             hooks.enter_context(layer.register_forward_pre_hook(partial(keep, place)))
         for images in batches:
             model(images)
-            if all(sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)):
+            if all(
+                sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)
+            ):
                 break
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
@@ -275,7 +337,9 @@ def _router_inputs(
 def _groups(router: TopKRouter) -> Tensor:
     """[E] int64: which experts share a row, numbered as they come; rows that are all equal (zeros) are E rows."""
     rows = router.rows.cpu()
-    first = (rows[:, None] == rows).all(-1).byte().argmax(1)  # [E] the first expert with the same row
+    first = (
+        (rows[:, None] == rows).all(-1).byte().argmax(1)
+    )  # [E] the first expert with the same row
     return first.unique(return_inverse=True)[1] if first.any() else torch.arange(len(rows))
 
 

@@ -63,12 +63,21 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
     """
     steps = _halvings("conv", patch_size)
-    channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
+    channels = (
+        *(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)),
+        embed_dim,
+    )
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         kernels, strides = (*[3] * steps, 1), (*[2] * steps, 1)
         return ConvStem(
-            in_chans, steps + 1, channels, kernel_size=kernels, stride=strides, act_layer=nn.GELU, **factory
+            in_chans,
+            steps + 1,
+            channels,
+            kernel_size=kernels,
+            stride=strides,
+            act_layer=nn.GELU,
+            **factory,
         )
 
     return partial(_embed, backbone)
@@ -153,7 +162,9 @@ def _conv(before: int, width: int, stride: int = 1, **factory: Any) -> nn.Module
 def _halvings(stem: str, patch_size: int) -> int:
     steps = patch_size.bit_length() - 1
     if steps < 1 or 2**steps != patch_size:
-        raise UserError(f"stem={stem!r} halves the image step by step: patch_size={patch_size} is no power of two.")
+        raise UserError(
+            f"stem={stem!r} halves the image step by step: patch_size={patch_size} is no power of two."
+        )
     return steps
 
 
@@ -170,7 +181,9 @@ def _embed(
     # on theirs.
     factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
     backbone = make_backbone(in_chans, **factory)
-    return HybridEmbed(backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
+    return HybridEmbed(
+        backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs
+    )
 
 
 # ---- the model
@@ -201,7 +214,9 @@ class VisionTransformerMoE(VisionTransformer):
     ) -> None:
         check_patches(img_size, patch_size)
         if stem not in ("patch", *STEMS):
-            raise UserError(f"There is no stem {stem!r}: choose {', '.join(map(repr, ('patch', *STEMS)))}.")
+            raise UserError(
+                f"There is no stem {stem!r}: choose {', '.join(map(repr, ('patch', *STEMS)))}."
+            )
         if stem in STEMS:
             kwargs["embed_layer"] = STEMS[stem](embed_dim, patch_size)
         moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
@@ -230,7 +245,9 @@ class VisionTransformerMoE(VisionTransformer):
         super().set_grad_checkpointing(enable)
 
 
-def check_patches(img_size: int | tuple[int, int], patch_size: int, otherwise: str = ", or another patch_size") -> None:
+def check_patches(
+    img_size: int | tuple[int, int], patch_size: int, otherwise: str = ", or another patch_size"
+) -> None:
     """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest)."""
     sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
     if any(side % patch_size for side in sides):
@@ -241,10 +258,17 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int, otherwise: s
         )
 
 
-def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+def _build(
+    make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]
+) -> Any:
     feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
     return build_model_with_cfg(
-        make, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **arguments
+        make,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **arguments,
     )
 
 
@@ -299,7 +323,10 @@ def _cfg(size: int, stem: str = "patch") -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"{name}.untrained": _cfg(size, given.get("stem", "patch")) for name, (size, given) in _MODELS.items()},
+        **{
+            f"{name}.untrained": _cfg(size, given.get("stem", "patch"))
+            for name, (size, given) in _MODELS.items()
+        },
         "vit_moe.untrained": _cfg(224),
     }
 )
@@ -321,7 +348,9 @@ for _name in _MODELS:
 
 
 @register_model
-def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+def vit_moe(
+    pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwargs: Any
+) -> nn.Module:
     """Any timm ViT with plain MLPs, converted: `create_model("vit_moe", base="deit_tiny_patch16_224", top_k=1)`.
 
     The arguments are those of `VisionTransformerMoE` for experts, and of `base`.
@@ -329,8 +358,15 @@ def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwar
     if kwargs.get("pretrained_cfg") is None:
         base_cfg = timm.get_pretrained_cfg(base)
         if base_cfg is None:
-            raise UserError(f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`.")
-        kwargs["pretrained_cfg"] = {**base_cfg.to_dict(), **NO_SOURCE, "tag": None, "architecture": "vit_moe"}
+            raise UserError(
+                f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`."
+            )
+        kwargs["pretrained_cfg"] = {
+            **base_cfg.to_dict(),
+            **NO_SOURCE,
+            "tag": None,
+            "architecture": "vit_moe",
+        }
     model: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
     return model
 

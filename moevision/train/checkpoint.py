@@ -31,7 +31,9 @@ from moevision.files import write_bytes_atomic
 from moevision.train.processes import decide, is_first
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-START = "start"  # a folder beside them, with the config.json of the model that training started from
+START = (
+    "start"  # a folder beside them, with the config.json of the model that training started from
+)
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
 
@@ -55,8 +57,14 @@ def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # zip, pickle, key and OS errors alike; torch's own words advise to trust the file
-        reason = str(error) if type(error) is ValueError else getattr(error, "strerror", None) or type(error).__name__
+    except (
+        Exception
+    ) as error:  # zip, pickle, key and OS errors alike; torch's own words advise to trust the file
+        reason = (
+            str(error)
+            if type(error) is ValueError
+            else getattr(error, "strerror", None) or type(error).__name__
+        )
         raise UserError(
             f"The checkpoint {path} can't be read ({reason}): it is damaged, or no checkpoint of moevision. Use "
             "another one of the run, such as last.ckpt or best.ckpt."
@@ -69,7 +77,10 @@ def load_archive(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -
         raise ValueError("it is no regular file")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in entries):
+    if any(
+        each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size
+        for each in entries
+    ):
         raise ValueError("its parts are compressed")
     if sum(each.file_size for each in entries) > path.stat().st_size:
         raise ValueError("its parts overlap")
@@ -92,7 +103,9 @@ def verify(path: Path) -> Verified:
         with zipfile.ZipFile(path) as parts:
             broken = parts.testzip()
         return Verified(path, step, None if broken is None else f"is damaged in {broken}")
-    except Exception as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
+    except (
+        Exception
+    ) as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
         return Verified(path, -1, f"is no whole checkpoint ({type(error).__name__})")
 
 
@@ -103,7 +116,9 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
     """
     seen = [verify(path) for path in sorted(folder.glob("*.ckpt"))]
     sound = [each for each in seen if each.fault is None]
-    newest = max(sound, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None)
+    newest = max(
+        sound, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None
+    )
     return newest, [each for each in seen if each.fault is not None]
 
 
@@ -113,14 +128,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
     A new `last.ckpt` turns the one before into `previous.ckpt`, so that there are two to go on from.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write a checkpoint; an OSError if the disk refuses it, and what was there before is then still there."""
         path, memory = Path(path), io.BytesIO()
         torch.save(checkpoint, memory)
-        write_bytes_atomic(path, memory.getvalue(), before=path.with_name(PREVIOUS) if path.name == LAST else None)
+        write_bytes_atomic(
+            path, memory.getvalue(), before=path.with_name(PREVIOUS) if path.name == LAST else None
+        )
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None, *, mmap: bool = False
+        self,
+        path: str | Path,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,
+        *,
+        mmap: bool = False,
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake, `mmap` as above.
 
@@ -143,5 +167,7 @@ def check_checkpoint(name: str) -> dict[str, Any]:
         checkpoint = load_archive(Path(name), mmap=True)
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "arch" not in options:
-        raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
+        raise UserError(
+            f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/."
+        )
     return cast(dict[str, Any], checkpoint)

@@ -55,13 +55,23 @@ def choose_weights(
     validation images once more.
     """
     tested: FinalWeights = decide(lambda: final_checkpoint(folder))
-    if tested.checkpoint.name != BEST or not schedule_ended(trainer) or decide(lambda: verify(folder / LAST)).fault:
+    if (
+        tested.checkpoint.name != BEST
+        or not schedule_ended(trainer)
+        or decide(lambda: verify(folder / LAST)).fault
+    ):
         return tested
     best, last = folder / BEST, folder / LAST
-    best_step, last_step = (int(check_checkpoint(str(path))["global_step"]) for path in (best, last))
+    best_step, last_step = (
+        int(check_checkpoint(str(path))["global_step"]) for path in (best, last)
+    )
     if best_step == last_step:
-        return FinalWeights(last, f"the weights of the last epoch, which are the best by {monitor} too")
-    tell(f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images.")
+        return FinalWeights(
+            last, f"the weights of the last epoch, which are the best by {monitor} too"
+        )
+    tell(
+        f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
+    )
     of_best, of_last = (_validate(trainer, task, data, path) for path in (best, last))
     gain, error = gain_of(of_best, of_last, monitor)
     size, spread = f"{points(gain)} points", f"{100 * error:.1f}"
@@ -92,7 +102,9 @@ def schedule_ended(trainer: L.Trainer) -> bool:
     return trainer.current_epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
 
 
-def _validate(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, checkpoint: Path) -> Validated:
+def _validate(
+    trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, checkpoint: Path
+) -> Validated:
     """Classify the validation images with the weights of a checkpoint."""
     # metrics.csv has the validations of the training, and none of these.
     loggers, trainer.loggers = trainer.loggers, []
@@ -101,7 +113,11 @@ def _validate(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModul
     finally:
         trainer.loggers = loggers
     names = ("index", "correct", "loss", "label")
-    own = [row for batch in task.val_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    own = [
+        row
+        for batch in task.val_outputs
+        for row in zip(*(batch[name].tolist() for name in names), strict=True)
+    ]
     rows = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the images
     _, correct, loss, labels = zip(*rows, strict=True)
     return Validated(np.array(correct), np.array(loss, dtype=float), np.array(labels))
@@ -114,11 +130,15 @@ def final_checkpoint(folder: Path) -> FinalWeights:
     """
     best = folder / BEST
     if not best.exists():  # a training that ends within its first epoch
-        return FinalWeights(folder / LAST, "the weights of the last step, because there is no best.ckpt")
+        return FinalWeights(
+            folder / LAST, "the weights of the last step, because there is no best.ckpt"
+        )
     if (fault := verify(best).fault) is None:
         return FinalWeights(best, "the weights of the best validation epoch")
     tell(f"warning: {best} {fault}: {LAST} is tested instead.")
-    return FinalWeights(folder / LAST, "the weights of the last epoch, because best.ckpt was damaged")
+    return FinalWeights(
+        folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
+    )
 
 
 def checkpoint_of_run(run_dir: Path) -> Path:

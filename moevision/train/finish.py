@@ -182,7 +182,10 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     scores = _test_scores(training, tested, checkpoint, weights)
     _write_class_table(run_dir, scores.per_class)
     summary = _summarize(training, effort, scores, bad_images)
-    by_image = (dict(zip(tested.samples, each.tolist(), strict=True)) for each in (tested.correct, tested.labels))
+    by_image = (
+        dict(zip(tested.samples, each.tolist(), strict=True))
+        for each in (tested.correct, tested.labels)
+    )
     result = _with_choice(RunResult(summary, run_dir, *by_image))
     _write_summary(result.summary, run_dir)
     return result
@@ -207,7 +210,9 @@ def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> Te
     """The answers of all processes, after a test."""
     names = ("index", "label", "prediction", "probability")
     of_process = [
-        row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)
+        row
+        for batch in task.test_outputs
+        for row in zip(*(batch[name].tolist() for name in names), strict=True)
     ]
     rows = sorted(chain.from_iterable(gather(of_process)))
     indices, *columns = map(np.array, zip(*rows, strict=True))
@@ -272,7 +277,9 @@ def _seed(training: Training) -> int | None:
     return None if seed is False else seed
 
 
-def _test_scores(training: Training, tested: TestedImages, checkpoint: Path, weights: str) -> TestScores:
+def _test_scores(
+    training: Training, tested: TestedImages, checkpoint: Path, weights: str
+) -> TestScores:
     task, data, metrics = training.task, training.data, training.trainer.callback_metrics
     train_counts = data.class_counts["train"]
     majority = max(train_counts, key=lambda name: train_counts[name])
@@ -303,16 +310,24 @@ def _calibration_error(tested: TestedImages) -> float | None:
     return float(binary_calibration_error(confidence, correct, n_bins=15))
 
 
-def _class_scores(task: ClassificationTask, tested: TestedImages, classes: Sequence[str]) -> list[ClassScores]:
+def _class_scores(
+    task: ClassificationTask, tested: TestedImages, classes: Sequence[str]
+) -> list[ClassScores]:
     scores = []
     for label, name in enumerate(classes):
         is_class = tested.labels == label
-        measures: dict[str, Any] = {key: values[label] for key, values in task.test_by_class.items()}
+        measures: dict[str, Any] = {
+            key: values[label] for key, values in task.test_by_class.items()
+        }
         if not is_class.any():
             measures = dict.fromkeys(measures)
         if is_class.all():  # no image of another class to tell it from
             measures["auroc"] = None
-        scores.append(ClassScores(name, int((tested.correct & is_class).sum()), int(is_class.sum()), **measures))
+        scores.append(
+            ClassScores(
+                name, int((tested.correct & is_class).sum()), int(is_class.sum()), **measures
+            )
+        )
     return scores
 
 
@@ -321,20 +336,30 @@ def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
         return "" if share is None else f"{share:.4f}"
 
     rows = [
-        (csv_name(each.name), each.images, *map(cell, (each.precision, each.recall, each.f1, each.auroc)))
+        (
+            csv_name(each.name),
+            each.images,
+            *map(cell, (each.precision, each.recall, each.f1, each.auroc)),
+        )
         for each in scores
     ]
     header = ("class", "images", "precision", "recall", "f1", "auroc")
     write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
 
 
-def _summarize(training: Training, effort: Effort, scores: TestScores, bad_images: BadImages) -> RunSummary:
+def _summarize(
+    training: Training, effort: Effort, scores: TestScores, bad_images: BadImages
+) -> RunSummary:
     task, data, trainer, run_dir = training.task, training.data, training.trainer, training.run_dir
     stopwatch, monitor = training.stopwatch, training.settings.checkpoint.monitor
     device = device_name(trainer)
     if trainer.world_size > 1:
         device += f", {trainer.world_size} processes"
-    chosen_by = ["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []
+    chosen_by = (
+        ["best.ckpt is the epoch with the best balanced accuracy on val."]
+        if monitor == BALANCED
+        else []
+    )
     return RunSummary(
         name=run_dir.name,
         model=describe_model(task),
@@ -362,7 +387,12 @@ def _summarize(training: Training, effort: Effort, scores: TestScores, bad_image
         monitor=monitor,
         ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[*data.warnings, *chosen_by, *effort.notes, *data_wait_advice(stopwatch.data_wait, data)],
+        notes=[
+            *data.warnings,
+            *chosen_by,
+            *effort.notes,
+            *data_wait_advice(stopwatch.data_wait, data),
+        ],
     )
 
 
@@ -399,7 +429,9 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
     if probe is not None:
         correct = np.array([probe.test_correct[sample] for sample in common])
         # The model that training began with, which is the one of the first row; else its time isn't known.
-        speed = rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
+        speed = (
+            rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
+        )
         rows.insert(0, ComparedModel(PROBE, correct, speed, probe.mbytes, probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
     given = probe is not None and probe.of_experts
@@ -415,7 +447,9 @@ def _ms_per_image(training: Training) -> float | None:
     side, device = training.data.image_size, training.trainer.strategy.root_device
     net = training.task.net.to(device).eval()
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image = image.to(device, next(net.parameters()).dtype)  # of a training in bf16-true or 64-true, its own
+    image = image.to(
+        device, next(net.parameters()).dtype
+    )  # of a training in bf16-true or 64-true, its own
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
         began = time.perf_counter()

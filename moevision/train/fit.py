@@ -34,7 +34,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from moevision.config import CLASSES, EmaConfig, Given, GuardConfig, ParallelConfig, Settings, checked, settings
+from moevision.config import (
+    CLASSES,
+    EmaConfig,
+    Given,
+    GuardConfig,
+    ParallelConfig,
+    Settings,
+    checked,
+    settings,
+)
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
@@ -48,7 +57,15 @@ from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.final_weights import checkpoint_of_run
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.health import Calibrate, RecordRouting, RouterHealth, RunLogger, StopEarly, Stopwatch, WeightEMA
+from moevision.train.health import (
+    Calibrate,
+    RecordRouting,
+    RouterHealth,
+    RunLogger,
+    StopEarly,
+    Stopwatch,
+    WeightEMA,
+)
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -96,7 +113,10 @@ from moevision.words import percent, shell_word
 # A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
 ALLOWED = (
     "moevision.train",
-    *(f"lightning.pytorch.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")),
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")
+    ),
     *("lightning.pytorch.strategies", "lightning.fabric.plugins", "lightning.fabric.loggers"),
 )
 # Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
@@ -133,15 +153,23 @@ def fit(given: Given) -> None:
         if training.settings.with_twin:
             result = _train_twin(training, options, command, result)
         if result is not None:
-            tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+            tell(
+                f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md"
+            )
             if result.summary.layers:
                 run = shell_word(str(run_dir))
-                tell(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+                tell(
+                    f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}"
+                )
                 if not training.settings.with_twin and result.summary.choice is None:
-                    tell("Whether they pay on these images: --with-twin also trains a dense model of the same cost.")
+                    tell(
+                        "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
+                    )
 
 
-def train(settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()) -> Training:
+def train(
+    settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()
+) -> Training:
     """Prepare a training, say what it will do, and train; a new run folder is removed if it can't begin.
 
     `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
@@ -150,7 +178,11 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of an earlier training: the twin's run
     _seed(settings, session)
-    task, data, named = _task(settings), ImageDataModule(**vars(settings.data)), instantiated(settings.trainer)
+    task, data, named = (
+        _task(settings),
+        ImageDataModule(**vars(settings.data)),
+        instantiated(settings.trainer),
+    )
     early = settings.early_stopping
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
     with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None):
@@ -174,14 +206,20 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
             Calibrate(),
             ExampleScores(),
             *watching(ema=settings.ema, guard=settings.guard),
-            *([RecordRouting(settings.record_routing, run_dir)] if settings.record_routing.images else []),
+            *(
+                [RecordRouting(settings.record_routing, run_dir)]
+                if settings.record_routing.images
+                else []
+            ),
             EpochEnd(point),
         ]
         strategy = _strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
         trainer = _trainer(settings, run_dir, {**named, **strategy}, ours)
         if session.run_dir is None:  # the twin's turn comes when the run itself goes on
             session.run_dir = run_dir
-        training = Training(settings, session, start, run_dir, task, data, trainer, stopwatch, started)
+        training = Training(
+            settings, session, start, run_dir, task, data, trainer, stopwatch, started
+        )
 
         # Data
         if training.fresh and settings.router_start == "cluster" and task.arch.pretrained is None:
@@ -190,7 +228,9 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
                 "or leave it out."
             )
         check_trainer(trainer)
-        if training.fresh and data.order_seed is None:  # config.yaml keeps it for a run that goes on
+        if (
+            training.fresh and data.order_seed is None
+        ):  # config.yaml keeps it for a run that goes on
             seed = settings.seed_everything
             settings.data.order_seed = data.order_seed = None if seed is False else seed
         data.run_dir = run_dir
@@ -219,7 +259,9 @@ def train(settings: Settings, session: Session, start: Start | None, callbacks: 
 
 
 @contextmanager
-def _no_trace_of_a_failure(run_dir: Path, session: Session, stopwatch: Stopwatch, *, new: bool) -> Iterator[None]:
+def _no_trace_of_a_failure(
+    run_dir: Path, session: Session, stopwatch: Stopwatch, *, new: bool
+) -> Iterator[None]:
     """Remove a new run folder if everything ends before one batch was trained on."""
     try:
         yield
@@ -272,7 +314,9 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(L.Trainer, skip=set(signature(L.Trainer).parameters) - set(CLASSES), instantiate=False)
+    parser.add_class_arguments(
+        L.Trainer, skip=set(signature(L.Trainer).parameters) - set(CLASSES), instantiate=False
+    )
     try:
         parsed = parser.parse_object(asked)
         function = next(_functions(parsed), None)
@@ -283,7 +327,9 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
                 f"{foreign[1]!r} is not imported: configurations name only parts of Lightning and of moevision.train; "
                 "use your own classes from Python."
             ) from error
-        raise UserError(f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}") from error
+        raise UserError(
+            f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}"
+        ) from error
     if function:
         raise UserError(
             f"{function.__module__}.{function.__name__} is not called: configurations name no functions; use them from "
@@ -308,7 +354,9 @@ def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
     if config.layout is None:
         return {}
     if asked not in ("auto", config.layout):
-        raise UserError(f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
+        raise UserError(
+            f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one."
+        )
     replicated = config.layout == "ddp"
     if replicated and config.expert == 1:
         return {"strategy": "ddp"}
@@ -319,11 +367,15 @@ def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
     return {"strategy": divided, "inference_mode": False}
 
 
-def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(
+    settings: Settings, run_dir: Path, named: Mapping[str, Any], callbacks: list[L.Callback]
+) -> L.Trainer:
     """A Trainer that logs to and saves in the run folder."""
     asked = {**settings.trainer, **named}
     if asked.get("logger") is False:
-        raise UserError("metrics.csv is always written, the report is made of it: leave --trainer.logger false out.")
+        raise UserError(
+            "metrics.csv is always written, the report is made of it: leave --trainer.logger false out."
+        )
     others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
     asked |= {
         "default_root_dir": str(run_dir),
@@ -335,7 +387,9 @@ def _trainer(settings: Settings, run_dir: Path, named: Mapping[str, Any], callba
     }
     trainer = _made(asked)
     if trainer.max_epochs in (None, -1) and (bar := trainer.progress_bar_callback) is not None:
-        cast(Any, bar)._get_train_description = "Epoch {:<4}".format  # of steps alone it would say "Epoch 0/-2"
+        cast(
+            Any, bar
+        )._get_train_description = "Epoch {:<4}".format  # of steps alone it would say "Epoch 0/-2"
     _check_processes(trainer)
     if (divided := parallel_strategy(trainer)) is not None:
         divided.check(trainer)
@@ -355,7 +409,12 @@ def _made(asked: dict[str, Any]) -> L.Trainer:
         asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
         return L.Trainer(**asked)
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # an accelerator that isn't there
+    except (
+        MisconfigurationException,
+        ValueError,
+        TypeError,
+        ImportError,
+    ) as error:  # an accelerator that isn't there
         raise UserError(f"The Trainer does not take these options: {error}") from error
 
 
@@ -364,7 +423,9 @@ def start_one_each(options: Mapping[str, Any]) -> None:
 
     Ends with these processes. A UserError for devices that aren't there, and for several machines.
     """
-    asked = {name: options.get(f"trainer.{name}") for name in ("accelerator", "devices", "num_nodes")}
+    asked = {
+        name: options.get(f"trainer.{name}") for name in ("accelerator", "devices", "num_nodes")
+    }
     asked = {name: value for name, value in asked.items() if value is not None}
     alone = asked.get("devices", 1) in (1, "1") and asked.get("num_nodes", 1) == 1
     if alone or several_processes():
@@ -379,7 +440,9 @@ def start_one_each(options: Mapping[str, Any]) -> None:
 def _check_processes(trainer: L.Trainer) -> None:
     """Refuse a Trainer that expects other processes than there are."""
     met = dist.get_world_size() if several_processes() else 1
-    expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
+    expected = (
+        trainer.num_nodes * trainer.num_devices
+    )  # its world_size is what torchrun or SLURM says
     if met != expected:
         raise UserError(
             f"{met} processes were started and the Trainer expects {expected}: say --trainer.devices (processes per "
@@ -387,17 +450,25 @@ def _check_processes(trainer: L.Trainer) -> None:
         )
 
 
-def _read_data(data: ImageDataModule, trainer: L.Trainer, session: Session, verb: str, *, moved: bool) -> None:
+def _read_data(
+    data: ImageDataModule, trainer: L.Trainer, session: Session, verb: str, *, moved: bool
+) -> None:
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
     data.processes = trainer.num_devices
     try:
         with first_one_first():
             data.setup(verb)
     except UserError as error:
-        there = data.path in DATASET_NAMES or data.path.startswith(HF) or Path(data.path).expanduser().exists()
+        there = (
+            data.path in DATASET_NAMES
+            or data.path.startswith(HF)
+            or Path(data.path).expanduser().exists()
+        )
         if there or not moved:
             raise
-        raise UserError(f"{str(error).rstrip('.')}; --data.path says where the run's images are now.") from error
+        raise UserError(
+            f"{str(error).rstrip('.')}; --data.path says where the run's images are now."
+        ) from error
 
 
 def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer) -> None:
@@ -411,7 +482,9 @@ def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer
             batches = sum(data.class_counts["train"].values()) // at_once
             trainer.limit_train_batches = max(parts, batches // parts * parts)
         trainer.accumulate_grad_batches = parts
-        tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
+        tell(
+            f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before."
+        )
 
 
 def _build(training: Training) -> None:
@@ -422,7 +495,9 @@ def _build(training: Training) -> None:
         task.build(*sizes, load_pretrained=False, kept=kept)
     if settings.check_memory:  # before memory is taken for it
         check_memory(task, training.trainer, goes_on=not fresh)
-    task.build(*sizes, load_pretrained=fresh, kept=kept)  # what goes on from a checkpoint needs no pretrained weights
+    task.build(
+        *sizes, load_pretrained=fresh, kept=kept
+    )  # what goes on from a checkpoint needs no pretrained weights
     if fresh and training.trainer.is_global_zero:
         keep_start(task.arch, kept)
     if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
@@ -462,7 +537,12 @@ def _start_and_plan(training: Training) -> None:
 
     The other processes get these weights when the training begins.
     """
-    task, data, trainer, stopwatch = training.task, training.data, training.trainer, training.stopwatch
+    task, data, trainer, stopwatch = (
+        training.task,
+        training.data,
+        training.trainer,
+        training.stopwatch,
+    )
     began_s = stopwatch.run_s
     if training.fresh and task.arch.pretrained is not None and not training.trial:
         _start_with_probe(training)
@@ -504,13 +584,18 @@ def _start_with_probe(training: Training) -> None:
 def _start_from_clusters(training: Training) -> None:
     """Set the routers from what training images give them."""
     data, device = training.data, training.device_before
-    order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
+    order = torch.randperm(
+        len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed)
+    )
     net = training.task.net.to(device)
     with training.trainer.strategy.precision_plugin.forward_context():
         loader = data.plain_loader("train", order[:START_IMAGES].tolist())
         shares = start_routers(net, (batch["image"].to(device) for batch in loader), seed=data.seed)
     largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
-    print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)
+    print(
+        f"routers start from clusters of their input; largest over mean cluster {largest}",
+        flush=True,
+    )
 
 
 def _memory_advice(training: Training) -> AbstractContextManager[None]:
@@ -524,7 +609,9 @@ def _compare_with_start(training: Training, point: ResumePoint) -> None:
     point.fingerprint = fingerprint(training.trainer, training.task, training.data)
     other = differences(start.fingerprint, point.fingerprint)
     if other:
-        tell(f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}.")
+        tell(
+            f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}."
+        )
     if training.trainer.is_global_zero:
         note_session(start, session.command, [*session.notes, *other])
 
@@ -548,7 +635,10 @@ def _train(training: Training, point: ResumePoint) -> None:
     try:
         with _memory_advice(training):
             trainer.fit(training.task, training.data, ckpt_path=checkpoint, weights_only=True)
-    except (MisconfigurationException, ValueError) as error:  # Lightning checks some options only now
+    except (
+        MisconfigurationException,
+        ValueError,
+    ) as error:  # Lightning checks some options only now
         if point.began or isinstance(error, UserError):
             raise
         raise UserError(f"The Trainer does not take these options: {error}") from error
@@ -566,7 +656,9 @@ def _train_twin(
         known = folder.is_dir()
         session.claim(folder)
         start = find_start(folder, fresh_if_none=True) if known else Start(folder)
-        if start.checkpoint is None and training.start is not None:  # its steps have the images of the run's
+        if (
+            start.checkpoint is None and training.start is not None
+        ):  # its steps have the images of the run's
             start = replace(start, fingerprint=training.start.fingerprint)
         if (run_dir / "splits.csv").is_file():
             shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
@@ -575,8 +667,17 @@ def _train_twin(
 
     start: Start = decide(new)
     seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
-    changes: dict[str, Any] = {"model.arch.twin": "active_flops", "with_twin": False, "seed_everything": seed}
-    again = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
+    changes: dict[str, Any] = {
+        "model.arch.twin": "active_flops",
+        "with_twin": False,
+        "seed_everything": seed,
+    }
+    again = [
+        "--model.arch.twin",
+        "active_flops",
+        "--without-twin",
+        f"--seed_everything={str(seed).lower()}",
+    ]
     if training.divided is not None and training.divided.expert > 1:  # the twin has no experts
         changes["parallel.expert"] = 1
         again.append("--parallel.expert=1")
@@ -597,9 +698,13 @@ def evaluate(verb: str, given: Given) -> None:
     session = Session(given.command)
     with _in_sentences(session):
         if given.options.get("resume") is not None:
-            raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
+            raise UserError(
+                f"--resume resumes a training: use it with fit; {verb} takes a run folder."
+            )
         run = Path(given.folder or "")
-        is_run = given.folder is not None and (run / "checkpoints").is_dir()  # and no folder of images
+        is_run = (
+            given.folder is not None and (run / "checkpoints").is_dir()
+        )  # and no folder of images
         if is_run and not given.options.get("ckpt_path"):
             tested = str(checkpoint_of_run(run))
             given = given._replace(folder=None, options={**given.options, "ckpt_path": tested})
@@ -610,37 +715,56 @@ def evaluate(verb: str, given: Given) -> None:
         start_one_each(options)
         checkpoint = options.get("ckpt_path")
         if not checkpoint:
-            raise UserError(f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path.")
+            raise UserError(
+                f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path."
+            )
         saved, origin = check_checkpoint(checkpoint), run_of_checkpoint(checkpoint)
         model = checked({"model": saved["hyper_parameters"]}, checkpoint)
         known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
         asked = settings({**options, **model, **given.options})
         _seed(asked, session)
-        task, data, named = _task(asked), ImageDataModule(**vars(asked.data)), instantiated(asked.trainer)
+        task, data, named = (
+            _task(asked),
+            ImageDataModule(**vars(asked.data)),
+            instantiated(asked.trainer),
+        )
         run_dir = _new_folder(asked, session, f"-{verb}")
         with _no_trace_of_a_failure(run_dir, session, Stopwatch(), new=True):
             trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
             split = "val" if verb == "validate" else "test"
             config = newest_config(origin)
-            if config.is_file() and not data.is_of(origin, read_config(config).get("data.path", data.path)):
+            if config.is_file() and not data.is_of(
+                origin, read_config(config).get("data.path", data.path)
+            ):
                 data.only_for = split
             elif (origin / "splits.csv").is_file():
                 shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
             data.run_dir = run_dir
             _read_data(data, trainer, session, verb, moved=True)
-            if (names := saved.get(MARK, {}).get("data", {}).get("class_names")) is not None:  # 0.1 wrote none
+            if (
+                names := saved.get(MARK, {}).get("data", {}).get("class_names")
+            ) is not None:  # 0.1 wrote none
                 data.number_classes(names)
             classes, side = (
-                known or own for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
+                known or own
+                for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
             )
             with from_cache_only():
-                task.build(classes, side, load_pretrained=False, kept=origin / "checkpoints" / START)
+                task.build(
+                    classes, side, load_pretrained=False, kept=origin / "checkpoints" / START
+                )
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
-                write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False))
-            found = getattr(trainer, verb)(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+                write_text_atomic(
+                    run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False)
+                )
+            found = getattr(trainer, verb)(
+                task, data, ckpt_path=checkpoint, weights_only=True, verbose=False
+            )
             if not found:
-                raise UserError(f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it.")
+                raise UserError(
+                    f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
+                )
             if trainer.is_global_zero:
                 print(f"\n{percent(found[0][f'{split}/top1'])} of the {split} images right")
                 print("\n".join(f"{name:22}{value:8.4f}" for name, value in found[0].items()))
@@ -680,13 +804,17 @@ def _in_sentences(session: Session) -> Iterator[None]:
         raise UserError(f"{what}: mend that, then go on with {command}.") from error
     except RuntimeError as error:
         # The second: gloo's words for a connection that has gone.
-        if not several_processes() or not (isinstance(error, dist.DistError) or "by peer" in str(error)):
+        if not several_processes() or not (
+            isinstance(error, dist.DistError) or "by peer" in str(error)
+        ):
             raise
         if not is_first():
             raise SystemExit(USER_ERROR) from None  # one voice
         command = session.resume_command
         how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
-        raise UserError(f"Another process of this training has ended, see above if it said why.{how}") from error
+        raise UserError(
+            f"Another process of this training has ended, see above if it said why.{how}"
+        ) from error
     finally:
         session.close()
 

@@ -37,7 +37,14 @@ from moevision.errors import DIVERGED, UserError, csv_name
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
-from moevision.train.processes import callback_of, gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.processes import (
+    callback_of,
+    gather,
+    random_state,
+    restore_random_state,
+    sum_numbers,
+    tell,
+)
 from moevision.train.report import template
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -48,7 +55,12 @@ _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
 _MIN_RISE, _MIN_RELATIVE_RISE = 0.1, 0.25  # nats, share
 _COLUMNS = ("step", "epoch", "kind", "source", "samples")
-_MAX_EVENTS, _MAX_SAMPLES, _MAX_NAMED, _MAX_SAID = 1000, 256, 3, 10  # kept, of an event, in sentences, on the terminal
+_MAX_EVENTS, _MAX_SAMPLES, _MAX_NAMED, _MAX_SAID = (
+    1000,
+    256,
+    3,
+    10,
+)  # kept, of an event, in sentences, on the terminal
 _SAID = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
@@ -75,7 +87,9 @@ class StabilityGuard(L.Callback):
         self._applied = 0
         self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
         self._returns: list[int] = []  # steps
-        self._before: tuple[dict[str, Any], list[Tensor]] | None = None  # randomness and buffers before the window
+        self._before: tuple[dict[str, Any], list[Tensor]] | None = (
+            None  # randomness and buffers before the window
+        )
         self._indices: list[Tensor] = []  # images of the window
         self._loss: float | None = None  # of the window, if it was decided and applied
         self._bad_state: str | None = None
@@ -92,7 +106,9 @@ class StabilityGuard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         task = cast(ClassificationTask, pl_module)
         if (source := find_nonfinite(trainer, task)) is not None:
-            raise UserError(f"The training would begin with numbers that are not finite ({source}).")
+            raise UserError(
+                f"The training would begin with numbers that are not finite ({source})."
+            )
         self._keep(trainer, task)
 
     def on_train_batch_start(
@@ -106,7 +122,9 @@ class StabilityGuard(L.Callback):
 
     def _refuses(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
         """Decide about the update of this window, after its last backward pass and before clipping."""
-        losses = [micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence]
+        losses = [
+            micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence
+        ]
         norm_value, *values = torch.stack([norm.detach().float(), *losses]).tolist()
         finite_loss = all(map(isfinite, values))
         loss = sum(values) / len(values) if finite_loss else 0.0
@@ -117,9 +135,16 @@ class StabilityGuard(L.Callback):
             self._loss = total / trainer.world_size
             return False
         # Where it was first seen, in the order of computation; None if only the norm was too large for its format.
-        seen = (name for part in task.evidence for name, value in part.items() if not bool(value.isfinite().all()))
+        seen = (
+            name
+            for part in task.evidence
+            for name, value in part.items()
+            if not bool(value.isfinite().all())
+        )
         if (source := next(seen, None)) is None:
-            grads = _nonfinite((name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None)
+            grads = _nonfinite(
+                (name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None
+            )
             source = _in_words("gradient", grads) if grads else None
         randomness, buffers = cast(tuple[dict[str, Any], list[Tensor]], self._before)
         restore_random_state(randomness)
@@ -131,7 +156,12 @@ class StabilityGuard(L.Callback):
         self._bad_state = find_nonfinite(trainer, task)
         self.record.not_applied += 1
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if self._bad_state is None and not bad_losses and scaler is not None and scaler.get_scale() > 1:
+        if (
+            self._bad_state is None
+            and not bad_losses
+            and scaler is not None
+            and scaler.get_scale() > 1
+        ):
             self._recent[-1] = 0  # an overflow, by which fp16 looks for its loss scale: no fault
         elif self._bad_state is None:
             note(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
@@ -146,7 +176,9 @@ class StabilityGuard(L.Callback):
             threshold = self._losses.threshold
             if self._losses.add(loss):
                 mean = np.mean(self._losses.good)
-                cause = f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {threshold:.3g})"
+                cause = (
+                    f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {threshold:.3g})"
+                )
             elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
                 cause = find_nonfinite(trainer, task)
                 if cause is None:
@@ -157,7 +189,10 @@ class StabilityGuard(L.Callback):
         if cause is not None:
             self._roll_back(trainer, task, cause)
         if is_logged(trainer, trainer.global_step):
-            counts = {"guard/skipped": self.record.skipped, "guard/rollbacks": self.record.rollbacks}
+            counts = {
+                "guard/skipped": self.record.skipped,
+                "guard/rollbacks": self.record.rollbacks,
+            }
             task.log_dict({name: float(count) for name, count in counts.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,10 +201,16 @@ class StabilityGuard(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self._check(trainer, pl_module):  # `state_dict` holds the live tensors
-            checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
-            checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+            checkpoint["optimizer_states"] = [
+                optimizer.state_dict() for optimizer in trainer.optimizers
+            ]
+            checkpoint["lr_schedulers"] = [
+                config.scheduler.state_dict() for config in trainer.lr_scheduler_configs
+            ]
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -198,8 +239,12 @@ class StabilityGuard(L.Callback):
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         task, average = cast(ClassificationTask, pl_module), callback_of(trainer, WeightEMA)
-        swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
-        alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
+        swapped = (
+            average is not None and average.swapped
+        )  # a validation was interrupted: nothing was trained in it
+        alone = (
+            trainer.state.status is TrainerStatus.INTERRUPTED
+        )  # the other processes won't answer
         if trainer.state.fn is not TrainerFn.FITTING or not self.snapshots or swapped or alone:
             return False
         cause = find_nonfinite(trainer, task)
@@ -208,7 +253,9 @@ class StabilityGuard(L.Callback):
         return cause is not None
 
     def _keep(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        self.snapshots.append(TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict())))
+        self.snapshots.append(
+            TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict()))
+        )
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
         """Return to the newest snapshot, or to an older one if that did not help; over the budget, give up."""
@@ -251,7 +298,9 @@ class LossHistory:
         if not self.sigmas or len(self.good) < self.warmup:
             return float("inf")
         mean = float(np.mean(self.good))
-        return mean + max(self.sigmas * float(np.std(self.good)), _MIN_RELATIVE_RISE * mean, _MIN_RISE)
+        return mean + max(
+            self.sigmas * float(np.std(self.good)), _MIN_RELATIVE_RISE * mean, _MIN_RISE
+        )
 
     def add(self, loss: float) -> bool:
         """Take the finite loss of an applied update; whether it makes a lasting spike."""
@@ -312,12 +361,18 @@ def _stateful(trainer: L.Trainer) -> list[Any]:
 def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
     """The network in training, and its moving average if there is one, by what stands before their tensors' names."""
     average = callback_of(trainer, WeightEMA)
-    return {"": task.net} if average is None or average.network is None else {"": task.net, "ema.": average.network}
+    return (
+        {"": task.net}
+        if average is None or average.network is None
+        else {"": task.net, "ema.": average.network}
+    )
 
 
 def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
     networks = _networks(trainer, task).values()
-    return [local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())]
+    return [
+        local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())
+    ]
 
 
 def _scores_of(trainer: L.Trainer) -> ScoreSums | None:
@@ -328,7 +383,10 @@ def _scores_of(trainer: L.Trainer) -> ScoreSums | None:
 def _copied(state: Any) -> Any:
     """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
     return tree_map(
-        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf), state
+        lambda leaf: (
+            leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf)
+        ),
+        state,
     )
 
 
@@ -364,24 +422,39 @@ class GuardRecord:
         """What summary.md says about it; nothing if nothing happened."""
         found = []
         if self.skipped:
-            found.append(f"{_times(self.skipped, 'update')} left out because a number was not finite.")
+            found.append(
+                f"{_times(self.skipped, 'update')} left out because a number was not finite."
+            )
         if self.rollbacks:
             returns = _times(self.rollbacks, "return")
-            found.append(f"{returns} to an earlier state of this training, which took back {self.lost:,} updates.")
+            found.append(
+                f"{returns} to an earlier state of this training, which took back {self.lost:,} updates."
+            )
         if found:
-            often = ", ".join(f"{source} ({count})" for source, count in self.sources.most_common(_MAX_NAMED))
-            found.append(f"Where it came from: {often}. {GUARD_CSV} has every case with its images.")
+            often = ", ".join(
+                f"{source} ({count})" for source, count in self.sources.most_common(_MAX_NAMED)
+            )
+            found.append(
+                f"Where it came from: {often}. {GUARD_CSV} has every case with its images."
+            )
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""
-        return {**vars(self), "events": [list(event) for event in self.events], "sources": dict(self.sources)}
+        return {
+            **vars(self),
+            "events": [list(event) for event in self.events],
+            "sources": dict(self.sources),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
         """What `state_dict` gave; an earlier version counted more."""
         known = {each.name: state[each.name] for each in fields(cls)}
-        events = [Event(step, epoch, kind, source, tuple(ids)) for step, epoch, kind, source, ids in state["events"]]
+        events = [
+            Event(step, epoch, kind, source, tuple(ids))
+            for step, epoch, kind, source, ids in state["events"]
+        ]
         return cls(**{**known, "events": events, "sources": Counter(state["sources"])})
 
 
@@ -389,22 +462,38 @@ def _times(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
-def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int] = ()) -> None:
+def note(
+    record: GuardRecord,
+    trainer: L.Trainer,
+    kind: str,
+    source: str | None,
+    images: Sequence[int] = (),
+) -> None:
     """Count an event on every process, with the training images of all their windows; write guard.csv, tell the user.
 
     `source` is where it came from, as far as this process knows.
     """
     data = cast(Any, trainer).datamodule
-    own = [data.sample_id("train", index) if hasattr(data, "sample_id") else str(index) for index in images]
+    own = [
+        data.sample_id("train", index) if hasattr(data, "sample_id") else str(index)
+        for index in images
+    ]
     found = gather((source, own))
     # The process with the fault itself knows the loss that was bad; the others see at most its gradients.
-    sources = sorted(filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient"))
+    sources = sorted(
+        filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient")
+    )
     source = sources[0] if sources else "gradient norm (too large for its number format)"
-    step = trainer.global_step + (kind == "skip")  # from 1; Lightning hasn't counted a refused step yet
+    step = trainer.global_step + (
+        kind == "skip"
+    )  # from 1; Lightning hasn't counted a refused step yet
     names = tuple(name for _, names in found for name in names)
     record.add(Event(step, trainer.current_epoch, kind, source, names[:_MAX_SAMPLES]))
     if trainer.is_global_zero:
-        rows = ((e.step, e.epoch, e.kind, e.source, csv_name(" ".join(e.samples))) for e in record.events)
+        rows = (
+            (e.step, e.epoch, e.kind, e.source, csv_name(" ".join(e.samples)))
+            for e in record.events
+        )
         # Whole: a resumed run writes it again from what the checkpoint remembers.
         write_text_atomic(Path(trainer.default_root_dir) / GUARD_CSV, csv_text(_COLUMNS, rows))
         if sum(record.sources.values()) <= _MAX_SAID:
@@ -430,7 +519,11 @@ def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
 
 def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Those with a number that isn't finite in this process's part."""
-    return [(name, tensor) for name, tensor in named if not bool(local(tensor.detach()).isfinite().all())]
+    return [
+        (name, tensor)
+        for name, tensor in named
+        if not bool(local(tensor.detach()).isfinite().all())
+    ]
 
 
 def _in_words(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:

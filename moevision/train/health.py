@@ -32,7 +32,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from moevision.config import MAX_RECORDED, EarlyStoppingConfig, EmaConfig, Framing, RecordRoutingConfig
+from moevision.config import (
+    MAX_RECORDED,
+    EarlyStoppingConfig,
+    EmaConfig,
+    Framing,
+    RecordRoutingConfig,
+)
 from moevision.data import ImageDataModule
 from moevision.data.collection import in_turn
 from moevision.data.images import is_image_path, safe_open
@@ -129,11 +135,16 @@ class Stopwatch(L.Callback):
         self._cpu_started -= cpu_s
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("train_s", "images", "run_s", "cpu_s", "data_wait_s")}
+        return {
+            name: getattr(self, name)
+            for name in ("train_s", "images", "run_s", "cpu_s", "data_wait_s")
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_s, self.images = state_dict["train_s"], state_dict["images"]
-        self.data_wait_s = state_dict.get("data_wait_s") or 0.0  # version 0.1 had neither this nor the next
+        self.data_wait_s = (
+            state_dict.get("data_wait_s") or 0.0
+        )  # version 0.1 had neither this nor the next
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -144,10 +155,18 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self._started, self._waited = time.monotonic(), getattr(trainer.train_dataloader, "wait_s", 0.0)
+        self._started, self._waited = (
+            time.monotonic(),
+            getattr(trainer.train_dataloader, "wait_s", 0.0),
+        )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self.images += len(batch["label"]) * trainer.world_size
         began, waited = self._started, self._waited
@@ -170,7 +189,10 @@ class StopEarly(EarlyStopping):
 
     def __init__(self, config: EarlyStoppingConfig, of_checkpoint: str | None = None) -> None:
         """`of_checkpoint` is --checkpoint.monitor, which goes where early stopping has no monitor of its own."""
-        monitor, patience = config.monitor or of_checkpoint or "val/top1", cast(int, config.patience)
+        monitor, patience = (
+            config.monitor or of_checkpoint or "val/top1",
+            cast(int, config.patience),
+        )
         mode = "min" if monitor == "val/loss" else "max"
         # not finite is not better, and the guard's business
         super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
@@ -191,7 +213,11 @@ class StopEarly(EarlyStopping):
         if self.wait_count < self.patience or steps >= planned:
             return []
         in_steps = trainer.max_steps > 0
-        done = f"{steps} of {planned} steps" if in_steps else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+        done = (
+            f"{steps} of {planned} steps"
+            if in_steps
+            else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+        )
         return [
             f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
             f"{self.wait_count} validations. The learning rate had not come down to its end."
@@ -204,10 +230,14 @@ def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
     if not data.contents.fits_memory:
-        remedies.insert(0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})")
+        remedies.insert(
+            0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})"
+        )
     if data.augment in ("randaugment", "trivialaugment"):
         remedies.append("choose --data.augment light")
-    return [f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."]
+    return [
+        f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."
+    ]
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -239,14 +269,22 @@ class RouterHealth(L.Callback):
         if before:
             self._log_update(task, before)
         counts = [count.detach() for count in task.window_counts]
-        self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
+        self._loads = (
+            [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)]
+            if self._loads
+            else counts
+        )
         if is_logged(trainer, trainer.global_step):
             for layer, count in zip(moe_layers(task.net), sums_over_processes(counts), strict=True):
                 load = count.double()
-                task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
+                task.log(
+                    f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float()
+                )
         self._updates += 1
         if self._updates % _PATIENCE == 0:
-            for layer, count in zip(moe_layers(task.net), sums_over_processes(self._loads), strict=True):
+            for layer, count in zip(
+                moe_layers(task.net), sums_over_processes(self._loads), strict=True
+            ):
                 self._judge(task, layer, count.double())
             self._loads = []
 
@@ -317,7 +355,9 @@ class WeightEMA(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         net, divided = cast(ClassificationTask, pl_module).net, parallel_strategy(trainer)
         self._average = ModelEmaV3(
-            net if divided is None else divided.copy_of(net),  # of the own part; FSDP2 has no copies
+            net
+            if divided is None
+            else divided.copy_of(net),  # of the own part; FSDP2 has no copies
             decay=cast(float, self.config.decay),
             use_warmup=self.config.warmup,
             warmup_power=0.75,
@@ -338,20 +378,26 @@ class WeightEMA(L.Callback):
         if self.swapped:
             self._swap(pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Put the weights back if a validation was interrupted, before anything saves them."""
         if self.swapped:
             self._swap(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        cast(ClassificationTask, pl_module).net.load_state_dict(cast(nn.Module, self.network).state_dict())
+        cast(ClassificationTask, pl_module).net.load_state_dict(
+            cast(nn.Module, self.network).state_dict()
+        )
         self._average = None  # another fit begins with what the model then holds
 
     @torch.no_grad()
     def _swap(self, pl_module: L.LightningModule) -> None:
         ours, theirs = cast(nn.Module, self.network), cast(ClassificationTask, pl_module).net
         for one, other in zip(
-            (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()), strict=True
+            (*ours.parameters(), *ours.buffers()),
+            (*theirs.parameters(), *theirs.buffers()),
+            strict=True,
         ):
             kept = one.clone()
             one.copy_(other)
@@ -364,17 +410,24 @@ class WeightEMA(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = int(state_dict["updates"])
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self._average is None:
             return
-        other = {f"net.{name}": value for name, value in cast(nn.Module, self.network).state_dict().items()}
+        other = {
+            f"net.{name}": value
+            for name, value in cast(nn.Module, self.network).state_dict().items()
+        }
         current = checkpoint["state_dict"]
         average = {**current, **other}
         checkpoint["state_dict"], checkpoint["current_model_state"] = (
             (current, average) if self.swapped else (average, current)
         )
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         # The model has just loaded the average.
         if trainer.state.fn is not TrainerFn.FITTING:
             return
@@ -389,7 +442,9 @@ class Calibrate(L.Callback):
         task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
         set_fused_attention(task.net, True)  # as in validation
         limit = trainer.limit_val_batches
-        batches = min(len(loader), limit if isinstance(limit, int) else math.ceil(limit * len(loader)))
+        batches = min(
+            len(loader), limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+        )
         own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for batch in islice(loader, batches):
             batch = {name: value.to(task.device) for name, value in batch.items()}
@@ -399,7 +454,9 @@ class Calibrate(L.Callback):
             own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
         known = list(chain.from_iterable(gather(own)))
         if known:
-            task.calibration = fit_temperature(*(np.concatenate(part) for part in zip(*known, strict=True)))
+            task.calibration = fit_temperature(
+                *(np.concatenate(part) for part in zip(*known, strict=True))
+            )
 
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`
@@ -441,7 +498,12 @@ class RecordRouting(L.Callback):
         data, asked = cast(Any, trainer).datamodule, self.config.images
         total = trainer.estimated_stepping_batches  # asks all processes
         alone = trainer.is_global_zero and parallel_strategy(trainer) is None
-        if not moe_layers(task.net) or not alone or bool(cast(Any, trainer).fast_dev_run) or total == float("inf"):
+        if (
+            not moe_layers(task.net)
+            or not alone
+            or bool(cast(Any, trainer).fast_dev_run)
+            or total == float("inf")
+        ):
             return False
         if isinstance(asked, str):
             names, pixels = _read(Path(asked), data.image_size, data.framing)
@@ -451,8 +513,12 @@ class RecordRouting(L.Callback):
             return False
         self._images = normalize(pixels, data.mean, data.std)
         batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        self._planned = planned_moments(int(total), self.config.moments or moments_for(int(total), batch, len(names)))
-        self._history = RoutingHistory(names, tuple(data.class_names), int(total), task.arch.pretrained is not None)
+        self._planned = planned_moments(
+            int(total), self.config.moments or moments_for(int(total), batch, len(names))
+        )
+        self._history = RoutingHistory(
+            names, tuple(data.class_names), int(total), task.arch.pretrained is not None
+        )
         if trainer.global_step and self.file.is_file():
             earlier = RoutingHistory.load(self.file).until(trainer.global_step)
             if earlier.image_names == names and earlier.class_names == self._history.class_names:
@@ -500,7 +566,11 @@ def _of_test(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor
     """Names and pixels, as `_read` has them, of the first test images, classes in turn: those the explorer shows."""
     dataset = data.contents.datasets["test"]
     rows = in_turn([sample.label for sample in dataset.samples])[:count]
-    found = {row: own for row, own in zip(rows, dataset.pixels(rows), strict=True) if not isinstance(own, str)}
+    found = {
+        row: own
+        for row, own in zip(rows, dataset.pixels(rows), strict=True)
+        if not isinstance(own, str)
+    }
     names = tuple(shown(dataset.samples[row].sample_id) for row in found)
     return names, torch.from_numpy(np.stack([*found.values()])) if found else torch.empty(0)
 
@@ -512,6 +582,8 @@ def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, .
         raise UserError(
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
-    pixels = np.stack([square_pixels(safe_open(file, image_size), image_size, framing) for file in files])
+    pixels = np.stack(
+        [square_pixels(safe_open(file, image_size), image_size, framing) for file in files]
+    )
     names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
     return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -55,14 +55,20 @@ def build_optimizer(
     """
     warmup, total_steps = config.warmup_fraction, max(2, total_steps)
     if warmup * total_steps in (1, total_steps):
-        warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
+        warmup *= (
+            1 - 1e-9
+        )  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
     options: dict[str, Any] = {"bfloat16": bfloat16} if config.name == "muon" else {}
     kind = (kinds or WHOLE.optimizers)[config.name]
     optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(
-        optimizer, max_lr=highest, total_steps=total_steps, pct_start=float(warmup), cycle_momentum=False
+        optimizer,
+        max_lr=highest,
+        total_steps=total_steps,
+        pct_start=float(warmup),
+        cycle_momentum=False,
     )
     return optimizer, schedule
 
@@ -84,14 +90,20 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         # Head first: reports that show one learning rate show the first group's.
         groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
     if not groups:
-        raise UserError("Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze).")
+        raise UserError(
+            "Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze)."
+        )
     if config.name != "muon":
         return groups
     # Each group cut in two: what AdamW moves, and the matrices that Muon moves.
     names = matrices_of(net)
     matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
     apart = [
-        {**group, "params": [p for p in group["params"] if (id(p) in matrices) is chosen], "matrices": chosen}
+        {
+            **group,
+            "params": [p for p in group["params"] if (id(p) in matrices) is chosen],
+            "matrices": chosen,
+        }
         for group in groups
         for chosen in (False, True)
     ]
@@ -106,13 +118,17 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
     if isinstance(freeze, int):
         depth = len(model.blocks)
         if not 0 <= freeze <= depth:
-            raise UserError(f"freeze={freeze} does not fit {depth} blocks: give 0 (the embedding only) to {depth}.")
+            raise UserError(
+                f"freeze={freeze} does not fit {depth} blocks: give 0 (the embedding only) to {depth}."
+            )
         # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
         layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
         learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
     else:
         if freeze not in get_args(FreezeAllBut):
-            raise UserError(f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}.")
+            raise UserError(
+                f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}."
+            )
         modules: list[nn.Module] = _heads(net)
         if freeze == "all_but_experts":
             if not (layers := moe_layers(net)):
@@ -130,7 +146,9 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
 
 def _heads(net: nn.Module) -> list[nn.Module]:
     classifier = cast(Any, net).get_classifier()
-    return list(classifier) if isinstance(classifier, tuple) else [classifier]  # two in a distilled DeiT
+    return (
+        list(classifier) if isinstance(classifier, tuple) else [classifier]
+    )  # two in a distilled DeiT
 
 
 def hold_frozen_statistics(net: nn.Module) -> None:
@@ -151,9 +169,15 @@ class Muon(AdamW):
     bfloat16 = False  # also of a copy, which keeps groups and state alone
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, *,
-        bfloat16: bool = False, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        momentum: float = 0.95,
+        *,
+        bfloat16: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(params, lr=lr, betas=betas, **kwargs)
         self.bfloat16 = bfloat16
         for group in self.param_groups:
@@ -186,7 +210,9 @@ class Muon(AdamW):
             state = self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-                state["step"] = torch.zeros(())  # torch's AdamW looks for one in every state that it loads
+                state["step"] = torch.zeros(
+                    ()
+                )  # torch's AdamW looks for one in every state that it loads
             state["step"] += 1
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)
@@ -217,9 +243,13 @@ def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices
     # bfloat16 suffices where it is multiplied fast: GPUs before Ampere and a CPU with AVX2 are faster in float32.
-    fast = bfloat16 or (matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False))
+    fast = bfloat16 or (
+        matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     dtype = torch.bfloat16 if fast else torch.promote_types(matrices.dtype, torch.float32)
-    return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
+    return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(
+        matrices.dtype
+    )
 
 
 def matrices_of(net: nn.Module) -> set[str]:
@@ -248,5 +278,7 @@ class TensorOperations(NamedTuple):
 
 
 WHOLE = TensorOperations(
-    torch.nn.utils.get_total_norm, torch.nn.utils.clip_grads_with_norm_, {"adamw": AdamW, "muon": Muon}
+    torch.nn.utils.get_total_norm,
+    torch.nn.utils.clip_grads_with_norm_,
+    {"adamw": AdamW, "muon": Muon},
 )

@@ -24,13 +24,19 @@ from scipy.signal import lfilter
 from moevision.files import read_csv, write_bytes_atomic
 from moevision.words import percent
 
-Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # steps [S] and values [S] of one metric
+Curve = tuple[
+    npt.NDArray[np.float64], npt.NDArray[np.float64]
+]  # steps [S] and values [S] of one metric
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _LOAD = re.compile(r"moe/(.+)/load_max")
-_MAX_COUNTED, _MAX_NUMBERED, _MAX_NAMED = 5, 20, 60  # classes: cells have counts, percentages, axes have names
+_MAX_COUNTED, _MAX_NUMBERED, _MAX_NAMED = (
+    5,
+    20,
+    60,
+)  # classes: cells have counts, percentages, axes have names
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -45,7 +51,9 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     if "train/loss" in curves:
         panels.append(lambda axes: _draw_loss(axes, curves["train/loss"], curves.get("val/loss")))
     if "val/top1" in curves:
-        panels.append(lambda axes: _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1")))
+        panels.append(
+            lambda axes: _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1"))
+        )
     if loads:
         panels.append(lambda axes: _draw_loads(axes, loads))
     if rate is not None:
@@ -76,7 +84,9 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for name in rows[0] if rows else ():
         of = [row for row in rows if not (name.startswith("moe/") and row.get("test/top1"))]
-        points = sorted((float(row["step"]), float(row[name])) for row in of if row["step"] and row[name])
+        points = sorted(
+            (float(row["step"]), float(row[name])) for row in of if row["step"] and row[name]
+        )
         if points and name not in ("step", "epoch"):
             steps, values = np.array(points, dtype=np.float64).T
             curves[name] = (steps, values)
@@ -107,7 +117,9 @@ def calm(axes: Axes) -> None:
 
 def title(axes: Axes, text: str, note: str = "") -> None:
     """A left-aligned title; `note` stands behind it in grey and says how to read the panel."""
-    axes.set_title(text, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=20 if note else 8)
+    axes.set_title(
+        text, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=20 if note else 8
+    )
     if note:
         axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=8, color=SOFT, va="bottom")
 
@@ -121,12 +133,23 @@ def save(figure: Figure, out: Path) -> None:
 
 def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
     """A line; a lone point (a run of one epoch) would have no line, so it gets a dot."""
-    dots = {"marker": "o", "markersize": 5.0 if curve[0].size == 1 else 3.5} if curve[0].size <= 30 else {}
+    dots = (
+        {"marker": "o", "markersize": 5.0 if curve[0].size == 1 else 3.5}
+        if curve[0].size <= 30
+        else {}
+    )
     axes.plot(*curve, **{"color": color, "linewidth": 1.8, "clip_on": False, **dots, **style})
 
 
 def _legend(axes: Axes, columns: int = 1) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=columns, handlelength=1.4, columnspacing=1.2)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        ncols=columns,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
 
 
 def _dashed(axes: Axes, height: float) -> None:
@@ -143,13 +166,19 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
         _line(axes, val, ORANGE, label="validation")
         _legend(axes)
     bad = int(np.sum(~np.isfinite(values)))
-    smoothed = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
+    smoothed = (
+        f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
+    )
     title(axes, "loss", smoothed + (f"; {bad} values weren't finite" if bad else ""))
 
 
 def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     _line(axes, val, GREEN)
-    note = f"validation, best {percent(np.nanmax(val[1]))}" if np.isfinite(val[1]).any() else "validation"
+    note = (
+        f"validation, best {percent(np.nanmax(val[1]))}"
+        if np.isfinite(val[1]).any()
+        else "validation"
+    )
     if test is not None:
         _dashed(axes, test[1][-1])
         note += f"; dashed: test {percent(test[1][-1])}"
@@ -163,12 +192,18 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
 def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     for place, (layer, curve) in enumerate(loads.items()):
         dashed = "-" if place < len(OKABE_ITO) else (0, (3, 1.5))
-        _line(axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=f"block {layer}", linestyle=dashed)
+        _line(
+            axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=f"block {layer}", linestyle=dashed
+        )
     _dashed(axes, 1.0)
     highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
-    title(axes, "max/mean load", "busiest expert, per MoE layer; dashed: 1 = every expert equally busy")
+    title(
+        axes,
+        "max/mean load",
+        "busiest expert, per MoE layer; dashed: 1 = every expert equally busy",
+    )
 
 
 def _draw_rate(axes: Axes, rate: Curve) -> None:
@@ -180,7 +215,10 @@ def _draw_rate(axes: Axes, rate: Curve) -> None:
 
 
 def plot_confusion(
-    labels: npt.NDArray[np.integer], predictions: npt.NDArray[np.integer], class_names: list[str], out: Path
+    labels: npt.NDArray[np.integer],
+    predictions: npt.NDArray[np.integer],
+    class_names: list[str],
+    out: Path,
 ) -> None:
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
@@ -191,7 +229,9 @@ def plot_confusion(
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
     images = counts.sum(axis=1)
-    with np.errstate(invalid="ignore"):  # a class without images has a row of NaN: nothing is known about it
+    with np.errstate(
+        invalid="ignore"
+    ):  # a class without images has a row of NaN: nothing is known about it
         share = counts / images[:, None]
     named, numbered = classes <= _MAX_NAMED, classes <= _MAX_NUMBERED
     side = float(np.clip(2.8 + 0.42 * classes, 4.2, 10.5))
@@ -200,31 +240,46 @@ def plot_confusion(
     axes.set_facecolor("#d9d9d9")  # shows through where a class has no images
     # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
     norm = Normalize(0, 1) if numbered else PowerNorm(0.5, 0, 1)
-    picture = axes.imshow(np.ma.masked_invalid(share), cmap="Blues", norm=norm, interpolation="nearest")
+    picture = axes.imshow(
+        np.ma.masked_invalid(share), cmap="Blues", norm=norm, interpolation="nearest"
+    )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     cells = " (% of the true class)" if _MAX_COUNTED < classes <= _MAX_NUMBERED else ""
     axes.set_xlabel(f"predicted class{cells}", fontsize=9, color=INK)
-    axes.set_ylabel("true class (number of images)" if named else "true class", fontsize=9, color=INK)
+    axes.set_ylabel(
+        "true class (number of images)" if named else "true class", fontsize=9, color=INK
+    )
     # A class name may hold a dollar sign, which matplotlib would read as mathematics.
-    short = [(name if len(name) <= 22 else name[:21] + "…").replace("$", r"\$") for name in class_names]
+    short = [
+        (name if len(name) <= 22 else name[:21] + "…").replace("$", r"\$") for name in class_names
+    ]
     if named:
         size = 8 if classes <= 40 else 6
-        axes.set_xticks(range(classes), short, rotation=45, ha="right", fontsize=size, rotation_mode="anchor")
-        axes.set_yticks(range(classes), [f"{name} ({n:,})" for name, n in zip(short, images, strict=True)],
-                        fontsize=size)  # fmt: skip
+        axes.set_xticks(
+            range(classes), short, rotation=45, ha="right", fontsize=size, rotation_mode="anchor"
+        )
+        axes.set_yticks(
+            range(classes),
+            [f"{name} ({n:,})" for name, n in zip(short, images, strict=True)],
+            fontsize=size,
+        )
     else:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(10, integer=True))
     if numbered:
         for (row, column), value in np.ndenumerate(share):
-            if value > 0:  # False for NaN as well; empty cells stay empty, so that what is mixed up stands out
+            if (
+                value > 0
+            ):  # False for NaN as well; empty cells stay empty, so that what is mixed up stands out
                 text = "<1" if value < 0.005 else f"{100 * value:.0f}"
                 if classes <= _MAX_COUNTED:
                     text = f"{counts[row, column]:,}\n{text} %"
                 color = "white" if value > 0.55 else INK
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    title(axes, f"{images.sum():,} images, {percent(np.mean(np.equal(labels, predictions)))} correct")
+    title(
+        axes, f"{images.sum():,} images, {percent(np.mean(np.equal(labels, predictions)))} correct"
+    )
     if not numbered:
         bar = figure.colorbar(picture, ax=axes, shrink=0.6, aspect=32, pad=0.015)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))

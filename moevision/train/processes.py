@@ -71,7 +71,9 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     """Sums over processes of a few numbers, in double precision."""
     if not several_processes():
         return values
-    return sums_over_processes([torch.tensor(values, dtype=torch.float64, device=device)])[0].tolist()
+    return sums_over_processes([torch.tensor(values, dtype=torch.float64, device=device)])[
+        0
+    ].tolist()
 
 
 def gather(value: Any) -> list[Any]:
@@ -87,14 +89,18 @@ def tell(sentence: str) -> None:
     """Print a sentence to stderr at once; a terminal that was closed meanwhile is no reason to stop training."""
     if not is_main_process():
         return
-    with contextlib.suppress(OSError, ValueError):  # EIO from a hung-up terminal; ValueError from a closed file
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # EIO from a hung-up terminal; ValueError from a closed file
         print(shown_lines(sentence), file=sys.stderr, flush=True)
 
 
 def stop_signals() -> list[signal.Signals]:
     """The signals that stop a training: Ctrl-C, SIGTERM, SLURM's warning, and a closed terminal but under nohup."""
     found = [signal.Signals[name] for name in _STOP_SIGNALS if hasattr(signal, name)]
-    return [each for each in found if each != _HANGUP or signal.getsignal(each) is not signal.SIG_IGN]
+    return [
+        each for each in found if each != _HANGUP or signal.getsignal(each) is not signal.SIG_IGN
+    ]
 
 
 class Interrupted(SystemExit):
@@ -147,7 +153,9 @@ class Interruption:
         if again or not self.training:
             raise Interrupted(number)
         name = signal.Signals(number).name
-        tell(f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it.")
+        tell(
+            f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it."
+        )
 
     def stop(self) -> None:
         """Stop now, with SIGTERM's code if this process got no signal."""
@@ -219,7 +227,9 @@ def meet() -> None:
         if rank > 0:
             raise SystemExit(USER_ERROR) from None  # one voice
         reason = str(error).partition("\n")[0]
-        raise UserError(f"The processes of this training can't meet ({reason}): see above if one said why.") from error
+        raise UserError(
+            f"The processes of this training can't meet ({reason}): see above if one said why."
+        ) from error
 
 
 def start_processes(number: int) -> NoReturn:
@@ -228,7 +238,9 @@ def start_processes(number: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the processes speak for themselves
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -250,13 +262,21 @@ def start_processes(number: int) -> NoReturn:
         codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
         killed = [rank for rank, code in codes.items() if code == -_KILL]
         if killed:
-            again = " To go on: moevision fit --resume with the run folder named above." if killed[0] == 0 else ""
+            again = (
+                " To go on: moevision fit --resume with the run folder named above."
+                if killed[0] == 0
+                else ""
+            )
             tell(
                 f"moevision: Process {killed[0]} of this training was killed, by somebody or by a system that has run "
                 f"out of memory.{again}"
             )
-            raise SystemExit(USER_ERROR) from None  # the others were ended for it, and each has a code of its own
-        ended = sorted((code for code in codes.values() if code > 0), key=lambda code: code > 128)  # by a signal: last
+            raise SystemExit(
+                USER_ERROR
+            ) from None  # the others were ended for it, and each has a code of its own
+        ended = sorted(
+            (code for code in codes.values() if code > 0), key=lambda code: code > 128
+        )  # by a signal: last
         raise SystemExit(ended[0] if ended else USER_ERROR) from None
     raise SystemExit(0)
 
@@ -267,7 +287,13 @@ def random_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(words), gauss],
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(kind),
+            np.asarray(keys).tolist(),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -288,7 +314,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.random.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if (
+        state["cuda"]
+        and torch.cuda.is_available()
+        and len(state["cuda"]) == torch.cuda.device_count()
+    ):
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 

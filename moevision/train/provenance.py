@@ -70,8 +70,15 @@ def collect_provenance(
             "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "gpus": gpu_names(),
         },
-        "os": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
-        "python": {"implementation": platform.python_implementation(), "version": platform.python_version()},
+        "os": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+        },
+        "python": {
+            "implementation": platform.python_implementation(),
+            "version": platform.python_version(),
+        },
         "libraries": {name: package_version(name) for name in LIBRARIES},
         "determinism": {
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -79,7 +86,9 @@ def collect_provenance(
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")},
+            "environment": {
+                name: os.environ.get(name) for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
+            },
         },
         "run": dict(extra or {}),
     }
@@ -97,7 +106,10 @@ def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
 
     if not git("ls-files", "--", "."):
         return None
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", *map(str, others))
+    commit, status = (
+        git("rev-parse", "HEAD"),
+        git("status", "--porcelain", "--", ".", *map(str, others)),
+    )
     return {"git_commit": commit, "dirty": bool(status)} if commit and status is not None else None
 
 
@@ -106,7 +118,9 @@ def _output_of(command: list[str]) -> str | None:
     # A hook or a parent git process may point variables of git's at another repository; looking must not write.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(command, env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, capture_output=True)
+        done = subprocess.run(
+            command, env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, capture_output=True
+        )
     except OSError:
         return None
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
@@ -117,9 +131,15 @@ def cpu_model() -> str:
     if platform.system() == "Darwin":
         return _output_of(["sysctl", "-n", "machdep.cpu.brand_string"]) or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    lines = (
+        cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        if cpuinfo.is_file()
+        else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [""])[0] or platform.processor() or platform.machine() or "unknown"  # Arm kernels name none
+    return (
+        (names or [""])[0] or platform.processor() or platform.machine() or "unknown"
+    )  # Arm kernels name none
 
 
 def gpu_names() -> list[str]:
@@ -132,10 +152,16 @@ def device_name(trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    return (
+        f"{device.type} ({torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else device.type
+    )
 
 
-def fingerprint(trainer: L.Trainer, task: Any, data: ImageDataModule) -> dict[str, str | int | bool]:
+def fingerprint(
+    trainer: L.Trainer, task: Any, data: ImageDataModule
+) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
     Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
@@ -165,11 +191,17 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     What `then` doesn't know, as the sizes in old checkpoints, isn't compared.
     """
-    changed = {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
+    changed = {
+        name: (then[name], value)
+        for name, value in now.items()
+        if name in then and then[name] != value
+    }
     found = []
     if changed.pop("data", None):  # of data and sizes only a hash is known
         found.append("the list of images is another one")
         changed.pop("sizes", None)  # follows from it
     if changed.pop("sizes", None):
         found.append("image files have other sizes than then, so other contents")
-    return [f"{_WORDS.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items()] + found
+    return [
+        f"{_WORDS.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items()
+    ] + found

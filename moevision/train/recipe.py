@@ -52,7 +52,16 @@ _PRETRAINED = "model.arch.pretrained"
 # Who gives one of these has chosen a model.
 _MODEL = tuple(
     f"model.arch.{name}"
-    for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    for name in (
+        "name",
+        "base",
+        "stem",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+    )
 )
 
 
@@ -97,14 +106,22 @@ def find_config(name: str) -> Path:
         return configs[name]
     near = difflib.get_close_matches(name, configs, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"There is no config {name!r}.{hint} Give a YAML file or one of: {', '.join(configs)}.")
+    raise UserError(
+        f"There is no config {name!r}.{hint} Give a YAML file or one of: {', '.join(configs)}."
+    )
 
 
 def default_precision() -> str:
     """bf16-mixed where the hardware multiplies bfloat16 (it halves a step's time), else 32-true, on a GPU 16-mixed."""
     if has_gpu():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        )
+    return (
+        "bf16-mixed"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "32-true"
+    )
 
 
 def chosen(
@@ -126,7 +143,9 @@ def chosen(
     """
     path, typed = given.folder, dict(given.options)
     if typed.get("model.arch.twin") and typed.get("with_twin"):
-        raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
+        raise UserError(
+            "--dense trains the dense model itself: leave --with-twin out, which trains both."
+        )
     asked = (typed.pop(_PRETRAINED) or NONE) if _PRETRAINED in typed else None
     files = [find_config(name) for name in given.configs]
     named = path is not None and path in shipped_configs() and not Path(path).exists()
@@ -144,10 +163,16 @@ def chosen(
         run_dir = run_of_checkpoint(checkpoint)
         if (run_dir / "config.yaml").is_file():
             # One process evaluates, unless more are asked for: this may be another machine than that of the training.
-            configured = {**read_config(newest_config(run_dir)), "trainer.devices": 1, "trainer.num_nodes": 1}
+            configured = {
+                **read_config(newest_config(run_dir)),
+                "trainer.devices": 1,
+                "trainer.num_nodes": 1,
+            }
     if path is None and not files and not configured and "data.path" not in typed and not recorded:
         if checkpoint:
-            raise UserError(f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path.")
+            raise UserError(
+                f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path."
+            )
         other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
         if verb == "fit":
             other = f"--config with one of {', '.join(shipped_configs())}"
@@ -159,14 +184,18 @@ def chosen(
     with trains_on(typed.get("trainer.accelerator", configured.get("trainer.accelerator"))):
         if verb == "fit" and path is not None and not files and not recorded:
             recipe = decide(lambda: choose_recipe(path, asked, typed, say))
-        elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
+        elif asked is not None and not (
+            recorded and asked in (AUTO, NONE)
+        ):  # a run that goes on has chosen
             typed |= decide(lambda: weights_alone(asked, typed, say))
         if not recorded and (recipe | configured | typed).get("trainer.precision") is None:
             typed["trainer.precision"] = default_precision()
     if path is not None:
         typed["data.path"] = path
     for each in (configured, typed):
-        if not recorded and each.get("trainer.max_steps", -1) > 0:  # all of them, whatever the epochs of the others
+        if (
+            not recorded and each.get("trainer.max_steps", -1) > 0
+        ):  # all of them, whatever the epochs of the others
             each.setdefault("trainer.max_epochs", None)
     found = {**recipe, **configured, **typed}
     if verb == "fit" and found.get("ckpt_path") is not None:
@@ -175,24 +204,34 @@ def chosen(
     return found
 
 
-def _refuse_without_effect(path: str | None, configured: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+def _refuse_without_effect(
+    path: str | None, configured: Mapping[str, Any], typed: Mapping[str, Any]
+) -> None:
     """Refuse what was typed of the images and would change nothing."""
     named = typed.get("data.path")
     if path is not None and named not in (None, path):
         raise UserError(f"{path} and --data.path {named} both name images: use one of them.")
-    columns = [name for name in ("data.image_column", "data.label_column") if typed.get(name) is not None]
+    columns = [
+        name for name in ("data.image_column", "data.label_column") if typed.get(name) is not None
+    ]
     images = path or named or configured.get("data.path")  # None: a run's, which goes on
     if not columns or images is None:
         return
-    if images in DATASET_NAMES or (kind_of(images) == "folder" and Path(images).expanduser().is_dir()):
-        raise UserError(f"--{columns[0]} names a column of a table, and there is none in {images}: leave it out.")
+    if images in DATASET_NAMES or (
+        kind_of(images) == "folder" and Path(images).expanduser().is_dir()
+    ):
+        raise UserError(
+            f"--{columns[0]} names a column of a table, and there is none in {images}: leave it out."
+        )
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """The options that a configuration gives, by their dotted names."""
     found = checked(read_yaml(file), str(file))
     if found.pop("resume", None) is not None:
-        raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
+        raise UserError(
+            "resume belongs on the command line, not into a config: moevision fit --resume RUN."
+        )
     return found
 
 
@@ -201,7 +240,9 @@ def run_of_checkpoint(checkpoint: str) -> Path:
     return Path(os.path.abspath(checkpoint)).parent.parent
 
 
-def weights_alone(asked: str, given: Mapping[str, Any], say: Callable[[str], None] = tell) -> dict[str, Any]:
+def weights_alone(
+    asked: str, given: Mapping[str, Any], say: Callable[[str], None] = tell
+) -> dict[str, Any]:
     """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out."""
     if asked == AUTO:
         weights, line = choose_start(AUTO)
@@ -210,30 +251,48 @@ def weights_alone(asked: str, given: Mapping[str, Any], say: Callable[[str], Non
     if asked == NONE:
         return {_PRETRAINED: None}
     of_weights: dict[str, Any] = {"model.arch.name": None, "model.arch.base": None}
-    if asked.endswith(".safetensors") and Path(asked).is_file() and given.get("model.arch.base") is None:
+    if (
+        asked.endswith(".safetensors")
+        and Path(asked).is_file()
+        and given.get("model.arch.base") is None
+    ):
         of_weights["model.arch.base"] = architecture_of(asked)
-    return {_PRETRAINED: asked, **{name: value for name, value in of_weights.items() if given.get(name) is None}}
+    return {
+        _PRETRAINED: asked,
+        **{name: value for name, value in of_weights.items() if given.get(name) is None},
+    }
 
 
 def choose_recipe(
-    path: str, asked: str | None = None, given: Mapping[str, Any] = {}, say: Callable[[str], None] = tell
+    path: str,
+    asked: str | None = None,
+    given: Mapping[str, Any] = {},
+    say: Callable[[str], None] = tell,
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
     `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); `given` win.
     """
     named, images = path in NAMED, count_images(path)
-    few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
+    few = (
+        0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"
+    )  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if given.get(option) is not None), None)
     if asked is None and few and named_model is not None:
-        say(from_scratch(f"--{named_model} shapes the model, so that no pretrained weights are looked for").line)
+        say(
+            from_scratch(
+                f"--{named_model} shapes the model, so that no pretrained weights are looked for"
+            ).line
+        )
     if asked is None and (not few or named_model is not None):
         asked = NONE
     if path != "synthetic_pets" and asked != NONE and not given.get("data.download"):
         # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
         columns = given.get("data.image_column"), given.get("data.label_column")
         root = given.get("data.root") or "data"
-        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns)
+        open_collection(
+            path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns
+        )
     weights, line = choose_start(asked, images, given.get("model.arch.base"))
     if line:
         say(line)
@@ -244,7 +303,9 @@ def choose_recipe(
         devices = torch.cuda.device_count()
     options: dict[str, Any] = {
         "data.crop": "auto" if named else "random_resized",
-        "data.cache_mb": (memory_available_bytes() or 2**32) // 4 // 2**20,  # a quarter of the free memory
+        "data.cache_mb": (memory_available_bytes() or 2**32)
+        // 4
+        // 2**20,  # a quarter of the free memory
         "data.num_workers": min(8, (usable_cores() - 1) // devices) if has_gpu() else 0,
     }
     if weights is not None:
@@ -263,7 +324,9 @@ def choose_recipe(
         "model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
         "data.image_size": 64,  # 64 tokens, where the patches are of 8 px
         "data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
-        "trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),  # 200 000 images seen, in limits
+        "trainer.max_epochs": min(
+            100, max(10, round(200_000 / max(1, images)))
+        ),  # 200 000 images seen, in limits
     }
 
 
@@ -293,7 +356,10 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
     whole_epochs, more = divmod(steps, per_epoch)
     if steps and (not epochs or whole_epochs < epochs):
-        return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
+        return (
+            whole_epochs * epoch + more * window,
+            f"{steps:,} steps of {at_once * window:,} images",
+        )
     images = sum(data.class_counts["train"].values()) if epoch == batches else epoch * at_once
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
@@ -401,7 +467,10 @@ def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
     capacity, _ = _memory(trainer)
     if capacity is None or trainer.precision not in _PRECISIONS:
         return None
-    size, where = sum(_kept(state_bytes(task, trainer), trainer)), "main memory" if _offloads(trainer) else "memory"
+    size, where = (
+        sum(_kept(state_bytes(task, trainer), trainer)),
+        "main memory" if _offloads(trainer) else "memory",
+    )
     return f"{where}: weights, gradients and moments {size / 1e9:.2f} of {capacity / 1e9:.1f} GB, without activations"
 
 
@@ -411,7 +480,11 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
     dense, experts = _kept(whole, trainer)
     if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:
         return
-    ways = ["a device with more memory" if goes_on else "fewer experts (--model.arch.num_experts) or a smaller model"]
+    ways = [
+        "a device with more memory"
+        if goes_on
+        else "fewer experts (--model.arch.num_experts) or a smaller model"
+    ]
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
         ways.append(f"--parallel fsdp on {math.ceil(sum(whole) / capacity)} GPUs or more")
         if dense < whole[0]:  # it is divided already
@@ -425,7 +498,9 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
 def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]:
     """Bytes of fp32 weights, their moving average, gradients and moments: of all but the experts, and of these."""
     of_experts = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
-    matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()  # one moment; AdamW keeps two
+    matrices = (
+        matrices_of(task.net) if task.optim.name == "muon" else set[str]()
+    )  # one moment; AdamW keeps two
     weights, size = 1 if callback_of(trainer, WeightEMA) is None else 2, {False: 0, True: 0}
     for name, p in task.net.named_parameters():
         learning = (2 if name in matrices else 3) if p.requires_grad else 0
@@ -436,7 +511,9 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
 def _kept(whole: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
     """What one process keeps: FSDP2 divides all of it, expert parallelism the experts, every other strategy copies."""
     strategy = trainer.strategy
-    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(strategy, "replicated", False)
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(
+        strategy, "replicated", False
+    )
     processes = trainer.world_size if sharded else 1
     return whole[0] / processes, whole[1] / max(processes, getattr(strategy, "expert", 1))
 

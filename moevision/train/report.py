@@ -41,7 +41,9 @@ from moevision.stats import (
 )
 from moevision.words import duration, flops, percent, points, shell_word
 
-BALANCED = "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
+BALANCED = (
+    "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
+)
 LOSS = "val/loss"
 PROBE = "linear probe"
 
@@ -73,17 +75,27 @@ class TestScores:
 
     correct: int
     total: int
-    majority_class: str  # the class with the most training images; `majority_correct` test images are of it
+    majority_class: (
+        str  # the class with the most training images; `majority_correct` test images are of it
+    )
     majority_correct: int
     loss: float
     balanced_accuracy: float
     ece: float  # expected calibration error, without the temperature
-    top5: float | None = None  # share with the right class among the five likeliest; None with five classes or fewer
+    top5: float | None = (
+        None  # share with the right class among the five likeliest; None with five classes or fewer
+    )
     per_class: Sequence[ClassScores] = ()
-    temperature: float | None = None  # of the calibrated confidence, that of `predict`; None: not calibrated
+    temperature: float | None = (
+        None  # of the calibrated confidence, that of `predict`; None: not calibrated
+    )
     calibrated_on: int = 0  # validation images that the temperature was fitted on
-    calibrated_ece: float | None = None  # `ece` with the temperature; None too where a probability isn't finite
-    weights: str = "the weights of the best validation epoch"  # which weights were tested and exported
+    calibrated_ece: float | None = (
+        None  # `ece` with the temperature; None too where a probability isn't finite
+    )
+    weights: str = (
+        "the weights of the best validation epoch"  # which weights were tested and exported
+    )
     checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
 
     @property
@@ -98,7 +110,9 @@ class TestScores:
 
     def weakest(self, count: int) -> list[ClassScores]:
         """The classes of which the smallest share was recognised, as in `per_class`."""
-        return sorted((row for row in self.per_class if row.images), key=lambda row: row.recall or 0)[:count]
+        return sorted(
+            (row for row in self.per_class if row.images), key=lambda row: row.recall or 0
+        )[:count]
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,9 @@ class TwinComparison:
     cost: ModelCost
     duration_s: float
     images_per_s: float
-    weights: str | None = None  # of the twin, as `TestScores` has them; None in earlier versions' summaries
+    weights: str | None = (
+        None  # of the twin, as `TestScores` has them; None in earlier versions' summaries
+    )
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,9 @@ class Recommendation:
         simplest = self.contenders[0]
         if simplest.name == PROBE and not simplest.behind.difference:
             return simplest
-        return next(each for each in self.contenders if each.name != PROBE and not self.is_worse(each))
+        return next(
+            each for each in self.contenders if each.name != PROBE and not self.is_worse(each)
+        )
 
     def is_worse(self, contender: Contender) -> bool:
         """Whether it is shown to be worse than the best."""
@@ -169,7 +187,10 @@ class Recommendation:
     @property
     def sentence(self) -> str:
         """The advice, and why."""
-        best, chosen = min(self.contenders, key=lambda each: each.behind.difference), self.recommended
+        best, chosen = (
+            min(self.contenders, key=lambda each: each.behind.difference),
+            self.recommended,
+        )
         measure = "balanced accuracy" if self.unbalanced else "accuracy"
 
         def less(each: Contender) -> str:
@@ -195,7 +216,9 @@ class RunSummary:
     """Everything that summary.md says about one finished run."""
 
     name: str
-    model: str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
+    model: (
+        str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
+    )
     data: str
     image_size: int
     split_note: str  # which images were train, validation and test, and where they come from
@@ -211,18 +234,30 @@ class RunSummary:
     precision: str
     seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
-    cpu_s: float | None = None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
-    data_wait: float | None = None  # share of the training time spent waiting for data; None where not measured
+    cpu_s: float | None = (
+        None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
+    )
+    data_wait: float | None = (
+        None  # share of the training time spent waiting for data; None where not measured
+    )
     gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
-    bad_images: Sequence[tuple[str, str, str]] = ()  # (path, reason, split) of files that could not be read
-    notes: Sequence[str] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
+    bad_images: Sequence[
+        tuple[str, str, str]
+    ] = ()  # (path, reason, split) of files that could not be read
+    notes: Sequence[
+        str
+    ] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
     twin: TwinComparison | None = None
     choice: Recommendation | None = None  # beside a linear probe, the dense fine-tune, or both
     ms_per_image: float | None = None  # one image at a time, on the device of the training
     mbytes: float | None = None  # of the weights as a file
-    expected_s: float | None = None  # how long the training was expected to take; None where nothing was said
-    monitor: str | None = None  # what best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1
+    expected_s: float | None = (
+        None  # how long the training was expected to take; None where nothing was said
+    )
+    monitor: str | None = (
+        None  # what best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1
+    )
 
     @property
     def unbalanced(self) -> bool:
@@ -254,7 +289,11 @@ class ComparedModel(NamedTuple):
 
 
 def choose(
-    models: Sequence[ComparedModel], labels: npt.NDArray[np.int64], *, unbalanced: bool, experts_given: bool = False
+    models: Sequence[ComparedModel],
+    labels: npt.NDArray[np.int64],
+    *,
+    unbalanced: bool,
+    experts_given: bool = False,
 ) -> Recommendation:
     """Compare models, the simplest first, with the best of them on the same test images of the classes `labels` [n]."""
 
@@ -285,7 +324,11 @@ def read_summary(file: Path) -> RunSummary:
         """One of the dataclasses; JSON has no NaN, which stands as null."""
         if finite and given[finite] is None:
             given = {**given, finite: math.nan}
-        for name, inner in (("difference", PairedDifference), ("behind", PairedDifference), ("cost", ModelCost)):
+        for name, inner in (
+            ("difference", PairedDifference),
+            ("behind", PairedDifference),
+            ("cost", ModelCost),
+        ):
             if name in given:
                 given = {**given, name: inner(**given[name])}
         return kind(**given)
@@ -335,7 +378,13 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": cell, "percent": percent, "points": points, "flops": flops, "duration": duration}
+    environment.filters |= {
+        "cell": cell,
+        "percent": percent,
+        "points": points,
+        "flops": flops,
+        "duration": duration,
+    }
     environment.filters |= {"number": "{:,.0f}".format, "shown": shown, "json": json.dumps}
     environment.globals |= {"log2": math.log2, "isfinite": math.isfinite}
     return environment.get_template(name)
@@ -362,7 +411,11 @@ def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
     """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
     saved, known = load_model(str(run)), read_json(run / "provenance.json")
     words = [shown(without_path(word)) for word in known["command"]]
-    versions = {"moevision": known["moevision"], **known["libraries"], "Python": known["python"]["version"]}
+    versions = {
+        "moevision": known["moevision"],
+        **known["libraries"],
+        "Python": known["python"]["version"],
+    }
     architecture, blocks, options = _architecture(saved.net)
     return {
         "architecture": architecture,
@@ -391,19 +444,32 @@ def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, 
     """The timm name with the base in brackets, the MoE layers, and their options that stand in neither."""
     base = dict(getattr(net, "_model_args", {})).get("base")
     config = getattr(net, "pretrained_cfg", None) or {}
-    name = str(config.get("architecture") or type(net).__name__) + (f" ({base} with experts)" if base else "")
+    name = str(config.get("architecture") or type(net).__name__) + (
+        f" ({base} with experts)" if base else ""
+    )
     layers, chosen = moe_layers(net), dict(getattr(net, "moe_config", {}))
     if not layers:
         return name, [], {}
     routers = chosen.get("router", "unknown")
     routers = [routers] * len(layers) if isinstance(routers, str) else routers
     blocks = [
-        {"block": each.layer_index, "router": kind, "experts": each.router.num_experts, "per_token": each.router.top_k}
+        {
+            "block": each.layer_index,
+            "router": kind,
+            "experts": each.router.num_experts,
+            "per_token": each.router.top_k,
+        }
         for each, kind in zip(layers, routers, strict=True)
     ]
     options = {}
     for option, value in chosen.items():
-        if value is not None and option not in ("moe_layers", "num_experts", "top_k", "router", "backend"):
+        if value is not None and option not in (
+            "moe_layers",
+            "num_experts",
+            "top_k",
+            "router",
+            "backend",
+        ):
             values = value if isinstance(value, list) else [value]
             options[option] = ", ".join("–" if each is None else str(each) for each in values)
     return name, blocks, options
@@ -417,7 +483,9 @@ def _start(run: Path) -> WeightsOrigin:
     if not source or Path(source).exists() or not timm.is_model(source):
         return WeightsOrigin(without_path(source))
     config = cast(Any, timm.get_pretrained_cfg(source)).to_dict()
-    return WeightsOrigin(source, str(config.get("hf_hub_id") or ""), str(config.get("license") or ""))
+    return WeightsOrigin(
+        source, str(config.get("hf_hub_id") or ""), str(config.get("license") or "")
+    )
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -447,10 +515,16 @@ def model_card(facts: dict[str, Any]) -> str:
         eval_results=[result],
     )
     return template("card.md.jinja").render(
-        facts=facts, terms=terms, header=header.to_yaml(), unknown_terms=UNKNOWN, without_example=without_example
+        facts=facts,
+        terms=terms,
+        header=header.to_yaml(),
+        unknown_terms=UNKNOWN,
+        without_example=without_example,
     )
 
 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
-    return re.sub(r" \(for example .*\)", "", shown(sentence))  # to the last bracket: names have brackets too
+    return re.sub(
+        r" \(for example .*\)", "", shown(sentence)
+    )  # to the last bracket: names have brackets too

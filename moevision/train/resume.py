@@ -33,9 +33,23 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.models.config import build_model
-from moevision.models.io import SavedModel, check_numbers, colours, from_cache_only, load_model, saying_what_fails
+from moevision.models.io import (
+    SavedModel,
+    check_numbers,
+    colours,
+    from_cache_only,
+    load_model,
+    saying_what_fails,
+)
 from moevision.models.safe_files import check_arguments
-from moevision.train.checkpoint import LAST, START, SafeCheckpointIO, check_checkpoint, load_archive, newest_valid
+from moevision.train.checkpoint import (
+    LAST,
+    START,
+    SafeCheckpointIO,
+    check_checkpoint,
+    load_archive,
+    newest_valid,
+)
 from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,
@@ -56,16 +70,52 @@ OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
 # May differ in a run that goes on, and is listed then. What isn't here makes another training, and is refused.
 _FREE = (
-    *("data.num_workers", "data.cache_mb", "data.path", "data.root", "data.download", "data.max_bad_fraction"),
+    *(
+        "data.num_workers",
+        "data.cache_mb",
+        "data.path",
+        "data.root",
+        "data.download",
+        "data.max_bad_fraction",
+    ),
     *("data.scores", "trainer.deterministic", "trainer.plugins"),
-    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks"),
-    *("trainer.profiler", "trainer.detect_anomaly", "trainer.max_time", "trainer.enable_model_summary"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),
+    *(
+        "trainer.enable_progress_bar",
+        "trainer.log_every_n_steps",
+        "trainer.logger",
+        "trainer.callbacks",
+    ),
+    *(
+        "trainer.profiler",
+        "trainer.detect_anomaly",
+        "trainer.max_time",
+        "trainer.enable_model_summary",
+    ),
+    *(
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.strategy",
+        "trainer.benchmark",
+    ),
     *("model.compile", "model.grad_checkpointing", "model.arch.backend", "parallel"),
     *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
 )
-_SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
-_FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy", "parallel.")
+_SILENT = (
+    "config",
+    "name",
+    "runs_root",
+    "resume",
+    "ckpt_path",
+    "print_config",
+)  # don't touch the training
+_FLOATING = (
+    "model.compile",
+    "model.grad_checkpointing",
+    "model.arch.backend",
+    "trainer.strategy",
+    "parallel.",
+)
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
 _LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
@@ -100,16 +150,23 @@ class ResumePoint(L.Callback):
         elif trainer.world_size > 1:
             part_random_state(trainer.global_rank)
         self._states, self.began = None, True
-        if (timer := callback_of(trainer, Timer)) is not None:  # would end the training as if it were finished
+        if (
+            timer := callback_of(trainer, Timer)
+        ) is not None:  # would end the training as if it were finished
             cast(Any, trainer).callbacks.remove(timer)
             self._until_s = time.monotonic() + (timer.time_remaining() or 0)
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
         self.interruption.training = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
-        if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
+        if (
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            % trainer.accumulate_grad_batches
+        ):
             return  # gradients of half a step can't be saved
         wanted, stop = self.decide(trainer)
         if (wanted or stop) and trainer.global_step != self._saved_step:
@@ -141,13 +198,21 @@ class ResumePoint(L.Callback):
         if self.interruption.requested is not None:
             self.interruption.stop()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.interruption.training = False
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Add random generators, the place in metrics.csv, what numbers depend on, and what `load_trained` needs."""
         data = cast(Any, trainer).datamodule
-        known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)], "fit": data.fit}
+        known = {
+            "class_names": list(data.class_names),
+            "mean_std": [list(data.mean), list(data.std)],
+            "fit": data.fit,
+        }
         checkpoint[MARK] = {
             "random": gather(random_state()),
             "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
@@ -155,7 +220,9 @@ class ResumePoint(L.Callback):
             "data": known,
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
@@ -173,7 +240,11 @@ class ResumePoint(L.Callback):
 
 def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
     """metrics.csv, which the first process writes."""
-    return [each.experiment for each in trainer.loggers if isinstance(each, RunLogger) and trainer.is_global_zero]
+    return [
+        each.experiment
+        for each in trainer.loggers
+        if isinstance(each, RunLogger) and trainer.is_global_zero
+    ]
 
 
 class EpochEnd(Checkpoint):
@@ -219,7 +290,9 @@ def _leave_the_epoch_ended(trainer: L.Trainer, checkpoint: dict[str, Any]) -> No
     """
     cast(Any, trainer).fit_loop._iteration_based_training = lambda: False
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    epochs["completed"] = epochs["processed"]  # Lightning does it, but not where no step is left to do
+    epochs["completed"] = epochs[
+        "processed"
+    ]  # Lightning does it, but not where no step is left to do
 
 
 def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -231,7 +304,10 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     now = {"batch_size": data.batch_size, "world_size": trainer.world_size}
     if all(state[name] == value for name, value in now.items()):
         return
-    window, images = trainer.accumulate_grad_batches, state["batch"] * state["batch_size"] * state["world_size"]
+    window, images = (
+        trainer.accumulate_grad_batches,
+        state["batch"] * state["batch_size"] * state["world_size"],
+    )
     batch = images // (data.batch_size * trainer.world_size) // window * window
     data.load_state_dict({**state, **now, "batch": batch})
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -248,7 +324,9 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     def here(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(old):
             return str(folder) + value[len(old) :]
-        return {here(key): each for key, each in value.items()} if isinstance(value, dict) else value
+        return (
+            {here(key): each for key, each in value.items()} if isinstance(value, dict) else value
+        )
 
     return {key: here(value) for key, value in state.items()}
 
@@ -274,7 +352,11 @@ def recorded_config(run_dir: Path) -> Path:
 
 def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
     """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
-    for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):  # where training writes; twin/ has its turn
+    for folder in (
+        run_dir,
+        run_dir / "checkpoints",
+        run_dir / "model",
+    ):  # where training writes; twin/ has its turn
         remove_leftovers(folder)
     found, refused = newest_valid(run_dir / "checkpoints")
     for other in refused:
@@ -285,8 +367,13 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             for left in (each for pattern in _LEFT for each in run_dir.glob(pattern)):
                 left.unlink()
             return Start(run_dir)
-        why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
-        raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
+        why = (
+            "; ".join(f"{other.path.name} {other.fault}" for other in refused)
+            or "no step was saved yet"
+        )
+        raise UserError(
+            f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}."
+        )
     saved = load_archive(found.path, mmap=True).get(MARK, {})
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
     return Start(run_dir, found.path, found.step, saved.get("fingerprint", {}))
@@ -303,9 +390,13 @@ def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> li
     before, now = complete(recorded), complete(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = ("null" if each.get(name) is None else str(each.get(name)) for each in (before, now))
+        old, new = (
+            "null" if each.get(name) is None else str(each.get(name)) for each in (before, now)
+        )
         same = old == new or (name == "data.path" and Path(old).resolve() == Path(new).resolve())
-        drawn = name == "seed_everything" and new == "True" and old != "False"  # what was drawn for it is recorded
+        drawn = (
+            name == "seed_everything" and new == "True" and old != "False"
+        )  # what was drawn for it is recorded
         if name.split(".")[0] in _SILENT or same or drawn:
             continue
         if not is_free(name):
@@ -331,7 +422,11 @@ def resume_command(run_dir: Path) -> str:
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
     file = start.run_dir / SESSIONS
-    origin = None if start.checkpoint is None else {"checkpoint": start.checkpoint.name, "step": start.step}
+    origin = (
+        None
+        if start.checkpoint is None
+        else {"checkpoint": start.checkpoint.name, "step": start.step}
+    )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     session = {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}
     write_json_atomic(file, [*(_json(file) or []), session])
@@ -355,7 +450,9 @@ def claim(run_dir: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"Another process is training in {run_dir}: wait for it, or end it first.") from None
+        raise UserError(
+            f"Another process is training in {run_dir}: wait for it, or end it first."
+        ) from None
     return lock
 
 
@@ -443,7 +540,9 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
         nonlocal asked
         recorded, asked = read_config(recorded_config(run_dir)), as_recorded()
         changed = changed_options(recorded, asked)
-        asked["seed_everything"] = recorded.get("seed_everything", 0)  # for `true` the one that was drawn
+        asked["seed_everything"] = recorded.get(
+            "seed_everything", 0
+        )  # for `true` the one that was drawn
         return changed
 
     def find() -> Start:
@@ -471,7 +570,9 @@ def devices_asked(given: Given) -> dict[str, Any]:
         config = (own_folder(given) if target == AUTO else Path(target)) / "config.yaml"
         files[:0] = [config] if config.is_file() else []
     asked = [*map(read_config, files), given.options]
-    return {name: value for each in asked for name, value in each.items() if name.startswith("trainer.")}
+    return {
+        name: value for each in asked for name, value in each.items() if name.startswith("trainer.")
+    }
 
 
 def own_folder(given: Given) -> Path:
@@ -499,7 +600,11 @@ def load_trained(address: str) -> SavedModel:
         weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
         kept = path.parent / START
         # Options that describe a larger model than the weights are get no memory for it.
-        given = {name: value for name, value in asdict(task.arch).items() if name != "pretrained" and value is not None}
+        given = {
+            name: value
+            for name, value in asdict(task.arch).items()
+            if name != "pretrained" and value is not None
+        }
         check_arguments({**given, "num_classes": sizes[0], "img_size": sizes[1]})
         with torch.device("meta"):
             outline = build_model(task.arch, *sizes, load_pretrained=False, kept=kept)

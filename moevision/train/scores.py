@@ -37,11 +37,17 @@ class ExampleScores(L.Callback):
 
     def __init__(self) -> None:
         self.sums: ScoreSums | None = None
-        self._saved: Mapping[str, Any] | None = None  # by the checkpoint that is gone on from; {}: nothing
-        self._window: list[tuple[Tensor, Tensor]] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
+        self._saved: Mapping[str, Any] | None = (
+            None  # by the checkpoint that is gone on from; {}: nothing
+        )
+        self._window: list[
+            tuple[Tensor, Tensor]
+        ] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
@@ -50,17 +56,23 @@ class ExampleScores(L.Callback):
         saved, self._saved, self.sums = self._saved, None, None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
-                tell("note: no scores of the training images: under Mixup and CutMix no output belongs to one image.")
+                tell(
+                    "note: no scores of the training images: under Mixup and CutMix no output belongs to one image."
+                )
             return
         images = range(len(data.contents.datasets["train"]))
         layers = moe_layers(task.net)
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
         sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
         if saved is not None and not (saved and sums.load_state_dict(saved)):
-            tell("note: no scores of the training images: the checkpoint has none, and those of the rest mislead.")
+            tell(
+                "note: no scores of the training images: the checkpoint has none, and those of the rest mislead."
+            )
             return
         self.sums = sums
-        task.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
+        task.observer = lambda batch, logits, routings: self._observe(
+            trainer, batch, logits, routings
+        )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -78,7 +90,9 @@ class ExampleScores(L.Callback):
             self._window = []
 
     @torch.no_grad()
-    def _observe(self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]) -> None:
+    def _observe(
+        self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]
+    ) -> None:
         found = [visit_measures(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
             found += map(visit_shares, routings)
@@ -91,12 +105,18 @@ class ExampleScores(L.Callback):
             found = gather([part.cpu() for part in visits])  # of all processes, in order of rank
             own, values = (torch.cat(part) for part in zip(*found, strict=True))
             measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
-            self.sums.add(own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None)
+            self.sums.add(
+                own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None
+            )
         self._window = []
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table, after the guard's last check."""
-        if self.sums is not None and trainer.is_global_zero and not bool(cast(Any, trainer).fast_dev_run):
+        if (
+            self.sums is not None
+            and trainer.is_global_zero
+            and not bool(cast(Any, trainer).fast_dev_run)
+        ):
             self.table(cast(Any, trainer).datamodule).write(Path(trainer.default_root_dir) / FILE)
 
     def table(self, data: ImageDataModule) -> Scores:
@@ -126,4 +146,6 @@ def visit_shares(routing: Routing) -> Tensor:
     # All slots are always computed; what differs between images is how much of each their tokens take.
     found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()
     found = found.float()
-    return found / found.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # 0 where all were dropped
+    return found / found.sum(1, keepdim=True).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )  # 0 where all were dropped

@@ -61,7 +61,9 @@ from moevision.train.processes import has_gpu, tell
 from moevision.words import percent
 
 AUTO, NONE = "auto", "none"
-_LARGE_GPU_BYTES = 11 * 2**30  # of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12
+_LARGE_GPU_BYTES = (
+    11 * 2**30
+)  # of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12
 _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets the smaller model
 # What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
 # 112 px reached 75e9 with AVX-512, decoding included.
@@ -131,7 +133,11 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
         facts = ask_hub(weights)
     except UserError as error:
         offline = isinstance(error, HubUnreachableError)
-        more = ", and no pretrained weights are in its cache; --pretrained FILE works" if offline else ""
+        more = (
+            ", and no pretrained weights are in its cache; --pretrained FILE works"
+            if offline
+            else ""
+        )
         return from_scratch(str(error).rstrip(".") + more)
     for licence in (weights.licence, facts.licence):
         if licence and licence not in FREE_LICENCES:
@@ -170,7 +176,10 @@ def _named(source: str, base: str | None = None) -> ChosenStart:
         name = base or architecture_of(file)
         net, metadata = _without_memory(name), read_metadata(file) if file.is_file() else {}
         licence = metadata.get("license", NOT_STATED)
-        what, more = f"{file} as {name}", f", from {metadata['source']}" if "source" in metadata else ""
+        what, more = (
+            f"{file} as {name}",
+            f", from {metadata['source']}" if "source" in metadata else "",
+        )
     else:
         name, net, licence, what, more = None, _without_memory(source), NOT_STATED, source, ""
         if not moe_layers(net):
@@ -184,7 +193,9 @@ def _named(source: str, base: str | None = None) -> ChosenStart:
                 _download(weights, facts)
     if licence not in (NOT_STATED, *FREE_LICENCES):
         more = ", which restricts what you may do" + more
-    return ChosenStart(StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more}).")
+    return ChosenStart(
+        StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more})."
+    )
 
 
 def _without_memory(source: str) -> nn.Module:
@@ -203,7 +214,9 @@ def _on_terminal() -> bool:
 def _download(weights: Published, facts: HubFacts) -> None:
     """Fetch with the hub's progress bar, which shows on a terminal."""
     size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
-    tell(f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}")
+    tell(
+        f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}"
+    )
     fetch_weights(weights.name)
 
 
@@ -225,11 +238,18 @@ def weights_file(source: str) -> Path | None:
 def fitting(images: int) -> list[str]:
     """The weights that suit this device and so many images, the best first."""
     if has_gpu():
-        large = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >= _LARGE_GPU_BYTES
+        large = (
+            torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            >= _LARGE_GPU_BYTES
+        )
         return [BASE, SMALL, TINY] if large else [SMALL, TINY]
     # Backward costs twice a forward pass.
     flops = epochs_for(images) * images * 3 * _SMALL_FLOPS
-    return [SMALL, TINY] if flops <= _PATIENT_S * torch.get_num_threads() * _CPU_FLOPS_PER_S else [TINY]
+    return (
+        [SMALL, TINY]
+        if flops <= _PATIENT_S * torch.get_num_threads() * _CPU_FLOPS_PER_S
+        else [TINY]
+    )
 
 
 def epochs_for(images: int) -> int:
@@ -260,7 +280,11 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         options |= {"data.mean": list(saved.mean), "data.std": list(saved.std)}
     if not moe_layers(net):
-        options |= {"model.arch.num_experts": 4, "model.arch.top_k": 1, "model.arch.router": "vmoe_top_k"}
+        options |= {
+            "model.arch.num_experts": 4,
+            "model.arch.top_k": 1,
+            "model.arch.router": "vmoe_top_k",
+        }
         options["router_start"] = "cluster"
         pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
         options["model.arch.moe_layers"] = "last2" if pools else read_layer_indices(net, "last2")
@@ -302,7 +326,9 @@ class Probe:
     seconds: float  # features and regression together; `cpu_s` are CPU seconds of the same
     mbytes: float  # of the model that it is the classifier of, in float32
     cpu_s: float = 0.0
-    of_experts: bool = False  # whether the weights came with experts, so that no dense model has these features
+    of_experts: bool = (
+        False  # whether the weights came with experts, so that no dense model has these features
+    )
     # weights [C, D] and biases [C]; None if it was read from a file
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -314,8 +340,15 @@ class Probe:
     def sentence(self) -> str:
         """What it found, for the terminal."""
         total = len(self.test_correct)
-        val, test = self.val_correct / max(1, self.val_images), sum(self.test_correct.values()) / max(1, total)
-        start = "the classifier starts with it" if self.beats_the_head else "the weights' own classifier is kept"
+        val, test = (
+            self.val_correct / max(1, self.val_images),
+            sum(self.test_correct.values()) / max(1, total),
+        )
+        start = (
+            "the classifier starts with it"
+            if self.beats_the_head
+            else "the weights' own classifier is kept"
+        )
         return (
             f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {total:,} test "
             f"images by logistic regression on the frozen features, in {self.seconds:.0f} s; {start}"
@@ -323,7 +356,10 @@ class Probe:
 
     def write(self, run_dir: Path) -> None:
         """Leave everything but the head in a run folder."""
-        write_json_atomic(run_dir / PROBE_FILE, {name: value for name, value in vars(self).items() if name != "head"})
+        write_json_atomic(
+            run_dir / PROBE_FILE,
+            {name: value for name, value in vars(self).items() if name != "head"},
+        )
 
 
 def read_probe(run_dir: Path) -> Probe | None:
@@ -347,13 +383,19 @@ def fit_probe(
     if head is None:
         return None
     began, began_cpu_s = time.monotonic(), cpu_s()
-    images = [min(count, len(data.contents.datasets[split])) for split, count in _MOST_IMAGES.items()]
+    images = [
+        min(count, len(data.contents.datasets[split])) for split, count in _MOST_IMAGES.items()
+    ]
     tell(
         "linear probe: logistic regression on the frozen features of {:,} training, {:,} validation and {:,} test "
         "images".format(*images)
     )
     found = features_of(net, data, _MOST_IMAGES, device, context)
-    (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = found["train"], found["val"], found["test"]
+    (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = (
+        found["train"],
+        found["val"],
+        found["test"],
+    )
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
     own_weight = head.weight.detach().double().cpu().numpy()
     own_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
@@ -364,7 +406,8 @@ def fit_probe(
         val_images=len(val_y),
         head_val_correct=int((_classify(val_x, own_weight, own_bias) == val_y).sum()),
         test_correct={
-            data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
+            data.sample_id("test", int(index)): bool(right)
+            for index, right in zip(test_index, correct, strict=True)
         },
         seconds=time.monotonic() - began,
         mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
@@ -393,19 +436,27 @@ def features_of(
         for split, count in most.items():
             labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
             order = np.random.default_rng(data.seed).permutation(len(labels))
-            order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+            order = order[
+                np.argsort(labels[order], kind="stable")
+            ]  # class by class, each in random order
             places = _evenly(len(order), count)
             least = min(5, count // data.num_classes) if split == "train" else 0
             if np.bincount(labels[order[places]], minlength=data.num_classes).min() < least:
-                first = np.arange(len(order)) - np.searchsorted(labels[order], labels[order]) < least  # of their class
+                first = (
+                    np.arange(len(order)) - np.searchsorted(labels[order], labels[order]) < least
+                )  # of their class
                 own, others = np.flatnonzero(first), np.flatnonzero(~first)
                 places = np.concatenate([own, others[_evenly(len(others), count - len(own))]])
             parts: list[tuple[Tensor, Tensor, Tensor]] = []
             loader = data.plain_loader(split, sorted(order[places].tolist()))
             batches = track(
-                loader, f"{split} images", -(-len(places) // data.batch_size),
-                console=console, transient=True, disable=not console.is_terminal,
-            )  # fmt: skip
+                loader,
+                f"{split} images",
+                -(-len(places) // data.batch_size),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
             for batch in batches:
                 with context():
                     features = pooled(net, batch["image"].to(device, dtype)).double().cpu()
@@ -421,7 +472,10 @@ def _evenly(rows: int, count: int) -> _Integers:
 @torch.no_grad()
 def start_with(net: nn.Module, probe: Probe) -> None:
     """Give the classifier the probe's weights, in place."""
-    head, (weight, bias) = cast(nn.Linear, linear_head(net)), cast(tuple[Tensor, Tensor], probe.head)
+    head, (weight, bias) = (
+        cast(nn.Linear, linear_head(net)),
+        cast(tuple[Tensor, Tensor], probe.head),
+    )
     head.weight.copy_(weight)
     if head.bias is not None:
         head.bias.copy_(bias)
@@ -443,7 +497,9 @@ def _best_regression(
         weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, _ABSENT)
         present, coefficients, intercept = model.classes_, model.coef_, model.intercept_
         if len(present) == 2:  # one row, for the second class against the first
-            coefficients, intercept = (np.concatenate([-x / 2, x / 2]) for x in (coefficients, intercept))
+            coefficients, intercept = (
+                np.concatenate([-x / 2, x / 2]) for x in (coefficients, intercept)
+            )
         weight[present] = coefficients / spread
         bias[present] = intercept - weight[present] @ mean
         found.append((int((_classify(val_x, weight, bias) == val_y).sum()), weight, bias))

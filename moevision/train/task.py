@@ -36,7 +36,12 @@ from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, 
 from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, RoutingStatistics
 from moevision.models.config import build_model
-from moevision.models.vit_moe import checkpoint_blocks, num_patches, set_fused_attention, trains_unfused
+from moevision.models.vit_moe import (
+    checkpoint_blocks,
+    num_patches,
+    set_fused_attention,
+    trains_unfused,
+)
 from moevision.train.checkpoint import plain
 from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, sums_over_processes, tell
@@ -57,7 +62,9 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
     for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
         if getattr(trainer, name) == 0:
-            raise UserError(f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more.")
+            raise UserError(
+                f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more."
+            )
     ranges = (
         (*AT_LEAST_1, ("accumulate_grad_batches", "check_val_every_n_epoch")),
         (*AT_LEAST_0, ("gradient_clip_val",)),
@@ -115,29 +122,51 @@ class ClassificationTask(L.LightningModule):
             self.build(num_classes, image_size, load_pretrained=False)
 
     def build(
-        self, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
+        self,
+        num_classes: int,
+        image_size: int,
+        *,
+        load_pretrained: bool = True,
+        kept: Path | None = None,
     ) -> None:
         """Make the network and its metrics; arguments as those of `build_model`."""
         self.hparams.update(num_classes=num_classes, image_size=image_size)
-        net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept)
+        net = build_model(
+            self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept
+        )
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net, num_classes)
-        experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in moe_layers(self.net)}
-        self.routing_statistics = RoutingStatistics([*experts], [*experts.values()]) if experts else None
+        experts = {
+            cast(int, layer.layer_index): layer.router.num_experts for layer in moe_layers(self.net)
+        }
+        self.routing_statistics = (
+            RoutingStatistics([*experts], [*experts.values()]) if experts else None
+        )
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
-        kinds = {"precision": MulticlassPrecision, "f1": MulticlassF1Score, "auroc": MulticlassAUROC}
-        self.class_metrics = MetricCollection({name: kind(num_classes, average="none") for name, kind in kinds.items()})
+        kinds = {
+            "precision": MulticlassPrecision,
+            "f1": MulticlassF1Score,
+            "auroc": MulticlassAUROC,
+        }
+        self.class_metrics = MetricCollection(
+            {name: kind(num_classes, average="none") for name, kind in kinds.items()}
+        )
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
         # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
-        self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        self.val_loss, self.test_loss = (
+            MeanMetric(nan_strategy="disable"),
+            MeanMetric(nan_strategy="disable"),
+        )
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(self, "net"):
             if data is None:
-                raise UserError("Give ClassificationTask num_classes and image_size, or train it with ImageDataModule.")
+                raise UserError(
+                    "Give ClassificationTask num_classes and image_size, or train it with ImageDataModule."
+                )
             self.build(data.num_classes, data.image_size, load_pretrained=stage == "fit")
         elif data is not None:
             known = self.hparams["num_classes"], self.hparams["image_size"]
@@ -177,12 +206,19 @@ class ClassificationTask(L.LightningModule):
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
-        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
-        set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
+        tokens, dtype = (
+            num_patches(self.net),
+            torch.bfloat16 if self._in_bfloat16 else torch.float32,
+        )
+        set_fused_attention(
+            self.net, tokens is None or not trains_unfused(self.device, dtype, tokens)
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for part in checkpoint.keys() - {"state_dict"}:  # a state has metadata as an attribute
-            checkpoint[part] = plain(checkpoint[part])  # NumPy's numbers, given in Python, would make it unreadable
+            checkpoint[part] = plain(
+                checkpoint[part]
+            )  # NumPy's numbers, given in Python, would make it unreadable
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -207,7 +243,9 @@ class ClassificationTask(L.LightningModule):
         target = batch.get("target", batch["label"])  # [B] or soft [B, C]
         cross_entropy = self._cross_entropy(logits, target)
         shares = target if target.ndim == 2 else F.one_hot(target, logits.shape[-1])  # [B, C]
-        aux, values = self.aux_loss(routings, shares)  # a scalar, or None without losses of routers; each loss by name
+        aux, values = self.aux_loss(
+            routings, shares
+        )  # a scalar, or None without losses of routers; each loss by name
         loss = cross_entropy if aux is None else cross_entropy + aux
         self.evidence.append(
             {f"router of block {routing.layer}": routing.logits.detach() for routing in routings}
@@ -215,11 +253,17 @@ class ClassificationTask(L.LightningModule):
             | {"cross-entropy": cross_entropy.detach(), "loss": loss.detach()}
         )
         size = len(batch["label"])
-        top1 = (logits.argmax(-1) == batch["label"]).float().mean()  # of labels [B], also under Mixup
-        means = mean_over_processes({"train/loss": loss, "train/cross_entropy": cross_entropy, "train/top1": top1})
+        top1 = (
+            (logits.argmax(-1) == batch["label"]).float().mean()
+        )  # of labels [B], also under Mixup
+        means = mean_over_processes(
+            {"train/loss": loss, "train/cross_entropy": cross_entropy, "train/top1": top1}
+        )
         self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(means, batch_size=size)
-        self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
+        self.log_dict(
+            {f"train/{name}_loss": value for name, value in values.items()}, batch_size=size
+        )
         return loss
 
     @property
@@ -254,7 +298,9 @@ class ClassificationTask(L.LightningModule):
         # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
         # or process to the next, and a step would depend on how its images are divided.
         weight = self.class_weight.to(logits.device, torch.float32)
-        each = F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none")
+        each = F.cross_entropy(
+            logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none"
+        )
         return each.mean()
 
     def on_validation_epoch_start(self) -> None:
@@ -263,7 +309,9 @@ class ClassificationTask(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, loss = self._evaluate(batch, self.val_metrics, self.val_loss)
         correct = logits.argmax(-1) == batch["label"]
-        self.val_outputs.append({"index": batch["index"], "label": batch["label"], "correct": correct, "loss": loss})
+        self.val_outputs.append(
+            {"index": batch["index"], "label": batch["label"], "correct": correct, "loss": loss}
+        )
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val", self.val_metrics, self.val_loss)
@@ -287,10 +335,14 @@ class ClassificationTask(L.LightningModule):
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No (positive|negative) samples in targets")
-            self.test_by_class = {name: found.tolist() for name, found in self.class_metrics.compute().items()}
+            self.test_by_class = {
+                name: found.tolist() for name, found in self.class_metrics.compute().items()
+            }
         self.class_metrics.reset()
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> tuple[Tensor, Tensor]:
+    def _evaluate(
+        self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> tuple[Tensor, Tensor]:
         """Logits [B, C] and the cross-entropy [B] of a batch, of which the metrics take note."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
@@ -301,7 +353,9 @@ class ClassificationTask(L.LightningModule):
             self.routing_statistics.update(routings)
         return logits, loss
 
-    def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
+    def _log_epoch(
+        self, split: str, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> list[LayerLoad]:
         values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}
         metrics.reset()
         mean_loss.reset()
@@ -312,7 +366,11 @@ class ClassificationTask(L.LightningModule):
         loads = self.routing_statistics.layer_loads()
         self.routing_statistics.reset()
         for load in loads:
-            found = {"load_max": load.max_over_mean, "load_cv2": load.cv_squared, "entropy": load.entropy_bits}
+            found = {
+                "load_max": load.max_over_mean,
+                "load_cv2": load.cv_squared,
+                "entropy": load.entropy_bits,
+            }
             found["dead"] = float(load.dead)
             self.log_dict({f"moe/{load.layer}/{name}": value for name, value in found.items()})
         return loads
@@ -327,12 +385,19 @@ class ClassificationTask(L.LightningModule):
 
         Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
         """
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norm = self.tensors.total_norm(gradients)
         self.log("train/grad_norm", norm)
         if self.update_gate is not None and self.update_gate(norm):
             self.update_refused = True
-            optimizer.zero_grad(set_to_none=True)  # zeros would still decay weights and move moments
+            optimizer.zero_grad(
+                set_to_none=True
+            )  # zeros would still decay weights and move moments
         elif gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.tensors.clip(parameters, gradient_clip_val, norm)
@@ -343,9 +408,13 @@ class ClassificationTask(L.LightningModule):
         fused = self.trainer.precision != "16-mixed"
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(
-            self.net, self.optim, total_steps=steps, fused=fused, bfloat16=self._in_bfloat16,
+            self.net,
+            self.optim,
+            total_steps=steps,
+            fused=fused,
+            bfloat16=self._in_bfloat16,
             kinds=self.tensors.optimizers,
-        )  # fmt: skip
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -28,7 +28,9 @@ def trace_of(*expert_indices, labels, num_experts, grid, class_names=None):
     names = class_names or tuple(f"class {label}" for label in range(labels.max() + 1))
     probabilities = np.full((len(labels), len(names)), 1 / len(names), np.float32)
     pictures = tuple(f"picture {index}" for index in range(len(labels)))
-    return RoutingTrace(tuple(layers), labels, labels, probabilities, pictures, names, grid, "a model", "pictures")
+    return RoutingTrace(
+        tuple(layers), labels, labels, probabilities, pictures, names, grid, "a model", "pictures"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,16 @@ from moevision.models.io import SavedModel, save_model
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
-STEPPED = ("switch", "sigmoid", "bias_balanced", "cosine", "random", "colour", "expert_choice", "soft")
+STEPPED = (
+    "switch",
+    "sigmoid",
+    "bias_balanced",
+    "cosine",
+    "random",
+    "colour",
+    "expert_choice",
+    "soft",
+)
 
 
 def saved(router, **options) -> SavedModel:
@@ -45,7 +54,9 @@ def saved(router, **options) -> SavedModel:
             for parameter in layer.router.parameters():
                 parameter.normal_()
             layer.experts.fc2.weight.normal_(std=0.3)
-    return SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return SavedModel(
+        net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    )
 
 
 @pytest.mark.parametrize("router", STEPPED)
@@ -59,23 +70,32 @@ def test_every_step_takes_every_router(router) -> None:
             assert len(own) == 1, name
             takes = choice_counts(own[0].expert_index, own[0].num_experts, own[0].takes)
             if layer.kind != "soft":  # as many experts per patch as the layer
-                assert (takes > 0).sum(-1).mean() == pytest.approx(layer.experts_per_patch, rel=0.05), name
+                assert (takes > 0).sum(-1).mean() == pytest.approx(
+                    layer.experts_per_patch, rel=0.05
+                ), name
             else:
                 np.testing.assert_allclose(takes.sum(-1), 1, rtol=1e-4)
     if router in ("random", "colour"):  # nothing is learned, so the untrained model routes alike
         untrained = baselines["untrained"][0]
         assert (untrained.expert_index == trace.layers[0].expert_index).all()
-    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=20) for layer in trace.layers}
+    maps = {
+        layer.layer: class_expert_map(trace, layer.layer, num_permutations=20)
+        for layer in trace.layers
+    }
     for found in maps.values():
         np.testing.assert_allclose(found.share.sum(1), 1, rtol=1e-5)
     atlas = build_atlas(trace, pictures, maps, count=2)
     assert [layer["kind"] for layer in atlas["layers"]] == [layer.kind for layer in trace.layers]
     assert json.dumps([layer_numbers(layer) for layer in trace.layers])
-    found = effect(model, pictures.image(0), Intervention("ablate", layer=1, expert=0), num_controls=3)
+    found = effect(
+        model, pictures.image(0), Intervention("ablate", layer=1, expert=0), num_controls=3
+    )
     assert found.routing == trace.layers[0].kind
     if found.moved:
         assert np.std(found.control.delta_logits) > 0
-    of_class = class_effect(model, pictures, 0, Intervention("swap", layer=3, expert=0, other=1), limit=3)
+    of_class = class_effect(
+        model, pictures, 0, Intervention("swap", layer=3, expert=0, other=1), limit=3
+    )
     assert len(of_class.delta_logits) == 3
 
 
@@ -177,7 +197,9 @@ def test_effects_without_a_control_are_measured_and_drawn() -> None:
     model, pictures = saved("vmoe_top_k", route_by="image", top_k=1), open_pictures(PETS, 32)
     trace = collect_routing(model, pictures, progress=False)
     effects = measure_effects(model, pictures, trace, budget_s=1000)  # however slow the machine
-    assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {None}
+    assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {
+        None
+    }
     assert any(found["delta_logit"] != 0 for found in effects["experts"])
     results = Results([], {}, None, effects)
     drawn = draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers])
@@ -185,7 +207,10 @@ def test_effects_without_a_control_are_measured_and_drawn() -> None:
 
 
 RAGGED = {
-    "tokens": (["vmoe_top_k", "switch"], {"num_experts": [4, 6], "top_k": [2, 1], "eval_capacity_factor": 0.75}),
+    "tokens": (
+        ["vmoe_top_k", "switch"],
+        {"num_experts": [4, 6], "top_k": [2, 1], "eval_capacity_factor": 0.75},
+    ),
     "others": (["soft", "expert_choice"], {"num_experts": [4, 6], "top_k": [2, 2]}),
 }
 
@@ -196,20 +221,35 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     routers, options = RAGGED[name]
     pictures = open_pictures(PETS, 32)
     trace = collect_routing(saved(routers, **options), pictures, progress=False)
-    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=20) for layer in trace.layers}
+    maps = {
+        layer.layer: class_expert_map(trace, layer.layer, num_permutations=20)
+        for layer in trace.layers
+    }
     rows = [
-        {"layer": layer.layer, "expert": e, "class": name, "delta_logit": 0.1 * e, "control_delta_logit": 0.0}
+        {
+            "layer": layer.layer,
+            "expert": e,
+            "class": name,
+            "delta_logit": 0.1 * e,
+            "control_delta_logit": 0.0,
+        }
         for layer in trace.layers
         for e in range(layer.num_experts)
         for name in trace.class_names
     ]
     results = Results([], maps, None, {"rows": rows, "what": "it is away"})
-    drawn = list(draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers]))
+    drawn = list(
+        draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers])
+    )
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]
     said = {
         item.kind: " ".join(
-            [text.get_text() for axes in item.figure.axes for text in [*axes.texts, axes.yaxis.label]]
+            [
+                text.get_text()
+                for axes in item.figure.axes
+                for text in [*axes.texts, axes.yaxis.label]
+            ]
             + [text.get_text() for text in item.figure.texts]
         )
         for item in drawn
@@ -226,10 +266,15 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         assert "no expert took it" in said["overlay"]
 
 
-@pytest.mark.parametrize("kinds", [["soft"], ["expert_choice"], ["soft", "expert_choice", "token_choice"]])
+@pytest.mark.parametrize(
+    "kinds", [["soft"], ["expert_choice"], ["soft", "expert_choice", "token_choice"]]
+)
 def test_captions_add_what_differs(kinds) -> None:
     caption = environment().get_template("captions.jinja").module.caption
-    (plain, rest), words = caption("load", ["token_choice"]).split(" <b>What"), caption("load", kinds)
+    (plain, rest), words = (
+        caption("load", ["token_choice"]).split(" <b>What"),
+        caption("load", kinds),
+    )
     assert words.startswith(plain)
     assert words.endswith(rest)
     assert ("as many slots" in words) == ("soft" in kinds)
@@ -243,9 +288,14 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     model = saved(["soft", "expert_choice"])
     save_model(model, tmp_path / "model")
     settings = ReportSettings(
-        str(tmp_path / "model"), data="synthetic_pets", out=tmp_path / "report", limit=32, permutations=20,
-        quick=True, progress=False,
-    )  # fmt: skip
+        str(tmp_path / "model"),
+        data="synthetic_pets",
+        out=tmp_path / "report",
+        limit=32,
+        permutations=20,
+        quick=True,
+        progress=False,
+    )
     numbers = analyze(settings)
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert [layer["kind"] for layer in numbers["layers"]] == ["soft", "expert_choice"]

@@ -13,7 +13,14 @@ from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
 from moevision.analysis.information import Estimate
-from moevision.analysis.readings import exceeds, fit_clusters, fresh_copy, listed, measure_baselines, router_inputs
+from moevision.analysis.readings import (
+    exceeds,
+    fit_clusters,
+    fresh_copy,
+    listed,
+    measure_baselines,
+    router_inputs,
+)
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -50,7 +57,9 @@ def test_baselines_of_a_model(measured) -> None:
     _, _, trace, baselines = measured
     assert set(baselines) == {"untrained", "kmeans_input"}
     blocks = [layer.layer for layer in trace.layers]
-    assert [(each.layer, each.seed) for each in baselines["untrained"]] == [(b, s) for s in range(2) for b in blocks]
+    assert [(each.layer, each.seed) for each in baselines["untrained"]] == [
+        (b, s) for s in range(2) for b in blocks
+    ]
     for each in (each for estimates in baselines.values() for each in estimates):
         assert each.expert_index.shape == (len(each.images), 16, 2)
         assert (np.diff(np.sort(each.expert_index, -1), axis=-1) > 0).all()  # K different experts
@@ -92,13 +101,19 @@ def test_a_fresh_copy_remembers_nothing() -> None:
                 tensor.add_(1)
     before = copy.deepcopy(trained.state_dict())
     state = torch.random.get_rng_state()
-    fresh = [fresh_copy(net, seed).state_dict() for net, seed in ((trained, 0), (other, 0), (trained, 1))]
+    fresh = [
+        fresh_copy(net, seed).state_dict() for net, seed in ((trained, 0), (other, 0), (trained, 1))
+    ]
     assert (torch.random.get_rng_state() == state).all()
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     for name, value in fresh[0].items():
         assert torch.equal(value, fresh[1][name]), f"{name} depends on what was trained"
-    assert not torch.equal(fresh[0]["blocks.1.mlp.experts.fc1.weight"], fresh[2]["blocks.1.mlp.experts.fc1.weight"])
-    assert fresh[0]["blocks.1.mlp.router.weight"].any()  # a router at zero would send all patches to the same experts
+    assert not torch.equal(
+        fresh[0]["blocks.1.mlp.experts.fc1.weight"], fresh[2]["blocks.1.mlp.experts.fc1.weight"]
+    )
+    assert fresh[0][
+        "blocks.1.mlp.router.weight"
+    ].any()  # a router at zero would send all patches to the same experts
 
 
 @pytest.mark.parametrize("base", ["beit_base_patch16_224", "vit_small_patch16_dinov3"])
@@ -117,7 +132,9 @@ def test_a_fresh_copy_of_another_architecture_remembers_nothing(base: str) -> No
     made = convert_to_moe(timm.create_model(base, **small), "all", 4, 2)
     for state in (one, made.state_dict(), dense_twin(made).state_dict()):
         weight = next(
-            state[name] for name in ("blocks.1.mlp.experts.fc2.weight", "blocks.1.mlp.fc2.weight") if name in state
+            state[name]
+            for name in ("blocks.1.mlp.experts.fc2.weight", "blocks.1.mlp.fc2.weight")
+            if name in state
         )
         assert weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.1)
 
@@ -145,7 +162,9 @@ def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) 
         half, _ = measure_baselines(model, pictures, trace, seeds=1, seed=seed)["kmeans_input"]
         assert len(half.images) == 20
         assert (labels[half.images] >= 0).sum() == labelled // 2
-        recording = recording_of(model, pictures, trace, baselines={"kmeans_input": [half]}, swap=False)
+        recording = recording_of(
+            model, pictures, trace, baselines={"kmeans_input": [half]}, swap=False
+        )
         (answers, _) = three_questions(recording, permutations=20)
         assert ("clusters" in answers.controls) == (labelled == 4)
 
@@ -179,4 +198,9 @@ def test_all_experts_in_order_are_named_once(measured, router) -> None:
 
 
 def test_words_are_listed() -> None:
-    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]

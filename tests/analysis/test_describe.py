@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.analysis.describe import majority_part, part_expert_table, part_fractions, part_stands_out
+from moevision.analysis.describe import (
+    majority_part,
+    part_expert_table,
+    part_fractions,
+    part_stands_out,
+)
 from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL, expert_colours, ink_on
 
 
@@ -70,7 +75,9 @@ FRACTIONS = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.5, 0], [0, 0, 1]]])
 
 def test_part_fractions_by_hand() -> None:
     np.testing.assert_allclose(part_fractions(MASK, (2, 2), 3), FRACTIONS)
-    np.testing.assert_array_equal(majority_part(FRACTIONS), [[0, 1, 0, 2]])  # the tie goes to the lower number
+    np.testing.assert_array_equal(
+        majority_part(FRACTIONS), [[0, 1, 0, 2]]
+    )  # the tie goes to the lower number
 
 
 def test_part_fractions_of_a_wide_grid() -> None:

@@ -96,7 +96,9 @@ INTERVENTIONS = [
 ]
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}")
+@pytest.mark.parametrize(
+    "intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}"
+)
 def test_before_and_after_are_two_forward_passes(intervention: Intervention) -> None:
     model, image = make(), picture(0)
     found = effect(model, image, intervention)
@@ -108,7 +110,9 @@ def test_before_and_after_are_two_forward_passes(intervention: Intervention) -> 
     torch.testing.assert_close(torch.tensor(found.after_logits).double(), after)
     torch.testing.assert_close(torch.tensor(found.before).double(), before.softmax(-1))
     assert found.delta_logit == pytest.approx(float(after[found.target] - before[found.target]))
-    assert found.delta_p == pytest.approx(float((after.softmax(-1) - before.softmax(-1))[found.target]))
+    assert found.delta_p == pytest.approx(
+        float((after.softmax(-1) - before.softmax(-1))[found.target])
+    )
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
@@ -117,7 +121,9 @@ def test_moved_counts_the_patches_of_the_expert(fill: str) -> None:
     model, image = make(class_token=True, global_pool="token"), picture(1)
     routing = run(model, image)[1][0]
     for expert in range(6):
-        found = effect(model, image, Intervention("ablate", layer=1, expert=expert, fill=fill), num_controls=2)
+        found = effect(
+            model, image, Intervention("ablate", layer=1, expert=expert, fill=fill), num_controls=2
+        )
         uses = (routing.expert_index[0] == expert).any(-1)
         assert (found.moved_prefix, found.moved) == (int(uses[:1].sum()), int(uses[1:].sum()))
 
@@ -129,8 +135,12 @@ def test_moved_by_other_kinds() -> None:
     assert effect(model, image, Intervention("top_k", top_k=1)).moved == 32
     assert effect(model, image, Intervention("top_k", top_k=3)).moved == 0
     without = ~(routing.expert_index[0] == 4).any(-1)
-    assert effect(model, image, Intervention("force", layer=1, expert=4)).moved == int(without.sum())
-    both = ((routing.expert_index[0] == 0).any(-1)).int() + (routing.expert_index[0] == 1).any(-1).int()
+    assert effect(model, image, Intervention("force", layer=1, expert=4)).moved == int(
+        without.sum()
+    )
+    both = ((routing.expert_index[0] == 0).any(-1)).int() + (routing.expert_index[0] == 1).any(
+        -1
+    ).int()
     swapped = effect(model, image, Intervention("swap", layer=1, expert=0, other=1))
     assert swapped.moved == int((both == 1).sum())  # a patch with both keeps both
 
@@ -168,7 +178,9 @@ def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
     router = build_router("noisy_top_k", 8, 5, 2, dtype=torch.float64).eval()
     torch.nn.init.normal_(router.weight)
     routing = router(torch.randn(1, 7, 8, dtype=torch.float64))
-    routing = replace(routing, kept=routing.kept.clone().index_fill_(1, torch.tensor([6]), False))  # dropped before
+    routing = replace(
+        routing, kept=routing.kept.clone().index_fill_(1, torch.tensor([6]), False)
+    )  # dropped before
     ranking = Ranking.of(router, routing)
     times = torch.zeros(7, 2)
     for seed in range(300):
@@ -196,7 +208,10 @@ def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
 def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) -> None:
-    model, image = make(route_by="image", top_k=2, class_token=True, global_pool="token"), picture(1)
+    model, image = (
+        make(route_by="image", top_k=2, class_token=True, global_pool="token"),
+        picture(1),
+    )
     routing = run(model, image)[1][0]
     own = routing.expert_index[0, 0].tolist()
     change = Intervention("ablate", layer=1, expert=own[0], fill=fill)
@@ -205,7 +220,9 @@ def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) 
     of_experts = []
     for expert in own:
         with intervene(model.net, replace(change, expert=expert)):
-            of_experts.append(float(run(model, image)[0][found.target]) - found.before_logits[found.target])
+            of_experts.append(
+                float(run(model, image)[0][found.target]) - found.before_logits[found.target]
+            )
     assert found.delta_logit == pytest.approx(of_experts[0])
     drawn = np.array(found.control.delta_logits)
     nearest = np.abs(drawn[:, None] - of_experts).argmin(1)
@@ -220,7 +237,9 @@ def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
     found = effect(model, image, change)
     assert found.control is None
     assert found.delta_logit != 0
-    assert found.sentence.endswith("; no control: as many random choices are these, since an image has one expert.")
+    assert found.sentence.endswith(
+        "; no control: as many random choices are these, since an image has one expert."
+    )
     assert found.to_json()["control"] is None
     of_class = class_effect(model, Pictures(), "cat", change, limit=3)
     assert of_class.control_delta_logits is None
@@ -232,7 +251,9 @@ def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
     with use_top_k(two.net, 1):
         assert effect(two, image, change).control is None
     only = make(route_by="image", top_k=1, num_experts=1)
-    assert effect(only, image, Intervention("ablate", layer=1, expert=0, fill="zero")).control is None
+    assert (
+        effect(only, image, Intervention("ablate", layer=1, expert=0, fill="zero")).control is None
+    )
 
 
 def test_an_unused_expert_changes_nothing() -> None:
@@ -280,7 +301,9 @@ def test_class_effect_is_the_mean_of_single_effects() -> None:
     numbers = [1, 7, 10, 13, 16, 19, 22, 25, 28]
     singles = [effect(model, picture(number), change, target="cat") for number in numbers]
     assert found.unreadable == 1
-    np.testing.assert_allclose(found.delta_logits, [single.delta_logit for single in singles], atol=1e-12)
+    np.testing.assert_allclose(
+        found.delta_logits, [single.delta_logit for single in singles], atol=1e-12
+    )
     np.testing.assert_allclose(found.delta_ps, [single.delta_p for single in singles], atol=1e-12)
     assert found.moved == pytest.approx(np.mean([single.moved for single in singles]))
     assert len(found.control_delta_logits) == 9
@@ -308,7 +331,9 @@ def test_a_batch_of_one_picture() -> None:
     one_by_one = class_effect(model, Pictures(), "dog", change, batch_size=1)
     together = class_effect(model, Pictures(), "dog", change, batch_size=10)
     np.testing.assert_allclose(one_by_one.delta_logits, together.delta_logits, atol=1e-12)
-    np.testing.assert_allclose(one_by_one.control_delta_logits, together.control_delta_logits, atol=1e-12)
+    np.testing.assert_allclose(
+        one_by_one.control_delta_logits, together.control_delta_logits, atol=1e-12
+    )
 
 
 def test_models_without_numbered_blocks() -> None:
@@ -318,8 +343,12 @@ def test_models_without_numbered_blocks() -> None:
     for place, layer in enumerate(moe_layers(model.net)):
         assert layer.layer_index == (1, 3)[place]
         layer.layer_index = None
-    found = effect(model, image, Intervention("ablate", layer=1, expert=2))  # the second MoE layer, by position
-    np.testing.assert_allclose(found.control.delta_logits, expected.control.delta_logits, atol=1e-12)
+    found = effect(
+        model, image, Intervention("ablate", layer=1, expert=2)
+    )  # the second MoE layer, by position
+    np.testing.assert_allclose(
+        found.control.delta_logits, expected.control.delta_logits, atol=1e-12
+    )
     assert found.delta_logit == pytest.approx(expected.delta_logit, abs=1e-12)
 
 
@@ -358,7 +387,11 @@ def a_result(**changes: object) -> Effect:
         after_logits=(float(np.log(62)), float(np.log(38))),
         moved=37,
         moved_prefix=0,
-        control=Control("moving 37 random patch assignments of L4 to the next-best expert", (-0.05, 0.01), (0.0, 0.0)),
+        control=Control(
+            "moving 37 random patch assignments of L4 to the next-best expert",
+            (-0.05, 0.01),
+            (0.0, 0.0),
+        ),
     )
     return replace(result, **changes)
 
@@ -376,7 +409,11 @@ def test_the_sentence_word_for_word() -> None:
 @pytest.mark.parametrize(
     ("intervention", "moved", "words"),
     [
-        (Intervention("ablate", layer=1, expert=0), 1, "without L1·E0 (1 patch goes to its next-best expert)"),
+        (
+            Intervention("ablate", layer=1, expert=0),
+            1,
+            "without L1·E0 (1 patch goes to its next-best expert)",
+        ),
         (
             Intervention("ablate", layer=1, expert=0, fill="zero"),
             2,
@@ -397,7 +434,11 @@ def test_the_sentence_word_for_word() -> None:
             9,
             "with random routing in every MoE layer (seed 3, 9 patch assignments moved)",
         ),
-        (Intervention("top_k", layer=3, top_k=1), 9, "with k = 1 in L3 (9 patch assignments dropped)"),
+        (
+            Intervention("top_k", layer=3, top_k=1),
+            9,
+            "with k = 1 in L3 (9 patch assignments dropped)",
+        ),
         (
             Intervention("capacity", factor=1.25),
             9,
@@ -409,7 +450,9 @@ def test_every_kind_is_named(intervention: Intervention, moved: int, words: str)
     assert in_words(intervention, moved) == words
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}")
+@pytest.mark.parametrize(
+    "intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}"
+)
 def test_json_says_everything(intervention: Intervention) -> None:
     model = make()
     found = effect(model, picture(1), intervention)

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.describe import first_choice_paths, layer_gallery, patches_on_path, random_patches, top_patches
+from moevision.analysis.describe import (
+    first_choice_paths,
+    layer_gallery,
+    patches_on_path,
+    random_patches,
+    top_patches,
+)
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
@@ -64,7 +70,9 @@ def routed(layer, expert):
 def test_top_patches_are_the_heaviest_of_each_picture(seed, expert):
     layer = random_layer(seed)
     best = {}
-    for (image, patch), weight in routed(layer, expert).items():  # in order, so that the first of equals stays
+    for (image, patch), weight in routed(
+        layer, expert
+    ).items():  # in order, so that the first of equals stays
         if image not in best or weight > best[image][1]:
             best[image] = (patch, weight)
     expected = sorted(((-weight, image, patch) for image, (patch, weight) in best.items()))[:8]
@@ -96,7 +104,9 @@ def test_random_patches_are_uniform_and_seeded():
             counts[patch.image, patch.patch] += 1
     # Each of N patches is drawn in 8/N of the galleries: binomial, so within 5 standard deviations of its mean.
     share = 8 / len(everything)
-    assert np.abs(np.array(list(counts.values())) - 2000 * share).max() < 5 * np.sqrt(2000 * share * (1 - share))
+    assert np.abs(np.array(list(counts.values())) - 2000 * share).max() < 5 * np.sqrt(
+        2000 * share * (1 - share)
+    )
 
 
 def test_an_expert_with_few_patches_has_a_short_gallery():
@@ -125,7 +135,9 @@ def test_patches_on_a_path_take_it_and_spread_over_pictures():
     paths = first_choice_paths(trace)
     for path in ((0, 0), (1, 2), (3, 1)):
         for label in (None, 1):
-            on_path = (paths == path).all(-1) & np.isin(trace.labels, [0, 1] if label is None else [label])[:, None]
+            on_path = (paths == path).all(-1) & np.isin(
+                trace.labels, [0, 1] if label is None else [label]
+            )[:, None]
             found = patches_on_path(trace, path, label=label, count=5)
             assert len(found) == min(5, on_path.sum())
             assert all(on_path[patch.image, patch.patch] for patch in found)

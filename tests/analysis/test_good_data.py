@@ -44,21 +44,29 @@ ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made
 ABOUT |= {"explorer": "http://127.0.0.1:7860", "explorer_command": "moevision demo '<i>'"}
 
 
-TEMPLATE = (Path(moevision.analysis.good_data.__file__).parent / "templates" / "good_data.html.jinja").read_text(
-    "utf-8"
-)
+TEMPLATE = (
+    Path(moevision.analysis.good_data.__file__).parent / "templates" / "good_data.html.jinja"
+).read_text("utf-8")
 KNOWN_TAGS = {*re.findall(r"<(\w+)", TEMPLATE), "data", "html", "head", "body", "style"}
 
 
 def images_in(root: Path, classes: list[str], **splits: list[tuple[str, int]]) -> RunImages:
-    samples = {split: [Sample(name, label) for name, label in members] for split, members in splits.items()}
+    samples = {
+        split: [Sample(name, label) for name, label in members] for split, members in splits.items()
+    }
     return RunImages(FileCollection(classes, samples, root=root), classes, samples)
 
 
 def scores_of(images: RunImages, **values: list[float]) -> Scores:
     train = images.samples["train"]
-    table = {name: np.array(values.get(name, np.linspace(0, 1, len(train))), np.float32) for name in SCORES}
-    names, labels = [each.sample_id for each in train], [images.class_names[each.label] for each in train]
+    table = {
+        name: np.array(values.get(name, np.linspace(0, 1, len(train))), np.float32)
+        for name in SCORES
+    }
+    names, labels = (
+        [each.sample_id for each in train],
+        [images.class_names[each.label] for each in train],
+    )
     experts = {1: np.array(np.random.default_rng(0).dirichlet([1, 1], len(train)), np.float32)}
     return Scores(list(map(csv_name, names)), labels, np.full(len(train), 3), table, experts)
 
@@ -77,7 +85,9 @@ def planted(tiny_run, tmp_path_factory):
     train = [(f"cat/{index:02d}.png", index % 2) for index in range(16)]
     for index, (name, _) in enumerate(train):
         draw(root, name, index)
-    draw(root, "dog/blurred.png", 20).filter(ImageFilter.GaussianBlur(5)).save(root / "dog/blurred.png")
+    draw(root, "dog/blurred.png", 20).filter(ImageFilter.GaussianBlur(5)).save(
+        root / "dog/blurred.png"
+    )
     draw(root, "dog/dark.png", 21).point(lambda value: value // 12).save(root / "dog/dark.png")
     draw(root, "dog/grey.png", 22).convert("L").save(root / "dog/grey.png")
     draw(root, "dog/odd.png", 23).resize((12, 150)).save(root / "dog/odd.png")
@@ -110,7 +120,9 @@ def test_planted_damage_leads_its_list(planted):
     assert found["unreadable"] == ["dog/cut.png", "dog/gone.png"]
     assert found["leaks"][0] == "test/copy.jpg"
     assert set(found["doubles"][:1]) <= {"test/copy.jpg", "cat/03.png"}
-    assert found["easiest"] == [sample.sample_id for sample in images.samples["train"][:5]]  # EL2N rises with the row
+    assert found["easiest"] == [
+        sample.sample_id for sample in images.samples["train"][:5]
+    ]  # EL2N rises with the row
     assert found["hardest"][0] == found["unsteady"][0] == "dog/gone.png"
 
 
@@ -118,7 +130,9 @@ def test_the_table_has_every_image_with_what_is_known(planted):
     images, known = planted
     rows = list(csv.DictReader(io.StringIO("".join(_table(images, known)))))
     by_name = {row["image"]: row for row in rows}
-    assert [(row["split"], row["image"]) for row in rows] == [(split, each.sample_id) for split, each in images.each()]
+    assert [(row["split"], row["image"]) for row in rows] == [
+        (split, each.sample_id) for split, each in images.each()
+    ]
     copy, cut = by_name["test/copy.jpg"], by_name["dog/cut.png"]
     assert (copy["hash_twin"], copy["leak"], copy["width"]) == ("cat/03.png", "cat/03.png", "40")
     assert int(copy["hash_bits"]) <= 8
@@ -140,7 +154,9 @@ def test_the_numbers_of_a_leak_are_of_that_pair(planted):
     table = "".join(_table(images, replace(known, by_features=(known.by_features[0], nearest))))
     row = next(row for row in csv.DictReader(io.StringIO(table)) if row["image"] == "test/copy.jpg")
     assert (row["leak"], int(row["leak_bits"])) == ("cat/03.png", known.by_hash[1].distance[copy])
-    assert float(row["leak_cosine"]) == pytest.approx(float(known.white[copy] @ known.white[origin]), abs=1e-4)
+    assert float(row["leak_cosine"]) == pytest.approx(
+        float(known.white[copy] @ known.white[origin]), abs=1e-4
+    )
 
 
 def test_margins_of_the_finished_model_by_hand():
@@ -161,18 +177,33 @@ def test_tables_of_classes_and_experts_by_hand():
     ]
     first, second = expert_rows(images, known)
     assert (first["name"], first["images"], first["class"]) == ("L1.E0", 1.5, "a")
-    assert (first["share"], first["p_mean"], first["of_class"]) == pytest.approx((0.75, 1.2 / 1.5, 1 / 1.5))
+    assert (first["share"], first["p_mean"], first["of_class"]) == pytest.approx(
+        (0.75, 1.2 / 1.5, 1 / 1.5)
+    )
     assert (second["class"], second["p_mean"]) == ("b", pytest.approx(0.4))
     groups = of_experts(known)  # E1 has 0.25 of the layer, half of an even share
-    assert [group.title for group in groups] == ["L1.E1: 0.50 of an even share", "L1.E0: 1.50 of an even share"]
+    assert [group.title for group in groups] == [
+        "L1.E1: 0.50 of an even share",
+        "L1.E0: 1.50 of an even share",
+    ]
     assert [group.rows.tolist() for group in groups] == [[1], [0, 1]]
     assert groups[1].value(1) == "50% of the image"
-    assert [(group.title, group.rows.tolist()) for group in of_classes(images, known)] == [("b", [1]), ("a", [0])]
+    assert [(group.title, group.rows.tolist()) for group in of_classes(images, known)] == [
+        ("b", [1]),
+        ("a", [0]),
+    ]
     scores.experts[1] = np.array([[1, 0], [0.9, 0.1]], np.float32)
     few, _ = of_experts(examine(images, scores, None))
     assert few.title == "L1.E1: 0.10 of an even share, little work"
-    p, spread = np.array([0.0, 0.999, 1.0, np.nan], np.float32), np.array([0, 0.5, 0.26, 0], np.float32)
-    assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [[0, 0, 0, 1], [0, 23, 15, 1], [1, 23, 8, 1]]
+    p, spread = (
+        np.array([0.0, 0.999, 1.0, np.nan], np.float32),
+        np.array([0, 0.5, 0.26, 0], np.float32),
+    )
+    assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [
+        [0, 0, 0, 1],
+        [0, 23, 15, 1],
+        [1, 23, 8, 1],
+    ]
 
 
 def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
@@ -244,7 +275,11 @@ def hostile(tmp_path_factory):
         draw(root, name, index)
     images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
     scores = scores_of(images)
-    facts = page_facts(images, examine(images, scores, None), 8) | ABOUT | {"title": "<u>run" + 200 * "x"}
+    facts = (
+        page_facts(images, examine(images, scores, None), 8)
+        | ABOUT
+        | {"title": "<u>run" + 200 * "x"}
+    )
     home = tmp_path_factory.mktemp("hostile_page")
     page = render(facts, Thumbnails(images, home / "thumbs"))
     (home / "page.html").write_text(page)
@@ -275,14 +310,21 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
     images, scores, _, home = hostile
     complaints: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         tab = browser.new_page(accept_downloads=True)
-        tab.on("request", lambda asked: asked.url.startswith(home.as_uri()) or complaints.append(asked.url))
+        tab.on(
+            "request",
+            lambda asked: asked.url.startswith(home.as_uri()) or complaints.append(asked.url),
+        )
         for event in ("console", "pageerror", "dialog"):
             tab.on(event, lambda found, event=event: complaints.append(f"{event} {found}"))
         tab.goto((home / "page.html").as_uri())
         assert tab.locator("#map rect.cell").count() > 0
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # however long the run's name
+        assert tab.evaluate(
+            "document.documentElement.scrollWidth <= innerWidth"
+        )  # however long the run's name
         cards = tab.locator("#doubtful .card")
         cards.first.focus()
         tab.keyboard.press("d")
@@ -302,25 +344,36 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
             "",
         ]
         assert cards.nth(1).locator(".badge").inner_text() == f"label: {csv_name(CLASSES[0])}"
-        assert tab.locator("#easiest .card[data-decision=drop]").count() == 1  # the same image in another list
-        tab.context.route("http://127.0.0.1:7860/**", lambda route: route.fulfill(body="the explorer"))
+        assert (
+            tab.locator("#easiest .card[data-decision=drop]").count() == 1
+        )  # the same image in another list
+        tab.context.route(
+            "http://127.0.0.1:7860/**", lambda route: route.fulfill(body="the explorer")
+        )
         cards.nth(1).focus()
         with tab.expect_popup() as explorer:
             tab.keyboard.press("e")
         asked = parse_qs(urlsplit(explorer.value.url).query)
-        assert asked == {"picture": [f"train/{cards.nth(1).get_attribute('data-id')}"], "tab": ["data"]}
+        assert asked == {
+            "picture": [f"train/{cards.nth(1).get_attribute('data-id')}"],
+            "tab": ["data"],
+        }
         with tab.expect_download() as download:
             tab.locator("#save").click()
         download.value.save_as(tmp_path / "decisions.csv")
         again = browser.new_page()
         again.goto((home / "page.html").as_uri())
         again.locator("#load").set_input_files(home / "page.html")
-        again.locator("#load-said", has_text="page.html can't be read: it does not begin with image,label").wait_for()
+        again.locator(
+            "#load-said", has_text="page.html can't be read: it does not begin with image,label"
+        ).wait_for()
         again.locator("#load").set_input_files(tmp_path / "decisions.csv")
         again.locator("#count", has_text="3 decisions").wait_for()
         assert again.locator("#doubtful .card[data-decision=drop]").count() == 1
         browser.close()
-    assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][1:] == []  # the page
+    assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][
+        1:
+    ] == []  # the page
     plan = decide(scores, tmp_path / "decisions.csv")
     assert plan.keep.tolist() == [False] + [True] * 7
     assert plan.new_label == {1: csv_name(CLASSES[0])}
@@ -336,12 +389,46 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
 # ---- hostile folders
 
 SIGNS = [
-    "<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "</script><svg onload=alert(1)>", "' onfocus='a",
-    "<!-- ", "]]>", "&lt;b&gt;&#60;", "{{7*7}}{% raw %}", "${7*7}", "javascript:alert(1)", "#a?b=c&d", "100%20%",
-    "line\nbreak", "carriage\rreturn", "tab\t", "\x1b[2J", "\u202egpj", "\u200b", "\u2028", "\ufeff", "\udcff",
-    "🐈\u200d⬛ 👩\u200d👧", "e\u0301", "漢字 عربى", "-rf", "--help", "=1+1", "+1", "@SUM(1)", "＝1", "'=1", '"a","b"',
-    "a,b;c", "back\\slash", " space ", "...", "x" * 200, "__proto__", "NaN",
-]  # fmt: skip
+    "<img src=x onerror=alert(1)>",
+    '"><script>alert(1)</script>',
+    "</script><svg onload=alert(1)>",
+    "' onfocus='a",
+    "<!-- ",
+    "]]>",
+    "&lt;b&gt;&#60;",
+    "{{7*7}}{% raw %}",
+    "${7*7}",
+    "javascript:alert(1)",
+    "#a?b=c&d",
+    "100%20%",
+    "line\nbreak",
+    "carriage\rreturn",
+    "tab\t",
+    "\x1b[2J",
+    "\u202egpj",
+    "\u200b",
+    "\u2028",
+    "\ufeff",
+    "\udcff",
+    "🐈\u200d⬛ 👩\u200d👧",
+    "e\u0301",
+    "漢字 عربى",
+    "-rf",
+    "--help",
+    "=1+1",
+    "+1",
+    "@SUM(1)",
+    "＝1",
+    "'=1",
+    '"a","b"',
+    "a,b;c",
+    "back\\slash",
+    " space ",
+    "...",
+    "x" * 200,
+    "__proto__",
+    "NaN",
+]
 
 
 def named(one: str, two: str):
@@ -431,9 +518,13 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     images = images_in(tmp_path, classes, train=train, **({"test": test} if test else {}))
     scores = scores_of(images)
     if name == "never visited":
-        scores = Scores(scores.images, scores.labels, 0 * scores.visits,
-                        {key: np.nan * value for key, value in scores.scores.items()},
-                        {block: np.nan * value for block, value in scores.experts.items()})  # fmt: skip
+        scores = Scores(
+            scores.images,
+            scores.labels,
+            0 * scores.visits,
+            {key: np.nan * value for key, value in scores.scores.items()},
+            {block: np.nan * value for block, value in scores.experts.items()},
+        )
     known = examine(images, scores, tiny_model)
     facts = page_facts(images, known, 8)
     page = render(facts | ABOUT | {"title": name}, Thumbnails(images, tmp_path / "thumbs"))
@@ -442,7 +533,9 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     assert found.tags.keys() <= KNOWN_TAGS
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b\u2028\u202e\ufeff]", page)
     page.encode()  # no lone surrogate
-    entries = [entry for each in facts["lists"] if each["key"] == "unreadable" for entry in each["entries"]]
+    entries = [
+        entry for each in facts["lists"] if each["key"] == "unreadable" for entry in each["entries"]
+    ]
     assert (len(known.problems), len(entries)) == (bad, bad)
     assert all(known.problems.values())
     text = "".join(_table(images, known))
@@ -450,7 +543,9 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     assert sum(row["problem"] != "" for row in rows) == bad
     assert len(rows) == len(images)
     for row in rows:
-        assert not any(row[key].startswith(("=", "+", "-", "@")) for key in ("image", "label", "problem"))
+        assert not any(
+            row[key].startswith(("=", "+", "-", "@")) for key in ("image", "label", "problem")
+        )
     decided = [(row["image"], row["label"], "keep", "") for row in rows if row["split"] == "train"]
     with (tmp_path / "decisions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "decision", "new_label"), *decided])

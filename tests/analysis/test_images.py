@@ -52,7 +52,9 @@ def same_as_module(pictures, module, split="test"):
     assert pictures.class_names == tuple(module.class_names)
     seen = 0
     for batch in module.test_dataloader() if split == "test" else module.val_dataloader():
-        for image, label, index in zip(batch["image"], batch["label"], batch["index"].tolist(), strict=True):
+        for image, label, index in zip(
+            batch["image"], batch["label"], batch["index"].tolist(), strict=True
+        ):
             assert pictures.picture_name(seen) == module.sample_id(split, index)
             assert pictures.label(seen) == label
             pixels = torch.from_numpy(pictures.image(seen)).permute(2, 0, 1)
@@ -63,7 +65,11 @@ def same_as_module(pictures, module, split="test"):
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_a_folder_is_cut_as_the_data_module_cuts_it(drawn_pets, split):
-    same_as_module(open_pictures(drawn_pets, 24, split=split), ImageDataModule(str(drawn_pets), image_size=24), split)
+    same_as_module(
+        open_pictures(drawn_pets, 24, split=split),
+        ImageDataModule(str(drawn_pets), image_size=24),
+        split,
+    )
 
 
 def test_a_folder_that_came_split_without_test_reports_its_val(draw, tmp_path):
@@ -78,7 +84,9 @@ def test_a_folder_that_came_split_without_test_reports_its_val(draw, tmp_path):
 
 def test_all_pictures_of_a_folder(drawn_pets):
     pictures = open_pictures(drawn_pets, 32, split="all")
-    assert names_of(pictures) == [f"{file.parent.name}/{file.name}" for file in sorted(drawn_pets.rglob("*.png"))]
+    assert names_of(pictures) == [
+        f"{file.parent.name}/{file.name}" for file in sorted(drawn_pets.rglob("*.png"))
+    ]
     assert str(drawn_pets.parent) not in pictures.name
 
 
@@ -86,14 +94,18 @@ def test_the_split_of_a_run_is_read_from_its_folder(drawn_pets, tmp_path):
     rows = ["split,class,path"]
     files = sorted(file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png"))
     held_out = {files[0], files[-1]}
-    rows += [f"{'test' if name in held_out else 'train'},{name.split('/')[0]},{name}" for name in files]
+    rows += [
+        f"{'test' if name in held_out else 'train'},{name.split('/')[0]},{name}" for name in files
+    ]
     (tmp_path / "splits.csv").write_text("\n".join(rows) + "\n")
     assert set(names_of(open_pictures(drawn_pets, 32, run_dir=tmp_path))) == held_out
     with pytest.raises(UserError, match="no val set"):
         open_pictures(drawn_pets, 32, run_dir=tmp_path, split="val")
 
 
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about images that came or went
+@pytest.mark.filterwarnings(
+    "ignore::moevision.errors.DataWarning"
+)  # about images that came or went
 def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
     """It counts as one where all listed images are there, those held out in their class, and as large as the run's."""
     pets = tmp_path / "pets"
@@ -113,15 +125,23 @@ def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
         return set(names_of(pictures_for(str(run), model, str(data))))
 
     copy = shutil.copytree(pets, tmp_path / "copy")
-    (copy / "new.csv").write_text("\n".join(["path,label", *(f"{name},{name[:3]}" for name in names)]))
+    (copy / "new.csv").write_text(
+        "\n".join(["path,label", *(f"{name},{name[:3]}" for name in names)])
+    )
     (copy / "other.csv").write_text(
-        "\n".join(["path,label", *(f"{name},{'dc'[number % 2]}" for number, name in enumerate(names))])
+        "\n".join(
+            ["path,label", *(f"{name},{'dc'[number % 2]}" for number, name in enumerate(names))]
+        )
     )
     assert tested(pets) == tested(copy) == tested(copy / "new.csv") == held_out
-    assert tested(copy / "other.csv") == set(names_of(open_pictures(copy / "other.csv", 16)))  # another question
+    assert tested(copy / "other.csv") == set(
+        names_of(open_pictures(copy / "other.csv", 16))
+    )  # another question
     other = shutil.copytree(copy, tmp_path / "other")  # of the same names, which are numbers
     Image.effect_noise((16, 16), 90).convert("RGB").save(other / "cat/0.png")
-    assert tested(other) == set(names_of(open_pictures(other, 16)))  # other images, with a cut of their own
+    assert tested(other) == set(
+        names_of(open_pictures(other, 16))
+    )  # other images, with a cut of their own
     pets.rename(tmp_path / "away")
     with pytest.warns(DataWarning, match="is taken for a copy of them: it is split as the run was"):
         assert tested(copy) == held_out
@@ -144,7 +164,10 @@ def test_drawn_pets_are_those_of_the_data_module():
 
 def test_part_masks_of_drawn_pets(drawn_pets):
     pets = SyntheticPets(16, 48, 3, "val")
-    for pictures in (open_pictures(pets, 32), open_pictures("synthetic_pets", 32, split="val", seed=3, limit=80)):
+    for pictures in (
+        open_pictures(pets, 32),
+        open_pictures("synthetic_pets", 32, split="val", seed=3, limit=80),
+    ):
         assert pictures.part_names == SyntheticPets.parts
         index = names_of(pictures).index(min(names_of(pictures)))
         number = int(pictures.picture_name(index).removeprefix("val/"))
@@ -159,7 +182,10 @@ def test_part_masks_of_drawn_pets(drawn_pets):
 def test_mixed_sizes_become_central_squares(tmp_path):
     # Blue borders outside of the central square aren't shown, whatever the size and the orientation. Bicubic weights
     # reach over its edge, as in resizing the whole image and then cropping it: two source pixels, here four.
-    for name, size, square in (("wide", (90, 30), (30, 0, 60, 30)), ("tall", (8, 40), (0, 16, 8, 24))):
+    for name, size, square in (
+        ("wide", (90, 30), (30, 0, 60, 30)),
+        ("tall", (8, 40), (0, 16, 8, 24)),
+    ):
         for number in range(3):
             image = Image.new("RGB", size, (0, 0, 255))
             image.paste((200, 100 + number, 0), square)
@@ -169,7 +195,9 @@ def test_mixed_sizes_become_central_squares(tmp_path):
     for index, name in enumerate(names_of(pictures)):
         image = pictures.image(index)
         assert (image.shape, image.dtype) == ((16, 16, 3), np.uint8)
-        assert np.array_equal(image[4:-4, 4:-4], np.broadcast_to((200, 100 + int(name[5]), 0), (8, 8, 3)))
+        assert np.array_equal(
+            image[4:-4, 4:-4], np.broadcast_to((200, 100 + int(name[5]), 0), (8, 8, 3))
+        )
         assert image[..., 2].max() < 100
 
 
@@ -207,7 +235,9 @@ def test_labels_become_the_models(drawn_pets):
         assert pictures.label(index) == {"cat": 2, "dog": 0}[name.split("/")[0]]
 
 
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about classes that the model has not
+@pytest.mark.filterwarnings(
+    "ignore::moevision.errors.DataWarning"
+)  # about classes that the model has not
 def test_classes_that_differ_in_case_alone_stay_apart():
     assert labels_in(("Cat", "cat"), ["cat", "Cat"])[1] == [1, 0]
     assert labels_in(("red fox", "red_fox"), ["red_fox"])[1] == [-1, 0]
@@ -217,7 +247,10 @@ def test_classes_that_differ_in_case_alone_stay_apart():
 def test_classes_that_the_model_does_not_know(drawn_pets):
     with pytest.warns(DataWarning, match="1 of 2 classes .* dog"):
         pictures = open_pictures(drawn_pets, 16, split="all", class_names=["hen", "cat"])
-    assert {(name[:3], label) for name, label in zip(names_of(pictures), labels_of(pictures), strict=True)} == {
+    assert {
+        (name[:3], label)
+        for name, label in zip(names_of(pictures), labels_of(pictures), strict=True)
+    } == {
         ("cat", 1),
         ("dog", -1),
     }
@@ -321,5 +354,7 @@ from moevision.analysis import collect_routing, open_pictures
 open_pictures("synthetic_pets", 32).image(0)
 print(json.dumps([m for m in ("lightning", "matplotlib", "scipy", "sklearn", "gradio") if m in sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+    )
     assert json.loads(done.stdout) == []

@@ -31,8 +31,12 @@ def one_hot(choices, size):
 
 def test_two_by_two_table_by_hand() -> None:
     # p = (3/8, 1/8; 1/8, 3/8), all margins 1/2: 2 (3/8 log2 3/2 + 1/8 log2 1/2) = 3/4 log2 3 - 1 = 0.18872
-    assert mutual_information_bits(np.array([[3, 1], [1, 3]])) == pytest.approx(0.75 * math.log2(3) - 1)
-    assert mutual_information_bits(np.array([[2, 6], [1, 3]])) == pytest.approx(0, abs=1e-12)  # rows in proportion
+    assert mutual_information_bits(np.array([[3, 1], [1, 3]])) == pytest.approx(
+        0.75 * math.log2(3) - 1
+    )
+    assert mutual_information_bits(np.array([[2, 6], [1, 3]])) == pytest.approx(
+        0, abs=1e-12
+    )  # rows in proportion
     assert mutual_information_bits(np.zeros((2, 2))) == 0
     assert entropy_bits(np.array([1, 1, 2])) == pytest.approx(1.5)
 
@@ -70,7 +74,9 @@ def test_bias_of_independent_choices_is_millers() -> None:
 def test_choice_counts() -> None:
     chosen = np.array([[[0, 2], [1, 0]]], np.int16)
     assert choice_counts(chosen, 3).tolist() == [[[1, 0, 1], [1, 1, 0]]]
-    assert choice_counts(chosen, 3, np.array([[[True, False], [True, True]]])).tolist() == [[[1, 0, 0], [1, 1, 0]]]
+    assert choice_counts(chosen, 3, np.array([[[True, False], [True, True]]])).tolist() == [
+        [[1, 0, 0], [1, 1, 0]]
+    ]
 
 
 @pytest.mark.parametrize(("images", "quantile"), [(2, 12.706205), (3, 4.302653), (11, 2.228139)])
@@ -113,7 +119,9 @@ def test_class_behind_position_does_not_show() -> None:
 
 def test_what_position_explains_is_no_excess_about_parts() -> None:
     rng = np.random.default_rng(2)
-    rim = np.repeat([0, 1], 8)  # the upper half shows part 0 in 90 % of the images, and has its own expert
+    rim = np.repeat(
+        [0, 1], 8
+    )  # the upper half shows part 0 in 90 % of the images, and has its own expert
     parts = np.where(rng.random((400, 16)) < 0.9, rim, 1 - rim)
     maps = np.broadcast_to(one_hot(rim, 2), (400, 16, 2))
     estimate = part_information(maps, parts)
@@ -131,7 +139,9 @@ def dependent_images(rng, images, experts=8, concentration=3.0, choices=128):
 def test_the_test_keeps_its_size_where_patches_of_an_image_hang_together(classes) -> None:
     rng = np.random.default_rng(3)
     labels = np.arange(200) % classes
-    estimates = [class_information(dependent_images(rng, 200), labels, seed=seed) for seed in range(200)]
+    estimates = [
+        class_information(dependent_images(rng, 200), labels, seed=seed) for seed in range(200)
+    ]
     rejected = np.mean([estimate.p_value <= 0.05 for estimate in estimates])
     assert rejected <= 0.08
     assert np.mean([estimate.low > 0 for estimate in estimates]) <= 0.08
@@ -147,7 +157,10 @@ def test_part_keeps_its_size() -> None:
     for seed in range(200):
         # clumps: each quarter of an image has one expert and one part
         clump = np.array([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
-        maps, parts = one_hot(rng.integers(4, size=(80, 4))[:, clump], 4), rng.integers(3, size=(80, 4))[:, clump]
+        maps, parts = (
+            one_hot(rng.integers(4, size=(80, 4))[:, clump], 4),
+            rng.integers(3, size=(80, 4))[:, clump],
+        )
         rejected += part_information(maps, parts, num_permutations=100, seed=seed).p_value <= 0.05
     assert rejected <= 0.08 * 200
 
@@ -186,7 +199,10 @@ def test_a_null_that_keeps_a_part_of_the_effect_has_a_normal_interval(null, vari
     influence = np.array([0.1, -0.1, 0.0, 0.0])
     estimate = excess_estimate(0.5, np.array(null), influence, keeps_effect=True)
     half = 3.182446 * math.sqrt(variance)
-    assert (estimate.low, estimate.high) == (pytest.approx(0.3 - half, abs=1e-5), pytest.approx(0.3 + half, abs=1e-5))
+    assert (estimate.low, estimate.high) == (
+        pytest.approx(0.3 - half, abs=1e-5),
+        pytest.approx(0.3 + half, abs=1e-5),
+    )
     plain = excess_estimate(0.5, np.array(null), influence)
     assert plain.low + plain.high > 0.6 + 0.01
 

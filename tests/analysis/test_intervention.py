@@ -36,7 +36,9 @@ def make_layer(router: str = "noisy_top_k", top_k: int = 2, num_experts: int = 6
 def make_model(seed: int = 0, **options: object) -> nn.Module:
     """Two MoE layers (blocks 1 and 3) on a 4 x 4 grid, float64."""
     torch.manual_seed(seed)
-    model = timm.create_model("test_vit_moe", **{"num_classes": 3, "num_experts": 6, "expert_hidden": 24, **options})
+    model = timm.create_model(
+        "test_vit_moe", **{"num_classes": 3, "num_experts": 6, "expert_hidden": 24, **options}
+    )
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.router.weight.normal_()
@@ -44,11 +46,15 @@ def make_model(seed: int = 0, **options: object) -> nn.Module:
 
 
 def tokens(count: int = 3) -> Tensor:
-    return torch.randn(count, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        count, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def images(count: int = 4) -> Tensor:
-    return torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return torch.randn(
+        count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
 
 
 def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
@@ -57,7 +63,9 @@ def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
     return out, routings[0]
 
 
-def numpy_choice(logits: np.ndarray, allowed: list[int], top_k: int, router: str) -> tuple[list[int], np.ndarray]:
+def numpy_choice(
+    logits: np.ndarray, allowed: list[int], top_k: int, router: str
+) -> tuple[list[int], np.ndarray]:
     """One token's experts and gates, from the definition of its router."""
     best = sorted(allowed, key=lambda expert: -logits[expert])[:top_k]
     if router == "sigmoid":
@@ -72,7 +80,9 @@ def numpy_choice(logits: np.ndarray, allowed: list[int], top_k: int, router: str
 @pytest.mark.parametrize("away", [(2,), (2, 5), (0, 1, 2, 3)])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("router", [*ROUTERS, "sigmoid"])
-def test_next_best_is_the_choice_among_the_others(router: str, top_k: int, away: tuple[int, ...]) -> None:
+def test_next_best_is_the_choice_among_the_others(
+    router: str, top_k: int, away: tuple[int, ...]
+) -> None:
     """Nested ablations are one choice without all of them."""
     layer, x = make_layer(router, top_k), tokens()
     with ExitStack() as scopes:
@@ -123,7 +133,10 @@ def test_ablating_an_unused_expert_changes_no_bit(fill: str, router: str, top_k:
 def test_zero_fill_subtracts_the_experts_contribution(router: str, backend: str) -> None:
     layer, x = make_layer(router), tokens()
     before, routing = routed(layer, x)
-    part = layer.experts.on_all_tokens(x.flatten(0, 1))[:, 3].view_as(before) * routing.expert_weights()[..., 3:4]
+    part = (
+        layer.experts.on_all_tokens(x.flatten(0, 1))[:, 3].view_as(before)
+        * routing.expert_weights()[..., 3:4]
+    )
     layer.experts.backend = backend
     with ablate(layer, 0, 3, fill="zero"):
         after, without = routed(layer, x)
@@ -142,15 +155,21 @@ def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
     with use_top_k(model, k):
         actual, routings = forward_routing(model, images())
     torch.testing.assert_close(actual, expected)
-    assert all(torch.equal(a.expert_index, b.expert_index) for a, b in zip(routings, recorded, strict=True))
+    assert all(
+        torch.equal(a.expert_index, b.expert_index) for a, b in zip(routings, recorded, strict=True)
+    )
     plain = model(images())
     with use_top_k(model, k), use_top_k(model, 2):  # of two k the inner one counts
         assert torch.equal(model(images()), plain)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 6.0])
-@pytest.mark.parametrize(("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)])
-def test_capacity_is_a_greedy_choice_within_each_image(router: str, top_k: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)]
+)
+def test_capacity_is_a_greedy_choice_within_each_image(
+    router: str, top_k: int, factor: float
+) -> None:
     """First choices before second ones, the tokens surest of it first, until full; 9 tokens, 6 experts."""
     layer, x = make_layer(router, top_k), tokens()
     _, free = routed(layer, x)
@@ -158,7 +177,10 @@ def test_capacity_is_a_greedy_choice_within_each_image(router: str, top_k: int, 
         out, limited = routed(layer, x)
     capacity = int(np.ceil(factor * 9 * top_k / 6))
     for image in range(3):
-        likeliest, experts = free.probs[image].max(-1).values.detach().numpy(), free.expert_index[image].numpy()
+        likeliest, experts = (
+            free.probs[image].max(-1).values.detach().numpy(),
+            free.expert_index[image].numpy(),
+        )
         room, kept = [capacity] * 6, np.zeros((9, top_k), dtype=bool)
         surest = np.argsort(-likeliest, kind="stable")
         for choice, token in itertools.product(range(top_k), surest):
@@ -274,7 +296,9 @@ def test_batch_mates_change_nothing(router: str, name: str) -> None:
         reversed_, _ = forward_routing(model, x.flip(0))
         alone = [forward_routing(model, x[index : index + 1]) for index in range(6)]
     torch.testing.assert_close(reversed_.flip(0), together, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.cat([logits for logits, _ in alone]), together, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([logits for logits, _ in alone]), together, rtol=0, atol=1e-12
+    )
     for place, routing in enumerate(routings):
         for name_of in ("expert_index", "kept"):
             parts = torch.cat([getattr(single[place], name_of) for _, single in alone])
@@ -309,7 +333,10 @@ def test_conditions_hold_inside_and_outside() -> None:
             results.append(routed(layer, x)[1])
     for routing in results:
         loads = torch.stack(
-            [(routing.expert_index[image])[routing.kept[image]].bincount(minlength=6) for image in range(3)]
+            [
+                (routing.expert_index[image])[routing.kept[image]].bincount(minlength=6)
+                for image in range(3)
+            ]
         )
         assert routing.top_k == 3
         assert loads[:, 2].sum() == 0
@@ -439,7 +466,9 @@ def test_copies_pickles_and_state_dicts_know_nothing_of_it() -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it after a graph break
 def test_compiled_code_obeys_without_being_compiled_again() -> None:
     compilations: list[int] = []
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from moevision import UserError, forward_routing
 from moevision.analysis.effects import control_in_words, in_words
 from moevision.analysis.intervention import Intervention, edited, intervene, refusal
-from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
+from moevision.layers import (
+    ROUTERS,
+    ExpertChoiceRouting,
+    MoEMlp,
+    Routing,
+    SoftRouting,
+    moe_layers,
+    record_routing,
+)
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 TOKEN_CHOICE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
@@ -30,7 +38,9 @@ IDS = ["-".join([name, *options]) for name, options in OPTIONS]
 def make_model(router: str, **options: object) -> nn.Module:
     """Two MoE layers (blocks 1 and 3) on a 4 x 4 grid; the routers are no longer the initial ones."""
     torch.manual_seed(0)
-    model = timm.create_model("test_vit_moe", num_classes=3, expert_hidden=24, router=router, **options)
+    model = timm.create_model(
+        "test_vit_moe", num_classes=3, expert_hidden=24, router=router, **options
+    )
     with torch.no_grad():
         for layer in moe_layers(model):
             for parameter in layer.router.parameters():
@@ -76,7 +86,9 @@ def same_bits(one: Routing, other: Routing) -> bool:
 
 
 @pytest.mark.parametrize(("router", "options"), OPTIONS, ids=IDS)
-def test_an_open_scope_that_changes_nothing_changes_no_bit(router: str, options: dict[str, object]) -> None:
+def test_an_open_scope_that_changes_nothing_changes_no_bit(
+    router: str, options: dict[str, object]
+) -> None:
     model, x = make_model(router, **options), images()
     expected, before = forward_routing(model, x)
     with edited(model, dict.fromkeys(moe_layers(model), lambda decision: decision)):
@@ -88,7 +100,9 @@ def test_an_open_scope_that_changes_nothing_changes_no_bit(router: str, options:
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-@pytest.mark.parametrize("router", [name for name in TOKEN_CHOICE if name != "colour"])  # which needs an image
+@pytest.mark.parametrize(
+    "router", [name for name in TOKEN_CHOICE if name != "colour"]
+)  # which needs an image
 def test_tokens_without_the_ablated_expert_keep_their_output(router: str, fill: str) -> None:
     """So an expert that no token uses changes nothing; the others' products have more rows, and may round otherwise."""
     layer = layer_of(router)
@@ -128,7 +142,9 @@ def choice_of_experts(x: Tensor, layer: MoEMlp, count: int) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(fill: str, normalize: bool) -> None:
+def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(
+    fill: str, normalize: bool
+) -> None:
     """9 tokens, 4 experts, K = 2: each takes ceil(4.5) = 5."""
     layer, x = layer_of("expert_choice", normalize_gates=normalize), tokens()
     before, _ = routed(layer, x)
@@ -161,8 +177,12 @@ def test_experts_that_choose_by_tiny_weights(scale: int, normalize: bool) -> Non
         assert routed(layer, x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("scope", "count"), [(use_top_k, {1: 3, 3: 7, 4: 9}), (limit_capacity, {0.5: 3, 1.5: 7})])
-def test_another_k_and_another_capacity_are_other_numbers_of_tokens(scope: object, count: dict[float, int]) -> None:
+@pytest.mark.parametrize(
+    ("scope", "count"), [(use_top_k, {1: 3, 3: 7, 4: 9}), (limit_capacity, {0.5: 3, 1.5: 7})]
+)
+def test_another_k_and_another_capacity_are_other_numbers_of_tokens(
+    scope: object, count: dict[float, int]
+) -> None:
     """9 tokens, 4 experts: ceil(9 k / 4) for another k, ceil(f · 9 · 2 / 4) for a factor."""
     layer, x = layer_of("expert_choice"), tokens()
     for value, wanted in count.items():
@@ -207,7 +227,9 @@ def test_random_patches_for_experts() -> None:
     assert len(seen) == 20
 
 
-def soft_output(layer: MoEMlp, x: Tensor, reads: Tensor, takes: Tensor, expert_of_slot: Tensor) -> Tensor:
+def soft_output(
+    layer: MoEMlp, x: Tensor, reads: Tensor, takes: Tensor, expert_of_slot: Tensor
+) -> Tensor:
     """Soft MoE by definition, slot after slot: reads and takes are [B, N, S], expert_of_slot [S]."""
     out = torch.zeros_like(x)
     for slot, expert in enumerate(expert_of_slot.tolist()):
@@ -246,10 +268,14 @@ def test_slots_dealt_out_at_random() -> None:
         out, dealt = routed(layer, x)
     assert isinstance(dealt, SoftRouting)
     old, new = (routing.dispatch_weight[0].flatten(1).T for routing in (free, dealt))
-    place = torch.tensor([int((new == slot).all(-1).nonzero()) for slot in old])  # where each slot went
+    place = torch.tensor(
+        [int((new == slot).all(-1).nonzero()) for slot in old]
+    )  # where each slot went
     assert sorted(place.tolist()) == list(range(12))
     assert (place != torch.arange(12)).any()
-    expected = soft_output(layer, x, free.dispatch_weight.flatten(2), free.slot_weight.flatten(2), place // 3)
+    expected = soft_output(
+        layer, x, free.dispatch_weight.flatten(2), free.slot_weight.flatten(2), place // 3
+    )
     torch.testing.assert_close(out, expected)
 
 
@@ -295,10 +321,14 @@ def test_a_capacity_of_the_models_own_is_applied_to_what_is_left() -> None:
     Experts wanted: 0, 0, 1, 1, then 2. Tokens 0 and 2 have a place. Without expert 0 the first two want 1 (their second
     best): the place there goes to token 0 now, token 2 loses its own, and nobody's place is left unused by the scope.
     """
-    layer = MoEMlp(3, 4, num_experts=3, router="switch", eval_capacity_factor=0.75, dtype=torch.float64).eval()
+    layer = MoEMlp(
+        3, 4, num_experts=3, router="switch", eval_capacity_factor=0.75, dtype=torch.float64
+    ).eval()
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(3))
-    x = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]], dtype=torch.float64)
+    x = torch.tensor(
+        [[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]], dtype=torch.float64
+    )
     _, free = routed(layer, x)
     assert free.kept[0, :, 0].tolist() == [True, False, True, False]
     with ablate(layer, 0, 0):
@@ -310,7 +340,10 @@ def test_a_capacity_of_the_models_own_is_applied_to_what_is_left() -> None:
 
 
 def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
-    for router, kinds in {"expert_choice": ["force"], "soft": ["force", "top_k", "capacity"]}.items():
+    for router, kinds in {
+        "expert_choice": ["force"],
+        "soft": ["force", "top_k", "capacity"],
+    }.items():
         layer = layer_of(router)
         scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {
             "force": lambda layer=layer: force(layer, 0, 1),
@@ -318,7 +351,10 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
             "capacity": lambda layer=layer: limit_capacity(layer, 1.0),
         }
         for kind in kinds:
-            with pytest.raises(UserError, match=r"has no meaning in L0: .* choose another"), scopes[kind]():
+            with (
+                pytest.raises(UserError, match=r"has no meaning in L0: .* choose another"),
+                scopes[kind](),
+            ):
                 pass
             assert refusal(kind, layer.router) is not None
     assert refusal("force", layer_of("switch").router) is None
@@ -347,5 +383,8 @@ def test_sentences_say_what_happened(routing: str, words: str, control: str) -> 
     assert in_words(away, 3, routing) == words
     assert control_in_words(away, 3, routing) == control
     assert "next-best" not in words + control
-    for change in (Intervention("swap", layer=1, expert=0, other=1), Intervention("random", layer=1)):
+    for change in (
+        Intervention("swap", layer=1, expert=0, other=1),
+        Intervention("random", layer=1),
+    ):
         assert ("slots of" in in_words(change, 0, routing)) == (routing == "soft")

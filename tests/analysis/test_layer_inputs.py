@@ -18,7 +18,9 @@ def test_layer_inputs_are_what_the_router_sees() -> None:
     for layer in moe_layers(net):
         nn.init.normal_(layer.router.weight)
     pets = SyntheticPets(3, 32, 0, "test")
-    model = SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    model = SavedModel(
+        net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    )
     images = np.stack([pets.image(index) for index in range(3)])
     pixels = network_input(model, images)
     _, routings = forward_routing(model.net, pixels)

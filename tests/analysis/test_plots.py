@@ -24,7 +24,12 @@ from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 
 def make_trace(
-    images: int = 3, grid: tuple[int, int] = (4, 4), experts: int = 8, top_k: int = 2, layers: int = 2, seed: int = 0
+    images: int = 3,
+    grid: tuple[int, int] = (4, 4),
+    experts: int = 8,
+    top_k: int = 2,
+    layers: int = 2,
+    seed: int = 0,
 ) -> RoutingTrace:
     """Random routing by a softmax; weights are the probabilities of the chosen experts."""
     rng = np.random.default_rng(seed)
@@ -85,7 +90,9 @@ PICTURE = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 def words(where: Figure | Axes) -> list[str]:
-    return [text.get_text() for text in where.findobj(Text) if text.get_text() and text.get_visible()]
+    return [
+        text.get_text() for text in where.findobj(Text) if text.get_text() and text.get_visible()
+    ]
 
 
 def heading_of(figure: Figure) -> str:
@@ -101,7 +108,9 @@ def ticks_out_of_view(axis: Axis) -> set[Text]:
     """Labels that matplotlib keeps for ticks beyond the axis' ends, and doesn't draw."""
     low, high = sorted(axis.get_view_interval())
     slack = 1e-6 * (high - low)
-    ticks = [tick for tick in axis.get_major_ticks() if not low - slack <= tick.get_loc() <= high + slack]
+    ticks = [
+        tick for tick in axis.get_major_ticks() if not low - slack <= tick.get_loc() <= high + slack
+    ]
     return {label for tick in ticks for label in (tick.label1, tick.label2)}
 
 
@@ -121,7 +130,12 @@ def assert_readable_now(figure: Figure) -> None:
     canvas.draw()
     width, height = canvas.get_width_height()
     renderer = canvas.get_renderer()
-    unseen = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in ticks_out_of_view(axis)}
+    unseen = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in ticks_out_of_view(axis)
+    }
     for text in figure.findobj(Text):
         if text.get_text().strip() and text.get_visible() and text not in unseen:
             box = text.get_window_extent(renderer)
@@ -131,7 +145,9 @@ def assert_readable_now(figure: Figure) -> None:
         name, note = axes.title, axes._right_title
         name = axes._left_title if axes._left_title.get_text() else name
         if name.get_text() and note.get_text():
-            assert name.get_window_extent(renderer).x1 < note.get_window_extent(renderer).x0, name.get_text()
+            assert name.get_window_extent(renderer).x1 < note.get_window_extent(renderer).x0, (
+                name.get_text()
+            )
     lines = [text.get_window_extent(renderer) for text in figure.texts]
     assert all(lower.y1 <= upper.y0 + 3 for upper, lower in itertools.pairwise(lines))
 
@@ -162,7 +178,9 @@ def test_overlay_of_many_experts_is_grey() -> None:
 
 def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
     figure = plots.plot_load([[10, 20, 30, 40], [25, 25, 25, 25]], ["L1", "L3"])
-    bars = [patch.get_height() for patch in figure.axes[0].patches[4:]]  # behind them the four requested loads
+    bars = [
+        patch.get_height() for patch in figure.axes[0].patches[4:]
+    ]  # behind them the four requested loads
     np.testing.assert_allclose(bars, [0.1, 0.2, 0.3, 0.4])
     assert figure.axes[0].lines[0].get_ydata()[0] == 0.25  # type: ignore[index]
     assert "max/mean load 1.60" in words(figure.axes[0])  # 40 / 25
@@ -172,7 +190,9 @@ def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
 def test_load_bars_show_what_was_dropped() -> None:
     figure = plots.plot_load([[20, 20]], ["L1"], requested=[[60, 20]])
     heights = [patch.get_height() for patch in figure.axes[0].patches]
-    np.testing.assert_allclose(heights, [0.75, 0.25, 0.25, 0.25])  # requested, then computed, of 80 choices
+    np.testing.assert_allclose(
+        heights, [0.75, 0.25, 0.25, 0.25]
+    )  # requested, then computed, of 80 choices
     assert "dropped" in heading_of(figure)
 
 
@@ -181,7 +201,9 @@ SHARE = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
 
 def test_only_significant_cells_are_coloured() -> None:
     significant = np.array([[True, False, False], [False, True, False], [False, False, False]])
-    figure = plots.plot_class_experts(SHARE, significant, ["cat", "dog", "owl"], layer_name="L1", threshold=0.1)
+    figure = plots.plot_class_experts(
+        SHARE, significant, ["cat", "dog", "owl"], layer_name="L1", threshold=0.1
+    )
     axes = figure.axes[0]
     drawn = axes.images[0].get_array()
     assert isinstance(drawn, np.ma.MaskedArray)
@@ -195,14 +217,18 @@ def test_only_significant_cells_are_coloured() -> None:
 
 
 def test_no_significant_cell_is_said_in_words() -> None:
-    figure = plots.plot_class_experts(SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"], layer_name="L1")
+    figure = plots.plot_class_experts(
+        SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"], layer_name="L1"
+    )
     assert "no class was found to use an expert more than others do" in heading_of(figure)
     assert len(figure.axes) == 1  # no colour bar without a coloured cell
 
 
 def test_a_class_without_images_is_left_out() -> None:
     share = np.vstack([SHARE, np.full(3, np.nan)])
-    figure = plots.plot_class_experts(share, share > 0.5, ["cat", "dog", "owl", "ghost"], layer_name="L1")
+    figure = plots.plot_class_experts(
+        share, share > 0.5, ["cat", "dog", "owl", "ghost"], layer_name="L1"
+    )
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "owl"]
     assert "1 of 9 cells" in heading_of(figure)
 
@@ -214,7 +240,9 @@ def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown() -> None
     share[strong, 0] += 0.2
     share[strong, 1] -= 0.1
     share[strong, 2] -= 0.1
-    figure = plots.plot_class_experts(share, share > 0.3, [f"class {i}" for i in range(1000)], layer_name="L1")
+    figure = plots.plot_class_experts(
+        share, share > 0.3, [f"class {i}" for i in range(1000)], layer_name="L1"
+    )
     shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
     assert shown == {f"class {i}" for i in strong}
     assert "25 of 1000 classes" in heading_of(figure)
@@ -226,7 +254,9 @@ def test_part_map_shares_areas_and_absent_parts() -> None:
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (80 %)", "c (20 %)"]
     drawn = np.asarray(axes.images[0].get_array())
-    np.testing.assert_allclose(drawn, [[0.75 - 0.6, 0.25 - 0.4], [0 - 0.6, 1 - 0.4]])  # against 6 : 4 of all patches
+    np.testing.assert_allclose(
+        drawn, [[0.75 - 0.6, 0.25 - 0.4], [0 - 0.6, 1 - 0.4]]
+    )  # against 6 : 4 of all patches
     assert "Nothing is tested" in heading_of(figure)
 
 
@@ -249,7 +279,9 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     ("experts", "top_k", "layers", "grid"),
     [(2, 1, 1, (2, 2)), (8, 2, 3, (8, 8)), (9, 3, 6, (7, 7)), (64, 4, 12, (14, 14))],
 )
-def test_all_sizes_are_readable(experts: int, top_k: int, layers: int, grid: tuple[int, int]) -> None:
+def test_all_sizes_are_readable(
+    experts: int, top_k: int, layers: int, grid: tuple[int, int]
+) -> None:
     trace = make_trace(2, grid, experts, top_k, layers)
     picture = PICTURE[:28, :28].repeat(2, 0).repeat(2, 1)  # 56 pixels: a multiple of every grid
     names = [layer.name for layer in trace.layers]
@@ -276,7 +308,9 @@ def test_threads_draw_the_same_picture() -> None:
     alone = plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))
     drawn: list[bytes] = []
     threads = [
-        threading.Thread(target=lambda: drawn.append(plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))))
+        threading.Thread(
+            target=lambda: drawn.append(plots.figure_png(plots.plot_overlay(PICTURE, trace, 0)))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -287,7 +321,9 @@ def test_threads_draw_the_same_picture() -> None:
 
 
 def test_a_figure_is_a_png_of_its_size() -> None:
-    assert_readable(plots.plot_load([[30, 10]] * 4, ["L1, balanced", "L3, balanced", "L1, not balanced", "L3"]))
+    assert_readable(
+        plots.plot_load([[30, 10]] * 4, ["L1, balanced", "L3, balanced", "L1, not balanced", "L3"])
+    )
     figure = plots.plot_load([[1, 1]], ["L1"])
     with Image.open(io.BytesIO(plots.figure_png(figure))) as picture:
         assert picture.format == "PNG"
@@ -307,7 +343,9 @@ def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
 def test_dollars_in_names_are_no_formula() -> None:
     figure = plots.plot_class_experts(SHARE, SHARE > 0.5, ["$a$", "b^$", "$c_1$"], layer_name="$L$")
     assert_readable(figure)
-    assert not any(label.get_parse_math() for label in figure.axes[0].get_yticklabels() + figure.texts)
+    assert not any(
+        label.get_parse_math() for label in figure.axes[0].get_yticklabels() + figure.texts
+    )
 
 
 def test_ticks_of_small_shares_are_told_apart() -> None:

@@ -34,7 +34,9 @@ def test_the_laplacian_by_hand():
     luma[2, 2] = 1
     assert laplacian_variance(luma) == pytest.approx(20 / 9)
     assert laplacian_variance(luma[:2]) == 0
-    assert laplacian_variance(np.outer(np.arange(6), np.ones(6)).astype(np.float32)) == 0  # a ramp has no curvature
+    assert (
+        laplacian_variance(np.outer(np.arange(6), np.ones(6)).astype(np.float32)) == 0
+    )  # a ramp has no curvature
 
 
 def test_what_is_measured_of_an_image():
@@ -51,7 +53,9 @@ def test_what_is_measured_of_an_image():
     assert blurred["sharpness"] < whole["sharpness"] / 5
     assert dark["brightness"] < whole["brightness"] / 6
     assert grey["colour"] == 0 < whole["colour"]
-    tall = look_at(Image.new("RGB", (300, 900), (0, 255, 0)))  # shrunk to 224 x 672; the size is the file's
+    tall = look_at(
+        Image.new("RGB", (300, 900), (0, 255, 0))
+    )  # shrunk to 224 x 672; the size is the file's
     assert (tall["width"], tall["height"], bool(tall["has_hash"])) == (300, 900, False)
     assert tall["colour"] == 1
     assert tall["brightness"] == pytest.approx(150 / 255, abs=0.01)  # Rec. 601: 0.587 of green
@@ -135,7 +139,16 @@ def test_hashes_that_are_near_by_chance_need_features_that_agree():
     white[[1, 5]] = white[[0, 4]]
     usable, split = np.ones(8, bool), np.zeros(8, np.int64)
     assert nearest_by_hash(hashes, usable, split)[0].other.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
-    assert nearest_by_hash(hashes, usable, split, white)[0].other.tolist() == [1, 0, 3, 2, 5, 4, -1, -1]
+    assert nearest_by_hash(hashes, usable, split, white)[0].other.tolist() == [
+        1,
+        0,
+        3,
+        2,
+        5,
+        4,
+        -1,
+        -1,
+    ]
     onto = projection(200)
     assert onto.T @ onto == pytest.approx(np.eye(64), abs=1e-5)
 
@@ -147,7 +160,9 @@ def test_images_that_the_experts_shared_out_alike_by_hand():
     found = nearest_by_experts([first, second], np.array([0, 0, 0, 0, 1]))
     assert found.other.tolist() == [1, 0, 0, -1, -1]
     zero_two = (0.5**0.5 + 0.5**0.5) / 2
-    assert found.distance[:3] == pytest.approx([1 - (1 + 0.5**0.5) / 2] * 2 + [1 - zero_two], abs=1e-6)
+    assert found.distance[:3] == pytest.approx(
+        [1 - (1 + 0.5**0.5) / 2] * 2 + [1 - zero_two], abs=1e-6
+    )
 
 
 def test_many_images_are_compared_in_cells():
@@ -157,7 +172,9 @@ def test_many_images_are_compared_in_cells():
     features[:200] = features[-200:] * np.float16(1.001)
     tracemalloc.start()
     usable = np.ones(len(features), bool)
-    overall, _ = nearest_by_features(whitened(features, usable), usable, np.zeros(len(features), np.int64))
+    overall, _ = nearest_by_features(
+        whitened(features, usable), usable, np.zeros(len(features), np.int64)
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     found = overall.distance[:200] < 1e-3

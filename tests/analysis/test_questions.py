@@ -92,9 +92,13 @@ def recorded(model, tokens, **options):
 
     before = np.random.default_rng(9).integers(2, size=(len(tokens), PATCHES, 1))
     layer = RecordedLayer(
-        "L1", chosen.numpy()[..., None], 2, inputs=tokens,
-        before=[Assignments(None, 0, before.astype(np.int16), np.arange(len(tokens)), 2)], **options,
-    )  # fmt: skip
+        "L1",
+        chosen.numpy()[..., None],
+        2,
+        inputs=tokens,
+        before=[Assignments(None, 0, before.astype(np.int16), np.arange(len(tokens)), 2)],
+        **options,
+    )
     return Recording(np.arange(len(tokens)) % 2, [layer], ["cat", "dog"], run=run)
 
 
@@ -108,19 +112,26 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     (found,) = three_questions(recording, **OPTIONS)
     assert words(found) == [YES, YES, YES]
     first, training, function = (answer.sentence for answer in found.answers)
-    assert first == "Classes go to different experts: yes (the expert alone guesses 100.0 % right, chance 50.0 %)."
+    assert (
+        first
+        == "Classes go to different experts: yes (the expert alone guesses 100.0 % right, chance 50.0 %)."
+    )
     assert training.startswith("Training the router added to that: yes (")
     # All right before, all wrong behind the other class's expert, a coin (argmax: cat) without the layer.
     assert found.swap.whole.points.value == 100
     assert found.swap.whole.moved == 1
     assert found.swap.without.points.value == 50
     assert found.swap.favourites == [("cat", 0, 0), ("dog", 1, 1)]
-    assert function.endswith("; there are no two other experts to compare it with; without the layer 50.0).")
+    assert function.endswith(
+        "; there are no two other experts to compare it with; without the layer 50.0)."
+    )
     assert found.readings[0].bits.value == pytest.approx(1, abs=0.03)
     assert found.probe.bits.value == pytest.approx(1, abs=0.03)
     assert {reading.unit for reading in found.controls["clusters"]} == {"patch", "image"}
     assert max(reading.bits.value for reading in found.controls["clusters"]) < 0.1
-    assert [answer.sentence for answer in headline([found])] == [answer.sentence for answer in found.answers]
+    assert [answer.sentence for answer in headline([found])] == [
+        answer.sentence for answer in found.answers
+    ]
 
 
 def test_a_probe_that_tells_nothing_is_no_measure() -> None:
@@ -135,15 +146,24 @@ def test_a_probe_that_tells_nothing_is_no_measure() -> None:
 def test_controls_of_one_half_are_guessed_from_within_it() -> None:
     """Clusters that are the classes, measured on the half they were not fitted on: all right, 1 bit, by both units."""
     measured = np.flatnonzero(halves_by_class(LABELS, 0))
-    chosen = np.broadcast_to(LABELS[measured, None, None], (len(measured), PATCHES, 1)).astype(np.int16)
+    chosen = np.broadcast_to(LABELS[measured, None, None], (len(measured), PATCHES, 1)).astype(
+        np.int16
+    )
     clusters = [Assignments(None, 0, chosen, measured, 2)]
     (found,) = three_questions(
-        recorded(Foreign(routes_by=0, biases=[-1.0, 1.0]), tokens_of(0), clusters=clusters), **OPTIONS
+        recorded(Foreign(routes_by=0, biases=[-1.0, 1.0]), tokens_of(0), clusters=clusters),
+        **OPTIONS,
     )
     patch, image = found.controls["clusters"]
     assert (patch.guess.value, image.guess.value) == (1, 1)
-    assert (patch.bits.value, image.bits.value) == (pytest.approx(1, abs=0.05), pytest.approx(1, abs=0.1))
-    assert [reading.guess.value for reading in found.same["clusters"]] == [1, 1]  # the router, on the same images
+    assert (patch.bits.value, image.bits.value) == (
+        pytest.approx(1, abs=0.05),
+        pytest.approx(1, abs=0.1),
+    )
+    assert [reading.guess.value for reading in found.same["clusters"]] == [
+        1,
+        1,
+    ]  # the router, on the same images
 
 
 def test_a_router_that_equals_its_clusters_added_nothing() -> None:
@@ -161,7 +181,11 @@ def test_a_router_that_knows_no_class_and_experts_that_are_copies() -> None:
     assert "chance 50.0 %" in found.answers[0].sentence
     copies = recorded(Foreign(0, [0.5, 0.5]), tokens_of(2))
     (found,) = three_questions(copies, **OPTIONS)
-    assert words(found) == [YES, YES, NOTHING]  # both say dog of everything: half is right with them and without
+    assert words(found) == [
+        YES,
+        YES,
+        NOTHING,
+    ]  # both say dog of everything: half is right with them and without
     assert found.swap.whole.points.value == 0
     # No image changed, which is no proof that none does: Agresti and Min's ± 1.96 / (n + 2).
     assert found.swap.whole.points.high == pytest.approx(100 * 1.96 / (IMAGES + 2), abs=0.01)
@@ -171,7 +195,9 @@ def test_every_training_stands_against_its_own_controls() -> None:
     model, found_class = Foreign(0, [-1.0, 1.0]), tokens_of(3)
     similar = tokens_of(4)
     similar[..., 1] /= 100
-    main, as_good, not_again = (recorded(model, tokens) for tokens in (found_class, tokens_of(5), similar))
+    main, as_good, not_again = (
+        recorded(model, tokens) for tokens in (found_class, tokens_of(5), similar)
+    )
     (both,) = three_questions(main, seeds=[as_good], **OPTIONS)
     assert both.answers[1].answer == YES
     assert "2 of 2 trainings tell more than their own controls" in both.answers[1].sentence
@@ -184,16 +210,22 @@ def test_every_training_stands_against_its_own_controls() -> None:
 
 
 def test_a_start_from_clusters_is_no_evidence_that_training_added() -> None:
-    (found,) = three_questions(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0), cluster_start=True), **OPTIONS)
+    (found,) = three_questions(
+        recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0), cluster_start=True), **OPTIONS
+    )
     assert words(found) == [YES, NOT_SHOWN, YES]
     assert "started from clusters" in found.answers[1].sentence
     other = recorded(Foreign(0, [-1.0, 1.0]), tokens_of(1), cluster_start=True)
-    (found,) = three_questions(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), seeds=[other], **OPTIONS)
+    (found,) = three_questions(
+        recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), seeds=[other], **OPTIONS
+    )
     assert "1 of 2 trainings tell more than their own controls" in found.answers[1].sentence
 
 
 def test_what_is_missing_is_not_measured() -> None:
-    bare = Recording(LABELS, [RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, 4, 1)), 2)], ["cat", "dog"])
+    bare = Recording(
+        LABELS, [RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, 4, 1)), 2)], ["cat", "dog"]
+    )
     (found,) = three_questions(bare, **OPTIONS)
     assert words(found) == [YES, NOT_MEASURED, NOT_MEASURED]
     assert "routes were not forced" in found.answers[2].sentence
@@ -261,7 +293,10 @@ def test_guess_by_hand() -> None:
     assert guess.low == guess.high == 0.75  # every image alike
     masked = counts.copy()
     masked[:4, 3] = 0  # four images without their odd patch: 24 of 28 right
-    assert guess_from_experts(masked, np.broadcast_to(labels[:, None], (8, 4)), halves)[0].value == 24 / 28
+    assert (
+        guess_from_experts(masked, np.broadcast_to(labels[:, None], (8, 4)), halves)[0].value
+        == 24 / 28
+    )
 
 
 def test_a_guess_is_made_on_images_that_it_was_not_fitted_on() -> None:
@@ -278,12 +313,18 @@ def test_intervals_by_hand_and_over_images() -> None:
     found = ratio_interval(part, whole)
     spread = math.sqrt(0.75 * 0.25 / 3)  # of a mean of four
     z = 1.959964
-    assert found.high - found.value == pytest.approx(3.182446 * spread)  # Student's, 3 degrees of freedom
+    assert found.high - found.value == pytest.approx(
+        3.182446 * spread
+    )  # Student's, 3 degrees of freedom
     # As many patches again that repeat the first ones say nothing new: the same interval.
     rng = np.random.default_rng(0)
-    chosen = np.where(rng.random((40, 6)) < 0.6, (np.arange(40) % 2)[:, None], rng.integers(2, size=(40, 6)))[..., None]
+    chosen = np.where(
+        rng.random((40, 6)) < 0.6, (np.arange(40) % 2)[:, None], rng.integers(2, size=(40, 6))
+    )[..., None]
     once, often = (
-        three_questions(Recording(np.arange(40) % 2, [RecordedLayer("L1", each, 2)], ["a", "b"]), **OPTIONS)[0]
+        three_questions(
+            Recording(np.arange(40) % 2, [RecordedLayer("L1", each, 2)], ["a", "b"]), **OPTIONS
+        )[0]
         for each in (chosen, np.repeat(chosen, 16, axis=1))
     )
     assert often.readings[0].guess == pytest.approx(once.readings[0].guess)
@@ -314,16 +355,25 @@ def test_object_background_parts_and_all_choices_are_named_apart() -> None:
     second = 2 + rng.integers(2, size=objects.shape)
     parts = np.where(objects, 1, 0)
     layer = RecordedLayer("L1", np.stack([first, second], -1), 4)
-    (found,) = three_questions(Recording(LABELS, [layer], ["a", "b"], objects=objects, parts=parts), permutations=40)
+    (found,) = three_questions(
+        Recording(LABELS, [layer], ["a", "b"], objects=objects, parts=parts), permutations=40
+    )
     by = {(r.of, r.unit, r.choices, r.where): r for r in found.readings}
     assert by["class", "patch", "first", "object"].guess.value == 1
     assert by["class", "patch", "first", "background"].guess.value == pytest.approx(0.5, abs=0.1)
     assert by["class", "patch", "all", "object"].guess.value == pytest.approx(0.75, abs=0.06)
-    assert by["class", "patch", "first", "everywhere"].guess.value == pytest.approx((4 + 5 / 2) / 9, abs=0.05)
+    assert by["class", "patch", "first", "everywhere"].guess.value == pytest.approx(
+        (4 + 5 / 2) / 9, abs=0.05
+    )
     assert ("part", "patch", "first", "everywhere") in by
     assert by["class", "image", "first", "object"].guess.value == 1
     text = " ".join(found.answers[0].numbers)
-    for named in ("First choices, object only", "background only", "All choices", "as a histogram of the image"):
+    for named in (
+        "First choices, object only",
+        "background only",
+        "All choices",
+        "as a histogram of the image",
+    ):
         assert named in text
     assert "max/mean load" in text
 
@@ -337,7 +387,9 @@ def test_routing_by_image_stands_beside_a_linear_probe() -> None:
 
 
 def test_fewer_images_than_experts_are_not_compared_with_clusters() -> None:
-    layer = RecordedLayer("L1", LABELS[:6, None, None], 8, inputs=tokens_of(11)[:6, :1], by_image=True)
+    layer = RecordedLayer(
+        "L1", LABELS[:6, None, None], 8, inputs=tokens_of(11)[:6, :1], by_image=True
+    )
     (found,) = three_questions(Recording(LABELS[:6], [layer], ["a", "b"]), **OPTIONS)
     assert "clusters" not in found.controls
     assert "not compared with clusters" in found.answers[1].sentence
@@ -355,7 +407,9 @@ def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours) -> None:
     blocks, images = [layer.layer for layer in trace.layers], np.arange(6)
     own = np.asarray(trace.layers[1].expert_index)[images]
     logits = run_forced(model, pictures, blocks, 1, images, own)
-    assert torch.from_numpy(logits).softmax(-1).numpy() == pytest.approx(trace.probabilities[images], abs=1e-5)
+    assert torch.from_numpy(logits).softmax(-1).numpy() == pytest.approx(
+        trace.probabilities[images], abs=1e-5
+    )
     pixels = network_input(model, read_images(pictures, images))
     with torch.inference_mode(), swap(model.net, blocks[1], 0, 3):
         expected, routings = forward_routing(model.net, pixels)
@@ -373,7 +427,12 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
     baselines = measure_baselines(model, pictures, trace, seeds=1)
     parts = np.random.default_rng(0).integers(3, size=(len(trace), trace.grid[0] * trace.grid[1]))
     recording = recording_of(
-        model, pictures, trace, baselines=baselines, parts=parts, part_names=("background", "ear", "eye")
+        model,
+        pictures,
+        trace,
+        baselines=baselines,
+        parts=parts,
+        part_names=("background", "ear", "eye"),
     )
     found = three_questions(recording, seeds=[recording], permutations=20, draws=1)
     assert [layer.name for layer in found] == [layer.name for layer in trace.layers]
@@ -394,7 +453,9 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
         recording_of(model, pictures, trace, before=trace.select(slice(0, 8)))
 
 
-def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(ours, tmp_path) -> None:
+def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(
+    ours, tmp_path
+) -> None:
     """Wherever it was copied to, without its run's folder."""
     model, pictures, trace = ours
     started = copy.deepcopy(model.net)

@@ -24,14 +24,24 @@ from moevision.models.io import SavedModel, save_model
 
 FIGURES = {
     *("overlay_1", "overlay_2", "overlay_3", "load", "effects"),
-    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("class_experts", "parts", "gallery")),
+    *(
+        f"{kind}_{layer}"
+        for layer in ("L1", "L3")
+        for kind in ("class_experts", "parts", "gallery")
+    ),
 }
 
 
 def make_run(folder, seed):
     """A run folder with a model of random weights, as `fit` leaves it."""
     torch.manual_seed(seed)
-    options = {"num_experts": 4, "img_size": 32, "patch_size": 8, "class_token": True, "global_pool": "token"}
+    options = {
+        "num_experts": 4,
+        "img_size": 32,
+        "patch_size": 8,
+        "class_token": True,
+        "global_pool": "token",
+    }
     net = timm.create_model("test_vit_moe", num_classes=8, **options).eval()
     with torch.no_grad():  # an untrained model sends all patches the same way
         net.pos_embed.normal_()
@@ -40,7 +50,10 @@ def make_run(folder, seed):
             layer.router.weight.normal_()
     names = list(SyntheticPets.classes)
     save_model(SavedModel(net, names, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), folder / "model")
-    config = {"seed_everything": seed, "data": {"path": "synthetic_pets", "seed": 0, "root": "data"}}
+    config = {
+        "seed_everything": seed,
+        "data": {"path": "synthetic_pets", "seed": 0, "root": "data"},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -57,7 +70,16 @@ def report(runs, cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("analysis") / "report"
     one, two = runs
     outcome = cli(
-        "analyze", one, "--seeds", two, "--before", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}"
+        "analyze",
+        one,
+        "--seeds",
+        two,
+        "--before",
+        two,
+        "--quick",
+        "--limit=48",
+        "--permutations=40",
+        f"--out={out}",
     )
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     assert str(out / "report.html") in outcome.out
@@ -75,7 +97,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
+        self.loads += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data", "poster")
+        ]
         if tag == "data":
             self.values.append(json.loads(found["value"]))
         if "alt" in found:
@@ -118,7 +144,11 @@ def test_every_number_of_the_page_is_in_the_json(report):
     # Outside of <data> stand only sentences of report.json, and fixed words, which name no number of this model: those
     # two examples of a number, and the units and labels of the page itself.
     sentences = set().union(*(digits(value) for value in known if isinstance(value, str)))
-    fixed = {"0", "1", "3"}  # "0 is what the loads alone give, 1 is the same expert", "L1·E3 and L3·E3"
+    fixed = {
+        "0",
+        "1",
+        "3",
+    }  # "0 is what the loads alone give, 1 is the same expert", "L1·E3 and L3·E3"
     assert digits(" ".join(found.words)) - sentences - fixed - {"256"} == set()  # SHA-256
 
 
@@ -144,8 +174,12 @@ def test_a_layer_that_no_logit_reads_is_named(report):
 
 def test_the_page_loads_nothing(report):
     for address in Page(report[2]).loads:
-        assert address.startswith(("data:image/png;base64,", "#", "http://127.0.0.1:7860/")), address[:60]
-    page = re.sub(r'srcdoc="[^"]*"|<a href="http://127.0.0.1:7860/[a-z.]*">', "", report[2])  # frames: OFFLINE
+        assert address.startswith(("data:image/png;base64,", "#", "http://127.0.0.1:7860/")), (
+            address[:60]
+        )
+    page = re.sub(
+        r'srcdoc="[^"]*"|<a href="http://127.0.0.1:7860/[a-z.]*">', "", report[2]
+    )  # frames: OFFLINE
     assert not re.search(r"https?://|url\(|@import|<script|<link", page)
 
 
@@ -164,11 +198,20 @@ def test_mistakes_have_the_distance_of_their_routes_by_hand():
     labels = np.array([0] * 6 + [1] * 3)
     said = np.array([1, 1, 1, 0, 0, 0, 1, 1, 1])
     first = np.array([[0, 0, 0, 1]] * 3 + [[0, 0, 0, 0]] * 3 + [[1, 1, 1, 1]] * 3)
-    layer = SimpleNamespace(kind="token_choice", name="L1", num_experts=2, expert_index=first[..., None])
+    layer = SimpleNamespace(
+        kind="token_choice", name="L1", num_experts=2, expert_index=first[..., None]
+    )
     names = ("cat", "dog")
-    trace = SimpleNamespace(labels=labels, predictions=said, class_names=names, prediction_names=names, layers=[layer])
+    trace = SimpleNamespace(
+        labels=labels, predictions=said, class_names=names, prediction_names=names, layers=[layer]
+    )
     (found,) = wrong_routes(trace)
-    assert (found["label"], found["called"], found["images"], found["index"]) == ("cat", "dog", 3, [0, 1, 2])
+    assert (found["label"], found["called"], found["images"], found["index"]) == (
+        "cat",
+        "dog",
+        3,
+        [0, 1, 2],
+    )
     assert found["layers"] == [{"name": "L1", "to_label": 0.25, "to_other": 0.75}]
     assert wrong_routes(trace, least=4) == []
 
@@ -184,10 +227,16 @@ def test_every_anchor_of_the_contents_exists(report):
 def test_all_figures_are_there_and_explained(report):
     out, numbers, page, _ = report
     assert {entry["file"] for entry in numbers["figures"]} == {f"{name}.png" for name in FIGURES}
-    assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.png" for name in FIGURES}
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        f"{name}.png" for name in FIGURES
+    }
     for entry in numbers["figures"]:
         assert f'alt="{entry["title"]}"' in page
-    assert page.count("How to read it.") == page.count("What it does not show.") == page.count("<figcaption>")
+    assert (
+        page.count("How to read it.")
+        == page.count("What it does not show.")
+        == page.count("<figcaption>")
+    )
 
 
 def test_the_numbers_are_those_of_the_trace(report):
@@ -206,7 +255,11 @@ def test_the_numbers_are_those_of_the_trace(report):
     effects = numbers["effects"]
     assert len(effects["rows"]) == 2 * 4 * 8  # layers, experts, classes
     for expert in effects["experts"]:
-        own = [row for row in effects["rows"] if (row["layer"], row["expert"]) == (expert["layer"], expert["expert"])]
+        own = [
+            row
+            for row in effects["rows"]
+            if (row["layer"], row["expert"]) == (expert["layer"], expert["expert"])
+        ]
         assert expert["delta_logit"] == pytest.approx(sum(row["delta_logit"] for row in own) / 8)
         assert abs(expert["strongest_delta_logit"]) == max(abs(row["delta_logit"]) for row in own)
 
@@ -235,15 +288,26 @@ def test_the_three_answers_are_printed_and_stand_first(report):
     assert headings[0] == ["verdict", "pictures", "limits"]
     assert len(headings[1]) == 6
     open_text = re.sub(r"<details>.*?</details>", "", first, flags=re.DOTALL)
-    assert not [answer for answer in answers if str(escape(answer["sentence"])) in open_text]  # its numbers are folded
+    assert not [
+        answer for answer in answers if str(escape(answer["sentence"])) in open_text
+    ]  # its numbers are folded
     for answer in answers:
         assert answer["answer"] in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
-        assert page.index(str(escape(answer["sentence"]))) < page.index("Where each patch goes</h2>")
+        assert page.index(str(escape(answer["sentence"]))) < page.index(
+            "Where each patch goes</h2>"
+        )
     for layer, found in zip(numbers["verdict"]["layers"], numbers["questions"], strict=True):
-        assert [f"{layer['name']}: {answer['sentence']}" for answer in found["answers"]] == layer["sentences"]
+        assert [f"{layer['name']}: {answer['sentence']}" for answer in found["answers"]] == layer[
+            "sentences"
+        ]
         assert len(found["trainings"]) == 2  # this one and the other, each against its own controls
-        assert [reading["unit"] for reading in found["controls"]["before"]] == ["patch", "image"]  # one, from --before
-        assert found["load"]["share"] == pytest.approx(numbers["layers"][numbers["questions"].index(found)]["share"])
+        assert [reading["unit"] for reading in found["controls"]["before"]] == [
+            "patch",
+            "image",
+        ]  # one, from --before
+        assert found["load"]["share"] == pytest.approx(
+            numbers["layers"][numbers["questions"].index(found)]["share"]
+        )
     assert "no learned specialization" not in (page + outcome.out).lower()
 
 
@@ -257,17 +321,25 @@ def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch
     (again / "report.json").write_text(json.dumps(former))
     (again / "report.html").write_text("old")
     monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda *measured: [])
-    analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
+    analyze(
+        ReportSettings(
+            str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False
+        )
+    )
     assert (again / "report.html").read_text() != "old"
     assert not stale.exists()
-    assert not list((again / "figures").iterdir()), "nor are figures kept that the new report doesn't have"
+    assert not list((again / "figures").iterdir()), (
+        "nor are figures kept that the new report doesn't have"
+    )
     assert mine.read_text() == "mine"
     assert not list(again.rglob("*.tmp"))
     (first, *_) = json.loads((again / "report.json").read_text())["questions"]
     assert len(first["trainings"]) == 1  # without --seeds
 
 
-def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(report, runs, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(
+    report, runs, tmp_path, monkeypatch
+):
     """The trace is already the new one: a page stands beside the files that it was made with, or not at all."""
     again = shutil.copytree(report[0], tmp_path / "report")
     before = (again / "trace.safetensors").read_bytes()
@@ -278,11 +350,17 @@ def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(report, runs,
     monkeypatch.setattr("moevision.analysis.report.render", stop)
     monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda *measured: [])
     with pytest.raises(KeyboardInterrupt):
-        analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
+        analyze(
+            ReportSettings(
+                str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False
+            )
+        )
     assert (again / "trace.safetensors").read_bytes() != before
     assert not (again / "report.html").exists()
     (again / "report.json").unlink()
-    assert claim_folder(again) == again  # what an interrupted first run leaves is no obstacle to the next
+    assert (
+        claim_folder(again) == again
+    )  # what an interrupted first run leaves is no obstacle to the next
 
 
 def refused(outcome, *words):
@@ -304,7 +382,9 @@ def test_what_it_refuses(cli, runs, tmp_path):
     refused(elsewhere, f"cifar10 is not in {tmp_path}: fetch it by `{fetch}`, or")
     refused(cli("analyze", model, data, "--limit=0"), "--limit is 0", "at least 20")
     refused(cli("analyze", model, data, "--permutations=3"), "--permutations is 3")
-    refused(cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone")
+    refused(
+        cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone"
+    )
     for seeds in (runs[:1], (runs[1], runs[1] / "model")):  # the run itself, and another one twice
         outcome = cli("analyze", runs[0], "--seeds", *seeds, f"--out={tmp_path / 'o'}")
         refused(outcome, f"{seeds[-1]} has the seed of {seeds[0]}", "--seed_everything")
@@ -318,8 +398,17 @@ def test_what_it_refuses(cli, runs, tmp_path):
 
 def test_a_model_without_experts(cli, tmp_path):
     net = timm.create_model("test_vit_moe", num_classes=8, img_size=32, patch_size=8, moe_layers=[])
-    save_model(SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5,) * 3, (0.25,) * 3), tmp_path / "dense")
-    outcome = cli("analyze", tmp_path / "dense", "--data=synthetic_pets", f"--out={tmp_path / 'o'}", "--limit=20")
+    save_model(
+        SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5,) * 3, (0.25,) * 3),
+        tmp_path / "dense",
+    )
+    outcome = cli(
+        "analyze",
+        tmp_path / "dense",
+        "--data=synthetic_pets",
+        f"--out={tmp_path / 'o'}",
+        "--limit=20",
+    )
     refused(outcome, "no MoE layers")
     assert not (tmp_path / "o").exists()
 
@@ -327,7 +416,15 @@ def test_a_model_without_experts(cli, tmp_path):
 def test_help_teaches(cli):
     outcome = cli("analyze", "--help")
     assert (outcome.code, outcome.err) == (0, "")
-    for words in ("report.html", "--seeds", "three questions", "--before", "--quick", "examples", "RoutingTrace.load"):
+    for words in (
+        "report.html",
+        "--seeds",
+        "three questions",
+        "--before",
+        "--quick",
+        "examples",
+        "RoutingTrace.load",
+    ):
         assert words.lower() in outcome.out.lower()
 
 
@@ -351,10 +448,22 @@ def test_names_from_outside_stay_text(report):
     _, numbers, _, _ = report
     hostile = "<script>alert('x')</script>\" onload=\"x\u202e{{ title }}"
     other = json.loads(json.dumps(numbers))
-    other["figures"], other["title"], other["model"]["name"], other["data"]["name"] = [], hostile, hostile, hostile
-    other["data"]["classes"][0]["class"] = other["effects"]["experts"][0]["strongest_class"] = hostile
+    other["figures"], other["title"], other["model"]["name"], other["data"]["name"] = (
+        [],
+        hostile,
+        hostile,
+        hostile,
+    )
+    other["data"]["classes"][0]["class"] = other["effects"]["experts"][0]["strongest_class"] = (
+        hostile
+    )
     other["verdict"]["layers"][0]["sentences"] = [hostile]
     page = render(other, {})
     assert "<script" not in page
     assert "\u202e" not in page
-    assert "".join(Page(page).words).count("<script>alert('x')</script>\" onload=\"x\\u202e{{ title }}") >= 6
+    assert (
+        "".join(Page(page).words).count(
+            "<script>alert('x')</script>\" onload=\"x\\u202e{{ title }}"
+        )
+        >= 6
+    )

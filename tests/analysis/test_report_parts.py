@@ -28,16 +28,25 @@ def test_no_number_is_a_dash():
 
 
 def test_what_json_can_not_say_is_null():
-    values = {"a": np.float32(1.5), "b": np.array([1, 2]), "c": float("nan"), "d": (np.bool_(True), float("inf"))}
+    values = {
+        "a": np.float32(1.5),
+        "b": np.array([1, 2]),
+        "c": float("nan"),
+        "d": (np.bool_(True), float("inf")),
+    }
     assert as_json(values) == {"a": 1.5, "b": [1, 2], "c": None, "d": [True, None]}
 
 
 def test_shown_pictures_are_of_different_classes(make_trace):
-    trace = make_trace(np.zeros((9, 4, 1)), labels=[0, 0, 0, 0, 0, 0, 0, 1, 2], num_experts=2, grid=(2, 2))
+    trace = make_trace(
+        np.zeros((9, 4, 1)), labels=[0, 0, 0, 0, 0, 0, 0, 1, 2], num_experts=2, grid=(2, 2)
+    )
     for seed in range(20):
         shown = shown_pictures(trace, seed)
         assert sorted(trace.labels[shown]) == [0, 1, 2]
-    assert {shown_pictures(trace, seed)[0] for seed in range(50)} >= {7, 8}, "the first is not always of class 0"
+    assert {shown_pictures(trace, seed)[0] for seed in range(50)} >= {7, 8}, (
+        "the first is not always of class 0"
+    )
 
 
 class Ten:

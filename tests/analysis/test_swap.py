@@ -9,7 +9,14 @@ import pytest
 import timm
 import torch
 
-from moevision.analysis import RecordedLayer, Recording, collect_routing, open_pictures, recording_of, three_questions
+from moevision.analysis import (
+    RecordedLayer,
+    Recording,
+    collect_routing,
+    open_pictures,
+    recording_of,
+    three_questions,
+)
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
@@ -46,7 +53,9 @@ def planted(experts, labels, choices, evidence=0.0, scale=1.0, bias=0.0, ran=Non
     def run(place, images, routes):
         if ran is not None:
             ran.append((images, routes))
-        said = np.where((routes >= 0)[..., None], experts[np.where(routes >= 0, routes, 0)], 0)  # [R, P, K, C]
+        said = np.where(
+            (routes >= 0)[..., None], experts[np.where(routes >= 0, routes, 0)], 0
+        )  # [R, P, K, C]
         gates = GATES[: routes.shape[-1]]
         residual = evidence * np.eye(num_classes)[labels[images]] + bias
         return residual + scale * (said * gates[:, None]).sum(2).mean(1)
@@ -59,7 +68,9 @@ def routed(rng, num_classes=4, num_experts=6, images=160, top_k=2, favourite=0.5
     """Labels [I] and choices [I, P, K]: class c sends a patch to expert c first with this probability."""
     labels = np.arange(images) % num_classes
     order = rng.random((images, PATCHES, num_experts))
-    liked = (rng.random((images, PATCHES)) < favourite)[..., None] & (np.arange(num_experts) == labels[:, None, None])
+    liked = (rng.random((images, PATCHES)) < favourite)[..., None] & (
+        np.arange(num_experts) == labels[:, None, None]
+    )
     return labels, np.where(liked, 2, order).argsort(-1)[..., ::-1][..., :top_k]
 
 
@@ -71,11 +82,21 @@ def answered(recording, **options):
 def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
     """They all take back what the residual says too much of class 1, so that the layer contributes."""
     labels, choices = routed(np.random.default_rng(0), num_classes=2)
-    found, answer = answered(planted([[3.0, 0.0]] * 6, labels, choices, evidence=1.0, bias=np.array([0, 3.0])))
+    found, answer = answered(
+        planted([[3.0, 0.0]] * 6, labels, choices, evidence=1.0, bias=np.array([0, 3.0]))
+    )
     assert found.swap.without.points.value == 50
     assert answer.answer == NOT_SHOWN
     swap = found.swap
-    costs = (swap.whole, swap.favourite, swap.any_two, swap.more, swap.routes, swap.same_patches, swap.beyond_patches)
+    costs = (
+        swap.whole,
+        swap.favourite,
+        swap.any_two,
+        swap.more,
+        swap.routes,
+        swap.same_patches,
+        swap.beyond_patches,
+    )
     for cost in costs:
         assert cost.log_loss == (0, 0, 0)
         assert cost.points.value == 0
@@ -86,17 +107,23 @@ def test_experts_of_classes_are_found() -> None:
     labels, choices = routed(np.random.default_rng(1))
     found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
     assert answer.answer == YES
-    assert answer.sentence.startswith("The experts do different things: yes (exchanging a class's favourite expert")
+    assert answer.sentence.startswith(
+        "The experts do different things: yes (exchanging a class's favourite expert"
+    )
     assert found.swap.favourite.moved == found.swap.any_two.moved > 0.1
     assert found.swap.more.log_loss.low > 0
     assert [row[1:] for row in found.swap.favourites] == [(c, c) for c in range(4)]
-    assert json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))["favourite"]["moved"] > 0.1
+    assert (
+        json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))["favourite"]["moved"] > 0.1
+    )
 
 
 def test_one_decisive_expert_is_found() -> None:
     """The residual says class 0 of every image; of class 1 one expert alone knows."""
     labels, choices = routed(np.random.default_rng(2), num_classes=2, favourite=0.9)
-    recording = planted([[0.0, 0], [0.0, 12], *np.zeros((4, 2))], labels, choices, bias=np.array([4.0, 0]))
+    recording = planted(
+        [[0.0, 0], [0.0, 12], *np.zeros((4, 2))], labels, choices, bias=np.array([4.0, 0])
+    )
     found, answer = answered(recording)
     assert answer.answer == YES
     assert found.swap.without.points.value == 50
@@ -104,7 +131,9 @@ def test_one_decisive_expert_is_found() -> None:
 
 def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing() -> None:
     labels, choices = routed(np.random.default_rng(3))
-    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, 1.0, scale=0.0))
+    found, answer = answered(
+        planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, 1.0, scale=0.0)
+    )
     assert answer.answer == NOTHING
     assert answer.sentence.startswith(
         "The layer contributes nothing, so what its experts do can't show (without it 0.0"
@@ -122,7 +151,9 @@ def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> No
     """
     rng = np.random.default_rng(4)
     labels, choices = routed(rng, num_experts=8, images=1200, top_k=1, favourite=0.7)
-    found, answer = answered(planted(rng.normal(0, 4, (8, 4)), labels, choices, evidence=2.0, scale=1 / 0.7))
+    found, answer = answered(
+        planted(rng.normal(0, 4, (8, 4)), labels, choices, evidence=2.0, scale=1 / 0.7)
+    )
     assert found.swap.whole.shown
     assert found.swap.more.log_loss.low < 0 < found.swap.more.log_loss.high
     assert answer.answer == A_LITTLE_WORD
@@ -141,7 +172,9 @@ def test_two_experts_have_no_others_to_compare_with() -> None:
 def test_a_loss_of_log_loss_alone_is_a_little() -> None:
     """The residual is right anyway; the experts only make it surer."""
     labels, choices = routed(np.random.default_rng(6))
-    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, evidence=9.0))
+    found, answer = answered(
+        planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, evidence=9.0)
+    )
     assert found.swap.without.points.value == 0
     assert answer.answer == A_LITTLE_WORD
     assert answer.detail.startswith("in log-loss alone: without the layer 0.0 points of accuracy")
@@ -161,7 +194,9 @@ def test_every_cost_by_brute_force() -> None:
         for patch in of:
             for gate, expert in zip(GATES, patch, strict=True):
                 logits += gate * experts[expert] / PATCHES if expert >= 0 else 0
-        return np.log(np.exp(logits).sum()) - logits[labels[image]], float(logits.argmax() == labels[image])
+        return np.log(np.exp(logits).sum()) - logits[labels[image]], float(
+            logits.argmax() == labels[image]
+        )
 
     halves, seen = halves_by_class(labels, 5), np.unique(images)
     assert found.n_images == len(seen) == 60
@@ -171,19 +206,30 @@ def test_every_cost_by_brute_force() -> None:
         for c in range(4):
             first = choices[(halves != half) & (labels == c)][..., 0].ravel()
             favourite[half, c] = np.bincount(first).argmax()
-    lost, replaced = [], []  # without the layer; by a third expert: log-loss lost for the favourite, and for the other
+    lost, replaced = (
+        [],
+        [],
+    )  # without the layer; by a third expert: log-loss lost for the favourite, and for the other
     exchanged = []  # [image's favourite exchanged, changed patches, the experts in it, log-loss lost]
     for image in seen:
         own, plain = choices[image], loss(image, choices[image])
         mine = [of for number, of in zip(images, routes, strict=True) if number == image]
         assert (mine[0] == own).all()
-        if ((mine[-1] != own) == (mine[-2] != own)[:, ::-1]).all():  # the same patches, each with its other choice
+        if (
+            (mine[-1] != own) == (mine[-2] != own)[:, ::-1]
+        ).all():  # the same patches, each with its other choice
             *mine, instead, beside = mine
             where = (instead != own).any(-1)
             liked, other = ({*own[of != own]} for of in (instead, beside))
             assert (liked, len(other)) == ({favourite[halves[image], labels[image]]}, 1)
-            assert {*instead[instead != own]} == {*beside[beside != own]}  # one third expert for both
-            assert (own[where, 0] == [*liked]).sum() == (own[where, 0] == [*other]).sum() == where.sum() / 2
+            assert {*instead[instead != own]} == {
+                *beside[beside != own]
+            }  # one third expert for both
+            assert (
+                (own[where, 0] == [*liked]).sum()
+                == (own[where, 0] == [*other]).sum()
+                == where.sum() / 2
+            )
             replaced.append([loss(image, of)[0] - plain[0] for of in (instead, beside)])
         for of in mine[1:]:
             more = loss(image, of)[0] - plain[0]
@@ -195,18 +241,26 @@ def test_every_cost_by_brute_force() -> None:
                 pair = set(own[of != own]) | set(of[of != own])
                 assert len(pair) == 2
                 assert ((of != own).sum(-1)[changed] == 1).all()  # tokens that chose both stay
-                exchanged.append((favourite[halves[image], labels[image]] in pair, changed.sum(), labels[image]))
+                exchanged.append(
+                    (favourite[halves[image], labels[image]] in pair, changed.sum(), labels[image])
+                )
     nats, points = np.array(lost).T
     assert found.without.log_loss.value == pytest.approx(nats.mean())
     assert found.without.points.value == pytest.approx(100 * points.mean())
     half_width = 2.000995 * nats.std(ddof=1) / np.sqrt(60)  # Student's, 59 degrees of freedom
     assert found.without.log_loss.high == pytest.approx(nats.mean() + half_width)
     # Of 3 draws: the whole exchange of the favourite, and twice as many tokens in the thinned ones, class by class.
-    tokens = {kind: sum(count for own, count, _ in exchanged if own is kind) for kind in (True, False)}
+    tokens = {
+        kind: sum(count for own, count, _ in exchanged if own is kind) for kind in (True, False)
+    }
     assert tokens[False] / 60 / PATCHES / 2 / 3 == pytest.approx(found.any_two.moved)
-    assert tokens[True] / 60 / PATCHES / 2 / 3 == pytest.approx(found.whole.moved + found.favourite.moved)
+    assert tokens[True] / 60 / PATCHES / 2 / 3 == pytest.approx(
+        found.whole.moved + found.favourite.moved
+    )
     assert found.favourite.moved == found.any_two.moved > 0
-    assert found.more.log_loss.value == pytest.approx(found.favourite.log_loss.value - found.any_two.log_loss.value)
+    assert found.more.log_loss.value == pytest.approx(
+        found.favourite.log_loss.value - found.any_two.log_loss.value
+    )
     assert 20 < len(replaced) < 60
     of_favourite, of_other = np.sum(replaced, 0) / 60
     assert found.same_patches.log_loss.value == pytest.approx(of_favourite)
@@ -272,11 +326,18 @@ def test_what_can_not_be_asked_says_why() -> None:
     _, alone = answered(planted([[1.0] * 4], labels, np.zeros_like(choices[..., :1])))
     assert (alone.answer, alone.detail) == (NOT_MEASURED, "it has one expert")
     labels = np.arange(40)
-    _, answer = answered(planted(np.zeros((6, 40)), labels, routed(np.random.default_rng(8), images=40)[1]))
-    assert (answer.answer, answer.detail) == (NOT_MEASURED, "it takes two images of a class: give more images, --limit")
+    _, answer = answered(
+        planted(np.zeros((6, 40)), labels, routed(np.random.default_rng(8), images=40)[1])
+    )
+    assert (answer.answer, answer.detail) == (
+        NOT_MEASURED,
+        "it takes two images of a class: give more images, --limit",
+    )
 
 
-@pytest.mark.parametrize("options", [{"router": "colour"}, {"router": "vmoe_top_k", "capacity": "batch"}])
+@pytest.mark.parametrize(
+    "options", [{"router": "colour"}, {"router": "vmoe_top_k", "capacity": "batch"}]
+)
 def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
     """A router that looks at the images again, and a capacity that a batch shares: beside rows without the layer."""
     if options.pop("capacity", None):
@@ -314,7 +375,10 @@ def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
     model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
     trace = collect_routing(model, pictures, progress=False)
     answers = three_questions(recording_of(model, pictures, trace), permutations=20)[0].answers
-    assert answers[2].sentence == "The experts do different things: not measured (routes were not forced)."
+    assert (
+        answers[2].sentence
+        == "The experts do different things: not measured (routes were not forced)."
+    )
     why = r"'ablate' has no meaning in L1: Mine doesn't say which weights other choices would get \(gate_logits, gates"
     with pytest.raises(UserError, match=why), ablate(net, 1, 0):
         pass
@@ -360,7 +424,9 @@ def test_layer_scale_of_zero_contributes_nothing_with_and_without_a_class_token(
         "moe_layers": [1],
     }
     prefix = {"class_token": True, "global_pool": "token"} if pool == "token" else {}
-    net = timm.create_model("vit_moe_micro_patch4_32", num_classes=8, init_values=1.0, **arch, **prefix).eval()
+    net = timm.create_model(
+        "vit_moe_micro_patch4_32", num_classes=8, init_values=1.0, **arch, **prefix
+    ).eval()
     pictures = open_pictures(SyntheticPets(32, 32, 0, "test"), 32)
     model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
     found = {}
@@ -369,7 +435,9 @@ def test_layer_scale_of_zero_contributes_nothing_with_and_without_a_class_token(
         recording = recording_of(model, pictures, collect_routing(model, pictures, progress=False))
         found[scale] = swap_test(recording, 0).without
         own = np.asarray(recording.layers[0].choices, np.int64)
-        hook = net.blocks[1].mlp.register_forward_hook(lambda _layer, _inputs, output: torch.zeros_like(output))
+        hook = net.blocks[1].mlp.register_forward_hook(
+            lambda _layer, _inputs, output: torch.zeros_like(output)
+        )
         with torch.inference_mode():
             without = net(network_input(model, read_images(pictures, range(32)))).numpy()
         hook.remove()

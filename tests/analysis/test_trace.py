@@ -113,11 +113,15 @@ def test_a_trace_is_what_the_model_decided(make, grid, prefix, blocks):
             assert np.abs(layer.probs[part] / exact - 1)[exact > 6.2e-5].max() < 2**-11 + 1e-6
             ranked = np.sort(exact, -1)
             assert layer.margin[part] == pytest.approx(ranked[..., -1] - ranked[..., -2], abs=1e-6)
-            assert layer.entropy_bits[part] == pytest.approx(scipy.stats.entropy(exact, base=2, axis=-1), abs=1e-5)
+            assert layer.entropy_bits[part] == pytest.approx(
+                scipy.stats.entropy(exact, base=2, axis=-1), abs=1e-5
+            )
             assert np.array_equal(layer.first_choice()[part], exact.argmax(-1))
     assert trace.labels.tolist() == [index % 8 for index in range(24)]
     assert trace.accuracy == np.mean(trace.predictions == np.arange(24) % 8)
-    assert len({tuple(row) for layer in trace.layers for row in layer.first_choice()}) > 2  # not all alike
+    assert (
+        len({tuple(row) for layer in trace.layers for row in layer.first_choice()}) > 2
+    )  # not all alike
 
 
 def test_types_and_names():
@@ -126,7 +130,11 @@ def test_types_and_names():
     types = {name: getattr(layer, name).dtype.name for name in ARRAYS}
     assert list(types.values()) == ["int16", "bool", "float32", "float16", "float32", "float32"]
     assert (layer.name, layer.num_experts, layer.top_k) == ("L3", 4, 2)
-    assert (trace.labels.dtype, trace.predictions.dtype, trace.probabilities.dtype) == (np.int64, np.int64, np.float32)
+    assert (trace.labels.dtype, trace.predictions.dtype, trace.probabilities.dtype) == (
+        np.int64,
+        np.int64,
+        np.float32,
+    )
     assert trace.picture_names[:2] == ("test/000000", "test/000001")
     assert (trace.model, trace.data) == ("test_vit_moe", "synthetic_pets, test set, seed 0")
     assert trace.class_names == trace.prediction_names == SyntheticPets.classes
@@ -137,7 +145,9 @@ def test_types_and_names():
 def test_predictions_are_those_of_predict(tiny_run, drawn_pets):
     trace = collect_routing(str(tiny_run), drawn_pets, split="all", batch_size=64)
     assert trace.model == tiny_run.name
-    model = replace(load_model(str(tiny_run)), temperature=None)  # a trace has probabilities as they come
+    model = replace(
+        load_model(str(tiny_run)), temperature=None
+    )  # a trace has probabilities as they come
     rows = predict_batch(model, [drawn_pets / name for name in trace.picture_names])
     assert len(rows) == len(trace) == 40
     for index, row in enumerate(rows):
@@ -162,7 +172,9 @@ def test_of_a_runs_own_images_those_are_taken_that_it_held_out(tiny_run, tmp_pat
     assert len(held_out) > 2
     assert set(collect_routing(run, pets, progress=False).picture_names) == held_out
     assert set(collect_routing(run / "model", pets, progress=False).picture_names) == held_out
-    assert set(collect_routing(load_model(str(run)), pets, progress=False).picture_names) != held_out
+    assert (
+        set(collect_routing(load_model(str(run)), pets, progress=False).picture_names) != held_out
+    )
 
 
 def test_choices_that_capacity_dropped():
@@ -249,14 +261,18 @@ def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, with_file):
     good = [index for index in range(24) if index not in bad]
     path = tmp_path / "trace" if with_file else None
     first = min(bad)
-    with pytest.warns(DataWarning, match=rf"{len(bad)} of 24 images .* the first is {first:06d}: it is torn"):
+    with pytest.warns(
+        DataWarning, match=rf"{len(bad)} of 24 images .* the first is {first:06d}: it is torn"
+    ):
         trace = collect_routing(saved(net), Broken(bad), batch_size=4, path=path)
     whole = collect_routing(saved(net), Broken(set()), batch_size=4).select(good)
     assert trace.picture_names == whole.picture_names
     assert trace.provenance["unreadable"] == len(bad)
     for name, array in trace.arrays().items():
         # Other batch-mates: sums are rounded otherwise in the last bit.
-        np.testing.assert_allclose(array.astype(float), whole.arrays()[name].astype(float), atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(
+            array.astype(float), whole.arrays()[name].astype(float), atol=2e-3, err_msg=name
+        )
     assert trace.labels.tolist() == [index % 8 for index in good]
     if with_file:
         assert safetensors.numpy.load_file(path)["labels"].tolist() == trace.labels.tolist()
@@ -311,7 +327,10 @@ def rewritten(file, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": "moevision.trace/2"}, "has the schema 'moevision.trace/2', and this version reads"),
+        (
+            {"schema": "moevision.trace/2"},
+            "has the schema 'moevision.trace/2', and this version reads",
+        ),
         ({"schema": None}, "is no routing trace"),
         ({"layers": "[1, 2]"}, "L2.expert_index"),
         ({"grid": "[4, 5]"}, "20 patches"),
@@ -322,7 +341,9 @@ def rewritten(file, **changes):
 )
 def test_files_of_another_kind(trace_file, changes, words):
     rewritten(trace_file)
-    arrays_equal(RoutingTrace.load(trace_file), collect_routing(saved(small()), PETS))  # what the library wrote, too
+    arrays_equal(
+        RoutingTrace.load(trace_file), collect_routing(saved(small()), PETS)
+    )  # what the library wrote, too
     rewritten(trace_file, **changes)
     with pytest.raises(UserError) as caught:
         RoutingTrace.load(trace_file)
@@ -349,7 +370,9 @@ def test_a_bare_module():
     trace = collect_routing(net, PETS)
     assert [module.training for module in net.modules()] == modes
     # timm's configuration of the model says how pixels are normalised: ImageNet's mean and deviation.
-    imagenet = SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    imagenet = SavedModel(
+        net.eval(), list(SyntheticPets.classes), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
     arrays_equal(trace, collect_routing(imagenet, PETS))
     other = collect_routing(small(num_classes=5), PETS)
     assert other.prediction_names == tuple(f"class {index}" for index in range(5))
@@ -357,13 +380,20 @@ def test_a_bare_module():
     headless = collect_routing(small(num_classes=0), PETS)
     assert headless.probabilities.shape == (24, 0)
     assert set(headless.predictions.tolist()) == {-1}
-    told = {"crop_mode": "squash", "label_names": ["n01", "n02"], "label_descriptions": {"n01": "cat"}}
+    told = {
+        "crop_mode": "squash",
+        "label_names": ["n01", "n02"],
+        "label_descriptions": {"n01": "cat"},
+    }
     net = small(num_classes=2)
     net.pretrained_cfg = {**net.pretrained_cfg, **told}
     wide = [(Image.effect_noise((64, 32), 90), 0)]
     trace = collect_routing(net, wide)
     assert trace.prediction_names == ("cat", "n02")
-    arrays_equal(trace, collect_routing(replace(imagenet, net=net, class_names=["cat", "n02"], fit="squash"), wide))
+    arrays_equal(
+        trace,
+        collect_routing(replace(imagenet, net=net, class_names=["cat", "n02"], fit="squash"), wide),
+    )
 
 
 def test_one_expert():
@@ -383,7 +413,10 @@ def test_the_hash_follows_the_weights():
     one, same, other = small(), small(), small()
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1
-    hashes = [collect_routing(saved(net), PETS, limit=1).provenance["weights_sha256"] for net in (one, same, other)]
+    hashes = [
+        collect_routing(saved(net), PETS, limit=1).provenance["weights_sha256"]
+        for net in (one, same, other)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -400,7 +433,12 @@ def test_what_has_no_routing():
 
 def test_arrays_that_do_not_belong_together():
     trace = collect_routing(saved(small()), PETS, limit=4)
-    for change in ({"labels": trace.labels[:3]}, {"grid": (2, 4)}, {"layers": ()}, {"picture_names": ("a",)}):
+    for change in (
+        {"labels": trace.labels[:3]},
+        {"grid": (2, 4)},
+        {"layers": ()},
+        {"picture_names": ("a",)},
+    ):
         with pytest.raises(UserError, match="collect it again"):
             replace(trace, **change)
     assert isinstance(trace.layers[0], LayerTrace)
@@ -408,7 +446,11 @@ def test_arrays_that_do_not_belong_together():
 
 def test_a_progress_bar_only_where_it_takes_long(capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as rich sees it
-    for options, seen in (({"batch_size": 8}, False), ({"batch_size": 2}, True), ({"progress": False}, False)):
+    for options, seen in (
+        ({"batch_size": 8}, False),
+        ({"batch_size": 2}, True),
+        ({"progress": False}, False),
+    ):
         collect_routing(saved(small()), PETS, **{"batch_size": 2, **options})
         captured = capfd.readouterr()
         assert captured.out == ""
@@ -417,11 +459,22 @@ def test_a_progress_bar_only_where_it_takes_long(capfd, monkeypatch):
 
 def test_pictures_of_mixed_sizes_and_modes(tmp_path):
     rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate([(40, 32), (32, 32), (500, 31), (7, 9), (33, 400), (64, 64)]):
+    for number, (width, height) in enumerate(
+        [(40, 32), (32, 32), (500, 31), (7, 9), (33, 400), (64, 64)]
+    ):
         folder = tmp_path / ("cat" if number % 2 else "dog")
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert("L" if number == 1 else "RGB").save(folder / f"{number}.png")
+        Image.fromarray(pixels).convert("L" if number == 1 else "RGB").save(
+            folder / f"{number}.png"
+        )
     trace = collect_routing(saved(small()), tmp_path, split="all")
-    assert trace.picture_names == ("cat/1.png", "cat/3.png", "cat/5.png", "dog/0.png", "dog/2.png", "dog/4.png")
+    assert trace.picture_names == (
+        "cat/1.png",
+        "cat/3.png",
+        "cat/5.png",
+        "dog/0.png",
+        "dog/2.png",
+        "dog/4.png",
+    )
     assert [trace.class_names[label] for label in trace.labels] == ["cat"] * 3 + ["dog"] * 3

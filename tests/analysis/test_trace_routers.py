@@ -45,7 +45,9 @@ MIXED = replace(
     kept=np.ones((1, 3, 2), bool),
     combine_weight=np.array([[[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]], np.float32),
     kind="soft",
-    read_weight=np.array([[[0.5, 0.2], [0.7, 0.1], [0.4, 0.1]]], np.float32),  # of the experts in the same order
+    read_weight=np.array(
+        [[[0.5, 0.2], [0.7, 0.1], [0.4, 0.1]]], np.float32
+    ),  # of the experts in the same order
 )
 
 
@@ -75,18 +77,24 @@ def test_soft_moe_reads_and_takes() -> None:
     np.testing.assert_allclose(MIXED.image_takes(), MIXED.counts())
     np.testing.assert_allclose(image_shares(MIXED.image_takes()), [[1 / 3, 2 / 3]], rtol=1e-6)
     assert MIXED.first_choice().tolist() == [[1, 0, 1]]
-    assert [patch.patch for patch in top_patches(MIXED, 1, count=1)] == [0]  # read most, though patch 2 takes more
+    assert [patch.patch for patch in top_patches(MIXED, 1, count=1)] == [
+        0
+    ]  # read most, though patch 2 takes more
 
 
 def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
     """3000 draws of one patch of expert 0: shares 0.2, 0.7, 0.1; standard deviation below 0.0084."""
     drawn = [random_patches(MIXED, 0, count=1, seed=seed)[0].patch for seed in range(3000)]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, [0.2, 0.7, 0.1], atol=4 * 0.0084)
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=3) / 3000, [0.2, 0.7, 0.1], atol=4 * 0.0084
+    )
 
 
 def test_shares_of_weights_below_one() -> None:
     """An image may take little in sum: experts that nobody wants have small gates."""
-    np.testing.assert_allclose(image_shares(np.array([[0.1, 0.3], [0.0, 0.0]])), [[0.25, 0.75], [0.5, 0.5]])
+    np.testing.assert_allclose(
+        image_shares(np.array([[0.1, 0.3], [0.0, 0.0]])), [[0.25, 0.75], [0.5, 0.5]]
+    )
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -94,7 +102,9 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     """Every router, with a class token; saved and loaded again."""
     model = saved(router, class_token=True, global_pool="token")
     pictures = open_pictures(PETS, 32)
-    trace = collect_routing(model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5)
+    trace = collect_routing(
+        model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5
+    )
     images = np.stack([pictures.image(index) for index in range(16)])
     pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), MEAN, STD)
     again = RoutingTrace.load(tmp_path / "trace.safetensors")
@@ -118,14 +128,18 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
         if layer.kind == "soft":
             np.testing.assert_allclose(reads, routing.dispatch_weight[:, 1:].sum((0, 3)), rtol=1e-5)
     assert (first_choice_paths(again) >= -1).all()
-    assert sum(layer.first_choice().min() < 0 for layer in again.layers) <= 2 * (router == "expert_choice")
+    assert sum(layer.first_choice().min() < 0 for layer in again.layers) <= 2 * (
+        router == "expert_choice"
+    )
 
 
 def test_only_traces_of_other_kinds_say_so(make_trace) -> None:
     """Files of token choice are as they always were, and a file without kinds is one."""
     plain = make_trace(np.zeros((2, 4, 1)), labels=[0, 1], num_experts=2, grid=(2, 2))
     assert "kinds" not in plain.metadata()
-    assert RoutingTrace.from_arrays(plain.arrays(), plain.metadata()).layers[0].kind == "token_choice"
+    assert (
+        RoutingTrace.from_arrays(plain.arrays(), plain.metadata()).layers[0].kind == "token_choice"
+    )
     soft = replace(plain.layers[0], kind="soft", read_weight=np.ones((2, 4, 1), np.float32))
     other = replace(plain, layers=(soft,))
     assert json.loads(other.metadata()["kinds"]) == ["soft"]
@@ -144,7 +158,9 @@ def test_a_class_map_of_expert_choice_is_about_weights(make_trace) -> None:
         kind="expert_choice",
         expert_index=np.broadcast_to(np.array([[1, 0], [0, 1]], np.int16), (40, 2, 2)),
         kept=np.broadcast_to(np.array([[True, False], [True, False]]), (40, 2, 2)),
-        combine_weight=np.stack([np.stack([heavy, 0 * heavy], -1), np.stack([1 - heavy, 0 * heavy], -1)], 1),
+        combine_weight=np.stack(
+            [np.stack([heavy, 0 * heavy], -1), np.stack([1 - heavy, 0 * heavy], -1)], 1
+        ),
     )
     assert (layer.counts() == 1).all()
     weighted = replace(trace, layers=(layer,))

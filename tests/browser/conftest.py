@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.demo.conftest import bundle, explorer, home, make, photos_home, pixels, routers_home, scored_run, server  # noqa: F401  (fixtures)
+from tests.demo.conftest import (
+    bundle,
+    explorer,
+    home,
+    make,
+    photos_home,
+    pixels,
+    routers_home,
+    scored_run,
+    server,
+)
 from tests.demo.serving import asked_for
 from tests.needs import chromium
 
@@ -23,7 +33,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
@@ -32,10 +44,14 @@ class Visit:
     """A page in a profile of its own, with everything that it asked for and complained about."""
 
     def __init__(self, browser, *, door=True, **options):
-        self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
+        self.context = browser.new_context(
+            **{"viewport": WIDE, "accept_downloads": True, **options}
+        )
         if door:  # as it was left at an earlier visit
             keep = "localStorage.setItem('moevision.door', 'open')"
-            self.context.add_init_script(f"try {{ {keep} }} catch {{}}")  # a sandboxed frame has no storage
+            self.context.add_init_script(
+                f"try {{ {keep} }} catch {{}}"
+            )  # a sandboxed frame has no storage
         self.shown = ".mv-cell" if door else ".mv-flow-box"
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
@@ -64,7 +80,11 @@ class Visit:
         return self.page
 
     def _calls(self):
-        posts = [request for request in self.requests if request.method == "POST" and SERVER_CALL.search(request.url)]
+        posts = [
+            request
+            for request in self.requests
+            if request.method == "POST" and SERVER_CALL.search(request.url)
+        ]
         return [(asked_for(post), post.post_data_json) for post in posts]
 
     @property
@@ -82,7 +102,11 @@ class Visit:
 
     def strangers(self, home):
         """Addresses elsewhere that were asked for."""
-        return [request.url for request in self.requests if not request.url.startswith((home, "data:", "blob:"))]
+        return [
+            request.url
+            for request in self.requests
+            if not request.url.startswith((home, "data:", "blob:"))
+        ]
 
 
 @pytest.fixture
@@ -192,7 +216,9 @@ class Held:
         """All of them, and wait for the answers."""
         self.released = True
         for route in self.routes:
-            with self.page.expect_response(lambda answer, request=route.request: answer.request == request):
+            with self.page.expect_response(
+                lambda answer, request=route.request: answer.request == request
+            ):
                 route.continue_()
         self.page.wait_for_timeout(200)  # ms; an answer is shown in far less
 
@@ -207,7 +233,11 @@ def hold():
 def look():
     """Ways to read a page."""
     return SimpleNamespace(
-        numbers=numbers, fills=fills, said=said, open_tab=open_tab, no_sideways_scroll=no_sideways_scroll
+        numbers=numbers,
+        fills=fills,
+        said=said,
+        open_tab=open_tab,
+        no_sideways_scroll=no_sideways_scroll,
     )
 
 

@@ -33,7 +33,16 @@ View = Mapping[str, Any]
 @contextmanager
 def served(folder: Path, port: int) -> Iterator[str]:
     """The address of a folder's parent, so that the folder lies below a path, by `python -m http.server`."""
-    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder.parent)]
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(folder.parent),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     home = f"http://127.0.0.1:{port}/{folder.name}/"
     try:
@@ -61,7 +70,9 @@ def own_images(model: str) -> list[FilePayload]:
             for index, buffer in enumerate(buffers)
         ]
     files = sorted((bundled_folder(model) / "examples").glob("*/*.jpg"))
-    return [{"name": file.name, "mimeType": "image/jpeg", "buffer": file.read_bytes()} for file in files]
+    return [
+        {"name": file.name, "mimeType": "image/jpeg", "buffer": file.read_bytes()} for file in files
+    ]
 
 
 def bring(page: Page, file: FilePayload) -> str:
@@ -97,10 +108,17 @@ def compared(page: Page, explorer: Explorer, model: str) -> dict[str, Any]:
     for file in own_images(model):
         data = bring(page, file)
         found = view_of(page)
-        expected = explorer.answer("route", {"model": model, "picture": {"kind": "upload", "data": data}})
+        expected = explorer.answer(
+            "route", {"model": model, "picture": {"kind": "upload", "data": data}}
+        )
         best, own = (view["prediction"]["moe"][0] for view in (found, expected))
         same += best["class"] == own["class"]
         apart = max(apart, abs(best["p"] - own["p"]))
         choices += first_choices(found, expected)
-    counted = {"images": OWN[model], "same_class": same, "choices": len(choices), "same_first": int(np.sum(choices))}
+    counted = {
+        "images": OWN[model],
+        "same_class": same,
+        "choices": len(choices),
+        "same_first": int(np.sum(choices)),
+    }
     return {**counted, "probability_difference": round(apart, 4)}

@@ -57,17 +57,25 @@ def adds_up(page):
     """The sums of the picture, with the numbers that stand there and nothing else; 0.00051: the last figure rounded."""
     gates, given, others = shown(page, "gate"), shown(page, "given"), shown(page, "others")
     (total,) = shown(page, "total")
-    assert total == pytest.approx(sum(g * y for g, y in zip(gates, given, strict=True)) + sum(others), abs=5.1e-4)
+    assert total == pytest.approx(
+        sum(g * y for g, y in zip(gates, given, strict=True)) + sum(others), abs=5.1e-4
+    )
     (before,), (after,) = shown(page, "before"), shown(page, "after")
     scale = shown(page, "scale") or [1]
     assert after == pytest.approx(total * scale[0] + before, abs=5.1e-4)
     return total, after
 
 
-@pytest.mark.parametrize("arguments", [{}, {"init_values": 0.1}, {"num_shared_experts": 2}, {"top_k": 4}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"init_values": 0.1}, {"num_shared_experts": 2}, {"top_k": 4}], ids=str
+)
 def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
     page, layer = card(arguments)
-    numbers = {name: unpacked(value) for name, value in layer["computation"].items() if value and "data" in value}
+    numbers = {
+        name: unpacked(value)
+        for name, value in layer["computation"].items()
+        if value and "data" in value
+    }
     scores = shown(page, "score")
     assert scores == pytest.approx(numbers["scores"][PATCH].tolist(), abs=0.0051)
     shares = np.exp(scores) / np.exp(scores).sum()
@@ -81,7 +89,10 @@ def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
     for place in (0, 5):
         page.select_option("[data-change=channel]", index=place)
         total, after = adds_up(page)
-        rows = {name: unpacked(of[name])[PATCH] for name in ("read", "outputs", "total", "before", "after")}
+        rows = {
+            name: unpacked(of[name])[PATCH]
+            for name in ("read", "outputs", "total", "before", "after")
+        }
         assert shown(page, "read") == pytest.approx([rows["read"][place]], abs=5.1e-4)
         assert shown(page, "given") == pytest.approx(rows["outputs"][order, place], abs=5.1e-4)
         assert total == pytest.approx(rows["total"][place], abs=3e-3)
@@ -91,7 +102,10 @@ def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
     assert f"{len(experts)} of 4 experts ran for this patch" in said(page)
     missing = 1 - sum(weights)
     if missing > 0.005:
-        assert f"The other {missing:.2f} belongs to experts that weren't kept, and is left out." in said(page)
+        assert (
+            f"The other {missing:.2f} belongs to experts that weren't kept, and is left out."
+            in said(page)
+        )
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -101,7 +115,9 @@ def test_every_router_is_drawn_in_its_own_words_and_adds_up(card, router):
     ran = sum(layer["kept"][PATCH])
     for step in ("scores", "shares", "kept", *(["weights"] if ran else [])):
         assert " ".join(layer["steps"][step].split()) in said(page)
-    expected = {"soft": "All 4 experts ran, each on its slots"}.get(router, f"{ran or 'None'} of 4 experts ran")
+    expected = {"soft": "All 4 experts ran, each on its slots"}.get(
+        router, f"{ran or 'None'} of 4 experts ran"
+    )
     assert expected in said(page)
     assert page.locator(".mv-network").count() == ran
     adds_up(page)
@@ -127,7 +143,9 @@ def test_many_experts_of_a_patch_are_one_term(card):
     assert page.locator(".mv-network").count() == 5
     assert "2 others" in page.text_content(".mv-part-kept")
     adds_up(page)
-    rows = page.locator(".mv-card-rows [data-expert]").evaluate_all("all => all.map(one => Number(one.dataset.expert))")
+    rows = page.locator(".mv-card-rows [data-expert]").evaluate_all(
+        "all => all.map(one => Number(one.dataset.expert))"
+    )
     assert len(rows) == 8
     assert set(layer["experts"][PATCH]) <= set(rows)
     assert "4 more experts aren't shown." in page.text_content(".mv-part-rows")
@@ -149,7 +167,11 @@ def test_pointer_and_keys_choose_patch_and_number(card):
     assert page.get_attribute(".mv-pinned", "data-patch") == "8"
     page.hover(".mv-part-sum [data-at='3']")
     assert told(page).startswith(f"Number {layer['computation']['channels']['index'][3]}: ")
-    assert page.locator(".mv-box-card .mv-at").count() == page.locator(".mv-box-card .mv-cells").count() > 4
+    assert (
+        page.locator(".mv-box-card .mv-at").count()
+        == page.locator(".mv-box-card .mv-cells").count()
+        > 4
+    )
 
 
 def test_a_light_runs_along_the_lines_where_motion_is_wanted(card):
@@ -168,7 +190,9 @@ def test_a_light_runs_along_the_lines_where_motion_is_wanted(card):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(card, look, scheme, width):
-    page, _ = card(color_scheme=scheme, viewport={"width": width, "height": 844}, reduced_motion="reduce")
+    page, _ = card(
+        color_scheme=scheme, viewport={"width": width, "height": 844}, reduced_motion="reduce"
+    )
     found = axe(page, ".mv-box-card")
     assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
     assert look.no_sideways_scroll(page)

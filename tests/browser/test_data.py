@@ -31,12 +31,17 @@ def visit_run(new_visit, scored):
         if route.request.method == "GET":
             document = app_page(scored.start_boot(), scored.start_views())
             policy = (
-                f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; {document.policy}"
+                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
+                f"{document.policy}"
             )
             return route.fulfill(
-                content_type="text/html", body=document.text, headers={"content-security-policy": policy}
+                content_type="text/html",
+                body=document.text,
+                headers={"content-security-policy": policy},
             )
-        return route.fulfill(json=scored.answer(asked_for(route.request), route.request.post_data_json))
+        return route.fulfill(
+            json=scored.answer(asked_for(route.request), route.request.post_data_json)
+        )
 
     def begin(query="", **options):
         visits.append(new_visit(**options))
@@ -65,14 +70,17 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
     assert page.text_content(".mv-panel .mv-lead").startswith("Ranked lists, no verdicts:")
     assert page.locator(".mv-ranked li").count() == len(doubtful)
     assert (
-        card.text_content() == f"cat{doubtful[0]['value']}right {doubtful[0]['right']} of {doubtful[0]['visits']} times"
+        card.text_content()
+        == f"cat{doubtful[0]['value']}right {doubtful[0]['right']} of {doubtful[0]['visits']} times"
     )
     assert HOSTILE in card.get_attribute("aria-label")
     card.focus()
     page.keyboard.press("Enter")
     page.wait_for_function(SHOWN)
     assert page.locator(FIRST).get_attribute("aria-pressed") == "true"
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Open cat/<img")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(
+        "Open cat/<img"
+    )
     assert HOSTILE in page.locator(".mv-picture").get_attribute("alt")
     assert one.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
     page.select_option("[data-change=data-class]", "cat")
@@ -89,7 +97,9 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
 
 
 def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run, look):
-    page = visit_run(f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE).page
+    page = visit_run(
+        f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE
+    ).page
     assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
     assert page.locator(".mv-canvas").count() == 1
     assert look.no_sideways_scroll(page)

@@ -48,7 +48,11 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
         data = response.json()
         for card in data["experts"]:
             card["called"] = {"kind": "part", "name": "whisker", "share": 0.4459, "overall": 0.1287}
-            card["without"] = {**without, "strongest_class": "<b>cat", "strongest_delta_logit": -1.25}
+            card["without"] = {
+                **without,
+                "strongest_class": "<b>cat",
+                "strongest_delta_logit": -1.25,
+            }
         return route.fulfill(response=response, json=data)
 
     one.page.route(re.compile(r"/api/\w+$"), answer)

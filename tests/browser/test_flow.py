@@ -54,7 +54,10 @@ def experts(ask, layer=1, **request):
 
 
 def counts(page):
-    return [int(text) if text.isdigit() else text for text in page.locator(".mv-flow-box small").all_text_contents()]
+    return [
+        int(text) if text.isdigit() else text
+        for text in page.locator(".mv-flow-box small").all_text_contents()
+    ]
 
 
 def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer, look):
@@ -65,7 +68,9 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
     assert 30 < len(words) <= WORDS, text
     controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
     assert 5 < len(controls) <= CONTROLS, controls
-    photo, row = (page.locator(each).bounding_box() for each in ("[data-part=photo]", ".mv-flow-row"))
+    photo, row = (
+        page.locator(each).bounding_box() for each in ("[data-part=photo]", ".mv-flow-row")
+    )
     assert photo["width"] >= 0.45 * row["width"]
     assert photo["y"] + photo["height"] <= 900
     assert axe(page) == []
@@ -96,7 +101,10 @@ def bundled():
 @pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
 def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
     page = new_visit(door=False, reduced_motion="reduce", **size).page
-    page.route("http://localhost/*", lambda route: route.fulfill(body=bundled(model), content_type="text/html"))
+    page.route(
+        "http://localhost/*",
+        lambda route: route.fulfill(body=bundled(model), content_type="text/html"),
+    )
     page.goto("http://localhost/")
     page.wait_for_selector(LANDED, state="attached")
     text = page.evaluate(READ)
@@ -118,7 +126,9 @@ def test_each_box_has_its_patches(newcomer, ask):
     assert counts(page) == [count or "none" for count in each]
     page.select_option("[data-change=flow-layer]", "0")
     _, each = experts(ask, 0)
-    page.wait_for_function("document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')")
+    page.wait_for_function(
+        "document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')"
+    )
     assert counts(page) == [count or "none" for count in each]
 
 
@@ -150,10 +160,18 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page.wait_for_selector(f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]")
     _, moved = experts(ask, away=[[3, gone]])
     assert moved[gone] == 0
-    assert counts(page) == ["away" if expert == gone else count or "none" for expert, count in enumerate(moved)]
-    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
-    measured = ask("what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone})
-    said = page.text_content(".mv-flow-say p").replace("\xa0", " ")  # no line ends between a number and its %
+    assert counts(page) == [
+        "away" if expert == gone else count or "none" for expert, count in enumerate(moved)
+    ]
+    page.wait_for_function(
+        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
+    )
+    measured = ask(
+        "what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone}
+    )
+    said = page.text_content(".mv-flow-say p").replace(
+        "\xa0", " "
+    )  # no line ends between a number and its %
     assert said == f"1 network away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = moved.index(max(moved))
@@ -161,7 +179,8 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page.wait_for_selector(f".mv-flow-box[data-expert='{other}'][aria-pressed=true]")
     assert "2 networks away" in page.text_content(".mv-flow-say")
     page.wait_for_function(
-        "away => new URLSearchParams(location.search).get('away') === away", arg=f"3.{gone}_3.{other}"
+        "away => new URLSearchParams(location.search).get('away') === away",
+        arg=f"3.{gone}_3.{other}",
     )
     link = page.url
     page.click("[data-action=put-back]")
@@ -177,8 +196,12 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
     page = newcomer.page
     everything = ask("route", picture=FIRST, away=[[3, expert] for expert in range(4)])
     assert not any(any(row) for row in everything["layers"][1]["kept"])
-    page.goto(page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4)))
-    page.wait_for_function("document.querySelector('.mv-flow-say')?.textContent.includes('4 networks away')")
+    page.goto(
+        page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4))
+    )
+    page.wait_for_function(
+        "document.querySelector('.mv-flow-say')?.textContent.includes('4 networks away')"
+    )
     assert counts(page) == ["away"] * 4
 
 
@@ -199,14 +222,19 @@ REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(
 
 
 @pytest.mark.parametrize(
-    ("width", "sheet"), [(width, REPORT) for width in (360, 390, 600, 780, 830, 1100, 1280)] + [(360, ""), (600, "")]
+    ("width", "sheet"),
+    [(width, REPORT) for width in (360, 390, 600, 780, 830, 1100, 1280)] + [(360, ""), (600, "")],
 )
 def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
     """In a report's column and in anybody's page: a frame can't ask its view how high it is, nor may that grow."""
     view = flow_html(ask("route", picture=FIRST))
-    page = new_visit(door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
+    page = new_visit(
+        door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce"
+    ).page
     style = f"<style>{read_css(('explorer_base.css',))}{sheet}</style>"
-    page.set_content(f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>')
+    page.set_content(
+        f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>'
+    )
     page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
     height = "[document.documentElement.scrollHeight, innerHeight]"
     for _ in range(3):
@@ -239,7 +267,9 @@ def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page = newcomer.page
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
     page.set_input_files("[data-box=file]", tmp_path / "own.png")
-    page.wait_for_function("document.querySelector('.mv-flow h1').textContent.includes('this photo')")
+    page.wait_for_function(
+        "document.querySelector('.mv-flow h1').textContent.includes('this photo')"
+    )
     assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
     assert page.is_disabled("[data-key^=flow-own]")  # what is shown is no choice
@@ -257,7 +287,9 @@ def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_pat
     page.unroute(SERVER_CALL)
     page.click("[data-action=retry]")
     page.wait_for_selector("[data-action=retry]", state="detached")
-    assert page.get_attribute(".mv-flow-pick [data-action=example] >> nth=1", "aria-pressed") == "true"
+    assert (
+        page.get_attribute(".mv-flow-pick [data-action=example] >> nth=1", "aria-pressed") == "true"
+    )
 
 
 def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
@@ -272,10 +304,14 @@ def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     _, each = experts(ask)
     one = visit(f"?away=3.{each.index(max(each))}", door=False)
     page = one.page
-    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    page.wait_for_function(
+        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
+    )
     page.select_option("[data-change=flow-layer]", "0")
     page.select_option("[data-change=flow-layer]", "1")
-    page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    page.wait_for_function(
+        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
+    )
     assert one.asked.count("what_if") == 1
 
 
@@ -300,7 +336,9 @@ def test_who_clicks_on_waits_for_no_control(visit, ask):
         }""",
         most,
     )
-    one.page.wait_for_function("document.querySelector('.mv-flow-say').textContent.includes('at random')")
+    one.page.wait_for_function(
+        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
+    )
     assert [asked["intervention"]["expert"] for asked in one.questions("what_if")] == [other]
 
 
@@ -323,22 +361,35 @@ def test_the_door_opens_on_everything_else_and_stays_open(visit):
 @pytest.mark.parametrize(
     ("query", "words", "asked"),
     [
-        ("?variant=untrained", "Not trained: its weights are random, so its predictions mean nothing.",
-         {"variant": "untrained"}),
+        (
+            "?variant=untrained",
+            "Not trained: its weights are random, so its predictions mean nothing.",
+            {"variant": "untrained"},
+        ),
         ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
         (
             "?do=force.3.1.next_best.0",
             "Every patch in L3 goes to L3·E1.",
             {"intervention": {"kind": "force", "layer": 3, "expert": 1}},
         ),
-        ("?do=random.all.any.next_best.0", "Patches go to random experts in every layer.",
-         {"intervention": {"kind": "random"}}),
-        ("?do=swap.3.1-2.next_best.0", "L3·E1 and E2 compute each other's patches.",
-         {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}}),
+        (
+            "?do=random.all.any.next_best.0",
+            "Patches go to random experts in every layer.",
+            {"intervention": {"kind": "random"}},
+        ),
+        (
+            "?do=swap.3.1-2.next_best.0",
+            "L3·E1 and E2 compute each other's patches.",
+            {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}},
+        ),
         ("?k=1", "Trained with top-2, shown is top-1.", {"top_k": 1}),
-        ("?capacity=0.5", "Trained without a capacity limit, shown is capacity factor 0.5.", {"capacity": 0.5}),
+        (
+            "?capacity=0.5",
+            "Trained without a capacity limit, shown is capacity factor 0.5.",
+            {"capacity": 0.5},
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words, asked):
     """A link may show any of these to somebody who doesn't know of it; one click shows the model as it is."""
     page = visit(query, door=False, reduced_motion="reduce").page
@@ -348,7 +399,9 @@ def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words
     best = page.locator(".mv-flow-answer b").first
     assert best.text_content() == shown_share(ask("route", picture=FIRST, **asked))
     page.click("[data-action=as-is]")
-    page.wait_for_function("() => document.querySelector('.mv-flow-answer p').innerText === 'The model says'")
+    page.wait_for_function(
+        "() => document.querySelector('.mv-flow-answer p').innerText === 'The model says'"
+    )
     assert best.text_content() == shown_share(ask("route", picture=FIRST))
     page.wait_for_function("() => !/variant|do=|k=|capacity/.test(location.search)")
 

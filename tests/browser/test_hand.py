@@ -19,7 +19,9 @@ def result(effect):
     controls = [before + delta for delta in effect["control"]["delta_ps"]]
     mean, spread = statistics.fmean(controls), statistics.stdev(controls)
     digits = 1 if spread < 0.0095 else 0
-    old, now, mean, spread = (f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread))
+    old, now, mean, spread = (
+        f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread)
+    )
     target, other = effect["target"], effect["after"][0]["class"]
     told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
     moved = effect["moved"] + effect["moved_prefix"] > 0
@@ -131,5 +133,9 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     assert "changed model" in one.page.text_content(".mv-verdict")
     assert result(effect) in text
     one.page.click("[data-action=hand-class]")
-    over = ask("class_effect", **{"class": effect["target"], "intervention": change})["class_effect"]
-    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')")
+    over = ask("class_effect", **{"class": effect["target"], "intervention": change})[
+        "class_effect"
+    ]
+    one.page.wait_for_selector(
+        f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')"
+    )

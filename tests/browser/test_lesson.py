@@ -99,17 +99,24 @@ def test_a_slider_that_moves_ends_the_collapse_late_as_well(lesson):
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (1440, 900), (1920, 1080)])
 def test_question_and_figure_are_seen_at_once(lesson, width, height):
     """On a projector, above its bar; the toy stays in sight when its answer is shown."""
-    page = lesson("#projector-1", viewport={"width": width, "height": height}, reduced_motion="reduce").page
+    page = lesson(
+        "#projector-1", viewport={"width": width, "height": height}, reduced_motion="reduce"
+    ).page
 
     def fits(part):
         box = page.locator(f".ls-now {part}").bounding_box()
-        return box["y"] >= 0 and box["y"] + box["height"] <= page.locator(".ls-bar").bounding_box()["y"]
+        return (
+            box["y"] >= 0
+            and box["y"] + box["height"] <= page.locator(".ls-bar").bounding_box()["y"]
+        )
 
     for step in range(1, 11):
         assert shown(page) == [f"step-{step}"]
         assert [part for part in (".ls-ask", ".ls-look") if not fits(part)] == [], step
         page.keyboard.press("ArrowRight")
-        assert step != 6 or all(fits(part) for part in (".ls-answer", "[data-plane]", "[data-curve]"))
+        assert step != 6 or all(
+            fits(part) for part in (".ls-answer", "[data-plane]", "[data-curve]")
+        )
         page.keyboard.press("ArrowRight")
 
 
@@ -117,7 +124,9 @@ def test_printed_it_is_a_worksheet_of_closed_answers(lesson):
     page = lesson().page
     page.locator("[data-reveal]").nth(3).click()
     page.emulate_media(media="print")
-    assert page.locator(".ls-answer:visible, [data-right]:visible, .ls-teacher:visible").count() == 0
+    assert (
+        page.locator(".ls-answer:visible, [data-right]:visible, .ls-teacher:visible").count() == 0
+    )
     assert page.locator(".ls-lines:visible").count() == 10
     page.emulate_media(media="screen")
     page.click(".ls-teacher summary")
@@ -137,7 +146,11 @@ def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
     assert page.get_attribute("[data-piece='5']", "aria-label") == "Row 2, column 2: B"
     assert said.text_content().endswith("the fullest expert has 1.0 times its fair share.")
     rows = page.locator("[data-game-costs] tbody th")
-    assert rows.all_text_contents() == ["your choice", "the model’s choice", "at random, mean of 1000"]
+    assert rows.all_text_contents() == [
+        "your choice",
+        "the model’s choice",
+        "at random, mean of 1000",
+    ]
     page.click("[data-deal=own]")
     assert page.locator("[data-game-costs] tbody tr").first.text_content().endswith("16 of 16")
     page.click("[data-deal=none]")
@@ -176,7 +189,9 @@ def test_the_row_of_experts_grows_and_two_are_lit(lesson):
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390)])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(lesson, look, scheme, width):
-    page = lesson(color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce").page
+    page = lesson(
+        color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce"
+    ).page
     page.click("[data-choice='0'] >> nth=0")
     page.click("[data-deal=random]")
     page.click(".ls-teacher summary")

@@ -10,7 +10,17 @@ import pytest
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import no_sideways_scroll
-from tests.browser.live import BOX, OWN, SAID, bring, compared, first_choices, own_images, served, view_of
+from tests.browser.live import (
+    BOX,
+    OWN,
+    SAID,
+    bring,
+    compared,
+    first_choices,
+    own_images,
+    served,
+    view_of,
+)
 from tests.docs.test_live import live
 
 pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")
@@ -70,7 +80,9 @@ def test_own_images_are_decided_as_by_python(model, visit_live, whole):
     assert found["probability_difference"] <= 0.02
     assert one.page.locator(".mv-older").locator("visible=true").count() == 0
     stranger = bring(one.page, own_images("pets" if model == "cats_vs_dogs" else "cats_vs_dogs")[0])
-    expected = whole.answer("route", {"model": model, "picture": {"kind": "upload", "data": stranger}})
+    expected = whole.answer(
+        "route", {"model": model, "picture": {"kind": "upload", "data": stranger}}
+    )
     assert view_of(one.page)["picture"]["unlike"] == expected["picture"]["unlike"]
 
 
@@ -83,7 +95,9 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     page = one.page
     for away in ([[layers[-1], 3]], [[layers[-1], 3], [layers[0], 1]]):
         if len(away) > 1:
-            one.open(f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1")
+            one.open(
+                f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1"
+            )
         page.wait_for_selector(f"{SAID}:has-text('{len(away)} network')")
         found = view_of(page)
         picture = {"kind": "example", "id": found["picture"]["id"]}
@@ -99,7 +113,9 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             assert np.allclose(layer["margin"], other["margin"], atol=1e-2)
             assert np.allclose(layer["entropy"], other["entropy"], atol=1e-2)
             assert [len(row) for row in layer["weights"]] == [len(row) for row in other["weights"]]
-            assert {(layer["layer"], expert) for row in layer["experts"] for expert in row}.isdisjoint(map(tuple, away))
+            assert {
+                (layer["layer"], expert) for row in layer["experts"] for expert in row
+            }.isdisjoint(map(tuple, away))
     page.click("[data-action=put-back]")
     page.wait_for_selector("[data-part=said]:has-text('Click a box to take it away')")
     assert view_of(page)["layers"][0]["computation"] is not None
@@ -114,12 +130,22 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
     page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
-    assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == ["experts", "about"]
+    assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == [
+        "experts",
+        "about",
+    ]
     page.click("[data-tab=experts]")
     page.wait_for_selector(".mv-cards .mv-crop")
-    for absent in ("[data-action=export-page]", "[data-action=hand]", "[data-change=topk]", "[data-action=more]"):
+    for absent in (
+        "[data-action=export-page]",
+        "[data-action=hand]",
+        "[data-change=topk]",
+        "[data-action=more]",
+    ):
         assert page.locator(absent).locator("visible=true").count() == 0, absent
-    page.click(".mv-cards .mv-crop button >> nth=0")  # an image of which pixels alone are there, or an example
+    page.click(
+        ".mv-cards .mv-crop button >> nth=0"
+    )  # an image of which pixels alone are there, or an example
     page.wait_for_selector("[data-box=progress]", state="hidden")
     assert page.locator("[data-box=trouble] .mv-state").count() == 0
     assert "stay on this device" in page.text_content("[data-box=rail]")

@@ -55,7 +55,18 @@ def test_the_keyboard_reaches_everything(visit):
         page.keyboard.press("Tab")
         data = page.evaluate("({ ...document.activeElement.dataset })")
         reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
-    wanted = {"patch", "example", "choose", "topk", "limit", "variant", "mode", "layer", "highlight", "model"}
+    wanted = {
+        "patch",
+        "example",
+        "choose",
+        "topk",
+        "limit",
+        "variant",
+        "mode",
+        "layer",
+        "highlight",
+        "model",
+    }
     assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
     assert page.locator(".mv-cell[tabindex='0']").count() == 1
     page.focus("[role=tab][aria-selected=true]")
@@ -136,8 +147,12 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
     assert grid.get_attribute("aria-rowcount") == "4"
     assert grid.locator("> [role=row]").count() == 4
     assert grid.locator("> [role=row] > [role=gridcell]").count() == 16
-    labels = page.eval_on_selector_all("[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))")
-    assert all(re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels)
+    labels = page.eval_on_selector_all(
+        "[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))"
+    )
+    assert all(
+        re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels
+    )
 
 
 def test_who_may_show_the_page_in_a_frame(new_visit, server):
@@ -148,7 +163,9 @@ def test_who_may_show_the_page_in_a_frame(new_visit, server):
             self.send_response(200)
             self.send_header("content-type", "text/html")
             self.end_headers()
-            self.wfile.write(f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode())
+            self.wfile.write(
+                f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
+            )
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
         thread = threading.Thread(target=site.serve_forever)
@@ -159,7 +176,10 @@ def test_who_may_show_the_page_in_a_frame(new_visit, server):
                 one.page.goto(f"http://{name}:{site.server_address[1]}/")
                 if allowed:
                     one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
-                assert any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
+                assert (
+                    any("frame-ancestors" in complaint for complaint in one.complaints)
+                    is not allowed
+                )
         finally:
             site.shutdown()
             thread.join()
@@ -224,7 +244,10 @@ def refuse(page, **asked):
     """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
 
     def handle(route):
-        refused = asked_for(route.request) == "route" and asked.items() <= route.request.post_data_json.items()
+        refused = (
+            asked_for(route.request) == "route"
+            and asked.items() <= route.request.post_data_json.items()
+        )
         return route.abort() if refused else route.continue_()
 
     page.route(SERVER_CALL, handle)
@@ -270,7 +293,9 @@ def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
 def test_an_expert_of_one_model_is_not_highlighted_in_another(visit):
     page = visit("?expert=L3.E1").page
     page.select_option("[data-change=model]", "photos")
-    page.wait_for_function("location.search.includes('model=photos') && !location.search.includes('expert=')")
+    page.wait_for_function(
+        "location.search.includes('model=photos') && !location.search.includes('expert=')"
+    )
     assert "Click an expert to change it." in page.text_content("[data-box=hand]")
 
 
@@ -290,7 +315,9 @@ def test_forward_after_a_reload_finds_the_other_models_images(visit, hold):
     before_photos(page)
     held = hold(page, "boot")
     page.go_forward()
-    page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
+    page.wait_for_selector(
+        "[data-box=main][aria-busy=true]"
+    )  # it says so while the other model's images are fetched
     held.release()
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.is_visible("[data-action=example][data-id^='photo/']")
@@ -308,7 +335,9 @@ def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
     held.release()
     assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
     assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
-    page.wait_for_function("location.search.includes('model=pets') && location.search.includes('test%2F2')")
+    page.wait_for_function(
+        "location.search.includes('model=pets') && location.search.includes('test%2F2')"
+    )
 
 
 def test_of_two_models_the_last_one_is_shown_though_both_wait(visit, hold):
@@ -436,7 +465,10 @@ def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
 
 def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
     page = visit("?tab=about").page
-    texts = {name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"] for name in VARIANTS}
+    texts = {
+        name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"]
+        for name in VARIANTS
+    }
     assert len(set(texts.values())) == 3
     for name, text in texts.items():
         page.click(f"[data-variant={name}]")
@@ -447,7 +479,9 @@ def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, a
             assert text in shown
             assert not [other for other in others if other in shown]
         rows = page.locator(".mv-card-table dt").all_text_contents()
-        assert ("seed" in rows) == ("recipe" in rows) == (name == "trained")  # this card has one recipe only
+        assert (
+            ("seed" in rows) == ("recipe" in rows) == (name == "trained")
+        )  # this card has one recipe only
         assert ("recipe, trained" in rows) == (name != "trained")
 
 

@@ -31,10 +31,14 @@ def add(page, files):
 
 
 def names(page):
-    return page.locator(".mv-own button").evaluate_all("all => all.map(one => one.ariaLabel.slice(11))")
+    return page.locator(".mv-own button").evaluate_all(
+        "all => all.map(one => one.ariaLabel.slice(11))"
+    )
 
 
-def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit, ask, files, explorer):
+def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
+    visit, ask, files, explorer
+):
     """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
     one = visit(door=False, reduced_motion="reduce")
     page = one.page
@@ -49,9 +53,14 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(visit,
         page.wait_for_selector(".mv-route")
         label, most = Counter(patch["label"] for patch in patches).most_common(1)[0]
         text = " ".join(page.text_content("[data-part=route] p").split())
-        way = " and ".join(f"{expert} in {layer['name']}" for expert, layer in zip(route, view["layers"], strict=True))
+        way = " and ".join(
+            f"{expert} in {layer['name']}"
+            for expert, layer in zip(route, view["layers"], strict=True)
+        )
         expected = f"{count} squares in its middle go to {way}, as do these of other images"
-        assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(set(routes.values())) < len(routes)
+        assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(
+            set(routes.values())
+        ) < len(routes)
         assert page.locator(".mv-route img").count() == min(8, len(patches))
     names = view["model"]["class_names"]
     told = " ".join(page.text_content("[data-part=route]").split())
@@ -71,7 +80,9 @@ def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, fil
 
     def fail(route):
         if asked_for(route.request) == "similar":
-            return route.fulfill(json={"error": "The explorer stumbled over this.", "code": "internal"})
+            return route.fulfill(
+                json={"error": "The explorer stumbled over this.", "code": "internal"}
+            )
         return route.continue_()
 
     page.route(SERVER_CALL, fail)
@@ -154,7 +165,9 @@ def test_a_phone_offers_its_camera_and_a_desk_does_not(visit):
         phone.click(".mv-camera")
 
 
-@pytest.mark.parametrize("kept", ["{", "[]", '[{"id": "x"}]', json.dumps([{"id": 1, "name": "a", "data": "http://x"}])])
+@pytest.mark.parametrize(
+    "kept", ["{", "[]", '[{"id": "x"}]', json.dumps([{"id": 1, "name": "a", "data": "http://x"}])]
+)
 def test_strange_storage_is_no_image(visit, new_visit, server, kept):
     one = new_visit()
     one.context.add_init_script(f"sessionStorage.setItem('moevision.own', {json.dumps(kept)})")
@@ -183,7 +196,10 @@ def test_more_is_offered_as_long_as_the_data_has_more(visit):
             return route.continue_()
         answer = route.fetch()
         pets, photos = answer.json()["models"]
-        few = [*pets["examples"][:2], *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6]))]
+        few = [
+            *pets["examples"][:2],
+            *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6])),
+        ]
         models = [pets, {**photos, "examples": few, "num_examples": 5}]
         return route.fulfill(response=answer, json={"models": models})
 

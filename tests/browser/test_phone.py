@@ -44,7 +44,12 @@ def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
     assert axe(page, ".mv-box-where") == []
     page.keyboard.press("Escape")
     assert page.locator(".mv-pinned").count() == 0
-    assert page.eval_on_selector_all(".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL) == []
+    assert (
+        page.eval_on_selector_all(
+            ".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("width", [360, 390, 412])
@@ -91,7 +96,12 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     one = new_visit(door=False, **PHONE)
     network = one.context.new_cdp_session(one.page)
     network.send("Network.enable")
-    limits = {"offline": False, "latency": 40, "downloadThroughput": SPEED, "uploadThroughput": SPEED}
+    limits = {
+        "offline": False,
+        "latency": 40,
+        "downloadThroughput": SPEED,
+        "uploadThroughput": SPEED,
+    }
     network.send("Network.emulateNetworkConditions", limits)
     start = time.monotonic()
     one.page.goto(address, wait_until="commit")
@@ -100,6 +110,12 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     assert one.page.locator(".mv-flow-box").count() == 0
     one.page.wait_for_selector(".mv-flow-box")
     assert time.monotonic() - start < WITHIN_S
-    first = [request.url.partition("?")[0] for request in one.requests if request.resource_type != "image"]
+    first = [
+        request.url.partition("?")[0]
+        for request in one.requests
+        if request.resource_type != "image"
+    ]
     assert first[0] == address
-    assert {url for url in first[1:] if "/api/" not in url} == set()  # no script, style or font beside it
+    assert {
+        url for url in first[1:] if "/api/" not in url
+    } == set()  # no script, style or font beside it

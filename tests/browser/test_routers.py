@@ -59,15 +59,23 @@ def shown_numbers(page):
 
 
 def visible_modes(page):
-    return page.locator("[data-mode]:visible").evaluate_all("buttons => buttons.map(one => one.dataset.mode)")
+    return page.locator("[data-mode]:visible").evaluate_all(
+        "buttons => buttons.map(one => one.dataset.mode)"
+    )
 
 
 def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
     layer = ask("choice", "route")["layers"][1]
     page = visit("?model=choice").page
-    texts = ["–" if not e else f"{e[0]}+{len(e) - 1}" if len(e) > 1 else str(e[0]) for e in layer["experts"]]
+    texts = [
+        "–" if not e else f"{e[0]}+{len(e) - 1}" if len(e) > 1 else str(e[0])
+        for e in layer["experts"]
+    ]
     assert look.numbers(page) == texts
-    nobody, several = texts.index("–"), next(patch for patch, text in enumerate(texts) if "+" in text)
+    nobody, several = (
+        texts.index("–"),
+        next(patch for patch, text in enumerate(texts) if "+" in text),
+    )
     page.click(f".mv-cell[data-patch='{nobody}']")
     assert look.said(page).endswith("no expert took it")
     card = page.text_content(".mv-box-card")
@@ -87,7 +95,9 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
 def test_what_may_be_changed_where_experts_choose(visit, look):
     one = visit("?model=choice&expert=L3.E1")
     page = one.page
-    assert page.locator(".mv-box-hand [data-kind]").count() == 0  # no token has a first choice: nothing can be forced
+    assert (
+        page.locator(".mv-box-hand [data-kind]").count() == 0
+    )  # no token has a first choice: nothing can be forced
     assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
@@ -95,7 +105,9 @@ def test_what_may_be_changed_where_experts_choose(visit, look):
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("[role=note]")
     assert one.question("route")["top_k"] == 2
-    assert "Trained with 1 expert per patch on average, shown is 2." in page.text_content("[role=note]")
+    assert "Trained with 1 expert per patch on average, shown is 2." in page.text_content(
+        "[role=note]"
+    )
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
     page.click(".mv-box-hand [data-action=take]")
     page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
@@ -109,7 +121,10 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     assert look.numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
     assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
-    shown = [float(text.removesuffix(" %")) for text in page.locator("[data-n=share]").all_text_contents()]
+    shown = [
+        float(text.removesuffix(" %"))
+        for text in page.locator("[data-n=share]").all_text_contents()
+    ]
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
@@ -126,7 +141,9 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
     layer = ask("soft", "route")["layers"][1]
     page = visit("?model=soft&patch=5").page
     page.click("[data-mode=reads]")
-    first = [experts[0] for experts in layer["experts"]]  # of each patch, as long as no expert is in the hand
+    first = [
+        experts[0] for experts in layer["experts"]
+    ]  # of each patch, as long as no expert is in the hand
     means = [sum(row) / 16 for row in layer["reads"]]
     expected = [layer["reads"][expert][patch] / means[expert] for patch, expert in enumerate(first)]
     assert shown_numbers(page) == pytest.approx(expected, abs=0.0505)
@@ -135,7 +152,9 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
     assert shown_numbers(page) == pytest.approx([value / means[4] for value in reads], abs=0.0505)
     opacities = [fill[3] for fill in look.fills(page)]
     assert opacities.index(max(opacities)) == reads.index(max(reads))
-    page.wait_for_function("location.search.includes('mode=reads') && location.search.includes('expert=L3.E4')")
+    page.wait_for_function(
+        "location.search.includes('mode=reads') && location.search.includes('expert=L3.E4')"
+    )
     numbers = shown_numbers(page)
     page.reload()
     page.wait_for_selector("[data-mode=reads][aria-pressed=true]")

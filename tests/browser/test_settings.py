@@ -20,13 +20,17 @@ def test_entropy_and_margin_stand_in_the_patches(visit, ask, look, mode):
     # One decimal is shown.
     assert [float(text) for text in look.numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
     opacities = [fill[3] for fill in look.fills(page)]
-    assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(range(16), key=lambda p: layer[mode][p])
+    assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(
+        range(16), key=lambda p: layer[mode][p]
+    )
 
 
 def test_loads_beside_the_equal_share(visit, ask):
     layer = ask("route", picture=FIRST)["layers"][1]
     page = visit().page
-    assert page.locator(".mv-loadcount").all_text_contents() == [str(count) for count in layer["counts"]]
+    assert page.locator(".mv-loadcount").all_text_contents() == [
+        str(count) for count in layer["counts"]
+    ]
     assert sum(layer["counts"]) == 16 * 2
     text = page.text_content(".mv-box-loads")
     assert f"{max(layer['counts']) / 8:.2f}" in text
@@ -64,7 +68,8 @@ def test_another_k_is_marked(visit, ask, look):
     assert one.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
     assert (
-        page.text_content("[role=note]").strip() == "Off the training distribution. Trained with top-2, shown is top-3."
+        page.text_content("[role=note]").strip()
+        == "Off the training distribution. Trained with top-2, shown is top-3."
     )
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
     page.click("[data-action=as-trained]")
@@ -76,7 +81,10 @@ def test_another_k_is_marked(visit, ask, look):
 
 def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     def drawn(seed):
-        return [str(choices[0]) for choices in ask("route", picture=FIRST, noise=seed)["layers"][1]["experts"]]
+        return [
+            str(choices[0])
+            for choices in ask("route", picture=FIRST, noise=seed)["layers"][1]["experts"]
+        ]
 
     one = visit("?patch=5")
     page = one.page
@@ -86,12 +94,18 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     assert "draw 1" in page.text_content("[data-part=noise]")
     assert look.numbers(page) == drawn(1)
     numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
-    shown = [text.replace(MINUS, "-").split() for text in page.locator("[data-n=score]").all_text_contents()]
+    shown = [
+        text.replace(MINUS, "-").split()
+        for text in page.locator("[data-n=score]").all_text_contents()
+    ]
     assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
     assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
     assert "As in training, with noise of size 1/4" in page.text_content("[data-part=say]")
     noisy = np.exp(numbers["scores"] + numbers["noise"])
-    shown = [float(text.removesuffix(" %")) for text in page.locator("[data-n=share]").all_text_contents()]
+    shown = [
+        float(text.removesuffix(" %"))
+        for text in page.locator("[data-n=share]").all_text_contents()
+    ]
     assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
     page.click("[data-action=redraw]")
     page.wait_for_selector("[role=note]:has-text('draw 2')")
@@ -108,7 +122,9 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     page.wait_for_selector("[role=note]", state="detached")
     page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
-    assert look.numbers(page) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+    assert look.numbers(page) == [
+        str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]
+    ]
 
 
 def one_layer(ask, **settings):
@@ -125,13 +141,21 @@ def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
             "want => [...document.querySelectorAll('.mv-mark')].map(mark => mark.textContent).join() === want",
             arg=",".join(str(choices[0]) for choices in layer["experts"]),
         )
-        assert page.locator("[data-variant][aria-pressed=true]").get_attribute("data-variant") == variant
+        assert (
+            page.locator("[data-variant][aria-pressed=true]").get_attribute("data-variant")
+            == variant
+        )
 
 
 def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
     one = visit()
-    ids = [one.page.locator("[data-action=example]").nth(index).get_attribute("data-id") for index in (3, 5)]
-    one.page.evaluate("ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids)
+    ids = [
+        one.page.locator("[data-action=example]").nth(index).get_attribute("data-id")
+        for index in (3, 5)
+    ]
+    one.page.evaluate(
+        "ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids
+    )
     one.page.wait_for_selector("[data-box=progress]", state="hidden")
     layer = ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
     assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]

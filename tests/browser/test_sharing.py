@@ -97,14 +97,18 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
     from moevision.demo import route_image
 
     view = route_image(make(), pixels)
-    one = new_visit(offline=True, door=False)  # a sandboxed frame has no storage to note an earlier visit in
+    one = new_visit(
+        offline=True, door=False
+    )  # a sandboxed frame has no storage to note an earlier visit in
     one.page.set_content(f"<h1>notebook</h1>{view._repr_html_()}")
     frame = one.page.frame_locator("iframe")
     frame.locator(".mv-cell[data-patch='5']").click()
     marks = frame.locator(".mv-mark").all_text_contents()
     assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
     assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
-    assert "· " not in frame.locator(".mv-header p").text_content()  # nothing is told of an unnamed model's accuracy
+    assert (
+        "· " not in frame.locator(".mv-header p").text_content()
+    )  # nothing is told of an unnamed model's accuracy
     assert "top-2 of 4 experts" in frame.locator(".mv-header").text_content()
     assert one.complaints == []
 
@@ -170,7 +174,9 @@ def test_a_link_reproduces_the_view(visit, look):
     page.click("[data-mode=entropy]")
     look.open_tab(page, "classes")
     words = ["variant=untrained", "k=3", "layer=1", "patch=11", "mode=entropy", "tab=classes"]
-    page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+    page.wait_for_function(
+        "words => words.every(word => location.search.includes(word))", arg=words
+    )
     other = visit("?" + page.url.partition("?")[2]).page
     assert look.numbers(other) == look.numbers(page)
     pressed = (
@@ -193,7 +199,9 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path)
     start = page.evaluate("history.length")
 
     def settled(words):
-        page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+        page.wait_for_function(
+            "words => words.every(word => location.search.includes(word))", arg=words
+        )
         page.wait_for_selector("[data-box=progress]", state="hidden")
         return page.get_attribute(".mv-picture", "src")
 
@@ -262,7 +270,11 @@ def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
 
 
 # Of two images the first is shown; what Compare and What if had stands under Classes and Experts, and on the stage.
-NEAREST = {"picture2": None, "tab": {"compare": "classes", "whatif": None}, "do": {"ablate.3.1.next_best.0": None}}
+NEAREST = {
+    "picture2": None,
+    "tab": {"compare": "classes", "whatif": None},
+    "do": {"ablate.3.1.next_best.0": None},
+}
 
 
 @pytest.mark.parametrize("link", OLD_LINKS)
@@ -273,14 +285,20 @@ def test_a_link_of_an_earlier_version_opens_the_nearest_view(visit, link):
     request = one.question("route")
     assert len(one.questions("route")) == 1
     assert {key: request[key] for key in named} == named
-    wished = {key: (NEAREST.get(key) or {}).get(value, None if NEAREST.get(key, 0) is None else value)
-              for key, value in parse_qsl(link[1:])}  # fmt: skip
+    wished = {
+        key: (NEAREST.get(key) or {}).get(value, None if NEAREST.get(key, 0) is None else value)
+        for key, value in parse_qsl(link[1:])
+    }
     one.page.wait_for_function("!location.search.includes('picture2')")
     words = dict(parse_qsl(one.page.url.partition("?")[2]))
-    assert {key: value for key, value in wished.items() if value is not None}.items() <= words.items()
+    assert {
+        key: value for key, value in wished.items() if value is not None
+    }.items() <= words.items()
 
 
-def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, server, hold, look, ask):
+def test_a_link_with_a_change_opens_on_the_image_and_measures_then(
+    new_visit, server, hold, look, ask
+):
     one = new_visit()
     held = hold(one.page, "what_if")
     one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
@@ -372,6 +390,8 @@ def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
     tabs[1].wait_for_selector(".mv-results[role=note]")
     changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, away=[[3, 1]])
     assert look.numbers(tabs[1]) == [str(choices[0]) for choices in changed["layers"][1]["experts"]]
-    assert look.numbers(tabs[0]) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+    assert look.numbers(tabs[0]) == [
+        str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]
+    ]
     assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
     assert tabs[0].locator("[data-action=undo]").count() == 0

@@ -32,8 +32,12 @@ def test_an_example_lies_sharp_under_the_patches(photos):
     page = photos.page
     sharp = page.get_attribute(".mv-picture", "src")
     assert size_of(sharp) == (96, 96)
-    zooms = page.eval_on_selector_all(".mv-zoom", "all => all.map(one => one.style.backgroundImage)")
-    strip = page.eval_on_selector(".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage")
+    zooms = page.eval_on_selector_all(
+        ".mv-zoom", "all => all.map(one => one.style.backgroundImage)"
+    )
+    strip = page.eval_on_selector(
+        ".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage"
+    )
     assert {*zooms, strip} == {f'url("{sharp}")'}
     page.focus("[data-change=as-seen]")
     page.keyboard.press("Space")
@@ -43,11 +47,15 @@ def test_an_example_lies_sharp_under_the_patches(photos):
     assert page.locator(".mv-zoom.mv-sharp").count() == 0
     # Another image and back: what is here isn't asked for again.
     page.click(".mv-rail [data-action=example] >> nth=1")
-    page.wait_for_function("src => document.querySelector('.mv-picture').getAttribute('src') !== src", arg=seen)
+    page.wait_for_function(
+        "src => document.querySelector('.mv-picture').getAttribute('src') !== src", arg=seen
+    )
     page.uncheck("[data-change=as-seen]")
     page.wait_for_selector(SHARP)
     page.click(".mv-rail [data-action=example] >> nth=0")
-    page.wait_for_function("src => document.querySelector('.mv-picture').getAttribute('src') === src", arg=sharp)
+    page.wait_for_function(
+        "src => document.querySelector('.mv-picture').getAttribute('src') === src", arg=sharp
+    )
     assert len(photos.questions("sharp")) == 2
 
 
@@ -60,7 +68,9 @@ def test_an_exported_page_is_sharp(photos, new_visit, tmp_path):
     alone = new_visit(offline=True)
     alone.page.goto((tmp_path / "page.html").as_uri())
     alone.page.wait_for_selector(SHARP)
-    assert alone.page.get_attribute(".mv-picture", "src") == page.get_attribute(".mv-picture", "src")
+    assert alone.page.get_attribute(".mv-picture", "src") == page.get_attribute(
+        ".mv-picture", "src"
+    )
     assert alone.complaints == []
 
 

@@ -36,9 +36,13 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
     for index, layer in enumerate(layers):
         page.click(f".mv-layer[data-index='{index}']")
         assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-        for fill, choices, weights in zip(look.fills(page), layer["experts"], layer["weights"], strict=True):
+        for fill, choices, weights in zip(
+            look.fills(page), layer["experts"], layer["weights"], strict=True
+        ):
             assert fill[:3] == rgb(EXPERT_COLOURS[choices[0]])
-            assert fill[3] == pytest.approx(weights[0] * STRENGTH, abs=0.005)  # browsers keep 8 bits
+            assert fill[3] == pytest.approx(
+                weights[0] * STRENGTH, abs=0.005
+            )  # browsers keep 8 bits
         pressed = page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index")
         assert pressed == str(index)
     assert "aren't comparable across layers" in page.text_content(".mv-box-strip")
@@ -49,7 +53,10 @@ def test_the_picture_is_large_and_crisp(quiet):
     assert page.locator(".mv-canvas").bounding_box()["width"] >= 448
     page.check("[data-change=as-seen]")
     page.wait_for_selector(".mv-picture:not(.mv-sharp)")
-    assert page.eval_on_selector(".mv-picture", "img => getComputedStyle(img).imageRendering") == "pixelated"
+    assert (
+        page.eval_on_selector(".mv-picture", "img => getComputedStyle(img).imageRendering")
+        == "pixelated"
+    )
 
 
 def test_a_click_pins_and_arrows_move(quiet, layers, look):
@@ -98,7 +105,9 @@ def test_a_patch_is_told_with_how_sure_the_router_was(quiet, layers):
     facts = page.locator(".mv-facts b").all_text_contents()
     assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
     assert float(facts[1]) == pytest.approx(layer["entropy"][6], abs=0.0051)
-    assert "carries context from the whole image" in " ".join(page.text_content(".mv-box-where").split())
+    assert "carries context from the whole image" in " ".join(
+        page.text_content(".mv-box-where").split()
+    )
 
 
 def test_hover_outlines_a_patch_and_shows_its_path(quiet, layers):
@@ -118,10 +127,15 @@ def test_one_expert_can_be_highlighted(quiet, layers, look):
     layer = layers[1]
     uses = [3 in choices for choices in layer["experts"]]
     assert 0 < sum(uses) < 16
-    weight = [dict(zip(*both, strict=True)).get(3, 0) for both in zip(layer["experts"], layer["weights"], strict=True)]
+    weight = [
+        dict(zip(*both, strict=True)).get(3, 0)
+        for both in zip(layer["experts"], layer["weights"], strict=True)
+    ]
     assert len(set(weight)) > 2
     # As without highlighting: the stronger, the more of the patch is the expert's.
-    assert [fill[3] for fill in look.fills(page)] == pytest.approx([one * STRENGTH for one in weight], abs=0.005)
+    assert [fill[3] for fill in look.fills(page)] == pytest.approx(
+        [one * STRENGTH for one in weight], abs=0.005
+    )
     page.click(".mv-loadbar[data-expert='3']")
     assert all(fill[3] > 0 for fill in look.fills(page))
 
@@ -133,4 +147,6 @@ def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
     one.page.click("[data-action=similar]")
     one.page.wait_for_selector(".mv-box-similar :is(.mv-crop, .mv-note)")
     assert one.question("similar")["path"] == path
-    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(ask("similar", path=path)["patches"])
+    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(
+        ask("similar", path=path)["patches"]
+    )

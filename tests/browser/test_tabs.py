@@ -16,7 +16,9 @@ def test_cards_show_the_heaviest_and_random_patches(visit, ask):
     page = visit().page
     page.wait_for_selector(".mv-card")
     cards = page.locator(".mv-card").all()
-    assert [card.locator("h2").text_content() for card in cards] == [f"L3·E{expert}" for expert in range(4)]
+    assert [card.locator("h2").text_content() for card in cards] == [
+        f"L3·E{expert}" for expert in range(4)
+    ]
     for card, expert in zip(cards, answer["experts"], strict=True):
         counts = [gallery.locator("img").count() for gallery in card.locator(".mv-gallery").all()]
         assert counts == [len(expert["top"]), len(expert["random"])] == [8, 8]
@@ -106,7 +108,9 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
 
     page = visit().page
     open_changed_classes(page, say_so)
-    styles = page.eval_on_selector_all(".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))")
+    styles = page.eval_on_selector_all(
+        ".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))"
+    )
     assert [bool(style) for style in styles] == [flag for row in flags for flag in row]
     signs = page.eval_on_selector_all(
         ".mv-heat td", "cells => cells.map(cell => cell.querySelector('sup')?.textContent)"
@@ -114,10 +118,17 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
     excess = [value for row in layer["excess"] for value in row]
     for sign, style, value in zip(signs, styles, excess, strict=True):
         assert sign == (None if not style else "+" if value > 0 else "−")
-    shown = [float(re.match(r"\s*(\d+)", text)[1]) for text in page.locator(".mv-heat td").all_text_contents()]
-    assert shown == pytest.approx([100 * share for row in layer["share"] for share in row], abs=0.51)
+    shown = [
+        float(re.match(r"\s*(\d+)", text)[1])
+        for text in page.locator(".mv-heat td").all_text_contents()
+    ]
+    assert shown == pytest.approx(
+        [100 * share for row in layer["share"] for share in row], abs=0.51
+    )
     told = [one["sentence"] for one in layer["answers"]]
-    assert page.locator(".mv-answer").all_text_contents() == [sentence.replace("`", "") for sentence in told]
+    assert page.locator(".mv-answer").all_text_contents() == [
+        sentence.replace("`", "") for sentence in told
+    ]
     assert page.locator(".mv-answer code").count() == "".join(told).count("`") / 2
     assert page.locator(".mv-panel").text_content().count("bits") == sum(
         one["sentence"].count("bits") for one in layer["answers"]
@@ -135,12 +146,16 @@ def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
     assert names == [answer["class_names"][row] for row in rows]
     page.click("[data-action=sort-class][data-class='0']")
     columns = sorted(range(4), key=lambda expert: -excess[0][expert])
-    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [str(expert) for expert in columns]
+    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [
+        str(expert) for expert in columns
+    ]
     page.click("[data-action=cell] >> nth=0")
     page.wait_for_selector(".mv-thumbs img")
     asked = one.question("cell")
     assert (asked["class"], asked["expert"]) == (answer["class_names"][rows[0]], columns[0])
-    pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})["pictures"]
+    pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})[
+        "pictures"
+    ]
     assert page.locator(".mv-thumbs img").count() == len(pictures) > 0
 
 
@@ -154,7 +169,9 @@ def test_two_classes_are_compared(visit, ask):
     page.wait_for_selector(".mv-forest")
     rows = [row for layer in answer["layers"] for row in layer["experts"]]
     assert len(rows) == 8
-    stands = page.eval_on_selector_all(".mv-forest li", "rows => rows.map(row => row.classList.contains('mv-stands'))")
+    stands = page.eval_on_selector_all(
+        ".mv-forest li", "rows => rows.map(row => row.classList.contains('mv-stands'))"
+    )
     assert stands == [row["significant"] for row in rows]
     shown = page.locator(".mv-forest .mv-num").all_text_contents()
     points = [float(text.removesuffix(" pts").replace("−", "-")) for text in shown]
@@ -193,13 +210,18 @@ def test_mistakes_are_shown_with_their_routes(visit):
             return route.continue_()
         thumb = "data:image/png;base64,AA=="
         group = {"label": "cat", "called": "<b>dog", "images": 4, "layers": layers}
-        return route.fulfill(json={"groups": [{**group, "pictures": [{"id": "pets/test/8", "thumb": thumb}]}]})
+        return route.fulfill(
+            json={"groups": [{**group, "pictures": [{"id": "pets/test/8", "thumb": thumb}]}]}
+        )
 
     page = visit("?tab=classes").page
     page.route(SERVER_CALL, answer)
     page.click("[data-action=mistakes]")
     page.wait_for_selector("[data-part=cell]:has-text('4 of cat, called <b>dog')")
     text = " ".join(page.text_content("[data-part=cell]").split())
-    assert "right ones of cat and of <b>dog (0: equal, 1: no expert in common): L1 0.25 and 0.10." in text
+    assert (
+        "right ones of cat and of <b>dog (0: equal, 1: no expert in common): L1 0.25 and 0.10."
+        in text
+    )
     page.click("[data-part=cell] [data-action=example]")
     page.wait_for_function("location.search.includes('test%2F8')")

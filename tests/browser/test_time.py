@@ -40,7 +40,9 @@ def photos(new_visit, server):
 def scrub(page, key, words):
     page.focus(SLIDER)
     page.keyboard.press(key)
-    page.wait_for_function("words => document.querySelector('[data-part=when]').textContent === words", arg=words)
+    page.wait_for_function(
+        "words => document.querySelector('[data-part=when]').textContent === words", arg=words
+    )
 
 
 def first_choices(recorded, moment, image, layer=3):
@@ -64,10 +66,14 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
     for moment, words in enumerate(["before training", "after 10 of 100 steps"]):
         assert look.numbers(page) == first_choices(recorded, moment, image)
         weights = recorded.weights[3][moment, image].astype(float)
-        assert [fill[3] for fill in look.fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
+        assert [fill[3] for fill in look.fills(page)] == pytest.approx(
+            0.65 * weights.max(-1), abs=0.005
+        )
         p = recorded.probabilities[moment, image].astype(float)
         said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
-        assert said.lower().startswith(f"{words}: {recorded.class_names[p.argmax()]} {100 * p.max():.0f} %")
+        assert said.lower().startswith(
+            f"{words}: {recorded.class_names[p.argmax()]} {100 * p.max():.0f} %"
+        )
         counts = [str(count) for count in np.count_nonzero(weights, axis=0)]
         assert page.locator(".mv-loadcount").all_text_contents() == counts
         page.keyboard.press("ArrowRight")
@@ -107,7 +113,9 @@ def test_the_boxes_follow_the_moment(photos, recorded):
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
-    expected = [str(first.count(expert) or "none") for expert in range(recorded.weights[3].shape[-1])]
+    expected = [
+        str(first.count(expert) or "none") for expert in range(recorded.weights[3].shape[-1])
+    ]
     page.wait_for_function(
         "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
         arg=",".join(expected),
@@ -121,7 +129,9 @@ def told(page):
 def words(history, moment, layer=1):
     """By hand, over all recorded images: a choice is a weight above 0, the class is the first part of a name."""
     best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
-    right = sum(name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True))
+    right = sum(
+        name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True)
+    )
     taken = np.count_nonzero(history.weights[(1, 3)[layer]][moment], axis=(0, 1))
     return f"{right} of 3 right, busiest network {100 * taken.max() / taken.sum():.0f} %"
 
@@ -132,14 +142,20 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page = photos(reduced_motion="reduce", door=False).page
     page.wait_for_selector(SLIDER)
     tracks = page.locator(".mv-film > p").all_text_contents()
-    assert [track.split(":")[0] for track in tracks] == ["With balance loss", "Without balance loss"]
+    assert [track.split(":")[0] for track in tracks] == [
+        "With balance loss",
+        "Without balance loss",
+    ]
     assert told(page) == [words(recorded, 2), words(other, 2)]
     where = ".mv-chart > i"
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
         page.focus(SLIDER)
         page.keyboard.press(key)
         page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
-        assert page.eval_on_selector_all(where, "all => all.map(one => one.style.left)") == [f"{left}%"] * 2
+        assert (
+            page.eval_on_selector_all(where, "all => all.map(one => one.style.left)")
+            == [f"{left}%"] * 2
+        )
         assert told(page) == [words(recorded, moment), words(other, moment)]
         thumb = page.locator(SLIDER).bounding_box()
         line = page.locator(where).first.bounding_box()
@@ -156,11 +172,15 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.select_option("[data-change=flow-layer]", "0")
-    page.wait_for_function("document.querySelector('.mv-film').textContent.includes('network of L1')")
+    page.wait_for_function(
+        "document.querySelector('.mv-film').textContent.includes('network of L1')"
+    )
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
-def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home, look):
+def test_the_patches_follow_the_training_without_balance_loss_too(
+    photos, recorded, photos_home, look
+):
     other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
     one = photos("?variant=unbalanced")
     page = one.page
@@ -169,7 +189,9 @@ def test_the_patches_follow_the_training_without_balance_loss_too(photos, record
     assert look.numbers(page) == first_choices(other, 0, image_of(page, recorded))
 
 
-def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(photos, recorded, hold, look):
+def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(
+    photos, recorded, hold, look
+):
     page = photos().page
     held = hold(page, "history")
     page.focus(SLIDER)
@@ -192,7 +214,8 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
     other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
     page.click(".mv-rail [data-action=example] >> nth=1")
     page.wait_for_function(
-        "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))", arg=other
+        "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))",
+        arg=other,
     )
     scrub(page, "Home", "before training")
     page.wait_for_function("location.search.includes('step=0')")
@@ -227,7 +250,10 @@ def test_without_motion_there_is_a_scrubber_and_no_play(photos):
     page = photos(reduced_motion="reduce").page
     assert page.locator("[data-action=run]:visible").count() == 0
     scrub(page, "Home", "before training")
-    assert page.eval_on_selector(".mv-cell", "cell => getComputedStyle(cell).transitionDuration") == "0s"
+    assert (
+        page.eval_on_selector(".mv-cell", "cell => getComputedStyle(cell).transitionDuration")
+        == "0s"
+    )
 
 
 @pytest.mark.parametrize("query", ["?k=1", "?do=ablate.3.1.zero.0", "?away=3.1"])
@@ -242,7 +268,10 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     one = photos()
     page = one.page
     scrub(page, "Home", "before training")
-    before = [page.locator(".mv-flow-answer").inner_text(), page.locator(".mv-flow-box small").all_text_contents()]
+    before = [
+        page.locator(".mv-flow-answer").inner_text(),
+        page.locator(".mv-flow-box small").all_text_contents(),
+    ]
     asked = len(one.asked)
     for control in (".mv-flow-box:not(:disabled)", "[data-part=photo]", "[data-action=hand]"):
         page.locator(control).first.click()
@@ -252,10 +281,15 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     assert "Only the trained model can be changed" in page.text_content("[data-part=said]")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
-    now = [page.locator(".mv-flow-answer").inner_text(), page.locator(".mv-flow-box small").all_text_contents()]
+    now = [
+        page.locator(".mv-flow-answer").inner_text(),
+        page.locator(".mv-flow-box small").all_text_contents(),
+    ]
     assert (now, len(one.asked)) == (before, asked)
     page.click("[data-part=said] [data-action=to-trained]")
-    page.wait_for_function("document.querySelector('[data-part=when]').textContent === 'after training'")
+    page.wait_for_function(
+        "document.querySelector('[data-part=when]').textContent === 'after training'"
+    )
     page.locator(".mv-flow-box:not(:disabled)").first.click()
     page.wait_for_function("location.search.includes('away=')")
 
@@ -264,7 +298,9 @@ def test_a_model_without_a_history_has_no_scrubber(visit):
     assert visit().page.text_content(".mv-box-time") == ""
 
 
-def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, recorded, look, tmp_path):
+def test_an_exported_page_has_the_scrubber_without_a_server(
+    photos, new_visit, recorded, look, tmp_path
+):
     page = photos().page
     page.click(".mv-menu summary")
     with page.expect_download() as started:

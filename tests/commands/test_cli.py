@@ -71,7 +71,9 @@ def test_every_verb_has_help(cli, verb):
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_help_ends_with_examples(cli, verb):
-    examples = cli(verb, "--help").out.partition("\nexamples\n")[2].partition("\n\n")[0].splitlines()
+    examples = (
+        cli(verb, "--help").out.partition("\nexamples\n")[2].partition("\n\n")[0].splitlines()
+    )
     assert 1 <= len(examples) <= 3
     assert all(f"moevision {verb}" in example for example in examples)
 
@@ -91,7 +93,9 @@ def test_fit_help_is_one_screen_with_examples_first(cli, monkeypatch):
 def test_help_all_shows_at_most_90_options(cli):
     out = cli("fit", "--help-all").out
     assert 60 < len(re.findall(r"^  --", out, re.MULTILINE)) <= 90
-    assert "in training an expert computes at most this times its fair share" in " ".join(out.split())
+    assert "in training an expert computes at most this times its fair share" in " ".join(
+        out.split()
+    )
     assert cli("fit", "--help_all").out == out
 
 
@@ -104,8 +108,14 @@ def test_every_option_has_help():
 def test_the_data_module_takes_the_options_of_the_data():
     """With their defaults; a module without torch can't ask it."""
     taken = dict(inspect.signature(ImageDataModule).parameters)
-    said = {name.removeprefix("data."): option for name, option in config.options().items() if name.startswith("data.")}
-    assert {name: each.default for name, each in taken.items()} == {name: each.default for name, each in said.items()}
+    said = {
+        name.removeprefix("data."): option
+        for name, option in config.options().items()
+        if name.startswith("data.")
+    }
+    assert {name: each.default for name, each in taken.items()} == {
+        name: each.default for name, each in said.items()
+    }
 
 
 def test_the_task_takes_the_options_of_the_model():
@@ -116,19 +126,40 @@ def test_the_task_takes_the_options_of_the_model():
 
 def test_lightnings_trainer_takes_every_argument():
     """But for what is fixed: logs lie in the run folder, and the data module shares images out."""
-    taken = set(inspect.signature(Trainer).parameters) - {"kwargs", "default_root_dir", "use_distributed_sampler"}
+    taken = set(inspect.signature(Trainer).parameters) - {
+        "kwargs",
+        "default_root_dir",
+        "use_distributed_sampler",
+    }
     assert set(vars(config.Trainer())) | set(config.MORE) == taken
 
 
 def test_dash_and_underscore_are_one():
-    expected = config.read("fit", ["--with-twin", "--data.batch_size=8", "--runs_root", "a_b-c"]).options
-    assert config.read("fit", ["--with_twin", "--data.batch-size=8", "--runs-root", "a_b-c"]).options == expected
+    expected = config.read(
+        "fit", ["--with-twin", "--data.batch_size=8", "--runs_root", "a_b-c"]
+    ).options
+    assert (
+        config.read("fit", ["--with_twin", "--data.batch-size=8", "--runs-root", "a_b-c"]).options
+        == expected
+    )
     assert expected == {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
 
 
 def test_options_as_people_type_them_first():
     given = config.read(
-        "fit", ["pets", "--epochs", "3", "--lr=0.1", "--image_size", "64", "--gpus", "2", "--device", "cpu"]
+        "fit",
+        [
+            "pets",
+            "--epochs",
+            "3",
+            "--lr=0.1",
+            "--image_size",
+            "64",
+            "--gpus",
+            "2",
+            "--device",
+            "cpu",
+        ],
     )
     assert given.options == {
         "trainer.max_epochs": 3,
@@ -144,7 +175,9 @@ def test_train_is_fit(cli):
 
 
 def test_options_in_short():
-    given = config.read("fit", ["x", "--parallel", "fsdp", "--parallel.expert=2", "--dense", "--compile", "--force"])
+    given = config.read(
+        "fit", ["x", "--parallel", "fsdp", "--parallel.expert=2", "--dense", "--compile", "--force"]
+    )
     assert given.folder == "x"
     assert given.options == {
         "parallel.layout": "fsdp",
@@ -157,16 +190,28 @@ def test_options_in_short():
 
 def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
     """Every config.yaml of then says where snapshots lay, what loggers got about routers, who shares images out."""
-    written = {"guard": {"snapshots_in": "auto", "snapshots": 3}, "log_routers": "brief", "fault": None}
+    written = {
+        "guard": {"snapshots_in": "auto", "snapshots": 3},
+        "log_routers": "brief",
+        "fault": None,
+    }
     written["trainer"] = {"use_distributed_sampler": False, "default_root_dir": None}
     assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
 
 
 def test_settings_survive_their_file():
     """What is written to config.yaml is read as the same settings."""
-    given = {"data.mean": (0.1, 0.2, 0.3), "data.class_weights": {"a.b": 2.0}, "trainer.max_epochs": 3}
-    made = config.settings({**given, "trainer.limit_val_batches": 2, "model.arch.router": ["switch", "soft"]})
-    assert config.settings(config.checked(yaml.safe_load(yaml.safe_dump(asdict(made))), "x")) == made
+    given = {
+        "data.mean": (0.1, 0.2, 0.3),
+        "data.class_weights": {"a.b": 2.0},
+        "trainer.max_epochs": 3,
+    }
+    made = config.settings(
+        {**given, "trainer.limit_val_batches": 2, "model.arch.router": ["switch", "soft"]}
+    )
+    assert (
+        config.settings(config.checked(yaml.safe_load(yaml.safe_dump(asdict(made))), "x")) == made
+    )
 
 
 def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
@@ -206,7 +251,9 @@ def call(*words, buffered=True, **streams):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     env |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "moevision", *map(str, words)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env, timeout=600, **streams)
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, env=env, timeout=600, **streams
+    )
     return done.returncode, done.stderr
 
 
@@ -265,7 +312,9 @@ def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, 
     outcome = cli("fit", drawn_pets, *tiny, "--guard.max_rollbacks=0")
     assert outcome.code == 3
     assert "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("moevision: The training diverged (weight of head.weight)")
+    assert outcome.err.splitlines()[-1].startswith(
+        "moevision: The training diverged (weight of head.weight)"
+    )
     assert Path("runs/pets/divergence.md").is_file()
     assert Path("runs/pets/checkpoints/diverged.ckpt").is_file()
 
@@ -273,7 +322,10 @@ def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, 
 def test_version(cli):
     assert cli("--version").out == f"moevision {moevision.__version__}\n"
     first, python, *libraries = cli("--version", "--verbose").out.splitlines()
-    assert (first, python) == (f"moevision {moevision.__version__}", f"python {sys.version.split()[0]}")
+    assert (first, python) == (
+        f"moevision {moevision.__version__}",
+        f"python {sys.version.split()[0]}",
+    )
     assert [line.split()[0] for line in libraries] == ["torch", "torchvision", "timm", "lightning"]
     assert libraries[0].split()[1].partition("+")[0] == torch.__version__.partition("+")[0]
 
@@ -309,15 +361,30 @@ def test_traceback_on_demand(cli):
 
 
 MISTAKES = {
-    "model name": (["--model.arch.name=vit_moe_mirco_patch4_32"], ["vit_moe_micro_patch4_32", "Did you mean"]),
-    "more choices than experts": (["--model.arch.num_experts=1"], ["top_k=2", "num_experts=1", "choose top_k"]),
+    "model name": (
+        ["--model.arch.name=vit_moe_mirco_patch4_32"],
+        ["vit_moe_micro_patch4_32", "Did you mean"],
+    ),
+    "more choices than experts": (
+        ["--model.arch.num_experts=1"],
+        ["top_k=2", "num_experts=1", "choose top_k"],
+    ),
     "patch size": (["--model.arch.patch_size=7"], ["7 px do not tile", "multiple of 7"]),
     "heads": (["--model.arch.embed_dim=33"], ["test_vit_moe", "divisible by num_heads"]),
     "router": (["--model.arch.router=topk"], ["'topk'", "noisy_top_k"]),
-    "unknown option": (["--data.batch_sise=8"], ["data.batch_sise", "data.batch_size", "moevision fit --help"]),
-    "unknown option of the model": (["--model.arch.nmae=x"], ["model.arch.nmae", "model.arch.name"]),
+    "unknown option": (
+        ["--data.batch_sise=8"],
+        ["data.batch_sise", "data.batch_size", "moevision fit --help"],
+    ),
+    "unknown option of the model": (
+        ["--model.arch.nmae=x"],
+        ["model.arch.nmae", "model.arch.name"],
+    ),
     "no number": (["--data.batch_size=many"], ["--data.batch_size is 'many'", "must be int"]),
-    "no number in the model": (["--model.arch.depth=deep"], ["--model.arch.depth is 'deep'", "int or null"]),
+    "no number in the model": (
+        ["--model.arch.depth=deep"],
+        ["--model.arch.depth is 'deep'", "int or null"],
+    ),
     "choice": (["--data.augment=strong"], ["--data.augment is 'strong'", "'trivialaugment'"]),
     "out of range": (["--data.batch_size=0"], ["--data.batch_size is 0", "at least 1"]),
     "accelerator": (["--trainer.accelerator=quantum"], ["quantum", "cpu"]),
@@ -353,12 +420,16 @@ def test_dataset_that_is_not_there(cli):
 def test_class_folder_missing_in_val(cli, tiny, drawn_pets):
     shutil.copytree(drawn_pets, "split/train")
     shutil.copytree(drawn_pets / "cat", "split/val/cat")
-    refused(cli("fit", "split", *tiny), "split/val has no images of the class 'dog'", "add some there")
+    refused(
+        cli("fit", "split", *tiny), "split/val has no images of the class 'dog'", "add some there"
+    )
 
 
 def test_images_of_one_class_only(cli, tiny, drawn_pets):
     shutil.copytree(drawn_pets / "cat", "one/cat")
-    refused(cli("fit", "one", *tiny), "only one class folder, 'cat'", "expected one subfolder per class")
+    refused(
+        cli("fit", "one", *tiny), "only one class folder, 'cat'", "expected one subfolder per class"
+    )
 
 
 def test_too_many_bad_images(cli, tiny, drawn_pets):
@@ -379,7 +450,10 @@ def test_config_that_does_not_exist(cli):
         ("data:\n  batch_sise: 8\n", ["data.batch_sise", "data.batch_size"]),
         ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
         ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
-        ("data:\n  batch_size: many\n", ["mine.yaml", "--data.batch_size is 'many'", "must be int"]),
+        (
+            "data:\n  batch_size: many\n",
+            ["mine.yaml", "--data.batch_size is 'many'", "must be int"],
+        ),
         ("resume: auto\n", ["resume belongs on the command line"]),
         ("- data\n", ["mine.yaml is no configuration"]),
         ("data: [\n", ["mine.yaml", "line 2"]),
@@ -406,7 +480,10 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
         "list": ["not written by moevision", "runs/NAME/checkpoints/"],
     }.items():
         refused(cli("test", *settings, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
-    refused(cli("fit", *settings, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"), "fit --resume runs/pets")
+    refused(
+        cli("fit", *settings, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"),
+        "fit --resume runs/pets",
+    )
 
 
 def test_evaluation_without_a_checkpoint(cli, tiny_run):
@@ -418,7 +495,9 @@ def test_a_run_folder_is_tested_by_the_weights_that_fit_tested(cli, tiny_run):
     said = cli("test", tiny_run).out
     name = json.loads((tiny_run / "summary.json").read_text())["test"]["checkpoint"]
     assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / name).out
-    assert re.search(r"^\d+\.\d % of the test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S)
+    assert re.search(
+        r"^\d+\.\d % of the test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S
+    )
     assert "DataLoader" not in said
 
 
@@ -446,10 +525,14 @@ def test_a_trial_run_leaves_nothing(cli, tiny, drawn_pets):
     assert not list(Path("runs").glob("*"))
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 9 bytes"])
+@pytest.mark.parametrize(
+    "text", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 9 bytes"]
+)
 def test_full_memory_gets_half_the_batch_and_twice_the_accumulation(text):
     with (
-        pytest.raises(ValueError, match=r"--data.batch_size 32 --trainer.accumulate_grad_batches 4"),
+        pytest.raises(
+            ValueError, match=r"--data.batch_size 32 --trainer.accumulate_grad_batches 4"
+        ),
         memory_advice(64, 2),
     ):
         raise RuntimeError(text)

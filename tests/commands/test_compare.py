@@ -34,22 +34,32 @@ def make(name, correct, seed=0, *, dogs=0, summary=None, **options):
         writer = csv.writer(file)
         writer.writerow(["image", "label", "prediction", "probability", "correct"])
         for number, (kind, right) in enumerate(zip(kinds, correct, strict=True)):
-            writer.writerow([f"{kind}/{number}.png", kind, kind if right else "owl", "0.9", int(right)])
+            writer.writerow(
+                [f"{kind}/{number}.png", kind, kind if right else "owl", "0.9", int(right)]
+            )
     known = json.loads((folder / "summary.json").read_text())
     known |= {"seed": seed, **(summary or {})}
     known["test"] |= {"correct": sum(correct), "total": len(correct)}
     (folder / "summary.json").write_text(json.dumps(known))
-    text = (folder / "config.yaml").read_text().replace("seed_everything: 0", f"seed_everything: {seed}")
+    text = (
+        (folder / "config.yaml")
+        .read_text()
+        .replace("seed_everything: 0", f"seed_everything: {seed}")
+    )
     for option, value in options.items():
         assert f"  {option}: " in text
-        text = "\n".join(f"{line.split(':')[0]}: {value}" if line.strip().startswith(f"{option}: ") else line
-                         for line in text.split("\n"))  # fmt: skip
+        text = "\n".join(
+            f"{line.split(':')[0]}: {value}" if line.strip().startswith(f"{option}: ") else line
+            for line in text.split("\n")
+        )
     (folder / "config.yaml").write_text(text)
     return str(folder)
 
 
 def cells(both, only_a, only_b, neither):
-    return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+    return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [
+        1
+    ] * only_b + [0] * neither
 
 
 def test_a_place_that_can_not_be_written_is_named(cli):
@@ -67,7 +77,10 @@ def test_two_runs_by_hand(cli):
     a, b = cells(1, 1, 7, 12)
     outcome = cli("compare", make("one", a), make("two", b, router="hash"), "--json", "out.json")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "A − B: −28.6 points of accuracy (95 % interval −51.7 to −2.6), on the same 21 test images." in outcome.out
+    assert (
+        "A − B: −28.6 points of accuracy (95 % interval −51.7 to −2.6), on the same 21 test images."
+        in outcome.out
+    )
     assert "Only A is right on 1 of them, only B on 7: McNemar's exact p = 0.070." in outcome.out
     assert "No difference found: this cannot exclude ±51.7 points." in outcome.out
     assert "A and B differ in model.arch.router (null, hash)." in outcome.out
@@ -76,7 +89,10 @@ def test_two_runs_by_hand(cli):
     found = json.loads(Path("out.json").read_text())
     assert found["p_value"] == 18 / 256
     assert found["interval"] == pytest.approx([-0.517, -0.026], abs=5e-4)
-    assert (found["verdict"], found["differ_in"]) == ("no difference found", {"model.arch.router": ["null", "hash"]})
+    assert (found["verdict"], found["differ_in"]) == (
+        "no difference found",
+        {"model.arch.router": ["null", "hash"]},
+    )
     assert (
         found["a"][0]["flops_per_image"]
         == json.loads((FINISHED / "summary.json").read_text())["cost"]["flops_per_image"]
@@ -108,11 +124,21 @@ def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
 def test_fit_and_compare_recommend_the_same(cli, only_moe, only_dense, both, recommended):
     """summary.md's recommendation beside what compare says of the same two runs."""
     moe, dense = cells(both, only_moe, only_dense, 372 - both - only_moe - only_dense)
-    outcome = cli("compare", make("moe", moe), make("dense", dense, summary={"layers": []}), "--json", "out.json")
+    outcome = cli(
+        "compare",
+        make("moe", moe),
+        make("dense", dense, summary={"layers": []}),
+        "--json",
+        "out.json",
+    )
     assert outcome.code == 0, outcome.err
     verdict = json.loads(Path("out.json").read_text())["verdict"]
-    of_compare = {"A is better": "MoE", "B is better": "dense", "no difference found": "dense"}[verdict]
-    assert (" Use B: it has no experts, which is simpler." in outcome.out) == (verdict == "no difference found")
+    of_compare = {"A is better": "MoE", "B is better": "dense", "no difference found": "dense"}[
+        verdict
+    ]
+    assert (" Use B: it has no experts, which is simpler." in outcome.out) == (
+        verdict == "no difference found"
+    )
     models = [
         ComparedModel(name, np.array(correct, dtype=bool), None, 1.0, 1.0)
         for name, correct in (("dense fine-tune", dense), ("Mixture of Experts", moe))
@@ -120,7 +146,9 @@ def test_fit_and_compare_recommend_the_same(cli, only_moe, only_dense, both, rec
     choice = choose(models, np.zeros(372, dtype=int), unbalanced=False)
     of_fit = "MoE" if choice.recommended.name == "Mixture of Experts" else "dense"
     assert of_compare == of_fit == recommended
-    assert choice.sentence.startswith(f"Use {'dense' if recommended == 'dense' else 'the Mixture of Experts'}: ")
+    assert choice.sentence.startswith(
+        f"Use {'dense' if recommended == 'dense' else 'the Mixture of Experts'}: "
+    )
 
 
 def test_two_models_with_experts_have_no_simpler_one(cli):
@@ -135,11 +163,18 @@ RIGHT = {"moe": {0: 15, 1: 16, 2: 18, 7: 20}, "dense": {0: 14, 1: 14, 2: 13, 5: 
 
 def test_several_seeds_are_scipys_paired_t_test(cli):
     runs = [
-        make(f"{name}-{seed}", [1] * right + [0] * (20 - right), seed, router="null" if name == "moe" else "hash")
+        make(
+            f"{name}-{seed}",
+            [1] * right + [0] * (20 - right),
+            seed,
+            router="null" if name == "moe" else "hash",
+        )
         for name, by_seed in RIGHT.items()
         for seed, right in by_seed.items()
     ]
-    outcome = cli("compare", *reversed(runs[4:]), *runs[:4], "--json", "out.json")  # dense first; any order of seeds
+    outcome = cli(
+        "compare", *reversed(runs[4:]), *runs[:4], "--json", "out.json"
+    )  # dense first; any order of seeds
     assert (outcome.code, outcome.err) == (0, "")
     found = json.loads(Path("out.json").read_text())
     moe, dense = ([RIGHT[name][seed] / 20 for seed in (0, 1, 2)] for name in ("moe", "dense"))
@@ -156,8 +191,11 @@ def test_several_seeds_are_scipys_paired_t_test(cli):
 
 
 def test_equal_differences_have_no_interval(cli):
-    runs = [make(f"{depth}-{seed}", [1] * (depth + seed) + [0] * (10 - depth - seed), seed, depth=depth)
-            for depth in (4, 3) for seed in (0, 1)]  # fmt: skip
+    runs = [
+        make(f"{depth}-{seed}", [1] * (depth + seed) + [0] * (10 - depth - seed), seed, depth=depth)
+        for depth in (4, 3)
+        for seed in (0, 1)
+    ]
     outcome = cli("compare", *runs, "--json", "out.json")
     assert outcome.code == 0, outcome.err
     assert "A − B: +10.0 points of accuracy, on the same 10 test images." in outcome.out
@@ -174,13 +212,21 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
     a = [1] * 90 + [0] * 7 + [1] * 3
     b = [0] * 9 + [1] * 81 + [1] * 10
     monitor = {"monitor": "val/balanced_acc"}
-    outcome = cli("compare", make("one", a, dogs=10, summary=monitor), make("two", b, dogs=10), "--json", "out.json")
+    outcome = cli(
+        "compare",
+        make("one", a, dogs=10, summary=monitor),
+        make("two", b, dogs=10),
+        "--json",
+        "out.json",
+    )
     assert outcome.code == 0, outcome.err
     found = json.loads(Path("out.json").read_text())
     assert found["difference"] == pytest.approx(-0.3)
     centre = (9 / 91 - 7 / 11) / 2
     error = math.sqrt((9.5 - 81 / 91) / 91**2 + (7.5 - 49 / 11) / 11**2) / 2
-    assert found["interval"] == pytest.approx([centre - 1.959964 * error, centre + 1.959964 * error])
+    assert found["interval"] == pytest.approx(
+        [centre - 1.959964 * error, centre + 1.959964 * error]
+    )
     assert found["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
     assert "B is better." in outcome.out
     assert "balanced accuracy" in outcome.out
@@ -189,7 +235,11 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
 def test_one_image_of_a_class_tells_no_models_apart(cli):
     """All cats alike, and the one dog right in A only: half of the balanced accuracy, by one image."""
     a, b = [1] * 99 + [1], [1] * 99 + [0]
-    outcome = cli("compare", make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}), make("two", b, dogs=1))
+    outcome = cli(
+        "compare",
+        make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}),
+        make("two", b, dogs=1),
+    )
     assert outcome.code == 0, outcome.err
     assert "+50.0 points of balanced accuracy" in outcome.out
     assert "No difference found" in outcome.out
@@ -221,7 +271,10 @@ def test_too_few_images_detect_nothing(cli):
     assert math.isnan(detectable_on(5, 5))
     assert 0.9 < detectable_on(6, 0) <= 1
     outcome = cli("compare", make("one", [1] * 5), make("two", [0] * 5))
-    assert "No difference would have been found with 80 % power (5 test images): test on more." in outcome.out
+    assert (
+        "No difference would have been found with 80 % power (5 test images): test on more."
+        in outcome.out
+    )
 
 
 def test_a_gap_is_ttest_rel():
@@ -231,7 +284,9 @@ def test_a_gap_is_ttest_rel():
     assert (gap.mean, gap.p_value) == pytest.approx((0.45, expected.pvalue))
     assert (gap.low, gap.high) == pytest.approx(tuple(expected.confidence_interval()))
     assert gap.error == pytest.approx(np.std(first - second, ddof=1) / 2)
-    assert all(math.isnan(value) for value in (Gap.of([1.0, 1.0]).p_value, Gap.of([1.0]).detectable))
+    assert all(
+        math.isnan(value) for value in (Gap.of([1.0, 1.0]).p_value, Gap.of([1.0]).detectable)
+    )
 
 
 # ---- what can't be compared
@@ -285,12 +340,21 @@ def drawn_anew():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop_summary, "runs/b is not finished: go on with `moevision fit --resume runs/b`, then compare."),
+        (
+            drop_summary,
+            "runs/b is not finished: go on with `moevision fit --resume runs/b`, then compare.",
+        ),
         (drop_predictions, "runs/b/predictions_test.csv can't be read"),
         (break_predictions, "runs/b/predictions_test.csv can't be read ('image')"),
         (empty_predictions, "runs/b/predictions_test.csv can't be read"),
-        (other_images, "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0."),
-        (other_labels, "a and b were not tested on the same images: they have the same names and other labels"),
+        (
+            other_images,
+            "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0.",
+        ),
+        (
+            other_labels,
+            "a and b were not tested on the same images: they have the same names and other labels",
+        ),
         (empty_config, "runs/b/config.yaml is no configuration: it must have keys"),
         (list_config, "runs/b/config.yaml is no configuration: it must have keys"),
         (drawn_anew, "drawn images depend on --data.seed"),
@@ -307,24 +371,36 @@ def test_runs_that_cannot_be_compared(cli, change, words):
 
 def test_runs_that_are_not_two_sides(cli):
     a, b = make("a", [1, 0]), make("b", [1, 0], 1)
-    many = [make(f"{router}{seed}", [1, 0], seed, router=router) for router in ("hash", "soft") for seed in (1, 2)]
+    many = [
+        make(f"{router}{seed}", [1, 0], seed, router=router)
+        for router in ("hash", "soft")
+        for seed in (1, 2)
+    ]
     for runs, words in (
         ([a], "give two, or several seeds"),
         ([a, a], "runs/a is given twice"),
         ([a, "runs"], "runs is no run folder"),
         ([a, b, make("c", [1, 0], 2)], "These runs are of one recipe"),
-        ([a, *many], "of 3 recipes, by everything in config.yaml but the seed (a; hash1, hash2; soft1, soft2). They "
-                     "differ in model.arch.router."),
+        (
+            [a, *many],
+            "of 3 recipes, by everything in config.yaml but the seed (a; hash1, hash2; soft1, soft2). They "
+            "differ in model.arch.router.",
+        ),
         ([a, b, *many[1:2]], "0 seeds in common and need two: seeds 0, 1 and seed 2"),
         ([*many[:3], make("soft", [1, 0], None, router="soft")], "1 seed in common and need two"),
-        ([*many, make("again", [1, 0], 1, router="hash")], "again has the seed of hash1, 1, so that both began"),
-    ):  # fmt: skip
+        (
+            [*many, make("again", [1, 0], 1, router="hash")],
+            "again has the seed of hash1, 1, so that both began",
+        ),
+    ):
         outcome = cli("compare", *runs)
         assert (outcome.code, outcome.out) == (2, "")
         assert words in outcome.err
     Path("mine.json").write_text("{}")
     refused = cli("compare", a, b, "--json", "mine.json").err
-    assert refused.endswith("mine.json is there already and holds something else: give --json another place.\n")
+    assert refused.endswith(
+        "mine.json is there already and holds something else: give --json another place.\n"
+    )
 
 
 def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
@@ -335,15 +411,23 @@ def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
     config["trainer"] = kept | {"limit_val_batches": 0.5}
     Path(new, "config.yaml").write_text(yaml.safe_dump(config))
     assert cli("compare", old, new, "--json", "found.json").code == 0
-    assert json.loads(Path("found.json").read_text())["differ_in"] == {"trainer.limit_val_batches": ["null", "0.5"]}
+    assert json.loads(Path("found.json").read_text())["differ_in"] == {
+        "trainer.limit_val_batches": ["null", "0.5"]
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"summary": {"batch_size": 16}}, "images per step (8, 16)"),  # as of two devices instead of one
+        (
+            {"summary": {"batch_size": 16}},
+            "images per step (8, 16)",
+        ),  # as of two devices instead of one
         ({"max_time": "00:00:10:00"}, "trainer.max_time (null, 00:00:10:00)"),
-        ({"callbacks": "[{class_path: EarlyStopping}]"}, "trainer.callbacks (null, [{'class_path': 'EarlyStopping'}])"),
+        (
+            {"callbacks": "[{class_path: EarlyStopping}]"},
+            "trainer.callbacks (null, [{'class_path': 'EarlyStopping'}])",
+        ),
     ],
 )
 def test_what_changes_the_training_makes_another_recipe(cli, change, said):
@@ -354,8 +438,18 @@ def test_what_changes_the_training_makes_another_recipe(cli, change, said):
 
 def test_options_that_only_watch_make_no_recipe(cli):
     """Names, logging and how often to save differ; what the guard does makes another recipe."""
-    runs = [make(f"{kind}-{seed}", [1, seed], seed, log_every_n_steps=10 + seed, every_minutes=5.0 + seed,
-                 max_skips=10 if kind == "a" else 2) for kind in "ab" for seed in (0, 1)]  # fmt: skip
+    runs = [
+        make(
+            f"{kind}-{seed}",
+            [1, seed],
+            seed,
+            log_every_n_steps=10 + seed,
+            every_minutes=5.0 + seed,
+            max_skips=10 if kind == "a" else 2,
+        )
+        for kind in "ab"
+        for seed in (0, 1)
+    ]
     outcome = cli("compare", *runs)
     assert outcome.code == 0, outcome.err
     assert "A and B differ in guard.max_skips (10, 2)." in outcome.out

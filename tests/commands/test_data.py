@@ -8,7 +8,13 @@ import pytest
 
 from moevision.data.named import fetching
 
-COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
+COMPARED = (
+    "metrics.csv",
+    "predictions_test.csv",
+    "model/model.safetensors",
+    "splits.csv",
+    "scores.csv",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +32,9 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
     outcome = cli("data", "prune", tiny_run, "--by", "aum", "--keep", "0.5", "--out", "keep.csv")
     assert (outcome.code, outcome.err) == (0, "")
     scores = rows(tiny_run / "scores.csv")
-    scored = sorted((row for row in scores if row["visits"] != "0"), key=lambda row: -float(row["aum"]))
+    scored = sorted(
+        (row for row in scores if row["visits"] != "0"), key=lambda row: -float(row["aum"])
+    )
     unseen = [row for row in scores if row["visits"] == "0"]  # a broken file among the images
     half = {row["image"] for row in [*scored[: round(len(scored) / 2)], *unseen]}
     listed = {row["image"]: row for row in rows(Path("keep.csv"))}
@@ -40,9 +48,17 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
         f"image,label,decision,new_label\n{first['image']},{first['label']},relabel,{new}\n"
     )
     data = tiny_run.parents[1] / "pets"
-    options = (data, *tiny, "--data.max_bad_fraction=0.2", "--data.keep=keep.csv", "--data.relabel=decisions.csv")
+    options = (
+        data,
+        *tiny,
+        "--data.max_bad_fraction=0.2",
+        "--data.keep=keep.csv",
+        "--data.relabel=decisions.csv",
+    )
     assert cli("fit", *options, "--name=whole").code == 0
-    split = {(row["split"], row["path"]): row["class"] for row in rows(Path("runs/whole/splits.csv"))}
+    split = {
+        (row["split"], row["path"]): row["class"] for row in rows(Path("runs/whole/splits.csv"))
+    }
     before = {(row["split"], row["path"]): row["class"] for row in rows(tiny_run / "splits.csv")}
     assert {path for part, path in split if part == "train"} == half
     assert {path for part, path in split if part == "unused"} == listed.keys() - half
@@ -71,7 +87,10 @@ def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
         (["ccs", "--hardest", "0.1"], "keep-ccs-0.5.csv"),
         (["ccs", "--hardest", "0.2", "--seed", "2"], "keep-ccs-0.5-hardest-0.2-s2.csv"),
     ):
-        assert f"are kept: run/{name}\n" in cli("data", "prune", "run", "--keep", "0.5", "--by", *options).out
+        assert (
+            f"are kept: run/{name}\n"
+            in cli("data", "prune", "run", "--keep", "0.5", "--by", *options).out
+        )
     assert len(list(Path("run").glob("keep-*.csv"))) == 4
 
 
@@ -83,8 +102,14 @@ def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
         (["--by", "decisions"], "--by decisions needs --decisions FILE"),
         (["--by", "loss", "--keep", "0.5", "--hardest", "0.1"], "--hardest belongs to --by ccs"),
         (["--by", "decisions", "--decisions", "none.csv"], "none.csv can't be read"),
-        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv/x.csv"], "mine.csv/x.csv can't be written"),
-        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv"], "mine.csv is there already and holds something else"),
+        (
+            ["--by", "aum", "--keep", "0.5", "--out", "mine.csv/x.csv"],
+            "mine.csv/x.csv can't be written",
+        ),
+        (
+            ["--by", "aum", "--keep", "0.5", "--out", "mine.csv"],
+            "mine.csv is there already and holds something else",
+        ),
     ],
 )
 def test_options_of_prune_that_do_not_fit(cli, tiny_run, options, words):
@@ -107,8 +132,15 @@ def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
 
 def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
     draw(Path("my photos"), per_class=1)
-    outcome = cli("data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv")
+    outcome = cli(
+        "data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv"
+    )
     assert outcome.out.endswith(" and --data.keep 'my list.csv'\n")
-    assert fetching("cifar10", "my data") == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
-    outcome = cli("fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt")
+    assert (
+        fetching("cifar10", "my data")
+        == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
+    )
+    outcome = cli(
+        "fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt"
+    )
     assert outcome.err.endswith("give its folder: moevision fit --resume 'my runs/a'.\n")

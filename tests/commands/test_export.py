@@ -22,23 +22,34 @@ def snippet(file: str) -> str:
 
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # a copy of the run's images lacks the broken one
-def test_export_says_what_it_costs_and_how_to_run_it(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings(
+    "ignore::moevision.errors.DataWarning"
+)  # a copy of the run's images lacks the broken one
+def test_export_says_what_it_costs_and_how_to_run_it(
+    cli, tiny_run, drawn_pets, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     outcome = cli("export", tiny_run, "--out", "pets.onnx", "--data", drawn_pets, "--limit", 2)
     assert outcome.code == 0, outcome.err
     assert "pets.onnx: " in outcome.out
     assert "2 classes, 32 px" in outcome.out
     assert "compared on 6 images" in outcome.out  # four of noise
-    assert "computes ALL 4 experts of every MoE layer for every token; the model computes 2 of them." in outcome.out
-    sparse, dense = (float(row) for row in re.findall(r"(?:the model|this file) +│ +([\d.]+) ", outcome.out))
+    assert (
+        "computes ALL 4 experts of every MoE layer for every token; the model computes 2 of them."
+        in outcome.out
+    )
+    sparse, dense = (
+        float(row) for row in re.findall(r"(?:the model|this file) +│ +([\d.]+) ", outcome.out)
+    )
     # Two MoE layers of 16 tokens, D 32, H 64; two more experts of 2·(D·H + H·D) FLOPs per token.
     assert dense - sparse == pytest.approx(2 * 16 * 2 * 2 * (32 * 64 + 64 * 32) / 1e6, abs=0.11)
 
     lines = snippet("pets.onnx")
     assert outcome.out.endswith(f"{lines}\n")
     picture = next(drawn_pets.rglob("*.png"))
-    (tmp_path / "image.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost
+    (tmp_path / "image.jpg").write_bytes(
+        picture.read_bytes()
+    )  # a PNG, whatever its name; 32 px, so nothing is lost
     told: list[str] = []
     exec(lines, {"print": told.append})
     assert told == [predict_batch(load_model(str(tiny_run)), [picture])[0].classes[0]]
@@ -53,7 +64,9 @@ def test_export_says_what_it_costs_and_how_to_run_it(cli, tiny_run, drawn_pets, 
         (("--out", "model.onnx", "--data", "there.onnx"), "there.onnx can't be read"),
     ],
 )
-def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_run, tmp_path, monkeypatch):
+def test_mistakes_end_with_one_sentence_and_no_file(
+    arguments, words, cli, tiny_run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("there.onnx").write_text("mine")
     outcome = cli("export", tiny_run, *arguments)

@@ -13,7 +13,12 @@ from moevision.commands.info import compare_costs, load_any
 # test_vit_moe at 32 px: 16 tokens, width 32, MLP 128, four blocks, MoE in blocks 1 and 3, 2 of 4 experts of hidden 64.
 N, D, HIDDEN, BLOCKS, MOE_BLOCKS, E, K = 16, 32, 128, 4, 2, 4, 2
 CLASSES = 2
-NAMES = ["this model", "dense twin, same active FLOPs", "dense twin, same parameters", "the plain ViT"]
+NAMES = [
+    "this model",
+    "dense twin, same active FLOPs",
+    "dense twin, same parameters",
+    "the plain ViT",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,9 @@ def test_parameters_of_the_dense_models(facts):
     def mlp(hidden):
         return 2 * D * hidden + hidden + D
 
-    moe = facts["costs"]["this model"]["total_parameters"] - MOE_BLOCKS * (E * mlp(HIDDEN // K) + 2 * D * E)
+    moe = facts["costs"]["this model"]["total_parameters"] - MOE_BLOCKS * (
+        E * mlp(HIDDEN // K) + 2 * D * E
+    )
     expected = {NAMES[1]: mlp(HIDDEN), NAMES[2]: mlp(E * HIDDEN // K), NAMES[3]: mlp(HIDDEN)}
     for name, each in expected.items():
         cost = facts["costs"][name]
@@ -63,7 +70,9 @@ def stem_flops(model):
 
     def count(conv, _, output):
         nonlocal total
-        total += 2 * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] * output[0].numel()
+        total += (
+            2 * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] * output[0].numel()
+        )
 
     for module in model.patch_embed.modules():
         if isinstance(module, nn.Conv2d):
@@ -82,7 +91,9 @@ def test_flops_by_formula(facts):
     costs = facts["costs"]
     assert costs["the plain ViT"]["flops_per_image"] == dense
     assert costs[NAMES[1]]["flops_per_image"] == dense
-    assert costs["this model"]["flops_per_image"] == dense  # K experts of hidden 128 / K cost what one MLP costs
+    assert (
+        costs["this model"]["flops_per_image"] == dense
+    )  # K experts of hidden 128 / K cost what one MLP costs
     wider = MOE_BLOCKS * 2 * 2 * N * D * (E * HIDDEN // K - HIDDEN)
     assert costs[NAMES[2]]["flops_per_image"] == dense + wider
     # In evaluation the router multiplies by one matrix: without noise.
@@ -114,10 +125,14 @@ def test_the_model_is_left_as_it_was(tiny_run):
     backends = [module.backend for module in saved.net.modules() if hasattr(module, "backend")]
     compare_costs(saved.net, saved.image_size)
     assert all(tensor.equal(before[name]) for name, tensor in saved.net.state_dict().items())
-    assert [module.backend for module in saved.net.modules() if hasattr(module, "backend")] == backends
+    assert [
+        module.backend for module in saved.net.modules() if hasattr(module, "backend")
+    ] == backends
 
 
 def test_no_model(cli):
     outcome = cli("info", "runs/nowhere")
     assert outcome.code == 2
-    assert outcome.err.startswith("moevision: There is no model at 'runs/nowhere': give a folder such as")
+    assert outcome.err.startswith(
+        "moevision: There is no model at 'runs/nowhere': give a folder such as"
+    )

@@ -43,7 +43,10 @@ def test_csv(cli, tiny_run, drawn_pets):
         assert sum(map(float, pairs.values())) == pytest.approx(1, abs=2e-4)
         assert row["class"] == max(pairs, key=lambda name: float(pairs[name]))
         assert row["probability"] == pairs[row["class"]]
-        assert (row["error"], row["distance"]) == ("", "")  # of 4 validation images there is no twentieth
+        assert (row["error"], row["distance"]) == (
+            "",
+            "",
+        )  # of 4 validation images there is no twentieth
 
 
 def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, drawn_pets, tmp_path):
@@ -59,11 +62,15 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
     *rows, bad = table(outcome.out)
     assert (bad["distance"], bool(bad["error"])) == ("", True)
     model, stored = load_model(str(tiny_run)), load_file(distant_model / FILE)
-    mean, whitening, centers = (stored[name].double().numpy() for name in ("mean", "whitening", "centers"))
+    mean, whitening, centers = (
+        stored[name].double().numpy() for name in ("mean", "whitening", "centers")
+    )
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     with torch.no_grad():
         features = pooled(model.net, network_input(model, pixels)).double().numpy()
-    expected = [min(np.linalg.norm(whitening @ (x - mean) - center) for center in centers) for x in features]
+    expected = [
+        min(np.linalg.norm(whitening @ (x - mean) - center) for center in centers) for x in features
+    ]
     assert [float(row["distance"]) for row in rows] == pytest.approx(expected, rel=1e-3)
     strangers = sum(far > 1 for far in expected)
     assert f"{strangers} of 6 images are unlike the training images" in outcome.err
@@ -76,8 +83,19 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
 
 def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
     rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
-    for row, other in zip(rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True):
-        assert list(row) == ["path", "class", "probability", "calibrated", "unsure", "top5", "error", "distance"]
+    for row, other in zip(
+        rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True
+    ):
+        assert list(row) == [
+            "path",
+            "class",
+            "probability",
+            "calibrated",
+            "unsure",
+            "top5",
+            "error",
+            "distance",
+        ]
         assert (row["calibrated"], row["unsure"]) == (True, False)
         assert row["error"] is row["distance"] is None
         assert (row["path"], row["class"]) == (other["path"], other["class"])
@@ -88,13 +106,17 @@ def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
         )
 
 
-def test_folders_are_searched_to_the_bottom_and_the_order_is_kept(cli, tiny_run, drawn_pets, tmp_path):
+def test_folders_are_searched_to_the_bottom_and_the_order_is_kept(
+    cli, tiny_run, drawn_pets, tmp_path
+):
     picture = next((drawn_pets / "cat").iterdir())
     for name in ("b/deep/1.png", "b/0.png", "a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, tmp_path / name)
     (tmp_path / "b" / "notes.txt").touch()
-    rows = table(cli("predict", tiny_run, tmp_path / "b", tmp_path / "a.png", tmp_path / "b" / "0.png").out)
+    rows = table(
+        cli("predict", tiny_run, tmp_path / "b", tmp_path / "a.png", tmp_path / "b" / "0.png").out
+    )
     assert [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows] == [
         *("b/0.png", "b/deep/1.png", "a.png", "b/0.png")
     ]
@@ -148,7 +170,9 @@ def test_the_batch_size_changes_no_prediction(tiny_run, drawn_pets):
     whole = predict_batch(model, files)
     for size in (1, 7):
         parts = [
-            row for start in range(0, len(files), size) for row in predict_batch(model, files[start : start + size])
+            row
+            for start in range(0, len(files), size)
+            for row in predict_batch(model, files[start : start + size])
         ]
         for row, other in zip(parts, whole, strict=True):
             assert (row.path, row.classes) == (other.path, other.classes)
@@ -162,7 +186,12 @@ def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
     assert out.read_text() == cli("predict", tiny_run, drawn_pets).out
     for _ in range(2):  # an empty file, and answers of before
         out.with_suffix(".json").touch()
-        assert cli("predict", tiny_run, drawn_pets, "--format=json", "--out", out.with_suffix(".json")).code == 0
+        assert (
+            cli(
+                "predict", tiny_run, drawn_pets, "--format=json", "--out", out.with_suffix(".json")
+            ).code
+            == 0
+        )
     assert cli("predict", tiny_run, drawn_pets, "--out", out).code == 0
 
 
@@ -170,21 +199,42 @@ def test_features_are_what_the_classifier_reads(cli, tiny_run, drawn_pets, tmp_p
     files = sorted(drawn_pets.rglob("*.png"))[:5]
     (tmp_path / "bad.png").write_bytes(b"x")
     out = tmp_path / "features.npy"
-    told = cli("predict", tiny_run, files[0], tmp_path / "bad.png", *files[1:], "--batch-size=2", "--features", out)
+    told = cli(
+        "predict",
+        tiny_run,
+        files[0],
+        tmp_path / "bad.png",
+        *files[1:],
+        "--batch-size=2",
+        "--features",
+        out,
+    )
     assert (told.code, len(table(told.out))) == (0, 6)
     found, model = np.load(out), load_model(str(tiny_run))
     assert found["path"].tolist() == list(map(str, files))
     with torch.no_grad():
-        expected = pooled(model.net, network_input(model, np.stack([np.asarray(Image.open(file)) for file in files])))
+        expected = pooled(
+            model.net,
+            network_input(model, np.stack([np.asarray(Image.open(file)) for file in files])),
+        )
     np.testing.assert_allclose(found["feature"], expected.numpy(), rtol=0, atol=1e-5)
-    assert cli("predict", tiny_run, files[0], "--features", out).code == 0  # its own file may be replaced
+    assert (
+        cli("predict", tiny_run, files[0], "--features", out).code == 0
+    )  # its own file may be replaced
     np.save(tmp_path / "mine.npy", np.zeros(3))
-    refused(cli("predict", tiny_run, files[0], "--features", tmp_path / "mine.npy"), "give --features another place")
+    refused(
+        cli("predict", tiny_run, files[0], "--features", tmp_path / "mine.npy"),
+        "give --features another place",
+    )
 
 
-def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+def test_out_is_tried_before_images_are_classified(
+    cli, tiny_run, drawn_pets, tmp_path, monkeypatch
+):
     """And only answers are replaced: `--out a.png b.png` names an image."""
-    monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch, **more: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "moevision.commands.predict.predict_batch", lambda *batch, **more: pytest.fail("too late")
+    )
     image = Path(shutil.copy(next((drawn_pets / "cat").iterdir()), tmp_path / "a.png"))
     before = image.read_bytes()
     for out in (image, tmp_path, image / "answers.csv"):
@@ -194,14 +244,29 @@ def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tm
 
 
 def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):
-    refused(cli("predict", tiny_run, tmp_path / "missing.png"), "There is no file or folder", "missing.png")
+    refused(
+        cli("predict", tiny_run, tmp_path / "missing.png"),
+        "There is no file or folder",
+        "missing.png",
+    )
     refused(cli("predict", tiny_run, tmp_path), "holds no image")
-    assert "'0' is no number of at least 1" in cli("predict", tiny_run, drawn_pets, "--batch_size=0").err
+    assert (
+        "'0' is no number of at least 1"
+        in cli("predict", tiny_run, drawn_pets, "--batch_size=0").err
+    )
 
 
 def test_no_model(cli, drawn_pets, tmp_path):
-    refused(cli("predict", "runs/nowhere/model", drawn_pets), "runs/nowhere/model", "give a folder such as")
-    refused(cli("predict", tmp_path, drawn_pets), "is no saved model", "config.json and model.safetensors")
+    refused(
+        cli("predict", "runs/nowhere/model", drawn_pets),
+        "runs/nowhere/model",
+        "give a folder such as",
+    )
+    refused(
+        cli("predict", tmp_path, drawn_pets),
+        "is no saved model",
+        "config.json and model.safetensors",
+    )
 
 
 def test_a_run_that_is_not_finished(cli, tiny_run, drawn_pets, tmp_path):
@@ -209,7 +274,12 @@ def test_a_run_that_is_not_finished(cli, tiny_run, drawn_pets, tmp_path):
     shutil.rmtree(run / "model")
     (run / "checkpoints" / "best.ckpt").unlink()
     last = run / "checkpoints" / "last.ckpt"
-    refused(cli("predict", run, drawn_pets), f"{run} isn't finished", f"fit --resume '{run}'", f"takes {last}")
+    refused(
+        cli("predict", run, drawn_pets),
+        f"{run} isn't finished",
+        f"fit --resume '{run}'",
+        f"takes {last}",
+    )
     assert table(cli("predict", last, drawn_pets).out)
 
 
@@ -221,11 +291,17 @@ def test_photos_of_other_formats_are_told(cli, tiny_run, drawn_pets, tmp_path):
     (folder / "cat" / ".DS_Store").touch()
     outcome = cli("predict", tiny_run, folder)
     assert len(table(outcome.out)) == count
-    assert outcome.err.startswith(f"warning: files in {folder} of formats that aren't read were left out: 1 x .heic;")
+    assert outcome.err.startswith(
+        f"warning: files in {folder} of formats that aren't read were left out: 1 x .heic;"
+    )
     alone = tmp_path / "alone"
     alone.mkdir()
     (folder / "cat" / "IMG_1.HEIC").rename(alone / "IMG_1.HEIC")
-    refused(cli("predict", tiny_run, alone), "holds no image", "1 x .heic; convert photos to JPEG or PNG")
+    refused(
+        cli("predict", tiny_run, alone),
+        "holds no image",
+        "1 x .heic; convert photos to JPEG or PNG",
+    )
 
 
 def cut_short(file):
@@ -238,7 +314,11 @@ def flip_name(file):
 
 DAMAGE = {
     "config cut short": ("config.json", cut_short, "is damaged, or no JSON file"),
-    "config empty": ("config.json", lambda file: file.write_text(""), "is damaged, or no JSON file"),
+    "config empty": (
+        "config.json",
+        lambda file: file.write_text(""),
+        "is damaged, or no JSON file",
+    ),
     "config of another model": ("config.json", flip_name, "can't be loaded"),
     "no config": ("config.json", Path.unlink, "is no saved model"),
     "weights cut short": ("model.safetensors", cut_short, "can't be loaded"),
@@ -258,8 +338,13 @@ def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
 
 def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_model, drawn_pets):
     """The first class had a row with the probability nan, as if it had been chosen; JSON was a traceback."""
-    weights, files = load_file(saved_model / "model.safetensors"), sorted(drawn_pets.rglob("*.png"))[:2]
-    weights["head.weight"].fill_(3e38)  # the largest float32 is 3.4e38; a weight that is no number is refused
+    weights, files = (
+        load_file(saved_model / "model.safetensors"),
+        sorted(drawn_pets.rglob("*.png"))[:2],
+    )
+    weights["head.weight"].fill_(
+        3e38
+    )  # the largest float32 is 3.4e38; a weight that is no number is refused
     save_file(weights, saved_model / "model.safetensors")
     for form in ("csv", "json"):
         outcome = cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
@@ -277,7 +362,9 @@ def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):
     files = sorted(drawn_pets.rglob("*.png"))[:8]
     said = {}
     for precision in ("fp32", "bf16"):
-        said[precision] = json.loads(cli("predict", tiny_run, *files, "--format=json", "--precision", precision).out)
+        said[precision] = json.loads(
+            cli("predict", tiny_run, *files, "--format=json", "--precision", precision).out
+        )
     moved = []
     for row, other in zip(said["fp32"], said["bf16"], strict=True):
         by_class = {entry["class"]: entry["probability"] for entry in other["top5"]}
@@ -297,8 +384,12 @@ def changed_config(folder, change):
 
 def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model, drawn_pets):
     """softmax(z / T) from softmax(z): p^(1/T), normalised."""
-    temperature = json.loads((saved_model / "config.json").read_text())["calibration"]["temperature"]
-    (said,) = json.loads(cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out)
+    temperature = json.loads((saved_model / "config.json").read_text())["calibration"][
+        "temperature"
+    ]
+    (said,) = json.loads(
+        cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out
+    )
     changed_config(saved_model, lambda config: config.pop("calibration"))
     outcome = cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
     assert outcome.code == 0
@@ -307,10 +398,14 @@ def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model
     assert (plain["calibrated"], said["calibrated"]) == (False, True)
     powers = {entry["class"]: entry["probability"] ** (1 / temperature) for entry in plain["top5"]}
     for entry in said["top5"]:
-        assert entry["probability"] == pytest.approx(powers[entry["class"]] / sum(powers.values()), rel=1e-4)
+        assert entry["probability"] == pytest.approx(
+            powers[entry["class"]] / sum(powers.values()), rel=1e-4
+        )
 
 
-@pytest.mark.parametrize("calibration", [3, {}, {"temperature": 0}, {"temperature": "1"}, {"temperature": 1e9}])
+@pytest.mark.parametrize(
+    "calibration", [3, {}, {"temperature": 0}, {"temperature": "1"}, {"temperature": 1e9}]
+)
 def test_a_temperature_that_can_not_be(cli, saved_model, drawn_pets, calibration):
     changed_config(saved_model, lambda config: config.update(calibration=calibration))
     refused(cli("predict", saved_model, drawn_pets), "calibration")
@@ -333,7 +428,10 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
     by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
     for value in ("0", "1.5"):
-        assert "is no probability above 0" in cli("predict", tiny_run, drawn_pets, "--unsure", value).err
+        assert (
+            "is no probability above 0"
+            in cli("predict", tiny_run, drawn_pets, "--unsure", value).err
+        )
 
 
 def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
@@ -346,7 +444,9 @@ def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_lists_of_files_together_say_what_one_process_says(cli, tiny_run, drawn_pets, tmp_path, form):
+def test_lists_of_files_together_say_what_one_process_says(
+    cli, tiny_run, drawn_pets, tmp_path, form
+):
     """40 images as lists of 13, 13 and 14, behind the options, as `xargs` puts them: the rows of the whole."""
     whole = read_rows(cli("predict", tiny_run, drawn_pets, f"--format={form}").out, form)
     names = [row["path"] for row in whole]
@@ -356,7 +456,9 @@ def test_lists_of_files_together_say_what_one_process_says(cli, tiny_run, drawn_
         outcome = cli("predict", tiny_run, f"--format={form}", f"--out={out}", *names[start:end])
         assert (outcome.code, outcome.out) == (0, "")
         together += read_rows(out.read_text(), form)
-    assert [(row["path"], row["class"]) for row in together] == [(row["path"], row["class"]) for row in whole]
+    assert [(row["path"], row["class"]) for row in together] == [
+        (row["path"], row["class"]) for row in whole
+    ]
 
 
 def read_rows(text, form):

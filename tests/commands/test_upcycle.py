@@ -21,7 +21,9 @@ SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 6, "num_heads"
 def dense(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    save_model(describe(timm.create_model("vit_tiny_patch16_224", num_classes=2, **SIZE)), Path("dense"))
+    save_model(
+        describe(timm.create_model("vit_tiny_patch16_224", num_classes=2, **SIZE)), Path("dense")
+    )
     return Path("dense")
 
 
@@ -40,7 +42,9 @@ def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
     mlp, router = 2 * D * HIDDEN + HIDDEN + D, 4 * D
     assert after["total_parameters"] - before["total_parameters"] == 2 * (3 * mlp + router)
     assert after["flops_per_image"] == before["flops_per_image"]
-    assert after["router_flops_per_image"] == 2 * 2 * TOKENS * D * 4  # two layers; a multiply-add is two FLOPs
+    assert (
+        after["router_flops_per_image"] == 2 * 2 * TOKENS * D * 4
+    )  # two layers; a multiply-add is two FLOPs
     assert f"{after['total_parameters']:,}" in outcome.out
     assert record["step0_gap"]["max_logit"] < 1e-5
     net = load_model("moe").net
@@ -55,15 +59,24 @@ def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
     assert outcome.code == 0, outcome.err
     (command,) = re.findall(r"next: moevision (.*)", outcome.out)
     expected = "fit FOLDER --pretrained 'my moe' --data.image_size 32"
-    assert command == f"{expected} --data.mean '[0.5, 0.5, 0.5]' --data.std '[0.5, 0.5, 0.5]'"  # AugReg's colours
-    options = ["--data.image_size=32", "--data.mean=[0.5,0.5,0.5]", "--data.std=[0.5,0.5,0.5]", "--name=run"]
+    assert (
+        command == f"{expected} --data.mean '[0.5, 0.5, 0.5]' --data.std '[0.5, 0.5, 0.5]'"
+    )  # AugReg's colours
+    options = [
+        "--data.image_size=32",
+        "--data.mean=[0.5,0.5,0.5]",
+        "--data.std=[0.5,0.5,0.5]",
+        "--name=run",
+    ]
     options += ["--model.optim.layer_decay=0.7", "--model.optim.freeze=1", "--trainer.max_epochs=1"]
     options += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
     fitted = cli("fit", drawn_pets, "--pretrained", "my moe", *options)
     assert fitted.code == 0, fitted.err
     start, end = (load_model(name).net.state_dict() for name in ("my moe", "runs/run"))
     assert torch.equal(start["blocks.0.mlp.fc1.weight"], end["blocks.0.mlp.fc1.weight"])
-    assert not torch.equal(start["blocks.2.mlp.experts.fc1.weight"], end["blocks.2.mlp.experts.fc1.weight"])
+    assert not torch.equal(
+        start["blocks.2.mlp.experts.fc1.weight"], end["blocks.2.mlp.experts.fc1.weight"]
+    )
 
 
 def test_routes_that_nobody_reads_are_named(cli, dense):
@@ -75,7 +88,12 @@ def test_routes_that_nobody_reads_are_named(cli, dense):
 
 
 def test_a_twin_without_experts_to_train_is_refused_at_once(cli, dense, drawn_pets):
-    options = ("--data.image_size=32", "--model.optim.freeze=all_but_experts", "--with-twin", "--name=run")
+    options = (
+        "--data.image_size=32",
+        "--model.optim.freeze=all_but_experts",
+        "--with-twin",
+        "--name=run",
+    )
     outcome = cli("fit", drawn_pets, "--pretrained", dense, *options)
     assert outcome.code == 2
     assert "needs a model with experts" in outcome.err
@@ -86,20 +104,48 @@ def test_what_changes_outputs_is_said(cli, dense):
     outcome = cli("upcycle", dense, "--out", "soft", "--router", "soft")
     assert outcome.code == 0, outcome.err
     assert "so training starts from other outputs than the dense model's" in outcome.out
-    options = ("--option", "noise=none", "--option", "capacity_factor=1.5", "--noise", "0.1", "--reinit", "0.5")
-    outcome = cli("upcycle", dense, "--out", "more", "--num-classes", "5", "--image-size", "64", *options)
+    options = (
+        "--option",
+        "noise=none",
+        "--option",
+        "capacity_factor=1.5",
+        "--noise",
+        "0.1",
+        "--reinit",
+        "0.5",
+    )
+    outcome = cli(
+        "upcycle", dense, "--out", "more", "--num-classes", "5", "--image-size", "64", *options
+    )
     assert outcome.code == 0, outcome.err
     saved = load_model("more")
     assert (saved.image_size, len(saved.class_names)) == (64, 5)
     config = saved.net.moe_config
-    assert (config["noise"], config["capacity_factor"], config["normalize_gates"]) == ("none", 1.5, True)
+    assert (config["noise"], config["capacity_factor"], config["normalize_gates"]) == (
+        "none",
+        1.5,
+        True,
+    )
 
 
 def test_the_same_seed_gives_the_same_file(cli, dense):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        outcome = cli("upcycle", dense, "--out", name, "--noise", "0.1", "--num-classes", "7", "--seed", str(seed))
+        outcome = cli(
+            "upcycle",
+            dense,
+            "--out",
+            name,
+            "--noise",
+            "0.1",
+            "--num-classes",
+            "7",
+            "--seed",
+            str(seed),
+        )
         assert outcome.code == 0, outcome.err
-    one, again, other = (Path(name, "model.safetensors").read_bytes() for name in ("one", "again", "other"))
+    one, again, other = (
+        Path(name, "model.safetensors").read_bytes() for name in ("one", "again", "other")
+    )
     assert one == again
     assert one != other
 
@@ -122,7 +168,10 @@ def test_an_earlier_folder_is_left_alone(cli, dense):
 
 def test_a_model_is_there_whole_or_not_at_all(cli, dense):
     """The disk is full after the weights; then it has room, and the folder may be there if it is empty."""
-    full = patch("moevision.commands.upcycle.write_json_atomic", side_effect=OSError(28, "No space left", "moe"))
+    full = patch(
+        "moevision.commands.upcycle.write_json_atomic",
+        side_effect=OSError(28, "No space left", "moe"),
+    )
     before = sorted(Path().iterdir())
     with full:
         outcome = cli("upcycle", dense, "--out", "moe")
@@ -130,7 +179,11 @@ def test_a_model_is_there_whole_or_not_at_all(cli, dense):
     assert sorted(Path().iterdir()) == before
     Path("moe").mkdir()
     assert cli("upcycle", dense, "--out", "moe").code == 0
-    assert sorted(path.name for path in Path("moe").iterdir()) == ["config.json", "model.safetensors", "upcycle.json"]
+    assert sorted(path.name for path in Path("moe").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "upcycle.json",
+    ]
     assert sorted(Path().iterdir()) == sorted([*before, Path("moe")])
 
 
@@ -158,7 +211,16 @@ def test_mistakes_are_said_in_one_sentence(cli, dense, arguments, message):
 
 
 def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
-    options = ("--num-experts", "3", "--option", "route_by=image", "--router-start", "cluster", "--data", drawn_pets)
+    options = (
+        "--num-experts",
+        "3",
+        "--option",
+        "route_by=image",
+        "--router-start",
+        "cluster",
+        "--data",
+        drawn_pets,
+    )
     outcome = cli("upcycle", dense, "--out", "moe", *options)
     assert outcome.code == 0, outcome.err
     assert "routers start from clusters of what" in outcome.out
@@ -186,7 +248,18 @@ def test_a_cluster_start_needs_images_and_images_a_cluster_start(cli, dense, opt
 
 def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
     """Half of 128 hidden units, five of six blocks: the FLOPs and outputs of those five."""
-    options = ("--expert-hidden", "64", "--top-k", "2", "--num-experts", "4", "--depth", "5", "--layers", "1,3")
+    options = (
+        "--expert-hidden",
+        "64",
+        "--top-k",
+        "2",
+        "--num-experts",
+        "4",
+        "--depth",
+        "5",
+        "--layers",
+        "1,3",
+    )
     outcome = cli("upcycle", dense, "--out", "parts", *options)
     assert outcome.code == 0, outcome.err
     assert "4 experts of 64 hidden units, top_k 2" in outcome.out
@@ -194,4 +267,6 @@ def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
     assert (len(net.blocks), net.moe_config["expert_hidden"]) == (5, 64)
     record = json.loads(Path("parts/upcycle.json").read_text())
     assert record["step0_gap"]["max_logit"] < 1e-5
-    assert record["costs"]["before"]["flops_per_image"] == record["costs"]["after"]["flops_per_image"]
+    assert (
+        record["costs"]["before"]["flops_per_image"] == record["costs"]["after"]["flops_per_image"]
+    )

@@ -15,7 +15,9 @@ def image_folder(tmp_path: Path) -> Folder:
     """Make a folder of PNG images, all different: `image_folder({"cat": 3, "dog": 2}, size=(12, 10))`."""
     rng = np.random.default_rng(0)
 
-    def make(counts: Mapping[str, int], size: tuple[int, int] = (16, 16), name: str = "pictures") -> Path:
+    def make(
+        counts: Mapping[str, int], size: tuple[int, int] = (16, 16), name: str = "pictures"
+    ) -> Path:
         root = tmp_path / name
         for folder, count in counts.items():
             (root / folder).mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,12 @@ from moevision.data.splits import Splits
 from moevision.errors import UserError
 
 CLASSES = ["cat", "=dog"]
-TRAIN = [Sample("cat/a.png", 0), Sample("cat/b.png", 0), Sample("=dog/c,d\x1b.png", 1), Sample("=dog/e.png", 1)]
+TRAIN = [
+    Sample("cat/a.png", 0),
+    Sample("cat/b.png", 0),
+    Sample("=dog/c,d\x1b.png", 1),
+    Sample("=dog/e.png", 1),
+]
 HELD = {"val": [Sample("cat/v.png", 0)], "test": [Sample("=dog/t.png", 1)]}
 NOTES = dict.fromkeys(("train", "val", "test"), "cut")
 
@@ -35,7 +40,9 @@ def test_the_training_images_are_those_of_the_list_under_their_new_labels(tmp_pa
     )
     assert found.samples == {"train": [TRAIN[0], TRAIN[2], Sample("=dog/e.png", 0)], **HELD}
     assert found.unused == [Sample("cat/copy.png", 0), TRAIN[1]]
-    assert found.notes["train"] == "cut, 1 with another label by relabel.csv, 1 left out by keep.csv"
+    assert (
+        found.notes["train"] == "cut, 1 with another label by relabel.csv, 1 left out by keep.csv"
+    )
     assert found.notes["val"] == "cut"
 
 
@@ -47,13 +54,22 @@ def test_a_plain_list_of_names_is_what_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"keep": "image\ncat/a.png\ncat/x.png\n"}, ["--data.keep", "1 images", "'cat/x.png'", "no such image"]),
+        (
+            {"keep": "image\ncat/a.png\ncat/x.png\n"},
+            ["--data.keep", "1 images", "'cat/x.png'", "no such image"],
+        ),
         ({"keep": "image\ncat/a.png\ncat/v.png\n"}, ["'cat/v.png' (it is in val)", "--data.seed"]),
         ({"keep": "image\ncat/a.png\ncat/copy.png\n"}, ["it is in no split"]),
         ({"relabel": "image,new_label\n'=dog/t.png,cat\n"}, ["--data.relabel", "it is in test"]),
         ({"keep": "image\ncat/a.png\n"}, ["class '=dog' without a training image"]),
-        ({"relabel": "image,new_label\ncat/a.png,'=dog\ncat/b.png,'=dog\n"}, ["class 'cat' without"]),
-        ({"keep": "image,keep\ncat/a.png,maybe\n"}, ["line 2: keep is 'maybe' and must be yes or no"]),
+        (
+            {"relabel": "image,new_label\ncat/a.png,'=dog\ncat/b.png,'=dog\n"},
+            ["class 'cat' without"],
+        ),
+        (
+            {"keep": "image,keep\ncat/a.png,maybe\n"},
+            ["line 2: keep is 'maybe' and must be yes or no"],
+        ),
         ({"keep": "image\ncat/a.png\ncat/a.png\n"}, ["lists 'cat/a.png' twice"]),
         ({"keep": "image,decision\ncat/a.png,drop\n"}, ["--by decisions"]),
         ({"keep": "path\ncat/a.png\n"}, ["no column image"]),
@@ -61,7 +77,10 @@ def test_a_plain_list_of_names_is_what_is_kept(tmp_path):
         ({"keep": "image\n"}, ["class 'cat' without a training image"]),
         ({"keep": 'image\n"cat/a.png\n'}, ["can't be used"]),
         ({"relabel": "image,keep\ncat/a.png,yes\n"}, ["no column new_label"]),
-        ({"relabel": "image,new_label\ncat/a.png,cow\n"}, ["line 2: the data have no class 'cow' (cat, '=dog)"]),
+        (
+            {"relabel": "image,new_label\ncat/a.png,cow\n"},
+            ["line 2: the data have no class 'cow' (cat, '=dog)"],
+        ),
         ({"relabel": "image,new_label\ncat/a.png,\n"}, ["gives no image a new label"]),
     ],
 )
@@ -84,7 +103,9 @@ def test_a_run_goes_on_with_what_it_began_with(image_folder, tmp_path, drawn):
     plain = ImageDataModule(path, **sizes)
     plain.setup()
     train = plain.contents.datasets["train"].samples
-    (tmp_path / "keep.csv").write_text("image\n" + "".join(f"{sample.sample_id}\n" for sample in train[1:]))
+    (tmp_path / "keep.csv").write_text(
+        "image\n" + "".join(f"{sample.sample_id}\n" for sample in train[1:])
+    )
     other = plain.class_names[1 - min(1, train[2].label)]
     (tmp_path / "new.csv").write_text(f"image,new_label\n{train[2].sample_id},{other}\n")
 

@@ -56,7 +56,9 @@ def equal(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Ten
 
 def test_no_batch_is_larger_than_the_training_set(image_folder):
     """What measures or estimates a step by `batch_size` takes no more memory than the step."""
-    data = ready(image_folder({"cat": 20, "dog": 20}), batch_size=10**9, val_fraction=0.2, test_fraction=0.2)
+    data = ready(
+        image_folder({"cat": 20, "dog": 20}), batch_size=10**9, val_fraction=0.2, test_fraction=0.2
+    )
     assert data.batch_size == sum(data.class_counts["train"].values()) == 24
     assert [len(batch["label"]) for batch in epoch_of(data)] == [24]
 
@@ -75,7 +77,9 @@ def test_batches_and_what_is_known_after_setup(image_folder):
         "val": {"cat": 6, "dog": 4},
         "test": {"cat": 6, "dog": 4},
     }
-    assert data.split_note.startswith("train: 30 images, cut from all images at random by class, seed 0. val: 10")
+    assert data.split_note.startswith(
+        "train: 30 images, cut from all images at random by class, seed 0. val: 10"
+    )
     for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
         assert data.sample_id("train", index).startswith(data.class_names[label])
     assert data.bad_images == []
@@ -109,7 +113,9 @@ def test_small_training_set_is_not_dropped(image_folder):
     data = ready(image_folder({"cat": 5, "dog": 5}), batch_size=64)
     assert [len(batch["label"]) for batch in data.train_dataloader()] == [6]
     data = ready(image_folder({"cat": 5, "dog": 5}), batch_size=4)
-    assert [len(batch["label"]) for batch in data.train_dataloader()] == [4]  # 6 images, the last 2 dropped
+    assert [len(batch["label"]) for batch in data.train_dataloader()] == [
+        4
+    ]  # 6 images, the last 2 dropped
 
 
 def test_synthetic_pets_is_the_default():
@@ -130,7 +136,13 @@ def test_synthetic_pets_is_the_default():
     [
         {"crop": "pad"},
         {"crop": "random_resized"},
-        {"crop": "random_resized", "augment": "trivialaugment", "random_erasing": 0.5, "mixup": 0.5, "cutmix": 1.0},
+        {
+            "crop": "random_resized",
+            "augment": "trivialaugment",
+            "random_erasing": 0.5,
+            "mixup": 0.5,
+            "cutmix": 1.0,
+        },
     ],
     ids=["pad", "random_resized", "everything"],
 )
@@ -142,7 +154,9 @@ def test_pixels_depend_neither_on_workers_nor_on_the_cache(image_folder, options
     assert equal(expected, epoch_of(ready(root, num_workers=2, **options), 1))
     assert equal(expected, epoch_of(ready(root, num_workers=2, cache_mb=0, **options), 1))
     assert equal(expected, epoch_of(ready(root, cache_mb=0, **options), 1))
-    assert equal(list(data.test_dataloader()), list(ready(root, cache_mb=0, **options).test_dataloader()))
+    assert equal(
+        list(data.test_dataloader()), list(ready(root, cache_mb=0, **options).test_dataloader())
+    )
 
 
 def test_a_worker_that_is_not_forked_gets_the_buffers_and_no_copies(image_folder):
@@ -152,13 +166,18 @@ def test_a_worker_that_is_not_forked_gets_the_buffers_and_no_copies(image_folder
     sent = pickle.dumps(dataset.cache)
     held = sum(image.nbytes for image in before)
     assert held < len(sent) < 2 * held
-    assert all(np.array_equal(*pair) for pair in zip(pickle.loads(sent).take(range(len(dataset))), before, strict=True))
+    assert all(
+        np.array_equal(*pair)
+        for pair in zip(pickle.loads(sent).take(range(len(dataset))), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("processes", "kept"), [(1, True), (3, True), (4, False)])
 def test_the_memory_for_decoded_images_is_that_of_all_processes(image_folder, processes, kept):
     """80 images of 64 x 64 px take 0.94 MiB, and each process keeps all of them."""
-    data = ImageDataModule(str(image_folder({"cat": 40, "dog": 40})), image_size=64, crop="pad", cache_mb=3)
+    data = ImageDataModule(
+        str(image_folder({"cat": 40, "dog": 40})), image_size=64, crop="pad", cache_mb=3
+    )
     data.processes = processes
     data.setup("fit")
     assert 80 * 3 * 64**2 / 2**20 == 0.9375
@@ -166,7 +185,11 @@ def test_the_memory_for_decoded_images_is_that_of_all_processes(image_folder, pr
 
 
 def by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, bytes]:
-    return {int(i): image.numpy().tobytes() for b in batches for i, image in zip(b["index"], b["image"], strict=True)}
+    return {
+        int(i): image.numpy().tobytes()
+        for b in batches
+        for i, image in zip(b["index"], b["image"], strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +201,22 @@ def forty_photos(tmp_path_factory) -> tuple[Path, dict[int, bytes]]:
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root, by_index(epoch_of(ready(root, batch_size=1, crop="random_resized", random_erasing=0.5), 1))
+    return root, by_index(
+        epoch_of(ready(root, batch_size=1, crop="random_resized", random_erasing=0.5), 1)
+    )
 
 
 @given(batch_size=st.integers(1, 32), start=st.integers(0, 31), cached=st.booleans())
 @settings(deadline=None, max_examples=25)
-def test_pixels_depend_on_neither_batch_size_nor_starting_point(forty_photos, batch_size, start, cached):
+def test_pixels_depend_on_neither_batch_size_nor_starting_point(
+    forty_photos, batch_size, start, cached
+):
     root, alone = forty_photos
     options = {"crop": "random_resized", "random_erasing": 0.5, "cache_mb": 64 * cached}
     data = ready(root, batch_size=batch_size, **options)
-    data.load_state_dict({"epoch": 1, "batch": start // batch_size, "batch_size": batch_size, "world_size": 1})
+    data.load_state_dict(
+        {"epoch": 1, "batch": start // batch_size, "batch_size": batch_size, "world_size": 1}
+    )
     found = by_index(list(data.train_dataloader()))
     assert len(found) == (32 // batch_size - start // batch_size) * batch_size
     assert found == {index: alone[index] for index in found}
@@ -247,7 +276,11 @@ class Recorder(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append((self.current_epoch, batch["index"].tolist()))
-        return ((batch["image"].mean(dim=(2, 3)) * self.weight).sum(dim=1) - batch["label"]).square().mean()
+        return (
+            ((batch["image"].mean(dim=(2, 3)) * self.weight).sum(dim=1) - batch["label"])
+            .square()
+            .mean()
+        )
 
     def validation_step(self, batch, batch_idx):
         pass
@@ -266,7 +299,9 @@ class SaveAlways(Checkpoint):
         trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt", weights_only=False)
 
     def on_train_epoch_end(self, trainer, *_):
-        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt", weights_only=False)
+        trainer.save_checkpoint(
+            self.folder / f"epoch{trainer.current_epoch}.ckpt", weights_only=False
+        )
 
     def on_train_end(self, trainer, *_):
         trainer.save_checkpoint(self.folder / "end.ckpt", weights_only=False)
@@ -295,7 +330,11 @@ def test_resume_goes_on_exactly(image_folder, tmp_path):
     # in the middle of an epoch, on its last batch, on the first of the next, in the middle of a later one
     for step in (2, 4, 5, 10):
         resumed = fit(
-            root, tmp_path / f"from{step}", 3, tmp_path / f"whole/step{step}.ckpt", num_workers=2 * (step == 2)
+            root,
+            tmp_path / f"from{step}",
+            3,
+            tmp_path / f"whole/step{step}.ckpt",
+            num_workers=2 * (step == 2),
         )
         assert resumed.seen == whole.seen[step:], step
         assert torch.equal(resumed.weight, whole.weight), step
@@ -307,7 +346,9 @@ def test_resume_after_an_epoch_and_after_a_finished_run(image_folder, tmp_path):
     fit(root, tmp_path / "short", 2)
     for checkpoint in ("whole/epoch1.ckpt", "short/end.ckpt", "short/finished.ckpt"):
         resumed = fit(root, tmp_path / "longer", 4, tmp_path / checkpoint)
-        assert [index for _, index in resumed.seen] == [index for _, index in whole.seen[8:]], checkpoint
+        assert [index for _, index in resumed.seen] == [index for _, index in whole.seen[8:]], (
+            checkpoint
+        )
         assert torch.equal(resumed.weight, whole.weight), checkpoint
 
 
@@ -331,14 +372,20 @@ def test_what_all_processes_have_read_is_read_by_none_of_another_number(image_fo
     alone = ready(root, batch_size=4)
     with pytest.warns(UserWarning, match="began with world_size 2 and goes on with 1"):
         alone.load_state_dict({"epoch": 1, "batch": 2, "batch_size": 4, "world_size": 2})
-    assert [index for batch in alone.train_dataloader() for index in batch["index"].tolist()] == whole[16:]
+    assert [
+        index for batch in alone.train_dataloader() for index in batch["index"].tolist()
+    ] == whole[16:]
     seen = []
     for rank in (0, 1):
         one_of_two = ready(root)
         one_of_two.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         with pytest.warns(UserWarning, match="began with world_size 1 and goes on with 2"):
-            one_of_two.load_state_dict({"epoch": 1, "batch": 2, "batch_size": 8, "world_size": 1})  # 16 as well
-        seen += [index for batch in one_of_two.train_dataloader() for index in batch["index"].tolist()]
+            one_of_two.load_state_dict(
+                {"epoch": 1, "batch": 2, "batch_size": 8, "world_size": 1}
+            )  # 16 as well
+        seen += [
+            index for batch in one_of_two.train_dataloader() for index in batch["index"].tolist()
+        ]
     assert sorted(seen) == sorted(whole[16:])
 
 
@@ -362,15 +409,21 @@ def test_class_weights_by_hand(image_folder):
     # 1 and 2.5, divided by their mean over the images, (16 x 1 + 32 x 2.5) / 48 = 2
     named = ready(root, class_weights={"dog": 2.5})
     torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([0.5, 1.25]))
-    digits = ready(image_folder({"1": 10, "7": 10}, name="digits"), class_weights=yaml.safe_load("{7: 2.5}"))
-    torch.testing.assert_close(digits.class_weight_tensor(), torch.tensor([1.0, 2.5]) / 1.75)  # as many of each
+    digits = ready(
+        image_folder({"1": 10, "7": 10}, name="digits"), class_weights=yaml.safe_load("{7: 2.5}")
+    )
+    torch.testing.assert_close(
+        digits.class_weight_tensor(), torch.tensor([1.0, 2.5]) / 1.75
+    )  # as many of each
     with pytest.raises(UserError, match="names 'elk': the classes are cat, dog"):
         ready(root, class_weights={"elk": 1.0})
 
 
 def test_imbalance_is_told_with_both_remedies(image_folder):
     root = image_folder({"cat": 40, "dog": 10}, size=(8, 8))
-    with pytest.warns(UserWarning, match="class 'cat' has 32 training images and 'dog' only 8: consider") as caught:
+    with pytest.warns(
+        UserWarning, match="class 'cat' has 32 training images and 'dog' only 8: consider"
+    ) as caught:
         data = ready(root)
     assert "--data.class_weights auto or --data.balanced_sampling true" in str(caught[0].message)
     assert f"warning: {data.warnings[0]}" in data.describe()
@@ -429,7 +482,9 @@ def test_the_order_has_a_seed_of_its_own(image_folder):
         for data in (plain, other)
     ]
     both = drawn[0].keys() & drawn[1].keys()  # the last batch is dropped
-    assert not all(torch.equal(drawn[0][index], drawn[1][index]) for index in both), "other crops and flips, too"
+    assert not all(torch.equal(drawn[0][index], drawn[1][index]) for index in both), (
+        "other crops and flips, too"
+    )
 
 
 # Bad files
@@ -440,7 +495,9 @@ def damage(root: Path, names: list[str]) -> None:
         (root / name).write_bytes(f"{name} is not a picture".encode())
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_mb": 0}, {"cache_mb": 0, "num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_mb": 0}, {"cache_mb": 0, "num_workers": 2}], ids=str
+)
 def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, options):
     root = image_folder({"train/cat": 30, "train/dog": 30, "test/cat": 10, "test/dog": 10})
     damage(root, ["train/cat/003.png", "test/dog/001.png"])
@@ -461,7 +518,10 @@ def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, option
     }
     assert all("not a JPEG" in reason for _, reason, _ in data.bad_images)
     with (tmp_path / "run/bad_images.csv").open() as handle:
-        assert {row["path"] for row in csv.DictReader(handle)} == {"train/cat/003.png", "test/dog/001.png"}
+        assert {row["path"] for row in csv.DictReader(handle)} == {
+            "train/cat/003.png",
+            "test/dog/001.png",
+        }
     assert "2 of the images can't be used" in data.describe()
 
 
@@ -489,8 +549,14 @@ def test_a_batch_without_a_good_picture_is_an_error_where_others_would_wait(imag
     data.in_step = True
     with pytest.raises(UserError, match=r"test/cat/000\.png, test/cat/001\.png.*remove or repair"):
         list(data.test_dataloader())
-    assert len(list(data.train_dataloader())) == len(data.train_dataloader())  # others stand in there
-    assert [batch["index"].tolist() for batch in data.plain_loader("test")] == [[2, 3], [4, 5], [6]]  # one process
+    assert len(list(data.train_dataloader())) == len(
+        data.train_dataloader()
+    )  # others stand in there
+    assert [batch["index"].tolist() for batch in data.plain_loader("test")] == [
+        [2, 3],
+        [4, 5],
+        [6],
+    ]  # one process
 
 
 # Where the data are
@@ -505,17 +571,26 @@ def test_a_batch_without_a_good_picture_is_an_error_where_others_would_wait(imag
         ({"cat": 0, "dog": 0}, "holds no images: expected one subfolder per class"),
         ({".": 3}, "holds 3 images but no class folders"),
         ({"train/cat": 4, "train/dog": 4, "val/cat": 2}, "val has no images of the class 'dog'"),
-        ({"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 0}, "test has no images of the class 'dog'"),
+        (
+            {"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 0},
+            "test has no images of the class 'dog'",
+        ),
         (
             {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 1, "val/elk": 1},
             "val has the class 'elk', which .*train lacks",
         ),
-        ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "valid/cat": 2}, "both stand for val: keep one"),
+        (
+            {"train/cat": 4, "train/dog": 4, "val/cat": 2, "valid/cat": 2},
+            "both stand for val: keep one",
+        ),
         (
             {"train": 4, "test": 4},
             "has the folders 'test', 'train' and no classes: make a folder per class inside each",
         ),
-        ({"val/cat": 4, "val/dog": 4, "Test/cat": 4}, "has the folders 'Test', 'val' and no classes: .* train among"),
+        (
+            {"val/cat": 4, "val/dog": 4, "Test/cat": 4},
+            "has the folders 'Test', 'val' and no classes: .* train among",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -539,9 +614,15 @@ def test_test_folder_without_classes_is_told_and_not_used(image_folder):
 def test_what_looks_like_a_class_is_not_left_out_without_a_word(image_folder):
     root = image_folder({"cat": 10, "dog": 10, "_unknown_": 3, "__MACOSX": 1, "_empty": 0})
     (root / "bird").symlink_to(root / "not mounted")
-    notes = open_collection(str(root), root="data", download=False, image_size=16, seed=0, sizes={}).notes
+    notes = open_collection(
+        str(root), root="data", download=False, image_size=16, seed=0, sizes={}
+    ).notes
     assert [note for note in notes if "_unknown_ begins with _ and was left out: rename it" in note]
-    assert [note for note in notes if "bird is a link to a folder that isn't there, and was left out" in note]
+    assert [
+        note
+        for note in notes
+        if "bird is a link to a folder that isn't there, and was left out" in note
+    ]
     assert len(notes) == 2
 
 
@@ -549,8 +630,12 @@ def test_folders_beside_train_are_named(image_folder):
     for split in ("train", "dev"):
         image_folder({"cat": 4, "dog": 4}, name=f"pictures/{split}")
     root = image_folder({"docs": 0})
-    (note,) = open_collection(str(root), root="data", download=False, image_size=16, seed=0, sizes={}).notes
-    assert "has the folders dev beside train, which were left out: call a validation set val" in note
+    (note,) = open_collection(
+        str(root), root="data", download=False, image_size=16, seed=0, sizes={}
+    ).notes
+    assert (
+        "has the folders dev beside train, which were left out: call a validation set val" in note
+    )
 
 
 def test_other_files_are_left_out_and_told(image_folder):
@@ -565,7 +650,9 @@ def test_other_files_are_left_out_and_told(image_folder):
 
 def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
     root = image_folder({"cat": 4, "dog": 4})
-    with pytest.raises(UserError, match=r"there is no folder .*pictrues: did you mean .*pictures\?"):
+    with pytest.raises(
+        UserError, match=r"there is no folder .*pictrues: did you mean .*pictures\?"
+    ):
         ready(root.with_name("pictrues"))
     with pytest.raises(UserError, match=r"there is no folder .*: .* has the folders 'cat', 'dog'"):
         ready(root / "zebra" / "deeper")
@@ -575,7 +662,9 @@ def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
     with pytest.raises(UserError, match="is a file: unpack it"):
         ready(tmp_path / "pictures.zip")
     (tmp_path / "birds.yaml").write_text("")
-    with pytest.raises(UserError, match=r"birds\.yaml is a configuration: give it by --config .*birds\.yaml$"):
+    with pytest.raises(
+        UserError, match=r"birds\.yaml is a configuration: give it by --config .*birds\.yaml$"
+    ):
         read_folder(tmp_path / "birds.yaml")
 
 
@@ -593,7 +682,9 @@ def test_photos_in_another_format_are_named(tmp_path):
     for name in ("cat/a.HEIC", "dog/b.HEIC"):
         (tmp_path / "photos" / name).unlink()
     (tmp_path / "photos/a.png").write_bytes(b"")  # nothing to convert
-    with pytest.raises(UserError, match=r"'dog' .*; 1 images directly in .* belong to no class and were left out$"):
+    with pytest.raises(
+        UserError, match=r"'dog' .*; 1 images directly in .* belong to no class and were left out$"
+    ):
         read_folder(tmp_path / "photos")
 
 
@@ -608,13 +699,20 @@ def test_classes_that_differ_in_case_alone_are_named(image_folder):
 
 def test_split_folders_under_other_names_are_named(image_folder):
     """As in the cats and dogs and the scenes of Kaggle: nothing there is a class."""
-    root = image_folder({f"{split}/{name}": 2 for split in ("training_set", "test_set") for name in ("cat", "dog")})
+    root = image_folder(
+        {f"{split}/{name}": 2 for split in ("training_set", "test_set") for name in ("cat", "dog")}
+    )
     (note,) = read_folder(root).notes
     assert note == (
         f"{root} has the folders 'test_set', 'training_set', which were taken for classes: if they are splits, call "
         "them train, val or test"
     )
-    assert read_folder(image_folder({"train_station": 2, "val_gardena": 2, "contest": 2}, name="places")).notes == []
+    assert (
+        read_folder(
+            image_folder({"train_station": 2, "val_gardena": 2, "contest": 2}, name="places")
+        ).notes
+        == []
+    )
 
 
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
@@ -637,7 +735,9 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
     assert len(collection.given["all"]) == 12
     assert any("1 folders" in note and "can't be read" in note for note in collection.notes)
     shut = "dog/003.png"
-    assert [collection.probe(sample) == b"" for sample in collection.given["all"]] == [False] * 7 + [True] + [False] * 4
+    assert [collection.probe(sample) == b"" for sample in collection.given["all"]] == [
+        False
+    ] * 7 + [True] + [False] * 4
     shut = ".json"  # a folder that can't be entered
     with pytest.raises(UserError, match=r"can't be read \(Permission denied\): permit"):
         ready(root)
@@ -646,7 +746,8 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "imagenette", "pets", "pets_cat_dog"])
 def test_a_named_dataset_that_is_missing(tmp_path, name):
     with pytest.raises(
-        UserError, match=f"{name} is not in .*: fetch it by `moevision fit {name} --data.download true --data.root "
+        UserError,
+        match=f"{name} is not in .*: fetch it by `moevision fit {name} --data.download true --data.root ",
     ):
         ready(name, root=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -654,20 +755,27 @@ def test_a_named_dataset_that_is_missing(tmp_path, name):
 
 @pytest.mark.parametrize("download", [False, True])
 def test_a_named_dataset_that_was_unpacked_in_part(tmp_path, image_folder, download):
-    image_folder({f"train/{wnid}": 3 for wnid in ("n01440764", "n02102040")}, name="imagenette2-320")
+    image_folder(
+        {f"train/{wnid}": 3 for wnid in ("n01440764", "n02102040")}, name="imagenette2-320"
+    )
     for folder in ("oxford-iiit-pet/images", "oxford-iiit-pet/annotations"):
         (tmp_path / folder).mkdir(parents=True)
     for name, folder in (("imagenette", "imagenette2-320"), ("pets", "oxford-iiit-pet")):
         with pytest.raises(
-            UserError, match=f"in part only .* delete .*{folder} and fetch it anew by `moevision fit {name} --"
+            UserError,
+            match=f"in part only .* delete .*{folder} and fetch it anew by `moevision fit {name} --",
         ):
-            open_collection(name, root=str(tmp_path), download=download, image_size=32, seed=0, sizes={})
+            open_collection(
+                name, root=str(tmp_path), download=download, image_size=32, seed=0, sizes={}
+            )
 
 
 def test_imagenet_is_a_folder(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"ImageNet is not in .* put train/ and val/"):
         ready("imagenet", root=str(tmp_path))
-    folders = {f"{split}/{wnid}": 4 for split in ("train", "val") for wnid in ("n01440764", "n02102040")}
+    folders = {
+        f"{split}/{wnid}": 4 for split in ("train", "val") for wnid in ("n01440764", "n02102040")
+    }
     data = ready("imagenet", root=str(image_folder(folders)))
     assert data.class_counts["test"] == {"tench": 4, "English springer": 4}
 
@@ -737,7 +845,9 @@ def test_pets_cat_dog_through_torchvision(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"random_erasing": 1.5}, {"mixup": -1.0}, {"std": (1.0, 0.0, 1.0)}], ids=str
+    "options",
+    [{"batch_size": 0}, {"random_erasing": 1.5}, {"mixup": -1.0}, {"std": (1.0, 0.0, 1.0)}],
+    ids=str,
 )
 def test_arguments_out_of_range(options):
     (name,) = options
@@ -755,10 +865,14 @@ def test_a_list_without_test_images(image_folder):
 def test_every_argument_is_documented_and_parses_from_text():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
-    options = {action.dest: action.help for action in parser._actions if action.dest.startswith("data.")}
+    options = {
+        action.dest: action.help for action in parser._actions if action.dest.startswith("data.")
+    }
     assert len(options) == 34
     assert not [name for name, text in options.items() if not text or len(text) < 20]
-    config = parser.parse_args(['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"])
+    config = parser.parse_args(
+        ['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"]
+    )
     data = ImageDataModule(**config.data)
     assert data.class_weights == {"cat": 2.0}
     assert data.mean == (0.1, 0.2, 0.3)

@@ -25,7 +25,10 @@ from PIL import Image
 from moevision.data.images import BadImageError, safe_open
 from tests.data.test_images import FORMATS, encoded, mutate, png_chunk, reason, rgb_png
 
-pytestmark = [pytest.mark.deep, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")]
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS"),
+]
 
 FUZZED = 1_000
 SPARE_MB = 1_000  # of address space, above what the program has before the first image; the worst case takes 572 MB
@@ -76,11 +79,20 @@ def originals() -> list[bytes]:
         ("PNG", "P", {}),
         ("GIF", "P", {}),
     ]
-    ways += [("PNG", "RGBA", {"exif": exif}), ("PNG", "I;16", {}), ("WEBP", "RGBA", {"lossless": True, "exif": exif})]
-    ways += [("TIFF", "RGB", {"compression": how}) for how in ("tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits")]
+    ways += [
+        ("PNG", "RGBA", {"exif": exif}),
+        ("PNG", "I;16", {}),
+        ("WEBP", "RGBA", {"lossless": True, "exif": exif}),
+    ]
+    ways += [
+        ("TIFF", "RGB", {"compression": how})
+        for how in ("tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits")
+    ]
     ways += [("TIFF", "1", {"compression": "group4"}), ("BMP", "P", {}), ("BMP", "1", {})]
     return [
-        encoded(pictures("L").convert("I;16") if mode == "I;16" else pictures(mode), name, **options)
+        encoded(
+            pictures("L").convert("I;16") if mode == "I;16" else pictures(mode), name, **options
+        )
         for name, mode, options in ways
     ]
 
@@ -113,7 +125,9 @@ def test_a_thousand_mutated_images(tmp_path: Path) -> None:
     assert slowest < 10
 
 
-def test_mutated_images_through_predict(cli: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
+def test_mutated_images_through_predict(
+    cli: Callable[..., Any], tiny_run: Path, tmp_path: Path
+) -> None:
     """Every file gets a row: a class or a reason."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -176,7 +190,9 @@ def test_the_largest_pictures_take_bounded_memory(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_a_bad_image_error(tmp_path: Path) -> None:
     """Not a MemoryError that ends a training: 200 MB are asked for, and 100 MB are left."""
-    (tmp_path / "large.png").write_bytes(encoded(Image.new("RGB", (7_071, 7_071)), "PNG", compress_level=1))
+    (tmp_path / "large.png").write_bytes(
+        encoded(Image.new("RGB", (7_071, 7_071)), "PNG", compress_level=1)
+    )
     assert open_all(tmp_path, spare_mb=100)[:2] == (0, 1)
 
 
@@ -213,7 +229,9 @@ def test_a_jpeg_of_countless_scans_is_refused_at_once() -> None:
     """Each scan costs a pass over the image: 200 000 of them in a file of 6 MB would take most of an hour."""
     start = time.process_time()
     assert "more than 100 scans" in reason(scans(200_000))
-    assert "countless segments" in reason(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 100_000 + scans(0)[2:])
+    assert "countless segments" in reason(
+        b"\xff\xd8" + b"\xff\xfe\x00\x02" * 100_000 + scans(0)[2:]
+    )
     assert time.process_time() - start < 2
 
 
@@ -224,7 +242,9 @@ def test_repeated_exif_headers_are_refused_at_once() -> None:
         many = b"Exif\0\0" * count
         assert "repeated Exif" in reason(HEADER + png_chunk(b"eXIf", many) + SMALL)
         part = b"\xff\xe1" + struct.pack(">H", min(len(many), 60_000) + 2) + many[:60_000]
-        assert "repeated Exif" in reason(b"\xff\xd8" + part * (1 + len(many) // 60_000) + scans(0)[2:])
+        assert "repeated Exif" in reason(
+            b"\xff\xd8" + part * (1 + len(many) // 60_000) + scans(0)[2:]
+        )
     assert time.process_time() - start < 2
 
 

@@ -23,7 +23,10 @@ from moevision.data.transforms import base_pixels, base_side, square_pixels
 from moevision.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SHARPEST: dict[str, dict[str, object]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+SHARPEST: dict[str, dict[str, object]] = {
+    "JPEG": {"quality": 100, "subsampling": 0},
+    "WEBP": {"lossless": True},
+}
 
 
 def quadrants(width: int = 16, height: int = 8) -> Image.Image:
@@ -102,17 +105,23 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(image_format: str) -> None:
     levels = np.array([[0, 257, 1000, 40000, 65535]], np.uint16)
     opened = safe_open(io.BytesIO(encoded(Image.fromarray(levels), image_format)))
     # 1000 / 257 = 3.89, 40000 / 257 = 155.6
-    np.testing.assert_array_equal(np.asarray(opened)[0], np.repeat([[0], [1], [4], [156], [255]], 3, axis=1))
+    np.testing.assert_array_equal(
+        np.asarray(opened)[0], np.repeat([[0], [1], [4], [156], [255]], 3, axis=1)
+    )
 
 
 def test_big_endian_sixteen_bit_tiff() -> None:
-    data = encoded(Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257 * 10, 257 * 200)), "TIFF")
+    data = encoded(
+        Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257 * 10, 257 * 200)), "TIFF"
+    )
     np.testing.assert_array_equal(np.asarray(safe_open(io.BytesIO(data)))[0, :, 0], [10, 200])
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
 def test_alpha_is_composited_on_white(image_format: str) -> None:
-    pixels = np.array([[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8)  # 51 / 255 = 0.2
+    pixels = np.array(
+        [[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8
+    )  # 51 / 255 = 0.2
     options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
     data = encoded(Image.fromarray(pixels), image_format, **options)
     np.testing.assert_array_equal(
@@ -134,7 +143,9 @@ def test_grey_bilevel_palette_cmyk_and_their_transparency() -> None:
     assert first(encoded(palette, "PNG", transparency=bytes([255, 0]))) == (255, 255, 255)
     keyed = Image.new("RGB", (3, 3), (9, 8, 7))
     assert first(encoded(keyed, "PNG", transparency=(9, 8, 7))) == (255, 255, 255)
-    red, green, blue = first(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    red, green, blue = first(
+        encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
+    )
     assert red > 245
     assert green < 10
     assert blue < 10
@@ -142,7 +153,9 @@ def test_grey_bilevel_palette_cmyk_and_their_transparency() -> None:
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_animation_gives_its_first_frame(image_format: str) -> None:
-    frames = [Image.new("RGB", (6, 6), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    frames = [
+        Image.new("RGB", (6, 6), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+    ]
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
     assert getattr(Image.open(io.BytesIO(data)), "n_frames") == 3  # noqa: B009 - absent in the stub
@@ -152,7 +165,9 @@ def test_animation_gives_its_first_frame(image_format: str) -> None:
 def test_multi_picture_jpeg_gives_its_first_picture() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0))]
     data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
-    assert np.abs(np.asarray(safe_open(io.BytesIO(data)))[4, 4].astype(int) - (200, 0, 0)).max() <= 4
+    assert (
+        np.abs(np.asarray(safe_open(io.BytesIO(data)))[4, 4].astype(int) - (200, 0, 0)).max() <= 4
+    )
 
 
 def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
@@ -161,7 +176,11 @@ def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
         data = encoded(noise, image_format)
         assert "damaged" in reason(data[: len(data) // 2]), image_format
     assert "empty" in reason(b"")
-    for data in (b"%PDF-1.7 not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x00" * 100):
+    for data in (
+        b"%PDF-1.7 not a picture",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\x00" * 100,
+    ):
         assert "is not a JPEG" in reason(data)
     # A format Pillow reads, but that is not let in: PostScript would start Ghostscript.
     assert "is not a JPEG" in reason(encoded(noise, "EPS"))
@@ -178,7 +197,9 @@ def test_giant_pictures_are_refused_from_the_header_alone() -> None:
     assert "limit of 50,000,000" in reason(rgb_png(11_000, 11_000, b""))  # Pillow only warns here
     assert "limit of 50,000,000" in reason(rgb_png(16_384, 16_384, b""))  # and raises here
     assert "longest side of 16,384" in reason(rgb_png(70_000, 1, b""))
-    assert "damaged" in reason(rgb_png(7_000, 7_000, b""))  # within the limits: decoded, and found wanting
+    assert "damaged" in reason(
+        rgb_png(7_000, 7_000, b"")
+    )  # within the limits: decoded, and found wanting
     small = encoded(quadrants(), "PNG")
     assert "limit of 127" in reason(small, max_pixels=127)
     assert safe_open(io.BytesIO(small), max_pixels=128).size == (16, 8)
@@ -281,7 +302,9 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
 
     def resident_kb() -> int:
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0])  # the peak, so memory given back still counts
+        return int(
+            status.split("VmHWM:")[1].split()[0]
+        )  # the peak, so memory given back still counts
 
     before = resident_kb()
     assert "limit of 50,000,000" in reason(bomb)
@@ -289,8 +312,12 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
 
 
 def test_image_paths_are_recognised_by_suffix() -> None:
-    assert all(map(is_image_path, ("a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF")))
-    assert not any(map(is_image_path, ("a.txt", "jpg", "a.jpg.json", "._a.jpg", "b/.hidden.png", "a.svg")))
+    assert all(
+        map(is_image_path, ("a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF"))
+    )
+    assert not any(
+        map(is_image_path, ("a.txt", "jpg", "a.jpg.json", "._a.jpg", "b/.hidden.png", "a.svg"))
+    )
     assert is_image_path(Path("folder.d/x.jpeg"))
 
 
@@ -301,7 +328,9 @@ def test_image_paths_are_recognised_by_suffix() -> None:
 def scene(width: int, height: int) -> Image.Image:
     """A drawn animal with film grain, as an upright photo of this size."""
     drawn = SyntheticPets(4, 400).image(1)
-    pixels = np.asarray(Image.fromarray(drawn).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    pixels = np.asarray(
+        Image.fromarray(drawn).resize((width, height), Image.Resampling.BICUBIC), np.float32
+    )
     grain = np.random.default_rng(0).normal(0, 4, pixels.shape)
     return Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
 
@@ -316,7 +345,14 @@ def as_seen(data: bytes, image_size: int, *, square: bool, reduced: bool) -> np.
 @pytest.mark.parametrize(("turn", "square"), [(turn, turn in (1, 4, 6, 7)) for turn in range(1, 9)])
 @pytest.mark.parametrize(
     ("size", "divisor"),
-    [((1600, 1200), 8), ((1200, 1600), 8), ((1003, 601), 4), ((401, 402), 2), ((403, 402), 2), ((500, 375), 2)],
+    [
+        ((1600, 1200), 8),
+        ((1200, 1600), 8),
+        ((1003, 601), 4),
+        ((401, 402), 2),
+        ((403, 402), 2),
+        ((500, 375), 2),
+    ],
     ids=str,
 )
 def test_a_reduced_jpeg_shrinks_to_nearly_the_same_pixels(size, divisor, turn, square):
@@ -325,7 +361,9 @@ def test_a_reduced_jpeg_shrinks_to_nearly_the_same_pixels(size, divisor, turn, s
     data = encoded(scene(*size), "JPEG", quality=92, exif=exif)
     opened = safe_open(io.BytesIO(data), 69)
     # 2 x 69 = 138 pixels must be left of the short side: 1200 / 8 = 150, 601 / 4 = 150.25, 402 / 2 and 375 / 2
-    if turn > 1 and (size[0] % divisor or size[1] % divisor):  # turned: without remainder, or not at all
+    if turn > 1 and (
+        size[0] % divisor or size[1] % divisor
+    ):  # turned: without remainder, or not at all
         divisor = 1
     upright = size if turn < 5 else size[::-1]
     assert full_size(opened) == (upright, divisor)
@@ -347,7 +385,9 @@ def test_other_kinds_of_jpeg_are_reduced_too(mode, progressive):
     data = encoded(scene(800, 600).convert(mode), "JPEG", quality=92, progressive=progressive)
     opened = safe_open(io.BytesIO(data), 64)
     assert (opened.mode, opened.size, full_size(opened)) == ("RGB", (200, 150), ((800, 600), 4))
-    difference = np.abs(as_seen(data, 64, square=True, reduced=True) - as_seen(data, 64, square=True, reduced=False))
+    difference = np.abs(
+        as_seen(data, 64, square=True, reduced=True) - as_seen(data, 64, square=True, reduced=False)
+    )
     assert difference.max() <= 8
 
 
@@ -380,4 +420,12 @@ def test_sixteen_bits_are_rounded_to_the_nearest_of_eight(tmp_path):
     """257 steps of 16 bits are one of 8: 128 is nearer to 0, 129 to 1."""
     values = np.array([[0, 128, 129, 257, 65_406, 65_407, 65_535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.asarray(safe_open(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 254, 255, 255]
+    assert np.asarray(safe_open(tmp_path / "deep.png"))[0, :, 0].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        254,
+        255,
+        255,
+    ]

@@ -46,7 +46,9 @@ def test_a_link_that_leads_back_changes_nothing(pets, place, target):
     (pets / "cat" / "a").mkdir()
     (pets / "cat" / "again.png").symlink_to("000.png")
     (pets / place).unlink(missing_ok=True)
-    (pets / place).symlink_to(target, target_is_directory=(pets / place).parent.joinpath(target).is_dir())
+    (pets / place).symlink_to(
+        target, target_is_directory=(pets / place).parent.joinpath(target).is_dir()
+    )
     linked = read_folder(pets)
     assert linked.given == plain.given
     assert linked.class_names == ["cat", "dog"]
@@ -69,7 +71,10 @@ def test_a_link_to_itself_is_a_bad_image(pets):
     (pets / "cat" / "loop.png").symlink_to("loop.png")
     (pets / "cat" / "gone.png").symlink_to("missing")
     (pets / "cat" / "loop").symlink_to("loop")
-    assert counts(read_folder(pets)) == {"cat": 22, "dog": 20}  # they can't be read, which the run will say
+    assert counts(read_folder(pets)) == {
+        "cat": 22,
+        "dog": 20,
+    }  # they can't be read, which the run will say
 
 
 def test_two_names_of_one_folder_are_a_conflict(pets):
@@ -84,14 +89,18 @@ def test_two_names_of_one_folder_are_a_conflict(pets):
             for sample in samples:
                 if sample.label:
                     sides[sample.sample_id.split("/")[1]].add(split)
-        assert {len(side) for side in sides.values()} == {1}, "a file and its other name stay on one side"
+        assert {len(side) for side in sides.values()} == {1}, (
+            "a file and its other name stay on one side"
+        )
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_val_that_leads_to_train_is_refused(image_folder, check):
     root = image_folder({"train/cat": 4, "train/dog": 4})
     (root / "val").symlink_to("train")
-    with pytest.raises(UserError, match="every train image of the class 'cat' is in another split too"):
+    with pytest.raises(
+        UserError, match="every train image of the class 'cat' is in another split too"
+    ):
         make_splits(read_folder(root), Cut(check_duplicates=check))
 
 
@@ -105,7 +114,9 @@ def test_a_linked_image_of_another_split_is_a_leak(image_folder, check):
         "train/cat/leak.png",
         *(f"train/dog/more/00{number}.png" for number in range(3)),
     ]
-    assert splits.warnings[0].startswith("4 train images are not used: byte-identical copies, links to them")
+    assert splits.warnings[0].startswith(
+        "4 train images are not used: byte-identical copies, links to them"
+    )
 
 
 def test_farms_of_links_are_as_the_files_behind_them(pets, tmp_path):
@@ -124,7 +135,9 @@ def test_farms_of_links_are_as_the_files_behind_them(pets, tmp_path):
         assert (linked.given, linked.notes) == (plain.given, [])
         assert make_splits(linked, Cut()).samples == make_splits(plain, Cut()).samples
         assert count_images(root) == 40
-        assert list(images_at([str(root)])) == [root / sample.sample_id for sample in plain.given["all"]]
+        assert list(images_at([str(root)])) == [
+            root / sample.sample_id for sample in plain.given["all"]
+        ]
 
 
 def test_a_real_path_goes_before_a_link(pets, tmp_path):
@@ -173,7 +186,9 @@ def test_fit_of_a_folder_that_holds_itself(drawn_pets, tmp_path):
     """Twenty cats once were 820, and the test accuracy 1.0000."""
     root = Path(shutil.copytree(drawn_pets, tmp_path / "pets"))
     (root / "cat" / "self").symlink_to(".")
-    outcome = run_cli("fit", root, *TINY, f"--runs_root={tmp_path / 'runs'}", "--trainer.max_epochs=1")
+    outcome = run_cli(
+        "fit", root, *TINY, f"--runs_root={tmp_path / 'runs'}", "--trainer.max_epochs=1"
+    )
     assert outcome.code == 0, outcome.err
     assert "1 links in" in outcome.out
     assert len((tmp_path / "runs" / "pets" / "splits.csv").read_text().splitlines()) == 1 + 40

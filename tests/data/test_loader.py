@@ -59,11 +59,16 @@ def test_seek_resumes_once_and_keeps_the_length():
     assert indices(sampler) == order(sampler, 3)
 
 
-@given(n=st.integers(1, 40), world=st.integers(1, 5), epoch=st.integers(0, 3), balanced=st.booleans())
+@given(
+    n=st.integers(1, 40), world=st.integers(1, 5), epoch=st.integers(0, 3), balanced=st.booleans()
+)
 def test_ranks_share_out_the_common_order(n, world, epoch, balanced):
     labels = [i % 3 for i in range(n)] if balanced else None
     common = order(PositionSampler(n, balanced_labels=labels), epoch)
-    ranks = [order(PositionSampler(n, rank=r, world_size=world, balanced_labels=labels), epoch) for r in range(world)]
+    ranks = [
+        order(PositionSampler(n, rank=r, world_size=world, balanced_labels=labels), epoch)
+        for r in range(world)
+    ]
     assert {len(own) for own in ranks} == {n // world}
     interleaved = [index for step in zip(*ranks, strict=True) for index in step]
     assert interleaved == common[: n // world * world]
@@ -75,7 +80,10 @@ def test_balanced_order_draws_classes_equally_and_images_evenly():
     drawn = order(sampler, 0)
     classes = Counter(labels[index] for index in drawn)
     assert sorted(classes.values()) == [33, 33, 34]  # 100 draws over 3 classes
-    for members in (range(2), range(2, 9)):  # each image of a rare class before any of them comes once more
+    for members in (
+        range(2),
+        range(2, 9),
+    ):  # each image of a rare class before any of them comes once more
         times = [drawn.count(index) for index in members]
         assert max(times) - min(times) <= 1
     assert drawn != order(sampler, 1)
@@ -93,7 +101,10 @@ def test_an_image_that_comes_again_has_a_key_of_its_own():
     assert {epoch for epoch, index in keys if labels[index]} == {3}
     sampler.seek(3, 40)
     assert list(sampler) == keys[40:]
-    ranks = [PositionSampler(100, rank=rank, world_size=2, balanced_labels=labels).keys(3) for rank in (0, 1)]
+    ranks = [
+        PositionSampler(100, rank=rank, world_size=2, balanced_labels=labels).keys(3)
+        for rank in (0, 1)
+    ]
     assert [key for step in zip(*ranks, strict=True) for key in step] == keys
 
 
@@ -101,7 +112,9 @@ def test_an_image_that_comes_again_has_a_key_of_its_own():
 def test_eval_batches_cover_all_once_in_equally_many_batches(n, batch, world):
     ranks = [eval_batches(n, batch, rank, world) for rank in range(world)]
     assert sorted(index for own in ranks for part in own for index in part) == list(range(n))
-    assert {len(own) for own in ranks} == {ceil(ceil(n / world) / batch)}, "as few as the largest share needs"
+    assert {len(own) for own in ranks} == {ceil(ceil(n / world) / batch)}, (
+        "as few as the largest share needs"
+    )
     assert max(len(part) for own in ranks for part in own) <= batch
 
 
@@ -122,7 +135,14 @@ def shm_free(monkeypatch):
 @pytest.mark.skipif(not loader.SHM.is_dir(), reason="workers hand batches over by other means")
 def test_workers_have_room_for_their_batches_in_shared_memory(shm_free):
     """Each keeps two batches ready, and one more is in use."""
-    for free, processes, expected in ((900, 1, 4), (899, 1, 3), (300, 1, 1), (299, 1, 0), (0, 1, 0), (900, 2, 1)):
+    for free, processes, expected in (
+        (900, 1, 4),
+        (899, 1, 3),
+        (300, 1, 1),
+        (299, 1, 0),
+        (0, 1, 0),
+        (900, 2, 1),
+    ):
         shm_free(free)
         assert fitting_workers(4, 100, processes) == expected
 
@@ -132,12 +152,18 @@ def test_a_small_shared_memory_gets_fewer_workers_and_a_sentence(drawn_pets, shm
     """Batches of 8 x 3 x 32 x 32 float32 are 98,304 bytes; 400,000 hold three of them."""
     shm_free(400_000)
     data = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, num_workers=4, cache_mb=0)
-    with pytest.warns(DataWarning, match="/dev/shm has room for the batches of 1 of 4 data workers"):
+    with pytest.warns(
+        DataWarning, match="/dev/shm has room for the batches of 1 of 4 data workers"
+    ):
         data.setup("fit")
     assert data.train_dataloader().num_workers == data.num_workers == 1
     assert "warning: /dev/shm has room for" in data.describe()
-    whole = ImageDataModule(str(drawn_pets), image_size=32, batch_size=10**9, num_workers=1, cache_mb=0)
-    shm_free(3 * (32 * 4 * (3 * 32**2 + 2) + 2**14))  # 32 of the 40 images are for training: no batch has more
+    whole = ImageDataModule(
+        str(drawn_pets), image_size=32, batch_size=10**9, num_workers=1, cache_mb=0
+    )
+    shm_free(
+        3 * (32 * 4 * (3 * 32**2 + 2) + 2**14)
+    )  # 32 of the 40 images are for training: no batch has more
     whole.setup("fit")
     assert whole.num_workers == 1
 
@@ -145,7 +171,9 @@ def test_a_small_shared_memory_gets_fewer_workers_and_a_sentence(drawn_pets, shm
 def test_workers_that_give_nothing_end_the_training(drawn_pets, monkeypatch):
     """A worker that waits for ever, as one does whose batch was lost."""
     monkeypatch.setattr(loader, "_NO_BATCH_S", 0.5)
-    monkeypatch.setattr("moevision.data.loader.ImageDataset.__getitems__", lambda dataset, keys: time.sleep(60))
+    monkeypatch.setattr(
+        "moevision.data.loader.ImageDataset.__getitems__", lambda dataset, keys: time.sleep(60)
+    )
     data = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, num_workers=1, cache_mb=0)
     data.setup("fit")
     with pytest.raises(UserError, match=r"gave no batch for 0\.5 s.*--data\.num_workers 0"):

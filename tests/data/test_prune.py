@@ -76,8 +76,12 @@ def test_ccs_draws_equally_from_strata_and_gives_up_the_hardest():
 def test_random_and_ties_are_drawn_by_the_seed():
     found = scores("x" * 8)
     for by in ("random", "aum"):
-        drawn = Counter(letter for seed in range(200) for letter in kept(found, by, 0.25, seed=seed))
-        assert min(drawn[letter] for letter in "abcdefgh") > 25  # 200 draws of 2 of 8: 50 expected, SD 6.1
+        drawn = Counter(
+            letter for seed in range(200) for letter in kept(found, by, 0.25, seed=seed)
+        )
+        assert (
+            min(drawn[letter] for letter in "abcdefgh") > 25
+        )  # 200 draws of 2 of 8: 50 expected, SD 6.1
         assert kept(found, by, 0.25, seed=3) == kept(found, by, 0.25, seed=3)
 
 
@@ -88,7 +92,9 @@ def test_no_class_is_emptied_and_what_was_never_seen_stays(by):
     values = {name: [0.0, 1.0, 2.0, 0.0, bad] for name, bad in worst.items()}
     found = scores("xxxxz", visits=[2, 2, 2, 0, 2], correct=[1] * 5, **values)
     plan = prune(found, by, 0.25, hardest=0.25)
-    assert plan.keep.sum() == 3 if by != "random" else plan.keep.sum() in (2, 3)  # one by its score, d, and z
+    assert (
+        plan.keep.sum() == 3 if by != "random" else plan.keep.sum() in (2, 3)
+    )  # one by its score, d, and z
     assert plan.keep[3]
     assert plan.keep[4]
     assert plan.reasons[plan.reason[3]].startswith("never visited")
@@ -102,8 +108,12 @@ def test_shares_before_and_after_and_who_starves():
     assert class_shares(found, plan) == [("x", 0.75, 0.5), ("z", 0.25, 0.5)]
     shares = expert_shares(found, plan.keep)
     assert [share.name for share in shares] == ["L1.E0", "L1.E1"]
-    assert np.array([share[1:] for share in shares]) == pytest.approx(np.array([[0.525, 0.15], [0.475, 0.85]]))
-    assert starved(shares, "expert") == ["expert L1.E0 starves: its share falls from 52.5% to 15.0%"]
+    assert np.array([share[1:] for share in shares]) == pytest.approx(
+        np.array([[0.525, 0.15], [0.475, 0.85]])
+    )
+    assert starved(shares, "expert") == [
+        "expert L1.E0 starves: its share falls from 52.5% to 15.0%"
+    ]
     assert shares_table(shares, "expert")[1] == "L1.E0     52.5%    15.0%"
     assert starved(class_shares(found, plan), "class") == []
 
@@ -121,8 +131,13 @@ def test_the_list_says_why_and_is_what_fit_takes(tmp_path):
         assert rows[1] == ["b", "x", "no", "x" if relabelled else "", "aum -2: rank 4 of 4"]
         assert rows[2] == [label, label, "yes", label if relabelled else "", "aum 3: rank 2 of 4"]
     names = ["x", "=evil,\x1b", "z"]
-    train = [Sample(image, names.index(label)) for image, label in zip(found.images, found.labels, strict=True)]
-    splits = apply_lists(Splits({"train": train}, {"train": ""}), names, tmp_path / "keep.csv", tmp_path / "keep.csv")
+    train = [
+        Sample(image, names.index(label))
+        for image, label in zip(found.images, found.labels, strict=True)
+    ]
+    splits = apply_lists(
+        Splits({"train": train}, {"train": ""}), names, tmp_path / "keep.csv", tmp_path / "keep.csv"
+    )
     assert splits.samples["train"] == [train[0], train[2], train[3]]
 
 

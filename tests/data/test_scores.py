@@ -18,8 +18,14 @@ def sums(names: list[str] = NAMES, experts: dict[int, int] = EXPERTS) -> ScoreSu
     return ScoreSums(keys_of(names), experts)
 
 
-def visit(index: list[int], *measures: list[float], shares: list[list[float]] | None = None) -> tuple:
-    return np.array(index), np.array(measures, np.float32), None if shares is None else np.array(shares, np.float32)
+def visit(
+    index: list[int], *measures: list[float], shares: list[list[float]] | None = None
+) -> tuple:
+    return (
+        np.array(index),
+        np.array(measures, np.float32),
+        None if shares is None else np.array(shares, np.float32),
+    )
 
 
 def test_means_are_over_visits_by_hand():
@@ -51,7 +57,10 @@ def test_means_are_over_visits_by_hand():
 def test_visits_within_a_batch_count_one_after_the_other():
     """Correct, wrong, wrong, correct, wrong of one image in one batch: forgotten twice, as in five batches."""
     one, five = sums(), sums()
-    outcomes = [[0.0, 0.0, 0.0, p, correct] for p, correct in ((0.9, 1), (0.2, 0), (0.1, 0), (0.7, 1), (0.3, 0))]
+    outcomes = [
+        [0.0, 0.0, 0.0, p, correct]
+        for p, correct in ((0.9, 1), (0.2, 0), (0.1, 0), (0.7, 1), (0.3, 0))
+    ]
     one.add(*visit([1] * 5, *outcomes))
     for outcome in outcomes:
         five.add(*visit([1], outcome))
@@ -66,7 +75,10 @@ def test_shares_are_means_over_the_visits_that_have_them():
     found.add(*visit([0], nothing, shares=[[0.25, 0.75, 0.0, 0.5, 0.5]]))
     found.add(*visit([0], nothing, shares=[[0.75, 0.25, 0.0, 1.0, 0.0]]))
     table = found.table(NAMES, LABELS)
-    assert {block: shares[0].tolist() for block, shares in table.experts.items()} == {1: [0.5, 0.5], 3: [0, 0.75, 0.25]}
+    assert {block: shares[0].tolist() for block, shares in table.experts.items()} == {
+        1: [0.5, 0.5],
+        3: [0, 0.75, 0.25],
+    }
     assert np.isnan(table.experts[3][1:]).all()
 
 

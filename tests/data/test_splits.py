@@ -25,7 +25,9 @@ from moevision.errors import UserError
 
 
 def per_class(splits: Splits) -> dict[str, dict[int, int]]:
-    return {split: dict(Counter(s.label for s in samples)) for split, samples in splits.samples.items()}
+    return {
+        split: dict(Counter(s.label for s in samples)) for split, samples in splits.samples.items()
+    }
 
 
 def split_of(splits: Splits) -> dict[str, str]:
@@ -36,7 +38,11 @@ def test_unsplit_folder_is_cut_by_class(image_folder):
     collection = read_folder(image_folder({"cat": 40, "dog": 25, "elk": 3}))
     splits = make_splits(collection, Cut(val_fraction=0.1, test_fraction=0.2))
     # test: round(40 x 0.2) = 8, round(25 x 0.2) = 5, at least 1 of 3; val: 4, round(2.5) = 2 (to even), 1
-    assert per_class(splits) == {"train": {0: 28, 1: 18, 2: 1}, "val": {0: 4, 1: 2, 2: 1}, "test": {0: 8, 1: 5, 2: 1}}
+    assert per_class(splits) == {
+        "train": {0: 28, 1: 18, 2: 1},
+        "val": {0: 4, 1: 2, 2: 1},
+        "test": {0: 8, 1: 5, 2: 1},
+    }
     assert sum(len(samples) for samples in splits.samples.values()) == len(split_of(splits)) == 68
     assert splits.sentences()[1] == "val: 7 images, cut from all images at random by class, seed 0."
     assert splits.sentences()[-1].endswith("keep them together by --data.group_by.")
@@ -68,7 +74,11 @@ def test_a_test_fraction_of_zero_is_for_data_with_a_test_set(image_folder):
         make_splits(read_folder(image_folder({"cat": 10, "dog": 10})), Cut(test_fraction=0.0))
     given = image_folder({"train/a": 8, "train/b": 8, "test/a": 2, "test/b": 2})
     splits = make_splits(read_folder(given), Cut(test_fraction=0.0))
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {"train": 14, "val": 2, "test": 4}
+    assert {split: len(samples) for split, samples in splits.samples.items()} == {
+        "train": 14,
+        "val": 2,
+        "test": 4,
+    }
 
 
 def test_a_class_too_small_for_three_splits(image_folder):
@@ -80,7 +90,9 @@ def test_given_val_without_test_is_the_test_set(image_folder):
     root = image_folder({"train/cat": 20, "train/dog": 10, "valid/cat": 4, "valid/dog": 3})
     splits = make_splits(read_folder(root), Cut(val_fraction=0.2))
     assert per_class(splits) == {"train": {0: 16, 1: 8}, "val": {0: 4, 1: 2}, "test": {0: 4, 1: 3}}
-    assert {name.split("/")[0] for name, split in split_of(splits).items() if split == "test"} == {"valid"}
+    assert {name.split("/")[0] for name, split in split_of(splits).items() if split == "test"} == {
+        "valid"
+    }
     assert "the dataset's val set, which is reported and never selected on" in splits.sentences()[2]
     assert "cut from the dataset's train set" in splits.sentences()[1]
 
@@ -93,14 +105,25 @@ def test_given_test_stays_and_val_is_cut_from_train(image_folder):
 
 
 def test_three_given_splits_stay(image_folder):
-    folders = {"Train/a": 5, "Train/b": 4, "validation/a": 3, "validation/b": 2, "test/a": 1, "test/b": 1}
+    folders = {
+        "Train/a": 5,
+        "Train/b": 4,
+        "validation/a": 3,
+        "validation/b": 2,
+        "test/a": 1,
+        "test/b": 1,
+    }
     splits = make_splits(read_folder(image_folder(folders)), Cut())
     assert per_class(splits) == {"train": {0: 5, 1: 4}, "val": {0: 3, 1: 2}, "test": {0: 1, 1: 1}}
 
 
 def test_train_alone_counts_as_unsplit(image_folder):
     splits = make_splits(read_folder(image_folder({"train/cat": 10, "train/dog": 10})), Cut())
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {"train": 16, "val": 2, "test": 2}
+    assert {split: len(samples) for split, samples in splits.samples.items()} == {
+        "train": 16,
+        "val": 2,
+        "test": 2,
+    }
 
 
 def copy_files(root: Path, sets: int, copies: int) -> None:
@@ -113,7 +136,11 @@ def copy_files(root: Path, sets: int, copies: int) -> None:
 def sides_of_copies(splits: Splits, sets: int) -> list[set[str]]:
     sides = split_of(splits)
     return [
-        {sides[name] for name in sides if name == f"cat/{n:03d}.png" or name.startswith(f"cat/copy_{n}_")}
+        {
+            sides[name]
+            for name in sides
+            if name == f"cat/{n:03d}.png" or name.startswith(f"cat/copy_{n}_")
+        }
         for n in range(sets)
     ]
 
@@ -151,7 +178,9 @@ def test_contradictory_copies_are_told(image_folder):
     shutil.copy(root / "cat/000.png", root / "dog/cat_after_all.png")
     splits = make_splits(read_folder(root), Cut())
     assert len(splits.warnings) == 1
-    assert splits.warnings[0].startswith("1 images stand in several classes as byte-identical files")
+    assert splits.warnings[0].startswith(
+        "1 images stand in several classes as byte-identical files"
+    )
 
 
 def test_empty_files_are_not_copies_of_each_other(image_folder):
@@ -199,7 +228,8 @@ def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
     # The last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
     splits = make_splits(read_folder(root), Cut(0.2, group_by=r"(\d)\.png$"))
     persons = {
-        split: {name[-5] for name, side in split_of(splits).items() if side == split} for split in splits.samples
+        split: {name[-5] for name, side in split_of(splits).items() if side == split}
+        for split in splits.samples
     }
     assert persons["test"] == {"0", "1"}
     assert not persons["train"] & (persons["val"] | persons["test"])
@@ -209,7 +239,11 @@ def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("(", "not a regular expression"), (r"\d", "exactly one"), (r"(cat)/", "does not match 'dog/000.png'")],
+    [
+        ("(", "not a regular expression"),
+        (r"\d", "exactly one"),
+        (r"(cat)/", "does not match 'dog/000.png'"),
+    ],
 )
 def test_group_by_mistakes(image_folder, pattern, message):
     collection = read_folder(image_folder({"cat": 5, "dog": 5}))
@@ -218,7 +252,10 @@ def test_group_by_mistakes(image_folder, pattern, message):
     assert message in str(error.value)
 
 
-@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=1, max_size=60), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=1, max_size=60),
+    st.integers(0, 3),
+)
 def test_cut_is_a_partition_that_respects_groups(pictures, seed):
     samples = [Sample(f"{number}", label) for number, (_, label) in enumerate(pictures)]
     groups = {f"{number}": f"//{group}" for number, (group, _) in enumerate(pictures)}
@@ -235,7 +272,9 @@ def test_cut_is_a_partition_that_respects_groups(pictures, seed):
 
 @given(st.lists(st.integers(3, 50), min_size=2, max_size=4), st.integers(0, 3))
 def test_cut_of_single_images_is_exact(sizes, seed):
-    samples = [Sample(f"{label}/{n}", label) for label, size in enumerate(sizes) for n in range(size)]
+    samples = [
+        Sample(f"{label}/{n}", label) for label, size in enumerate(sizes) for n in range(size)
+    ]
     parts = stratified_cut(samples, {}, {"test": 0.25, "val": 0.1}, seed, "abcd")
     for label, size in enumerate(sizes):
         for part, share in (("test", 0.25), ("val", 0.1)):
@@ -264,7 +303,10 @@ def test_splits_csv_repeats_the_split(image_folder, tmp_path):
     assert again.samples == first.samples
     assert names == ["cat", "dog"]
     assert not again.warnings  # the dropped copy is known
-    assert again.sentences()[2] == "test: 6 images, as the dataset gives them (as listed in splits.csv)."
+    assert (
+        again.sentences()[2]
+        == "test: 6 images, as the dataset gives them (as listed in splits.csv)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +321,9 @@ def test_splits_csv_repeats_the_split(image_folder, tmp_path):
         (0, True, 0, (False, False)),
     ],
 )
-def test_images_of_a_run_are_known_by_name_and_size(image_folder, tmp_path, names, there, copied, expected):
+def test_images_of_a_run_are_known_by_name_and_size(
+    image_folder, tmp_path, names, there, copied, expected
+):
     """Of 20 images; whether a folder is a whole copy, and whether it is one of a part."""
     root, table = image_folder({"cat": 10, "dog": 10}), tmp_path / "splits.csv"
     saved(root, table, Cut())

@@ -67,12 +67,16 @@ def test_another_process_draws_the_same_pictures() -> None:
     code = "from test_synthetic import fingerprint; print(fingerprint(range(5, 15)))"
     paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "123"}
-    there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert there.stdout.strip() == fingerprint(range(5, 15))
 
 
 def test_seeds_splits_and_indices_give_different_pictures() -> None:
-    sets = [SyntheticPets(16, seed=s, split=split) for s in (0, 1) for split in ("train", "val", "test")]
+    sets = [
+        SyntheticPets(16, seed=s, split=split) for s in (0, 1) for split in ("train", "val", "test")
+    ]
     pictures = {pets.image(i).tobytes() for pets in sets for i in range(16)}
     assert len(pictures) == 6 * 16
     scenes = {pets.part_mask(i).tobytes() for pets in sets for i in range(16)}
@@ -106,7 +110,11 @@ def test_classes_are_balanced() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"size": 0}, "at least 1"), ({"image_size": 8}, "at least 16"), ({"split": "valid"}, "train, val, test")],
+    [
+        ({"size": 0}, "at least 1"),
+        ({"image_size": 8}, "at least 16"),
+        ({"split": "valid"}, "train, val, test"),
+    ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -144,7 +152,9 @@ def test_mask_fits_the_picture() -> None:
     for i in range(80):
         grey, mask = pets.image(i).mean(axis=2), pets.part_mask(i)
         fitted.append(border_step(mask, grey))
-        moved.append(np.mean([border_step(np.roll(mask, shift, axis=1), grey) for shift in (-4, 4)]))
+        moved.append(
+            np.mean([border_step(np.roll(mask, shift, axis=1), grey) for shift in (-4, 4)])
+        )
     assert np.mean(fitted) > 1.8 * np.mean(moved)
     assert np.mean(np.array(fitted) > moved) > 0.95
 
@@ -183,7 +193,9 @@ def test_the_head_is_large_and_never_hidden(masks: npt.NDArray[np.uint8]) -> Non
         rows, columns = np.nonzero(np.isin(mask, HEAD))
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
         assert 0.45 * 64 < extent <= 64, i
-        visible = [part for part in ("ear", "eye", "nose", "muzzle") if np.sum(mask == PART[part]) >= 4]
+        visible = [
+            part for part in ("ear", "eye", "nose", "muzzle") if np.sum(mask == PART[part]) >= 4
+        ]
         assert len(visible) >= 2, (i, visible)
     hidden = np.mean(masks == PART["occluder"], axis=(1, 2))
     assert 0.3 < np.mean(hidden > 0.005) < 0.9  # occlusion is common

@@ -23,7 +23,9 @@ NO_SIZES = {"train": 1, "val": 1, "test": 1}
 
 
 def opened(path, **options):
-    return open_collection(str(path), root="data", download=False, image_size=16, seed=0, sizes=NO_SIZES, **options)
+    return open_collection(
+        str(path), root="data", download=False, image_size=16, seed=0, sizes=NO_SIZES, **options
+    )
 
 
 def ready(path, run_dir=None, **options):
@@ -46,7 +48,10 @@ def pictures(image_folder):
 
 def all_rows(root, extra=lambda number: ""):
     files = sorted(root.glob("*/*.png"))
-    return [f"{file.relative_to(root).as_posix()},{file.parent.name}{extra(i)}" for i, file in enumerate(files)]
+    return [
+        f"{file.relative_to(root).as_posix()},{file.parent.name}{extra(i)}"
+        for i, file in enumerate(files)
+    ]
 
 
 # ---- CSV manifests
@@ -68,12 +73,16 @@ def test_splits_and_groups_of_a_manifest(pictures):
     rows = all_rows(pictures, lambda i: f",{splits[i % 10]},{i % 10 // 2}")
     data = ready(listed(pictures, rows, "path,label,split,group"))
     assert data.class_counts == {
-        split: {"cat": count, "dog": count} for split, count in (("train", 6), ("val", 2), ("test", 2))
+        split: {"cat": count, "dog": count}
+        for split, count in (("train", 6), ("val", 2), ("test", 2))
     }
     assert data.split_note.endswith("Kept in one split: images with the same 'group', 5 groups.")
     # without given splits the groups decide
     rows = all_rows(pictures, lambda i: f",{i % 10 // 2}")
-    for head, options in (("path,label,group", {}), ("path,label,patient", {"group_by": "patient"})):
+    for head, options in (
+        ("path,label,group", {}),
+        ("path,label,patient", {"group_by": "patient"}),
+    ):
         data = ready(listed(pictures, rows, head), val_fraction=0.2, test_fraction=0.2, **options)
         side = {}
         for split, dataset in data.contents.datasets.items():
@@ -94,7 +103,9 @@ def test_columns_of_another_case_or_name_are_used_or_named(pictures):
     assert "images with the same 'Group', 5 groups" in data.split_note
     unused = opened(listed(pictures, rows, "path,label,data set,patient"))
     assert [note.partition(" of ")[0] for note in unused.notes] == ["the column 'data set'"]
-    assert unused.notes[0].endswith("says train, val or test and was not used: call it split to use it")
+    assert unused.notes[0].endswith(
+        "says train, val or test and was not used: call it split to use it"
+    )
     assert opened(listed(pictures, rows, "path,label,split,patient")).notes == []
 
 
@@ -102,15 +113,22 @@ def test_classes_that_differ_in_case_alone_are_named(pictures):
     rows = all_rows(pictures)
     rows[0] = rows[0].replace(",cat", ",Cat")
     (note,) = opened(listed(pictures, rows)).notes
-    assert note == "'Cat', 'cat' differ only in upper and lower case: put them together if they are one class"
+    assert (
+        note
+        == "'Cat', 'cat' differ only in upper and lower case: put them together if they are one class"
+    )
 
 
 def test_folders_and_patterns_are_named_too(pictures):
     assert (
         "images of one folder (--data.group_by parent), 6 groups."
-        in ready(_in_three_folders(pictures), group_by="parent", val_fraction=0.3, test_fraction=0.3).split_note
+        in ready(
+            _in_three_folders(pictures), group_by="parent", val_fraction=0.3, test_fraction=0.3
+        ).split_note
     )
-    assert r"whose path agrees in (\d\d)\.png" in ready(pictures, group_by=r"(\d\d)\.png").split_note
+    assert (
+        r"whose path agrees in (\d\d)\.png" in ready(pictures, group_by=r"(\d\d)\.png").split_note
+    )
 
 
 def _in_three_folders(root):
@@ -129,7 +147,9 @@ def test_paths_start_at_the_csv_and_may_be_absolute(pictures, tmp_path):
     }
     rows = [f"{pictures}/{row}" for row in all_rows(pictures)]
     ids = {sample.sample_id for sample in opened(listed(pictures, rows)).given["all"]}
-    assert ids == {row.split(",")[0] for row in all_rows(pictures)}  # no folder of this machine is in them
+    assert ids == {
+        row.split(",")[0] for row in all_rows(pictures)
+    }  # no folder of this machine is in them
     collection = opened(listed(elsewhere, rows))
     assert collection.open(collection.given["all"][0]).size == (16, 16)
 
@@ -149,8 +169,14 @@ WRONG = {
     "a path too long": (f"cat/{'x' * 5000}.png,cat", "line 4: there is no file"),
     "an address": ("https://a.b/c.png,cat", "line 4: .* is no path of a file on this computer"),
     "a NUL": ("cat/\0.png,cat", "line 4"),
-    "several labels": ("cat/003.png,cat|dog", r"line 4: 'cat\|dog' names several labels; .*multi-label"),
-    "a repeated path": ("cat/000.png,dog", "line 4: 'cat/000.png' is 'dog' here and 'cat' on line 2; .*multi-label"),
+    "several labels": (
+        "cat/003.png,cat|dog",
+        r"line 4: 'cat\|dog' names several labels; .*multi-label",
+    ),
+    "a repeated path": (
+        "cat/000.png,dog",
+        "line 4: 'cat/000.png' is 'dog' here and 'cat' on line 2; .*multi-label",
+    ),
     "a path spelled otherwise": ("dog/../cat/000.png,dog", "line 4: .* on line 2; .*multi-label"),
     "too many cells": ("cat/000.png,cat,train", "line 4: it has 3 cells and the first line 2"),
     "an endless cell": ("cat/" + "0" * 200_000 + ",cat", "line 4: it can't be read as CSV"),
@@ -179,7 +205,9 @@ def test_splits_that_can_not_be(pictures):
     ):
         with pytest.raises(UserError, match=words):
             opened(listed(pictures, rows, head))
-    with pytest.raises(UserError, match="has the columns 'image', 'label': its first line must name path and label"):
+    with pytest.raises(
+        UserError, match="has the columns 'image', 'label': its first line must name path and label"
+    ):
         opened(listed(pictures, [], "image,label"))
 
 
@@ -189,7 +217,9 @@ def test_a_repeated_row_is_left_out_and_reported(pictures):
     assert "1 rows" in collection.notes[0]
 
 
-def test_files_of_one_name_are_images_of_their_own_and_names_that_are_written_alike_are_refused(pictures):
+def test_files_of_one_name_are_images_of_their_own_and_names_that_are_written_alike_are_refused(
+    pictures,
+):
     """scores.csv has a row for each sample id: no two images of a manifest may share one."""
     collection = opened(listed(pictures, all_rows(pictures)))
     names = [sample.sample_id for sample in collection.given["all"]]
@@ -239,7 +269,9 @@ def stored(seed, size=16):
 
 def rows_of(hub, labels, feature=None, start=0, **more):
     feature = feature or hub.ClassLabel(names=["dog", "cat", "never used"])
-    features = hub.Features({"img": hub.Image(), "label": feature, **{name: kind for name, (kind, _) in more.items()}})
+    features = hub.Features(
+        {"img": hub.Image(), "label": feature, **{name: kind for name, (kind, _) in more.items()}}
+    )
     columns = {name: values for name, (_, values) in more.items()}
     images = [stored(start + number) for number in range(len(labels))]
     return hub.Dataset.from_dict({"img": images, "label": labels, **columns}, features=features)
@@ -254,7 +286,8 @@ def test_a_saved_dataset_without_splits(hub, tmp_path):
     data = ready(tmp_path / "pets")
     assert data.class_names == ["dog", "cat"]
     assert data.class_counts == {
-        split: {"dog": count, "cat": count} for split, count in (("train", 8), ("val", 1), ("test", 1))
+        split: {"dog": count, "cat": count}
+        for split, count in (("train", 8), ("val", 1), ("test", 1))
     }
     dataset = data.contents.datasets["train"]
     sample = dataset.samples[3]
@@ -308,7 +341,11 @@ def test_a_folder_becomes_a_dataset(hub, tmp_path, monkeypatch, image_folder):
         }
     shutil.rmtree(root)
     assert stored_in[root] == stored_in[tmp_path / "saved"]
-    assert {split: len(rows) for split, rows in stored_in[root].items()} == {"train": 12, "val": 4, "test": 4}
+    assert {split: len(rows) for split, rows in stored_in[root].items()} == {
+        "train": 12,
+        "val": 4,
+        "test": 4,
+    }
 
 
 @needs_datasets
@@ -345,7 +382,9 @@ def test_a_saved_dataset_keeps_its_splits(hub, tmp_path):
 
 @needs_datasets
 def test_copies_and_groups_stay_on_one_side(hub, tmp_path):
-    table = rows_of(hub, [0, 1] * 10, patient=(hub.Value("int64"), [number // 4 for number in range(20)]))
+    table = rows_of(
+        hub, [0, 1] * 10, patient=(hub.Value("int64"), [number // 4 for number in range(20)])
+    )
     table.save_to_disk(tmp_path / "pets")
     data = ready(tmp_path / "pets", group_by="patient", val_fraction=0.2, test_fraction=0.2)
     sides = {}
@@ -356,21 +395,33 @@ def test_copies_and_groups_stay_on_one_side(hub, tmp_path):
     assert "images with the same 'patient', 5 groups" in data.split_note
     patients = ["p1" if number in (0, 5) else None for number in range(20)]
     ages = [30.0 if number in (0, 5) else float("nan") for number in range(20)]
-    rows_of(hub, [0, 1] * 10, patient=(hub.Value("string"), patients), age=(hub.Value("float64"), ages)).save_to_disk(
-        tmp_path / "unknown"
-    )
-    for name, value in (("patient", "p1"), ("age", "30.0")):  # images without a value are in no group, as in a CSV
+    rows_of(
+        hub, [0, 1] * 10, patient=(hub.Value("string"), patients), age=(hub.Value("float64"), ages)
+    ).save_to_disk(tmp_path / "unknown")
+    for name, value in (
+        ("patient", "p1"),
+        ("age", "30.0"),
+    ):  # images without a value are in no group, as in a CSV
         column = opened(tmp_path / "unknown").column(name)
-        assert {row: cell for row, cell in column.items() if cell} == {"all/000000": value, "all/000005": value}
+        assert {row: cell for row, cell in column.items() if cell} == {
+            "all/000000": value,
+            "all/000005": value,
+        }
     twice = hub.concatenate_datasets([rows_of(hub, [0, 1] * 5), rows_of(hub, [0, 1] * 5)])
     twice.save_to_disk(tmp_path / "twice")
     data = ready(tmp_path / "twice", val_fraction=0.2)
-    of = {sample.sample_id: split for split, d in data.contents.datasets.items() for sample in d.samples}
+    of = {
+        sample.sample_id: split
+        for split, d in data.contents.datasets.items()
+        for sample in d.samples
+    }
     assert all(of[f"all/{row:06d}"] == of[f"all/{row + 10:06d}"] for row in range(10))
 
 
 @needs_datasets
-@pytest.mark.parametrize(("kind", "values"), [("string", ["cat", "dog"]), ("int64", [2, 10]), ("bool", [False, True])])
+@pytest.mark.parametrize(
+    ("kind", "values"), [("string", ["cat", "dog"]), ("int64", [2, 10]), ("bool", [False, True])]
+)
 def test_labels_without_names(hub, tmp_path, kind, values):
     rows_of(hub, values * 6, hub.Value(kind)).save_to_disk(tmp_path / "pets")
     assert opened(tmp_path / "pets").class_names == list(map(str, values))
@@ -378,7 +429,9 @@ def test_labels_without_names(hub, tmp_path, kind, values):
 
 @needs_datasets
 def test_labels_in_words_may_be_missing_or_of_another_case(hub, tmp_path):
-    rows_of(hub, ["cat", "dog", "", None, "Dog"] * 2, hub.Value("string")).save_to_disk(tmp_path / "pets")
+    rows_of(hub, ["cat", "dog", "", None, "Dog"] * 2, hub.Value("string")).save_to_disk(
+        tmp_path / "pets"
+    )
     found = opened(tmp_path / "pets")
     assert (found.class_names, len(found.given["all"])) == (["Dog", "cat", "dog"], 6)
     assert "4 of 10 all images" in found.notes[0]
@@ -388,7 +441,12 @@ def test_labels_in_words_may_be_missing_or_of_another_case(hub, tmp_path):
 @needs_datasets
 def test_columns_must_be_clear(hub, tmp_path):
     names = hub.ClassLabel(names=["a", "b"])
-    table = rows_of(hub, [0, 1] * 5, coarse=(names, [1, 1, 0, 0, 0] * 2), size=(hub.Value("float32"), [0.5] * 10))
+    table = rows_of(
+        hub,
+        [0, 1] * 5,
+        coarse=(names, [1, 1, 0, 0, 0] * 2),
+        size=(hub.Value("float32"), [0.5] * 10),
+    )
     table.save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match=r"coarse \(ClassLabel\).*--data.label_column"):
         opened(tmp_path / "two")
@@ -443,7 +501,9 @@ def test_a_split_is_refused_where_rows_have_moved(hub, tmp_path):
     ready(tmp_path / "pets", run_dir=tmp_path)
     shutil.rmtree(tmp_path / "pets")
     rows.select(range(1, 40)).save_to_disk(tmp_path / "pets")
-    with pytest.raises(UserError, match="have other labels or another order than when it was written"):
+    with pytest.raises(
+        UserError, match="have other labels or another order than when it was written"
+    ):
         ready(tmp_path / "pets", run_dir=tmp_path)
 
 
@@ -451,12 +511,16 @@ def test_a_split_is_refused_where_a_held_out_label_was_corrected(pictures, tmp_p
     """Of a training image it is what `--data.relabel` corrects, and no reason to refuse."""
     rows = all_rows(pictures)
     data = ready(listed(pictures, rows), run_dir=tmp_path)
-    train, test = (data.contents.datasets[split].samples[0].sample_id for split in ("train", "test"))
+    train, test = (
+        data.contents.datasets[split].samples[0].sample_id for split in ("train", "test")
+    )
     other = {"cat": "dog", "dog": "cat"}
 
     def corrected(name):
         cells = [row.split(",") for row in rows]
-        return listed(pictures, [f"{path},{other[label] if path == name else label}" for path, label in cells])
+        return listed(
+            pictures, [f"{path},{other[label] if path == name else label}" for path, label in cells]
+        )
 
     ready(corrected(train), run_dir=tmp_path)
     with pytest.raises(UserError, match=f"lists {test} as"):
@@ -465,7 +529,10 @@ def test_a_split_is_refused_where_a_held_out_label_was_corrected(pictures, tmp_p
 
 def test_two_ways_to_write_an_accent_are_one_name(pictures):
     rows = all_rows(pictures)
-    rows = [row.replace(",cat", ",caf\u00e9" if number % 2 else ",cafe\u0301") for number, row in enumerate(rows)]
+    rows = [
+        row.replace(",cat", ",caf\u00e9" if number % 2 else ",cafe\u0301")
+        for number, row in enumerate(rows)
+    ]
     with pytest.raises(UserError, match="look the same"):
         opened(listed(pictures, rows))
 
@@ -474,7 +541,9 @@ def test_two_ways_to_write_an_accent_are_one_name(pictures):
 def test_rows_without_pixels_are_bad_images(hub, tmp_path):
     table = rows_of(hub, [0, 1] * 10)
     images = [*[stored(number) for number in range(18)], {"bytes": b"no image", "path": None}, None]
-    table = hub.Dataset.from_dict({"img": images, "label": table["label"][:]}, features=table.features)
+    table = hub.Dataset.from_dict(
+        {"img": images, "label": table["label"][:]}, features=table.features
+    )
     table.save_to_disk(tmp_path / "pets")
     data = ready(tmp_path / "pets", max_bad_fraction=1)
     reasons = {name: reason for name, reason, _ in data.bad_images}
@@ -486,7 +555,8 @@ def test_rows_without_pixels_are_bad_images(hub, tmp_path):
 def test_a_dataset_that_is_not_there(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(
-        UserError, match=r"user/none can't be loaded .* fit hf:user/none --data.download true`; .* hf:user/none:CONFIG"
+        UserError,
+        match=r"user/none can't be loaded .* fit hf:user/none --data.download true`; .* hf:user/none:CONFIG",
     ):
         opened("hf:user/none")
     rows_of(hub, [0, 1] * 4).save_to_disk(tmp_path / "pets")
@@ -507,12 +577,16 @@ def test_nothing_is_fetched_unless_it_may_be(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "load_dataset", load_dataset)
     monkeypatch.setattr(hub.config, "HF_HUB_OFFLINE", False)
     opened("hf:user/pets")
-    open_collection("hf:user/pets:small", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES)
+    open_collection(
+        "hf:user/pets:small", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES
+    )
     (tmp_path / "C:tars").mkdir()  # as C:\\tars on Windows, a folder with a colon in its name
     opened(f"hf:{tmp_path / 'C:tars'}")
     assert seen == [
-        ("user/pets", None, True), ("user/pets", "small", False), (str(tmp_path / "C:tars"), None, True)
-    ]  # fmt: skip
+        ("user/pets", None, True),
+        ("user/pets", "small", False),
+        (str(tmp_path / "C:tars"), None, True),
+    ]
     assert hub.config.HF_HUB_OFFLINE is False
 
 
@@ -534,12 +608,16 @@ def test_a_folder_may_not_send_for_images(hub, address, file, tmp_path, monkeypa
     folder.mkdir()
     configs = f"configs:\n- config_name: default\n  data_files:\n  - {{split: train, path: '{address}'}}\n"
     (folder / file).write_text(f"---\n{configs}---\n" if file == "README.md" else configs)
-    monkeypatch.setattr(hub, "load_dataset", lambda name, config: loaded.append(name) or rows_of(hub, [0, 1] * 5))
+    monkeypatch.setattr(
+        hub, "load_dataset", lambda name, config: loaded.append(name) or rows_of(hub, [0, 1] * 5)
+    )
     with pytest.raises(UserError, match=r"names files at other addresses: .*--data.download true"):
         opened(f"hf:{folder}")
     assert not loaded
     open_collection(f"hf:{folder}", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES)
-    (folder / file).write_text("---\nhomepage: http://127.0.0.1:9\n---\n" if file == "README.md" else "")
+    (folder / file).write_text(
+        "---\nhomepage: http://127.0.0.1:9\n---\n" if file == "README.md" else ""
+    )
     opened(f"hf:{folder}")
     assert loaded == [str(folder)] * 2
 
@@ -548,10 +626,14 @@ def test_a_folder_may_not_send_for_images(hub, address, file, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("_format_type", "arrow"), ("_format_type", "torch"), ("_format_columns", ["img"]),
-        ("_output_all_columns", True), ("_format_type", "custom"), ("_format_kwargs", {"transform": "os.system"}),
+        ("_format_type", "arrow"),
+        ("_format_type", "torch"),
+        ("_format_columns", ["img"]),
+        ("_output_all_columns", True),
+        ("_format_type", "custom"),
+        ("_format_kwargs", {"transform": "os.system"}),
     ],
-)  # fmt: skip
+)
 def test_the_format_of_a_saved_dataset_changes_nothing(hub, name, value, tmp_path):
     """Rows are plain values whatever `state.json` says; a function can't be named there."""
     rows_of(hub, [0, 1] * 5).save_to_disk(str(tmp_path / "saved"))

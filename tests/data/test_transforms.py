@@ -37,10 +37,14 @@ def transform(size: int = 16, **options) -> TrainTransform:
 
 
 def noise(height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def one(chain: TrainTransform, pixels: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
+def one(
+    chain: TrainTransform, pixels: torch.Tensor, seed: int, epoch: int, index: int
+) -> torch.Tensor:
     """A batch of one image."""
     return chain([pixels.numpy()], seed, [epoch], [index])[0]
 
@@ -52,16 +56,24 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
+@pytest.mark.parametrize(
+    "options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}"
+)
 def test_pixels_follow_from_the_key_alone(options):
     chain, pixels = transform(**options), noise()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     first = [one(chain, pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
     torch.manual_seed(2), random.seed(2), np.random.seed(2)
-    again = [one(transform(**options), pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
+    again = [
+        one(transform(**options), pixels, 5, epoch, index)
+        for epoch in range(3)
+        for index in range(6)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(result.shape == (3, 16, 16) and result.dtype == torch.uint8 for result in first)
-    assert len({result.numpy().tobytes() for result in first}) > 6  # epochs and indices do make a difference
+    assert (
+        len({result.numpy().tobytes() for result in first}) > 6
+    )  # epochs and indices do make a difference
 
 
 def test_global_generators_are_left_alone():
@@ -78,15 +90,21 @@ def photos(count: int = 6, square: bool = False) -> list[np.ndarray]:
     """Pictures of different sizes, in both orders that a cache keeps them in."""
     made = [noise(16, 16, n) if square else noise(20 + n, 40 - 3 * n, n) for n in range(count)]
     return [
-        p.permute(1, 2, 0).contiguous().permute(2, 0, 1).numpy() if n % 2 else p.numpy() for n, p in enumerate(made)
+        p.permute(1, 2, 0).contiguous().permute(2, 0, 1).numpy() if n % 2 else p.numpy()
+        for n, p in enumerate(made)
     ]
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
+@pytest.mark.parametrize(
+    "options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}"
+)
 @given(data=st.data())
 def test_a_batch_is_its_pictures_however_it_is_put_together(options, data):
     """Any division of any order of the images into batches gives each the pixels it has alone."""
-    chain, pictures = transform(**options), photos(square="pad" in options["crop"] or options["augment"] == "none")
+    chain, pictures = (
+        transform(**options),
+        photos(square="pad" in options["crop"] or options["augment"] == "none"),
+    )
     epochs = data.draw(st.lists(st.integers(0, 2**31), min_size=6, max_size=6))
     order = data.draw(st.permutations(range(6)))
     cut = data.draw(st.integers(0, 6))
@@ -97,13 +115,19 @@ def test_a_batch_is_its_pictures_however_it_is_put_together(options, data):
         assert batch.shape == (len(part), 3, 16, 16)
         for row, n in zip(batch, part, strict=True):
             assert torch.equal(row, alone[n])
-    assert all(np.array_equal(*pair) for pair in zip(pictures, before, strict=True)), "a cache is only read"
+    assert all(np.array_equal(*pair) for pair in zip(pictures, before, strict=True)), (
+        "a cache is only read"
+    )
 
 
 def test_rows_of_a_batch_have_decisions_of_their_own():
     """The trap: torchvision's v2 on a batched tensor decides once for all."""
     same, keys = [noise().numpy()] * 64, (3, [1] * 64, list(range(64)))
-    for options in ({"crop": "pad"}, {"crop": "random_resized"}, {"augment": "none", "random_erasing": 1.0}):
+    for options in (
+        {"crop": "pad"},
+        {"crop": "random_resized"},
+        {"augment": "none", "random_erasing": 1.0},
+    ):
         rows = transform(**options)(same, *keys)
         assert len({row.numpy().tobytes() for row in rows}) > 30, options
 
@@ -117,14 +141,22 @@ KEY = (np.array(EPOCHS), np.array(INDICES))
 def flipped(rows: list[torch.Tensor], seed: int) -> torch.Tensor:
     mirrored = uniform(1, seed, 4, 0, KEY[1])[:, 0] < 0.5  # of even epochs
     assert 10 < mirrored.sum() < 30
-    return torch.stack([functional.horizontal_flip(r) if flip else r for r, flip in zip(rows, mirrored, strict=True)])
+    return torch.stack(
+        [
+            functional.horizontal_flip(r) if flip else r
+            for r, flip in zip(rows, mirrored, strict=True)
+        ]
+    )
 
 
 def test_light_pad_is_torchvision_s_pad_crop_and_flip():
     pictures = [noise(seed=n) for n in range(40)]
     shifts = pad_shifts(uniform(2, 7, 3, *KEY), 2)
     padded = [functional.pad(p, [2], fill=[128, 64, 191]) for p in pictures]
-    rows = [functional.crop(p, 2 + y, 2 + x, 16, 16) for p, (y, x) in zip(padded, shifts.tolist(), strict=True)]
+    rows = [
+        functional.crop(p, 2 + y, 2 + x, 16, 16)
+        for p, (y, x) in zip(padded, shifts.tolist(), strict=True)
+    ]
     found = transform()([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
     assert torch.equal(found, flipped(rows, 7))
 
@@ -149,9 +181,12 @@ def test_erasing_is_torchvision_s_erase():
     boxes = erasing_boxes(uniform(4 * TRIES, 7, 6, *KEY).reshape(-1, TRIES, 4), 16).tolist()
     fill = torch.tensor([128, 64, 191], dtype=torch.uint8).view(3, 1, 1)
     rows = [
-        functional.erase(p, *box, fill) if erased else p for p, box, erased in zip(pictures, boxes, chosen, strict=True)
+        functional.erase(p, *box, fill) if erased else p
+        for p, box, erased in zip(pictures, boxes, chosen, strict=True)
     ]
-    found = transform(augment="none", random_erasing=0.6)([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    found = transform(augment="none", random_erasing=0.6)(
+        [p.numpy() for p in pictures], 7, EPOCHS, INDICES
+    )
     assert torch.equal(found, torch.stack(rows))
 
 
@@ -193,7 +228,10 @@ def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
         for top in range(5)
         for left in range(5)
     }
-    seen = {windows[one(transform(hflip=False), pixels, 0, 0, index).numpy().tobytes()] for index in range(300)}
+    seen = {
+        windows[one(transform(hflip=False), pixels, 0, 0, index).numpy().tobytes()]
+        for index in range(300)
+    }
     assert seen == set(windows.values())  # each of the 25 shifts, and nothing else
 
 
@@ -230,7 +268,9 @@ def test_min_crop_scale_bounds_the_area():
     # An image whose red channel is the column and green the row, so a crop tells its own extent.
     side = 200
     ramp = torch.arange(side, dtype=torch.uint8)
-    pixels = torch.stack([ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)])
+    pixels = torch.stack(
+        [ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)]
+    )
     pixels = pixels.to(torch.uint8)
     for scale in (0.1, 0.6):
         chain = transform(32, crop="random_resized", min_crop_scale=scale)
@@ -269,7 +309,9 @@ def test_square_pixels_equals_resize_then_centre_crop(size, target):
     y, x = np.mgrid[: size[1], : size[0]]
     image = Image.fromarray(np.stack([3 * x, 3 * y, 2 * (x + y)], axis=2).astype(np.uint8))
     scale = target / min(size)
-    resized = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
+    resized = image.resize(
+        (round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (resized.width - target) // 2, (resized.height - target) // 2
     expected = np.asarray(resized.crop((left, top, left + target, top + target))).astype(int)
     assert np.abs(square_pixels(image, target).astype(int) - expected)[2:-2, 2:-2].max() <= 5
@@ -281,7 +323,9 @@ def test_whole_images_are_prepared_as_timm_prepares_them(fit, mode, size):
     y, x = np.mgrid[: size[1], : size[0]]
     image = Image.fromarray(np.stack([3 * x, 3 * y, 2 * (x + y)], axis=2).astype(np.uint8))
     mean = (0.5, 0.25, 0.75)
-    timms = create_transform((3, 16, 16), mean=mean, interpolation="bicubic", crop_pct=1.0, crop_mode=mode)
+    timms = create_transform(
+        (3, 16, 16), mean=mean, interpolation="bicubic", crop_pct=1.0, crop_mode=mode
+    )
     timms.transforms = [each for each in timms.transforms if not isinstance(each, Normalize)]
     expected = (255 * timms(image)).permute(1, 2, 0).round().numpy()
     assert np.array_equal(square_pixels(image, 16, Framing(fit, mean)), expected)
@@ -289,7 +333,9 @@ def test_whole_images_are_prepared_as_timm_prepares_them(fit, mode, size):
 
 def test_padding_by_hand():
     """20 x 10 px become 8 x 4, in the middle of 8 x 8 of the mean colour."""
-    padded = square_pixels(Image.new("RGB", (20, 10), (9, 9, 9)), 8, Framing("pad", (0.2, 0.4, 1.0)))
+    padded = square_pixels(
+        Image.new("RGB", (20, 10), (9, 9, 9)), 8, Framing("pad", (0.2, 0.4, 1.0))
+    )
     assert (padded[2:6] == 9).all()
     assert (padded[[0, 1, 6, 7]] == (51, 102, 255)).all()
 
@@ -298,7 +344,9 @@ def test_padding_by_hand():
 def test_random_crops_are_cut_from_the_whole_squared_image(fit):
     """So that training sees what evaluation sees; 1.15 x 64 = 73.6."""
     image = Image.fromarray(np.arange(90 * 40 * 3, dtype=np.uint8).reshape(40, 90, 3))
-    assert np.array_equal(base_pixels(image, 64, Framing(fit)), square_pixels(image, 74, Framing(fit)))
+    assert np.array_equal(
+        base_pixels(image, 64, Framing(fit)), square_pixels(image, 74, Framing(fit))
+    )
 
 
 def test_a_thin_strip_stays_small():
@@ -309,7 +357,11 @@ def test_a_thin_strip_stays_small():
 
 @pytest.mark.parametrize(
     ("size", "shape"),
-    [((400, 200), (74, 148, 3)), ((80, 60), (60, 80, 3)), ((74, 74), (74, 74, 3))],  # 1.15 x 64 = 73.6
+    [
+        ((400, 200), (74, 148, 3)),
+        ((80, 60), (60, 80, 3)),
+        ((74, 74), (74, 74, 3)),
+    ],  # 1.15 x 64 = 73.6
 )
 def test_base_pixels_shrinks_to_what_crops_need_and_never_enlarges(size, shape):
     assert base_pixels(Image.new("RGB", size), 64).shape == shape

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import v2
 
-from moevision.data.transforms import CROP_RATIO, TRIES, erasing_boxes, pad_shifts, resized_crop_boxes, uniform
+from moevision.data.transforms import (
+    CROP_RATIO,
+    TRIES,
+    erasing_boxes,
+    pad_shifts,
+    resized_crop_boxes,
+    uniform,
+)
 
 KEYS = np.arange(4000)
 
@@ -19,14 +26,18 @@ def draws(*, stream: int = 0) -> np.ndarray:
     return uniform(4 * TRIES, 0, stream, KEYS).reshape(-1, TRIES, 4)
 
 
-def boxes_by_torchvision(transform: v2.Transform, height: int, width: int, count: int = 4000) -> np.ndarray:
+def boxes_by_torchvision(
+    transform: v2.Transform, height: int, width: int, count: int = 4000
+) -> np.ndarray:
     """(top, left, height, width) as torchvision draws them; a rectangle that isn't erased has height 0."""
     picture = torch.zeros(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         drawn = [transform.make_params([picture]) for _ in range(count)]
     if isinstance(transform, v2.RandomErasing):
-        return np.array([[p["i"], p["j"], p["h"], p["w"]] if p["v"] is not None else [0] * 4 for p in drawn])
+        return np.array(
+            [[p["i"], p["j"], p["h"], p["w"]] if p["v"] is not None else [0] * 4 for p in drawn]
+        )
     return np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn])
 
 
@@ -61,7 +72,9 @@ def first_fit(u: np.ndarray, height: int, width: int, scale: tuple[float, float]
     """torchvision's loop over tries (v2.RandomResizedCrop.make_params), with the numbers handed in."""
     for area, shape, top, left in u:
         target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-        ratio = math.exp(math.log(CROP_RATIO[0]) + (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])) * shape)
+        ratio = math.exp(
+            math.log(CROP_RATIO[0]) + (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])) * shape
+        )
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return [math.floor(top * (height - h + 1)), math.floor(left * (width - w + 1)), h, w]
@@ -81,13 +94,18 @@ def first_fit(u: np.ndarray, height: int, width: int, scale: tuple[float, float]
 def test_a_batch_of_crops_is_the_loop_over_its_pictures(sizes, scale, key):
     u = uniform(4 * TRIES, key, np.arange(len(sizes))).reshape(-1, TRIES, 4)
     found = resized_crop_boxes(u, np.array(sizes), (scale, 1.0))
-    assert found.tolist() == [first_fit(own, *size, (scale, 1.0)) for own, size in zip(u, sizes, strict=True)]
+    assert found.tolist() == [
+        first_fit(own, *size, (scale, 1.0)) for own, size in zip(u, sizes, strict=True)
+    ]
 
 
 def test_a_strip_gets_the_central_crop_of_the_nearest_shape():
     # 4 x 400: no crop of at least 90 % of the area has a shape within 3:4 ... 4:3; 4 x 4/3 = 5.33, rounded 5
     sizes = np.array([[4, 400], [400, 4]])
-    assert resized_crop_boxes(draws()[:2], sizes, (0.9, 1.0)).tolist() == [[0, 197, 4, 5], [197, 0, 5, 4]]
+    assert resized_crop_boxes(draws()[:2], sizes, (0.9, 1.0)).tolist() == [
+        [0, 197, 4, 5],
+        [197, 0, 5, 4],
+    ]
 
 
 @pytest.mark.parametrize("padding", [1, 4])

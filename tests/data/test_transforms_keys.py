@@ -35,7 +35,9 @@ def test_hash_depends_on_every_value_and_their_order():
     assert len({hash_u64(*key) for key in keys}) == len(keys)
 
 
-@given(seed=st.integers(-(2**70), 2**70), many=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))
+@given(
+    seed=st.integers(-(2**70), 2**70), many=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
+)
 def test_the_hash_of_arrays_is_that_of_their_elements(seed, many):
     column, row = np.array(many, np.int64)[:, None], np.arange(3)[None, :]
     expected = [[splitmix64(seed, value, number) for number in range(3)] for value in many]
@@ -44,12 +46,17 @@ def test_the_hash_of_arrays_is_that_of_their_elements(seed, many):
 
 def test_uniform_by_hand():
     found = uniform(3, 7, np.array([4, 5]), np.array([10, 11]))
-    expected = [[(splitmix64(7, a, b, number) >> 11) / 2**53 for number in range(3)] for a, b in ((4, 10), (5, 11))]
+    expected = [
+        [(splitmix64(7, a, b, number) >> 11) / 2**53 for number in range(3)]
+        for a, b in ((4, 10), (5, 11))
+    ]
     assert found.tolist() == expected
 
 
 def test_no_number_reaches_one(monkeypatch):
-    monkeypatch.setattr("moevision.data.transforms.hash_u64_array", lambda *_: np.array([[0, 2**64 - 1]], np.uint64))
+    monkeypatch.setattr(
+        "moevision.data.transforms.hash_u64_array", lambda *_: np.array([[0, 2**64 - 1]], np.uint64)
+    )
     low, high = uniform(2, 0)[0]
     assert (low, high) == (0.0, 1 - 2.0**-53)
     assert all(np.floor(high * n) == n - 1 for n in range(1, 10_000))

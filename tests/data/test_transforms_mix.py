@@ -32,7 +32,9 @@ def test_targets_sum_to_one_and_depend_on_the_key(mixup, cutmix):
         assert target.dtype == torch.float32
         torch.testing.assert_close(target.sum(dim=1), torch.ones(6))
         assert (target >= 0).all()
-    assert len({mixed.numpy().tobytes() for mixed, _ in results}) > 6  # an empty CutMix box may come twice
+    assert (
+        len({mixed.numpy().tobytes() for mixed, _ in results}) > 6
+    )  # an empty CutMix box may come twice
     torch.manual_seed(5)
     assert torch.equal(mixer(image, label, 0, 1, 3)[0], results[-1][0])
 
@@ -50,5 +52,8 @@ def test_with_both_each_batch_gets_one_of_the_two():
     image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
     mixer = BatchMixer(1.0, 1.0, 4)
     # CutMix copies pixels, so only whole numbers remain; Mixup blends them.
-    pasted = [bool((out == out.round()).all()) for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))]
+    pasted = [
+        bool((out == out.round()).all())
+        for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))
+    ]
     assert 15 < sum(pasted) < 45

@@ -35,7 +35,9 @@ def make_model(seed=0, *, num_classes=8, **arguments):
     """An untrained model of 16 patches with MoE layers in blocks 1 and 3, E = 4, k = 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = timm.create_model("test_vit_moe", num_classes=num_classes, **{"router": "vmoe_top_k", **arguments})
+        net = timm.create_model(
+            "test_vit_moe", num_classes=num_classes, **{"router": "vmoe_top_k", **arguments}
+        )
     return SavedModel(net.eval(), CLASSES[:num_classes], SIZE, *STATS)
 
 
@@ -43,7 +45,9 @@ def make_model(seed=0, *, num_classes=8, **arguments):
 def usual_pets():
     """120 drawn pets, uint8 [120, S, S, 3], and their labels."""
     pets = SyntheticPets(120, SIZE, split="val")
-    return np.stack([pets.image(index) for index in range(120)]), np.array([pets.label(i) for i in range(120)])
+    return np.stack([pets.image(index) for index in range(120)]), np.array(
+        [pets.label(i) for i in range(120)]
+    )
 
 
 def measured(model):
@@ -54,7 +58,9 @@ def measured(model):
     return replace(model, strangers=fit_strangers(features[:80], labels[:80], features[80:]))
 
 
-def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0, twins=True, **arguments) -> Path:
+def write_bundle(
+    home: Path, id="pets", data_kind="synthetic_pets", seed=0, twins=True, **arguments
+) -> Path:
     """A bundled model in bfloat16, as the package carries them, with its dense and its unbalanced twin."""
     folder = home / id
     models = {"trained": {}, "unbalanced": {}, "dense": {"twin": "active_flops"}}
@@ -127,10 +133,16 @@ HOSTILE = "cat/<img src=x onerror=alert(1)>'&quot;.png"
 def scored_run(tiny_run, tmp_path_factory):
     """A copy of the tiny run with its images, the most doubtful of which has the name `HOSTILE`; not to be changed."""
     home = tmp_path_factory.mktemp("scored")
-    run = Path(shutil.copytree(tiny_run, home / "run", ignore=shutil.ignore_patterns("checkpoints", "twin")))
+    run = Path(
+        shutil.copytree(
+            tiny_run, home / "run", ignore=shutil.ignore_patterns("checkpoints", "twin")
+        )
+    )
     shutil.copytree(tiny_run.parents[1] / "pets", home / "pets")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(f"path: {tiny_run.parents[1] / 'pets'}", f"path: {home / 'pets'}"))
+    (run / "config.yaml").write_text(
+        config.replace(f"path: {tiny_run.parents[1] / 'pets'}", f"path: {home / 'pets'}")
+    )
     with (run / "scores.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
     row = next(row for row in rows if row[1] == "cat")
@@ -177,7 +189,9 @@ def routers_home(tmp_path_factory):
     """A model of expert choice whose experts leave patches out, and one of Soft MoE."""
     home = tmp_path_factory.mktemp("routers")
     write_bundle(home, "choice", twins=False, router="expert_choice", top_k=1)
-    write_bundle(home, "soft", twins=False, router=["vmoe_top_k", "soft"], num_experts=[4, 6], top_k=[2, 1])
+    write_bundle(
+        home, "soft", twins=False, router=["vmoe_top_k", "soft"], num_experts=[4, 6], top_k=[2, 1]
+    )
     return home
 
 
@@ -190,7 +204,9 @@ def server(home, routers_home, photos_home, tmp_path_factory):
     """
     files = tmp_path_factory.mktemp("server")
     env = {"TMPDIR": str(files)}
-    with running(serving.__file__, str(home), str(routers_home), str(photos_home), env=env) as server:
+    with running(
+        serving.__file__, str(home), str(routers_home), str(photos_home), env=env
+    ) as server:
         server.files = files
         yield server
 

@@ -33,7 +33,21 @@ NOT_A_NAME = [
     "pets/test/3\n",
     "🦊",
 ]
-NOT_A_NUMBER = ["NaN", "Infinity", "-Infinity", "1e400", "-1", "99", "1e9", "2.5", "true", '"2"', "[]", "{}", "10" * 60]
+NOT_A_NUMBER = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "-1",
+    "99",
+    "1e9",
+    "2.5",
+    "true",
+    '"2"',
+    "[]",
+    "{}",
+    "10" * 60,
+]
 ADDRESSES = [
     "http://169.254.169.254/latest/meta-data/",
     "http://localhost:22/",
@@ -60,10 +74,17 @@ def png(width: int, height: int, bits: int, colour: int, compressed: bytes) -> b
     """A PNG of these compressed rows, chunk by chunk (W3C PNG, 5.3)."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", compressed)
+        + chunk(b"IEND", b"")
+    )
 
 
 def png_bomb(width: int, height: int) -> bytes:
@@ -123,7 +144,14 @@ def uploads(rng: random.Random) -> list[str]:
         "\ud83d",
         "%2e%2e%2f",
     ]
-    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):  # cut short in the header, in the middle, and scrambled
+    for kind in (
+        "PNG",
+        "JPEG",
+        "WEBP",
+        "BMP",
+        "GIF",
+        "TIFF",
+    ):  # cut short in the header, in the middle, and scrambled
         whole = picture_bytes(kind)
         found += [uri(whole[:length]) for length in (2, 5, 12, 21, 30, 40)]
         scrambled = bytearray(whole)
@@ -140,20 +168,36 @@ def body(data_json: str, name="route") -> tuple[str, str]:
 def calls() -> list[tuple[str, str]]:
     """(name, body) of questions, every one of which must be refused."""
     rng = random.Random(0)
-    found = [body(json.dumps({**ROUTE, "picture": {"kind": "upload", "data": text}})) for text in uploads(rng)]
+    found = [
+        body(json.dumps({**ROUTE, "picture": {"kind": "upload", "data": text}}))
+        for text in uploads(rng)
+    ]
     for name in NOT_A_NAME:
         found += [body(json.dumps({**ROUTE, field: name})) for field in ("model", "variant")]
         found.append(body(json.dumps({**ROUTE, "picture": {"kind": "example", "id": name}})))
-        found += [body(json.dumps({"model": "pets", "picture": name}), asked) for asked in ("sharp", "history")]
+        found += [
+            body(json.dumps({"model": "pets", "picture": name}), asked)
+            for asked in ("sharp", "history")
+        ]
         found.append(body(json.dumps({"model": "pets", "list": name, "class": name}), "data"))
         found.append(body(json.dumps({"model": "pets", "a": name, "b": "dog"}), "compare"))
-        found.append(body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell"))
+        found.append(
+            body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell")
+        )
     for number in NOT_A_NUMBER:
-        found += [body(json.dumps(ROUTE)[:-1] + f', "{field}": {number}}}') for field in ("top_k", "intervention")]
+        found += [
+            body(json.dumps(ROUTE)[:-1] + f', "{field}": {number}}}')
+            for field in ("top_k", "intervention")
+        ]
         for field in ("layer", "expert", "seed") if number != "99" else ("layer", "expert"):
-            change = json.dumps({name: value for name, value in CHANGE.items() if name != field})[:-1]
+            change = json.dumps({name: value for name, value in CHANGE.items() if name != field})[
+                :-1
+            ]
             found.append(
-                body(json.dumps(ROUTE)[:-1] + f', "intervention": {change}, "{field}": {number}}}}}', "what_if")
+                body(
+                    json.dumps(ROUTE)[:-1] + f', "intervention": {change}, "{field}": {number}}}}}',
+                    "what_if",
+                )
             )
         if number not in ("2.5", "-1", "99"):
             found.append(body(json.dumps(ROUTE)[:-1] + f', "capacity": {number}}}'))
@@ -175,7 +219,9 @@ def calls() -> list[tuple[str, str]]:
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": "cat"}), "compare"))
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": ["dog"]}), "compare"))
     found.append(body(json.dumps({"model": "pets", "path": list(range(100_000))}), "similar"))
-    found.append(body(json.dumps({**ROUTE, "intervention": {**CHANGE, "fill": "rm -rf"}}), "what_if"))
+    found.append(
+        body(json.dumps({**ROUTE, "intervention": {**CHANGE, "fill": "rm -rf"}}), "what_if")
+    )
     return list(dict.fromkeys(found))
 
 
@@ -212,9 +258,21 @@ def raw() -> list[tuple[str, str, bytes]]:
         "http://localhost:22/",
         "app.py",
     )
-    found += [("GET", f"{door}{file}", b"") for door in ("file=", "gradio_api/file=") for file in files]
-    found += [("GET", f"{folder}/..%2f..%2f..%2f..%2fetc%2fpasswd", b"") for folder in ("static", "assets", "svelte")]
     found += [
-        ("GET", path, b"") for path in ("config", "monitoring", "openapi.json", "docs", "redoc", "logout", "nothing")
+        ("GET", f"{door}{file}", b"") for door in ("file=", "gradio_api/file=") for file in files
     ]
-    return [*found, ("DELETE", "", b""), ("PUT", "api/route", b"{}"), ("PATCH", "api/route", b"{}"), ("TRACE", "", b"")]
+    found += [
+        ("GET", f"{folder}/..%2f..%2f..%2f..%2fetc%2fpasswd", b"")
+        for folder in ("static", "assets", "svelte")
+    ]
+    found += [
+        ("GET", path, b"")
+        for path in ("config", "monitoring", "openapi.json", "docs", "redoc", "logout", "nothing")
+    ]
+    return [
+        *found,
+        ("DELETE", "", b""),
+        ("PUT", "api/route", b"{}"),
+        ("PATCH", "api/route", b"{}"),
+        ("TRACE", "", b""),
+    ]

@@ -78,7 +78,10 @@ class Running:
     def wakes(self) -> int:
         """How often its threads have woken up so far (Linux)."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/status")
-        return sum(int(task.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]) for task in tasks)
+        return sum(
+            int(task.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0])
+            for task in tasks
+        )
 
 
 def _listen_to_ctrl_c() -> None:
@@ -149,9 +152,17 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
     photos = explorer_of(photos_home, GALLERY)
     doors = {name: (explorer, door) for name, door in DOORS.items()}
     with ExitStack() as servers:
-        for name, (shown, door) in {**doors, "other": (other, {}), "photos": (photos, {}), "": (explorer, {})}.items():
+        for name, (shown, door) in {
+            **doors,
+            "other": (other, {}),
+            "photos": (photos, {}),
+            "": (explorer, {}),
+        }.items():
             server = servers.enter_context(Server(shown, Serving(public=True, **door)))
-            print(f"door {name} {server.url}" if name else f"The explorer is at {server.url}", flush=True)
+            print(
+                f"door {name} {server.url}" if name else f"The explorer is at {server.url}",
+                flush=True,
+            )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -53,18 +53,32 @@ def test_a_program_changes_what_the_page_can_change(server, explorer):
 
 
 def test_mistakes_come_back_as_a_sentence(server):
-    for data in ("no picture", "/etc/passwd", "http://127.0.0.1/x.png", "upload:x"):  # none is opened
+    for data in (
+        "no picture",
+        "/etc/passwd",
+        "http://127.0.0.1/x.png",
+        "upload:x",
+    ):  # none is opened
         assert route(server, picture={"kind": "upload", "data": data})["code"] == "bad_image"
     example = {"kind": "example", "id": "pets/test/3"}
-    for wrong in ({}, {"picture": example, "top_k": 99}, {"picture": {"path": "/etc/passwd"}}, {"unknown": 1}):
+    for wrong in (
+        {},
+        {"picture": example, "top_k": 99},
+        {"picture": {"path": "/etc/passwd"}},
+        {"unknown": 1},
+    ):
         assert route(server, **wrong)["code"] == "bad_request"
 
 
 def test_the_page_asks_the_same_explorer(server, explorer):
     request = {"model": "pets", "picture": {"kind": "example", "id": "pets/test/5"}}
     for name in explorer.handlers:
-        data = {"boot": {}, "route": request, "export_html": request}.get(name, {"model": "pets", "layer": 1})
-        assert ask(server.url, name, data).json() == json.loads(json.dumps(explorer.answer(name, data)))
+        data = {"boot": {}, "route": request, "export_html": request}.get(
+            name, {"model": "pets", "layer": 1}
+        )
+        assert ask(server.url, name, data).json() == json.loads(
+            json.dumps(explorer.answer(name, data))
+        )
 
 
 def test_an_idle_explorer_sleeps(server):
@@ -79,7 +93,9 @@ def test_headers_and_monitoring(server):
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert httpx.get(f"{server.url}monitoring/summary", timeout=120).status_code == 404
-    foreign = httpx.get(f"{server.url}api/boot", headers={"origin": "https://evil.example"}, timeout=120)
+    foreign = httpx.get(
+        f"{server.url}api/boot", headers={"origin": "https://evil.example"}, timeout=120
+    )
     assert "access-control-allow-origin" not in foreign.headers
 
 
@@ -105,7 +121,9 @@ def test_with_a_password_nothing_answers_without_it(server):
     begin = time.monotonic()
     with ThreadPoolExecutor(80) as pool:
         guesses = [
-            pool.submit(log_in, url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"})
+            pool.submit(
+                log_in, url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"}
+            )
             for number in range(80)
         ]
         time.sleep(0.5)
@@ -142,17 +160,24 @@ def test_behind_a_proxy_or_a_tunnel(server):
     def get(name):
         return httpx.get(url, headers={"host": name}, timeout=120)
 
-    assert [get(name).status_code for name in ("abc.tunnel.example", "moe.lab.example:80", "evil.example")] == [
+    assert [
+        get(name).status_code
+        for name in ("abc.tunnel.example", "moe.lab.example:80", "evil.example")
+    ] == [
         200,
         200,
         421,
     ]
     shared = get("abc.tunnel.example")
-    assert "gradio.s3" not in shared.text  # its scripts come from here, not from a server of gradio's
+    assert (
+        "gradio.s3" not in shared.text
+    )  # its scripts come from here, not from a server of gradio's
     assert "frame-ancestors 'self'" in shared.headers["content-security-policy"].split(";")[-1]
     assert "localhost" not in shared.headers["content-security-policy"]
     begin = time.monotonic()
-    guesses = [{"x-forwarded-for": f"{claim}198.51.100.1"} for claim in ("", "203.0.113.9, ", "1.2.3.4, ")]
+    guesses = [
+        {"x-forwarded-for": f"{claim}198.51.100.1"} for claim in ("", "203.0.113.9, ", "1.2.3.4, ")
+    ]
     assert [log_in(url, "guess", **guess) for guess in guesses] == [401] * 3
     assert time.monotonic() - begin >= 3 * WRONG_S
     assert log_in(url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200

@@ -34,7 +34,10 @@ def trace(pictures):
 
 @pytest.fixture(scope="module")
 def atlas(trace, pictures):
-    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
+    maps = {
+        layer.layer: class_expert_map(trace, layer.layer, num_permutations=50)
+        for layer in trace.layers
+    }
     return build_atlas(trace, pictures, maps)
 
 
@@ -47,7 +50,10 @@ def test_it_says_what_it_is_about(atlas, trace):
 
 def test_loads_are_counts_of_kept_choices(atlas, trace):
     for found, layer in zip(atlas["layers"], trace.layers, strict=True):
-        expected = [int((layer.expert_index[layer.kept] == expert).sum()) for expert in range(layer.num_experts)]
+        expected = [
+            int((layer.expert_index[layer.kept] == expert).sum())
+            for expert in range(layer.num_experts)
+        ]
         assert found["loads"] == expected
 
 
@@ -59,7 +65,9 @@ def test_patches_are_named_and_routed_to_their_expert(atlas, trace):
                 choices = layer.expert_index[image, patch].tolist()
                 assert entry["expert"] in choices
                 place = choices.index(entry["expert"])
-                assert weight == pytest.approx(float(layer.combine_weight[image, patch, place]), abs=6e-5)
+                assert weight == pytest.approx(
+                    float(layer.combine_weight[image, patch, place]), abs=6e-5
+                )
 
 
 def test_classes_are_the_rows_of_the_map(atlas):
@@ -90,7 +98,9 @@ def test_parts_are_shares_of_area(atlas, trace, pictures):
             share = part[entry["expert"]] / part.sum()
             assert row["share"] == pytest.approx(share, abs=1e-4)
             assert row["above"] == pytest.approx(share - overall[entry["expert"]], abs=1e-4)
-        assert [row["above"] for row in entry["parts"]] == sorted((r["above"] for r in entry["parts"]), reverse=True)
+        assert [row["above"] for row in entry["parts"]] == sorted(
+            (r["above"] for r in entry["parts"]), reverse=True
+        )
         assert {type(row["significant"]) for row in entry["parts"]} == {bool}
 
 
@@ -99,21 +109,38 @@ def row(name, share, above, significant):
 
 
 def test_a_name_is_what_stands_out_most_with_its_counts():
-    parts = [row("nose", 0.6, 0.46, False), row("whisker", 0.45, 0.31, True), row("ear", 0.1, -0.04, True)]
+    parts = [
+        row("nose", 0.6, 0.46, False),
+        row("whisker", 0.45, 0.31, True),
+        row("ear", 0.1, -0.04, True),
+    ]
     classes = [row("cat", 0.38, 0.25, True), row("dog", 0.2, 0.07, True)]
     whisker = {"kind": "part", "name": "whisker", "share": 0.45, "overall": 0.14}
     assert counted_name({"parts": parts, "classes": classes}) == whisker
     cat = {"kind": "class", "name": "cat", "share": 0.38, "overall": 0.13}
     assert counted_name({"parts": None, "classes": classes}) == cat  # photos have no part labels
     assert counted_name({"parts": parts[2:], "classes": [row("cat", 0.38, 0.25, False)]}) is None
-    before = [{"part": "whisker", "share": 0.45, "above": 0.31}]  # an atlas that doesn't say what is chance
+    before = [
+        {"part": "whisker", "share": 0.45, "above": 0.31}
+    ]  # an atlas that doesn't say what is chance
     assert counted_name({"parts": before, "classes": []}) is None
 
 
 def test_the_effect_of_taking_an_expert_away_is_kept(trace, pictures):
-    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=5) for layer in trace.layers}
-    told = {"delta_logit": -0.5, "control_delta_logit": -0.1, "strongest_class": "cat", "strongest_delta_logit": -1.25}
-    effects = {"pictures_per_class": 7, "experts": [{"layer": 3, "expert": 2, "name": "L3·E2", **told}]}
+    maps = {
+        layer.layer: class_expert_map(trace, layer.layer, num_permutations=5)
+        for layer in trace.layers
+    }
+    told = {
+        "delta_logit": -0.5,
+        "control_delta_logit": -0.1,
+        "strongest_class": "cat",
+        "strongest_delta_logit": -1.25,
+    }
+    effects = {
+        "pictures_per_class": 7,
+        "experts": [{"layer": 3, "expert": 2, "name": "L3·E2", **told}],
+    }
     made = build_atlas(trace, pictures, maps, effects=effects)
     found = [expert.get("without") for layer in made["layers"] for expert in layer["experts"]]
     assert found == [*[None] * 6, {"images_per_class": 7, **told}, None]  # two layers of four
@@ -127,14 +154,19 @@ def test_the_file_is_small_and_comes_back(atlas, tmp_path):
 
 def test_a_class_without_pictures_is_null(trace, pictures):
     some = trace.select(trace.labels != 3)
-    maps = {layer.layer: class_expert_map(some, layer.layer, num_permutations=50) for layer in some.layers}
+    maps = {
+        layer.layer: class_expert_map(some, layer.layer, num_permutations=50)
+        for layer in some.layers
+    }
     built = build_atlas(some, None, maps)
     assert built["layers"][0]["map"]["share"][3] == [None] * some.layers[0].num_experts
     assert built["layers"][0]["experts"][0]["parts"] is None
     for entry in built["layers"][0]["experts"]:
         assert SyntheticPets.classes[3] not in [row["class"] for row in entry["classes"]]
     two = trace.select(trace.labels < 2)
-    maps = {layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers}
+    maps = {
+        layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers
+    }
     for entry in build_atlas(two, None, maps)["layers"][0]["experts"]:
         assert {row["class"] for row in entry["classes"]} == set(SyntheticPets.classes[:2])
     json.dumps(built, allow_nan=False)

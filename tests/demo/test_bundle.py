@@ -17,7 +17,14 @@ from moevision.data.open import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import Card, bundled_folder, bundled_folders, card_of_run, open_entries, read_card
+from moevision.demo.models import (
+    Card,
+    bundled_folder,
+    bundled_folders,
+    card_of_run,
+    open_entries,
+    read_card,
+)
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory
@@ -35,7 +42,9 @@ def test_what_the_package_carries_fits():
     assert folders
     assert megabytes(file for folder in folders for file in folder.rglob("*")) <= 43
     package = Path(moevision.__file__).parent
-    assert 0 < megabytes(file for file in package.rglob("*") if "__pycache__" not in file.parts) < 50
+    assert (
+        0 < megabytes(file for file in package.rglob("*") if "__pycache__" not in file.parts) < 50
+    )
     for folder in folders:
         card = read_card(folder / "card.json")
         assert card.id == folder.name
@@ -62,11 +71,17 @@ def test_the_photo_model_has_eight_bits_a_weight():
     """Norms, biases, positions and the patch cut keep two bytes, 1.4 % of its weights, and so has a factor for 64."""
     folder = bundled_folder("cats_vs_dogs") / "trained"
     weights = sum(value.numel() for value in load_model(str(folder)).net.parameters())
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.int8", STRANGERS]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "model.int8",
+        STRANGERS,
+    ]
     assert weights < (folder / "model.int8").stat().st_size < 1.06 * weights
 
 
-@pytest.mark.parametrize("name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10"]
+)
 def test_several_experts_are_seen_in_every_bundled_photo(name):
     """Three at least, in each layer of the model as it is carried, take a twentieth of the photo's patches or more."""
     (folder,) = (folder for folder in bundled_folders() if folder.name == name)
@@ -100,14 +115,19 @@ def test_bundled_models_answer_in_the_words_of_today():
             assert function["sentence"].startswith(
                 ("The experts do different things: ", "The layer contributes nothing")
             )
-            assert "without the layer" in function["sentence"] or "without it" in function["sentence"]
+            assert (
+                "without the layer" in function["sentence"] or "without it" in function["sentence"]
+            )
             assert "in effect" in layer["load_words"]
 
 
 def test_accuracy_in_words():
     card = Card("x", "X", accuracy={"moe": 0.9876, "dense": 0.5, "unbalanced": 1.0})
     assert card.accuracy_text("trained") == "98.8 % of test images right (dense twin: 50.0 %)"
-    assert card.accuracy_text("unbalanced") == "100.0 % of test images right, trained without the balance loss"
+    assert (
+        card.accuracy_text("unbalanced")
+        == "100.0 % of test images right, trained without the balance loss"
+    )
     assert "random" in card.accuracy_text("untrained")
     assert Card("x", "X", accuracy={"moe": 0.6}, test_images=1020).accuracy_text("trained") == (
         "60.0 % of 1,020 test images right"
@@ -120,7 +140,16 @@ CARD = '{"id": "x", "title": "X", "recognized": %s}'
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"id": "x"}', '{"id": "x", "title": "X", "colour": 1}', "\x00", CARD % "2", CARD % '"much"'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"id": "x"}',
+        '{"id": "x", "title": "X", "colour": 1}',
+        "\x00",
+        CARD % "2",
+        CARD % '"much"',
+    ],
 )
 def test_a_damaged_card(tmp_path, text):
     (tmp_path / "card.json").write_text(text)
@@ -141,16 +170,23 @@ def test_own_model_with_own_data(draw, tmp_path, tiny_run):
     assert list(entry.variants) == ["trained", "untrained"]
     assert entry.examples.has_pictures
     explorer = Explorer([entry])
-    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.all_ids[0]}})
+    view = explorer.answer(
+        "route", {"picture": {"kind": "example", "id": entry.examples.all_ids[0]}}
+    )
     assert view["picture"]["label"] in ("cat", "dog")
     assert view["picture"]["id"].startswith("data/")
-    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.all_ids[0]).pixels).to_json()
+    same = route_image(
+        load_model(str(tiny_run)), entry.examples.find(entry.examples.all_ids[0]).pixels
+    ).to_json()
     assert view["layers"] == same["layers"]
 
 
 def test_data_goes_to_the_model_of_photos(home, drawn_pets):
     photos, pets = open_entries(None, str(drawn_pets), home=home)
-    assert (photos.card.id, pets.card.id) == ("photos", "pets")  # the page opens on what the user brought
+    assert (photos.card.id, pets.card.id) == (
+        "photos",
+        "pets",
+    )  # the page opens on what the user brought
     assert pets.examples.all_ids[0].startswith("pets/")
     assert photos.examples.all_ids[0].startswith("data/")
     assert photos.examples.pictures.class_names == tuple(SyntheticPets.classes)
@@ -159,7 +195,9 @@ def test_data_goes_to_the_model_of_photos(home, drawn_pets):
 
 
 @pytest.mark.deep
-def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run, draw, tmp_path):
+def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(
+    home, drawn_pets, tiny_run, draw, tmp_path
+):
     files = {file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png")}
     assert len(files) == 40
     photos = open_entries(None, str(drawn_pets), home=home)[0]
@@ -171,7 +209,9 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
     assert galleries.wait(120)
     assert len(galleries.gallery(photos, "trained").pictures) == 40
     galleries.close()
-    few = draw(tmp_path / "few", per_class=3)  # with names of the run's images, as numbers are, but most are missing
+    few = draw(
+        tmp_path / "few", per_class=3
+    )  # with names of the run's images, as numbers are, but most are missing
     assert len(open_entries(str(tiny_run), str(few))[0].examples.names) == 6
     # A dataset known by name has a test set of its own, and the bundled model learned from the rest.
     drawn = open_entries(None, "synthetic_pets", home=home)[0]
@@ -180,7 +220,9 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
     assert drawn.shown == ""
 
 
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the folder
+@pytest.mark.filterwarnings(
+    "ignore::moevision.errors.DataWarning"
+)  # about the broken image in the folder
 def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp_path, monkeypatch):
     held_out = open_entries(str(tiny_run))[0].examples.names
     folder = Path(data_settings(tiny_run)["path"])
@@ -215,7 +257,9 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     config = (run / "config.yaml").read_text()
-    folder = next(line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: "))
+    folder = next(
+        line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: ")
+    )
     (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "gone")))
     with pytest.warns(DataWarning, match="no images of the model's own"):
         entry = open_entries(str(run))[0]
@@ -229,7 +273,9 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
 def test_named_datasets_are_looked_for_in_root_and_never_fetched(tiny_run, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(f"path: {data_settings(tiny_run)['path']}", "path: cifar10"))
+    (run / "config.yaml").write_text(
+        config.replace(f"path: {data_settings(tiny_run)['path']}", "path: cifar10")
+    )
     own = str(data_settings(run)["root"])
     asked = []
 
@@ -258,7 +304,10 @@ def test_a_damaged_summary(tiny_run, tmp_path):
     with pytest.raises(UserError, match="mend it"):
         card_of_run(str(tmp_path / "run"))
     summary = json.loads((tiny_run / "summary.json").read_text())
-    assert card_of_run(str(tiny_run)).accuracy["moe"] == summary["test"]["correct"] / summary["test"]["total"]
+    assert (
+        card_of_run(str(tiny_run)).accuracy["moe"]
+        == summary["test"]["correct"] / summary["test"]["total"]
+    )
     assert card_of_run("hf-hub:user/name").title == "name"
 
 

@@ -26,13 +26,22 @@ WAYS = {
     **{name: {"router": name} for name in ROUTERS},
     "noisy_top_1": {"router": "noisy_top_k", "top_k": 1},
     "capacity": {"eval_capacity_factor": 0.5},
-    "balanced capacity": {"router": "bias_balanced", "eval_capacity_factor": 0.5, "batch_priority": True},
+    "balanced capacity": {
+        "router": "bias_balanced",
+        "eval_capacity_factor": 0.5,
+        "batch_priority": True,
+    },
     "by image": {"route_by": "image"},
     "normalised": {"normalize_gates": True},
     "normalised choice": {"router": "expert_choice", "normalize_gates": True},
     "shared experts": {"num_shared_experts": 2},
     "class token": {"class_token": True, "global_pool": "token"},
-    "soft, class token": {"router": "soft", "slots_per_expert": 3, "class_token": True, "global_pool": "token"},
+    "soft, class token": {
+        "router": "soft",
+        "slots_per_expert": 3,
+        "class_token": True,
+        "global_pool": "token",
+    },
     "dense": {"backend": "dense"},
     "dense soft": {"backend": "dense", "router": "soft"},
     "layer scale": {"init_values": 0.1},
@@ -85,7 +94,9 @@ def mixed(layer, tokens, routing):
     if routing.kind == "soft":
         takes = routing.slot_weight[0]  # [N, E, S]
         slots = torch.einsum("nd,nes->esd", tokens, routing.dispatch_weight[0])
-        outputs = torch.stack([takes[:, e] @ expert(slots[e]) for e, expert in enumerate(experts)], 1)
+        outputs = torch.stack(
+            [takes[:, e] @ expert(slots[e]) for e, expert in enumerate(experts)], 1
+        )
         outputs = outputs / takes.sum(-1, keepdim=True)  # a mean of the expert's slots
     else:
         outputs = torch.stack([expert(tokens) for expert in experts], 1)
@@ -96,7 +107,9 @@ def mixed(layer, tokens, routing):
 def reference_expert(packed_experts, number):
     dim, hidden = packed_experts.fc1.in_features, packed_experts.fc1.out_features
     expert = Expert(dim, hidden)
-    expert.load_state_dict({name: value.detach()[number] for name, value in packed_experts.named_parameters()})
+    expert.load_state_dict(
+        {name: value.detach()[number] for name, value in packed_experts.named_parameters()}
+    )
     return expert
 
 
@@ -107,7 +120,9 @@ def lengths(vectors):
 def close(value, expected):
     """Equal to half a unit of the packed number, plus what float32 loses."""
     expected = np.asarray(expected)
-    assert np.abs(unpacked(value) - expected).max() <= value["unit"] / 2 + 2e-5 * max(1, np.abs(expected).max())
+    assert np.abs(unpacked(value) - expected).max() <= value["unit"] / 2 + 2e-5 * max(
+        1, np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -116,7 +131,9 @@ def test_the_numbers_are_those_of_the_model_and_of_the_reference(make, pixels, w
     view = route_image(model, pixels).to_json()
     expected = by_hand(model, pixels)
     assert len(view["layers"]) == len(expected) == 2
-    for shown, (layer, _, routing, outputs, total, before, after) in zip(view["layers"], expected, strict=True):
+    for shown, (layer, _, routing, outputs, total, before, after) in zip(
+        view["layers"], expected, strict=True
+    ):
         first = model.net.num_prefix_tokens
         numbers = shown["computation"]
         close(numbers["scores"], routing.logits[0, first:])
@@ -142,7 +159,9 @@ def test_the_numbers_are_those_of_the_model_and_of_the_reference(make, pixels, w
         assert (of["of"], of["hidden"]) == (before.shape[-1], layer.experts.fc1.out_features)
         for name, value in (("total", total), ("before", before), ("after", after)):
             close(of[name], value.numpy()[first:][:, of["index"]])
-        given = np.take_along_axis(outputs.numpy()[first:], index.numpy()[..., None], 1)[..., of["index"]]
+        given = np.take_along_axis(outputs.numpy()[first:], index.numpy()[..., None], 1)[
+            ..., of["index"]
+        ]
         kept = routing.kept[0, first:].numpy()[..., None] if shown["kind"] == "expert_choice" else 1
         close(of["outputs"], given * kept)
 
@@ -156,9 +175,13 @@ def test_the_channels_add_up(make, pixels, way):
         outputs = value["outputs"]
         for patch, (weights, kept) in enumerate(zip(layer["weights"], layer["kept"], strict=True)):
             gates = np.array(weights) * kept
-            total = gates @ outputs[patch, : len(gates)] + value.get("shared", np.zeros((99, 8)))[patch]
+            total = (
+                gates @ outputs[patch, : len(gates)] + value.get("shared", np.zeros((99, 8)))[patch]
+            )
             assert total == pytest.approx(value["total"][patch], abs=2e-3)
-            assert value["before"][patch] + value["scale"] * total == pytest.approx(value["after"][patch], abs=2e-3)
+            assert value["before"][patch] + value["scale"] * total == pytest.approx(
+                value["after"][patch], abs=2e-3
+            )
 
 
 def test_scores_and_gates_of_the_default_router_are_the_references(make, pixels):
@@ -176,16 +199,24 @@ def test_scores_and_gates_of_the_default_router_are_the_references(make, pixels)
 def test_an_intervention_shows_what_was_computed_under_it(make, pixels):
     model = shaken(make())
     change = Settings(intervention=Intervention("force", layer=3, expert=2))
-    before, after = (route_image(model, pixels, settings=one).to_json()["layers"] for one in (Settings(), change))
+    before, after = (
+        route_image(model, pixels, settings=one).to_json()["layers"] for one in (Settings(), change)
+    )
     assert after[0]["computation"] == before[0]["computation"]
     assert after[1]["computation"]["scores"] == before[1]["computation"]["scores"]
     outputs = lengths(by_hand(model, pixels)[1][3])  # [P, E]
     assert [choices[0] for choices in after[1]["experts"]] == [2] * 16
-    close(after[1]["computation"]["outputs"], np.take_along_axis(outputs, np.array(after[1]["experts"]), -1))
+    close(
+        after[1]["computation"]["outputs"],
+        np.take_along_axis(outputs, np.array(after[1]["experts"]), -1),
+    )
 
 
 NOISY = {
-    **{name: WAYS[name] for name in ("noisy_top_k", "vmoe_top_k", "cosine", "expert_choice", "by image", "capacity")},
+    **{
+        name: WAYS[name]
+        for name in ("noisy_top_k", "vmoe_top_k", "cosine", "expert_choice", "by image", "capacity")
+    },
     "jitter": {"router": "switch", "noise": "jitter", "top_k": 1},
     "one layer": {"router": ["vmoe_top_k", "soft"], "top_k": [2, 1]},
 }
@@ -197,7 +228,8 @@ def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
     clean = route_image(model, pixels).to_json()["layers"]
     state = torch.get_rng_state()
     shown, again, other = (
-        route_image(model, pixels, settings=Settings(noise=seed)).to_json()["layers"] for seed in (3, 3, 4)
+        route_image(model, pixels, settings=Settings(noise=seed)).to_json()["layers"]
+        for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert shown == again
@@ -214,14 +246,22 @@ def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
             continue
         assert " As in training, with noise" in layer["steps"]["scores"]
         assert before["computation"]["noise"] is None
-        kept = routing.kept[0].numpy() if layer["kind"] == "expert_choice" else np.full(routing.kept.shape[1:], True)
+        kept = (
+            routing.kept[0].numpy()
+            if layer["kind"] == "expert_choice"
+            else np.full(routing.kept.shape[1:], True)
+        )
         for name, value in (("experts", routing.expert_index), ("weights", routing.combine_weight)):
             assert np.concatenate(layer[name]) == pytest.approx(value[0].numpy()[kept], abs=5.1e-5)
         noise = unpacked(numbers["noise"])
-        assert unpacked(numbers["scores"]) + noise == pytest.approx(routing.noisy_logits[0].numpy(), abs=1e-3)
+        assert unpacked(numbers["scores"]) + noise == pytest.approx(
+            routing.noisy_logits[0].numpy(), abs=1e-3
+        )
         assert np.abs(noise - unpacked(another["computation"]["noise"])).max() > 1e-3
     assert shown[0]["computation"]["scores"] == clean[0]["computation"]["scores"]
-    assert (way == "capacity") == (not all(kept for layer in shown for row in layer["kept"] for kept in row))
+    assert (way == "capacity") == (
+        not all(kept for layer in shown for row in layer["kept"] for kept in row)
+    )
 
 
 def elsewhere(act):
@@ -260,7 +300,9 @@ def test_noise_of_one_model_waits_for_that_of_another(make):
     assert entered.is_set()
 
 
-@pytest.mark.parametrize("options", [{"batch_priority": True}, {"route_by": "image", "capacity_group": "batch"}])
+@pytest.mark.parametrize(
+    "options", [{"batch_priority": True}, {"route_by": "image", "capacity_group": "batch"}]
+)
 def test_noise_of_a_model_with_a_limit_in_training_alone(make, pixels, options):
     model = make(capacity_factor=1.25, **options)
     view = route_image(model, pixels, settings=Settings(noise=1))
@@ -323,7 +365,11 @@ def test_packed_numbers_are_off_by_half_a_unit_at_most(shape):
         ({"router": "bias_balanced"}, "kept", "enters no weight"),
         ({"router": "cosine"}, "scores", "angle"),
         ({"eval_capacity_factor": 0.5}, "kept", "capacity factor 0.5) turns away the last patches"),
-        ({"eval_capacity_factor": 0.5, "batch_priority": True}, "kept", "turns away the smallest weights"),
+        (
+            {"eval_capacity_factor": 0.5, "batch_priority": True},
+            "kept",
+            "turns away the smallest weights",
+        ),
         ({"router": "expert_choice"}, "kept", "Experts choose patches"),
         ({"router": "expert_choice", "normalize_gates": True}, "weights", "divided by their sum"),
         ({"router": "soft"}, "kept", "Nothing is left out"),

@@ -87,7 +87,9 @@ def test_an_address_alone_may_have_every_place_and_gives_them_up():
             await gate.run("crowd", str, 8)
         assert refused.value.code == "busy"
         others = [await sent(gate, f"other {number}", str, number) for number in range(3)]
-        shared = [await sent(gate, "class", str, number) for number in range(2)]  # 3 of the crowd are left
+        shared = [
+            await sent(gate, "class", str, number) for number in range(2)
+        ]  # 3 of the crowd are left
         with pytest.raises(RequestError, match="try again"):
             await gate.run("class", str, 2)
         go.set()

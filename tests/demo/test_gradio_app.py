@@ -103,7 +103,9 @@ def test_an_expert_that_is_not_there_is_named(entries, away, words):
 
 def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries):
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
-    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == answer(entries, photo, title, ["L3·E1"])
+    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == answer(
+        entries, photo, title, ["L3·E1"]
+    )
 
 
 @pytest.mark.parametrize("model", ["nope", "", None, 3, ["The pets"], {"The pets": 1}])
@@ -117,7 +119,13 @@ def test_examples_are_as_large_as_their_data(entries):
     found = examples(entries)
     assert [title for _, title in found] == ["The pets"] * 3  # the other model has none here
     assert found[0][0].size == (672, 672)  # drawn
-    assert list(experts(next(iter(entries.values()))))[:5] == ["L1·E0", "L1·E1", "L1·E2", "L1·E3", "L3·E0"]
+    assert list(experts(next(iter(entries.values()))))[:5] == [
+        "L1·E0",
+        "L1·E1",
+        "L1·E2",
+        "L1·E3",
+        "L3·E0",
+    ]
 
 
 class Asking:
@@ -196,7 +204,10 @@ def test_what_is_too_large_is_never_decoded(launched, decoded):
     for image in ({"path": launched.upload(data), **META}, {"url": hostile.uri(data)}):
         assert "13300 x 13300 pixels exceeds the limit of 16,000,000" in launched.ask(image)
     assert decoded() == set()
-    assert launched.ask({"path": launched.upload(hostile.picture_bytes("PNG")), **META}) in ("cat", "dog")
+    assert launched.ask({"path": launched.upload(hostile.picture_bytes("PNG")), **META}) in (
+        "cat",
+        "dog",
+    )
     assert decoded() == {"(40, 30)"}
 
 
@@ -220,7 +231,10 @@ def test_only_uploaded_files_are_opened(launched, tmp_path, decoded):
             said = launched.ask({"path": path, **more})
             assert said.startswith("This image can't be used: "), (path, more, said)
     for more in (META, {**META, "is_stream": True}):
-        assert launched.ask({"path": str(mine), **more}) not in ("cat", "dog")  # Gradio's own refusal, without a word
+        assert launched.ask({"path": str(mine), **more}) not in (
+            "cat",
+            "dog",
+        )  # Gradio's own refusal, without a word
     assert decoded() == set()
 
 
@@ -233,7 +247,10 @@ def test_odd_images_are_sentences(launched):
         data = base64.b64decode(encoded) if ";base64," in text else encoded.encode()
         for image in ({"url": text}, {"path": launched.upload(data, "odd.svg"), **META}):
             said = launched.ask(image)
-            assert said in ("cat", "dog") or said.startswith("This image can't be used: "), (text[:80], said)
+            assert said in ("cat", "dog") or said.startswith("This image can't be used: "), (
+                text[:80],
+                said,
+            )
 
 
 @pytest.mark.deep
@@ -269,24 +286,44 @@ def test_app_py_has_a_typed_endpoint():
 
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(ROOT / "app.py")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
     try:
         assert any("Running on local URL" in line for line in process.stdout)
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
-        ((name, endpoint),) = client.view_api(return_format="dict", print_info=False)["named_endpoints"].items()
+        ((name, endpoint),) = client.view_api(return_format="dict", print_info=False)[
+            "named_endpoints"
+        ].items()
         assert name == "/route"
-        assert [one["component"] for one in endpoint["parameters"]] == ["Image", "Dropdown", "Dropdown"]
+        assert [one["component"] for one in endpoint["parameters"]] == [
+            "Image",
+            "Dropdown",
+            "Dropdown",
+        ]
         label, page = client.predict(
             handle_file(ROOT / "docs/img/pets.jpg"), "Drawn pets", ["L1·E3"], api_name="/route"
         )
         assert label["label"] in SyntheticPets.classes
         assert shown(page)["settings"]["away"] == [[1, 3]]
-        asking, before, start = Asking(f"http://127.0.0.1:{port}"), peak_mb(process), time.monotonic()
+        asking, before, start = (
+            Asking(f"http://127.0.0.1:{port}"),
+            peak_mb(process),
+            time.monotonic(),
+        )
         with closing(asking.http):
-            assert "exceeds the limit" in asking.ask({"path": asking.upload(hostile.large_png(13_300)), **META})
-            assert asking.http.post("upload", files={"files": ("a.png", bytes(MAX_BYTES + 1))}).status_code == 413
+            assert "exceeds the limit" in asking.ask(
+                {"path": asking.upload(hostile.large_png(13_300)), **META}
+            )
+            assert (
+                asking.http.post(
+                    "upload", files={"files": ("a.png", bytes(MAX_BYTES + 1))}
+                ).status_code
+                == 413
+            )
         assert peak_mb(process) < before + 100  # decoded it has 700 MB
         assert time.monotonic() - start < 60
     finally:

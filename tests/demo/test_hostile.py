@@ -41,7 +41,9 @@ def still_right(http, explorer):
 def post(http, name, body):
     start = time.monotonic()
     answer = http.post(
-        f"api/{name}", content=body.encode("utf-8", "surrogatepass"), headers={"content-type": "application/json"}
+        f"api/{name}",
+        content=body.encode("utf-8", "surrogatepass"),
+        headers={"content-type": "application/json"},
     )
     return answer, time.monotonic() - start
 
@@ -136,7 +138,9 @@ def tiny(monkeypatch):
 
     own = socket.socket()
     own.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=Connection, lifespan="off", log_level="critical", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, http=Connection, lifespan="off", log_level="critical", timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
     thread.start()
@@ -166,7 +170,9 @@ def test_connections_are_counted(tiny, unfinished):
     kept = unfinished(tiny, times=4)
     with socket.create_connection(kept[0].getpeername(), timeout=20) as one_more:
         assert b"503" in one_more.recv(100)
-    assert all(drip(one, b"x", 5, 0.1) for one in kept)  # and when those are gone there is room again
+    assert all(
+        drip(one, b"x", 5, 0.1) for one in kept
+    )  # and when those are gone there is room again
     with httpx.Client(base_url=tiny, timeout=20) as http:
         assert http.get("").text == "fine"
 
@@ -283,7 +289,9 @@ def test_connections_are_counted_by_network(monkeypatch, others, taken):
     assert visitor is False
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:7860", "", "a b", "["])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "evil.example:7860", "", "a b", "["]
+)
 def test_a_name_that_is_not_ours_is_refused(http, host):
     """Or a website could have its name point to this computer, and read the answers."""
     answer = http.get("", headers={"host": host})
@@ -291,7 +299,9 @@ def test_a_name_that_is_not_ours_is_refused(http, host):
     assert "--allow-host" in answer.json()["error"]
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1", "[::1]:7860", "localhost.", "192.168.1.7"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:9", "127.0.0.1", "[::1]:7860", "localhost.", "192.168.1.7"]
+)
 def test_localhost_and_addresses_are_names_of_ours(http, host):
     assert http.get("", headers={"host": host}).status_code == 200
 
@@ -339,7 +349,11 @@ def test_no_path_and_no_address_is_ever_opened(explorer, data, monkeypatch):
         ("intervention", {"kind": "ablate", "layer": 2, "expert": 1}, "one of 1, 3"),
         ("intervention", {"kind": "force", "layer": 1, "expert": 4}, "from 0 to 3"),
         ("intervention", {"kind": "swap", "layer": 1, "expert": 1}, "from 0 to 3"),
-        ("intervention", {"kind": "swap", "layer": 1, "expert": 1, "other": 1}, "Two different experts"),
+        (
+            "intervention",
+            {"kind": "swap", "layer": 1, "expert": 1, "other": 1},
+            "Two different experts",
+        ),
         ("intervention", {"kind": "ablate", "layer": 1, "expert": 1, "other": 2}, "must be null"),
         ("intervention", {"kind": "random", "layer": None, "seed": -1}, "'seed'"),
     ],
@@ -409,13 +423,19 @@ def test_a_body_in_pieces_arrives_whole(ask_door, explorer):
     text = json.dumps(hostile.ROUTE).encode()
     (start, *parts), door = ask_door([text[:9], text[9:]])
     assert start["status"] == 200
-    assert json.loads(b"".join(part["body"] for part in parts)) == explorer.answer("route", hostile.ROUTE)
+    assert json.loads(b"".join(part["body"] for part in parts)) == explorer.answer(
+        "route", hostile.ROUTE
+    )
     assert (b"x-content-type-options", b"nosniff") in start["headers"]
     assert (door._held, door._inside) == ({}, {})
 
 
-@pytest.mark.parametrize(("text", "status"), [(b"[" * 5_000_000, 400), (b'{"a":[' + b"1," * 5_000_000 + b"1]}", 400)])
-def test_a_body_of_millions_of_parts_is_refused_before_it_is_parsed(ask_door, monkeypatch, text, status):
+@pytest.mark.parametrize(
+    ("text", "status"), [(b"[" * 5_000_000, 400), (b'{"a":[' + b"1," * 5_000_000 + b"1]}", 400)]
+)
+def test_a_body_of_millions_of_parts_is_refused_before_it_is_parsed(
+    ask_door, monkeypatch, text, status
+):
     """Parsing it takes seconds in which nobody else is answered."""
     parsed = []
     monkeypatch.setattr(server_module.json, "loads", lambda body: parsed.append(body) or {})
@@ -455,7 +475,9 @@ def test_a_fourth_of_all_bodies_is_for_one_address(ask_door):
 
 def test_a_short_form_is_enough_for_a_login(ask_door):
     form = [(b"content-type", b"application/x-www-form-urlencoded")]
-    (start, *_), _ = ask_door([b"x" * 5000], path="/login", headers=form, serving={"auth": ("class", "secret")})
+    (start, *_), _ = ask_door(
+        [b"x" * 5000], path="/login", headers=form, serving={"auth": ("class", "secret")}
+    )
     assert start["status"] == 413
 
 
@@ -470,7 +492,12 @@ def test_a_short_form_is_enough_for_a_login(ask_door):
 )
 def test_another_website_may_not_ask(http, headers):
     """With the visitor's login, if there is one; the page itself may be linked to."""
-    for method, path in (("POST", "api/boot"), ("POST", "api/route"), ("POST", "login"), ("GET", "nothing")):
+    for method, path in (
+        ("POST", "api/boot"),
+        ("POST", "api/route"),
+        ("POST", "login"),
+        ("GET", "nothing"),
+    ):
         assert http.request(method, path, headers=headers).status_code == 403
     assert http.get("", headers=headers).status_code == 200
 
@@ -534,9 +561,21 @@ ORIGINS = [
     ("127.0.0.1:7860", "https://a.class.example", True, NAMED, {}),
     ("127.0.0.1:7860", f"https://{NAME}:8443", False, NAMED, {}),
     ("127.0.0.1:7860", f"https://{NAME}:8443", True, NAMED, {"x-forwarded-host": f"{NAME}:8443"}),
-    ("127.0.0.1:7860", f"https://{NAME}:8443", True, NAMED, {"x-forwarded-host": f"{NAME}:8443, inner"}),
+    (
+        "127.0.0.1:7860",
+        f"https://{NAME}:8443",
+        True,
+        NAMED,
+        {"x-forwarded-host": f"{NAME}:8443, inner"},
+    ),
     ("127.0.0.1:7860", "https://evil.example", False, NAMED, {"x-forwarded-host": NAME}),
-    ("127.0.0.1:7860", f"https://{NAME}", False, {}, {"x-forwarded-host": NAME}),  # no proxy is known to be there
+    (
+        "127.0.0.1:7860",
+        f"https://{NAME}",
+        False,
+        {},
+        {"x-forwarded-host": NAME},
+    ),  # no proxy is known to be there
     ("127.0.0.1:7860", f"https://{NAME}.evil.example", False, NAMED, {}),
     ("127.0.0.1:7860", "https://203.0.113.5", False, {"allow_host": ("*",)}, {}),
     ("127.0.0.1:7860", "http://localhost", False, {"allow_host": ("*",)}, {}),
@@ -554,9 +593,16 @@ ORIGINS = [
 @pytest.mark.parametrize(("host", "origin", "allowed", "serving", "more"), ORIGINS)
 def test_only_a_page_from_here_may_ask(ask_door, host, origin, allowed, serving, more):
     """Host and port of `Origin` are those that the request went to (RFC 6454, 4)."""
-    headers = [(name.encode(), value.encode()) for name, value in {"origin": origin, **more}.items()]
+    headers = [
+        (name.encode(), value.encode()) for name, value in {"origin": origin, **more}.items()
+    ]
     (start, *_), _ = ask_door(
-        [b"{}"], path="/api/boot", host=host, headers=headers, serving=serving, tunnel="abc.tunnel.example"
+        [b"{}"],
+        path="/api/boot",
+        host=host,
+        headers=headers,
+        serving=serving,
+        tunnel="abc.tunnel.example",
     )
     assert start["status"] == (200 if allowed else 403)
 
@@ -572,5 +618,10 @@ def test_a_space_may_ask_itself(ask_door, monkeypatch):
 
 
 def test_there_are_no_sockets(http):
-    headers = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "x"}
+    headers = {
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "x",
+    }
     assert http.get("", headers=headers).status_code == 200

@@ -88,12 +88,16 @@ def test_modules_mean_the_same_in_one_scope():
     names = r"^(?:export )?(?:async )?(?:function|class|const|let|var) (\w+)"
     whole = "\n".join(text.values())
     several = re.findall(r"^const \[([\w, ]+)\] =", whole, re.M)
-    declared = re.findall(names, whole, re.M) + [name for each in several for name in each.split(", ")]
+    declared = re.findall(names, whole, re.M) + [
+        name for each in several for name in each.split(", ")
+    ]
     assert len(set(declared)) == len(declared)
     assert len(declared) > 100
     for name, module in text.items():
         rest = re.sub(r'^import \{[^}]*\} from "\./[\w-]+\.js";\n', "", module, flags=re.M)
-        assert not re.search(r"^import\b|\bimport\(|^export (?!(async )?(function|class|const) )", rest, re.M), name
+        assert not re.search(
+            r"^import\b|\bimport\(|^export (?!(async )?(function|class|const) )", rest, re.M
+        ), name
 
 
 def test_the_page_has_the_colours_of_the_figures():
@@ -103,12 +107,19 @@ def test_the_page_has_the_colours_of_the_figures():
     assert constant(script, "HIGHLIGHT") == plots.EXPERT_COLOURS[0]
 
 
-@pytest.mark.parametrize("file", sorted([*ASSETS.iterdir(), *LESSON.glob("lesson*")]), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted([*ASSETS.iterdir(), *LESSON.glob("lesson*")]), ids=lambda file: file.name
+)
 def test_an_asset_is_read_in_one_sitting_and_reaches_for_nothing_outside(file):
     text = DOCS.sub("", file.read_text(encoding="utf-8"))  # JSDoc says `@import` of a type
-    assert file.suffix != ".css" or text.count("{") == text.count("}")  # else what follows is read as part of a rule
+    assert file.suffix != ".css" or text.count("{") == text.count(
+        "}"
+    )  # else what follows is read as part of a rule
     assert len(text.splitlines()) <= 400 or file.name.endswith((".d.ts", ".json"))
-    assert not re.findall(r"(?:https?:)?//[\w-]+\.\w+|@import|url\(\s*['\"]?(?!\$)[\w/]|XMLHttpRequest|WebSocket", text)
+    assert not re.findall(
+        r"(?:https?:)?//[\w-]+\.\w+|@import|url\(\s*['\"]?(?!\$)[\w/]|XMLHttpRequest|WebSocket",
+        text,
+    )
     assert len(re.findall(r"\bfetch\(", text)) == len(re.findall(r"fetch\(`\$\{home\}api/", text))
 
 
@@ -117,7 +128,10 @@ def test_the_document_shows_its_images_first_and_lets_its_own_script_run_only(vi
     page = opened(hostile, views=[{**view, "picture": {**view["picture"], "id": HOSTILE}}])
     found = Page(page.text)
     (script,) = found.scripts
-    assert page.policy == f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    assert (
+        page.policy
+        == f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    )
     images = [attrs["src"] for tag, attrs in found.elements if tag == "img"]
     assert images == [hostile["thumb"]]
     assert page.text.index("<img") < page.text.index("<script>")
@@ -150,7 +164,9 @@ def test_a_notebook_gets_the_same_page_in_a_frame_of_its_own(view):
     (element,) = Page(frame).elements
     tag, attrs = element
     assert tag == "iframe"
-    assert attrs["sandbox"] == "allow-scripts"  # without allow-same-origin it can't reach the notebook
+    assert (
+        attrs["sandbox"] == "allow-scripts"
+    )  # without allow-same-origin it can't reach the notebook
     assert attrs["srcdoc"] == view_html(view, full_page=True)
 
 

@@ -50,7 +50,14 @@ def test_loopback(host, expected):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--share"], ["--host", "192.168.1.7"], ["--host", "myhost"]]
+    "arguments",
+    [
+        ["--host", "0.0.0.0"],
+        ["--host", "::"],
+        ["--share"],
+        ["--host", "192.168.1.7"],
+        ["--host", "myhost"],
+    ],
 )
 def test_others_are_kept_out_without_a_password(arguments, cli):
     outcome = cli("demo", *arguments)
@@ -102,7 +109,10 @@ def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(launch.getpass, "getpass", {"Password for class: ": "a:secret"}.__getitem__)
     assert launch.login("class") == ("class", "a:secret")
-    for argument, user in ((None, "other"), ("class", "class")):  # an argument comes before the variable
+    for argument, user in (
+        (None, "other"),
+        ("class", "class"),
+    ):  # an argument comes before the variable
         monkeypatch.setenv(AUTH, "other:a:secret")
         assert launch.login(argument) == (user, "a:secret")
         assert AUTH not in os.environ  # the program of gradio's tunnel doesn't need it
@@ -133,7 +143,10 @@ def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
 
 def test_an_answer_is_sent_at_once():
     """Without TCP_NODELAY its last part waits until the browser confirms the first, 40 ms on Linux."""
-    with Serving(host="127.0.0.1").listen() as listener, socket.create_connection(listener.getsockname()):
+    with (
+        Serving(host="127.0.0.1").listen() as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
@@ -141,7 +154,10 @@ def test_an_answer_is_sent_at_once():
 
 def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     """Without IPv6, /etc/hosts often lists ::1 for localhost all the same, before 127.0.0.1."""
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+        for address in ("192.0.2.1", "127.0.0.1")
+    ]
     monkeypatch.setattr(gate.socket, "getaddrinfo", lambda *_, **__: found)
     with Serving(host="localhost").listen() as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
@@ -168,7 +184,11 @@ def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
         (Serving(allow_host=("*.lab.example",)), "moe.lab.example", True),
         (Serving(allow_host=("*.lab.example",)), "lab.example.evil.example", False),
         (Serving(allow_host=("*",)), "anything", True),
-        (Serving(share=True), "abc.gradio.live", False),  # that of one's own tunnel is added when it is known
+        (
+            Serving(share=True),
+            "abc.gradio.live",
+            False,
+        ),  # that of one's own tunnel is added when it is known
     ],
 )
 def test_names_that_the_page_goes_by(serving, name, expected):
@@ -178,7 +198,10 @@ def test_names_that_the_page_goes_by(serving, name, expected):
 def test_who_may_show_the_page_in_a_frame(monkeypatch):
     assert Serving().frames() == "'self' http://localhost:* http://127.0.0.1:*"  # a notebook
     assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == "'self'"
-    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "'self' https://lab.example *"
+    assert (
+        Serving(share=True, allow_embed=("https://lab.example", "*")).frames()
+        == "'self' https://lab.example *"
+    )
     monkeypatch.setenv("SPACE_ID", "me/moevision")
     space = Serving(host="0.0.0.0", public=True)
     assert space.frames() == "'self' https://huggingface.co https://*.hf.space"
@@ -210,7 +233,9 @@ def test_the_help_loads_no_gradio():
         "import sys; from moevision.cli import main; main(['demo', '--help']); main(['demo', '--share'])\n"
         "print([name for name in ('gradio', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -233,7 +258,16 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
         assert server.url.startswith("http://127.0.0.1:")
         page = get(server.url)
         port = server.url.rstrip("/").rpartition(":")[2]
-        second = [sys.executable, "-m", "moevision", "demo", str(mine), "--port", port, "--no-browser"]
+        second = [
+            sys.executable,
+            "-m",
+            "moevision",
+            "demo",
+            str(mine),
+            "--port",
+            port,
+            "--no-browser",
+        ]
         taken = subprocess.run(second, capture_output=True, text=True, timeout=600)
         assert taken.returncode == 2
         assert "give another --port" in taken.stderr.splitlines()[-1]
@@ -279,20 +313,31 @@ def test_a_space_says_what_it_needs(space):
 def test_a_space_serves_a_class_below_a_path(mine, space):
     app = space / front_matter(space)["app_file"]
     options = ("--auth", "class:secret", "--root-path", "/moe", "--port", str(free_port()))
-    with running(str(app), str(mine), *options, env={"SPACE_ID": "me/moe", "PYTHONPATH": ""}) as server:
+    with running(
+        str(app), str(mine), *options, env={"SPACE_ID": "me/moe", "PYTHONPATH": ""}
+    ) as server:
         port = server.url.rstrip("/").rpartition(":")[2]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"http://127.0.0.1:{port}/api/boot")
         address = launch.address_for_others("0.0.0.0", server.url)  # as the QR code says
         assert "moevision" in get(address)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"host": "me-moe.hf.space"}, timeout=60) as http:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"host": "me-moe.hf.space"}, timeout=60
+        ) as http:
             # The proxy leaves the path on, or takes it off.
-            assert http.post("/moe/login", data={"username": "class", "password": "secret"}).status_code == 200
+            assert (
+                http.post(
+                    "/moe/login", data={"username": "class", "password": "secret"}
+                ).status_code
+                == 200
+            )
             page = http.get("/moe/")
             assert page.text == http.get("/").text
             assert re.search(r"^const BOOT = ", page.text, re.MULTILINE)
             policy = page.headers["content-security-policy"]
-            assert policy.endswith("frame-ancestors 'self' https://huggingface.co https://*.hf.space")
+            assert policy.endswith(
+                "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
+            )
             assert "x-frame-options" not in page.headers
             assert http.post("/moe/api/boot", json={}).json()["models"][0]["title"] == "mine"
             assert http.get("/moebius").status_code == 404
@@ -325,7 +370,12 @@ for host in hosts:
     with Server(explorer, Serving(host=host, port=int(port), public=True)) as server:
         print(server.url, opener.open(server.url, timeout=60).status)
 """
-PROXY = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+PROXY = {
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "http_proxy": "http://127.0.0.1:9",
+    "NO_PROXY": "",
+    "no_proxy": "",
+}
 
 
 @pytest.mark.deep
@@ -352,7 +402,9 @@ def has_ipv6():
 
 def test_the_address_for_others_is_a_url(monkeypatch):
     monkeypatch.setattr(
-        launch, "_own_address", lambda family: {socket.AF_INET6: "fe::1", socket.AF_INET: "10.0.0.5"}[family]
+        launch,
+        "_own_address",
+        lambda family: {socket.AF_INET6: "fe::1", socket.AF_INET: "10.0.0.5"}[family],
     )
     for host, address in (
         ("0.0.0.0", "http://10.0.0.5:7861/"),
@@ -362,7 +414,9 @@ def test_the_address_for_others_is_a_url(monkeypatch):
         ("[fe::7]", "http://[fe::7]:7861/"),
     ):
         monkeypatch.setattr(FakeServer, "share_url", None)
-        assert f"Others open {address}:" in launch.announcement(FakeServer, Serving(host=host, public=True))
+        assert f"Others open {address}:" in launch.announcement(
+            FakeServer, Serving(host=host, public=True)
+        )
 
 
 class FakeServer:
@@ -371,7 +425,9 @@ class FakeServer:
 
 
 def test_the_announcement_for_others():
-    text = launch.announcement(FakeServer, Serving(host="0.0.0.0", port=7861, auth=("class", "secret")))
+    text = launch.announcement(
+        FakeServer, Serving(host="0.0.0.0", port=7861, auth=("class", "secret"))
+    )
     assert "and log in" in text
     assert ":7861/" in text
     assert "http://0.0.0.0:7861/" in text.splitlines()[0]
@@ -386,9 +442,14 @@ def test_the_qr_code_can_be_scanned():
     """The half blocks of the terminal, read back, are the code's modules with finder patterns in three corners."""
     halves = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
     lines = [line for line in launch.qr_code("http://192.168.1.7:7860/").splitlines() if line]
-    plain = [line.replace("\x1b[7m", "").replace("\x1b[49m", "").replace("\x1b[0m", "") for line in lines]
+    plain = [
+        line.replace("\x1b[7m", "").replace("\x1b[49m", "").replace("\x1b[0m", "") for line in lines
+    ]
     rows = [[halves[sign][half] for sign in line] for line in plain for half in (0, 1)]
-    matrix = [list(row) for row in segno.make("http://192.168.1.7:7860/", micro=False).matrix_iter(border=2)]
+    matrix = [
+        list(row)
+        for row in segno.make("http://192.168.1.7:7860/", micro=False).matrix_iter(border=2)
+    ]
     light = [[1 - module for module in row] for row in matrix]
     assert rows[: len(light)] in (light, matrix)
     # ISO/IEC 18004, 6.3.3: dark and light in 1 : 1 : 3 : 1 : 1

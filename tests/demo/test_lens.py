@@ -16,7 +16,9 @@ def normed(tokens, norm):
     if isinstance(norm, torch.nn.Identity):
         return tokens
     centred = tokens - tokens.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    return (
+        centred / ((centred**2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    )
 
 
 @torch.no_grad()
@@ -27,7 +29,9 @@ def by_hand(net, x):
     for block in net.blocks:
         x = block(x)
         tokens = normed(x[0], net.norm)  # [N, D]
-        pooled = tokens[0] if net.global_pool == "token" else tokens[net.num_prefix_tokens :].mean(0)
+        pooled = (
+            tokens[0] if net.global_pool == "token" else tokens[net.num_prefix_tokens :].mean(0)
+        )
         rows.append(net.head.weight @ normed(pooled, net.fc_norm) + net.head.bias)
     return torch.stack(rows)
 

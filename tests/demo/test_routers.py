@@ -32,7 +32,9 @@ def routings_of(model, pixels):
 def weights_of(layer):
     """[patches, experts] the weight of every expert, from the JSON of a layer."""
     weights = np.zeros((len(layer["experts"]), layer["num_experts"]))
-    for patch, choices in enumerate(zip(layer["experts"], layer["weights"], layer["kept"], strict=True)):
+    for patch, choices in enumerate(
+        zip(layer["experts"], layer["weights"], layer["kept"], strict=True)
+    ):
         for expert, weight, kept in zip(*choices, strict=True):
             weights[patch, expert] = weight * kept
     return weights
@@ -43,9 +45,16 @@ def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pix
     model = make(**(MIXED if router == "mixed" else {"router": router}))
     view = route_image(model, pixels).to_json()
     assert json.loads(json.dumps(view, allow_nan=False)) == view
-    routings, names = routings_of(model, pixels), MIXED["router"] if router == "mixed" else [router] * 2
+    routings, names = (
+        routings_of(model, pixels),
+        MIXED["router"] if router == "mixed" else [router] * 2,
+    )
     for layer, routing, name in zip(view["layers"], routings, names, strict=True):
-        assert (layer["router"], layer["kind"], layer["num_experts"]) == (name, routing.kind, routing.num_experts)
+        assert (layer["router"], layer["kind"], layer["num_experts"]) == (
+            name,
+            routing.kind,
+            routing.num_experts,
+        )
         assert weights_of(layer) == pytest.approx(routing.expert_weights()[0].numpy(), abs=5.1e-5)
         assert layer["counts"] == routing.counts().tolist()
         assert layer["requested"] == routing.requested_counts().tolist()
@@ -72,7 +81,10 @@ def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pix
         ),
         ({"route_by": "image"}, "top-2 of 4 experts, chosen once for the whole image"),
         ({"router": "expert_choice"}, "4 experts that choose patches, 2 per patch on average"),
-        ({"router": "soft", "slots_per_expert": 1}, "4 experts with 1 slot each, which read all patches"),
+        (
+            {"router": "soft", "slots_per_expert": 1},
+            "4 experts with 1 slot each, which read all patches",
+        ),
     ],
 )
 def test_what_is_said_about_a_layer(make, arguments, words):
@@ -113,7 +125,9 @@ def test_patches_that_no_expert_took_are_empty_and_not_dropped(make, pixels):
             taken[token].add(expert)
     assert [set(experts) for experts in layer["experts"]] == taken
     assert set() in taken
-    assert all(kept == [True] * len(experts) for kept, experts in zip(layer["kept"], taken, strict=True))
+    assert all(
+        kept == [True] * len(experts) for kept, experts in zip(layer["kept"], taken, strict=True)
+    )
     assert layer["counts"] == [4] * 4  # 16 patches · 1 / 4 experts
 
 
@@ -122,7 +136,9 @@ def test_k_of_expert_choice_is_a_mean(make, pixels):
     view = route_image(model, pixels, settings=Settings(top_k=1)).to_json()
     assert view["layers"][0]["counts"] == [4] * 4
     assert view["layers"][0]["top_k"] == 1
-    assert view["settings"]["off_reason"] == "Trained with 2 experts per patch on average, shown is 1."
+    assert (
+        view["settings"]["off_reason"] == "Trained with 2 experts per patch on average, shown is 1."
+    )
 
 
 def test_slots_of_a_soft_layer(make, pixels):
@@ -146,7 +162,9 @@ def test_requested_and_kept_under_a_capacity_of_the_models_own(make, pixels):
         assert (layer["capacity"], layer["train_capacity"]) == (0.5, 1.25)
     assert not view["settings"]["off_distribution"]
     other = route_image(model, pixels, settings=Settings(capacity=0.75)).to_json()
-    assert 4 < max(max(layer["counts"]) for layer in other["layers"]) <= 6  # in the place of the model's own
+    assert (
+        4 < max(max(layer["counts"]) for layer in other["layers"]) <= 6
+    )  # in the place of the model's own
     assert other["settings"]["off_reason"] == "Trained with capacity factor 1.25, shown is 0.75."
     as_trained = route_image(model, pixels, settings=Settings(capacity=1.25)).to_json()
     assert not as_trained["settings"]["off_distribution"]
@@ -155,9 +173,21 @@ def test_requested_and_kept_under_a_capacity_of_the_models_own(make, pixels):
 @pytest.mark.parametrize(
     ("arguments", "settings", "reason"),
     [
-        ({"top_k": [2, 1]}, Settings(top_k=3), "Shown is k = 3; trained were top-2 in L1; top-1 in L3."),
-        ({"top_k": [2, 1]}, Settings(capacity=0.5), "Trained without a capacity limit, shown is capacity factor 0.5."),
-        ({"router": "expert_choice"}, Settings(capacity=0.5), "Experts take 0.5 times as many patches as trained."),
+        (
+            {"top_k": [2, 1]},
+            Settings(top_k=3),
+            "Shown is k = 3; trained were top-2 in L1; top-1 in L3.",
+        ),
+        (
+            {"top_k": [2, 1]},
+            Settings(capacity=0.5),
+            "Trained without a capacity limit, shown is capacity factor 0.5.",
+        ),
+        (
+            {"router": "expert_choice"},
+            Settings(capacity=0.5),
+            "Experts take 0.5 times as many patches as trained.",
+        ),
         ({"router": "expert_choice"}, Settings(top_k=2), None),
         (MIXED, Settings(top_k=2), None),
     ],
@@ -168,13 +198,20 @@ def test_how_a_view_is_off_the_training_distribution(make, arguments, settings, 
 
 def test_what_has_no_meaning_is_refused_in_words(make, pixels):
     soft, chooser = make(router="soft"), make(router="expert_choice")
-    assert [set(router.refused) for router in describe(soft).routers] == [{"top_k", "capacity", "force"}] * 2
+    assert [set(router.refused) for router in describe(soft).routers] == [
+        {"top_k", "capacity", "force"}
+    ] * 2
     assert [set(router.refused) for router in describe(chooser).routers] == [{"force"}] * 2
     assert [set(router.refused) for router in describe(make()).routers] == [set()] * 2
     with pytest.raises(RequestError, match="must be null here: every token takes from all slots"):
         read.settings({"top_k": 2}, describe(soft))
     force = Settings(intervention=Intervention("force", layer=1, expert=0))
-    for model, settings in ((soft, Settings(top_k=1)), (soft, Settings(capacity=1.0)), (soft, force), (chooser, force)):
+    for model, settings in (
+        (soft, Settings(top_k=1)),
+        (soft, Settings(capacity=1.0)),
+        (soft, force),
+        (chooser, force),
+    ):
         with pytest.raises(UserError, match="has no meaning in L1"):
             route_image(model, pixels, settings=settings)
 
@@ -196,14 +233,18 @@ def test_route_by_image_answers_and_says_why_capacity_is_off(bundle, tmp_path):
     explorer, picture = Explorer(entries), {"kind": "example", "id": "pets/test/3"}
     answer = explorer.answer("route", {"picture": picture})
     pixels = entries[0].examples.find("pets/test/3").pixels
-    for layer, routing in zip(answer["layers"], routings_of(entries[0].variants["trained"].saved, pixels), strict=True):
+    for layer, routing in zip(
+        answer["layers"], routings_of(entries[0].variants["trained"].saved, pixels), strict=True
+    ):
         assert layer["route_by"] == "image"
         assert layer["words"] == "top-2 of 4 experts, chosen once for the whole image"
         assert layer["experts"] == [routing.expert_index[0, 0].tolist()] * 16
         assert sorted(layer["counts"]) == [0, 0, 16, 16]
     ablated = answer["layers"][0]["experts"][0][0]
     change = {"kind": "ablate", "layer": 1, "expert": ablated, "fill": "next_best", "seed": 0}
-    after = explorer.answer("route", {"picture": picture, "intervention": change})["layers"][0]["experts"]
+    after = explorer.answer("route", {"picture": picture, "intervention": change})["layers"][0][
+        "experts"
+    ]
     assert after == [after[0]] * 16
     assert ablated not in after[0]
     refused = explorer.answer("route", {"picture": picture, "capacity": 1.0})

@@ -32,14 +32,20 @@ def scored(scored_run):
 
 def test_lists_rank_as_the_table_of_scores_does(scored, scored_run):
     table = [row for row in rows(scored_run / "scores.csv") if row["visits"] != "0"]
-    listed = {one["key"]: one["name"] for one in scored.answer("boot", {})["models"][0]["score_lists"]}
+    listed = {
+        one["key"]: one["name"] for one in scored.answer("boot", {})["models"][0]["score_lists"]
+    }
     assert listed == {
         "doubtful": "Doubtful labels",
         "hardest": "Hardest",
         "unsteady": "Most unsteady",
         "easiest": "Easiest",
     }
-    for key, column, sign in (("doubtful", "aum", 1), ("hardest", "el2n", -1), ("easiest", "el2n", 1)):
+    for key, column, sign in (
+        ("doubtful", "aum", 1),
+        ("hardest", "el2n", -1),
+        ("easiest", "el2n", 1),
+    ):
         answer = scored.answer("data", {"list": key})
         best = sorted(table, key=lambda row: sign * float(row[column]))[:36]
         assert answer["images"] == len(table)
@@ -59,20 +65,30 @@ def test_lists_rank_as_the_table_of_scores_does(scored, scored_run):
 
 
 def test_an_image_of_every_split_is_routed_by_its_id(scored, scored_run):
-    files = open_pictures(scored_run.parent / "pets", scored.entries["own"].facts.image_size, split="all")
+    files = open_pictures(
+        scored_run.parent / "pets", scored.entries["own"].facts.image_size, split="all"
+    )
     pixels = {files.picture_name(index): index for index in range(len(files))}
     for split in ("train", "val", "test"):
-        row = next(row for row in rows(scored_run / "splits.csv") if (row["split"], row["class"]) == (split, "cat"))
+        row = next(
+            row
+            for row in rows(scored_run / "splits.csv")
+            if (row["split"], row["class"]) == (split, "cat")
+        )
         id = f"{split}/{row['path']}"
         view = scored.answer("route", {"picture": {"kind": "example", "id": id}})
         assert (view["picture"]["id"], view["picture"]["label"]) == (id, "cat")
         assert split in view["picture"]["name"]
         found = scored.entries["own"].examples.find(id).pixels
         assert np.array_equal(found, files.image(pixels[row["path"]]))
-    assert scored.answer("sharp", {"picture": f"train/{HOSTILE}"}) == {"src": None}  # 32 px, as the model sees
+    assert scored.answer("sharp", {"picture": f"train/{HOSTILE}"}) == {
+        "src": None
+    }  # 32 px, as the model sees
 
 
-def test_nothing_but_whether_there_are_scores_is_looked_at_before_somebody_asks(scored_run, monkeypatch):
+def test_nothing_but_whether_there_are_scores_is_looked_at_before_somebody_asks(
+    scored_run, monkeypatch
+):
     monkeypatch.setattr("moevision.demo.examples.Scores.read", None)
     monkeypatch.setattr("moevision.analysis.good_data.images_of", None)
     opened(scored_run).warm()
@@ -80,7 +96,15 @@ def test_nothing_but_whether_there_are_scores_is_looked_at_before_somebody_asks(
 
 @pytest.mark.parametrize(
     "id",
-    ["train/../../etc/passwd", "train//etc/passwd", "train/", "train", "val/\0", f"test/{HOSTILE}", "train/a" * 999],
+    [
+        "train/../../etc/passwd",
+        "train//etc/passwd",
+        "train/",
+        "train",
+        "val/\0",
+        f"test/{HOSTILE}",
+        "train/a" * 999,
+    ],
 )
 def test_an_id_is_looked_up_and_never_opened(scored, id):
     answer = scored.answer("route", {"picture": {"kind": "example", "id": id}})
@@ -104,7 +128,9 @@ def moved(scored_run, tmp_path):
     return tmp_path / "home/run"
 
 
-@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # noted at start, as files that vanished
+@pytest.mark.filterwarnings(
+    "ignore::moevision.errors.DataWarning"
+)  # noted at start, as files that vanished
 def test_a_file_that_is_gone_is_said_to_be_gone(moved):
     pets, asked = moved.parent / "pets", {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
     words = f"The file of {HOSTILE!r} is gone: bring it back, or choose another image."
@@ -117,12 +143,19 @@ def test_a_file_that_is_gone_is_said_to_be_gone(moved):
         assert [each["problem"] for each in entries[:2]] == [words, None]
         assert entries[0]["thumb"] is None
     shutil.rmtree(pets)
-    for answer in (opened(moved).answer("route", asked), opened(moved).answer("data", {"list": "doubtful"})):
-        assert answer["error"].startswith("The images of this run can't be opened: are they still where they were")
+    for answer in (
+        opened(moved).answer("route", asked),
+        opened(moved).answer("data", {"list": "doubtful"}),
+    ):
+        assert answer["error"].startswith(
+            "The images of this run can't be opened: are they still where they were"
+        )
         assert str(moved.parent) not in answer["error"]
     (moved / "scores.csv").write_text("image\n")
     answer = opened(moved).answer("data", {"list": "doubtful"})
-    assert answer["error"].startswith("The scores of this run can't be read: look at its scores.csv")
+    assert answer["error"].startswith(
+        "The scores of this run can't be read: look at its scores.csv"
+    )
     (moved / "scores.csv").unlink()
     explorer = opened(moved)
     assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
@@ -139,7 +172,9 @@ def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path
     assert all(each["tab"] == ["data"] for each in asked)
     ids = {each["picture"][0] for each in asked}
     assert {
-        f"{row['split']}/{row['path']}" for row in rows(scored_run / "splits.csv") if "broken" not in row["path"]
+        f"{row['split']}/{row['path']}"
+        for row in rows(scored_run / "splits.csv")
+        if "broken" not in row["path"]
     } <= ids
     for id in ids:
         assert scored.entries["own"].examples.find(id).id == id

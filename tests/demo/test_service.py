@@ -63,13 +63,18 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert {pets["has_dense"], pets["has_pictures"], pets["has_parts"]} == {True}
     assert not photos["has_pictures"]
     assert "accuracy_text" not in pets  # each variant has its own
-    texts = {name: variant.facts.accuracy_text for name, variant in explorer.entries["pets"].variants.items()}
+    texts = {
+        name: variant.facts.accuracy_text
+        for name, variant in explorer.entries["pets"].variants.items()
+    }
     assert pets["accuracy_texts"] == texts
     assert texts["trained"] == "12.5 % of test images right (dense twin: 13.0 %)"
     assert len(set(texts.values())) == 3
     # classes take turns: the first eight examples show the eight classes
     assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
-    assert [example["id"] for example in photos["examples"]] == [f"photo/{name}" for name in photo_files()]
+    assert [example["id"] for example in photos["examples"]] == [
+        f"photo/{name}" for name in photo_files()
+    ]
     assert all(example["label"] is None for example in photos["examples"])
     assert len(photos["examples"]) >= 3
 
@@ -108,7 +113,9 @@ def test_more_examples_follow_the_first_ones(explorer):
     pets = explorer.answer("boot", {})["models"][0]
     assert (len(pets["examples"]), pets["num_examples"], pets["shown"]) == (12, 2000, "")
     more = good(explorer, "examples", model="pets", start=12)["examples"]
-    assert [example["id"] for example in more] == [f"pets/test/{index}" for index in range(12, 36)]  # labels in turn
+    assert [example["id"] for example in more] == [
+        f"pets/test/{index}" for index in range(12, 36)
+    ]  # labels in turn
     assert good(explorer, "examples", model="pets", start=2000)["examples"] == []
     assert "start" in explorer.answer("examples", {"model": "pets", "start": 2001})["error"]
 
@@ -145,8 +152,12 @@ def test_what_lies_under_the_patches_is_the_same_square_in_more_pixels(photos_ho
     for id in entry.examples.all_ids:
         sharp = pixels_of(good(photos, "sharp", picture=id)["src"])
         assert sharp.shape == (96, 96, 3)  # as the file is: never enlarged
-        again = np.asarray(Image.fromarray(sharp).resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
-        assert np.abs(again - entry.examples.find(id).pixels).mean() < 3  # grey levels; JPEG and rounding
+        again = np.asarray(
+            Image.fromarray(sharp).resize((32, 32), Image.Resampling.BICUBIC)
+        ).astype(float)
+        assert (
+            np.abs(again - entry.examples.find(id).pixels).mean() < 3
+        )  # grey levels; JPEG and rounding
     assert "There is no image" in photos.answer("sharp", {"picture": "data/none.png"})["error"]
 
 
@@ -166,7 +177,9 @@ def test_a_drawn_image_is_drawn_again_in_more_pixels(explorer):
     large = pixels_of(good(explorer, "sharp", model="pets", picture="pets/test/3")["src"])
     assert large.shape == (SHARP_PX, SHARP_PX, 3)
     small = np.asarray(Image.fromarray(large).resize((32, 32), Image.Resampling.BOX)).astype(float)
-    ours, other = (explorer.entries["pets"].examples.find(f"pets/test/{n}").pixels for n in (3, 11))  # of one class
+    ours, other = (
+        explorer.entries["pets"].examples.find(f"pets/test/{n}").pixels for n in (3, 11)
+    )  # of one class
     assert np.abs(small - ours).mean() < 10
     assert np.abs(small - other).mean() > 25
     lion = pixels_of(good(explorer, "sharp", model="photos", picture="photo/lion")["src"])
@@ -177,7 +190,9 @@ def test_a_labelled_folder_has_its_originals(tmp_path):
     """Labels of the model's are a view of the folder's own; the original is behind both."""
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
-        Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 60).convert("RGB").save(tmp_path / name / "one.png")
+        Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 60).convert("RGB").save(
+            tmp_path / name / "one.png"
+        )
     pictures = open_pictures(tmp_path, 32, split="all", class_names=["dog", "cat"])
     assert original_image(pictures, 0, 672).size == (80, 60)
     assert original_image(open_pictures("synthetic_pets", 32), 0, 672).size == (672, 672)
@@ -185,18 +200,23 @@ def test_a_labelled_folder_has_its_originals(tmp_path):
 
 def test_an_upload_is_routed_like_the_example(explorer, pixels):
     upload = {"kind": "upload", "data": png(pixels)}
-    ours, theirs = (good(explorer, "route", model="pets", picture=picture) for picture in (upload, PICTURE))
+    ours, theirs = (
+        good(explorer, "route", model="pets", picture=picture) for picture in (upload, PICTURE)
+    )
     assert ours["layers"] == theirs["layers"]
     assert ours["picture"]["id"] is None
     assert ours["picture"]["label"] is None
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [((1, 1), "1 × 1"), ((15, 40), "15 × 40"), ((3000, 3), "3000 × 3"), ((336, 16), "336 × 16")]
+    ("size", "said"),
+    [((1, 1), "1 × 1"), ((15, 40), "15 × 40"), ((3000, 3), "3000 × 3"), ((336, 16), "336 × 16")],
 )
 def test_an_image_that_shows_nothing_is_refused_with_a_sentence(explorer, make, size, said):
     image = Image.new("RGB", size, (200, 60, 20))
-    answer = explorer.answer("route", {"picture": {"kind": "upload", "data": png(np.asarray(image))}})
+    answer = explorer.answer(
+        "route", {"picture": {"kind": "upload", "data": png(np.asarray(image))}}
+    )
     assert answer["code"] == "bad_image"
     assert f"{said} px" in answer["error"]
     with pytest.raises(UserError, match=f"{said} px"):
@@ -205,7 +225,11 @@ def test_an_image_that_shows_nothing_is_refused_with_a_sentence(explorer, make, 
 
 def test_an_icon_and_a_panorama_are_routed(explorer):
     for height, width in ((16, 16), (20, 400)):
-        good(explorer, "route", picture={"kind": "upload", "data": png(np.zeros((height, width, 3), np.uint8))})
+        good(
+            explorer,
+            "route",
+            picture={"kind": "upload", "data": png(np.zeros((height, width, 3), np.uint8))},
+        )
     assert good(explorer, "boot")["limits"]["min_side"] == 16
 
 
@@ -214,7 +238,10 @@ def test_variants_are_different_networks(explorer, pixels, variant):
     answer = good(explorer, "route", model="pets", variant=variant, picture=PICTURE)
     assert answer["layers"] == route_image(saved(explorer, variant), pixels).to_json()["layers"]
     others = {"trained", "unbalanced", "untrained"} - {variant}
-    assert all(answer["layers"] != good(explorer, "route", variant=o, picture=PICTURE)["layers"] for o in others)
+    assert all(
+        answer["layers"] != good(explorer, "route", variant=o, picture=PICTURE)["layers"]
+        for o in others
+    )
     assert (answer["prediction"]["dense"] is not None) == (variant == "trained")
 
 
@@ -243,7 +270,9 @@ def test_several_experts_may_be_away(explorer, pixels):
     assert two["prediction"]["moe"] == expected["prediction"]["moe"]
     assert two["settings"]["away"] == [[3, 1], [3, 2]]
     assert two["settings"]["off_distribution"]
-    none = good(explorer, "route", picture=PICTURE, away=[[3, expert] for expert in range(4)])["layers"][1]
+    none = good(explorer, "route", picture=PICTURE, away=[[3, expert] for expert in range(4)])[
+        "layers"
+    ][1]
     assert not np.any(none["kept"])
     assert not np.any(none["weights"])
 
@@ -260,7 +289,9 @@ def test_bundled_weights_are_bfloat16_on_disk_and_float32_in_memory(explorer, ho
     import safetensors.torch
 
     stored = safetensors.torch.load_file(home / "pets" / "trained" / "model.safetensors")
-    assert {str(value.dtype) for value in stored.values() if value.is_floating_point()} == {"torch.bfloat16"}
+    assert {str(value.dtype) for value in stored.values() if value.is_floating_point()} == {
+        "torch.bfloat16"
+    }
     assert {str(value.dtype) for value in saved(explorer).net.parameters()} == {"torch.float32"}
 
 
@@ -273,19 +304,27 @@ def test_what_if_answers_what_effect_measures(explorer, pixels):
     assert answer["control"]["deltas"] == pytest.approx(list(alone.control.delta_logits))
     assert answer["target"] == alone.class_names[alone.target]
     before = good(explorer, "route", model="pets", picture=PICTURE)["prediction"]["moe"]
-    assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before[:5]]
+    assert [entry["class"] for entry in answer["before"]] == [
+        entry["class"] for entry in before[:5]
+    ]
 
 
 def test_an_effect_is_measured_without_the_experts_that_are_away(explorer, pixels):
     """As the view beside it is computed; over images of the class too."""
-    request = {"model": "pets", "intervention": {"kind": "force", "layer": 3, "expert": 2}, "away": [[1, 0]]}
+    request = {
+        "model": "pets",
+        "intervention": {"kind": "force", "layer": 3, "expert": 2},
+        "away": [[1, 0]],
+    }
     answer = good(explorer, "what_if", picture=PICTURE, **request)
     change = Intervention("force", layer=3, expert=2)
     with ablate(saved(explorer).net, 1, 0):
         alone = effect(saved(explorer), pixels, change)
     assert answer["delta_logit"] == pytest.approx(alone.delta_logit)
     view = good(explorer, "route", picture=PICTURE, **request)["prediction"]["moe"]
-    assert [one["p"] for one in answer["after"]] == pytest.approx([one["p"] for one in view[:5]], abs=1e-4)
+    assert [one["p"] for one in answer["after"]] == pytest.approx(
+        [one["p"] for one in view[:5]], abs=1e-4
+    )
     pictures = explorer.galleries.gallery(explorer.entries["pets"], "trained").pictures
     with ablate(saved(explorer).net, 1, 0):
         expected = class_effect(saved(explorer), pictures, "bear", change, limit=50).to_json()
@@ -297,20 +336,29 @@ def test_a_swap_is_measured_and_shown(explorer, pixels):
     request = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
     answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=request)
     change = Intervention("swap", layer=3, expert=1, other=2)
-    assert answer["delta_logit"] == pytest.approx(effect(saved(explorer), pixels, change).delta_logit)
+    assert answer["delta_logit"] == pytest.approx(
+        effect(saved(explorer), pixels, change).delta_logit
+    )
     view = good(explorer, "route", model="pets", picture=PICTURE, intervention=request)
     assert view["settings"]["intervention"] == {**request, "fill": "next_best", "seed": 0}
     plain = good(explorer, "route", model="pets", picture=PICTURE)["layers"][1]["experts"]
     swapped = view["layers"][1]["experts"]
-    assert swapped == [[{1: 2, 2: 1}.get(expert, expert) for expert in choices] for choices in plain]
+    assert swapped == [
+        [{1: 2, 2: 1}.get(expert, expert) for expert in choices] for choices in plain
+    ]
 
 
 def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch):
     entry = replace(explorer.entries["pets"], address="'runs/my run'")
     monkeypatch.setitem(explorer.entries, "pets", entry)
     atlas = explorer.pages.atlas(entry, entry.variants["trained"])
-    sentence = "The experts do different things: not measured (`moevision analyze MODEL` measures it)."
-    layers = [{**layer, "answers": [{"answer": "not measured", "sentence": sentence}]} for layer in atlas["layers"]]
+    sentence = (
+        "The experts do different things: not measured (`moevision analyze MODEL` measures it)."
+    )
+    layers = [
+        {**layer, "answers": [{"answer": "not measured", "sentence": sentence}]}
+        for layer in atlas["layers"]
+    ]
     monkeypatch.setattr(explorer.pages, "atlas", lambda *_: {**atlas, "layers": layers})
     told = good(explorer, "classes", model="pets")["layers"][0]["answers"][0]["sentence"]
     assert "`moevision analyze 'runs/my run'` measures it" in told
@@ -341,10 +389,16 @@ def test_experts_show_their_own_patches(explorer, variant):
     for expert in page["experts"]:
         assert expert["name"] == f"L3·E{expert['expert']}"
         for patch in [*expert["top"], *expert["random"]]:
-            request = {"model": "pets", "variant": variant, "picture": {"kind": "example", "id": patch["picture"]}}
+            request = {
+                "model": "pets",
+                "variant": variant,
+                "picture": {"kind": "example", "id": patch["picture"]},
+            }
             layer = explorer.answer("route", request)["layers"][1]
             place = layer["experts"][patch["patch"]].index(expert["expert"])
-            assert layer["weights"][patch["patch"]][place] == pytest.approx(patch["weight"], abs=1e-3)
+            assert layer["weights"][patch["patch"]][place] == pytest.approx(
+                patch["weight"], abs=1e-3
+            )
 
 
 def test_a_crop_has_the_patch_in_its_box(explorer):
@@ -376,7 +430,9 @@ def test_classes_are_the_atlas(explorer):
         # nothing was compared with untrained models here, and no route was forced
         assert [answer["answer"] for answer in answers[1:]] == ["not measured", "not measured"]
         load = found.counts().sum(0)
-        assert layer["load_words"].startswith(f"max/mean load {load.max() / load.mean():.2f}, in effect ")
+        assert layer["load_words"].startswith(
+            f"max/mean load {load.max() / load.mean():.2f}, in effect "
+        )
 
 
 def test_the_atlas_answers_about_more_images_than_are_carried():
@@ -389,12 +445,16 @@ def test_the_atlas_answers_about_more_images_than_are_carried():
     for layer, of in zip(page["layers"], atlas["layers"], strict=True):
         cat, dog = of["map"]["share"]
         rows = layer["experts"]
-        assert [row["difference"] for row in rows] == pytest.approx([y - x for x, y in zip(cat, dog, strict=True)])
+        assert [row["difference"] for row in rows] == pytest.approx(
+            [y - x for x, y in zip(cat, dog, strict=True)]
+        )
         assert [row["significant"] for row in rows] == of["map"]["significant"][0]
     change = {"kind": "ablate", "layer": 9, "expert": 0, "fill": "next_best", "seed": 0}
     answer = good(explorer, "class_effect", intervention=change, **{"class": "cat"})
     assert answer == {"class_effect": None, "without": atlas["layers"][1]["experts"][0]["without"]}
-    other = good(explorer, "class_effect", intervention={**change, "fill": "zero"}, **{"class": "cat"})
+    other = good(
+        explorer, "class_effect", intervention={**change, "fill": "zero"}, **{"class": "cat"}
+    )
     assert other == {"class_effect": None, "without": None}  # the atlas measured the next best
     with pytest.raises(UserError, match="No images of cat or of owl"):
         compare_by_atlas(atlas, "cat", "owl")
@@ -408,7 +468,9 @@ def test_compare_is_the_difference_of_shares(explorer):
     names = list(trace.class_names)
     cat, owl = (shares[trace.labels == names.index(name)].mean(0) for name in ("cat", "owl"))
     experts = page["layers"][0]["experts"]
-    assert [expert["difference"] for expert in experts] == pytest.approx(list(cat - owl), abs=1e-4)  # rounded
+    assert [expert["difference"] for expert in experts] == pytest.approx(
+        list(cat - owl), abs=1e-4
+    )  # rounded
     assert (page["n_a"], page["n_b"]) == (20, 20)
 
 
@@ -437,8 +499,10 @@ def test_mistakes_are_those_of_the_trace_with_their_routes(explorer, monkeypatch
     shown = good(explorer, "route", picture={"kind": "example", "id": group["pictures"][0]["id"]})
     assert shown["picture"]["label"] == "cat"
     first = np.asarray(gallery.trace.layer(3).expert_index)[..., 0]
-    wrong, right, other = (np.bincount(first[rows].ravel(), minlength=4) / first[rows].size
-                           for rows in (own[:4], own[4:], its))  # fmt: skip
+    wrong, right, other = (
+        np.bincount(first[rows].ravel(), minlength=4) / first[rows].size
+        for rows in (own[:4], own[4:], its)
+    )
     told = next(layer for layer in group["layers"] if layer["name"] == "L3")
     assert told["to_label"] == pytest.approx(abs(wrong - right).sum() / 2)
     assert told["to_other"] == pytest.approx(abs(wrong - other).sum() / 2)
@@ -462,7 +526,10 @@ def test_export_is_one_page_without_a_network(explorer):
     assert "http://" not in page["html"].replace("http://www.w3.org", "")
     assert "https://" not in page["html"]
     hostile = {"kind": "example", "id": "photo/lion"}
-    assert good(explorer, "export_html", model="photos", picture=hostile)["filename"] == "moevision-photos-lion.html"
+    assert (
+        good(explorer, "export_html", model="photos", picture=hostile)["filename"]
+        == "moevision-photos-lion.html"
+    )
 
 
 def test_a_model_without_pictures_says_so(explorer):
@@ -500,7 +567,9 @@ class Slow(View):
 
     def __init__(self, pictures):
         classes = pictures.class_names
-        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        super().__init__(
+            pictures, range(len(pictures)), classes, range(len(classes)), pictures.name
+        )
         self.asked = threading.Event()
 
     def image(self, index):
@@ -571,10 +640,18 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
 def test_an_image_is_measured_once_however_often_it_is_routed(explorer, monkeypatch):
     """The distance takes a forward pass of its own, and every control of the page asks for the image again."""
     measured = []
-    monkeypatch.setattr(service, "answers", lambda *given: measured.append(given) or answers(*given))
+    monkeypatch.setattr(
+        service, "answers", lambda *given: measured.append(given) or answers(*given)
+    )
     pixels = np.random.default_rng(5).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     told = [
-        good(explorer, "route", model="pets", picture={"kind": "upload", "data": png(pixels)}, top_k=top_k)["picture"]
+        good(
+            explorer,
+            "route",
+            model="pets",
+            picture={"kind": "upload", "data": png(pixels)},
+            top_k=top_k,
+        )["picture"]
         for top_k in (1, 2, None)
     ]
     assert len(measured) == 1
@@ -585,13 +662,31 @@ def test_an_image_is_measured_once_however_often_it_is_routed(explorer, monkeypa
 @pytest.mark.parametrize(
     ("recognized", "said", "end"),
     [
-        (0.93, "This doesn't look like the images it learned from.", "so its answer may mean little."),
-        (0.8, "This doesn't look like the images it learned from.", "so its answer may mean little."),
-        (0.61, "This may be unlike the images it learned from.", "the share of such images that it notices is 61 %."),
-        (None, "This may be unlike the images it learned from.", "such images that it notices was not measured."),
+        (
+            0.93,
+            "This doesn't look like the images it learned from.",
+            "so its answer may mean little.",
+        ),
+        (
+            0.8,
+            "This doesn't look like the images it learned from.",
+            "so its answer may mean little.",
+        ),
+        (
+            0.61,
+            "This may be unlike the images it learned from.",
+            "the share of such images that it notices is 61 %.",
+        ),
+        (
+            None,
+            "This may be unlike the images it learned from.",
+            "such images that it notices was not measured.",
+        ),
     ],
 )
-def test_a_stranger_is_told_in_words_that_follow_the_measured_share(explorer, recognized, said, end):
+def test_a_stranger_is_told_in_words_that_follow_the_measured_share(
+    explorer, recognized, said, end
+):
     entry = explorer.entries["pets"]
     entry = replace(entry, card=replace(entry.card, recognized=recognized))
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -602,15 +697,23 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(explorer, re
     assert unlike(entry, PictureFacts(noise, label="cat")) is None  # a known class: nobody asks
     images, _ = usual_pets()
     told = [unlike(entry, PictureFacts(image)) for image in images[80:]]
-    assert sum(each is not None for each in told) == 2  # a twentieth of the 40 that set the threshold
-    variants = {"trained": replace(entry.variants["trained"], saved=replace(saved(explorer), strangers=None))}
+    assert (
+        sum(each is not None for each in told) == 2
+    )  # a twentieth of the 40 that set the threshold
+    variants = {
+        "trained": replace(
+            entry.variants["trained"], saved=replace(saved(explorer), strangers=None)
+        )
+    }
     assert unlike(replace(entry, variants=variants), PictureFacts(noise)) is None
 
 
 def test_a_page_says_of_ones_own_image_that_it_is_strange(explorer):
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     for data, strange in ((noise, True), (usual_pets()[0][0], False)):
-        answer = good(explorer, "route", model="pets", picture={"kind": "upload", "data": png(data)})
+        answer = good(
+            explorer, "route", model="pets", picture={"kind": "upload", "data": png(data)}
+        )
         assert (answer["picture"]["unlike"] is not None) == strange
 
 

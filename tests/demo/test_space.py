@@ -14,14 +14,23 @@ from tests.demo.serving import running
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "deploy" / "space"
-PAGE_BLOCK = re.findall(r"^```python\n(.*?)^```", (SPACE / "README.md").read_text(), re.DOTALL | re.M)[0]
+PAGE_BLOCK = re.findall(
+    r"^```python\n(.*?)^```", (SPACE / "README.md").read_text(), re.DOTALL | re.M
+)[0]
 
 
 def test_requirements_are_those_of_the_package_with_torch_for_cpus() -> None:
-    lines = [line for line in (SPACE / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    lines = [
+        line
+        for line in (SPACE / "requirements.txt").read_text().splitlines()
+        if line and line[0] not in "#-"
+    ]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert lines == project["dependencies"]
-    assert "--extra-index-url https://download.pytorch.org/whl/cpu\n" in (SPACE / "requirements.txt").read_text()
+    assert (
+        "--extra-index-url https://download.pytorch.org/whl/cpu\n"
+        in (SPACE / "requirements.txt").read_text()
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell's script")
@@ -30,14 +39,28 @@ def test_the_folder_holds_all_and_its_card_has_an_address(tmp_path: Path) -> Non
     subprocess.run(["bash", SPACE / "make.sh", "someone/moe", made], check=True)
     _, head, _ = (made / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(head)
-    assert card["thumbnail"] == "https://huggingface.co/spaces/someone/moe/resolve/main/thumbnail.jpg"
+    assert (
+        card["thumbnail"] == "https://huggingface.co/spaces/someone/moe/resolve/main/thumbnail.jpg"
+    )
     assert (made / card["app_file"]).is_file()
     assert card["sdk_version"] in (SPACE / "README.md").read_text()
-    carried = {line.split()[0].removeprefix("*") for line in (made / ".gitattributes").read_text().splitlines()[1:]}
-    large = {file.suffix for file in made.rglob("*") if file.is_file() and file.stat().st_size > 1_000_000}
+    carried = {
+        line.split()[0].removeprefix("*")
+        for line in (made / ".gitattributes").read_text().splitlines()[1:]
+    }
+    large = {
+        file.suffix
+        for file in made.rglob("*")
+        if file.is_file() and file.stat().st_size > 1_000_000
+    }
     assert large <= carried | {".json"}
-    out = subprocess.run([sys.executable, "-c", "import moevision; print(moevision.__file__)"], cwd=made,
-                         env=os.environ | {"PYTHONPATH": str(made)}, capture_output=True, text=True)  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-c", "import moevision; print(moevision.__file__)"],
+        cwd=made,
+        env=os.environ | {"PYTHONPATH": str(made)},
+        capture_output=True,
+        text=True,
+    )
     assert out.stdout.strip() == str(made / "moevision" / "__init__.py")
 
 
@@ -49,7 +72,12 @@ def test_every_intervention_of_the_readme_gets_an_answer(
     monkeypatch.chdir(ROOT / "moevision/demo/models/cats_vs_dogs/examples/cat")
     code = PAGE_BLOCK.replace("cat.jpg", "chelsea.jpg")
     with running("-m", "moevision", "demo", "--no-browser") as server:
-        exec(compile(code.replace("http://127.0.0.1:7860", server.url.rstrip("/")), "README.md", "exec"), {})
+        exec(
+            compile(
+                code.replace("http://127.0.0.1:7860", server.url.rstrip("/")), "README.md", "exec"
+            ),
+            {},
+        )
     said = [line for line in capsys.readouterr().out.splitlines() if "(" in line]
     assert len(said) == PAGE_BLOCK.count("print(") == 9
     assert all("'cat'" in line for line in said[:1])

@@ -56,10 +56,16 @@ def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded, w
         for moment in range(3):
             best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
             pairs = zip(best, history.image_names, strict=True)
-            assert track["right"][moment] == sum(name.startswith(f"{said}/") for said, name in pairs)
+            assert track["right"][moment] == sum(
+                name.startswith(f"{said}/") for said, name in pairs
+            )
             for place, layer in enumerate(history.layers):
-                taken = [(history.weights[layer][moment, ..., expert] > 0).sum() for expert in range(4)]
-                assert track["loads"][place][moment] == pytest.approx((np.array(taken) / sum(taken)).tolist(), abs=6e-4)
+                taken = [
+                    (history.weights[layer][moment, ..., expert] > 0).sum() for expert in range(4)
+                ]
+                assert track["loads"][place][moment] == pytest.approx(
+                    (np.array(taken) / sum(taken)).tolist(), abs=6e-4
+                )
 
 
 def test_the_training_without_balance_loss_has_its_own_numbers(photos, without_balance):
@@ -87,14 +93,21 @@ def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
     answer = photos.answer("history", {"picture": id})
     for shown, layer in zip(view["layers"], answer["layers"], strict=True):
         last = weights_of(layer)[-1].astype(float)
-        for patch, (experts, weights) in enumerate(zip(shown["experts"], shown["weights"], strict=True)):
+        for patch, (experts, weights) in enumerate(
+            zip(shown["experts"], shown["weights"], strict=True)
+        ):
             assert last[patch, experts] == pytest.approx(weights, abs=5e-4)
             assert np.count_nonzero(last[patch]) == len(experts)
-    assert [one["class"] for one in answer["predictions"][-1]] == [one["class"] for one in view["prediction"]["moe"]]
+    assert [one["class"] for one in answer["predictions"][-1]] == [
+        one["class"] for one in view["prediction"]["moe"]
+    ]
 
 
 def test_what_was_not_recorded_is_refused(photos, explorer):
-    assert "was not recorded for 'data/other.png'" in photos.answer("history", {"picture": "data/other.png"})["error"]
+    assert (
+        "was not recorded for 'data/other.png'"
+        in photos.answer("history", {"picture": "data/other.png"})["error"]
+    )
     answer = explorer.answer("history", {"model": "pets", "picture": "pets/test/0"})
     assert answer == {"error": "The training of The pets was not recorded.", "code": "bad_request"}
 

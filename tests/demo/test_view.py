@@ -34,7 +34,9 @@ def raw(model, pixels):
 def layer_view(probs, expert_index=((0,),), kept=((True,),)):
     index = np.array(expert_index)
     facts = LayerFacts(1, "vmoe_top_k", "token_choice", True, len(probs[0]), index.shape[1])
-    return LayerView(facts, index, np.ones(index.shape, np.float32), np.array(kept), np.array(probs, np.float32))
+    return LayerView(
+        facts, index, np.ones(index.shape, np.float32), np.array(kept), np.array(probs, np.float32)
+    )
 
 
 def test_the_view_is_what_the_model_computed(model, pixels):
@@ -55,8 +57,12 @@ def test_the_view_is_what_the_model_computed(model, pixels):
         assert layer["kept"] == [[True, True]] * 16
     p = logits.softmax(-1)[0]
     top = p.topk(8)  # all of them; ten of more
-    assert [entry["class"] for entry in view["prediction"]["moe"]] == [model.class_names[i] for i in top.indices]
-    assert [entry["p"] for entry in view["prediction"]["moe"]] == pytest.approx(top.values.tolist(), abs=5.1e-5)
+    assert [entry["class"] for entry in view["prediction"]["moe"]] == [
+        model.class_names[i] for i in top.indices
+    ]
+    assert [entry["p"] for entry in view["prediction"]["moe"]] == pytest.approx(
+        top.values.tolist(), abs=5.1e-5
+    )
     assert view["prediction"]["dense"] is None
     off = {"top_k": 2, "capacity": None, "intervention": None, "noise": None, "away": []}
     off |= {"off_distribution": False, "off_reason": None}
@@ -65,7 +71,9 @@ def test_the_view_is_what_the_model_computed(model, pixels):
 
 def test_a_layer_that_the_classifier_does_not_read_is_called_so():
     """Behind a class token, what the last block computes for patches reaches no logit."""
-    net = timm.create_model("test_vit_moe", class_token=True, global_pool="token", num_classes=2).eval()
+    net = timm.create_model(
+        "test_vit_moe", class_token=True, global_pool="token", num_classes=2
+    ).eval()
     saved = SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3)
     words = [router["words"] for router in describe(saved).to_json()["routers"]]
     assert words == ["top-2 of 4 experts", "top-2 of 4 experts, not read by the classifier"]
@@ -73,7 +81,9 @@ def test_a_layer_that_the_classifier_does_not_read_is_called_so():
 
 def test_margin_and_entropy_by_hand():
     layer = layer_view(
-        [[0.5, 0.25, 0.125, 0.125], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]], [[0], [0], [3]], [[True]] * 3
+        [[0.5, 0.25, 0.125, 0.125], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]],
+        [[0], [0], [3]],
+        [[True]] * 3,
     )
     assert layer.margin.tolist() == [0.25, 1, 0]
     assert layer.entropy_bits.tolist() == [1.75, 0, 2]
@@ -106,12 +116,48 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     assert json.loads(json.dumps(view, allow_nan=False)) == view
     assert view["schema"] == "moevision.view/2"
     assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings", "lens"}
-    facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "max_top_k", "layers", "class_names"}
-    assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text", "parameters"}
+    facts = {
+        "id",
+        "title",
+        "image_size",
+        "grid",
+        "num_experts",
+        "top_k",
+        "max_top_k",
+        "layers",
+        "class_names",
+    }
+    assert set(view["model"]) == facts | {
+        "routers",
+        "variant",
+        "accuracy_text",
+        "data_text",
+        "parameters",
+    }
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike", "credit"}
-    numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
+    numbers = {
+        "experts",
+        "weights",
+        "kept",
+        "probs",
+        "margin",
+        "entropy",
+        "counts",
+        "requested",
+        "slowest",
+    }
     numbers |= {"computation", "steps", "expert_parameters", "noise"}
-    routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
+    routing = {
+        "layer",
+        "name",
+        "words",
+        "router",
+        "kind",
+        "learned",
+        "num_experts",
+        "top_k",
+        "num_shared_experts",
+    }
     limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier", "route_by"}
     assert all(set(layer) == numbers | routing | limits for layer in view["layers"])
     assert view["model"]["grid"] == [4, 4]
@@ -125,16 +171,26 @@ def test_the_picture_in_the_view_is_what_the_model_saw(model, pixels):
     seen = np.asarray(open_data_uri(view["picture"]["src"]))
     assert seen.shape == (32, 32, 3)
     assert route_image(model, seen).to_json()["layers"] == view["layers"]
-    assert np.array_equal(np.asarray(open_data_uri(route_image(model, pixels).to_json()["picture"]["src"])), pixels)
+    assert np.array_equal(
+        np.asarray(open_data_uri(route_image(model, pixels).to_json()["picture"]["src"])), pixels
+    )
 
 
 def test_every_kind_of_picture_gives_the_same_view(model, pixels, tmp_path):
     file = tmp_path / "bear.png"
     Image.fromarray(pixels).save(file)
-    views = [route_image(model, source).to_json() for source in (pixels, Image.fromarray(pixels), file, str(file))]
+    views = [
+        route_image(model, source).to_json()
+        for source in (pixels, Image.fromarray(pixels), file, str(file))
+    ]
     assert all(view["layers"] == views[0]["layers"] for view in views)
     # Without the folders that lead to it: a view is made to be shown to others.
-    assert [view["picture"]["name"] for view in views] == ["one image", "one image", "bear.png", "bear.png"]
+    assert [view["picture"]["name"] for view in views] == [
+        "one image",
+        "one image",
+        "bear.png",
+        "bear.png",
+    ]
 
 
 def odd_images():
@@ -152,7 +208,9 @@ def odd_images():
 def test_an_open_image_is_seen_as_its_file_is(tmp_path):
     for name, image, options in odd_images():
         image.save(tmp_path / name, **options)
-        assert np.array_equal(model_input(Image.open(tmp_path / name), 32), model_input(tmp_path / name, 32)), name
+        assert np.array_equal(
+            model_input(Image.open(tmp_path / name), 32), model_input(tmp_path / name, 32)
+        ), name
     with pytest.raises(UserError, match="pixel format F has no agreed range"):
         model_input(Image.new("F", (32, 32)), 32)
 

@@ -33,7 +33,9 @@ def copy(tmp_path: Path) -> Path:
 
 def test_every_file_says_what_pyproject_says() -> None:
     expected = MODULE["filled"](address())
-    assert [path for path, text in expected.items() if path.read_text(encoding="utf-8") != text] == []
+    assert [
+        path for path, text in expected.items() if path.read_text(encoding="utf-8") != text
+    ] == []
 
 
 def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
@@ -44,12 +46,23 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
     urls = tomllib.loads((copy / "pyproject.toml").read_text())["project"]["urls"]
     assert urls["Repository"] == "https://github.com/owner/moe"
     assert urls["Issues"] == "https://github.com/owner/moe/issues"
-    assert "git clone https://github.com/owner/moe && cd moe\npython3 -m venv" in (copy / "docs/index.md").read_text()
-    assert yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"] == "https://github.com/owner/moe"
+    assert (
+        "git clone https://github.com/owner/moe && cd moe\npython3 -m venv"
+        in (copy / "docs/index.md").read_text()
+    )
+    assert (
+        yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"]
+        == "https://github.com/owner/moe"
+    )
     for path in (copy / "notebooks").iterdir():
         head, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        install = next(cell for cell in cells if "importlib.metadata as packages" in "".join(cell["source"]))
-        assert f"colab.research.google.com/github/owner/moe/blob/main/notebooks/{path.name})" in "".join(head["source"])
+        install = next(
+            cell for cell in cells if "importlib.metadata as packages" in "".join(cell["source"])
+        )
+        assert (
+            f"colab.research.google.com/github/owner/moe/blob/main/notebooks/{path.name})"
+            in "".join(head["source"])
+        )
         assert 'REPOSITORY = "https://github.com/owner/moe"  #' in "".join(install["source"])
     assert fill(address(copy), copy) == []  # read again from the one place
     assert fill(here, copy)
@@ -65,13 +78,17 @@ def links(text: str) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", text)
 
 
-def test_a_package_shows_a_readme_whose_links_are_absolute(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_shows_a_readme_whose_links_are_absolute(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What hatchling asks for: as it is without an address, absolute with one; images as files, pages on the site."""
     hatchling = type("hatchling.metadata.plugin.interface", (), {"MetadataHookInterface": object})
     monkeypatch.setitem(sys.modules, hatchling.__name__, hatchling)
     monkeypatch.setattr(sys, "path", [*sys.path])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    hook = runpy.run_path(str(ROOT / project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["path"]))["Readme"]()
+    hook = runpy.run_path(
+        str(ROOT / project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["path"])
+    )["Readme"]()
     assert "readme" in project["project"]["dynamic"]
     hook.root = str(copy)
 
@@ -99,7 +116,8 @@ def test_a_package_shows_a_readme_whose_links_are_absolute(copy: Path, monkeypat
 
 def test_a_link_keeps_its_anchor() -> None:
     text = (
-        "[a](docs/index.md) [b](docs/guides/serve.md#for-a-class) [c](https://x.org/a.md) [d](#look) ![e](docs/e.png)"
+        "[a](docs/index.md) [b](docs/guides/serve.md#for-a-class) "
+        "[c](https://x.org/a.md) [d](#look) ![e](docs/e.png)"
     )
     assert links(MODULE["packaged"](text, THERE)) == [
         "https://owner.github.io/moe/",
@@ -114,7 +132,13 @@ def test_no_page_has_a_made_up_address() -> None:
     """Until there is one: neither a placeholder, nor a name on PyPI that nobody owns."""
     if address().pypi:
         return
-    pages = [*FRONT, *NOTES, ROOT / "SECURITY.md", *(ROOT / "moevision").rglob("*.py"), *(ROOT / "notebooks").iterdir()]
+    pages = [
+        *FRONT,
+        *NOTES,
+        ROOT / "SECURITY.md",
+        *(ROOT / "moevision").rglob("*.py"),
+        *(ROOT / "notebooks").iterdir(),
+    ]
     wrong = re.compile(r"""git clone REPOSITORY|pip install ["']?moevision""")
     assert [path.name for path in pages if wrong.search(path.read_text(encoding="utf-8"))] == []
 
@@ -123,12 +147,16 @@ def test_versions_agree() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == moevision.__version__
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    numbers = [tuple(map(int, version.split("."))) for version in (moevision.__version__, *released)]
+    numbers = [
+        tuple(map(int, version.split("."))) for version in (moevision.__version__, *released)
+    ]
     assert numbers == sorted(numbers, reverse=True)  # the next release, or the newest
 
 
 def test_the_changelog_of_the_next_release_is_short() -> None:
-    found = re.search(r"^## \[Unreleased\]\n(.*?)^## \[", (ROOT / "CHANGELOG.md").read_text(), re.M | re.DOTALL)
+    found = re.search(
+        r"^## \[Unreleased\]\n(.*?)^## \[", (ROOT / "CHANGELOG.md").read_text(), re.M | re.DOTALL
+    )
     assert found is not None
     assert len(found[1].split()) <= 450
 
@@ -142,12 +170,20 @@ def test_a_workflow_has_few_rights_and_an_end(path: Path) -> None:
     flow = yaml.safe_load(path.read_text())
     assert flow["permissions"] == {"contents": "read"}
     for name, job in flow["jobs"].items():
-        assert set(job.get("permissions", {})) <= ({"id-token", "pages"} if name in ("publish", "deploy") else set())
+        assert set(job.get("permissions", {})) <= (
+            {"id-token", "pages"} if name in ("publish", "deploy") else set()
+        )
         assert "uses" in job or job["timeout-minutes"] <= 90
-        checkouts = [step for step in job.get("steps", ()) if step.get("uses", "").startswith("actions/checkout")]
+        checkouts = [
+            step
+            for step in job.get("steps", ())
+            if step.get("uses", "").startswith("actions/checkout")
+        ]
         assert all(step["with"]["persist-credentials"] is False for step in checkouts)
         for step in job.get("steps", ()):
-            assert "${{" not in step.get("run", ""), "an expression in a script is code of whoever can set it"
+            assert "${{" not in step.get("run", ""), (
+                "an expression in a script is code of whoever can set it"
+            )
 
 
 def test_workflows_train_with_options_that_exist() -> None:

@@ -29,7 +29,16 @@ SHOWS = {
     "bundled photos": "photos of a bundled model's examples",
     "no image": "curves, bars, tables, a logo",
 }
-_SIGNS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"%PDF", b"\x00\x00\x01\x00")
+_SIGNS = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"BM",
+    b"II*\x00",
+    b"MM\x00*",
+    b"%PDF",
+    b"\x00\x00\x01\x00",
+)
 _EMBEDDED = re.compile(r"data:image/[\w.+-]+(?:;[\w=-]+)*;base64,([A-Za-z0-9+/=\s]{40,})")
 _NOTEBOOK_IMAGE = re.compile(r"image/(png|jpeg|gif|webp|svg\+xml)")
 
@@ -38,7 +47,9 @@ def is_image(data: bytes) -> bool:
     """By the first bytes of the formats."""
     known = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     known |= data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"heic", b"mif1")
-    vector = b"<svg" in data[:400] and data.lstrip()[:1] == b"<" and b"<html" not in data[:400].lower()
+    vector = (
+        b"<svg" in data[:400] and data.lstrip()[:1] == b"<" and b"<html" not in data[:400].lower()
+    )
     return known or vector or data.startswith(_SIGNS)
 
 
@@ -61,8 +72,13 @@ def outputs(notebook: Path) -> list[dict[str, str]]:
     """What the cells of a notebook show: kind -> text."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
-    return [{kind: "".join(value) if isinstance(value, list) else str(value) for kind, value in each.items()}
-            for each in shown]  # fmt: skip
+    return [
+        {
+            kind: "".join(value) if isinstance(value, list) else str(value)
+            for kind, value in each.items()
+        }
+        for each in shown
+    ]
 
 
 def _of_output(output: dict[str, str]) -> list[bytes]:
@@ -79,7 +95,11 @@ def committed(root: Path = ROOT) -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=False)
     if listed.returncode:
         pytest.skip("no checkout of the repository")
-    return [root / name.decode() for name in listed.stdout.split(b"\0") if name and (root / name.decode()).is_file()]
+    return [
+        root / name.decode()
+        for name in listed.stdout.split(b"\0")
+        if name and (root / name.decode()).is_file()
+    ]
 
 
 def is_bundled_photo(path: Path) -> bool:
@@ -88,13 +108,19 @@ def is_bundled_photo(path: Path) -> bool:
     if parts[:3] != ("moevision", "demo", "models") or parts[4:5] != ("examples",):
         return False
     home = ROOT.joinpath(*parts[:5])
-    row = json.loads((home / "SOURCES.json").read_text(encoding="utf-8")).get(path.relative_to(home).as_posix(), {})
+    row = json.loads((home / "SOURCES.json").read_text(encoding="utf-8")).get(
+        path.relative_to(home).as_posix(), {}
+    )
     return bool(row.get("author")) and bool(row.get("licence"))
 
 
 def with_images(root: Path = ROOT) -> dict[str, list[str]]:
     """Path -> hashes of all committed files that hold images, but for bundled photos."""
-    found = {path: images_in(path) for path in committed(root) if root != ROOT or not is_bundled_photo(path)}
+    found = {
+        path: images_in(path)
+        for path in committed(root)
+        if root != ROOT or not is_bundled_photo(path)
+    }
     return {path.relative_to(root).as_posix(): images for path, images in found.items() if images}
 
 
@@ -135,7 +161,10 @@ def add(repository: Path, name: str, data: bytes) -> None:
 
 def test_images_are_found_by_their_bytes_and_inside_other_files(repository: Path) -> None:
     text = base64.b64encode(PIXEL).decode()
-    outputs = [{"data": {"image/png": text}}, {"data": {"text/html": [f"<img src='data:image/png;base64,{text}'>"]}}]
+    outputs = [
+        {"data": {"image/png": text}},
+        {"data": {"text/html": [f"<img src='data:image/png;base64,{text}'>"]}},
+    ]
     add(repository, "photo.txt", PIXEL)
     add(repository, "page.html", f"<img src='data:image/png;base64,{text}'>".encode())
     add(repository, "look.ipynb", json.dumps({"cells": [{"outputs": outputs}]}).encode())
@@ -144,7 +173,12 @@ def test_images_are_found_by_their_bytes_and_inside_other_files(repository: Path
     (repository / "untracked.png").write_bytes(PIXEL)
     found = with_images(repository)
     assert set(found) == {"photo.txt", "page.html", "look.ipynb", "drawing.xml"}
-    assert found["photo.txt"] == found["page.html"] == found["look.ipynb"] == [hashlib.sha256(PIXEL).hexdigest()]
+    assert (
+        found["photo.txt"]
+        == found["page.html"]
+        == found["look.ipynb"]
+        == [hashlib.sha256(PIXEL).hexdigest()]
+    )
 
 
 def test_what_is_new_changed_gone_or_not_looked_at_is_said() -> None:
@@ -157,14 +191,20 @@ def test_what_is_new_changed_gone_or_not_looked_at_is_said() -> None:
     }
     found = {"same": ["a"], "changed": ["b"], "empty": ["a"], "foreign": ["a"], "new": ["a"]}
     assert [sentence.split()[0].rstrip(":") for sentence in complaints(found, known)] == [
-        "changed", "empty", "foreign", "gone", "new",
-    ]  # fmt: skip
+        "changed",
+        "empty",
+        "foreign",
+        "gone",
+        "new",
+    ]
 
 
 # ---- where images of notebooks and screenshots come from, without anybody's word
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-_FOREIGN = re.compile(rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - {SYNTHETIC}))}|photo/\w+|lion|cheetah)\b")
+_FOREIGN = re.compile(
+    rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - {SYNTHETIC}))}|photo/\w+|lion|cheetah)\b"
+)
 
 
 def foreign_data(code: str) -> list[str]:
@@ -190,7 +230,9 @@ def test_a_notebook_opens_drawn_images_or_bundled_photos(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert foreign_data(code) == []
-    assert [id for output in outputs(path) for text in output.values() for id in foreign_ids(text)] == []
+    assert [
+        id for output in outputs(path) for text in output.values() for id in foreign_ids(text)
+    ] == []
 
 
 def test_screenshots_are_of_drawn_images_or_bundled_photos() -> None:
@@ -212,9 +254,18 @@ def test_foreign_images_are_seen() -> None:
 if __name__ == "__main__":
     listed: dict[str, dict[str, object]] = json.loads(LIST.read_text()) if LIST.is_file() else {}
     now = {
-        path: {"shows": old["shows"] if (old := listed.get(path)) and old["images"] == images else "", "images": images}
+        path: {
+            "shows": old["shows"] if (old := listed.get(path)) and old["images"] == images else "",
+            "images": images,
+        }
         for path, images in sorted(with_images().items())
     }
     lines = (f"{json.dumps(path)}: {json.dumps(each)}" for path, each in now.items())
     LIST.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    print("\n".join(f"look at {path} and say what it shows" for path, each in now.items() if not each["shows"]))
+    print(
+        "\n".join(
+            f"look at {path} and say what it shows"
+            for path, each in now.items()
+            if not each["shows"]
+        )
+    )

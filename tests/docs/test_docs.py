@@ -68,7 +68,9 @@ def python_blocks(path: Path) -> list[str]:
 
 def commands(path: Path) -> list[str]:
     """The lines of a page that call moevision."""
-    shell = "\n".join(re.findall(r"^```sh\n(.*?)^```", path.read_text(), re.DOTALL | re.M)).replace("\\\n", " ")
+    shell = "\n".join(re.findall(r"^```sh\n(.*?)^```", path.read_text(), re.DOTALL | re.M)).replace(
+        "\\\n", " "
+    )
     return [line.strip() for line in re.findall(r"^(?:.*&& )?(moevision [^\n#]+)", shell, re.M)]
 
 
@@ -84,7 +86,9 @@ def flags_of(verb: str) -> frozenset[str]:
     """The long options that a verb's help names."""
     training = verb in ("fit", "validate", "test")
     asked = [[], *([task] for task in TASKS if verb == "data")]
-    text = "".join(run_cli(verb, *task, "--help-all" if training else "--help").out for task in asked)
+    text = "".join(
+        run_cli(verb, *task, "--help-all" if training else "--help").out for task in asked
+    )
     known = set(re.findall(r"(?<![\w-])--[\w.-]+", text))
     return frozenset(known | {f"--{name}" for name in options()} if training else known)
 
@@ -108,7 +112,11 @@ def check_command(command: str) -> None:
 @pytest.mark.parametrize("path", FRONT, ids=page_id)
 def test_words_are_plain(path: Path) -> None:
     text = prose(path)
-    found = {match.group(): instead for banned, instead in BANNED.items() for match in re.finditer(banned, text, re.I)}
+    found = {
+        match.group(): instead
+        for banned, instead in BANNED.items()
+        for match in re.finditer(banned, text, re.I)
+    }
     assert found == {}
 
 
@@ -120,7 +128,9 @@ def test_contributing_names_files_that_are_there() -> None:
         "benchmarks/NAME/recompute.py",
     }
     places = [ROOT, ROOT / "moevision"]
-    assert [name for name in sorted(names) if not any((place / name).exists() for place in places)] == []
+    assert [
+        name for name in sorted(names) if not any((place / name).exists() for place in places)
+    ] == []
 
 
 # ---- links, as they are on a forge
@@ -128,7 +138,9 @@ def test_contributing_names_files_that_are_there() -> None:
 
 def _anchors(path: Path) -> set[str]:
     """Those that a forge makes of headings."""
-    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M)
+    heads = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M
+    )
     plain = (re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", head) for head in heads)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in plain}
 
@@ -210,7 +222,9 @@ def test_a_program_gets_an_answer(workspace: Path) -> None:
     from tests.demo.serving import running
 
     (block,) = (block for block in python_blocks(DOCS / "guides" / "serve.md"))
-    with running("-m", "moevision", "demo", "runs/pets", "--data", "path/to/images", "--no-browser") as server:
+    with running(
+        "-m", "moevision", "demo", "runs/pets", "--data", "path/to/images", "--no-browser"
+    ) as server:
         block = block.replace("http://127.0.0.1:7860", server.url).replace(
             'answer["prediction"]["moe"]', 'found = answer["prediction"]["moe"]'
         )
@@ -222,7 +236,9 @@ def test_a_program_gets_an_answer(workspace: Path) -> None:
 def test_a_router_of_ones_own_trains(workspace: Path) -> None:
     blocks = python_blocks(DOCS / "guides" / "write-a-router.md")
     (workspace / "my_router.py").write_text(blocks[0])
-    (workspace / "my_fit.py").write_text(next(block for block in blocks if block.startswith(SCRIPTS)))
+    (workspace / "my_fit.py").write_text(
+        next(block for block in blocks if block.startswith(SCRIPTS))
+    )
     command = ["my_fit.py", "fit", "path/to/images", "--model.arch.router", "context", *TINY]
     process = Forked(command, workspace, os.environ)
     said, _ = process.communicate(timeout=600)
@@ -231,7 +247,9 @@ def test_a_router_of_ones_own_trains(workspace: Path) -> None:
 
 
 WITH_EXAMPLES = [
-    path for path in sorted((ROOT / "moevision").rglob("*.py")) if re.search(r"^\s+>>> ", path.read_text(), re.M)
+    path
+    for path in sorted((ROOT / "moevision").rglob("*.py"))
+    if re.search(r"^\s+>>> ", path.read_text(), re.M)
 ]
 
 
@@ -304,12 +322,17 @@ def journey(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("path", "command"), JOURNEY, ids=page_id)
-def test_commands_run(path: Path, command: str, journey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_run(
+    path: Path, command: str, journey: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With smaller models and fewer images than the docs have."""
     monkeypatch.chdir(journey)
     verb, *rest = shlex.split(command)[1:]
     if verb == "fit":
-        rest += [*(QUICK if "--config" in rest else SMALL), f"--name=try{len(list(journey.glob('runs/*')))}"]
+        rest += [
+            *(QUICK if "--config" in rest else SMALL),
+            f"--name=try{len(list(journey.glob('runs/*')))}",
+        ]
     if verb == "analyze":
         rest += ["--quick", "--permutations=20", "--limit=20"]
     outcome = run_cli(verb, *rest)
@@ -336,16 +359,22 @@ def _keys(tree: dict[str, Any], before: str = "") -> Iterator[str]:
 
 def test_every_option_is_in_the_reference() -> None:
     """Names and defaults of docs/reference/config.md are those of a run's config.yaml, but for Lightning's trainer."""
-    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", (DOCS / "reference" / "config.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| (.*?) \|", (DOCS / "reference" / "config.md").read_text(), re.M
+    )
     said = {name: yaml.safe_load(value.strip("`")) for name, value in rows if name != "resume"}
-    printed = yaml.safe_load(run_cli("fit", "synthetic_pets", "--config=quickstart", "--print_config").out)
+    printed = yaml.safe_load(
+        run_cli("fit", "synthetic_pets", "--config=quickstart", "--print_config").out
+    )
     del printed["trainer"]
     has = {name for name in _keys(printed)}
     assert said.keys() == has - {"ckpt_path", "resume"}
     for name, value in said.items():
         default = options()[name].default
         default = list(default) if isinstance(default, tuple) else default
-        assert value == default or (value in ("none", "the data's") and default in (None, "none")), name
+        assert value == default or (
+            value in ("none", "the data's") and default in (None, "none")
+        ), name
 
 
 def test_every_router_and_public_name_is_in_the_reference() -> None:
@@ -415,7 +444,16 @@ class _Resources(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -429,7 +467,11 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
         parser = _Resources()
         parser.feed(page.read_text())
         assert [each for each in parser.loaded if re.match(r"(https?:)?//", each)] == [], page
-    styles = [url for file in site.rglob("*.css") for url in re.findall(r"url\(([^)]+)\)", file.read_text())]
+    styles = [
+        url
+        for file in site.rglob("*.css")
+        for url in re.findall(r"url\(([^)]+)\)", file.read_text())
+    ]
     assert [url for url in styles if re.match(r"['\"]?(https?:)?//", url)] == []
 
 
@@ -437,10 +479,14 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
 def test_every_link_of_the_site_leads_to_a_file(site: Path) -> None:
     dead = []
     for page in site.rglob("index.html"):
-        text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)  # code may write such words itself
+        text = re.sub(
+            r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL
+        )  # code may write such words itself
         for link in re.findall(r'(?:href|src)="([^"#?]+)', text):
             target = page.parent / unquote(link)
-            if not re.match(r"[a-z]+:", link) and not (target.is_file() or (target / "index.html").is_file()):
+            if not re.match(r"[a-z]+:", link) and not (
+                target.is_file() or (target / "index.html").is_file()
+            ):
                 dead.append(f"{page.relative_to(site)} -> {link}")
     assert dead == []
 
@@ -459,7 +505,9 @@ def test_a_phone_shows_every_page_with_margins_and_none_scrolls_sideways(site: P
         found = {}
         for path in PAGES:
             folder = path.relative_to(DOCS).with_suffix("")
-            page.goto((site / folder.parent / folder.name.replace("index", "") / "index.html").as_uri())
+            page.goto(
+                (site / folder.parent / folder.name.replace("index", "") / "index.html").as_uri()
+            )
             width, left = page.evaluate(measure)
             if width > 390 or left < 8:
                 found[page_id(path)] = (width, left)

@@ -25,18 +25,24 @@ def figures() -> ModuleType:
 
 def test_committed_figures_are_drawn_from_the_records(figures: ModuleType) -> None:
     for name, drawn in figures.figures().items():
-        assert (ROOT / "docs" / "img" / name).read_text(encoding="utf-8") == drawn, "python docs/figures.py"
+        assert (ROOT / "docs" / "img" / name).read_text(encoding="utf-8") == drawn, (
+            "python docs/figures.py"
+        )
 
 
 def test_numbers_of_the_results_are_those_of_the_table(figures: ModuleType) -> None:
     """Five of the differences are rows of docs/results.md, the others in guides; each with the same words."""
-    pages = " ".join((ROOT / "docs" / name).read_text() for name in ("results.md", "guides/when-experts.md"))
+    pages = " ".join(
+        (ROOT / "docs" / name).read_text() for name in ("results.md", "guides/when-experts.md")
+    )
     pages += (ROOT / "benchmarks" / "upcycling" / "README.md").read_text()
     plain = re.sub(r"\s+", " ", pages)
     for effect in figures.effects():
         mean, ends = effect.words.split(" ", 1)
         first, last = ends.strip("()").split(" to ")
-        assert re.search(rf"{re.escape(mean)}(?: points)? \({re.escape(first)} to {re.escape(last)}", plain), effect
+        assert re.search(
+            rf"{re.escape(mean)}(?: points)? \({re.escape(first)} to {re.escape(last)}", plain
+        ), effect
         assert effect.low <= effect.mean <= effect.high
 
 

@@ -42,28 +42,47 @@ def test_every_source_is_used():
 def test_the_page_can_load_nothing():
     text = PAGE.read_text(encoding="utf-8")
     assert "default-src 'none'; img-src data:;" in text
-    assert re.findall(r"""(?:src|href)=["'](?!#|\$|data:)[^"']*""", text) == []  # links to the explorer: linkExplorer
+    assert (
+        re.findall(r"""(?:src|href)=["'](?!#|\$|data:)[^"']*""", text) == []
+    )  # links to the explorer: linkExplorer
     assert "@import" not in text
     assert "url(" not in text
 
 
 def test_steps_take_40_minutes_and_leave_5_for_questions():
-    minutes = re.findall(r"^      minutes: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M)
+    minutes = re.findall(
+        r"^      minutes: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M
+    )
     assert len(minutes) == 10
     assert sum(map(int, minutes)) == 40
     assert "const QUESTIONS = 5;" in (SOURCES / "lesson.js").read_text()
-    assert sum(map(int, re.findall(r"^      alone: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M))) == 10
+    assert (
+        sum(
+            map(
+                int,
+                re.findall(
+                    r"^      alone: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M
+                ),
+            )
+        )
+        == 10
+    )
 
 
 @pytest.mark.needs("photos")
 def test_a_photo_is_routed_as_the_model_does(numbers):
     """On another processor a patch whose two best experts are as good as equal may change sides."""
     photos = bundled_photos("cats_vs_dogs")
-    index = next(index for index in range(len(photos)) if lesson.PHOTOS[0] in photos.picture_name(index))
+    index = next(
+        index for index in range(len(photos)) if lesson.PHOTOS[0] in photos.picture_name(index)
+    )
     view = route_image(bundled_model("cats_vs_dogs"), photos.image(index))
     for layer in view.layers:
         said = numbers["photos"][0]["first"][str(layer.facts.layer)]
-        agree = sum(str(experts[0]) == digit for experts, digit in zip(layer.expert_index, said, strict=True))
+        agree = sum(
+            str(experts[0]) == digit
+            for experts, digit in zip(layer.expert_index, said, strict=True)
+        )
         assert agree >= len(said) - 4
     layer, gate = view.layer(lesson.LAYER), numbers["gate"]
     assert gate["patch"] == lesson.GATE_PATCH
@@ -74,11 +93,16 @@ def test_a_photo_is_routed_as_the_model_does(numbers):
 def test_the_ablation_was_chosen_on_validation(numbers):
     without = numbers["without"]
     telling, quiet = (
-        next(row for row in without["experts"] if row["name"] == without[kind]["name"]) for kind in ("telling", "quiet")
+        next(row for row in without["experts"] if row["name"] == without[kind]["name"])
+        for kind in ("telling", "quiet")
     )
-    assert telling["changed_validation"] == max(row["changed_validation"] for row in without["experts"])
+    assert telling["changed_validation"] == max(
+        row["changed_validation"] for row in without["experts"]
+    )
     assert quiet["changed_validation"] == 0
-    assert quiet["work"] == max(row["work"] for row in without["experts"] if not row["changed_validation"])
+    assert quiet["work"] == max(
+        row["work"] for row in without["experts"] if not row["changed_validation"]
+    )
     assert without["telling"]["answer"] != without["shown"]["label"] == without["quiet"]["answer"]
 
 
@@ -109,7 +133,9 @@ def test_the_router_game_adds_up_to_what_the_model_says(numbers):
     row, column = np.divmod(np.arange(144), 12)
     wanted = torch.tensor([game["experts"][choice[piece]] for piece in row // 3 * 4 + column // 3])
 
-    def each_its_own(_module, _inputs, routing):  # the expert first, the patch's best other one second; gates by rank
+    def each_its_own(
+        _module, _inputs, routing
+    ):  # the expert first, the patch's best other one second; gates by rank
         index = routing.expert_index.clone()
         first, second = index[0, 1:].unbind(-1)  # behind the class token
         index[0, 1:] = torch.stack([wanted, torch.where(first == wanted, second, first)], -1)

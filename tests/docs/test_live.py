@@ -38,9 +38,19 @@ console.log(JSON.stringify(images.map(({{ data, width, height, side }}) => {{
 def test_an_image_is_prepared_as_python_does(tmp_path: Path) -> None:
     """Shrunk, enlarged, and left as it is: the same bytes. Noise and hard edges reach beyond 0 and 255 on the way."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    sizes = [(300, 200, 64), (201, 333, 168), (17, 23, 32), (64, 64, 64), (32, 32, 64), (512, 512, 168), (500, 40, 32)]
+    sizes = [
+        (300, 200, 64),
+        (201, 333, 168),
+        (17, 23, 32),
+        (64, 64, 64),
+        (32, 32, 64),
+        (512, 512, 168),
+        (500, 40, 32),
+    ]
     random = np.random.default_rng(0)
-    photos = [random.integers(0, 256, (height, width, 3)).astype(np.uint8) for width, height, _ in sizes]
+    photos = [
+        random.integers(0, 256, (height, width, 3)).astype(np.uint8) for width, height, _ in sizes
+    ]
     for photo in photos[::2]:
         photo[: len(photo) // 2] = 255 * (photo[: len(photo) // 2] > 127)
     opaque = [np.dstack([photo, np.full(photo.shape[:2], 255, np.uint8)]) for photo in photos]
@@ -51,12 +61,18 @@ def test_an_image_is_prepared_as_python_does(tmp_path: Path) -> None:
     (tmp_path / "prepare.mjs").write_text(PREPARE)
     asked = json.dumps({"images": images, "mean": mean, "std": std})
     command = ["node", "--disable-warning=MODULE_TYPELESS_PACKAGE_JSON", tmp_path / "prepare.mjs"]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=600, check=True)
-    for photo, (_, _, side), (pixels, values) in zip(photos, sizes, json.loads(done.stdout), strict=True):
+    done = subprocess.run(
+        command, input=asked, capture_output=True, text=True, timeout=600, check=True
+    )
+    for photo, (_, _, side), (pixels, values) in zip(
+        photos, sizes, json.loads(done.stdout), strict=True
+    ):
         expected = square_pixels(Image.fromarray(photo), side)
         assert np.array_equal(np.array(pixels).reshape(side, side, 3), expected)
         own = normalize(torch.from_numpy(expected).permute(2, 0, 1)[None], mean, std)
-        torch.testing.assert_close(torch.tensor(values).view(1, 3, side, side), own, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(values).view(1, 3, side, side), own, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.needs("onnx")
@@ -68,18 +84,27 @@ def test_weights_are_stored_smaller_where_nothing_is_lost() -> None:
 
     exact, rounded = np.full((16, 16), 3 / 8, np.float32), np.full((16, 16), 1 / 3, np.float32)
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "exact"], ["y"]), helper.make_node("MatMul", ["y", "rounded"], ["z"])],
+        [
+            helper.make_node("MatMul", ["x", "exact"], ["y"]),
+            helper.make_node("MatMul", ["y", "rounded"], ["z"]),
+        ],
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16])],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 16])],
         [numpy_helper.from_array(exact, "exact"), numpy_helper.from_array(rounded, "rounded")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    ).SerializeToString()
     smaller = live.in_bfloat16(model)
-    kept = {weight.name: weight.data_type for weight in onnx.load_from_string(smaller).graph.initializer}
+    kept = {
+        weight.name: weight.data_type for weight in onnx.load_from_string(smaller).graph.initializer
+    }
     assert kept == {"exact.bf16": TensorProto.BFLOAT16, "rounded": TensorProto.FLOAT}
     x = np.arange(16, dtype=np.float32)[None]
-    before, after = (onnxruntime.InferenceSession(each).run(None, {"x": x})[0] for each in (model, smaller))
+    before, after = (
+        onnxruntime.InferenceSession(each).run(None, {"x": x})[0] for each in (model, smaller)
+    )
     assert np.array_equal(before, after)
 
 
@@ -102,11 +127,18 @@ def test_the_page_is_the_explorers_with_another_who_answers() -> None:
     names = modules("app.js", live.read_module)
     own = {name for name in names if (SOURCES / name).exists()}
     assert own == {"app_fetch.js", "pixels.js"}
-    assert {*own, "worker.js", "types.d.ts", "ort.wasm.bundle.min.d.mts", "live.css", "build.py"} == {
-        file.name for file in SOURCES.iterdir() if file.is_file()
-    }
+    assert {
+        *own,
+        "worker.js",
+        "types.d.ts",
+        "ort.wasm.bundle.min.d.mts",
+        "live.css",
+        "build.py",
+    } == {file.name for file in SOURCES.iterdir() if file.is_file()}
     text = "\n".join(DOCS.sub("", live.read_module(name)) for name in names)
-    declared = re.findall(r"^(?:export )?(?:async )?(?:function|class|const|let|var) (\w+)", text, re.M)
+    declared = re.findall(
+        r"^(?:export )?(?:async )?(?:function|class|const|let|var) (\w+)", text, re.M
+    )
     assert len(set(declared)) == len(declared)
     page = app_page({"models": []}, [], read=live.read_module, style="nothing{}").text
     assert "new Worker(" in page

@@ -14,7 +14,9 @@ RUN = [
     pytest.param(
         path,
         id=path.stem,
-        marks=[pytest.mark.needs("photos")] if "cats_vs_dogs" in path.read_text(encoding="utf-8") else [],
+        marks=[pytest.mark.needs("photos")]
+        if "cats_vs_dogs" in path.read_text(encoding="utf-8")
+        else [],
     )
     for path in NOTEBOOKS
 ]
@@ -44,9 +46,15 @@ def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
     """
     cells = code_cells(read(path))
     sources = [cell.source for cell in cells]
-    place = next(place for place, source in enumerate(sources) if 'f"{name}=={packages.version(name)}"' in source)
+    place = next(
+        place
+        for place, source in enumerate(sources)
+        if 'f"{name}=={packages.version(name)}"' in source
+    )
     assert "pip" in sources[place]
-    assert not any("moevision import" in source or "from moevision" in source for source in sources[:place])
+    assert not any(
+        "moevision import" in source or "from moevision" in source for source in sources[:place]
+    )
     roots = set()
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
@@ -62,11 +70,15 @@ def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
 def test_a_notebook_says_how_long_it_takes_and_ends_with_exercises(path):
     """Their solutions are hidden, and are Python."""
     cells = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
-    (seconds,) = re.findall(r"Takes about (\d+) seconds of one CPU core\.", cells[0].replace("\n", " "))
+    (seconds,) = re.findall(
+        r"Takes about (\d+) seconds of one CPU core\.", cells[0].replace("\n", " ")
+    )
     assert int(seconds) < LIMIT_S
     text = "\n".join(cells)
     assert re.findall(r"^\*\*(\d)\.\*\* ", text, re.M) == ["1", "2", "3"]
-    solutions = re.findall(r"<details><summary>Solution</summary>\n\n(.*?)\n</details>", text, re.DOTALL)
+    solutions = re.findall(
+        r"<details><summary>Solution</summary>\n\n(.*?)\n</details>", text, re.DOTALL
+    )
     assert len(solutions) == 3
     for code in re.findall(r"^```python\n(.*?)^```", "\n".join(solutions), re.DOTALL | re.M):
         ast.parse(code)
@@ -78,7 +90,11 @@ def test_the_layer_from_scratch_has_forty_lines_and_shows_a_collapse():
     source = code_cells(notebook)[0].source
     layer = source[: source.index("def train(")]
     assert len([line for line in layer.splitlines() if line.strip()]) <= 40
-    (said,) = (cell.outputs[0].text for cell in code_cells(notebook) if "experts with more than 3 %" in cell.source)
+    (said,) = (
+        cell.outputs[0].text
+        for cell in code_cells(notebook)
+        if "experts with more than 3 %" in cell.source
+    )
     found = re.findall(r": (\d(?: · \d)+) of 8 experts", said)
     without, with_loss = ([int(each) for each in row.split(" · ")] for row in found)
     assert max(without) <= 4
@@ -89,10 +105,16 @@ def test_the_layer_from_scratch_has_forty_lines_and_shows_a_collapse():
 def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
     assert path.stat().st_size < SMALL
     cells = code_cells(read(path))
-    silent = [cell for cell in cells if not cell.outputs]  # what installs, what is imported, and the layer from scratch
+    silent = [
+        cell for cell in cells if not cell.outputs
+    ]  # what installs, what is imported, and the layer from scratch
     assert len(silent) <= (3 if path.stem.startswith("00") else 2)
     outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
 
 
 @pytest.mark.parametrize("path", RUN)
@@ -103,6 +125,13 @@ def test_a_notebook_runs(path):
     before = os.times()
     nbclient.NotebookClient(notebook, timeout=10 * LIMIT_S, kernel_name="python3").execute()
     after = os.times()  # those of children count when a child, such as the kernel, has ended
-    assert 0 < (after.children_user + after.children_system) - (before.children_user + before.children_system) < LIMIT_S
+    assert (
+        0
+        < (after.children_user + after.children_system)
+        - (before.children_user + before.children_system)
+        < LIMIT_S
+    )
     shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
-    assert any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem  # the explorer's view
+    assert (
+        any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem
+    )  # the explorer's view

@@ -71,7 +71,9 @@ def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps() -> None:
     fresh = [module for module in vit.modules() if isinstance(module, MoEMlp)]
     assert len(fresh) == 2
     for layer in fresh:
-        assert all(torch.equal(layer.experts.fc1.weight[0], each) for each in layer.experts.fc1.weight)
+        assert all(
+            torch.equal(layer.experts.fc1.weight[0], each) for each in layer.experts.fc1.weight
+        )
 
 
 def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
@@ -80,7 +82,9 @@ def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
     assert moved(scope["classifier"], 4)
     again = scope["Classifier"]()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = scope["L"].Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **quiet)
+    trainer = scope["L"].Trainer(
+        max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **quiet
+    )
     trainer.fit(again, scope["loader"])
     assert moved(again, 2)
 
@@ -90,11 +94,19 @@ def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
 def test_transformers_trains_it_and_moves_the_biases_once_per_update() -> None:
     scope = scope_of(LOOP, OWN_MODEL, TRANSFORMERS)
     assert moved(scope["wrapped"], 4)  # 32 images in batches of 8
-    again = scope["WithLoss"](scope["timm"].create_model("vit_moe_micro_patch4_32", router="bias_balanced"))
-    arguments = scope["TrainingArguments"](
-        "runs/again", max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to="none"
+    again = scope["WithLoss"](
+        scope["timm"].create_model("vit_moe_micro_patch4_32", router="bias_balanced")
     )
-    scope["Trainer"](again, arguments, train_dataset=scope["rows"], callbacks=[scope["AfterUpdate"]()]).train()
+    arguments = scope["TrainingArguments"](
+        "runs/again",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        report_to="none",
+    )
+    scope["Trainer"](
+        again, arguments, train_dataset=scope["rows"], callbacks=[scope["AfterUpdate"]()]
+    ).train()
     assert moved(again, 2)
 
 
@@ -137,9 +149,13 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     alone = [str(script), str(tmp_path)]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone]
     for command in (alone, together):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
-    one, *both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    one, *both = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
     for name, expected in one.items():
         for found in (half[name] for half in both):
             torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9, msg=name)

@@ -9,8 +9,12 @@ from tests.docs.test_docs import ROOT, check_command, commands, python_blocks, r
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: block.splitlines()[-1][:30])
-def test_python_runs(block: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "block", python_blocks(README), ids=lambda block: block.splitlines()[-1][:30]
+)
+def test_python_runs(
+    block: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     run(README, [block], {})
     assert capsys.readouterr().out

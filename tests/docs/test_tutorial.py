@@ -50,7 +50,11 @@ def test_the_summary_still_has_these_lines(printed: dict[str, str], tiny_run: Pa
     """Rows of the committed output are rows of a run of today, but for the classes."""
     today = (tiny_run / "summary.md").read_text(encoding="utf-8")
     known = {*labels(today), "CPU time", "dog", "cat"}  # so short a run has no CPU time to tell
-    assert {"top-1 accuracy", "balanced accuracy", "CPU time"} <= set(labels(printed["summary"])) <= known
+    assert (
+        {"top-1 accuracy", "balanced accuracy", "CPU time"}
+        <= set(labels(printed["summary"]))
+        <= known
+    )
     assert "of the test images recognised** (" in printed["summary"]
     assert "of the test images recognised** (" in today
 
@@ -74,12 +78,22 @@ def test_the_split_adds_up(printed: dict[str, str]) -> None:
 
 
 def test_no_place_of_a_machine_is_shown(printed: dict[str, str]) -> None:
-    assert [line for text in printed.values() for line in text.splitlines() if re.search(r"(?:^|[ =])/\w", line)] == []
+    assert [
+        line
+        for text in printed.values()
+        for line in text.splitlines()
+        if re.search(r"(?:^|[ =])/\w", line)
+    ] == []
 
 
 def test_one_of_the_four_new_photos_is_wrong(printed: dict[str, str]) -> None:
     """As the page says. Chelsea and the kitten are cats, the others dogs."""
     rows = [line.split(",") for line in printed["predict"].splitlines() if line.startswith("new/")]
     found = {path.removeprefix("new/"): name for path, name, *_ in rows}
-    right = {"chelsea.jpg": "cat", "gcompris_kitten.jpg": "cat", "darknet_dog.jpg": "dog", "zoom_roxy.jpg": "dog"}
+    right = {
+        "chelsea.jpg": "cat",
+        "gcompris_kitten.jpg": "cat",
+        "darknet_dog.jpg": "dog",
+        "zoom_roxy.jpg": "dog",
+    }
     assert sum(found[path] != name for path, name in right.items()) == 1

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from moevision.layers import MoEMlp, Routing, record_routing
 
 
-def times_e_plus_1(router: str, num_experts: int, width: int | None = None, **options: object) -> MoEMlp:
+def times_e_plus_1(
+    router: str, num_experts: int, width: int | None = None, **options: object
+) -> MoEMlp:
     """A float64 layer in eval mode whose expert e is x -> (e + 1) x.
 
     A linear router of as many experts as the width gets the identity as its weight: the token is its own logits.

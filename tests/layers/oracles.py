@@ -55,7 +55,9 @@ def sigmoid(x: Array) -> Array:
 
 def gelu(x: Array) -> Array:
     """x Φ(x), the exact form that timm's Mlp uses."""
-    return np.array([value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel()]).reshape(x.shape)
+    return np.array(
+        [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel()]
+    ).reshape(x.shape)
 
 
 def top_k(scores: Array, k: int) -> Array:
@@ -125,7 +127,9 @@ def soft(x: Array, p: Params) -> Slots:
     return Slots(softmax(logits, axis=1), softmax(logits, axis=(2, 3)))
 
 
-def fill(choice: Choice, num_experts: int, factor: float, *, group: str, sureness: Array | None = None) -> Choice:
+def fill(
+    choice: Choice, num_experts: int, factor: float, *, group: str, sureness: Array | None = None
+) -> Choice:
     """Drop what exceeds capacity: all first choices in order, then all second ones; a dropped weight is lost.
 
     Tokens come in their order, or with batch priority by falling `sureness` [B, N], their largest affinity before any
@@ -134,7 +138,11 @@ def fill(choice: Choice, num_experts: int, factor: float, *, group: str, surenes
     images, tokens, k = choice.index.shape
     kept = np.zeros_like(choice.kept)
     places = [(image, token) for image in range(images) for token in range(tokens)]
-    groups = [places] if group == "batch" else [[p for p in places if p[0] == image] for image in range(images)]
+    groups = (
+        [places]
+        if group == "batch"
+        else [[p for p in places if p[0] == image] for image in range(images)]
+    )
     for members in groups:
         capacity = math.ceil(factor * len(members) * k / num_experts)
         room = [capacity] * num_experts
@@ -178,7 +186,9 @@ def layer_output(x: Array, p: Params, decision: Choice | Taken | Slots) -> Array
     elif isinstance(decision, Taken):
         for image, number, rank in np.ndindex(*decision.weight.shape):
             token = decision.token_index[image, number, rank]
-            out[image, token] += decision.weight[image, number, rank] * expert(p, number, x[image, token])
+            out[image, token] += decision.weight[image, number, rank] * expert(
+                p, number, x[image, token]
+            )
     else:
         for image, number, slot in np.ndindex(len(x), *decision.combine.shape[2:]):
             value = expert(p, number, decision.dispatch[image, :, number, slot] @ x[image])
@@ -186,7 +196,9 @@ def layer_output(x: Array, p: Params, decision: Choice | Taken | Slots) -> Array
     return out
 
 
-def central_differences(value: Callable[[], float], places: Sequence[Array], step: float = 1e-6) -> list[Array]:
+def central_differences(
+    value: Callable[[], float], places: Sequence[Array], step: float = 1e-6
+) -> list[Array]:
     """Gradient of `value` with respect to every entry of the arrays, which it reads; error about step² and 1e-10."""
     gradients = []
     for array in places:

@@ -47,11 +47,15 @@ CROWD = tokens([6, 4], [9, 1], [7, 3], [8, 2]).log()
 @pytest.mark.parametrize(("priority", "kept"), [(False, [1, 1, 0, 0]), (True, [0, 1, 0, 1])])
 def test_capacity(priority: bool, kept: list[int]) -> None:
     """C = ceil(1 · 4 · 1 / 2) = 2: the first two tokens stay, or with batch priority the two surest (.9 and .8)."""
-    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=1.0, batch_priority=priority)
+    layer = times_e_plus_1(
+        "vmoe_top_k", 2, top_k=1, eval_capacity_factor=1.0, batch_priority=priority
+    )
     out, routing = run(layer, CROWD)
     assert routing.kept[0, :, 0].int().tolist() == kept
     assert (routing.requested_counts().tolist(), routing.counts().tolist()) == ([4, 0], [2, 0])
-    close(routing.combine_weight[0, :, 0], [0.6, 0.9, 0.7, 0.8])  # a dropped choice keeps its weight on record
+    close(
+        routing.combine_weight[0, :, 0], [0.6, 0.9, 0.7, 0.8]
+    )  # a dropped choice keeps its weight on record
     expected = torch.tensor([0.6, 0.9, 0.7, 0.8], dtype=torch.float64) * torch.tensor(kept)
     close(out, expected.view(1, 4, 1) * CROWD)
 
@@ -97,7 +101,9 @@ def test_capacity_has_a_factor_for_training_and_one_for_evaluation() -> None:
     layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, noise="none")
     assert run(layer, CROWD)[1].counts().tolist() == [4, 0]
     assert run(layer.train(), CROWD)[1].counts().tolist() == [1, 0]  # ceil(.5 · 4 / 2)
-    both = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, eval_capacity_factor=1.5, noise="none")
+    both = times_e_plus_1(
+        "vmoe_top_k", 2, top_k=1, capacity_factor=0.5, eval_capacity_factor=1.5, noise="none"
+    )
     assert run(both, CROWD)[1].counts().tolist() == [3, 0]
     assert run(both.train(), CROWD)[1].counts().tolist() == [1, 0]
 
@@ -123,18 +129,29 @@ def test_shared_experts_are_one_dense_mlp_of_their_width() -> None:
 @pytest.mark.parametrize("normalize", [None, True])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router", ["vmoe_top_k", "noisy_top_k", "sigmoid", "bias_balanced"])
-def test_batch_priority_is_by_affinity_before_any_normalisation(router: str, k: int, normalize: bool | None) -> None:
+def test_batch_priority_is_by_affinity_before_any_normalisation(
+    router: str, k: int, normalize: bool | None
+) -> None:
     """Of the first choices that fall on an expert, the kept ones have the largest affinities.
 
     Normalised gates would not say who is sure: those of k = 1 are all 1, and .5 beside .01 would come before .9 beside
     .09. V-MoE's gates are not normalised; Tutel normalises and orders by the full softmax all the same.
     """
-    options = {"top_k": k, "eval_capacity_factor": 0.5 / k, "batch_priority": True, "normalize_gates": normalize}
+    options = {
+        "top_k": k,
+        "eval_capacity_factor": 0.5 / k,
+        "batch_priority": True,
+        "normalize_gates": normalize,
+    }
     generator = torch.Generator().manual_seed(0)
     x = 2 * torch.randn(1, 60, 4, dtype=torch.float64, generator=generator)
     routing = run(times_e_plus_1(router, 4, **options), x)[1].detach()
     affinity = x.sigmoid() if router in ("sigmoid", "bias_balanced") else x.softmax(-1)
-    sureness, first, stays = affinity.amax(-1)[0], routing.expert_index[0, :, 0], routing.kept[0, :, 0]
+    sureness, first, stays = (
+        affinity.amax(-1)[0],
+        routing.expert_index[0, :, 0],
+        routing.kept[0, :, 0],
+    )
     for expert in range(4):
         asked = first == expert
         assert (asked & ~stays).any()

@@ -22,8 +22,24 @@ TOKENS, WIDTH, EXPERTS, TOP_K = 1024, 64, 4, 2
 class Operations(TorchDispatchMode):
     """Counts what reaches torch's kernels, without views, and the numbers written by each."""
 
-    VIEWS = ("view", "t", "transpose", "unbind", "split", "split_with_sizes", "expand", "select", "slice", "detach",
-             "unsqueeze", "squeeze", "alias", "as_strided", "_unsafe_view", "permute")  # fmt: skip
+    VIEWS = (
+        "view",
+        "t",
+        "transpose",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "expand",
+        "select",
+        "slice",
+        "detach",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "as_strided",
+        "_unsafe_view",
+        "permute",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +75,9 @@ def layer() -> MoEMlp:
     return MoEMlp(WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=TOP_K, router="vmoe_top_k")
 
 
-def test_equal_groups_cost_six_batched_products(layer: MoEMlp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_groups_cost_six_batched_products(
+    layer: MoEMlp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two forward, with their biases; in the backward pass one for each input and each weight.
 
     Only the router uses plain ones, three.
@@ -117,7 +135,9 @@ def test_one_image_costs_two_batched_products_and_no_sort(layer: MoEMlp) -> None
 
 
 def test_an_image_routed_as_a_whole_casts_the_weights_of_its_expert_alone() -> None:
-    layer = MoEMlp(WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=1, router="switch", route_by="image")
+    layer = MoEMlp(
+        WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=1, router="switch", route_by="image"
+    )
     operations = inference_of(layer, 128)
     one_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) / EXPERTS
     tokens = 128 * WIDTH  # cast once

@@ -36,7 +36,9 @@ class Case(NamedTuple):
 
     def expert_index(self) -> Tensor:
         """[1, T, K]; the larger `skew`, the more choices fall on the first experts."""
-        share = torch.rand(1, self.tokens, self.top_k, generator=torch.Generator().manual_seed(self.seed))
+        share = torch.rand(
+            1, self.tokens, self.top_k, generator=torch.Generator().manual_seed(self.seed)
+        )
         return (share**self.skew * self.num_experts).long().clamp(max=self.num_experts - 1)
 
     def x(self) -> Tensor:
@@ -81,7 +83,12 @@ cases = st.builds(
 @example(Case(4, 2, 200, 1.0, 5, None, False, torch.bfloat16, 0))
 def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
     dispatched, expert_index, x = case.dispatch(), case.expert_index()[0], case.x()
-    rows, counts, token, position = dispatched.rows, dispatched.counts, dispatched.token, dispatched.position
+    rows, counts, token, position = (
+        dispatched.rows,
+        dispatched.counts,
+        dispatched.token,
+        dispatched.position,
+    )
     assert token is not None
     assert position is not None
     assert position.shape == expert_index.shape
@@ -92,7 +99,9 @@ def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
     computed_by = torch.arange(case.num_experts).repeat_interleave(counts)
     assert torch.equal(computed_by[position], expert_index)
     in_a_group = [position.flatten()[expert_index.flatten() == e] for e in range(case.num_experts)]
-    assert all(bool((places.diff() > 0).all()) for places in in_a_group)  # stable: in the order of the tokens
+    assert all(
+        bool((places.diff() > 0).all()) for places in in_a_group
+    )  # stable: in the order of the tokens
     is_padding = torch.ones(len(rows), dtype=torch.bool)
     is_padding[position] = False
     assert not token[is_padding].any()
@@ -117,7 +126,10 @@ def lengths_of(wanted: list[int]) -> list[int]:
         ([9000, 1], [9216, 32]),  # 8192 / 16 = 512
         ([600, 400], [608, 608]),  # 1 216 for 1 000 rows, less than 1.4
         ([720, 280], [736, 288]),  # 1 472
-        ([2600, 1600], [2688, 1600]),  # 5 376 for 4 200 would be 1.28, and so many rows may become 1.25 times as many
+        (
+            [2600, 1600],
+            [2688, 1600],
+        ),  # 5 376 for 4 200 would be 1.28, and so many rows may become 1.25 times as many
         ([2500, 1700], [2560, 2560]),  # 1.22
     ],
 )
@@ -141,7 +153,9 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
         large = choices >= 8 * 32 * case.num_experts
         step = 1 if case.dtype is not torch.bfloat16 else 32 if large else 16
     if step > 1:
-        steps = [max(step, 2 ** (count.bit_length() - 1) // 16) if count else step for count in wanted]
+        steps = [
+            max(step, 2 ** (count.bit_length() - 1) // 16) if count else step for count in wanted
+        ]
         rounded = [-(-count // one) * one for count, one in zip(wanted, steps, strict=True)]
         fits = max(rounded) * case.num_experts <= case.limit * choices
         wanted = [max(rounded)] * case.num_experts if fits else rounded
@@ -154,7 +168,12 @@ def test_without_gradients_every_choice_is_computed_once_by_its_expert(case: Cas
     """Few rows are placed by counting; more than 1 024 choices are sorted here too."""
     with torch.no_grad():
         dispatched = case._replace(row_multiple=None, max_padding=None).dispatch()
-    expert, x, counts, position = case.expert_index()[0], case.x(), dispatched.counts, dispatched.position
+    expert, x, counts, position = (
+        case.expert_index()[0],
+        case.x(),
+        dispatched.counts,
+        dispatched.position,
+    )
     assert position is not None
     assert int(counts.sum()) == len(dispatched.rows)
     assert len(position.unique()) == position.numel()  # no row is two choices'
@@ -162,7 +181,9 @@ def test_without_gradients_every_choice_is_computed_once_by_its_expert(case: Cas
     assert torch.equal(computed_by[position], expert)
     assert torch.equal(dispatched.rows[position], x.unsqueeze(1).expand(-1, case.top_k, -1))
     in_a_group = [position.flatten()[expert.flatten() == e] for e in range(case.num_experts)]
-    assert all(bool((places.diff() > 0).all()) for places in in_a_group)  # stable: in the order of the tokens
+    assert all(
+        bool((places.diff() > 0).all()) for places in in_a_group
+    )  # stable: in the order of the tokens
     if case.dtype is torch.bfloat16:
         assert len(set(counts.tolist())) == 1  # two numbers a token: padding is nearly free
 
@@ -171,26 +192,45 @@ def test_without_gradients_every_choice_is_computed_once_by_its_expert(case: Cas
     ("wanted", "dtype", "threads", "expected"),
     [
         # Width 128, so experts of 2 · 128² = 32 768 multiply-adds a row: a call is worth 2.5e6 / 32 768 = 76 rows.
-        ([60, 20, 20, 0], torch.bfloat16, 1, [64, 64, 64, 64]),  # 156 rows more; three calls are worth 229
+        (
+            [60, 20, 20, 0],
+            torch.bfloat16,
+            1,
+            [64, 64, 64, 64],
+        ),  # 156 rows more; three calls are worth 229
         ([90, 5, 5, 0], torch.bfloat16, 1, [96, 16, 16, 0]),  # 284 more would be too many
         ([90, 5, 5, 0], torch.bfloat16, 2, [96, 96, 96, 96]),  # 458 on two threads
-        ([64, 0, 0, 0], torch.bfloat16, 1, [64, 0, 0, 0]),  # an image routed as a whole: one call, which is worth 76
+        (
+            [64, 0, 0, 0],
+            torch.bfloat16,
+            1,
+            [64, 0, 0, 0],
+        ),  # an image routed as a whole: one call, which is worth 76
         ([30, 20, 20, 10], torch.float32, 1, [30, 20, 20, 10]),
         ([30, 20, 20, 10], torch.float32, 2, [30, 30, 30, 30]),  # 40 more; 4 · .6e6 / 32 768 = 73
         ([60, 10, 5, 5], torch.float32, 2, [60, 10, 5, 5]),  # 160 more
     ],
 )
 def test_without_gradients_groups_are_equal_where_that_costs_less_than_calls(
-    wanted: list[int], dtype: torch.dtype, threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    wanted: list[int],
+    dtype: torch.dtype,
+    threads: int,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index = torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)).view(1, -1, 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
     x = torch.randn(index.shape[1], 128, dtype=dtype)
     with torch.no_grad():
-        assert LocalDispatcher().dispatch(x, routing_of(index, len(wanted))).counts.tolist() == expected
+        assert (
+            LocalDispatcher().dispatch(x, routing_of(index, len(wanted))).counts.tolist()
+            == expected
+        )
     trained = LocalDispatcher().dispatch(x, routing_of(index, len(wanted))).counts.tolist()
-    assert trained == (wanted if dtype is torch.float32 else [-(-size // 16) * 16 for size in wanted])
+    assert trained == (
+        wanted if dtype is torch.float32 else [-(-size // 16) * 16 for size in wanted]
+    )
 
 
 def test_the_examples_take_every_path() -> None:
@@ -234,7 +274,9 @@ def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None
     expert[:2] = num_experts - 1
     order, row, counts = cpu.sort_choices(expert, num_experts)
     assert {each.dtype for each in (order, row, counts)} == {torch.int64}
-    assert order.tolist() == sorted(range(size), key=expert.tolist().__getitem__)  # Python's sort is stable
+    assert order.tolist() == sorted(
+        range(size), key=expert.tolist().__getitem__
+    )  # Python's sort is stable
     assert row[order].tolist() == list(range(size))
     assert counts.tolist() == [expert.tolist().count(each) for each in range(num_experts)]
     assert torch.equal(order, cpu.sort_choices(expert, num_experts)[0])

@@ -34,7 +34,9 @@ def route(layer: MoEMlp, images: int, num_tokens: int) -> Routing:
 def net_of(router: str) -> nn.Module:
     """Two MoE layers of four experts on a class token and 4 x 4 patches."""
     torch.manual_seed(0)
-    return timm.create_model("test_vit_moe", router=router, top_k=1, class_token=True, global_pool="token")
+    return timm.create_model(
+        "test_vit_moe", router=router, top_k=1, class_token=True, global_pool="token"
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -85,7 +87,9 @@ def test_only_the_position_counts_in_evaluation(router: str) -> None:
     assert len(index[0].unique()) == 4
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(16, 4), (65, 8), (196, 8), (197, 16), (256, 64), (7, 8)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(16, 4), (65, 8), (196, 8), (197, 16), (256, 64), (7, 8)]
+)
 def test_hash_gives_every_expert_as_many_positions(num_tokens: int, num_experts: int) -> None:
     routing = route(layer_of("hash", num_experts, top_k=1), 1, num_tokens)
     counts = routing.counts()
@@ -96,7 +100,9 @@ def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
     layer = layer_of("hash", 8, top_k=1)
     index = route(layer, 1, 196).expert_index.flatten()
     assert torch.equal(route(layer.train(), 1, 196).expert_index.flatten(), index)
-    assert (index.diff() != 0).float().mean() > 0.8  # at random 7/8 of neighbours differ; bands would have 4 %
+    assert (
+        index.diff() != 0
+    ).float().mean() > 0.8  # at random 7/8 of neighbours differ; bands would have 4 %
 
 
 def test_random_draws_anew_in_training_and_uniformly() -> None:
@@ -108,7 +114,9 @@ def test_random_draws_anew_in_training_and_uniformly() -> None:
     assert (first.counts() - 24_000).abs().max() < 600
     pairs = torch.zeros(5, 5, dtype=torch.int64)
     index = first.expert_index.flatten(0, 1)
-    pairs.index_put_((index[:, 0], index[:, 1]), torch.ones(len(index), dtype=torch.int64), accumulate=True)
+    pairs.index_put_(
+        (index[:, 0], index[:, 1]), torch.ones(len(index), dtype=torch.int64), accumulate=True
+    )
     assert pairs.diagonal().tolist() == [0] * 5
     assert (pairs[~torch.eye(5, dtype=torch.bool)] - 3000).abs().max() < 270
 
@@ -122,7 +130,12 @@ def test_random_draws_anew_in_training_and_uniformly() -> None:
     ],
 )
 def test_position_makes_bands(patches: int, num_experts: int, bands: list[int]) -> None:
-    assert route(layer_of("position", num_experts, top_k=1), 1, patches).expert_index.flatten().tolist() == bands
+    assert (
+        route(layer_of("position", num_experts, top_k=1), 1, patches)
+        .expert_index.flatten()
+        .tolist()
+        == bands
+    )
 
 
 def test_position_counts_patches_not_prefix_tokens() -> None:
@@ -170,7 +183,11 @@ def test_colour_is_the_nearest_centroid_in_numpy() -> None:
     routing = forward_routing(net, pictures)[1][1]
     image = pictures.numpy()
     for number in range(4):
-        means = [image[number, :, r : r + 8, c : c + 8].mean((1, 2)) for r in range(0, 32, 8) for c in range(0, 32, 8)]
+        means = [
+            image[number, :, r : r + 8, c : c + 8].mean((1, 2))
+            for r in range(0, 32, 8)
+            for c in range(0, 32, 8)
+        ]
         colours = np.array([np.mean(means, axis=0), *means])
         expected = ((colours[:, None] - centroids) ** 2).sum(-1).argmin(-1)
         np.testing.assert_array_equal(routing.expert_index[number, :, 0], expected)
@@ -193,7 +210,10 @@ def test_colour_does_not_depend_on_batch_mates_once_fitted() -> None:
     net = net_of("colour").train()
     net(mosaic(8, 0)[0])
     pictures = mosaic(6, 5)[0]
-    together, alone = forward_routing(net.eval(), pictures)[1], forward_routing(net, pictures[2:3])[1]
+    together, alone = (
+        forward_routing(net.eval(), pictures)[1],
+        forward_routing(net, pictures[2:3])[1],
+    )
     assert torch.equal(together[0].expert_index[2:3], alone[0].expert_index)
 
 
@@ -237,4 +257,6 @@ def test_random_is_murmur_hash_in_evaluation() -> None:
 
     routing = route(layer_of("random", 5, top_k=2), 1, 6)
     scores = [[fmix32(5 * position + expert + 1) for expert in range(5)] for position in range(6)]
-    assert routing.expert_index[0].tolist() == [sorted(range(5), key=row.__getitem__)[:2] for row in scores]
+    assert routing.expert_index[0].tolist() == [
+        sorted(range(5), key=row.__getitem__)[:2] for row in scores
+    ]

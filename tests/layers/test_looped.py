@@ -29,13 +29,17 @@ COUNTS = {
     "hundreds": [1025, 1, 512],
 }
 every_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-both_paths = pytest.mark.parametrize("counts", [COUNTS["unequal"], COUNTS["equal"]], ids=["looped", "batched"])
+both_paths = pytest.mark.parametrize(
+    "counts", [COUNTS["unequal"], COUNTS["equal"]], ids=["looped", "batched"]
+)
 every_activation = pytest.mark.parametrize(
     "act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid()], ids=str
 )
 
 
-def plain(rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None) -> Tensor:
+def plain(
+    rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None
+) -> Tensor:
     """The definition, with autograd's gradients."""
     weight1, bias1, weight2, bias2 = (len(counts) * [None] if x is None else x for x in parameters)
     return torch.cat(
@@ -47,29 +51,55 @@ def plain(rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tens
 
 
 def leaves(
-    counts: Sequence[int], biases: tuple[bool, bool] = (True, True), sizes: tuple[int, int, int] = (WIDTH, HIDDEN, OUT)
+    counts: Sequence[int],
+    biases: tuple[bool, bool] = (True, True),
+    sizes: tuple[int, int, int] = (WIDTH, HIDDEN, OUT),
 ) -> list[Tensor | None]:
     """Rows, weight1, bias1, weight2, bias2."""
     experts, generator = len(counts), torch.Generator().manual_seed(3)
     width, hidden, out = sizes
-    shapes = [(sum(counts), width), (experts, hidden, width), (experts, hidden), (experts, out, hidden), (experts, out)]
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    return [made[0], made[1], made[2] if biases[0] else None, made[3], made[4] if biases[1] else None]
+    shapes = [
+        (sum(counts), width),
+        (experts, hidden, width),
+        (experts, hidden),
+        (experts, out, hidden),
+        (experts, out),
+    ]
+    made = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+    return [
+        made[0],
+        made[1],
+        made[2] if biases[0] else None,
+        made[3],
+        made[4] if biases[1] else None,
+    ]
 
 
 def results(
     function: Function, counts: Sequence[int], act: nn.Module, inputs: list[Tensor | None]
 ) -> list[Tensor | None]:
     """The value and the five gradients, of a sum in which every element has another weight."""
-    rows, *parameters = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    rows, *parameters = [
+        None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs
+    ]
     out = function(rows, counts, act, *parameters)
     factor = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
     out.backward(factor)
     return [out.detach(), *(None if x is None else x.grad for x in (rows, *parameters))]
 
 
-def check(counts: Sequence[int], act: nn.Module, inputs: list[Tensor | None], function: Function = looped_mlps) -> None:
-    pairs = zip(results(function, counts, act, inputs), results(plain, counts, act, inputs), strict=True)
+def check(
+    counts: Sequence[int],
+    act: nn.Module,
+    inputs: list[Tensor | None],
+    function: Function = looped_mlps,
+) -> None:
+    pairs = zip(
+        results(function, counts, act, inputs), results(plain, counts, act, inputs), strict=True
+    )
     for actual, expected in pairs:
         assert (actual is None) == (expected is None)
         if actual is not None:
@@ -82,21 +112,36 @@ def test_values_and_all_five_gradients_are_autograds(counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("width", "hidden", "out"), [(8, 16, 24), (8, 12, 8), (5, 16, 8), (16, 8, 3), (5, 7, 4)])
+@pytest.mark.parametrize(
+    ("width", "hidden", "out"), [(8, 16, 24), (8, 12, 8), (5, 16, 8), (16, 8, 3), (5, 7, 4)]
+)
 @every_counts
 def test_grouped_mm_or_not_every_width_is_right(
-    counts: list[int], width: int, hidden: int, out: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    counts: list[int],
+    width: int,
+    hidden: int,
+    out: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`grouped_mm` wants rows of whole 16 bytes, no float64: widths that fit, those that don't, against float64."""
     used: list[torch.Size] = []
     grouped_mm = F.grouped_mm
     monkeypatch.setattr(
-        F, "grouped_mm", lambda rows, *rest, **named: used.append(rows.shape) or grouped_mm(rows, *rest, **named)
+        F,
+        "grouped_mm",
+        lambda rows, *rest, **named: used.append(rows.shape) or grouped_mm(rows, *rest, **named),
     )
-    inputs = [x.detach().to(dtype).requires_grad_() for x in leaves(counts, sizes=(width, hidden, out))]
+    inputs = [
+        x.detach().to(dtype).requires_grad_() for x in leaves(counts, sizes=(width, hidden, out))
+    ]
     actual = results(looped_mlps, counts, nn.GELU(), inputs)
-    expected = results(plain, counts, nn.GELU(), [x.detach().double().requires_grad_() for x in inputs])
-    tolerance = 16 * torch.finfo(dtype).eps  # five roundings follow one another, and sums of 1 025 numbers
+    expected = results(
+        plain, counts, nn.GELU(), [x.detach().double().requires_grad_() for x in inputs]
+    )
+    tolerance = (
+        16 * torch.finfo(dtype).eps
+    )  # five roundings follow one another, and sums of 1 025 numbers
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
@@ -104,7 +149,9 @@ def test_grouped_mm_or_not_every_width_is_right(
     if len(set(counts)) == 1:
         assert used == []  # batched
     elif fits:
-        assert len(used) == 4  # rows' and hidden gradient, both weights'; the first two products add a bias
+        assert (
+            len(used) == 4
+        )  # rows' and hidden gradient, both weights'; the first two products add a bias
     else:
         assert len(used) < 4
 
@@ -126,14 +173,20 @@ def test_every_plain_activation(counts: list[int], act: nn.Module) -> None:
 def test_gradcheck(counts: list[int], act: nn.Module) -> None:
     """Against finite differences, which know nothing of autograd."""
     rows, *parameters = leaves(counts)
-    hidden = torch.cat([F.linear(x, w, b) for x, w, b in zip(rows.split(counts), *parameters[:2], strict=True)])
+    hidden = torch.cat(
+        [F.linear(x, w, b) for x, w, b in zip(rows.split(counts), *parameters[:2], strict=True)]
+    )
     assert hidden.abs().min() > 1e-4  # no step crosses the kink of ReLU
-    assert torch.autograd.gradcheck(lambda *x: looped_mlps(x[0], counts, act, *x[1:]), (rows, *parameters))
+    assert torch.autograd.gradcheck(
+        lambda *x: looped_mlps(x[0], counts, act, *x[1:]), (rows, *parameters)
+    )
 
 
 @pytest.mark.parametrize("learned", [[0], [1], [2], [3], [4], [0, 4], [1, 2], [3, 4]])
 @both_paths
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(counts: list[int], learned: list[int]) -> None:
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(
+    counts: list[int], learned: list[int]
+) -> None:
     inputs = leaves(counts)
     for index, x in enumerate(inputs):
         x.requires_grad_(index in learned)
@@ -174,14 +227,18 @@ class EveryOperation(TorchDispatchMode):
         super().__init__()
         self.act, self.alive = act, False
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **kwargs or {})
         self.alive = hasattr(self.act, "given") and self.act.given() is not None
         return out
 
 
 @both_paths
-def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(counts: list[int]) -> None:
+def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(
+    counts: list[int],
+) -> None:
     """The hidden values before the activation are gone when the last operation is done."""
     rows, *parameters = leaves(counts)
     frozen_rows, *frozen = [x.detach() for x in (rows, *parameters)]
@@ -206,9 +263,13 @@ def test_gradients_of_gradients_are_refused(counts: list[int]) -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("finish", [Tensor.sum, lambda out: (out.t() @ out).sum()], ids=["expanded", "transposed"])
+@pytest.mark.parametrize(
+    "finish", [Tensor.sum, lambda out: (out.t() @ out).sum()], ids=["expanded", "transposed"]
+)
 @both_paths
-def test_any_layout_of_the_incoming_gradient(counts: list[int], finish: Callable[[Tensor], Tensor]) -> None:
+def test_any_layout_of_the_incoming_gradient(
+    counts: list[int], finish: Callable[[Tensor], Tensor]
+) -> None:
     """The sum's gradient is one number expanded to [R, out]."""
     actual, expected = leaves(counts), leaves(counts)
     finish(looped_mlps(actual[0], counts, nn.GELU(), *actual[1:])).backward()
@@ -242,10 +303,21 @@ def test_activation_checkpointing_gives_the_same_gradients(counts: list[int]) ->
 @both_paths
 def test_float32_weights_of_bfloat16_rows_get_float32_gradients(counts: list[int]) -> None:
     """As under autocast; bfloat16 keeps 8 bits, and about five roundings follow one another."""
-    rows, *parameters = [x.detach().float().bfloat16().float().requires_grad_() for x in leaves(counts)]
+    rows, *parameters = [
+        x.detach().float().bfloat16().float().requires_grad_() for x in leaves(counts)
+    ]
     expected = results(plain, counts, nn.GELU(), [rows, *parameters])
-    actual = results(looped_mlps, counts, nn.GELU(), [rows.detach().bfloat16().requires_grad_(), *parameters])
+    actual = results(
+        looped_mlps, counts, nn.GELU(), [rows.detach().bfloat16().requires_grad_(), *parameters]
+    )
     dtypes = [x.dtype for x in actual]
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32]
+    assert dtypes == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.float32,
+        torch.float32,
+    ]
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours.float() - theirs).norm() < 5 * 2**-8 * theirs.norm()

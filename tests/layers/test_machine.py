@@ -36,12 +36,16 @@ def test_torch_is_asked(machine: Machine) -> None:
     assert not machine(None)  # a torch that doesn't say
 
 
-@pytest.mark.parametrize("allowed", ["AVX2", "AVX512_CORE", "avx512_core_bf16", "AVX512_CORE_FP16", "AVX10_1_512"])
+@pytest.mark.parametrize(
+    "allowed", ["AVX2", "AVX512_CORE", "avx512_core_bf16", "AVX512_CORE_FP16", "AVX10_1_512"]
+)
 def test_onednn_may_not_use_it(machine: Machine, allowed: str) -> None:
     assert not machine({"amx_bf16": True}, allowed)
 
 
-@pytest.mark.parametrize("allowed", ["DEFAULT", "all", "AVX512_CORE_AMX", "avx512_core_amx_fp16", "AVX10_1_512_AMX"])
+@pytest.mark.parametrize(
+    "allowed", ["DEFAULT", "all", "AVX512_CORE_AMX", "avx512_core_amx_fp16", "AVX10_1_512_AMX"]
+)
 def test_onednn_may_use_it_where_it_is(machine: Machine, allowed: str) -> None:
     assert machine({"amx_bf16": True}, allowed)
     assert not machine({"amx_bf16": False}, allowed)

@@ -28,7 +28,9 @@ from moevision.layers import (
 from moevision.layers import experts as experts_module
 
 
-def make(dtype: torch.dtype = torch.float32, width: int = 16, hidden: int = 24, **options: object) -> MoEMlp:
+def make(
+    dtype: torch.dtype = torch.float32, width: int = 16, hidden: int = 24, **options: object
+) -> MoEMlp:
     """A layer whose router is trained away from its zero start."""
     torch.manual_seed(0)
     layer = MoEMlp(width, hidden, dtype=dtype, **{"num_experts": 5, "top_k": 2, **options})
@@ -49,7 +51,9 @@ def nested_loop(layer: MoEMlp, x: Tensor, routing: Routing) -> Tensor:
             total = torch.zeros(fc2.out_features, dtype=x.dtype)
             for choice in range(routing.top_k):
                 expert = int(routing.expert_index[image, token, choice])
-                hidden = torch.nn.functional.gelu(fc1.weight[expert] @ x[image, token] + fc1.bias[expert])
+                hidden = torch.nn.functional.gelu(
+                    fc1.weight[expert] @ x[image, token] + fc1.bias[expert]
+                )
                 out = fc2.weight[expert] @ hidden + fc2.bias[expert]
                 total = total + routing.combine_weight[image, token, choice] * out
             tokens.append(total)
@@ -69,12 +73,16 @@ def test_every_backend_is_the_nested_loop(backend: str, num_experts: int, top_k:
     with record_routing(expected_from):
         expected = nested_loop(expected_from, y_input, expected_from.router(y_input))
     actual = layer(x)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    )
     torch.testing.assert_close(actual, expected, **tolerance)
     actual.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(x.grad, y_input.grad, **tolerance)
-    for (name, ours), theirs in zip(layer.named_parameters(), expected_from.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        layer.named_parameters(), expected_from.parameters(), strict=True
+    ):
         if theirs.grad is None:  # learned noise sleeps in eval mode
             assert ours.grad is None or not ours.grad.any(), name
         else:
@@ -89,7 +97,11 @@ def test_padded_groups_change_nothing(top_k: int) -> None:
         uneven = 0.05 * (layer.router.weight[0] - layer.router.weight[1])
     x = (torch.randn(4, 75, 16, dtype=torch.float64) + uneven).requires_grad_()
     results = []
-    for row_multiple, max_padding, expected in ((1, None, ""), (16, 1, "rounded"), (16, 2, "equal")):
+    for row_multiple, max_padding, expected in (
+        (1, None, ""),
+        (16, 1, "rounded"),
+        (16, 2, "equal"),
+    ):
         layer.dispatcher = LocalDispatcher(row_multiple, max_padding)
         counts = layer.dispatcher.dispatch(x.flatten(0, 1), layer.router(x)).counts
         if top_k == 1:  # with two of two all counts are 300
@@ -99,7 +111,9 @@ def test_padded_groups_change_nothing(top_k: int) -> None:
         x.grad = None
         out = layer(x)
         out.square().sum().backward()
-        learned = [parameter.grad for name, parameter in layer.named_parameters() if "noise" not in name]
+        learned = [
+            parameter.grad for name, parameter in layer.named_parameters() if "noise" not in name
+        ]
         results.append([out.detach(), x.grad, *learned])
     plain, *padded = results
     for result in padded:
@@ -108,7 +122,9 @@ def test_padded_groups_change_nothing(top_k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"router": "vmoe_top_k"}, {"router": "switch", "top_k": 1, "route_by": "image"}], ids=str
+    "options",
+    [{}, {"router": "vmoe_top_k"}, {"router": "switch", "top_k": 1, "route_by": "image"}],
+    ids=str,
 )
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("uneven", [0.0, 3.0])
@@ -128,13 +144,17 @@ def test_without_gradients_the_output_is_the_same(
         torch.testing.assert_close(single(x.float()).double(), expected, rtol=1e-4, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             error = (single(x.float()).double() - expected).norm() / expected.norm()
-        assert error < 8 * torch.finfo(torch.bfloat16).eps / 2  # rounded: rows, weights, hidden values, sums
+        assert (
+            error < 8 * torch.finfo(torch.bfloat16).eps / 2
+        )  # rounded: rows, weights, hidden values, sums
 
 
 def test_gradcheck_in_float64() -> None:
     layer = make(torch.float64, width=4, hidden=6, num_experts=3, backend="loop")
     x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert layer.router(x).noisy_logits.topk(3).values.diff().abs().min() > 1e-3  # no choice flips within the step
+    assert (
+        layer.router(x).noisy_logits.topk(3).values.diff().abs().min() > 1e-3
+    )  # no choice flips within the step
     assert torch.autograd.gradcheck(layer, (x,))
 
 
@@ -152,7 +172,9 @@ def test_one_expert_is_timms_mlp() -> None:
 def test_one_token(tokens: int) -> None:
     layer = make()
     x = torch.randn(1, tokens, 16)
-    torch.testing.assert_close(layer(x), nested_loop(layer, x, layer.router(x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nested_loop(layer, x, layer.router(x)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
@@ -196,7 +218,9 @@ class Block(nn.Module):
         return out
 
 
-def run_block(*, compiled: bool, checkpointed: bool, bf16: bool) -> tuple[list[Routing], dict[str, Tensor]]:
+def run_block(
+    *, compiled: bool, checkpointed: bool, bf16: bool
+) -> tuple[list[Routing], dict[str, Tensor]]:
     """One training step through a block: what was recorded, and every gradient, router loss included."""
     torch._dynamo.reset()
     block = Block(make(hidden=32, num_experts=4)).train()
@@ -207,12 +231,18 @@ def run_block(*, compiled: bool, checkpointed: bool, bf16: bool) -> tuple[list[R
     x = torch.randn(4, 20, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), record_routing(block) as routings:
         y = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
-    (y.float().square().mean() + sum(routing.probs.square().sum() for routing in routings)).backward()
-    return routings, {name: parameter.grad for name, parameter in block.named_parameters() if "noise" not in name}
+    (
+        y.float().square().mean() + sum(routing.probs.square().sum() for routing in routings)
+    ).backward()
+    return routings, {
+        name: parameter.grad for name, parameter in block.named_parameters() if "noise" not in name
+    }
 
 
 @pytest.mark.deep
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it after a graph break
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("compiled", "checkpointed"), [(True, False), (False, True), (True, True)])
 def test_checkpointing_and_compilation_record_once_and_keep_gradients(
@@ -260,10 +290,25 @@ def test_an_activation_with_a_parameter_learns(act: type[nn.Module]) -> None:
     """The gradient is that of the dense backend, which is autograd's."""
     gradients = []
     for backend in ("loop", "dense"):
-        layer = make(torch.float64, act_layer=act, backend=backend).double()  # an activation's own dtype is float32
-        x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer = make(
+            torch.float64, act_layer=act, backend=backend
+        ).double()  # an activation's own dtype is float32
+        x = torch.randn(
+            2,
+            9,
+            16,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(1),
+            requires_grad=True,
+        )
         layer(x).square().sum().backward()
-        gradients.append([x.grad, layer.experts.fc1.weight.grad, *(p.grad for p in layer.experts.act.parameters())])
+        gradients.append(
+            [
+                x.grad,
+                layer.experts.fc1.weight.grad,
+                *(p.grad for p in layer.experts.act.parameters()),
+            ]
+        )
     assert gradients[0][2].any()
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
@@ -273,8 +318,17 @@ def test_an_activation_with_a_parameter_learns(act: type[nn.Module]) -> None:
 def test_an_activation_in_place_has_the_same_gradients(act: type[nn.Module]) -> None:
     gradients = []
     for inplace in (True, False):
-        layer = make(torch.float64, act_layer=lambda inplace=inplace: act(inplace=inplace), backend="loop")
-        x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer = make(
+            torch.float64, act_layer=lambda inplace=inplace: act(inplace=inplace), backend="loop"
+        )
+        x = torch.randn(
+            2,
+            9,
+            16,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(1),
+            requires_grad=True,
+        )
         layer(x).square().sum().backward()
         gradients.append([x.grad, *(parameter.grad for parameter in layer.experts.parameters())])
     for actual, expected in zip(*gradients, strict=True):
@@ -283,7 +337,15 @@ def test_an_activation_in_place_has_the_same_gradients(act: type[nn.Module]) -> 
 
 def test_dropout_inside_experts_drops_hidden_values_with_their_gradients() -> None:
     """With p = 1/2 a hidden value, here always 1, is 0 or 2; its row of fc2's gradient is the mask times 1."""
-    layer = make(torch.float64, num_experts=1, top_k=1, hidden=24, bias=False, expert_drop=0.5, act_layer=nn.ReLU)
+    layer = make(
+        torch.float64,
+        num_experts=1,
+        top_k=1,
+        hidden=24,
+        bias=False,
+        expert_drop=0.5,
+        act_layer=nn.ReLU,
+    )
     layer.train().router.noise = "none"
     with torch.no_grad():
         layer.experts.fc1.weight.fill_(1 / 16)
@@ -293,7 +355,9 @@ def test_dropout_inside_experts_drops_hidden_values_with_their_gradients() -> No
     mask = layer.experts.fc2.weight.grad[0, 0]
     assert set(mask.tolist()) == {0.0, 2.0}
     torch.testing.assert_close(out, mask.sum().expand(1, 1, 16))
-    torch.testing.assert_close(layer.experts.fc1.weight.grad[0], 16 * mask.unsqueeze(1).expand(24, 16))
+    torch.testing.assert_close(
+        layer.experts.fc1.weight.grad[0], 16 * mask.unsqueeze(1).expand(24, 16)
+    )
 
 
 def test_arguments_that_experts_cannot_honour() -> None:
@@ -328,7 +392,9 @@ def test_copies_and_pickles_forget_the_recorder() -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it after a graph break
 def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights() -> None:
     layer = make()
     x = torch.randn(1, 3, 16)
@@ -355,7 +421,9 @@ def test_gradients_of_biases_are_summed_in_float32() -> None:
 
     bias = torch.zeros(2, 16, dtype=torch.bfloat16, requires_grad=True)
     weight, counts = torch.zeros(2, 16, 16, dtype=torch.bfloat16), torch.tensor([6000, 8])
-    out = experts_module._grouped_linear(torch.zeros(6008, 16, dtype=torch.bfloat16), counts, weight, bias)
+    out = experts_module._grouped_linear(
+        torch.zeros(6008, 16, dtype=torch.bfloat16), counts, weight, bias
+    )
     with Watch():
         out.backward(torch.full_like(out, 0.3))
     assert targets == [torch.float32]
@@ -387,17 +455,30 @@ def test_an_intervention_decides_and_is_recorded(backend: str) -> None:
 
 def test_weights_and_biases_have_names_that_weight_decay_understands() -> None:
     names = dict(make().named_parameters())
-    assert {"experts.fc1.weight", "experts.fc1.bias", "experts.fc2.weight", "experts.fc2.bias"} < set(names)
+    assert {
+        "experts.fc1.weight",
+        "experts.fc1.bias",
+        "experts.fc2.weight",
+        "experts.fc2.bias",
+    } < set(names)
     assert names["experts.fc1.weight"].shape == (5, 24, 16)
 
 
 @pytest.mark.parametrize("backend", ["auto", "loop", "grouped", "dense"])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_images_and_no_tokens_give_an_empty_output(router: str, backend: str, dtype: torch.dtype) -> None:
+def test_no_images_and_no_tokens_give_an_empty_output(
+    router: str, backend: str, dtype: torch.dtype
+) -> None:
     """A batch that a filter left empty, in training and evaluation; parameters get gradients of 0."""
     capacity = {"capacity_factor": 1.0} if "capacity_factor" in router_kind(router).options else {}
-    options = {"num_experts": 4, "router": router, "backend": backend, "num_shared_experts": 1, **capacity}
+    options = {
+        "num_experts": 4,
+        "router": router,
+        "backend": backend,
+        "num_shared_experts": 1,
+        **capacity,
+    }
     layer = MoEMlp(8, 16, 24, dtype=dtype, **options)
     for shape in ((0, 5, 8), (2, 0, 8), (0, 0, 8), (0, 8), (0, 2, 3, 8)):
         layer.train(not layer.training)
@@ -428,13 +509,19 @@ def transforms(layer: MoEMlp, x: Tensor) -> dict[str, Callable[[], object]]:
     return {
         "torch.func.grad": lambda: torch.func.grad(loss)(parameters, x),
         "vmap": lambda: torch.vmap(layer)(x.unsqueeze(1)),
-        "gradients per image": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1)),
+        "gradients per image": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(
+            parameters, x.unsqueeze(1)
+        ),
         "gradients of gradients": twice,
     }
 
 
-@pytest.mark.parametrize("router", ["noisy_top_k", "vmoe_top_k", "sigmoid", "expert_choice", "soft"])
-@pytest.mark.parametrize("name", ["torch.func.grad", "vmap", "gradients per image", "gradients of gradients"])
+@pytest.mark.parametrize(
+    "router", ["noisy_top_k", "vmoe_top_k", "sigmoid", "expert_choice", "soft"]
+)
+@pytest.mark.parametrize(
+    "name", ["torch.func.grad", "vmap", "gradients per image", "gradients of gradients"]
+)
 def test_transforms_work_on_dense_and_elsewhere_say_so(name: str, router: str) -> None:
     torch.manual_seed(0)
     layer = MoEMlp(8, 16, num_experts=4, router=router, dtype=torch.float64).eval()
@@ -461,7 +548,10 @@ def test_a_graph_of_the_gradient_is_refused_only_when_it_is_used() -> None:
 
 
 def test_the_layers_of_a_model_in_words() -> None:
-    one, two = make(num_experts=4, num_shared_experts=1, router="vmoe_top_k"), make(num_experts=8, router="vmoe_top_k")
+    one, two = (
+        make(num_experts=4, num_shared_experts=1, router="vmoe_top_k"),
+        make(num_experts=8, router="vmoe_top_k"),
+    )
     one.layer_index, two.layer_index = 1, 3
     assert describe_moe([one]) == "4 experts, 2 per token plus 1 shared by vmoe_top_k, in blocks 1"
     assert describe_moe([two, two]) == "8 experts, 2 per token by vmoe_top_k, in blocks 3, 3"
@@ -469,6 +559,8 @@ def test_the_layers_of_a_model_in_words() -> None:
 
 
 @pytest.mark.parametrize("bias", [(True, False), (False, True)])
-def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(bias: tuple[bool, bool]) -> None:
+def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(
+    bias: tuple[bool, bool],
+) -> None:
     shared = MoEMlp(8, 16, num_experts=4, num_shared_experts=1, bias=bias).shared
     assert (shared.fc1.bias is not None, shared.fc2.bias is not None) == bias

@@ -25,7 +25,14 @@ from moevision.layers import (
     record_routing,
     update_router_bias,
 )
-from moevision.losses import AuxLoss, AuxLossWeights, importance_loss, load_balancing_loss, load_loss, z_loss
+from moevision.losses import (
+    AuxLoss,
+    AuxLossWeights,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    z_loss,
+)
 
 IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 6, 5, 7, 4, 5
 BY_IMAGE = [name for name, kind in ROUTERS.items() if "route_by" in kind.options]
@@ -43,8 +50,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sigmoid", {"top_k": 3}),
     ("bias_balanced", {"top_k": 2}),
     ("cosine", {"top_k": 2}),
-    ("vmoe_top_k", {"top_k": 1, "capacity_factor": 0.9, "eval_capacity_factor": 0.7, "capacity_group": "batch"}),
-    ("noisy_top_k", {"top_k": 2, "capacity_factor": 0.7, "eval_capacity_factor": 0.7, "capacity_group": "batch"}),
+    (
+        "vmoe_top_k",
+        {
+            "top_k": 1,
+            "capacity_factor": 0.9,
+            "eval_capacity_factor": 0.7,
+            "capacity_group": "batch",
+        },
+    ),
+    (
+        "noisy_top_k",
+        {
+            "top_k": 2,
+            "capacity_factor": 0.7,
+            "eval_capacity_factor": 0.7,
+            "capacity_group": "batch",
+        },
+    ),
     (
         "sigmoid",
         {
@@ -56,7 +79,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
 ]
-IDS = [f"{name}, {', '.join(f'{key}={value}' for key, value in options.items())}" for name, options in CASES]
+IDS = [
+    f"{name}, {', '.join(f'{key}={value}' for key, value in options.items())}"
+    for name, options in CASES
+]
 
 
 def make(router: str, options: dict[str, Any], backend: str = "loop", **more: Any) -> MoEMlp:
@@ -73,7 +99,9 @@ def make(router: str, options: dict[str, Any], backend: str = "loop", **more: An
 
 
 def images(seed: int = 3) -> Tensor:
-    return torch.randn(IMAGES, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        IMAGES, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 class Decided(NamedTuple):
@@ -148,7 +176,9 @@ def mlp(layer: MoEMlp, expert: int, tokens: Tensor) -> Tensor:
     """One expert on tokens [N, D]."""
     fc1, fc2 = layer.experts.fc1, layer.experts.fc2
     return F.linear(
-        F.gelu(F.linear(tokens, fc1.weight[expert], fc1.bias[expert])), fc2.weight[expert], fc2.bias[expert]
+        F.gelu(F.linear(tokens, fc1.weight[expert], fc1.bias[expert])),
+        fc2.weight[expert],
+        fc2.bias[expert],
     )
 
 
@@ -160,7 +190,9 @@ def oracle(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Decided]:
         out = torch.zeros_like(tokens)
         for rank in range(decided.index.shape[1]):
             if decided.kept[image, rank]:
-                out = out + decided.gate[image, rank] * mlp(layer, int(decided.index[image, rank]), tokens)
+                out = out + decided.gate[image, rank] * mlp(
+                    layer, int(decided.index[image, rank]), tokens
+                )
         rows.append(out if layer.shared is None else out + layer.shared(tokens))
     return torch.stack(rows), decided
 
@@ -184,7 +216,9 @@ def oracle_losses(decided: Decided) -> dict[str, Tensor]:
         for expert in range(EXPERTS):
             others = torch.cat([decided.noisy[:, :expert], decided.noisy[:, expert + 1 :]], -1)
             threshold = others.sort(descending=True).values[:, k - 1]
-            chance = torch.special.ndtr((decided.logits[:, expert] - threshold) / decided.std[:, expert])
+            chance = torch.special.ndtr(
+                (decided.logits[:, expert] - threshold) / decided.std[:, expert]
+            )
             load = load + F.one_hot(torch.tensor(expert), EXPERTS) * chance.sum()
         losses["load"] = cv2(load)
     return losses
@@ -199,19 +233,30 @@ def our_losses(routing: Routing) -> dict[str, Tensor]:
     return losses if routing.noise_std is None else {**losses, "load": load_loss(routing)}
 
 
-def gradients(layer: MoEMlp, x: Tensor, out: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(
+    layer: MoEMlp, x: Tensor, out: Tensor, losses: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Of a fixed mixture of the output and all losses, with respect to x and every parameter."""
-    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    total = (out * direction).sum() + sum(loss * (2 + place) for place, loss in enumerate(losses.values()))
+    direction = torch.randn(
+        out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    total = (out * direction).sum() + sum(
+        loss * (2 + place) for place, loss in enumerate(losses.values())
+    )
     named = {"x": x, **dict(layer.named_parameters())}
     found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    return {name: torch.zeros_like(named[name]) if g is None else g for name, g in zip(named, found, strict=True)}
+    return {
+        name: torch.zeros_like(named[name]) if g is None else g
+        for name, g in zip(named, found, strict=True)
+    }
 
 
 @pytest.mark.parametrize("backend", ["loop", "dense"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("router", "options"), CASES, ids=IDS)
-def test_the_layer_is_the_oracle(router: str, options: dict[str, Any], training: bool, backend: str) -> None:
+def test_the_layer_is_the_oracle(
+    router: str, options: dict[str, Any], training: bool, backend: str
+) -> None:
     layer, x = make(router, options, backend).train(training), images().requires_grad_()
     torch.manual_seed(7)
     expected, decided = oracle(layer, x)
@@ -232,12 +277,20 @@ def test_the_layer_is_the_oracle(router: str, options: dict[str, Any], training:
     losses, theirs = our_losses(routing), oracle_losses(decided)
     assert losses.keys() == theirs.keys()
     for name, loss in losses.items():
-        torch.testing.assert_close(loss, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **close)
+        torch.testing.assert_close(
+            loss, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **close
+        )
     ours = gradients(layer, x, out, losses)
     for name, gradient in gradients(layer, x, expected, theirs).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda t, name=name: f"{name}: {t}")
-    active = [name for name in ours if name.startswith("router") and (training or "noise" not in name)]
-    assert all(ours[name].abs().max() > 1e-6 for name in active), "a router that doesn't act would test nothing"
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda t, name=name: f"{name}: {t}"
+        )
+    active = [
+        name for name in ours if name.startswith("router") and (training or "noise" not in name)
+    ]
+    assert all(ours[name].abs().max() > 1e-6 for name in active), (
+        "a router that doesn't act would test nothing"
+    )
 
 
 @pytest.mark.parametrize(("router", "options"), CASES, ids=IDS)
@@ -247,24 +300,37 @@ def test_views_and_counts(router: str, options: dict[str, Any]) -> None:
     decided = decide(layer, x)
     routing = forward_routing(layer, x)[1][0]
     assert (routing.route_by, routing.kind) == ("image", "token_choice")
-    weights, counts, requested = (torch.zeros(IMAGES, EXPERTS, dtype=torch.float64) for _ in range(3))
+    weights, counts, requested = (
+        torch.zeros(IMAGES, EXPERTS, dtype=torch.float64) for _ in range(3)
+    )
     for image, rank in torch.ones_like(decided.index).nonzero().tolist():
         expert = int(decided.index[image, rank])
         kept = float(decided.kept[image, rank])
         weights[image, expert] = decided.gate[image, rank] * kept
         counts[image, expert], requested[image, expert] = kept, 1
-    torch.testing.assert_close(routing.expert_weights(), weights.unsqueeze(1).expand(-1, TOKENS, -1))
+    torch.testing.assert_close(
+        routing.expert_weights(), weights.unsqueeze(1).expand(-1, TOKENS, -1)
+    )
     assert routing.expert_weights().shape == (IMAGES, TOKENS, EXPERTS)
     assert routing.image_counts().tolist() == (TOKENS * counts).tolist()
     assert routing.counts().tolist() == (TOKENS * counts.sum(0)).tolist()
     assert routing.requested_counts().tolist() == (TOKENS * requested.sum(0)).tolist()
     if options.get("eval_capacity_factor"):
-        assert 0 < counts.sum() < requested.sum(), "a capacity that drops nothing would test nothing"
+        assert 0 < counts.sum() < requested.sum(), (
+            "a capacity that drops nothing would test nothing"
+        )
 
 
 def test_every_learned_token_choice_router_is_here_and_no_other() -> None:
     assert set(BY_IMAGE) == {name for name, _ in CASES}
-    assert set(BY_IMAGE) == {"noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine"}
+    assert set(BY_IMAGE) == {
+        "noisy_top_k",
+        "vmoe_top_k",
+        "switch",
+        "sigmoid",
+        "bias_balanced",
+        "cosine",
+    }
 
 
 @pytest.mark.parametrize("router", BY_IMAGE)
@@ -278,7 +344,10 @@ def test_an_image_does_not_depend_on_its_batch_mates(router: str) -> None:
 
 @pytest.mark.parametrize("router", BY_IMAGE)
 def test_token_is_the_default(router: str) -> None:
-    by_token, asked = make(router, {}, route_by=None).eval(), make(router, {}, route_by="token").eval()
+    by_token, asked = (
+        make(router, {}, route_by=None).eval(),
+        make(router, {}, route_by="token").eval(),
+    )
     out, (routing,) = forward_routing(by_token, images())
     assert torch.equal(out, asked(images()))
     assert routing.route_by == "token"
@@ -296,9 +365,18 @@ def test_one_image_of_one_token_is_routed_alike_by_both() -> None:
 def test_the_mean_is_taken_in_float32() -> None:
     """A thousand equal bfloat16 tokens have that token as their mean; a sum in bfloat16 would stop at 256 of them."""
     torch.manual_seed(0)
-    layer = MoEMlp(WIDTH, HIDDEN, num_experts=EXPERTS, router="vmoe_top_k", route_by="image", dtype=torch.bfloat16)
+    layer = MoEMlp(
+        WIDTH,
+        HIDDEN,
+        num_experts=EXPERTS,
+        router="vmoe_top_k",
+        route_by="image",
+        dtype=torch.bfloat16,
+    )
     token = torch.randn(1, 1, WIDTH, dtype=torch.bfloat16)
-    many, one = (layer.eval().router(token.expand(1, count, WIDTH)).logits[:, 0] for count in (1000, 1))
+    many, one = (
+        layer.eval().router(token.expand(1, count, WIDTH)).logits[:, 0] for count in (1000, 1)
+    )
     assert many.dtype is torch.float32
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
 
@@ -317,7 +395,9 @@ def test_the_bias_moves_as_it_would_by_images() -> None:
     layer, by_hand = make("bias_balanced", {}).train(), make("bias_balanced", {})
     routing = forward_routing(layer, images())[1][0]
     update_router_bias(layer, [routing.counts()])
-    update_router_bias(by_hand, [torch.bincount(routing.expert_index[:, 0].flatten(), minlength=EXPERTS)])
+    update_router_bias(
+        by_hand, [torch.bincount(routing.expert_index[:, 0].flatten(), minlength=EXPERTS)]
+    )
     assert torch.equal(layer.router.bias, by_hand.router.bias)
 
 
@@ -341,13 +421,19 @@ def test_recorded_routing_is_detached_and_copied_as_any() -> None:
 
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name not in BY_IMAGE])
 def test_others_refuse_in_a_sentence(router: str) -> None:
-    with pytest.raises(UserError, match=f"The router '{router}' has no use for route_by: leave it out.$"):
+    with pytest.raises(
+        UserError, match=f"The router '{router}' has no use for route_by: leave it out.$"
+    ):
         MoEMlp(WIDTH, HIDDEN, num_experts=EXPERTS, router=router, route_by="image")
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"There is no route_by 'patch': choose one of token, image\.$"):
+    with pytest.raises(
+        UserError, match=r"There is no route_by 'patch': choose one of token, image\.$"
+    ):
         RouterOptions(route_by="patch")  # type: ignore[arg-type]
     for name in ("capacity_factor", "eval_capacity_factor"):
-        with pytest.raises(UserError, match="a capacity per image drops nothing: set capacity_group='batch'"):
+        with pytest.raises(
+            UserError, match="a capacity per image drops nothing: set capacity_group='batch'"
+        ):
             RouterOptions(route_by="image", **{name: 1.25})

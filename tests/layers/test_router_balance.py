@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, build_router, update_router_bias
+from moevision.layers import (
+    ROUTERS,
+    ExpertChoiceRouting,
+    MoEMlp,
+    Routing,
+    build_router,
+    update_router_bias,
+)
 from moevision.losses import AuxLoss, AuxLossWeights
 from tests.layers.linear_experts import run
 
@@ -26,7 +33,11 @@ def images(routing: Routing, start: int, stop: int) -> Routing:
     """Images start to stop of a decision, of whatever kind."""
     tensors = {field.name: getattr(routing, field.name) for field in fields(routing)}
     batch = routing.logits.shape[0]
-    parts = {n: x[start:stop] for n, x in tensors.items() if isinstance(x, Tensor) and x.shape[:1] == (batch,)}
+    parts = {
+        n: x[start:stop]
+        for n, x in tensors.items()
+        if isinstance(x, Tensor) and x.shape[:1] == (batch,)
+    }
     return replace(routing, **parts)
 
 
@@ -92,7 +103,9 @@ def test_only_update_router_bias_moves_the_bias(training: bool) -> None:
 
 def test_counts_belong_to_layers() -> None:
     """One tensor per MoE layer, in order; a layer without a bias takes part in the numbering only."""
-    layers = nn.Sequential(balanced_layer(), MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="switch"), balanced_layer())
+    layers = nn.Sequential(
+        balanced_layer(), MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="switch"), balanced_layer()
+    )
     counts = [torch.tensor(c) for c in ([4, 2, 2, 0], [9, 0, 0, 0], [0, 2, 2, 4])]
     update_router_bias(layers, counts)
     torch.testing.assert_close(layers[0].router.bias, torch.tensor([-1e-3, 0, 0, 1e-3]))
@@ -105,7 +118,9 @@ def test_the_bias_balances_a_skewed_router() -> None:
     """Tokens with a common direction send nearly all to two experts; 500 steps of 0.002 spread them, without a loss."""
     layer, x = balanced_layer(bias_rate=0.002).eval(), torch.randn(8, 64, WIDTH) + 1.0
     with torch.no_grad():
-        layer.router.weight.copy_(torch.tensor([[0.5], [0.4], [-0.2], [-0.4]]) + 0.3 * torch.randn(EXPERTS, WIDTH))
+        layer.router.weight.copy_(
+            torch.tensor([[0.5], [0.4], [-0.2], [-0.4]]) + 0.3 * torch.randn(EXPERTS, WIDTH)
+        )
         before = run(layer, x)[1].counts().float()
         for _ in range(500):
             update_router_bias(layer, [run(layer, x)[1].requested_counts()])
@@ -120,18 +135,24 @@ def test_the_bias_leaves_weights_alone() -> None:
     plain, _ = run(layer, x)
     layer.router.bias.fill_(0.25)
     assert torch.equal(run(layer, x)[0], plain)
-    layer.router.bias.copy_(torch.tensor([2.0, 2.0, 0.0, 0.0]))  # more than any sigmoid: experts 0 and 1, always
+    layer.router.bias.copy_(
+        torch.tensor([2.0, 2.0, 0.0, 0.0])
+    )  # more than any sigmoid: experts 0 and 1, always
     routing = run(layer, x)[1].detach()
     assert sorted(routing.expert_index.unique().tolist()) == [0, 1]
     chosen = routing.logits.sigmoid()[..., :2]
-    torch.testing.assert_close(routing.expert_weights()[..., :2], chosen / chosen.sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        routing.expert_weights()[..., :2], chosen / chosen.sum(-1, keepdim=True)
+    )
 
 
 def test_expert_choice_view_is_best_first_for_small_weights_too() -> None:
     """Both experts took the token, with 1e-9 and 1e-8: a difference that 1 + w does not have in float32."""
     logits = torch.zeros(1, 1, 2)
     weight = torch.tensor([[[1e-9], [1e-8]]])
-    routing = ExpertChoiceRouting.of(logits, logits, None, torch.zeros(1, 2, 1, dtype=torch.int64), weight)
+    routing = ExpertChoiceRouting.of(
+        logits, logits, None, torch.zeros(1, 2, 1, dtype=torch.int64), weight
+    )
     assert routing.expert_index.tolist() == [[[1, 0]]]
     assert routing.kept.tolist() == [[[True, True]]]
 

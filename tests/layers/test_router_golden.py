@@ -23,7 +23,11 @@ def test_switch() -> None:
     """arXiv:2101.03961, eq. 1-2: the best expert with its full-softmax probability 4/7; the output is 4/7 · 1 · x."""
     layer = times_e_plus_1("switch", 3)
     out, routing = run(layer, X)
-    assert (layer.router.top_k, routing.expert_index.tolist(), routing.kept.tolist()) == (1, [[[0]]], [[[True]]])
+    assert (layer.router.top_k, routing.expert_index.tolist(), routing.kept.tolist()) == (
+        1,
+        [[[0]]],
+        [[[True]]],
+    )
     close(routing.combine_weight, [[[4 / 7]]])
     close(routing.probs, [[[4 / 7, 2 / 7, 1 / 7]]])
     close(out, 4 / 7 * X)
@@ -84,7 +88,9 @@ def test_bias_balanced_chooses_by_s_plus_b_and_weighs_by_s() -> None:
     close(routing.probs, [[[8 / 15, 5 / 15, 2 / 15]]])
     close(out, (0.8 * 1 + 0.2 * 3) * S)
     layer.router.bias.copy_(torch.tensor([0.0, 0.0, 0.7]))
-    assert run(layer, S)[1].expert_index.tolist() == [[[2, 0]]]  # .9 before .8: best first is by s + b
+    assert run(layer, S)[1].expert_index.tolist() == [
+        [[2, 0]]
+    ]  # .9 before .8: best first is by s + b
     assert layer.router.default_losses == {}
 
 
@@ -95,7 +101,11 @@ def test_bias_step() -> None:
     """
     layer = times_e_plus_1("bias_balanced", 3, top_k=2)
     assert layer.router.bias.tolist() == [0.0, 0.0, 0.0]
-    steps = {(6, 2, 1): [-4 / 3, 2 / 3, 2 / 3], (4, 3, 2): [-1.0, 0.0, 1.0], (3, 3, 3): [0.0, 0.0, 0.0]}
+    steps = {
+        (6, 2, 1): [-4 / 3, 2 / 3, 2 / 3],
+        (4, 3, 2): [-1.0, 0.0, 1.0],
+        (3, 3, 3): [0.0, 0.0, 0.0],
+    }
     expected = torch.zeros(3, dtype=torch.float64)
     for counts, step in steps.items():
         update_router_bias(layer, [torch.tensor(counts)])
@@ -213,7 +223,11 @@ def test_a_token_that_no_expert_takes_gets_nothing(normalize: bool | None) -> No
     """
     x = (tokens([40, 30, 30], [49, 40, 11], [10, 50, 40], [50, 9, 41]) / 100).log().requires_grad_()
     out, routing = run(times_e_plus_1("expert_choice", 3, top_k=1, normalize_gates=normalize), x)
-    assert [sorted(chosen) for chosen in routing.token_index[0].tolist()] == [[1, 3], [1, 2], [2, 3]]
+    assert [sorted(chosen) for chosen in routing.token_index[0].tolist()] == [
+        [1, 3],
+        [1, 2],
+        [2, 3],
+    ]
     assert out[0, 0].tolist() == [0.0, 0.0, 0.0]
     out.square().sum().backward()
     assert torch.isfinite(x.grad).all()
@@ -221,7 +235,9 @@ def test_a_token_that_no_expert_takes_gets_nothing(normalize: bool | None) -> No
 
 def test_expert_choice_takes_earlier_tokens_of_equal_ones() -> None:
     """Six equal tokens, C = ceil(6 · 1 / 4) = 2: every expert takes tokens 0 and 1."""
-    routing = run(times_e_plus_1("expert_choice", 4, top_k=1), torch.ones(1, 6, 4, dtype=torch.float64))[1]
+    routing = run(
+        times_e_plus_1("expert_choice", 4, top_k=1), torch.ones(1, 6, 4, dtype=torch.float64)
+    )[1]
     assert routing.token_index.tolist() == [[[0, 1]] * 4]
 
 
@@ -248,12 +264,16 @@ def test_soft() -> None:
     """
     layer = times_e_plus_1("soft", 2, slots_per_expert=1)
     with torch.no_grad():
-        layer.router.mu.copy_(torch.tensor([[700.0, 0.0], [0.0, 4000.0]]).unsqueeze(-1))  # [D, E, P]
+        layer.router.mu.copy_(
+            torch.tensor([[700.0, 0.0], [0.0, 4000.0]]).unsqueeze(-1)
+        )  # [D, E, P]
         layer.router.scale.fill_(math.log(3))
     x = tokens([1000.0, 0.0], [0.0, 1000.0], [1000.0, 0.0])
     out, routing = run(layer, x)
     assert isinstance(routing, SoftRouting)
-    close(routing.dispatch_weight[0, :, :, 0].T, [[3 / 7, 1 / 7, 3 / 7], [1 / 5, 3 / 5, 1 / 5]], 1e-9)
+    close(
+        routing.dispatch_weight[0, :, :, 0].T, [[3 / 7, 1 / 7, 3 / 7], [1 / 5, 3 / 5, 1 / 5]], 1e-9
+    )
     close(routing.slot_weight[0, :, :, 0], [[3 / 4, 1 / 4], [1 / 4, 3 / 4], [3 / 4, 1 / 4]], 1e-9)
     a, b = [9 / 14 + 1 / 5, 3 / 28 + 3 / 10], [3 / 14 + 3 / 5, 1 / 28 + 9 / 10]
     close(out / 1000, [[a, b, a]], 1e-9)
@@ -264,7 +284,9 @@ def test_soft() -> None:
 
 def test_soft_starts_at_scale_1_and_survives_a_zero_token() -> None:
     """rsqrt(|x|² + 1e-6) of a zero token is 1000, its logits are 0: it takes all slots alike."""
-    layer = MoEMlp(4, 4, dtype=torch.float64, num_experts=3, router="soft", slots_per_expert=2).eval()
+    layer = MoEMlp(
+        4, 4, dtype=torch.float64, num_experts=3, router="soft", slots_per_expert=2
+    ).eval()
     assert float(layer.router.scale.detach()) == 1.0
     x = torch.zeros(1, 2, 4, dtype=torch.float64, requires_grad=True)
     out, routing = run(layer, x)

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from moevision.layers import ROUTERS, MoEMlp, Routing, moe_layers, record_routing, update_router_bias
+from moevision.layers import (
+    ROUTERS,
+    MoEMlp,
+    Routing,
+    moe_layers,
+    record_routing,
+    update_router_bias,
+)
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.recipe import shipped_configs
 from tests.layers import oracles
@@ -35,7 +42,11 @@ class Case(NamedTuple):
 
 
 def softmax_case(router: str, k: int, *, normalise: bool = False, **options: object) -> Case:
-    return Case(router, {"top_k": k, **options}, lambda x, p: oracles.linear_softmax(x, p, k, normalise=normalise))
+    return Case(
+        router,
+        {"top_k": k, **options},
+        lambda x, p: oracles.linear_softmax(x, p, k, normalise=normalise),
+    )
 
 
 def capacity_case(
@@ -46,16 +57,25 @@ def capacity_case(
         sureness = oracles.softmax(x @ p["router.weight"].T).max(-1) if priority else None
         return oracles.fill(choice, EXPERTS, factor, group=group, sureness=sureness)
 
-    options = {"top_k": k, "eval_capacity_factor": factor, "batch_priority": priority, "capacity_group": group}
+    options = {
+        "top_k": k,
+        "eval_capacity_factor": factor,
+        "batch_priority": priority,
+        "capacity_group": group,
+    }
     return Case("noisy_top_k" if normalise else "vmoe_top_k", options, decide)
 
 
 def sigmoid_capacity_case(k: int, factor: float) -> Case:
     def decide(x: Array, p: Params) -> Choice:
         sureness = oracles.sigmoid(x @ p["router.weight"].T).max(-1)
-        return oracles.fill(oracles.sigmoid_top_k(x, p, k), EXPERTS, factor, group="image", sureness=sureness)
+        return oracles.fill(
+            oracles.sigmoid_top_k(x, p, k), EXPERTS, factor, group="image", sureness=sureness
+        )
 
-    return Case("sigmoid", {"top_k": k, "eval_capacity_factor": factor, "batch_priority": True}, decide)
+    return Case(
+        "sigmoid", {"top_k": k, "eval_capacity_factor": factor, "batch_priority": True}, decide
+    )
 
 
 CASES = {
@@ -67,11 +87,19 @@ CASES = {
     "switch": Case("switch", {}, lambda x, p: oracles.linear_softmax(x, p, 1, normalise=False)),
     "sigmoid, k=1": Case("sigmoid", {"top_k": 1}, lambda x, p: oracles.sigmoid_top_k(x, p, 1)),
     "sigmoid, k=3": Case("sigmoid", {"top_k": 3}, lambda x, p: oracles.sigmoid_top_k(x, p, 3)),
-    "bias balanced, k=2": Case("bias_balanced", {"top_k": 2}, lambda x, p: oracles.sigmoid_top_k(x, p, 2)),
-    "bias balanced, k=1": Case("bias_balanced", {"top_k": 1}, lambda x, p: oracles.sigmoid_top_k(x, p, 1)),
+    "bias balanced, k=2": Case(
+        "bias_balanced", {"top_k": 2}, lambda x, p: oracles.sigmoid_top_k(x, p, 2)
+    ),
+    "bias balanced, k=1": Case(
+        "bias_balanced", {"top_k": 1}, lambda x, p: oracles.sigmoid_top_k(x, p, 1)
+    ),
     "cosine, k=2": Case("cosine", {"top_k": 2}, lambda x, p: oracles.cosine_top_k(x, p, 2)),
-    "expert choice, k=1": Case("expert_choice", {"top_k": 1}, lambda x, p: oracles.expert_choice(x, p, 1)),
-    "expert choice, k=2": Case("expert_choice", {"top_k": 2}, lambda x, p: oracles.expert_choice(x, p, 2)),
+    "expert choice, k=1": Case(
+        "expert_choice", {"top_k": 1}, lambda x, p: oracles.expert_choice(x, p, 1)
+    ),
+    "expert choice, k=2": Case(
+        "expert_choice", {"top_k": 2}, lambda x, p: oracles.expert_choice(x, p, 2)
+    ),
     "expert choice, normalised": Case(
         "expert_choice",
         {"top_k": 2, "normalize_gates": True},
@@ -88,14 +116,25 @@ CASES = {
     "shared expert": softmax_case("vmoe_top_k", 2, num_shared_experts=2),
     "soft and shared": Case("soft", {"slots_per_expert": 2, "num_shared_experts": 1}, oracles.soft),
 }
-NO_TRANSCRIPTION = {"hash", "random", "position", "colour"}  # no formula: see test_router_properties.py
+NO_TRANSCRIPTION = {
+    "hash",
+    "random",
+    "position",
+    "colour",
+}  # no formula: see test_router_properties.py
 
 
 def make(case: Case, backend: str = "loop") -> MoEMlp:
     """A float64 layer in eval mode, all of whose parameters and buffers are away from their start."""
     torch.manual_seed(0)
     layer = MoEMlp(
-        WIDTH, HIDDEN, dtype=torch.float64, num_experts=EXPERTS, router=case.router, backend=backend, **case.options
+        WIDTH,
+        HIDDEN,
+        dtype=torch.float64,
+        num_experts=EXPERTS,
+        router=case.router,
+        backend=backend,
+        **case.options,
     )
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -112,7 +151,9 @@ def inputs() -> Tensor:
 
 def params_of(layer: MoEMlp) -> Params:
     """Copies of all parameters and buffers, under their names."""
-    return {name: value.detach().double().numpy().copy() for name, value in layer.state_dict().items()}
+    return {
+        name: value.detach().double().numpy().copy() for name, value in layer.state_dict().items()
+    }
 
 
 def run(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
@@ -153,7 +194,9 @@ def test_decision(name: str) -> None:
         np.testing.assert_array_equal(routing.token_index, decision.token_index)
         np.testing.assert_allclose(routing.token_weight, decision.weight, rtol=1e-10)
         for image, expert, rank in np.ndindex(*decision.weight.shape):
-            weights[image, decision.token_index[image, expert, rank], expert] = decision.weight[image, expert, rank]
+            weights[image, decision.token_index[image, expert, rank], expert] = decision.weight[
+                image, expert, rank
+            ]
             counts[expert] += 1
     else:
         np.testing.assert_allclose(routing.dispatch_weight, decision.dispatch, rtol=1e-10)
@@ -183,13 +226,17 @@ def differentiable(layer: MoEMlp) -> dict[str, Tensor]:
 def test_gradients(name: str, backend: str) -> None:
     """d(Σ direction · output) / d(x and every parameter) against central differences of the transcription."""
     layer, x = make(CASES[name], backend), inputs().requires_grad_()
-    direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(
+        x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     (layer(x) * direction).sum().backward()
     params, image, weight = params_of(layer), x.detach().numpy().copy(), direction.numpy()
     names = list(differentiable(layer))
 
     def value() -> float:
-        return float((oracles.layer_output(image, params, CASES[name].decide(image, params)) * weight).sum())
+        return float(
+            (oracles.layer_output(image, params, CASES[name].decide(image, params)) * weight).sum()
+        )
 
     expected = oracles.central_differences(value, [image, *(params[key] for key in names)])
     actual = [x.grad, *(differentiable(layer)[key].grad for key in names)]
@@ -203,7 +250,9 @@ def straight_through(router: str, **options: object) -> tuple[Tensor, Tensor]:
     """Gradient of the gates of k = 1 with respect to the router, as they are and with value 1."""
     gradients = []
     for normalize in (False, True):
-        layer = make(Case(router, {"top_k": 1, "normalize_gates": normalize, **options}, oracles.soft))
+        layer = make(
+            Case(router, {"top_k": 1, "normalize_gates": normalize, **options}, oracles.soft)
+        )
         routing = run(layer, inputs())[1]
         if normalize:
             assert torch.equal(routing.combine_weight, torch.ones_like(routing.combine_weight))
@@ -213,7 +262,9 @@ def straight_through(router: str, **options: object) -> tuple[Tensor, Tensor]:
     return gradients[0], gradients[1]
 
 
-@pytest.mark.parametrize("router", ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced"])
+@pytest.mark.parametrize(
+    "router", ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced"]
+)
 def test_a_gate_of_value_1_has_the_gradient_of_the_probability(router: str) -> None:
     plain, through = straight_through(router)
     torch.testing.assert_close(through, plain, rtol=1e-12, atol=1e-14)
@@ -222,7 +273,9 @@ def test_a_gate_of_value_1_has_the_gradient_of_the_probability(router: str) -> N
 
 def test_bias_step_over_many_steps() -> None:
     """200 steps under random counts, in float32, against float64."""
-    layer = MoEMlp(WIDTH, HIDDEN, num_experts=EXPERTS, router="bias_balanced", top_k=2, bias_rate=0.01)
+    layer = MoEMlp(
+        WIDTH, HIDDEN, num_experts=EXPERTS, router="bias_balanced", top_k=2, bias_rate=0.01
+    )
     expected, generator = np.zeros(EXPERTS), np.random.default_rng(0)
     for _ in range(200):
         counts = generator.integers(0, 50, EXPERTS)
@@ -241,7 +294,9 @@ def test_the_config_moe_vie_is_its_router() -> None:
     assert [layer.layer_index for layer in layers] == [1, 2, 3]
     layer, x = layers[0], torch.randn(2, 3, 128, dtype=torch.float64)
     assert (layer.router.num_experts, layer.router.top_k, layer.num_shared_experts) == (32, 4, 1)
-    assert {name for name, _ in layer.router.named_parameters()} == {"weight"}, "a linear map without a bias"
+    assert {name for name, _ in layer.router.named_parameters()} == {"weight"}, (
+        "a linear map without a bias"
+    )
     assert layer.router.default_losses == {}
     layer.router.bias.normal_(std=0.1)
     fc1, fc2 = layer.experts.fc1, layer.experts.fc2

@@ -18,7 +18,9 @@ from moevision.layers import ROUTERS, MoEMlp, Routing, record_routing, update_ro
 from tests.layers.linear_experts import run
 
 WIDTH, EXPERTS = 8, 4
-LAYER_ROUTERS = [name for name in ROUTERS if name != "colour"]  # which needs a picture: test_handmade_routers.py
+LAYER_ROUTERS = [
+    name for name in ROUTERS if name != "colour"
+]  # which needs a picture: test_handmade_routers.py
 TOKEN_CHOICE = ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine"]
 LEARNED = [*TOKEN_CHOICE, "expert_choice", "soft"]
 CAPPED = {"capacity_factor": 0.8, "eval_capacity_factor": 0.8, "batch_priority": True}
@@ -39,7 +41,8 @@ def randn(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Ten
 
 
 @pytest.mark.parametrize(
-    ("router", "options"), [*((name, {}) for name in LAYER_ROUTERS), *((name, CAPPED) for name in TOKEN_CHOICE)]
+    ("router", "options"),
+    [*((name, {}) for name in LAYER_ROUTERS), *((name, CAPPED) for name in TOKEN_CHOICE)],
 )
 def test_an_image_does_not_depend_on_its_batch_mates(router: str, options: dict[str, Any]) -> None:
     """Exact in float64."""
@@ -63,11 +66,14 @@ def test_evaluation_is_deterministic_and_draws_no_random_number(router: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("router", "options"), [*((name, {}) for name in LEARNED), *((name, CAPPED) for name in TOKEN_CHOICE)]
+    ("router", "options"),
+    [*((name, {}) for name in LEARNED), *((name, CAPPED) for name in TOKEN_CHOICE)],
 )
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(9)))
-def test_tokens_may_come_in_any_order(router: str, options: dict[str, Any], order: list[int]) -> None:
+def test_tokens_may_come_in_any_order(
+    router: str, options: dict[str, Any], order: list[int]
+) -> None:
     """f(x[perm]) = f(x)[perm]: a learned router looks at content only. (By position in the image, others don't.)"""
     layer, x = make(router, **options), randn(2, 9, WIDTH)
     torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], rtol=1e-12, atol=1e-13)
@@ -87,7 +93,9 @@ def test_an_expert_is_full_before_it_drops_anything(
 ) -> None:
     """In every group: kept = min(requested, capacity), the better choices of a token first."""
     k = 1 if router == "switch" else k
-    layer = make(router, top_k=k, eval_capacity_factor=factor, batch_priority=priority, capacity_group=group)
+    layer = make(
+        router, top_k=k, eval_capacity_factor=factor, batch_priority=priority, capacity_group=group
+    )
     routing = run(layer, randn(3, tokens, WIDTH, seed=tokens))[1]
     assert int(routing.requested_counts().sum()) == 3 * tokens * k
     index, kept = routing.expert_index, routing.kept
@@ -112,7 +120,12 @@ def test_a_decision_is_well_formed(router: str, k: int) -> None:
     with record_routing(layer) as routings:
         layer(randn(3, 17, WIDTH))
     routing = routings[0].detach()
-    assert routing.logits.shape == routing.noisy_logits.shape == routing.probs.shape == (3, 17, EXPERTS)
+    assert (
+        routing.logits.shape
+        == routing.noisy_logits.shape
+        == routing.probs.shape
+        == (3, 17, EXPERTS)
+    )
     ranked = routing.expert_index.sort(-1).values
     assert (ranked.diff(dim=-1) > 0).all()
     weights = routing.combine_weight
@@ -187,7 +200,9 @@ class Block(nn.Module):
 
 
 @pytest.mark.deep
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it after a graph break
 @pytest.mark.parametrize(
     ("router", "options"),
     [
@@ -224,7 +239,9 @@ def test_fine_grained_experts_in_every_backend(router: str) -> None:
         out.square().sum().backward()
         parameters = dict(layer.named_parameters())
         gradient = parameters["router.mu" if router == "soft" else "router.weight"].grad
-        results.append((out.detach(), gradient, parameters["experts.fc1.weight"].grad, routing.counts()))
+        results.append(
+            (out.detach(), gradient, parameters["experts.fc1.weight"].grad, routing.counts())
+        )
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def trained(name: str, dim: int = 16, num_experts: int = 6, top_k: int = 2, seed: int = 0) -> TopKRouter:
+def trained(
+    name: str, dim: int = 16, num_experts: int = 6, top_k: int = 2, seed: int = 0
+) -> TopKRouter:
     """A float64 router whose weights are no longer the initial ones."""
     torch.manual_seed(seed)
     router = build_router(name, dim, num_experts, top_k, dtype=torch.float64)
@@ -53,7 +55,9 @@ def test_vmoe_top_k_takes_the_softmax_before_the_choice() -> None:
     probs = softmax(x.numpy() @ router.weight.detach().numpy().T + noise / 6)
     index = np.argsort(-probs, axis=-1)[..., :2]
     np.testing.assert_array_equal(routing.expert_index, index)
-    np.testing.assert_allclose(routing.combine_weight.detach(), np.take_along_axis(probs, index, -1), rtol=1e-12)
+    np.testing.assert_allclose(
+        routing.combine_weight.detach(), np.take_along_axis(probs, index, -1), rtol=1e-12
+    )
 
 
 def test_hand_derived_gates() -> None:
@@ -109,7 +113,9 @@ def test_initial_router_is_all_noise_and_balanced() -> None:
     """Shazeer, appendix A: W_g = W_noise = 0, so the noise has std softplus(0) = ln 2 and loads are equal."""
     torch.manual_seed(0)
     routing = build_router("noisy_top_k", 16, 8, 2)(torch.randn(16, 64, 16))
-    torch.testing.assert_close(routing.noise_std, torch.full_like(routing.noise_std, float(np.log(2))))
+    torch.testing.assert_close(
+        routing.noise_std, torch.full_like(routing.noise_std, float(np.log(2)))
+    )
     counts = routing.counts()
     assert counts.sum() == 16 * 64 * 2
     assert counts.max() / counts.float().mean() < 1.25  # 256 expected, standard deviation 15
@@ -165,7 +171,9 @@ def _close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 8), (3, 4, 1), (0, 4, 3)])
 def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape: tuple[int, int, int]) -> None:
     """Value and gradient, also of logits so large that exp would overflow."""
-    logits = 300 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = 300 * torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     given = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
     for softmax in (softmax_over_experts, lambda x: x.softmax(-1)):

@@ -81,7 +81,8 @@ def test_threads_do_not_mix_their_records(model: nn.Module) -> None:
         for _ in range(10):
             _, routings = forward_routing(model, pictures[thread])
             same = len(routings) == 2 and all(
-                torch.equal(a.logits, b.logits) for a, b in zip(routings, expected[thread], strict=True)
+                torch.equal(a.logits, b.logits)
+                for a, b in zip(routings, expected[thread], strict=True)
             )
             if not same:
                 wrong.append(thread)

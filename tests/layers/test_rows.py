@@ -22,7 +22,8 @@ WIDTH = 5
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_shape = pytest.mark.parametrize(
-    ("tokens", "top_k", "padding"), [(9, 1, 0), (9, 2, 0), (9, 1, 7), (9, 2, 7), (1, 2, 3), (0, 1, 0), (0, 2, 0)]
+    ("tokens", "top_k", "padding"),
+    [(9, 1, 0), (9, 2, 0), (9, 1, 7), (9, 2, 7), (1, 2, 3), (0, 1, 0), (0, 2, 0)],
 )
 every_path = pytest.mark.parametrize("path", ["cpu", "other devices", "compiled"])
 
@@ -60,7 +61,9 @@ def layout(tokens: int, top_k: int, padding: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def draw(dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def exact(x: Tensor) -> Tensor:
@@ -77,7 +80,12 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @every_shape
 @every_dtype
 def test_take_rows(
-    dtype: torch.dtype, tokens: int, top_k: int, padding: int, path: str, take_path: Callable[[str], None]
+    dtype: torch.dtype,
+    tokens: int,
+    top_k: int,
+    padding: int,
+    path: str,
+    take_path: Callable[[str], None],
 ) -> None:
     """Copies, and the sum of the copies' gradients; a padding row's gradient may be anything (compiled code: zero)."""
     token, position, is_padding = layout(tokens, top_k, padding)
@@ -88,7 +96,9 @@ def test_take_rows(
     take_path(path)
     rows = take_rows(x, token, position)
     assert torch.equal(rows, x[token])
-    rows.backward(given.masked_fill(is_padding.unsqueeze(1), 0 if path == "compiled" else float("nan")))
+    rows.backward(
+        given.masked_fill(is_padding.unsqueeze(1), 0 if path == "compiled" else float("nan"))
+    )
     close(x.grad, expected.grad, dtype)
 
 
@@ -96,11 +106,20 @@ def test_take_rows(
 @every_shape
 @every_dtype
 def test_sum_rows(
-    dtype: torch.dtype, tokens: int, top_k: int, padding: int, path: str, take_path: Callable[[str], None]
+    dtype: torch.dtype,
+    tokens: int,
+    top_k: int,
+    padding: int,
+    path: str,
+    take_path: Callable[[str], None],
 ) -> None:
     """Value and both gradients; padding may be NaN, and its gradient is exactly 0. Every third weight is 0."""
     token, position, is_padding = layout(tokens, top_k, padding)
-    rows = draw(dtype, len(token), WIDTH, seed=4).masked_fill(is_padding.unsqueeze(1), float("nan")).requires_grad_()
+    rows = (
+        draw(dtype, len(token), WIDTH, seed=4)
+        .masked_fill(is_padding.unsqueeze(1), float("nan"))
+        .requires_grad_()
+    )
     weight = draw(dtype, tokens, top_k, seed=5)
     weight.view(-1)[::3] = 0
     weight.requires_grad_()
@@ -137,7 +156,10 @@ def test_bfloat16_rows_are_added_up_in_float32() -> None:
 
 def test_a_frozen_gate_costs_no_gradient() -> None:
     token, position, _ = layout(9, 2, 7)
-    rows, weight = draw(torch.float64, 25, WIDTH, seed=4).requires_grad_(), draw(torch.float64, 9, 2, seed=5)
+    rows, weight = (
+        draw(torch.float64, 25, WIDTH, seed=4).requires_grad_(),
+        draw(torch.float64, 9, 2, seed=5),
+    )
     sum_rows(rows, weight, token, position).sum().backward()
     assert weight.grad is None
     assert torch.equal(rows.grad[position], weight.unsqueeze(-1).expand(-1, -1, WIDTH))
@@ -161,7 +183,11 @@ def test_gradients_of_gradients_are_refused(function: str) -> None:
     token, position, _ = layout(9, 2, 0)
     x = draw(torch.float64, 9 if function == "take" else 18, WIDTH, seed=4).requires_grad_()
     weight = torch.ones(9, 2, dtype=torch.float64)
-    out = take_rows(x, token, position) if function == "take" else sum_rows(x, weight, token, position)
+    out = (
+        take_rows(x, token, position)
+        if function == "take"
+        else sum_rows(x, weight, token, position)
+    )
     (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(UserError, match='backend="dense"'):
         gradient.sum().backward()
@@ -170,8 +196,13 @@ def test_gradients_of_gradients_are_refused(function: str) -> None:
 def test_gradcheck() -> None:
     """Against finite differences."""
     token, position, _ = layout(4, 2, 3)
-    x, rows = draw(torch.float64, 4, 3, seed=1).requires_grad_(), draw(torch.float64, 11, 3, seed=2).requires_grad_()
+    x, rows = (
+        draw(torch.float64, 4, 3, seed=1).requires_grad_(),
+        draw(torch.float64, 11, 3, seed=2).requires_grad_(),
+    )
     weight = draw(torch.float64, 4, 2, seed=3).requires_grad_()
     # Of take_rows only what is read of it: a padding row's gradient is dropped on purpose.
     assert torch.autograd.gradcheck(lambda x: take_rows(x, token, position)[position], (x,))
-    assert torch.autograd.gradcheck(lambda rows, weight: sum_rows(rows, weight, token, position), (rows, weight))
+    assert torch.autograd.gradcheck(
+        lambda rows, weight: sum_rows(rows, weight, token, position), (rows, weight)
+    )

@@ -60,7 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo = f"{asked['organization']}/{asked['name']}"
             hub.private[repo] = asked.get("visibility") == "private" or asked.get("private") is True
             hub.files[repo] = {}
-            return self.answer(200, {"url": f"{hub.url}/{repo}", "name": repo, "private": hub.private[repo]})
+            return self.answer(
+                200, {"url": f"{hub.url}/{repo}", "name": repo, "private": hub.private[repo]}
+            )
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if found := re.fullmatch("/api/models/(.+)/preupload/main", self.path):
@@ -72,8 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch("/api/models/(.+)/commit/main", self.path):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
-                    hub.files[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer(200, {"commitUrl": f"{hub.url}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+                    hub.files[found[1]][line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
+            return self.answer(
+                200, {"commitUrl": f"{hub.url}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT}
+            )
         return self.answer(404, {"error": f"this fake hub has no {self.path}"})
 
     def do_HEAD(self) -> None:
@@ -84,18 +90,35 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append((self.command, self.path))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", self.path):
             if found[1] not in hub.private:
-                return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files[found[1]].items()]
-            facts = {"id": found[1], "modelId": found[1], "private": hub.private[found[1]], "sha": COMMIT}
+                return self.answer(
+                    404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+                )
+            siblings = [
+                {"rfilename": name, "size": len(data)} for name, data in hub.files[found[1]].items()
+            ]
+            facts = {
+                "id": found[1],
+                "modelId": found[1],
+                "private": hub.private[found[1]],
+                "sha": COMMIT,
+            }
             card = {"cardData": {"license": hub.licence}, "tags": [f"license:{hub.licence}"]}
-            return self.answer(200, {**facts, **card, "siblings": siblings, "downloads": 0, "likes": 0})
+            return self.answer(
+                200, {**facts, **card, "siblings": siblings, "downloads": 0, "likes": 0}
+            )
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
             data = hub.files.get(found[1], {}).get(found[2])
             if data is None:
                 return self.answer(
-                    404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+                    404,
+                    {"error": "Entry not found"},
+                    {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT},
                 )
-            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            headers = {
+                "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+            }
             if self.command == "GET":
                 hub.ranges.append(self.headers.get("Range", ""))
             part = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -103,7 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(200, data, headers)
             start = int(part[1])
             return self.answer(
-                206, data[start:], {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+                206,
+                data[start:],
+                {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"},
             )
         return self.answer(404, {"error": f"this fake hub has no {self.path}"})
 
@@ -117,7 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        limit = self.hub.breaks.pop(0) if "/resolve/" in self.path and self.hub.breaks else len(data)
+        limit = (
+            self.hub.breaks.pop(0) if "/resolve/" in self.path and self.hub.breaks else len(data)
+        )
         self.wfile.write(data[:limit])
         self.close_connection = limit < len(data)
 

@@ -12,7 +12,9 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import architecture_of
 
 
-def write(tmp_path: Path, name: str, metadata: dict[str, str] | None = None, **options: object) -> Path:
+def write(
+    tmp_path: Path, name: str, metadata: dict[str, str] | None = None, **options: object
+) -> Path:
     torch.manual_seed(0)
     net = timm.create_model(name, **options)
     state = {key: tensor.half() for key, tensor in net.state_dict().items()}
@@ -21,11 +23,15 @@ def write(tmp_path: Path, name: str, metadata: dict[str, str] | None = None, **o
 
 
 def test_what_the_file_says_counts(tmp_path: Path) -> None:
-    assert architecture_of(write(tmp_path, "test_vit", {"architecture": "test_vit3"})) == "test_vit3"
+    assert (
+        architecture_of(write(tmp_path, "test_vit", {"architecture": "test_vit3"})) == "test_vit3"
+    )
 
 
 @pytest.mark.parametrize("metadata", [None, {"architecture": "nothing of timm's"}])
-def test_a_file_that_does_not_say_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+def test_a_file_that_does_not_say_is_refused(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
     with pytest.raises(UserError, match=r"--model\.arch\.base"):
         architecture_of(write(tmp_path, "test_vit", metadata))
     with pytest.raises(UserError, match="There is no file"):
@@ -35,7 +41,9 @@ def test_a_file_that_does_not_say_is_refused(tmp_path: Path, metadata: dict[str,
 def test_a_model_starts_from_such_a_file(tmp_path: Path) -> None:
     """float16 at 160 px: the weights arrive in float32, with the positions of 96 px."""
     file = write(tmp_path, "test_vit", {"architecture": "test_vit"}, num_classes=0)
-    config = MoEConfig(pretrained=str(file), num_experts=2, top_k=1, moe_layers="last2", global_pool="avg")
+    config = MoEConfig(
+        pretrained=str(file), num_experts=2, top_k=1, moe_layers="last2", global_pool="avg"
+    )
     net = build_model(config, 2, 96)
     torch.manual_seed(0)
     dense = timm.create_model("test_vit", num_classes=0)

@@ -35,7 +35,13 @@ class FusedCalls(TorchDispatchMode):
 def vit() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
     )
 
 
@@ -47,7 +53,11 @@ def step(model: nn.Module, fused: bool) -> tuple[FusedCalls, list[Tensor]]:
     with FusedCalls() as calls:
         logits = model(x)
         logits.square().sum().backward()
-    return calls, [logits.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+    return calls, [
+        logits.detach(),
+        x.grad,
+        *(parameter.grad.clone() for parameter in model.parameters()),
+    ]
 
 
 def test_both_compute_the_same() -> None:
@@ -66,13 +76,17 @@ def test_both_compute_the_same() -> None:
 
 def test_what_timm_left_plain_stays_plain() -> None:
     """Swin's fused attention is "not tested for prime-time yet" in timm; elsewhere the environment forbids it."""
-    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(1, 2))
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(1, 2)
+    )
     ours, forbidden = vit(), vit()
     forbidden.blocks[0].attn.fused_attn = False
     for fused in (True, False, True):
         for model in (swin, ours, forbidden):
             set_fused_attention(model, fused)
-        assert not any(module.fused_attn for module in swin.modules() if hasattr(module, "fused_attn"))
+        assert not any(
+            module.fused_attn for module in swin.modules() if hasattr(module, "fused_attn")
+        )
         assert [block.attn.fused_attn for block in ours.blocks] == [fused, fused]
         assert [block.attn.fused_attn for block in forbidden.blocks] == [False, fused]
     assert any(hasattr(module, "fused_attn") for module in swin.modules())
@@ -127,7 +141,9 @@ class Watch(L.Callback):
 
 
 @pytest.mark.parametrize(("precision", "trains_fused"), [("bf16-mixed", False), ("32-true", True)])
-def test_a_training_uses_each_where_it_is_the_faster(precision: Any, trains_fused: bool, tmp_path: Path) -> None:
+def test_a_training_uses_each_where_it_is_the_faster(
+    precision: Any, trains_fused: bool, tmp_path: Path
+) -> None:
     """Two epochs, so that training follows validation; the model has four blocks."""
     L.seed_everything(0, verbose=False)
     task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), num_classes=8, image_size=32)
@@ -148,9 +164,17 @@ def test_a_training_uses_each_where_it_is_the_faster(precision: Any, trains_fuse
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    data = ImageDataModule("synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=16, test_size=16)
+    data = ImageDataModule(
+        "synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=16, test_size=16
+    )
     trainer.fit(task, data)
     blocks = len(task.net.blocks)
     fused = blocks if trains_fused else 0
-    assert [(calls.forward, calls.backward) for calls in watch.training] == [(fused, fused), (fused, fused)]
-    assert [(calls.forward, calls.backward) for calls in watch.validation] == [(blocks, 0), (blocks, 0)]
+    assert [(calls.forward, calls.backward) for calls in watch.training] == [
+        (fused, fused),
+        (fused, fused),
+    ]
+    assert [(calls.forward, calls.backward) for calls in watch.validation] == [
+        (blocks, 0),
+        (blocks, 0),
+    ]

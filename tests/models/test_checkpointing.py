@@ -18,7 +18,10 @@ def trained(net: nn.Module) -> tuple[list[torch.Tensor], int]:
     handle = net.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(1)
     logits, routings = forward_routing(net, torch.randn(4, 3, 32, 32))
-    (logits.square().mean() + torch.stack([routing.probs.square().mean() for routing in routings]).sum()).backward()
+    (
+        logits.square().mean()
+        + torch.stack([routing.probs.square().mean() for routing in routings]).sum()
+    ).backward()
     handle.remove()
     return [p.grad for p in net.parameters()], len(calls)
 
@@ -45,7 +48,9 @@ def build() -> nn.Module:
     return timm.create_model("test_vit_moe", proj_drop_rate=0.2, drop_path_rate=0.2).train()
 
 
-@pytest.mark.parametrize(("blocks", "calls"), [(False, 1), (True, 2), ([1, 2], 2), ([0], 1), ([], 1)])
+@pytest.mark.parametrize(
+    ("blocks", "calls"), [(False, 1), (True, 2), ([1, 2], 2), ([0], 1), ([], 1)]
+)
 def test_gradients_are_the_same(blocks: bool | list[int], calls: int) -> None:
     net = build()
     names = list(net.state_dict())
@@ -74,7 +79,9 @@ def test_a_copy_computes_with_weights_of_its_own() -> None:
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
-    assert torch.equal(copied(torch.ones(1, 3, 32, 32)), torch.zeros_like(copied(torch.ones(1, 3, 32, 32))))
+    assert torch.equal(
+        copied(torch.ones(1, 3, 32, 32)), torch.zeros_like(copied(torch.ones(1, 3, 32, 32)))
+    )
     assert checkpointed_blocks(copied) == (1,)
     checkpoint_blocks(copied, False)
     assert (checkpointed_blocks(copied), checkpointed_blocks(net)) == ((), (1,))

@@ -86,7 +86,9 @@ def pictures(number: int, seed: int = 7) -> torch.Tensor:
 def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
     import onnxruntime
 
-    return torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(["logits"], {"image": images.numpy()})[0])
+    return torch.from_numpy(
+        onnxruntime.InferenceSession(str(path)).run(["logits"], {"image": images.numpy()})[0]
+    )
 
 
 @pytest.mark.needs("onnx")
@@ -103,12 +105,15 @@ def test_a_second_output_is_the_distance(tmp_path: Path) -> None:
         for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
             torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
     # whoever asks for the logits alone gets them
-    torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize(
-    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.deep) for name in CASES]
+    "case",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.deep) for name in CASES],
 )
 def test_the_file_answers_as_the_model(case: str, tmp_path: Path) -> None:
     chosen = CASES[case]
@@ -122,9 +127,13 @@ def test_the_file_answers_as_the_model(case: str, tmp_path: Path) -> None:
 
     with torch.no_grad():  # other images and batch sizes than those that the exporter looked at
         expected, routings = moevision.forward_routing(model.net, pictures(5))
-    assert all((routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings)
+    assert all(
+        (routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings
+    )
     for batch in (1, 3, 5):
-        torch.testing.assert_close(run_onnx(path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            run_onnx(path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4
+        )
 
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
@@ -139,19 +148,31 @@ ROUTED = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
 @pytest.mark.parametrize(
     ("layers", "known"),
     [
-        pytest.param([{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}], True, id="distance"),
+        pytest.param(
+            [{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}],
+            True,
+            id="distance",
+        ),
         pytest.param({"router": ROUTED}, False, id="all routers", marks=pytest.mark.deep),
         pytest.param(
-            [{"router": "vmoe_top_k", "eval_capacity_factor": 0.75}, {"router": "sigmoid", "route_by": "image"}],
+            [
+                {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
+                {"router": "sigmoid", "route_by": "image"},
+            ],
             False,
             id="capacity, and by image",
             marks=pytest.mark.deep,
         ),
     ],
 )
-def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known: bool, tmp_path: Path) -> None:
+def test_routes_and_experts_that_are_away_are_those_of_torch(
+    layers: Any, known: bool, tmp_path: Path
+) -> None:
     """Choices, gates, affinities and logits: as trained, without one expert, without several, and with one left."""
-    model, path = tiny(**layers) if isinstance(layers, dict) else tiny(*layers), tmp_path / "model.onnx"
+    model, path = (
+        tiny(**layers) if isinstance(layers, dict) else tiny(*layers),
+        tmp_path / "model.onnx",
+    )
     model = with_distances(model) if known else model
     for number, layer in enumerate(moe_layers(model.net)):
         layer.layer_index = number
@@ -159,7 +180,12 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
     run = export_module.load_exported(path)
     sizes = [layer.router.num_experts for layer in moe_layers(model.net)]
     last = len(sizes) - 1
-    for gone in ([], [(0, 1)], [(0, 0), (0, 2), (last, 1)], [(last, expert) for expert in range(sizes[last] - 1)]):
+    for gone in (
+        [],
+        [(0, 1)],
+        [(0, 0), (0, 2), (last, 1)],
+        [(last, expert) for expert in range(sizes[last] - 1)],
+    ):
         away = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
         for layer, expert in gone:
             away[layer, expert] = True
@@ -179,13 +205,19 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
             torch.testing.assert_close(probs, routing.probs[:, first:], rtol=0, atol=1e-5)
             chosen = weights > 0
             assert torch.equal(index[chosen], routing.expert_index[:, first:][chosen])
-            assert not any(bool((index[chosen] == expert).any()) for layer, expert in gone if layer == place)
+            assert not any(
+                bool((index[chosen] == expert).any()) for layer, expert in gone if layer == place
+            )
     nobody = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
-    assert all(map(torch.equal, run(pictures(3)), run(pictures(3), nobody)))  # so it is timed, beside the model
+    assert all(
+        map(torch.equal, run(pictures(3)), run(pictures(3), nobody))
+    )  # so it is timed, beside the model
     Image.new("RGB", (32, 32), (250, 120, 60)).save(tmp_path / "image.png")
     lines = template("run_exported.py.jinja").render(file=repr(str(path)), fit="crop", routes=True)
     told: list[str] = []
-    exec(lines.replace('"image.jpg"', repr(str(tmp_path / "image.png"))), {"print": told.append})  # what export prints
+    exec(
+        lines.replace('"image.jpg"', repr(str(tmp_path / "image.png"))), {"print": told.append}
+    )  # what export prints
     assert told == list(predict_batch(model, [tmp_path / "image.png"])[0].classes[:1])
     if not known:
         import onnxruntime
@@ -195,7 +227,12 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers: Any, known:
             ("image", ["batch", 3, 32, 32]),
             ("away", [len(sizes), max(sizes)]),
         ]
-        assert [one.name for one in session.get_outputs()][:4] == ["logits", "experts.0", "weights.0", "probs.0"]
+        assert [one.name for one in session.get_outputs()][:4] == [
+            "logits",
+            "experts.0",
+            "weights.0",
+            "probs.0",
+        ]
 
 
 @pytest.mark.needs("onnx")
@@ -241,13 +278,22 @@ def test_a_wrong_expert_would_be_noticed() -> None:
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
 def test_a_converted_timm_model_can_be_exported_after_saving(tmp_path: Path) -> None:
-    base = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    base = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
     deit = timm.create_model("deit_tiny_patch16_224", **base).eval()
     net = with_character(moevision.convert_to_moe(deit, "every2", 4, router="vmoe_top_k")).eval()
     save_model(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
     export_onnx(model, tmp_path / "file")
-    torch.testing.assert_close(run_onnx(tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        run_onnx(tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -270,12 +316,16 @@ def test_given_pictures_are_compared_too(exported: tuple[SavedModel, Path, Expor
 
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
-def test_what_is_needed_to_use_a_model_travels_in_the_file(exported: tuple[SavedModel, Path, ExportReport]) -> None:
+def test_what_is_needed_to_use_a_model_travels_in_the_file(
+    exported: tuple[SavedModel, Path, ExportReport],
+) -> None:
     model, path, _ = exported
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
-    facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    facts = {
+        name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()
+    }
     image, logits = session.get_inputs()[0], session.get_outputs()[0]
     assert (image.name, image.shape, logits.name, logits.shape) == (
         "image",
@@ -290,13 +340,21 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(exported: tuple[Saved
     assert (facts["moe_config"]["router"], facts["moe_config"]["num_experts"]) == ("vmoe_top_k", 4)
     assert facts["architecture"] == "test_vit_moe"
     here = str(Path(moevision.__file__).parent).encode()
-    assert here not in path.read_bytes()  # exporters write stack traces, with the paths of whoever exported
+    assert (
+        here not in path.read_bytes()
+    )  # exporters write stack traces, with the paths of whoever exported
 
 
 @pytest.mark.deep
 def test_the_preparation_is_that_of_predict() -> None:
     """timm's configuration of these weights says to cut out 95 %; training and predict take the whole square."""
-    base = {"base": "vit_tiny_patch16_224", "img_size": 32, "depth": 1, "moe_layers": [0], "num_experts": 2}
+    base = {
+        "base": "vit_tiny_patch16_224",
+        "img_size": 32,
+        "depth": 1,
+        "moe_layers": [0],
+        "num_experts": 2,
+    }
     moe = timm.create_model("vit_moe", **base, num_classes=3)
     dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     for net in (moe, dense):
@@ -319,7 +377,9 @@ def odd_images(folder: Path) -> list[Path]:
     image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     translucent.save(folder / "rgba.png")
     Image.merge("LA", [grey, alpha]).save(folder / "la.png")
-    image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png", transparency=bytes(range(256)))
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(
+        folder / "palette.png", transparency=bytes(range(256))
+    )
     image.save(folder / "one_colour.png", transparency=image.getpixel((0, 0)))
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "grey16.png")
     image.resize((300, 3)).save(folder / "strip.png")
@@ -330,7 +390,9 @@ def odd_images(folder: Path) -> list[Path]:
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
 def test_the_printed_script_answers_as_predict_does(
-    exported: tuple[SavedModel, Path, ExportReport], fit: Literal["crop", "pad", "squash"], tmp_path: Path
+    exported: tuple[SavedModel, Path, ExportReport],
+    fit: Literal["crop", "pad", "squash"],
+    tmp_path: Path,
 ) -> None:
     model, file, _ = exported
     lines = template("run_exported.py.jinja").render(file=repr(str(file)), fit=fit, routes=False)
@@ -340,7 +402,9 @@ def test_the_printed_script_answers_as_predict_does(
         exec(lines.replace('"image.jpg"', repr(str(path))), names)
         probability = torch.from_numpy(names["logits"]).softmax(-1)[0]
         own = {name: float(probability[number]) for number, name in enumerate(NAMES)}
-        assert [own[name] for name in predicted.classes] == pytest.approx(list(predicted.probabilities), abs=1e-4), path
+        assert [own[name] for name in predicted.classes] == pytest.approx(
+            list(predicted.probabilities), abs=1e-4
+        ), path
     facts = exported_facts(replace(model, fit=fit))
     assert "16-bit grey divided by 257, what is transparent on white" in facts["preprocessing"]
 
@@ -385,7 +449,10 @@ def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("error", [2e-4, math.nan])
 def test_a_file_that_answers_differently_is_not_kept(
-    error: float, exported: tuple[SavedModel, Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: float,
+    exported: tuple[SavedModel, Path, ExportReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (model, file, _), load = exported, export_module.load_exported
 
@@ -395,7 +462,9 @@ def test_a_file_that_answers_differently_is_not_kept(
 
     monkeypatch.setattr(export_module, "load_exported", off_by_a_little)
     monkeypatch.setattr(export_module, "_to_bytes", lambda *_: file.read_bytes())
-    with pytest.raises(UserError, match=re.escape(f"differs from the model by {error:.2g} in a logit")):
+    with pytest.raises(
+        UserError, match=re.escape(f"differs from the model by {error:.2g} in a logit")
+    ):
         export_onnx(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
@@ -443,5 +512,9 @@ def test_the_smallest_and_the_largest_opset(opset: int, tmp_path: Path) -> None:
 
     path, model = tmp_path / "model.onnx", tiny(router="expert_choice")
     export_onnx(model, path, opset=opset)
-    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [opset]
-    torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
+    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [
+        opset
+    ]
+    torch.testing.assert_close(
+        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
+    )

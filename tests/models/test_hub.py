@@ -35,7 +35,12 @@ def test_uploaded_by_hf_and_loaded_it_is_the_same_model(
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(images, tmp_path / "images.pt")
     with fake_hub() as hub:
-        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
+        place = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": hub.token,
+            "HF_HUB_DISABLE_XET": "1",
+        }
         environment = {**os.environ, **place, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         hf = Path(sys.executable).with_name("hf")
         command = [hf, "upload", "me/pets", folder, "--private"]
@@ -44,7 +49,9 @@ def test_uploaded_by_hf_and_loaded_it_is_the_same_model(
         assert hub.files["me/pets"] == {file.name: file.read_bytes() for file in folder.iterdir()}
         card = ModelCard(hub.files["me/pets"]["README.md"].decode())
         assert card.data.library_name == "timm"
-        subprocess.run([sys.executable, "-c", LOAD, tmp_path], env=environment, check=True, timeout=600)
+        subprocess.run(
+            [sys.executable, "-c", LOAD, tmp_path], env=environment, check=True, timeout=600
+        )
         address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

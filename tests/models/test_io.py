@@ -22,7 +22,14 @@ from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel, load_model, save_model
 
 WORDS = ["cat", "dog", "Käfer", "a|b", "dog house"]
-DEIT = {"base": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+DEIT = {
+    "base": "deit_tiny_patch16_224",
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+}
 
 
 def images(size: int = 32) -> Tensor:
@@ -52,11 +59,17 @@ def as_saved(net: nn.Module, size: int = 32, words: list[str] = WORDS) -> SavedM
 def equal_after_a_round_trip(net: nn.Module, folder: Path, size: int = 32) -> SavedModel:
     save_model(as_saved(net, size), folder)
     back = load_model(str(folder))
-    assert (back.class_names, back.image_size, back.mean, back.std) == (WORDS, size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    assert (back.class_names, back.image_size, back.mean, back.std) == (
+        WORDS,
+        size,
+        (0.4, 0.5, 0.6),
+        (0.2, 0.3, 0.25),
+    )
     ours, theirs = net.state_dict(), back.net.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(
-        torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype for name, tensor in ours.items()
+        torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype
+        for name, tensor in ours.items()
     )
     assert back.net.moe_config == net.moe_config
     with torch.no_grad():
@@ -84,10 +97,18 @@ def test_every_router_in_a_converted_deit(router: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "vit_moe"
 
 
-PER_LAYER = {"num_experts": [3, 8], "top_k": [1, 2], "router": ["switch", "sigmoid"], "expert_hidden": [48, 16]}
+PER_LAYER = {
+    "num_experts": [3, 8],
+    "top_k": [1, 2],
+    "router": ["switch", "sigmoid"],
+    "expert_hidden": [48, 16],
+}
 OPTIONS = {
     "per layer": PER_LAYER,
-    "per layer, all blocks": {"moe_layers": "all", "router": ["hash", "soft", "expert_choice", "bias_balanced"]},
+    "per layer, all blocks": {
+        "moe_layers": "all",
+        "router": ["hash", "soft", "expert_choice", "bias_balanced"],
+    },
     "fine-grained": {"num_experts": 64, "top_k": 8},
     "shared": {"num_shared_experts": 2, "router": "bias_balanced", "expert_drop": 0.3},
     "capacity": {
@@ -112,8 +133,14 @@ def test_every_option(name: str, options: dict[str, object], tmp_path: Path) -> 
     back = equal_after_a_round_trip(net, tmp_path)
     for layer, other in zip(moe_layers(net), moe_layers(back.net), strict=True):
         assert type(layer.router) is type(other.router)
-        assert (layer.router.num_experts, layer.router.top_k) == (other.router.num_experts, other.router.top_k)
-        assert (layer.num_shared_experts, layer.experts.backend) == (other.num_shared_experts, other.experts.backend)
+        assert (layer.router.num_experts, layer.router.top_k) == (
+            other.router.num_experts,
+            other.router.top_k,
+        )
+        assert (layer.num_shared_experts, layer.experts.backend) == (
+            other.num_shared_experts,
+            other.experts.backend,
+        )
         assert layer.experts.fc1.weight.shape == other.experts.fc1.weight.shape
         assert getattr(layer.router, "options", None) == getattr(other.router, "options", None)
 
@@ -125,10 +152,18 @@ def test_a_model_converted_in_python_with_everything(tmp_path: Path) -> None:
 
 
 OWN_NAMES = {"own name": ("test_vit_moe", {}), "DeiT": ("vit_moe", DEIT)}
-GIVEN = {"num_experts": 4, "top_k": 2, "router": "vmoe_top_k", "noise": "fixed", "drop_path_rate": 0.1}
+GIVEN = {
+    "num_experts": 4,
+    "top_k": 2,
+    "router": "vmoe_top_k",
+    "noise": "fixed",
+    "drop_path_rate": 0.1,
+}
 
 
-@pytest.mark.parametrize("options", [{"num_experts": 3, "top_k": 1}, {"router": "soft", "num_shared_experts": 1}])
+@pytest.mark.parametrize(
+    "options", [{"num_experts": 3, "top_k": 1}, {"router": "soft", "num_shared_experts": 1}]
+)
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
 @pytest.mark.parametrize("dense", ["no layers", "active_flops", "total_params"])
 def test_a_dense_model_under_a_name_of_ours_is_converted(
@@ -156,7 +191,9 @@ def test_a_twin_whose_other_widths_no_name_builds_is_left_as_it_was() -> None:
 
 
 def test_a_twin_that_is_given_no_experts_stays_a_twin(tmp_path: Path) -> None:
-    net = convert_to_moe(dense_twin(timm.create_model("test_vit_moe", num_classes=5), "total_params"), []).eval()
+    net = convert_to_moe(
+        dense_twin(timm.create_model("test_vit_moe", num_classes=5), "total_params"), []
+    ).eval()
     save_model(as_saved(net), tmp_path)
     assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
 
@@ -170,13 +207,17 @@ def test_a_conversion_that_fails_changes_nothing() -> None:
 
 
 def test_a_model_without_a_name_is_not_saved(tmp_path: Path) -> None:
-    net = VisionTransformerMoE(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    net = VisionTransformerMoE(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    )
     with pytest.raises(UserError, match="VisionTransformerMoE can't be saved: it has no timm name"):
         save_model(as_saved(net), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("what", ["patch_embed.backbone.0.bn.running_mean", "blocks.3.mlp.router.bias"])
+@pytest.mark.parametrize(
+    "what", ["patch_embed.backbone.0.bn.running_mean", "blocks.3.mlp.router.bias"]
+)
 def test_statistics_that_are_no_numbers_are_refused(what: str, tmp_path: Path) -> None:
     net = timm.create_model("test_vit_moe", num_classes=5, router="bias_balanced")
     net.state_dict()[what][0] = torch.nan
@@ -186,7 +227,9 @@ def test_statistics_that_are_no_numbers_are_refused(what: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
-def test_soft_keeps_its_slots_at_another_image_size(arguments: tuple[str, dict[str, object]], tmp_path: Path) -> None:
+def test_soft_keeps_its_slots_at_another_image_size(
+    arguments: tuple[str, dict[str, object]], tmp_path: Path
+) -> None:
     """K · tokens / E slots at 32 px (8 for 16 tokens, 9 for 17, rounded up) stay so many at 64 and at 96 px."""
     name, base = arguments
     net = timm.create_model(name, router="soft", num_experts=4, num_classes=5, **base)
@@ -204,20 +247,29 @@ def test_bf16_weights_stay_what_they_are(tmp_path: Path) -> None:
     net = trained(timm.create_model("test_vit_moe", num_classes=5)).bfloat16()
     save_model(as_saved(net), tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {
+        torch.bfloat16
+    }
     back = load_model(str(tmp_path)).net
     assert {parameter.dtype for parameter in back.parameters()} == {torch.float32}
-    assert all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in back.state_dict().items())
+    assert all(
+        torch.equal(tensor, stored[name].to(tensor.dtype))
+        for name, tensor in back.state_dict().items()
+    )
     assert torch.equal(back.bfloat16()(images().bfloat16()), net(images().bfloat16()))
 
 
 def test_weights_in_another_memory_order(tmp_path: Path) -> None:
-    net = trained(timm.create_model("test_vit_moe", num_classes=5)).to(memory_format=torch.channels_last)
+    net = trained(timm.create_model("test_vit_moe", num_classes=5)).to(
+        memory_format=torch.channels_last
+    )
     assert not net.patch_embed.backbone[0].conv.weight.is_contiguous()
     save_model(as_saved(net), tmp_path)
     assert not net.patch_embed.backbone[0].conv.weight.is_contiguous()
     back = load_model(str(tmp_path)).net
-    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in back.state_dict().items())
+    assert all(
+        torch.equal(tensor, net.state_dict()[name]) for name, tensor in back.state_dict().items()
+    )
 
 
 def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +278,9 @@ def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file)[1:3]), real(file)))
     save_model(as_saved(timm.create_model("test_vit_moe", num_classes=3)), tmp_path)
-    assert [name for name in os.listdir(tmp_path) if os.stat(tmp_path / name)[1:3] not in flushed] == []
+    assert [
+        name for name in os.listdir(tmp_path) if os.stat(tmp_path / name)[1:3] not in flushed
+    ] == []
 
 
 @pytest.mark.deep
@@ -241,11 +295,15 @@ def test_timm_alone_opens_it_in_a_new_interpreter(tmp_path: Path) -> None:
         "assert net.pretrained_cfg['label_names'][2] == 'Käfer'\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=600)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), net(images()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits.pt"), net(images()), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.needs("transformers")
-@pytest.mark.parametrize("model", [("test_vit_moe", {}), ("vit_moe", DEIT)], ids=["own name", "DeiT"])
+@pytest.mark.parametrize(
+    "model", [("test_vit_moe", {}), ("vit_moe", DEIT)], ids=["own name", "DeiT"]
+)
 def test_transformers_opens_it(model: tuple[str, dict[str, object]], tmp_path: Path) -> None:
     """Its wrapper builds the same network by timm and keeps the file's weights where they lie in it.
 
@@ -258,7 +316,10 @@ def test_transformers_opens_it(model: tuple[str, dict[str, object]], tmp_path: P
     save_model(as_saved(net), tmp_path)
     wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert all(torch.equal(value, by_timm.state_dict()[key]) for key, value in wrapped.timm_model.state_dict().items())
+    assert all(
+        torch.equal(value, by_timm.state_dict()[key])
+        for key, value in wrapped.timm_model.state_dict().items()
+    )
     logits = wrapped(images()).logits
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, by_timm(images()), rtol=0, atol=1e-5)
@@ -276,7 +337,9 @@ def test_transformers_pipeline_answers_with_the_class_names(tmp_path: Path) -> N
     classify = transformers.pipeline("image-classification", model=str(tmp_path), device="cpu")
     said = {row["label"]: row["score"] for row in classify(picture, top_k=5)}
     saved = load_model(str(tmp_path))
-    pixels = normalize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], saved.mean, saved.std)
+    pixels = normalize(
+        torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], saved.mean, saved.std
+    )
     probabilities = saved.net(pixels).softmax(-1)[0].tolist()
     assert said == pytest.approx(dict(zip(WORDS, probabilities, strict=True)), abs=1e-6)
 
@@ -295,7 +358,9 @@ def test_a_file_that_gives_the_number_of_classes_twice_still_opens(tmp_path: Pat
 
 def test_what_is_saved_tells_nothing_of_where(tmp_path: Path) -> None:
     """A model that was loaded from a folder and saved again doesn't carry that folder's path."""
-    save_model(as_saved(trained(timm.create_model("test_vit_moe", num_classes=5))), tmp_path / "secret")
+    save_model(
+        as_saved(trained(timm.create_model("test_vit_moe", num_classes=5))), tmp_path / "secret"
+    )
     save_model(load_model(str(tmp_path / "secret")), tmp_path / "again")
     first, second = (tmp_path / name for name in ("secret", "again"))
     assert sorted(file.name for file in second.iterdir()) == ["config.json", "model.safetensors"]
@@ -315,7 +380,10 @@ def relabel(folder: Path, **labels: object) -> list[str]:
 
 def test_class_names_as_timm_writes_them(tmp_path: Path) -> None:
     """A list, or a dict from index to name; names may be codes that `label_descriptions` explains."""
-    save_model(as_saved(timm.create_model("test_vit_moe", num_classes=3), words=["cat", "dog", "owl"]), tmp_path)
+    save_model(
+        as_saved(timm.create_model("test_vit_moe", num_classes=3), words=["cat", "dog", "owl"]),
+        tmp_path,
+    )
     kept = (tmp_path / "config.json").read_text()
     assert json.loads(kept)["label_names"] == ["cat", "dog", "owl"]
     cases = [
@@ -343,7 +411,12 @@ def test_foreign_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     save_model(as_saved(timm.create_model("test_vit_moe", num_classes=5)), tmp_path / "model")
     config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
     kept = config.read_text()
-    for change in ({"embed_dim": 64}, {"num_experts": 5}, {"router": "soft"}, {"router": "of another version"}):
+    for change in (
+        {"embed_dim": 64},
+        {"num_experts": 5},
+        {"router": "soft"},
+        {"router": "of another version"},
+    ):
         given = json.loads(kept)
         config.write_text(json.dumps({**given, "model_args": {**given["model_args"], **change}}))
         with pytest.raises(UserError, match="can't be loaded"):

@@ -43,7 +43,10 @@ def copies_differ(net: Any) -> bool:
 
 
 def has_weights_of_dense(net: Any) -> bool:
-    return torch.equal(net.blocks[0].attn.qkv.weight, load_file("dense/model.safetensors")["blocks.0.attn.qkv.weight"])
+    return torch.equal(
+        net.blocks[0].attn.qkv.weight,
+        load_file("dense/model.safetensors")["blocks.0.attn.qkv.weight"],
+    )
 
 
 # `test_vit_moe`: patches of 8 px, D 32, 2 heads, 4 blocks, MLPs of 128, convolutional stem, average pooling, 4 experts
@@ -93,8 +96,26 @@ STARTS: dict[str, dict[str, Any]] = {
     "dense": {"pretrained": "dense"},
     "moe": {"pretrained": "moe"},
 }
-SIZES = {"name", "base", "twin", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio", "num_shared_experts"}
-EXPERTS = {"num_experts", "top_k", "router", "moe_layers", "expert_hidden", "backend", "expert_drop"}
+SIZES = {
+    "name",
+    "base",
+    "twin",
+    "stem",
+    "patch_size",
+    "embed_dim",
+    "num_heads",
+    "mlp_ratio",
+    "num_shared_experts",
+}
+EXPERTS = {
+    "num_experts",
+    "top_k",
+    "router",
+    "moe_layers",
+    "expert_hidden",
+    "backend",
+    "expert_drop",
+}
 REFUSED = {
     "scratch": {"upcycle_noise", "upcycle_reinit", "global_pool"},  # this one has no class token
     "dense": SIZES,
@@ -126,7 +147,10 @@ def test_an_option_is_held_or_refused(case: Case, start: str) -> None:
     again = MoEConfig(**yaml.safe_load(yaml.safe_dump(asdict(config))))
     if case.name in REFUSED[start] and not builds(config):
         return
-    assert [case.read(build_model(each, 3, 32)) for each in (config, again)] == [case.value, case.value]
+    assert [case.read(build_model(each, 3, 32)) for each in (config, again)] == [
+        case.value,
+        case.value,
+    ]
 
 
 def builds(config: MoEConfig) -> bool:

@@ -29,11 +29,18 @@ def pack_folder(folder: Path, *, levels: int = 127, rest: Path | None = None) ->
     if rest is not None:
         known, metadata = unpack(rest / "trained" / PACKED), {REST: rest.name}
         state = {
-            name: value for name, value in state.items() if name not in known or not torch.equal(value, known[name])
+            name: value
+            for name, value in state.items()
+            if name not in known or not torch.equal(value, known[name])
         }
     stored = {}
     for name, value in state.items():
-        if name.endswith(".weight") and value.ndim in (2, 3) and value.numel() >= 256 and value.shape[-1] % GROUP == 0:
+        if (
+            name.endswith(".weight")
+            and value.ndim in (2, 3)
+            and value.numel() >= 256
+            and value.shape[-1] % GROUP == 0
+        ):
             largest = value.unflatten(-1, (-1, GROUP)).abs().amax(-1)
             scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
             steps = scale.float().repeat_interleave(GROUP, -1)
@@ -56,11 +63,14 @@ def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> 
     """In float32, whole steps exactly, with its temperature and names; nothing is kept beside the model."""
     before, after = load_model(str(tiny_run)), load_model(str(folder))
     assert (after.class_names, after.image_size, after.temperature) == (
-        before.class_names, before.image_size, before.temperature,
-    )  # fmt: skip
+        before.class_names,
+        before.image_size,
+        before.temperature,
+    )
     stored, state = load_file(folder / PACKED), after.net.state_dict()
     assert torch.equal(
-        state[EXPERTS], stored[EXPERTS].float() * stored[EXPERTS + SCALE].float().repeat_interleave(8, -1)
+        state[EXPERTS],
+        stored[EXPERTS].float() * stored[EXPERTS + SCALE].float().repeat_interleave(8, -1),
     )
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
     assert "state_dict" not in after.net.pretrained_cfg
@@ -92,7 +102,8 @@ def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
     shutil.copyfile(tiny_run / "model" / "model.safetensors", folder / "model.safetensors")
     assert weights_of(folder) == folder / "model.safetensors"
     assert torch.equal(
-        load_model(str(folder)).net.state_dict()[EXPERTS], load_model(str(tiny_run)).net.state_dict()[EXPERTS]
+        load_model(str(folder)).net.state_dict()[EXPERTS],
+        load_model(str(tiny_run)).net.state_dict()[EXPERTS],
     )
 
 
@@ -101,7 +112,11 @@ def test_what_two_models_share_is_stored_once(folder: Path, tmp_path: Path) -> N
     one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
     shutil.copytree(folder, one)
     model = load_model(str(one))
-    changed = {name for name, _ in model.net.named_parameters() if name.startswith(("blocks.1.mlp.", "head."))}
+    changed = {
+        name
+        for name, _ in model.net.named_parameters()
+        if name.startswith(("blocks.1.mlp.", "head."))
+    }
     for name in changed:
         model.net.get_parameter(name).data.mul_(1.1)
     save_model(model, two)
@@ -112,7 +127,9 @@ def test_what_two_models_share_is_stored_once(folder: Path, tmp_path: Path) -> N
     first, second = (load_model(str(where)).net.state_dict() for where in (one, two))
     assert torch.equal(second[EXPERTS], unpack(two / PACKED)[EXPERTS])
     assert (second[EXPERTS] - 1.1 * first[EXPERTS]).abs().max() < first[EXPERTS].abs().max() / 31
-    assert all(torch.equal(value, first[name]) for name, value in second.items() if name not in changed)
+    assert all(
+        torch.equal(value, first[name]) for name, value in second.items() if name not in changed
+    )
     (one / PACKED).unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         load_model(str(two))
@@ -122,13 +139,33 @@ BF16 = torch.bfloat16
 HOSTILE = {
     "no scale": (EXPERTS + SCALE, None, "holds whole numbers"),
     "a scale without values": (EXPERTS, None, "its scale don't fit"),
-    "a scale that would unfold to terabytes": (EXPERTS + SCALE, torch.ones(1, 2**20, 1, 1, dtype=BF16), "don't fit"),
-    "scales of other experts": (EXPERTS + SCALE, torch.ones(5, 64, 4, dtype=BF16), "its scale don't fit"),
-    "parts that don't divide a row": (EXPERTS + SCALE, torch.ones(4, 64, 3, dtype=BF16), "its scale don't fit"),
+    "a scale that would unfold to terabytes": (
+        EXPERTS + SCALE,
+        torch.ones(1, 2**20, 1, 1, dtype=BF16),
+        "don't fit",
+    ),
+    "scales of other experts": (
+        EXPERTS + SCALE,
+        torch.ones(5, 64, 4, dtype=BF16),
+        "its scale don't fit",
+    ),
+    "parts that don't divide a row": (
+        EXPERTS + SCALE,
+        torch.ones(4, 64, 3, dtype=BF16),
+        "its scale don't fit",
+    ),
     "no part": (EXPERTS + SCALE, torch.ones(4, 64, 0, dtype=BF16), "its scale don't fit"),
     "one number": (EXPERTS + SCALE, torch.ones((), dtype=BF16), "its scale don't fit"),
-    "a scale of whole numbers": (EXPERTS + SCALE, torch.ones(4, 64, 4, dtype=torch.int8), "its scale don't fit"),
-    "no numbers": (EXPERTS + SCALE, torch.full((4, 64, 4), float("nan"), dtype=BF16), "holds NaN or infinity"),
+    "a scale of whole numbers": (
+        EXPERTS + SCALE,
+        torch.ones(4, 64, 4, dtype=torch.int8),
+        "its scale don't fit",
+    ),
+    "no numbers": (
+        EXPERTS + SCALE,
+        torch.full((4, 64, 4), float("nan"), dtype=BF16),
+        "holds NaN or infinity",
+    ),
     "another shape": (EXPERTS, "cut", "can't be loaded"),
 }
 

@@ -18,7 +18,14 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.convert import pool_patches, read_layer_indices, routes_read, unread_layers
 from moevision.models.io import describe, load_model, save_model
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 3,
+}
 VIT = "vit_tiny_patch16_224"
 
 
@@ -64,7 +71,9 @@ def different_experts(model: nn.Module) -> nn.Module:
 def pretrained(tmp_path: Path, **arch: Any) -> nn.Module:
     """What `fit --pretrained` builds from a dense model of this folder."""
     save_model(describe(vit()), tmp_path / "dense")
-    config = MoEConfig(pretrained=str(tmp_path / "dense"), num_experts=4, top_k=1, router="vmoe_top_k", **arch)
+    config = MoEConfig(
+        pretrained=str(tmp_path / "dense"), num_experts=4, top_k=1, router="vmoe_top_k", **arch
+    )
     torch.manual_seed(0)
     return different_experts(build_model(config, 3, 32)).eval()
 
@@ -76,7 +85,9 @@ def test_every_route_of_a_pretrained_start_moves_the_logits(tmp_path: Path) -> N
     assert [logits_move(model, layer) for layer in (0, 1)] == [True, True]
 
 
-@pytest.mark.parametrize("name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10", "pets"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10", "pets"]
+)
 def test_every_route_of_a_bundled_model_moves_the_logits(name: str) -> None:
     model = bundled_model(name).net
     read = routes_read(model)
@@ -90,7 +101,9 @@ def test_by_default_no_layer_is_unread() -> None:
     assert [layer.layer_index for layer in moe_layers(upcycle(net, num_experts=4))] == [1, 3]
     named = upcycle(net, layers="last2", num_experts=4)
     assert [layer.layer_index for layer in moe_layers(named)] == [3, 5]
-    with pytest.warns(UserWarning, match="the routes of patches in block 5 change no answer: pool over patches"):
+    with pytest.warns(
+        UserWarning, match="the routes of patches in block 5 change no answer: pool over patches"
+    ):
         collect_routing(named, SyntheticPets(4, 32, 0, "test"), progress=False)
 
 
@@ -115,7 +128,9 @@ def test_the_last_block_stays_dense_where_only_the_class_token_is_read() -> None
 def test_for_every_router(router: str) -> None:
     """The class token alone, and all patches; in training mode too, and without a trace."""
     for pool, expected in (("token", [True, False]), ("avg", [True, True])):
-        model = convert_to_moe(vit(global_pool=pool), "every2", num_experts=4, router=router).train()
+        model = convert_to_moe(
+            vit(global_pool=pool), "every2", num_experts=4, router=router
+        ).train()
         for parameter in model.head.parameters():
             nn.init.zeros_(parameter)  # a new classifier may be zero, and hides nothing
         assert routes_read(model) == expected
@@ -126,14 +141,19 @@ def test_for_every_router(router: str) -> None:
 
 def test_an_image_that_decides_for_all_tokens_is_read() -> None:
     """The class token goes to the image's expert too."""
-    assert routes_read(convert_to_moe(vit(), "every2", num_experts=4, route_by="image")) == [True, True]
+    assert routes_read(convert_to_moe(vit(), "every2", num_experts=4, route_by="image")) == [
+        True,
+        True,
+    ]
 
 
 def test_a_dense_model_has_no_routes() -> None:
     assert routes_read(vit()) == []
 
 
-@pytest.mark.parametrize("name", [VIT, "vit_small_patch16_rope_224", "cait_xxs24_224", "xcit_nano_12_p16_224"])
+@pytest.mark.parametrize(
+    "name", [VIT, "vit_small_patch16_rope_224", "cait_xxs24_224", "xcit_nano_12_p16_224"]
+)
 def test_a_model_that_was_made_to_pool_opens_again(name: str, tmp_path: Path) -> None:
     """Constructors of these four classes differ in what they call the norm behind the pooling, if they know one."""
     net = upcycle(pool_patches(vit(name)), num_experts=2).eval()
@@ -149,8 +169,13 @@ def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
     features = net.forward_features(image())[:, 1:].mean(1)
     torch.manual_seed(1)
     pooled = pool_patches(net).eval()
-    torch.testing.assert_close(pooled.forward_head(pooled.forward_features(image()), pre_logits=True), features)
-    for name, model in (("dense", pooled), ("moe", convert_to_moe(pool_patches(vit()), "last2", num_experts=4).eval())):
+    torch.testing.assert_close(
+        pooled.forward_head(pooled.forward_features(image()), pre_logits=True), features
+    )
+    for name, model in (
+        ("dense", pooled),
+        ("moe", convert_to_moe(pool_patches(vit()), "last2", num_experts=4).eval()),
+    ):
         save_model(describe(model), tmp_path / name)
         assert torch.equal(load_model(str(tmp_path / name)).net(image()), model(image()))
 

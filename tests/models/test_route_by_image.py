@@ -20,7 +20,14 @@ from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.upcycle import step0_gap, upcycle
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 8}
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 8,
+}
 STATS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 COUNT = 12
 
@@ -43,7 +50,9 @@ def model(**options):
     """A ViT with a class token, E = 4, k = 2 in blocks 1 and 3, routed by image."""
     torch.manual_seed(0)
     given = {"num_experts": 4, "top_k": 2, "router": "vmoe_top_k", "route_by": "image", **options}
-    return with_character(convert_to_moe(timm.create_model("vit_tiny_patch16_224", **TINY), "every2", **given))
+    return with_character(
+        convert_to_moe(timm.create_model("vit_tiny_patch16_224", **TINY), "every2", **given)
+    )
 
 
 def saved(net=None):
@@ -101,7 +110,10 @@ def test_it_is_saved_and_an_older_file_without_the_word_is_by_token(tmp_path):
         lambda: upcycle(timm.create_model("vit_tiny_patch16_224", **TINY), route_by="image"),
         lambda: build_model(
             MoEConfig(
-                pretrained="vit_tiny_patch16_224", route_by="image", router="bias_balanced", num_shared_experts=None
+                pretrained="vit_tiny_patch16_224",
+                route_by="image",
+                router="bias_balanced",
+                num_shared_experts=None,
             ),
             3,
             32,
@@ -115,7 +127,9 @@ def test_every_way_to_build_one(build):
 
 
 def test_a_refusal_is_heard_through_the_model():
-    with pytest.raises(UserError, match=r"The router 'expert_choice' has no use for route_by: leave it out\.$"):
+    with pytest.raises(
+        UserError, match=r"The router 'expert_choice' has no use for route_by: leave it out\.$"
+    ):
         timm.create_model("test_vit_moe", router="expert_choice", route_by="image")
 
 
@@ -135,9 +149,13 @@ def test_the_twin_is_dense():
 def test_words():
     layers = moe_layers(model())
     assert describe_moe(layers) == "4 experts, 2 per image by vmoe_top_k, in blocks 1, 3"
-    assert describe_moe([layers[0], *moe_layers(model(route_by=None))]).startswith("4 experts, 2 per image, token and")
+    assert describe_moe([layers[0], *moe_layers(model(route_by=None))]).startswith(
+        "4 experts, 2 per image, token and"
+    )
     facts = describe(saved())
-    assert [router.words for router in facts.routers] == ["top-2 of 4 experts, chosen once for the whole image"] * 2
+    assert [router.words for router in facts.routers] == [
+        "top-2 of 4 experts, chosen once for the whole image"
+    ] * 2
     assert [router.route_by for router in facts.routers] == ["image"] * 2
     assert list(facts.routers[0].refused) == ["capacity"]
 
@@ -183,20 +201,35 @@ def changed(net, *scopes):
 
 def test_interventions_move_whole_images():
     net = model()
-    (_, before), (_, after) = forward_routing(net, images()), changed(net, Intervention("ablate", layer=1, expert=0))
+    (_, before), (_, after) = (
+        forward_routing(net, images()),
+        changed(net, Intervention("ablate", layer=1, expert=0)),
+    )
     had = (before[0].expert_index[:, 0] == 0).any(-1)
     assert 0 < had.sum() < COUNT
     assert not (after[0].expert_index == 0).any()
     assert torch.equal(after[0].expert_index[~had], before[0].expert_index[~had])
-    for scope in (force(net, 1, 2), swap(net, 1, 0, 1), use_top_k(net, 3), ablate(net, 3, 1), random_route(net, 1, 5)):
+    for scope in (
+        force(net, 1, 2),
+        swap(net, 1, 0, 1),
+        use_top_k(net, 3),
+        ablate(net, 3, 1),
+        random_route(net, 1, 5),
+    ):
         with scope:
             for routing in forward_routing(net, images())[1]:
-                assert torch.equal(routing.expert_index, routing.expert_index[:, :1].expand_as(routing.expert_index))
+                assert torch.equal(
+                    routing.expert_index,
+                    routing.expert_index[:, :1].expand_as(routing.expert_index),
+                )
 
 
 def test_a_capacity_of_one_image_is_refused():
     net = model()
-    with pytest.raises(UserError, match="no meaning in L1: an image is routed as a whole"), limit_capacity(net, 1.0):
+    with (
+        pytest.raises(UserError, match="no meaning in L1: an image is routed as a whole"),
+        limit_capacity(net, 1.0),
+    ):
         pass
 
 

@@ -10,7 +10,14 @@ from moevision.layers import CosineRouter, moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.upcycle import spherical_kmeans, start_routers, step0_gap, upcycle
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 3,
+}
 EXPERTS, IMAGES, TOKENS = 4, 24, 17
 ROUTERS = ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine"]
 
@@ -64,7 +71,9 @@ def test_an_empty_cluster_is_filled_again():
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_unit_goes_to_its_cluster(dense, router, unit):
     """Equal experts with gates of 1 leave the second layer's input as it was: its clusters are exact too."""
-    net = upcycle(dense, layers="last2", num_experts=EXPERTS, router=router, top_k=1, route_by=unit).eval()
+    net = upcycle(
+        dense, layers="last2", num_experts=EXPERTS, router=router, top_k=1, route_by=unit
+    ).eval()
     before = [layer.router.state_dict() for layer in moe_layers(net)]
     shares = start_routers(net, images().split(8))
     assert list(shares) == [1, 3]
@@ -79,12 +88,20 @@ def test_a_unit_goes_to_its_cluster(dense, router, unit):
     for layer, routing, old in zip(moe_layers(net), routings, before, strict=True):
         if not isinstance(layer.router, CosineRouter):
             assert float(routing.logits.std(-1, correction=0).mean()) == pytest.approx(1, rel=1e-3)
-            torch.testing.assert_close(layer.router.weight.mean(0), torch.zeros(32), rtol=0, atol=1e-6)
-        assert all(torch.equal(layer.router.state_dict()[name], old[name]) for name in old if "noise" in name)
+            torch.testing.assert_close(
+                layer.router.weight.mean(0), torch.zeros(32), rtol=0, atol=1e-6
+            )
+        assert all(
+            torch.equal(layer.router.state_dict()[name], old[name])
+            for name in old
+            if "noise" in name
+        )
 
 
 def test_the_seed_decides_and_nothing_else_changes(dense):
-    one, two, other = (upcycle(dense, num_experts=EXPERTS, route_by="image").train() for _ in range(3))
+    one, two, other = (
+        upcycle(dense, num_experts=EXPERTS, route_by="image").train() for _ in range(3)
+    )
     kept = {name: value.clone() for name, value in one.state_dict().items()}
     state = torch.get_rng_state()
     start_routers(one, [images()], seed=1)
@@ -96,7 +113,9 @@ def test_the_seed_decides_and_nothing_else_changes(dense):
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
         assert torch.equal(value, kept[name]) == ("router" not in name)
-    assert not all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert not all(
+        torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items()
+    )
 
 
 def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
@@ -125,7 +144,9 @@ def test_routers_without_rows_refuse(dense, router):
 
 def test_too_little_to_cluster_is_refused(dense):
     net = upcycle(dense, num_experts=EXPERTS, route_by="image")
-    with pytest.raises(UserError, match="3 images make no 4 clusters, one for each expert: give more images"):
+    with pytest.raises(
+        UserError, match="3 images make no 4 clusters, one for each expert: give more images"
+    ):
         start_routers(net, [images()[:3]])
     with pytest.raises(UserError, match="There is no image to cluster"):
         start_routers(net, [])
@@ -134,15 +155,21 @@ def test_too_little_to_cluster_is_refused(dense):
 
 
 def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
-    net = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
-    twin = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
+    net = convert_to_moe(
+        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+    )
+    twin = convert_to_moe(
+        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+    )
     twin.load_state_dict(net.state_dict())
     assert start_routers(net.train(), [images()]) == start_routers(twin.eval(), [images()])
 
 
 def test_each_part_stays_in_its_own_mode():
     """A block that is held in evaluation, as a frozen one is, was in training afterwards."""
-    net = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
+    net = convert_to_moe(
+        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+    )
     net.train().blocks[0].eval()
     modes = [module.training for module in net.modules()]
     start_routers(net, [images()])

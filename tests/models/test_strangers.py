@@ -43,10 +43,14 @@ def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: Strangers) -> 
     """By its definition, sqrt((x - m)' S^-1 (x - m)), over the 95th percentile of it on validation images."""
     features, labels = drawn(600, 1)
     means = [features[labels == label].mean(0) for label in range(CLASSES)]
-    covariance = LedoitWolf(assume_centered=True).fit(features - np.stack(means)[labels]).covariance_
+    covariance = (
+        LedoitWolf(assume_centered=True).fit(features - np.stack(means)[labels]).covariance_
+    )
 
     def nearest(x: np.ndarray) -> np.ndarray:
-        return np.array([min(np.sqrt((v - m) @ np.linalg.solve(covariance, v - m)) for m in means) for v in x])
+        return np.array(
+            [min(np.sqrt((v - m) @ np.linalg.solve(covariance, v - m)) for m in means) for v in x]
+        )
 
     threshold = np.quantile(nearest(drawn(400, 2)[0]), 0.95)
     others = drawn(50, 3)[0] + np.linspace(0, 20, 50)[:, None]
@@ -103,7 +107,10 @@ def model(tmp_path: Path) -> SavedModel:
 def test_distances_travel_with_the_model(tmp_path: Path) -> None:
     """`answers` has the model's own logits, before and after; to timm the folder is as any other."""
     saved = model(tmp_path)
-    back, images = load_model(str(tmp_path)), torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    back, images = (
+        load_model(str(tmp_path)),
+        torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+    )
     with torch.no_grad():
         for one in (saved, back):
             logits, distance = answers(one.net, one.strangers, images)
@@ -111,7 +118,9 @@ def test_distances_travel_with_the_model(tmp_path: Path) -> None:
             assert torch.equal(distance, saved.strangers(pooled(saved.net, images)))
     assert back.net.state_dict().keys() == saved.net.state_dict().keys()
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 2
-    save_model(replace(saved, strangers=None), tmp_path)  # what lies there of another model isn't this one's
+    save_model(
+        replace(saved, strangers=None), tmp_path
+    )  # what lies there of another model isn't this one's
     assert load_model(str(tmp_path)).strangers is None
 
 

@@ -86,7 +86,9 @@ def test_what_changes_the_output_reports_its_gap(vit: nn.Module, options: dict[s
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "conversions.md"
 NOTES = Path(__file__).parents[2] / "benchmarks" / "upcycling" / "README.md"
-GAPS = re.findall(r"^\| `(.+)` \| (\S+|< 1e-5) \| (\S+) % \|$", NOTES.read_text(encoding="utf-8"), re.M)
+GAPS = re.findall(
+    r"^\| `(.+)` \| (\S+|< 1e-5) \| (\S+) % \|$", NOTES.read_text(encoding="utf-8"), re.M
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +96,16 @@ def pets() -> tuple[nn.Module, torch.Tensor]:
     """The bundled dense model and 128 drawn test images."""
     saved = load_model(str(Path(moevision.__file__).parent / "demo" / "models" / "pets" / "dense"))
     drawn = SyntheticPets(128, 64, 0, "test")
-    pixels = torch.from_numpy(np.stack([drawn.image(index) for index in range(len(drawn))])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(
+        np.stack([drawn.image(index) for index in range(len(drawn))])
+    ).permute(0, 3, 1, 2)
     return saved.net, normalize(pixels, saved.mean, saved.std)
 
 
 @pytest.mark.parametrize(("options", "delta", "same"), GAPS, ids=[row[0] for row in GAPS])
-def test_the_table_in_the_docs(pets: tuple[nn.Module, torch.Tensor], options: str, delta: str, same: str) -> None:
+def test_the_table_in_the_docs(
+    pets: tuple[nn.Module, torch.Tensor], options: str, delta: str, same: str
+) -> None:
     """Two digits of the gap; one image may be a near tie that another machine rounds the other way."""
     dense, x = pets
     gap = step0_gap(dense, upcycle(dense, **eval(f"dict({options})")), x)
@@ -112,7 +118,9 @@ def test_the_table_in_the_docs(pets: tuple[nn.Module, torch.Tensor], options: st
 
 
 COSTS = re.findall(
-    r"^\| (.+) \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \|$", DOCS.read_text(encoding="utf-8"), re.M
+    r"^\| (.+) \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \|$",
+    DOCS.read_text(encoding="utf-8"),
+    re.M,
 )
 
 
@@ -128,7 +136,9 @@ def test_the_costs_in_the_docs(deit: nn.Module, row: tuple[str, ...]) -> None:
         for name, value in re.findall(r"--([\w-]+) (\w+)", row[0])
     }
     cost = measure_cost(upcycle(deit, **options) if row[0] != "the dense model" else deit, 224)
-    parameters = [round(count / 1e6, 2) for count in (cost.total_parameters, cost.active_parameters)]
+    parameters = [
+        round(count / 1e6, 2) for count in (cost.total_parameters, cost.active_parameters)
+    ]
     flops = [round(cost.flops_per_image / 1e9, 2), round(cost.router_flops_per_image / 1e6, 1)]
     assert [float(cell) for cell in row[1:]] == [*parameters, *flops]
 
@@ -152,7 +162,9 @@ def test_one_expert_per_token_costs_what_the_mlp_cost(vit: nn.Module) -> None:
     before, after = measure_cost(vit, 32), measure_cost(upcycle(vit, layers="last2"), 32)
     assert after.flops_per_image == before.flops_per_image
     routers = 2 * 8 * 32
-    assert after.total_parameters - before.total_parameters == 2 * 7 * (8 * 32 * 32 + 5 * 32) + routers
+    assert (
+        after.total_parameters - before.total_parameters == 2 * 7 * (8 * 32 * 32 + 5 * 32) + routers
+    )
     assert after.active_parameters - before.active_parameters == routers
 
 
@@ -164,14 +176,23 @@ ARCHITECTURES = [
     ("vit_tiny_patch16_224.augreg_in21k", 64, {}, 1),
     ("vit_small_patch14_reg4_dinov2", 56, {"depth": 4, "embed_dim": 192, "num_heads": 3}, 5),
     ("vit_small_patch16_rope_224", 64, {"depth": 4}, 1),  # timm's Eva class
-    ("vit_betwixt_patch16_rope_reg4_gap_256", 64, {"depth": 2, "embed_dim": 160, "num_heads": 5}, 4),
+    (
+        "vit_betwixt_patch16_rope_reg4_gap_256",
+        64,
+        {"depth": 2, "embed_dim": 160, "num_heads": 5},
+        4,
+    ),
     ("vit_tiny_patch16_dinov3_qkvb", 64, {"depth": 4}, 5),
     ("beitv2_base_patch16_224", 64, {"depth": 2, "embed_dim": 192, "num_heads": 3}, 1),
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "options", "prefix"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES])
-def test_families_of_vits(name: str, size: int, options: dict[str, Any], prefix: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "options", "prefix"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES]
+)
+def test_families_of_vits(
+    name: str, size: int, options: dict[str, Any], prefix: int, tmp_path: Path
+) -> None:
     """Equal at step 0, bit-equal after saving and loading, and routed over the patch grid."""
     dense = dense_vit(name, img_size=size, **options)
     moe = upcycle(dense, num_experts=4, top_k=2).eval()
@@ -211,7 +232,9 @@ def test_each_layer_can_have_its_own(vit: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize("match", ["active_flops", "total_params"])
 def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_path: Path) -> None:
     """It was built under a registered name, with a convolutional stem, and keeps both."""
-    moe = timm.create_model("test_vit_moe", num_classes=3)  # E = 4, K = 2, hidden 64: twins of 128 and 256
+    moe = timm.create_model(
+        "test_vit_moe", num_classes=3
+    )  # E = 4, K = 2, hidden 64: twins of 128 and 256
     save_model(describe(dense_twin(moe, match)), tmp_path / "twin")
     up = upcycle(tmp_path / "twin", layers="every2").eval()
     assert [layer.experts.fc1.out_features for layer in moe_layers(up)] == [
@@ -250,7 +273,9 @@ def test_noise_is_relative_to_the_weights(vit: nn.Module) -> None:
         dense = vit.blocks[layer.layer_index].mlp
         for ours, theirs in ((layer.experts.fc1, dense.fc1), (layer.experts.fc2, dense.fc2)):
             difference = (ours.weight - theirs.weight).detach()
-            assert float(difference.std() / theirs.weight.detach().std()) == pytest.approx(0.3, rel=0.03)
+            assert float(difference.std() / theirs.weight.detach().std()) == pytest.approx(
+                0.3, rel=0.03
+            )
             assert torch.equal(ours.bias, theirs.bias.expand_as(ours.bias))
         assert not torch.equal(layer.experts.fc1.weight[0], layer.experts.fc1.weight[1])
 
@@ -280,8 +305,13 @@ def test_the_seed_decides_and_nothing_else_is_drawn(vit: nn.Module) -> None:
     expected = torch.rand(3)
     torch.manual_seed(5)
     one = upcycle(vit, noise=0.1, reinit=0.1, num_classes=7, seed=1).state_dict()
-    assert torch.equal(torch.rand(3), expected), "the global generator goes on as if nothing had been drawn"
-    again, other = (upcycle(vit, noise=0.1, reinit=0.1, num_classes=7, seed=seed).state_dict() for seed in (1, 2))
+    assert torch.equal(torch.rand(3), expected), (
+        "the global generator goes on as if nothing had been drawn"
+    )
+    again, other = (
+        upcycle(vit, noise=0.1, reinit=0.1, num_classes=7, seed=seed).state_dict()
+        for seed in (1, 2)
+    )
     assert all(torch.equal(value, again[name]) for name, value in one.items())
     for name in ("blocks.1.mlp.router.weight", "blocks.1.mlp.experts.fc1.weight", "head.weight"):
         assert not torch.equal(one[name], other[name])
@@ -301,7 +331,9 @@ def weight_file(vit: nn.Module, tmp_path: Path) -> Path:
 def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
     """`vit_tiny_patch16_224` of the size of the tests, since a file says no size."""
     real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: real(name, **{**SMALL, **options}))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: real(name, **{**SMALL, **options})
+    )
     return "vit_tiny_patch16_224"
 
 
@@ -313,7 +345,9 @@ def test_weights_from_a_file(vit: nn.Module, weight_file: Path, small_name: str)
     assert other.num_classes == 3
     assert torch.equal(other.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
     first = load_dense(small_name, weight_file, image_size=32, num_classes=3)
-    assert torch.equal(first.head.weight, other.head.weight), "upcycling a loaded model is upcycling its name"
+    assert torch.equal(first.head.weight, other.head.weight), (
+        "upcycling a loaded model is upcycling its name"
+    )
 
 
 def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: Path) -> None:
@@ -326,7 +360,9 @@ def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: 
 
 def test_files_that_do_not_fit(weight_file: Path, small_name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not hold the weights of deit_tiny_patch16_224"):
-        create_from("deit_tiny_patch16_224", num_classes=3, image_size=32, weights=weight_file, embed_dim=96)  # type: ignore[arg-type]
+        create_from(
+            "deit_tiny_patch16_224", num_classes=3, image_size=32, weights=weight_file, embed_dim=96
+        )  # type: ignore[arg-type]
     pickled = tmp_path / "weights.pth"
     torch.save({}, pickled)
     with pytest.raises(UserError, match="never pickles"):
@@ -345,7 +381,11 @@ def test_files_that_do_not_fit(weight_file: Path, small_name: str, tmp_path: Pat
 def test_folders(vit: nn.Module, tmp_path: Path) -> None:
     """A model's folder, the run folder above it, and either with timm's prefix."""
     save_model(describe(vit), tmp_path / "run" / "model")
-    for source in (tmp_path / "run", tmp_path / "run" / "model", f"local-dir:{tmp_path / 'run' / 'model'}"):
+    for source in (
+        tmp_path / "run",
+        tmp_path / "run" / "model",
+        f"local-dir:{tmp_path / 'run' / 'model'}",
+    ):
         assert step0_gap(vit, upcycle(source), images()).max_logit < 1e-5
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="never pickles"):
@@ -364,7 +404,11 @@ def test_folders(vit: nn.Module, tmp_path: Path) -> None:
         ("vit_small_plus_patch16_dinov3", {"img_size": 32, "depth": 2}, "SwiGLU"),
         ("swin_tiny_patch4_window7_224", {}, "no list of transformer blocks"),
         ("resnet18", {}, "no list of transformer blocks"),
-        ("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 64, "num_heads": 2}, "behind a patch_embed"),
+        (
+            "naflexvit_base_patch16_gap",
+            {"depth": 2, "embed_dim": 64, "num_heads": 2},
+            "behind a patch_embed",
+        ),
         ("hiera_tiny_224", {}, "hierarchical"),
         ("vit_dpwee_patch16_reg1_gap_256", {}, "no MLP of its own"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, "or has a norm"),
@@ -399,7 +443,13 @@ def test_options_that_do_not_fit(vit: nn.Module, options: dict[str, Any], messag
 def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
     """`--pretrained` normalises V-MoE's gates too, takes the options of upcycling, and rebuilds without weights."""
     save_model(describe(vit), tmp_path)
-    config = MoEConfig(pretrained=str(tmp_path), router="vmoe_top_k", top_k=1, moe_layers=[1, 2], drop_path_rate=0.1)
+    config = MoEConfig(
+        pretrained=str(tmp_path),
+        router="vmoe_top_k",
+        top_k=1,
+        moe_layers=[1, 2],
+        drop_path_rate=0.1,
+    )
     moe = build_model(config, num_classes=5, image_size=32)
     assert step0_gap(vit, moe, images()).max_logit < 1e-5
     assert moe.blocks[3].drop_path1.drop_prob == pytest.approx(0.1)
@@ -412,11 +462,15 @@ def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
     rebuilt.load_state_dict(moe.state_dict())
 
 
-def test_fit_takes_a_file_with_its_architecture(weight_file: Path, small_name: str, vit: nn.Module) -> None:
+def test_fit_takes_a_file_with_its_architecture(
+    weight_file: Path, small_name: str, vit: nn.Module
+) -> None:
     config = MoEConfig(pretrained=str(weight_file), base=small_name)
     moe = build_model(config, num_classes=5, image_size=32)
     assert step0_gap(vit, moe, images()).max_logit < 1e-5
-    found = build_model(MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32)  # by its metadata
+    found = build_model(
+        MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32
+    )  # by its metadata
     assert step0_gap(vit, found, images()).max_logit < 1e-5
     weight_file.unlink()
     assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5

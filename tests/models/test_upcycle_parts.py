@@ -15,12 +15,21 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, first_blocks, load_model, save_model
 from moevision.models.upcycle import start_routers, step0_gap, upcycle
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}  # hidden 128
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 5,
+}  # hidden 128
 LEARNED = ["noisy_top_k", "vmoe_top_k", "sigmoid", "bias_balanced", "cosine"]
 
 
 def images(count: int = 8) -> torch.Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        count, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,9 @@ def largest_difference(vit: nn.Module, **options: Any) -> float:
 
 @pytest.mark.parametrize("router", LEARNED)
 @pytest.mark.parametrize(("hidden", "top_k"), [(64, 2), (64, 4), (32, 4)])
-def test_whole_groups_compute_the_dense_model(vit: nn.Module, router: str, hidden: int, top_k: int) -> None:
+def test_whole_groups_compute_the_dense_model(
+    vit: nn.Module, router: str, hidden: int, top_k: int
+) -> None:
     """Parts of an MLP are summed: exact up to rounding where k is a multiple of their number."""
     options = {"num_experts": 8, "expert_hidden": hidden, "top_k": top_k, "router": router}
     assert largest_difference(vit, **options) < 1e-12
@@ -53,11 +64,15 @@ def test_with_every_expert_chosen_a_layer_is_the_dense_mlp(vit: nn.Module, route
     """Whatever the gates: those of one group are equal, and all sum to 1."""
     moe = upcycle(vit, layers=[2], num_experts=8, expert_hidden=64, top_k=8, router=router).eval()
     (layer,) = moe_layers(moe)
-    tokens = 5 * torch.randn(3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = 5 * torch.randn(
+        3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     torch.testing.assert_close(layer(tokens), vit.blocks[2].mlp(tokens), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 3}, {"top_k": 2, "normalize_gates": False}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_k": 3}, {"top_k": 2, "normalize_gates": False}]
+)
 def test_what_is_not_preserved(vit: nn.Module, options: dict[str, Any]) -> None:
     """Half a group is chosen, or gates that don't sum to 1."""
     assert largest_difference(vit, num_experts=8, expert_hidden=64, **options) > 1e-2
@@ -75,7 +90,9 @@ def test_each_group_divides_all_hidden_units_its_own_way(vit: nn.Module) -> None
     """By the rows of fc1, which are all different: each once in a group, the same in no two experts."""
     (layer,) = moe_layers(upcycle(vit, layers=[1], num_experts=6, expert_hidden=64, top_k=2))
     dense, experts = vit.blocks[1].mlp, layer.experts
-    units = (experts.fc1.weight.unsqueeze(2) == dense.fc1.weight).all(-1).double().argmax(-1)  # [E, H]
+    units = (
+        (experts.fc1.weight.unsqueeze(2) == dense.fc1.weight).all(-1).double().argmax(-1)
+    )  # [E, H]
     for group in units.view(3, 128):
         assert sorted(group.tolist()) == list(range(128))
     assert len({tuple(sorted(own.tolist())) for own in units}) == 6
@@ -91,7 +108,12 @@ def test_each_group_divides_all_hidden_units_its_own_way(vit: nn.Module) -> None
 def test_parts_are_shared_out_where_no_number_can_be_read() -> None:
     """`fit` builds a model on the meta device before memory is taken for it."""
     with torch.device("meta"):
-        moe = upcycle(timm.create_model("vit_tiny_patch16_224", **SMALL), num_experts=4, expert_hidden=64, top_k=2)
+        moe = upcycle(
+            timm.create_model("vit_tiny_patch16_224", **SMALL),
+            num_experts=4,
+            expert_hidden=64,
+            top_k=2,
+        )
     assert all(parameter.is_meta for parameter in moe.parameters())
 
 
@@ -106,7 +128,9 @@ def test_parts_save_and_load(vit: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize("router", ["vmoe_top_k", "cosine"])
 def test_a_cluster_start_keeps_groups_together(vit: nn.Module, router: str) -> None:
     """Four experts are two groups, so two clusters; the first outputs stay those of the dense model."""
-    moe = upcycle(vit, layers="last2", num_experts=4, expert_hidden=64, top_k=2, router=router).eval()
+    moe = upcycle(
+        vit, layers="last2", num_experts=4, expert_hidden=64, top_k=2, router=router
+    ).eval()
     before = moe_layers(moe)[0].router.rows.detach().clone()
     shares = start_routers(moe, [images()])
     assert [len(each) for each in shares.values()] == [2, 2]
@@ -125,7 +149,9 @@ def test_a_cluster_start_keeps_groups_together(vit: nn.Module, router: str) -> N
         ({"expert_hidden": 64, "router": "soft"}, "has no learned row for each expert"),
     ],
 )
-def test_experts_that_cannot_share_an_mlp(vit: nn.Module, options: dict[str, Any], message: str) -> None:
+def test_experts_that_cannot_share_an_mlp(
+    vit: nn.Module, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         upcycle(vit, **{"num_experts": 8, "top_k": 2, **options})
 
@@ -180,17 +206,29 @@ def test_what_cannot_be_cut(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("twin", [None, "active_flops"])
-def test_a_config_says_all_of_it(twin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_says_all_of_it(
+    twin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Depth, placement, width, pooling; the dense fine-tune keeps the depth; a checkpoint rebuilds the same tensors."""
     real = timm.create_model
     small = {**SMALL, "patch_size": 16, "img_size": 64}
     source = real("vit_tiny_patch16_224", **{**small, "depth": 12})
-    monkeypatch.setattr(timm, "create_model", lambda name, **given: real(name, **_sizes(name, small, given)))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **given: real(name, **_sizes(name, small, given))
+    )
     safetensors.torch.save_file(source.state_dict(), tmp_path / "vit.safetensors")
     config = MoEConfig(
-        base="vit_tiny_patch16_224", pretrained=str(tmp_path / "vit.safetensors"), depth=10, num_experts=8, top_k=2,
-        router="vmoe_top_k", moe_layers="last2", expert_hidden=64, global_pool="avg", twin=twin,
-    )  # fmt: skip
+        base="vit_tiny_patch16_224",
+        pretrained=str(tmp_path / "vit.safetensors"),
+        depth=10,
+        num_experts=8,
+        top_k=2,
+        router="vmoe_top_k",
+        moe_layers="last2",
+        expert_hidden=64,
+        global_pool="avg",
+        twin=twin,
+    )
     net = build_model(config, 2, 64)
     assert len(net.blocks) == 10
     assert torch.equal(net.blocks[9].attn.qkv.weight, source.blocks[9].attn.qkv.weight)
@@ -210,7 +248,11 @@ def _sizes(name: str, small: dict[str, Any], given: dict[str, Any]) -> dict[str,
     """Of the tests, since a file says no size."""
     if name != "vit_tiny_patch16_224":
         return given
-    return {**{key: small[key] for key in ("patch_size", "embed_dim", "num_heads")}, "depth": 12, **given}
+    return {
+        **{key: small[key] for key in ("patch_size", "embed_dim", "num_heads")},
+        "depth": 12,
+        **given,
+    }
 
 
 def test_pretrained_weights_of_a_depth(tmp_path: Path) -> None:

@@ -28,7 +28,14 @@ def images(size: int = 32, count: int = 2) -> torch.Tensor:
 
 def test_zero_moe_layers_is_timms_vit() -> None:
     """Same names, same random numbers, same output as the timm class with the same arguments."""
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     torch.manual_seed(0)
     ours = VisionTransformerMoE(moe_layers=[], **size).eval()
     torch.manual_seed(0)
@@ -67,7 +74,9 @@ def test_placements() -> None:
 
 def test_micro_model_has_the_documented_size() -> None:
     """D 192, depth 6: 12 D² per block = 2.65 M without biases; 3 MoE layers add 6 idle experts of 2·192·384 each."""
-    model = timm.create_model("vit_moe_micro_patch4_32", num_classes=10, stem="patch", class_token=False)
+    model = timm.create_model(
+        "vit_moe_micro_patch4_32", num_classes=10, stem="patch", class_token=False
+    )
     total, active = parameter_counts(model)
     assert active == pytest.approx(6 * 12 * 192**2, rel=0.02)
     assert total - active == 3 * 6 * (2 * 192 * 384 + 384 + 192)
@@ -86,10 +95,14 @@ def test_dense_twin(match: str, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("expert_drop", [None, 0.4])
-def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(expert_drop: float | None) -> None:
+def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(
+    expert_drop: float | None,
+) -> None:
     model = timm.create_model("test_vit_moe", proj_drop_rate=0.1, expert_drop=expert_drop)
     assert moe_layers(model)[0].experts.drop.p == (expert_drop or 0.1)
-    assert {(block.mlp.drop1.p, block.mlp.drop2.p) for block in dense_twin(model).blocks} == {(0.1, 0.1)}
+    assert {(block.mlp.drop1.p, block.mlp.drop2.p) for block in dense_twin(model).blocks} == {
+        (0.1, 0.1)
+    }
 
 
 def test_twins_match_what_they_say() -> None:
@@ -109,11 +122,21 @@ def test_a_head_with_a_token_of_its_own_is_counted() -> None:
 
     The rest of that head: 2 · 2 N D of attention, 2 D² behind it, 2 · 2 D · 4 D of its MLP.
     """
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    small = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
     n, d = 16, 32
     by_attention, by_mean = (
         measure_cost(convert_to_moe(timm.create_model(name, **given, **small)), 32).flops_per_image
-        for name, given in (("vit_base_patch16_siglip_224", {}), ("vit_base_patch16_siglip_gap_224", {}))
+        for name, given in (
+            ("vit_base_patch16_siglip_224", {}),
+            ("vit_base_patch16_siglip_gap_224", {}),
+        )
     )
     head = 2 * d * d + 2 * n * 2 * d * d + 2 * 2 * n * d + 2 * d * d + 2 * 2 * d * 4 * d
     assert by_attention - by_mean == head
@@ -124,7 +147,10 @@ def test_flops_are_the_closed_form() -> None:
     model = timm.create_model("test_vit_moe", stem="patch", num_classes=10)
     n, d, depth, patch = 16, 32, 4, 8
     block = 2 * n * (4 * d * d + 2 * d * 4 * d) + 4 * n * n * d
-    assert measure_cost(model, 32).flops_per_image == depth * block + 2 * n * patch * patch * 3 * d + 2 * d * 10
+    assert (
+        measure_cost(model, 32).flops_per_image
+        == depth * block + 2 * n * patch * patch * 3 * d + 2 * d * 10
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,13 +158,32 @@ def test_flops_are_the_closed_form() -> None:
     [
         ("test_vit_moe", {"num_classes": 3}, 32),
         ("test_vit_moe", {"num_classes": 3, "num_experts": 2, "top_k": 1, "img_size": 64}, 64),
-        ("test_vit_moe", {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"}, 32),
+        (
+            "test_vit_moe",
+            {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"},
+            32,
+        ),
         ("test_vit_moe", {"num_classes": 3, "twin": "total_params"}, 32),
-        ("vit_moe", {"base": "test_vit", "num_classes": 4, "img_size": 64, "moe_layers": [0, 5]}, 64),
-        ("vit_moe", {"base": "deit_tiny_patch16_224", "num_classes": 4, "img_size": 32, "twin": "active_flops"}, 32),
+        (
+            "vit_moe",
+            {"base": "test_vit", "num_classes": 4, "img_size": 64, "moe_layers": [0, 5]},
+            64,
+        ),
+        (
+            "vit_moe",
+            {
+                "base": "deit_tiny_patch16_224",
+                "num_classes": 4,
+                "img_size": 32,
+                "twin": "active_flops",
+            },
+            32,
+        ),
     ],
 )
-def test_saved_models_load_bit_equal(name: str, options: dict[str, object], size: int, tmp_path: Path) -> None:
+def test_saved_models_load_bit_equal(
+    name: str, options: dict[str, object], size: int, tmp_path: Path
+) -> None:
     model = timm.create_model(name, **options).eval()
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
@@ -170,7 +215,9 @@ def test_timm_contract() -> None:
     assert layers["blocks"]
 
 
-@pytest.mark.parametrize("name", ["test_vit_moe", "vit_moe_tiny_patch16_224", "vit_moe_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["test_vit_moe", "vit_moe_tiny_patch16_224", "vit_moe_base_patch16_224"]
+)
 def test_meta_device(name: str) -> None:
     model = timm.create_model(name, device="meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
@@ -179,7 +226,10 @@ def test_meta_device(name: str) -> None:
 def test_names_are_registered() -> None:
     names = set(timm.list_models("*vit_moe*", module="vit_moe"))
     expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32"}
-    expected |= {f"vit_moe_hybrid_{size}" for size in ("patch4_32", "patch8_32", "patch16_128", "wide_patch4_32")}
+    expected |= {
+        f"vit_moe_hybrid_{size}"
+        for size in ("patch4_32", "patch8_32", "patch16_128", "wide_patch4_32")
+    }
     expected |= {f"vit_moe_{size}_patch16_224" for size in ("tiny", "small", "base")}
     assert names == expected
 
@@ -211,7 +261,11 @@ def test_the_command_line_takes_every_stem() -> None:
 @pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 128)])
 def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -> None:
     """When the pixels of a patch change, the centre of the tokens that move lies in that patch."""
-    model = timm.create_model("test_vit_moe", stem=stem, patch_size=patch_size, img_size=size).double().eval()
+    model = (
+        timm.create_model("test_vit_moe", stem=stem, patch_size=patch_size, img_size=size)
+        .double()
+        .eval()
+    )
     side = size // patch_size
     row, column = side - 2, 1
     x = images(size, count=16).double()
@@ -224,18 +278,24 @@ def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -
     assert centre.round().tolist() == [row, column]
 
 
-@pytest.mark.parametrize(("stem", "widths"), [("stages", [8, 16, 32]), ("wide_stages", [16, 32, 32])])
+@pytest.mark.parametrize(
+    ("stem", "widths"), [("stages", [8, 16, 32]), ("wide_stages", [16, 32, 32])]
+)
 def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
     """By hand, from the weights: convolution, BatchNorm, GELU; pooling; residual pairs before or after pooling."""
     model = timm.create_model("test_vit_moe", stem=stem, patch_size=4).double().eval()
-    for norm in (module for module in model.patch_embed.modules() if isinstance(module, nn.BatchNorm2d)):
+    for norm in (
+        module for module in model.patch_embed.modules() if isinstance(module, nn.BatchNorm2d)
+    ):
         nn.init.uniform_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
 
     def conv(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         y = nn.functional.conv2d(x, layer.conv.weight, padding=1)
         scale = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
-        y = (y - layer.bn.running_mean[:, None, None]) * scale[:, None, None] + layer.bn.bias[:, None, None]
+        y = (y - layer.bn.running_mean[:, None, None]) * scale[:, None, None] + layer.bn.bias[
+            :, None, None
+        ]
         return nn.functional.gelu(y)
 
     def residual(y: torch.Tensor, pair: nn.Module) -> torch.Tensor:
@@ -278,11 +338,17 @@ def test_hybrids_keep_timms_contract(name: str) -> None:
     torch.testing.assert_close(other(x), model(x))
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
     cost = measure_cost(model, size)
-    assert cost.flops_per_image == measure_cost(dense_twin(model, "active_flops"), size).flops_per_image
+    assert (
+        cost.flops_per_image
+        == measure_cost(dense_twin(model, "active_flops"), size).flops_per_image
+    )
     model.set_input_size(2 * size)
     model.reset_classifier(3)
     assert model(images(2 * size)).shape == (2, 3)
-    assert forward_routing(model, images(2 * size))[1][0].grid == (2 * size // patch, 2 * size // patch)
+    assert forward_routing(model, images(2 * size))[1][0].grid == (
+        2 * size // patch,
+        2 * size // patch,
+    )
 
 
 def test_predictions_do_not_depend_on_batch_mates() -> None:
@@ -324,10 +390,16 @@ def test_sizes_that_can_not_be_are_refused_by_name(name: str, value: int) -> Non
     ("options", "words"),
     [
         ({"expert_hidden": [16, 0]}, "--model.arch.expert_hidden is 0: it must be at least 1"),
-        ({"num_shared_experts": -1}, "--model.arch.num_shared_experts is -1: it must be at least 0"),
+        (
+            {"num_shared_experts": -1},
+            "--model.arch.num_shared_experts is -1: it must be at least 0",
+        ),
         ({"mlp_ratio": -1}, "--model.arch.mlp_ratio is -1: it must be above 0"),
         ({"mlp_ratio": math.inf}, "--model.arch.mlp_ratio is inf"),
-        ({"proj_drop_rate": 2}, "--model.arch.proj_drop_rate is 2: it must be at least 0 and less than 1"),
+        (
+            {"proj_drop_rate": 2},
+            "--model.arch.proj_drop_rate is 2: it must be at least 0 and less than 1",
+        ),
         ({"expert_drop": 3}, "--model.arch.expert_drop is 3"),
         ({"patch_drop_rate": 1}, "--model.arch.patch_drop_rate is 1"),
         ({"drop_path_rate": math.nan}, "--model.arch.drop_path_rate is nan"),
@@ -344,8 +416,12 @@ def test_models_that_cannot_be_converted() -> None:
     with pytest.raises(UserError, match="no transformer blocks"):  # blocks, but none of a ViT
         convert_to_moe(hiera := timm.create_model("hiera_tiny_224"))
     assert not moe_layers(hiera)
-    with pytest.raises(UserError, match="behind a patch_embed"):  # training and the twin ask for one
-        convert_to_moe(timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=64, num_heads=2))
+    with pytest.raises(
+        UserError, match="behind a patch_embed"
+    ):  # training and the twin ask for one
+        convert_to_moe(
+            timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=64, num_heads=2)
+        )
     for router in ("position", "hash", "colour"):  # dropped patches come in another order
         with pytest.raises(UserError, match="leave patch_drop_rate at 0"):
             timm.create_model("test_vit_moe", router=router, patch_drop_rate=0.5)

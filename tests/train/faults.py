@@ -65,7 +65,11 @@ def parse_faults(text: str) -> list[Fault]:
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _FAULT.fullmatch(part)
-        targets = {} if match is None else {name: int(number) for name, number in _TARGET.findall(match[4])}
+        targets = (
+            {}
+            if match is None
+            else {name: int(number) for name, number in _TARGET.findall(match[4])}
+        )
         if match is None or match[1] not in KINDS or targets.keys() - {"block", "expert", "rank"}:
             raise UserError(
                 f"The fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
@@ -103,7 +107,9 @@ class FaultInjector(L.Callback):
         net = cast(ClassificationTask, pl_module).net
         for fault in self.faults:
             if fault.kind == "nan_ema" and callback_of(trainer, WeightEMA) is None:
-                raise UserError("The fault nan_ema needs a moving average of the weights: add WeightEMA.")
+                raise UserError(
+                    "The fault nan_ema needs a moving average of the weights: add WeightEMA."
+                )
             if fault.kind == "nan_router" or fault.block is not None or fault.expert is not None:
                 _layer(net, fault)
             if fault.kind == "nan_buffer":
@@ -114,10 +120,17 @@ class FaultInjector(L.Callback):
     ) -> None:
         """Strike the state, or prepare to strike the computation of this batch."""
         number = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # counts this batch already
-        self._strike(trainer, pl_module, [fault for fault in self.faults if fault.kind != "nan_val"], number)
+        self._strike(
+            trainer, pl_module, [fault for fault in self.faults if fault.kind != "nan_val"], number
+        )
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Prepare to strike a validation batch."""
         self._validation_batches += 1
@@ -125,7 +138,9 @@ class FaultInjector(L.Callback):
         self._strike(trainer, pl_module, faults, self._validation_batches)
 
     @torch.no_grad()
-    def _strike(self, trainer: L.Trainer, pl_module: L.LightningModule, faults: list[Fault], number: int) -> None:
+    def _strike(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, faults: list[Fault], number: int
+    ) -> None:
         net = cast(ClassificationTask, pl_module).net
         for fault in faults:
             if fault.batch != number or fault.rank not in (None, trainer.global_rank):
@@ -134,10 +149,14 @@ class FaultInjector(L.Callback):
             if fault.kind in ("nan_grad", "inf_grad"):
                 self._gradients.append(fault)
             elif fault.kind == "nan_loss":
-                self._hooks.append(net.register_forward_hook(lambda module, args, output: output * _NAN))
+                self._hooks.append(
+                    net.register_forward_hook(lambda module, args, output: output * _NAN)
+                )
             elif fault.kind in ("nan_input", "nan_val", "nan_router"):
                 poisoned = _layer(net, fault).router if fault.kind == "nan_router" else net
-                hook = poisoned.register_forward_pre_hook(lambda module, args: (args[0] * _NAN, *args[1:]))
+                hook = poisoned.register_forward_pre_hook(
+                    lambda module, args: (args[0] * _NAN, *args[1:])
+                )
                 self._hooks.append(hook)
             elif fault.kind == "spike":
                 _weight(net, Fault("spike", fault.batch)).mul_(fault.factor)
@@ -145,7 +164,10 @@ class FaultInjector(L.Callback):
                 _spoil(_buffer(net, fault), fault)
             else:
                 average = callback_of(trainer, WeightEMA) if fault.kind == "nan_ema" else None
-                _spoil(_weight(net if average is None else cast(nn.Module, average.network), fault), fault)
+                _spoil(
+                    _weight(net if average is None else cast(nn.Module, average.network), fault),
+                    fault,
+                )
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Spoil gradients; over several processes this is after they were averaged, on this process alone."""
@@ -168,7 +190,9 @@ def _layer(net: nn.Module, fault: Fault) -> MoEMlp:
     for layer in moe_layers(net):
         if fault.block in (None, layer.layer_index):
             if fault.expert is not None and fault.expert >= layer.experts.num_experts:
-                raise UserError(f"The fault has no place: block {layer.layer_index} has no expert {fault.expert}.")
+                raise UserError(
+                    f"The fault has no place: block {layer.layer_index} has no expert {fault.expert}."
+                )
             return layer
     raise UserError(
         f"The fault has no place: no MoE layer in {'the model' if fault.block is None else f'block {fault.block}'}."

@@ -43,7 +43,10 @@ TWO_PROCESS_CASES = {
 }
 # The same with weights sharded over both processes: two experts of four in each of them, or FSDP2 alone.
 SHARDED_CASES = {
-    **{f"EP 2, {case}": TWO_PROCESS_CASES[case] for case in ("loss", "gradient", "weight", "average", "spike")},
+    **{
+        f"EP 2, {case}": TWO_PROCESS_CASES[case]
+        for case in ("loss", "gradient", "weight", "average", "spike")
+    },
     **{f"FSDP2, {case}": TWO_PROCESS_CASES[case] for case in ("loss", "weight", "average")},
 }
 # Snapshots within the 6 batches of a process, and spikes within 12.
@@ -62,7 +65,9 @@ def batches(count: int, size: int = 8) -> list[dict[str, Tensor]]:
     return found
 
 
-def tiny_task(lr: float = 3e-3, optimizer: OptimizerName = "adamw", **options: Any) -> ClassificationTask:
+def tiny_task(
+    lr: float = 3e-3, optimizer: OptimizerName = "adamw", **options: Any
+) -> ClassificationTask:
     """4 experts in blocks 1 and 3, from seed 0."""
     L.seed_everything(0, verbose=False)
     always = {"name": "test_vit_moe", "stem": "conv"}
@@ -96,7 +101,12 @@ class States(L.Callback):
         self.last: dict[str, Any] = {}
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, ClassificationTask)
         self.applied += pl_module.update_applied
@@ -116,15 +126,27 @@ class Averaged(L.Callback):
     def __init__(self) -> None:
         self.difference = float("nan")
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 1:
             self.before = whole_tensors(callback_of(trainer, WeightEMA).network)  # type: ignore[union-attr]
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 1:
-            after, weights = whole_tensors(callback_of(trainer, WeightEMA).network), whole_tensors(pl_module.net)  # type: ignore[union-attr]
-            kept = 1 - (1 + 1) ** -0.75  # in warm-up 1 - (1 + n) ^ -3/4 after the first n updates, below 0.9
-            parts = [kept * old + (1 - kept) * weights[name] - after[name] for name, old in self.before.items()]
+            after, weights = (
+                whole_tensors(callback_of(trainer, WeightEMA).network),
+                whole_tensors(pl_module.net),
+            )  # type: ignore[union-attr]
+            kept = (
+                1 - (1 + 1) ** -0.75
+            )  # in warm-up 1 - (1 + n) ^ -3/4 after the first n updates, below 0.9
+            parts = [
+                kept * old + (1 - kept) * weights[name] - after[name]
+                for name, old in self.before.items()
+            ]
             self.difference = max(float(part.abs().max()) for part in parts)
 
 
@@ -175,7 +197,11 @@ class Run:
         self.guard = None if guard is None else StabilityGuard(guard)
         average = [WeightEMA(EmaConfig(decay=0.9))] if ema else []
         watching = [] if self.guard is None else [self.guard]
-        always: dict[str, Any] = {"accelerator": "cpu", "devices": processes, "enable_checkpointing": False}
+        always: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": processes,
+            "enable_checkpointing": False,
+        }
         defaults = {**always, "max_epochs": 1, "gradient_clip_val": 1.0}
         self.trainer = L.Trainer(
             strategy=MoEParallelStrategy(expert) if expert else "ddp" if processes > 1 else "auto",
@@ -191,7 +217,9 @@ class Run:
         )
         epochs = self.trainer.max_epochs or 1
         seen = val or data[:1]  # none of them without `val`
-        self.trainer.fit(self.task, Epochs(data, len(data) // epochs), Epochs(seen * (epochs + 1), len(seen)))
+        self.trainer.fit(
+            self.task, Epochs(data, len(data) // epochs), Epochs(seen * (epochs + 1), len(seen))
+        )
 
     @property
     def record(self) -> GuardRecord:
@@ -218,7 +246,9 @@ def one_of_two(rank: int, folder: Path) -> None:
         torch.save(
             {
                 "net": whole_tensors(run.task.net),
-                "average": {name: full(tensor) for name, tensor in run.states.last["average"].items()},
+                "average": {
+                    name: full(tensor) for name, tensor in run.states.last["average"].items()
+                },
                 "record": run.record.state_dict(),
                 "injected": dict(run.injector.injected),
                 "averaged": averaged.difference,
@@ -229,4 +259,6 @@ def one_of_two(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":  # forks, so that torch and Lightning are imported once for both
-    torch.multiprocessing.start_processes(one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork"
+    )

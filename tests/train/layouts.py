@@ -99,24 +99,52 @@ CASES = {
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
     # Half of the choices are dropped. A capacity of the batch is of each process's own images: it isn't equal.
     "capacity by image": Case(
-        {"router": "switch", "capacity_factor": 0.5, "capacity_group": "image"}, ((2, DDP), *FOUR), BALANCE
+        {"router": "switch", "capacity_factor": 0.5, "capacity_group": "image"},
+        ((2, DDP), *FOUR),
+        BALANCE,
     ),
-    "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
-    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=True),
-    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=[1]),
-    "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
+    "accumulation": Case(
+        {"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2
+    ),
+    "recomputed": Case(
+        {"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=True
+    ),
+    "one block recomputed": Case(
+        {"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=[1]
+    ),
+    "fewer experts than processes": Case(
+        {"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE
+    ),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
-    "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
+    "other numbers of images": Case(
+        {"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)
+    ),
     "muon": Case(
-        {"router": "switch"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), BALANCE, steps=3, optimizer="muon"
+        {"router": "switch"},
+        ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)),
+        BALANCE,
+        steps=3,
+        optimizer="muon",
     ),
     "muon, fewer experts than processes": Case(  # so that experts are cut within their matrices
-        {"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE, steps=3, optimizer="muon"
+        {"router": "switch", "num_experts": 2},
+        ((4, FSDP), (4, EP2)),
+        BALANCE,
+        steps=3,
+        optimizer="muon",
     ),
-    "in main memory": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, optimizer="muon", offload=True),
-    "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (4, EP2)), steps=1, precision="bf16"),
+    "in main memory": Case(
+        {"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, optimizer="muon", offload=True
+    ),
+    "bf16": Case(
+        {"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (4, EP2)), steps=1, precision="bf16"
+    ),
     "bf16, gathered": Case(
-        {"router": "vmoe_top_k"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), steps=1, precision="bf16", gathered=True
+        {"router": "vmoe_top_k"},
+        ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)),
+        steps=1,
+        precision="bf16",
+        gathered=True,
     ),
     # Goes by the place of a patch, so that all experts have as many rows.
     COUNTED: Case(
@@ -155,7 +183,9 @@ class Sent(TorchDispatchMode):
                 rows, _, numbers, name = args
                 own = dist.get_rank(dist.distributed_c10d._resolve_process_group(name))
                 leaving = sum(numbers) - numbers[own]
-                messages = sum(number > 0 for process, number in enumerate(numbers) if process != own)
+                messages = sum(
+                    number > 0 for process, number in enumerate(numbers) if process != own
+                )
                 self._count("all_to_all", leaving * rows[:1].nbytes, messages)
         return func(*args, **(kwargs or {}))
 
@@ -166,7 +196,9 @@ class Sent(TorchDispatchMode):
 
     def _count(self, kind: str, size: float, messages: int) -> None:
         before = self.found.get(kind, [0.0, 0, 0])
-        self.found[kind] = [sum_ + each for sum_, each in zip(before, (size, 1, messages), strict=True)]
+        self.found[kind] = [
+            sum_ + each for sum_, each in zip(before, (size, 1, messages), strict=True)
+        ]
 
 
 class Step(NamedTuple):
@@ -190,11 +222,15 @@ def build(case: Case) -> nn.Module:
     checkpoint_blocks(net, case.checkpointing)
     with torch.no_grad():
         for layer in moe_layers(net):
-            if isinstance(layer.router, ColourRouter):  # which would take the first process's images
+            if isinstance(
+                layer.router, ColourRouter
+            ):  # which would take the first process's images
                 layer.router.centroids.normal_(std=0.1)
                 layer.router.fitted.fill_(True)
             for name, parameter in layer.router.named_parameters():
-                if name != "scale" and case.arch["router"] != "cosine":  # whose scores don't grow with weights
+                if (
+                    name != "scale" and case.arch["router"] != "cosine"
+                ):  # whose scores don't grow with weights
                     parameter.mul_(20)
             if case.forced:
                 layer.intervention = lambda routing: replace(
@@ -233,7 +269,11 @@ def train(
     aux_loss = AuxLoss(AuxLossWeights(**case.losses))
     aux_loss.check(net)
     optimizer, _ = build_optimizer(
-        net, OptimizerConfig(case.optimizer, lr=1e-2), total_steps=10**6, fused=True, kinds=kinds(net)
+        net,
+        OptimizerConfig(case.optimizer, lr=1e-2),
+        total_steps=10**6,
+        fused=True,
+        kinds=kinds(net),
     )
     for group in optimizer.param_groups:
         group["lr"] = 1e-2  # of the schedule's first step otherwise, which is small
@@ -243,8 +283,12 @@ def train(
         aux_loss.start_window()
         optimizer.zero_grad()
         logits, counts = [], []
-        for x, y in zip(images.chunk(case.micro_batches), labels.chunk(case.micro_batches), strict=True):
-            with torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext():
+        for x, y in zip(
+            images.chunk(case.micro_batches), labels.chunk(case.micro_batches), strict=True
+        ):
+            with (
+                torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext()
+            ):
                 out, routings = forward(mine(x))
             aux, _ = aux_loss(routings)
             # The mean over all images of the micro-batch is the mean over processes of this.
@@ -274,11 +318,20 @@ def alone(case: Case) -> list[Step]:
     """The steps of one process."""
     steps: list[Step] = []
     net = build(case)
-    train(case, net, lambda x: forward_routing(net, x), lambda x: x, lambda s: steps.append(deepcopy(s)), mean=True)
+    train(
+        case,
+        net,
+        lambda x: forward_routing(net, x),
+        lambda x: x,
+        lambda s: steps.append(deepcopy(s)),
+        mean=True,
+    )
     return steps
 
 
-def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layout]) -> dict[str, float]:
+def compare(
+    case: Case, layout: int, known: list[Step], layouts: dict[int, Layout]
+) -> dict[str, float]:
     """Train under a layout; the largest relative differences from the steps of one process, of each kind."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     net = build(case)
@@ -295,11 +348,15 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         shard(net, layouts[layout], torch.bfloat16 if case.gathered else None, offload=case.offload)
         expected = torch.bfloat16 if case.gathered else next(net.parameters()).dtype
         for layer in moe_layers(net):
-            layer.experts.register_forward_pre_hook(lambda experts, _: _check_dtype(experts, expected))
+            layer.experts.register_forward_pre_hook(
+                lambda experts, _: _check_dtype(experts, expected)
+            )
         if not layouts[layout].replicated:
             even = [p for p in net.parameters() if any(size % processes == 0 for size in p.shape)]
             held = sum(own_part(parameter).numel() for parameter in even)
-            assert held == sum(parameter.numel() for parameter in even) / processes, "some hold more than others"
+            assert held == sum(parameter.numel() for parameter in even) / processes, (
+                "some hold more than others"
+            )
 
         def forward(x: Tensor) -> Any:
             return forward_routing(net, x)
@@ -312,7 +369,9 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
     def differ(kind: str, found: Tensor, expected: Tensor, scale: float | None = None) -> None:
         expected = expected.double()  # a buffer may be of truth values
         scale = max(float(expected.abs().max()), 1e-30) if scale is None else scale
-        difference = own_part(found).double() - own_part(shard_like(expected, found))  # of this process's part
+        difference = own_part(found).double() - own_part(
+            shard_like(expected, found)
+        )  # of this process's part
         if difference.numel():
             worst[kind] = max(worst.get(kind, 0.0), float(difference.abs().max()) / scale)
 
@@ -324,7 +383,9 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         differ("logits", step.logits, own)
         differ("aux", step.aux, expected.aux)
         differ("norm", step.norm, expected.norm)
-        scale = max((float(gradient.abs().max()) for gradient in expected.gradients.values()), default=0.0)
+        scale = max(
+            (float(gradient.abs().max()) for gradient in expected.gradients.values()), default=0.0
+        )
         assert step.gradients.keys() == expected.gradients.keys()
         for name, gradient in step.gradients.items():
             differ("gradients", gradient, expected.gradients[name], scale)
@@ -340,7 +401,9 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
 
 
 def _check_dtype(experts: nn.Module, expected: torch.dtype) -> None:
-    assert {weight.dtype for weight in experts.parameters()} == {expected}, "gathered in another dtype"
+    assert {weight.dtype for weight in experts.parameters()} == {expected}, (
+        "gathered in another dtype"
+    )
 
 
 def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
@@ -348,9 +411,12 @@ def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
     for parameter in net.parameters():
         again = shard_like(full(parameter.detach()), parameter)
         assert torch.equal(own_part(again), own_part(parameter))
-    copied = filled(plain, {name: tensor.detach().clone() for name, tensor in net.state_dict().items()})
+    copied = filled(
+        plain, {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    )
     assert all(
-        torch.equal(own_part(a), own_part(b)) for a, b in zip(copied.parameters(), net.parameters(), strict=True)
+        torch.equal(own_part(a), own_part(b))
+        for a, b in zip(copied.parameters(), net.parameters(), strict=True)
     )
     whole = gathered(net.state_dict())
     assert all((tensor is not None) == (dist.get_rank() == 0) for tensor in whole.values())
@@ -369,7 +435,9 @@ class _Both(nn.Module):
         return forward_routing(self.net, x)
 
 
-def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], folder: Path) -> None:
+def one_of(
+    rank: int, processes: int, port: int, known: dict[str, list[Step]], folder: Path
+) -> None:
     """All cases of one group of processes."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -381,7 +449,9 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
     )
     found, sent = {}, {}
     layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
-    replicated = {size: Layout.of("cpu", size, replicated=True) for size in (EP2, EP4) if size <= processes}
+    replicated = {
+        size: Layout.of("cpu", size, replicated=True) for size in (EP2, EP4) if size <= processes
+    }
     layouts |= {size + REPLICATED: layout for size, layout in replicated.items()}
     for name, case in CASES.items():
         for size, layout in case.layouts:
@@ -404,7 +474,9 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     plain = outline(net)
     if layout is not None:
         shard(net, layout)
-    optimizer, _ = build_optimizer(net, OptimizerConfig(), total_steps=2, fused=True, kinds=kinds(net))
+    optimizer, _ = build_optimizer(
+        net, OptimizerConfig(), total_steps=2, fused=True, kinds=kinds(net)
+    )
     if before is None:
         net(torch.ones(4, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
@@ -413,7 +485,9 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
         like = like_these(names, [p for group in optimizer.param_groups for p in group["params"]])
         path = folder / "checkpoints" / before
         state = divide(files.load_checkpoint(path), like)
-        net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state["state_dict"].items()})
+        net.load_state_dict(
+            {name.removeprefix("net."): tensor for name, tensor in state["state_dict"].items()}
+        )
         optimizer.load_state_dict(state["optimizer_states"][0])
     digest = hashlib.sha256()
     for _, parameter in net.named_parameters():

@@ -9,6 +9,10 @@ import lightning as L
 def quiet_trainer(**options: Any) -> L.Trainer:
     """A CPU Trainer that logs nothing and keeps nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    silent = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     fixed = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "num_sanity_val_steps": 0}
-    return L.Trainer(**{**silent, **fixed, "gradient_clip_val": 1.0, "use_distributed_sampler": False, **options})
+    return L.Trainer(
+        **{**silent, **fixed, "gradient_clip_val": 1.0, "use_distributed_sampler": False, **options}
+    )

@@ -48,7 +48,10 @@ class Setting:
     ema: float | None = None
 
 
-IN_STEPS = {"max_steps": 22, "max_epochs": -1}  # ends in the middle of the third epoch, at the place "epoch 2"
+IN_STEPS = {
+    "max_steps": 22,
+    "max_epochs": -1,
+}  # ends in the middle of the third epoch, at the place "epoch 2"
 SETTINGS = (
     Setting("plain"),
     Setting("bf16", trainer={"precision": "bf16-mixed"}),
@@ -114,7 +117,9 @@ class Signal(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = None) -> dict[str, Any]:
+def train(
+    folder: Path, setting: Setting, place: int = 0, resume: Path | None = None
+) -> dict[str, Any]:
     """Train in `folder`, interrupted in one place (0: nowhere) or resumed from a checkpoint.
 
     Returns:
@@ -124,15 +129,30 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
     options = setting.data | (setting.resumed_data if resume else {})
     sizes = {"train_size": IMAGES, "val_size": 16, "test_size": 8}
     data = ImageDataModule(
-        "synthetic_pets", **({"image_size": 32, "batch_size": IMAGES // STEPS_PER_EPOCH} | sizes | options)
+        "synthetic_pets",
+        **({"image_size": 32, "batch_size": IMAGES // STEPS_PER_EPOCH} | sizes | options),
     )
-    arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1} | setting.arch
+    arch = {
+        "name": "test_vit_moe",
+        "stem": "patch",
+        "proj_drop_rate": 0.1,
+        "drop_path_rate": 0.1,
+    } | setting.arch
     task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(**setting.optim))
     interruption = Interruption()
     point = ResumePoint(folder / "checkpoints", CheckpointConfig(), interruption)
-    best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)
+    best = ModelCheckpoint(
+        folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False
+    )
     average = [WeightEMA(EmaConfig(setting.ema))] if setting.ema else []
-    ours = [point, Stopwatch(), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
+    ours = [
+        point,
+        Stopwatch(),
+        LearningRateMonitor("step"),
+        *average,
+        ExampleScores(),
+        StabilityGuard(),
+    ]
     ours += [Signal(place), best]
     trainer = quiet_trainer(
         **({"max_epochs": EPOCHS, "log_every_n_steps": 1} | setting.trainer),
@@ -142,7 +162,9 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
         default_root_dir=folder,
         enable_checkpointing=True,
     )
-    torch.rand(7 if resume else 1)  # whatever a start draws: the generators have to be put back after it
+    torch.rand(
+        7 if resume else 1
+    )  # whatever a start draws: the generators have to be put back after it
     with interruption:
         try:
             trainer.fit(task, data, ckpt_path=resume, weights_only=True)
@@ -161,11 +183,19 @@ def unequal(first: Any, second: Any, name: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         keys = first.keys() | second.keys()
         return [
-            each for key in sorted(keys, key=str) for each in unequal(first.get(key), second.get(key), f"{name}/{key}")
+            each
+            for key in sorted(keys, key=str)
+            for each in unequal(first.get(key), second.get(key), f"{name}/{key}")
         ]
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+    if (
+        isinstance(first, (list, tuple))
+        and isinstance(second, (list, tuple))
+        and len(first) == len(second)
+    ):
         return [
-            each for i, pair in enumerate(zip(first, second, strict=True)) for each in unequal(*pair, f"{name}/{i}")
+            each
+            for i, pair in enumerate(zip(first, second, strict=True))
+            for each in unequal(*pair, f"{name}/{i}")
         ]
     return [] if first == second else [name]
 
@@ -192,7 +222,9 @@ def run_cell(setting: Setting, place: str, baseline: dict[str, Any], root: Path)
     assert found is not None
     assert not refused
     state = train(folder, setting, resume=found.path)
-    if found.step == baseline["global_step"]:  # no step is left, for which generators would be put back
+    if (
+        found.step == baseline["global_step"]
+    ):  # no step is left, for which generators would be put back
         state[MARK]["random"] = baseline[MARK]["random"]
     differs = unequal(compared(baseline), compared(state))
     leaked = [path.name for path in folder.rglob("*.tmp")]

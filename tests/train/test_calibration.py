@@ -42,8 +42,13 @@ def test_it_is_the_minimum_of_the_likelihood():
     """On a grid; with many images Platt's target is 1 to four digits."""
     logits, labels = drawn(1.7)
     grid = np.geomspace(0.5, 5, 400)
-    losses = [np.mean(logsumexp(logits / t, axis=1) - logits[np.arange(len(labels)), labels] / t) for t in grid]
-    assert fit_temperature(logits, labels).temperature == pytest.approx(grid[np.argmin(losses)], rel=0.02)
+    losses = [
+        np.mean(logsumexp(logits / t, axis=1) - logits[np.arange(len(labels)), labels] / t)
+        for t in grid
+    ]
+    assert fit_temperature(logits, labels).temperature == pytest.approx(
+        grid[np.argmin(losses)], rel=0.02
+    )
 
 
 def test_few_images_that_are_all_right_make_nothing_certain():

@@ -22,7 +22,13 @@ from moevision.commands.predict import predict_batch
 from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.finish import _write_summary
-from moevision.train.report import WeightsOrigin, gather_facts, model_card, read_summary, without_path
+from moevision.train.report import (
+    WeightsOrigin,
+    gather_facts,
+    model_card,
+    read_summary,
+    without_path,
+)
 
 Facts = dict[str, Any]
 
@@ -69,23 +75,38 @@ def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: Facts) -> Non
 
 def test_the_header_names_data_and_start_that_the_hub_knows(facts: Facts) -> None:
     """Addresses as huggingface.co has them; timm's own record names the licence of its weights."""
-    start = WeightsOrigin("deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0")
-    card = model_card(facts | {"start": start, "summary": replace(facts["summary"], data="cifar10")})
+    start = WeightsOrigin(
+        "deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0"
+    )
+    card = model_card(
+        facts | {"start": start, "summary": replace(facts["summary"], data="cifar10")}
+    )
     assert header(card)["datasets"] == ["uoft-cs/cifar10"]
     assert header(card)["base_model"] == "timm/deit_tiny_patch16_224.fb_in1k"
-    assert "the weights of deit_tiny_patch16_224 (their licence, as timm records it: apache-2.0)" in card
+    assert (
+        "the weights of deit_tiny_patch16_224 (their licence, as timm records it: apache-2.0)"
+        in card
+    )
     assert "states no licence and asks to cite Krizhevsky 2009" in card
-    drawn = ModelCard(model_card(facts | {"summary": replace(facts["summary"], data="synthetic_pets")}))
+    drawn = ModelCard(
+        model_card(facts | {"summary": replace(facts["summary"], data="synthetic_pets")})
+    )
     assert drawn.data.eval_results[0].dataset_type == "synthetic_pets"
 
 
 def test_what_was_measured_is_in_it(tiny_run: Path, facts: Facts) -> None:
     card, summary = model_card(facts), json.loads((tiny_run / "summary.json").read_text())
     test, cost = summary["test"], summary["cost"]
-    assert f"**{100 * test['correct'] / test['total']:.1f} % of {test['total']} test images recognised**" in card
+    assert (
+        f"**{100 * test['correct'] / test['total']:.1f} % of {test['total']} test images recognised**"
+        in card
+    )
     assert f"| parameters, total | {cost['total_parameters']:,} |" in card
     for layer in summary["layers"]:
-        assert f"| block {layer['layer']} | 4 | {layer['max_over_mean']:.2f} | {layer['cv_squared']:.2g} |" in card
+        assert (
+            f"| block {layer['layer']} | 4 | {layer['max_over_mean']:.2f} | {layer['cv_squared']:.2g} |"
+            in card
+        )
         assert f"| block {layer['layer']} | noisy_top_k | 4 | 2 |" in card
     twin = summary["twin"]["difference"]
     assert f"**{100 * twin['difference']:+.1f} percentage points**".replace("-", "−") in card
@@ -110,8 +131,12 @@ def test_what_was_not_measured_is_said(facts: Facts) -> None:
 
 def test_routers_that_choose_otherwise(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=2, router=["soft", "expert_choice"], capacity_factor=None)
-    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints"))
+    net = timm.create_model(
+        "test_vit_moe", num_classes=2, router=["soft", "expert_choice"], capacity_factor=None
+    )
+    run = shutil.copytree(
+        tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints")
+    )
     save_model(SavedModel(net.eval(), ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3), run / "model")
     card = model_card(gather_facts(run, facts["summary"]))
     assert "| block 1 | soft | 4 | 2 |" in card
@@ -131,7 +156,10 @@ def test_a_model_by_image_says_so(facts: Facts) -> None:
 def test_nothing_private(tiny_run: Path, facts: Facts) -> None:
     """No path of this computer, no name of an image; a class name can't break the table that it stands in."""
     note = "3 pictures stand in several classes as byte-identical files (for example dog/jane doe.png): keep each"
-    odd = facts | {"class_names": ["a|b", "<script>"], "summary": replace(facts["summary"], notes=[note])}
+    odd = facts | {
+        "class_names": ["a|b", "<script>"],
+        "summary": replace(facts["summary"], notes=[note]),
+    }
     card = model_card(odd)
     assert str(tiny_run.parent) not in card
     assert "broken.png" not in card
@@ -184,7 +212,9 @@ def test_the_program_in_the_card_works(
     # timm knows no temperature
     (expected,) = predict_batch(replace(load_model(str(tiny_run)), temperature=None), [picture])
     lines = out.getvalue().splitlines()
-    for line, name, probability in zip(lines[:2], expected.classes, expected.probabilities, strict=True):
+    for line, name, probability in zip(
+        lines[:2], expected.classes, expected.probabilities, strict=True
+    ):
         assert line == f"{name}: {probability:.1%}"
     assert lines[2:] == ["1 (4, 4) torch.Size([1, 16, 4])", "3 (4, 4) torch.Size([1, 16, 4])"]
 
@@ -195,12 +225,16 @@ def test_the_program_of_a_dense_model_asks_for_no_routing(facts: Facts) -> None:
 
 def test_start_from_pretrained_weights(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
     """What timm's registry says of its own weights; of a folder only the name."""
-    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints"))
+    shutil.copytree(
+        tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints")
+    )
     config = tmp_path / "run" / "config.yaml"
     settings = yaml.safe_load(config.read_text())
     record = timm.get_pretrained_cfg("deit_tiny_patch16_224")
     expected = {
-        "deit_tiny_patch16_224": WeightsOrigin("deit_tiny_patch16_224", record.hf_hub_id, record.license),
+        "deit_tiny_patch16_224": WeightsOrigin(
+            "deit_tiny_patch16_224", record.hf_hub_id, record.license
+        ),
         "hf-hub:timm/vit_tiny@main": WeightsOrigin("hf-hub:timm/vit_tiny@main", "timm/vit_tiny"),
         str(tmp_path / "secret" / "weights"): WeightsOrigin("…/weights"),
     }
@@ -214,12 +248,16 @@ def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: Facts) -> No
     given = json.loads((tiny_run / "summary.json").read_text())
     assert facts["summary"].test.correct == given["test"]["correct"]
     assert facts["summary"].twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
-    assert [layer.counts for layer in facts["summary"].layers] == [layer["counts"] for layer in given["layers"]]
+    assert [layer.counts for layer in facts["summary"].layers] == [
+        layer["counts"] for layer in given["layers"]
+    ]
     with pytest.raises(UserError, match=r"can't be read as the summary of a run"):
         read_summary(tiny_run / "nothing.json")
 
 
-def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
+def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(
+    tiny_run: Path, facts: Facts, tmp_path: Path
+) -> None:
     """One test image whose logits aren't finite is enough. JSON has no NaN: summary.json says null."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     layers = [replace(layer, entropy_bits=math.nan) for layer in facts["summary"].layers]

@@ -48,7 +48,10 @@ def test_what_is_written_is_read(files, tmp_path):
 def test_two_points_to_go_on_from_are_kept(files, tmp_path):
     for step in (1, 2, 3):
         files.save_checkpoint(state(step), tmp_path / LAST)
-    steps = {name: torch.load(tmp_path / name, weights_only=True)["global_step"] for name in (LAST, PREVIOUS)}
+    steps = {
+        name: torch.load(tmp_path / name, weights_only=True)["global_step"]
+        for name in (LAST, PREVIOUS)
+    }
     assert steps == {LAST: 3, PREVIOUS: 2}
 
 
@@ -56,7 +59,9 @@ def test_the_newest_valid_one_is_found_and_the_others_are_named(files, tmp_path)
     for step in (1, 2):
         files.save_checkpoint(state(step), tmp_path / LAST)
     damage(tmp_path / LAST)
-    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2, "torch.load does not notice"
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2, (
+        "torch.load does not notice"
+    )
     found, (refused,) = newest_valid(tmp_path)
     assert (found.path.name, found.step) == (PREVIOUS, 1)
     assert (refused.path.name, refused.step) == (LAST, 2)

@@ -31,17 +31,34 @@ OURS = ["-m"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 # 96 images, 2 x 8 of them in a step: 6 steps an epoch, 3 epochs. 33 test images can't be halved.
 OPTIONS = (
-    *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.drop_path_rate=0.1"),
+    *(
+        "--model.arch.name=test_vit_moe",
+        "--model.arch.proj_drop_rate=0.1",
+        "--model.arch.drop_path_rate=0.1",
+    ),
     *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=96", "--data.val_size=33"),
-    *("--data.test_size=33", "--data.augment=trivialaugment", "--data.mixup=0.3", "--ema.decay=0.9"),
+    *(
+        "--data.test_size=33",
+        "--data.augment=trivialaugment",
+        "--data.mixup=0.3",
+        "--ema.decay=0.9",
+    ),
     *("--trainer.precision=32-true", "--trainer.max_epochs=3", "--trainer.log_every_n_steps=1"),
     *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
 )
 TWO = (*OPTIONS, "--trainer.devices=2")
-SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
+SHARDED = (
+    *(option for option in TWO if "strategy" not in option),
+    "--parallel=fsdp",
+    "--parallel.expert=2",
+)
 SAME = ("metrics.csv", "predictions_test.csv", "model/model.safetensors")
-KILLED = "Process 1 of this training was killed, by somebody or by a system that has run out of memory."
-FIRST_KILLED = KILLED.replace("1", "0") + " To go on: moevision fit --resume with the run folder named above."
+KILLED = (
+    "Process 1 of this training was killed, by somebody or by a system that has run out of memory."
+)
+FIRST_KILLED = (
+    KILLED.replace("1", "0") + " To go on: moevision fit --resume with the run folder named above."
+)
 WAIT_S = 900  # of patience with a busy machine; a run takes 12 s of CPU
 SILENT_S = 30  # from the end of a process to another one's sentence about it
 
@@ -55,7 +72,11 @@ def start(
     faults: str = "",
 ) -> subprocess.Popen[str] | Forked:
     """Begin a training; `new`: in new interpreters, else in forks, as many beside it as the launcher starts."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(moevision.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     program = ["tests.train.struck", faults] if faults else ["moevision"]
     command = [*launcher, *program, "fit", *arguments]
     if not new:
@@ -72,7 +93,12 @@ def start(
 
 
 def fit(
-    folder: Path, *arguments: str, launcher: list[str] = OURS, new: bool = False, code: int = 0, faults: str = ""
+    folder: Path,
+    *arguments: str,
+    launcher: list[str] = OURS,
+    new: bool = False,
+    code: int = 0,
+    faults: str = "",
 ) -> str:
     """Run to the end; what all processes said."""
     process = start(folder, *arguments, launcher=launcher, new=new, faults=faults)
@@ -84,7 +110,9 @@ def fit(
     return said
 
 
-def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool) -> tuple[int, str]:
+def interrupt(
+    folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool
+) -> tuple[int, str]:
     """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
     process = start(folder, "synthetic_pets", *TWO, f"--name={name}", *arguments)
     metrics = folder / "runs" / name / "metrics.csv"
@@ -120,9 +148,13 @@ def end_one(
         says: what is said within `SILENT_S`.
         code: how the command ends.
     """
-    process = start(folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None)
+    process = start(
+        folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None
+    )
     try:
-        there = (folder / "runs" / name / until).exists if until else lambda: len(others(process)) == 2
+        there = (
+            (folder / "runs" / name / until).exists if until else lambda: len(others(process)) == 2
+        )
         wait_until(process, there)
         os.kill(others(process)[0 if first else 1], number)
         hear(process, says)
@@ -130,7 +162,9 @@ def end_one(
     finally:
         _end(process)
     assert process.returncode == code, said[-3000:]
-    assert "Traceback" not in said or number == signal.SIGINT  # which Python itself answers before it knows us
+    assert (
+        "Traceback" not in said or number == signal.SIGINT
+    )  # which Python itself answers before it knows us
     return said
 
 
@@ -192,7 +226,14 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
     """Every file is there once, as from one process, and nothing is said twice."""
     run, said = whole
     assert not [path for path in (work / "runs").iterdir() if path.name.startswith("whole-")]
-    for name in ("config.yaml", "sessions.json", "provenance.json", "summary.md", "checkpoints/last.ckpt", *SAME):
+    for name in (
+        "config.yaml",
+        "sessions.json",
+        "provenance.json",
+        "summary.md",
+        "checkpoints/last.ckpt",
+        *SAME,
+    ):
         assert (run / name).is_file(), name
     lines = [line for line in said.splitlines() if line.strip()]
     assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
@@ -213,7 +254,9 @@ def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
 
 def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
     """Both states are in the checkpoint, and they are not the same."""
-    first, second = torch.load(whole[0] / "checkpoints" / "last.ckpt", weights_only=True)["moevision"]["random"]
+    first, second = torch.load(whole[0] / "checkpoints" / "last.ckpt", weights_only=True)[
+        "moevision"
+    ]["random"]
     assert not torch.equal(first["torch"], second["torch"])
     assert first["python"] != second["python"]
     assert first["numpy"] != second["numpy"]
@@ -256,7 +299,15 @@ def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str])
     """What our launcher began, torchrun ends; that it starts the same training, test_parallel_command.py tries."""
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
-    said = fit(work, "synthetic_pets", *OPTIONS, "--trainer.devices=1", "--name=one", launcher=TORCHRUN, code=1)
+    said = fit(
+        work,
+        "synthetic_pets",
+        *OPTIONS,
+        "--trainer.devices=1",
+        "--name=one",
+        launcher=TORCHRUN,
+        code=1,
+    )
     assert "2 processes were started and the Trainer expects 1" in said
     assert not (work / "runs" / "one").exists()
 
@@ -269,7 +320,9 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     """
     said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1")
     assert "the number of processes (--trainer.devices) was 2, now 1" in said
-    assert "a step sums the gradients of 2 batches of a process: it has 16 images, as before" in said
+    assert (
+        "a step sums the gradients of 2 batches of a process: it has 16 images, as before" in said
+    )
     summary = json.loads((work / "runs" / "fewer" / "summary.json").read_text())
     assert (summary["steps"], summary["batch_size"]) == (18, 16)
     interrupt(work, "more", "--trainer.devices=1", rows=10, number=signal.SIGTERM, everybody=False)
@@ -280,7 +333,10 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
 
 @pytest.mark.parametrize(
     ("name", "options", "number", "says"),
-    [("killed-early", TWO, signal.SIGKILL, KILLED), ("sharded-early", SHARDED, signal.SIGKILL, KILLED)],
+    [
+        ("killed-early", TWO, signal.SIGKILL, KILLED),
+        ("sharded-early", SHARDED, signal.SIGKILL, KILLED),
+    ],
 )
 def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
     work: Path, name: str, options: tuple[str, ...], number: int, says: str
@@ -292,7 +348,8 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "first", "says"), [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)]
+    ("name", "options", "first", "says"),
+    [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
 )
 def test_another_process_that_dies_is_said_in_one_sentence(
     work: Path, name: str, options: tuple[str, ...], first: bool, says: str

@@ -26,7 +26,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Hand:
     return hand
 
 
-def train(watch: Stopwatch, clock: Hand, batches: int, *, wait_s: float, step_s: float, validate: bool = True) -> None:
+def train(
+    watch: Stopwatch,
+    clock: Hand,
+    batches: int,
+    *,
+    wait_s: float,
+    step_s: float,
+    validate: bool = True,
+) -> None:
     """An epoch in which every batch is waited for and then trained on, and a validation of 1000 s in its middle."""
     loader = SimpleNamespace(wait_s=500.0)  # of earlier epochs
     trainer = cast(Any, SimpleNamespace(train_dataloader=loader, world_size=1))
@@ -50,7 +58,9 @@ def test_share_by_hand(clock: Hand) -> None:
     train(resumed, clock, 10, wait_s=0.0, step_s=4.0)
     assert resumed.data_wait == 10 / 80
     assert resumed.images == 160
-    assert resumed.cpu_s > watch.state_dict()["cpu_s"] > 0, "CPU time goes on from the earlier session's"
+    assert resumed.cpu_s > watch.state_dict()["cpu_s"] > 0, (
+        "CPU time goes on from the earlier session's"
+    )
 
 
 def pets(**options: Any) -> ImageDataModule:
@@ -66,9 +76,15 @@ def test_no_advice_where_none_is_needed(share: float | None) -> None:
 
 def test_advice_names_what_helps() -> None:
     (sentence,) = data_wait_advice(0.0312, pets(num_workers=1))
-    assert sentence == "Training waited for data during 3 % of its time: raise --data.num_workers (now 1)."
+    assert (
+        sentence
+        == "Training waited for data during 3 % of its time: raise --data.num_workers (now 1)."
+    )
     (sentence,) = data_wait_advice(0.4, pets(cache_mb=0, augment="randaugment"))
-    assert "during 40 % of its time: keep the decoded images in memory (--data.cache_mb above 0)" in sentence
+    assert (
+        "during 40 % of its time: keep the decoded images in memory (--data.cache_mb above 0)"
+        in sentence
+    )
     assert "or raise --data.num_workers (now 0), or choose --data.augment light." in sentence
 
 

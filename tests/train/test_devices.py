@@ -26,13 +26,25 @@ from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel.layout import Layout, shard
-from moevision.train.parallel.parts import clip, divide, full, gathered, is_sharded, like_these, total_norm
+from moevision.train.parallel.parts import (
+    clip,
+    divide,
+    full,
+    gathered,
+    is_sharded,
+    like_these,
+    total_norm,
+)
 from moevision.train.processes import callback_of
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
 from tests.train.layouts import kinds
 
 CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here"),
+    ],
 )
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -58,7 +70,9 @@ def step(net: nn.Module, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     labels = torch.randint(5, (6,), generator=generator).to(device)
     logits, _ = forward_routing(net, images)
     F.cross_entropy(logits, labels).backward()
-    gradients = {name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None}
+    gradients = {
+        name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None
+    }
     return logits.detach().cpu(), gradients
 
 
@@ -66,7 +80,9 @@ def differs(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference, relative to the largest number."""
     assert found.keys() == expected.keys()
     scale = max(float(tensor.abs().max()) for tensor in expected.values())
-    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items()) / scale
+    return (
+        max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items()) / scale
+    )
 
 
 @DEVICES
@@ -88,7 +104,9 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
     device: str = request.param
-    dist.init_process_group(BACKENDS[device], init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group(
+        BACKENDS[device], init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+    )
     yield device
     dist.destroy_process_group()
 
@@ -97,7 +115,9 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("replicated", "offload"), [(False, False), (True, False), (False, True)])
-def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, replicated: bool, offload: bool) -> None:
+def test_a_sharded_network_trains_as_a_plain_one(
+    group: str, optimizer: Any, replicated: bool, offload: bool
+) -> None:
     """Three clipped steps, FSDP2 on one device: its hooks, DTensors, fused AdamW and gathered matrices of Muon."""
     plain = build("switch", num_shared_experts=1)
     sharded = copy.deepcopy(plain).to(group)
@@ -130,7 +150,9 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
         with torch.autocast(group, torch.bfloat16):
             logits = net(torch.ones(4, 3, 32, 32, device=group).cumsum(-1) / 32)
         logits.float().square().mean().backward()
-        gradients = {name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None}
+        gradients = {
+            name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None
+        }
         found.append((logits, gradients))
     assert torch.equal(found[0][0], found[1][0])
     assert differs(found[1][1], found[0][1]) < 2**-7
@@ -144,23 +166,40 @@ def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
     for number in range(2):
         net = build("switch").to(group)
         shard(net, Layout.of(group))
-        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, kinds=kinds(net))
+        updates, _ = build_optimizer(
+            net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, kinds=kinds(net)
+        )
         learning = [parameter for each in updates.param_groups for parameter in each["params"]]
         if number == 0:
             step(net, group)
             updates.step()
             named = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-            whole = {"state_dict": named, "optimizer_states": [updates.state_dict()], "global_step": 1}
+            whole = {
+                "state_dict": named,
+                "optimizer_states": [updates.state_dict()],
+                "global_step": 1,
+            }
             files.save_checkpoint(gathered(whole), tmp_path / "one.ckpt")
         else:
-            like = like_these({f"net.{name}": parameter for name, parameter in net.named_parameters()}, learning)
+            like = like_these(
+                {f"net.{name}": parameter for name, parameter in net.named_parameters()}, learning
+            )
             read = divide(files.load_checkpoint(tmp_path / "one.ckpt"), like)
-            net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in read["state_dict"].items()})
+            net.load_state_dict(
+                {name.removeprefix("net."): tensor for name, tensor in read["state_dict"].items()}
+            )
             updates.load_state_dict(read["optimizer_states"][0])
-        moments = [full(updates.state[parameter][name]) for parameter in learning for name in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            full(updates.state[parameter][name])
+            for parameter in learning
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
         states.append([*(full(tensor) for tensor in net.state_dict().values()), *moments])
     assert len(states[0]) == len(states[1])
-    assert all(a.device.type == b.device.type == group and torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert all(
+        a.device.type == b.device.type == group and torch.equal(a, b)
+        for a, b in zip(*states, strict=True)
+    )
 
 
 class Kept(L.Callback):
@@ -172,20 +211,30 @@ class Kept(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
         average = callback_of(trainer, WeightEMA)
         assert average is not None
-        of_average = {f"average {name}": tensor for name, tensor in whole_tensors(average.network).items()}
+        of_average = {
+            f"average {name}": tensor for name, tensor in whole_tensors(average.network).items()
+        }
         self.states.append(whole_tensors(pl_module.net) | of_average)
 
 
 @pytest.mark.deep
 @DEVICES
 @pytest.mark.parametrize("expert", [None, 1])
-def test_an_update_that_is_not_finite_changes_nothing(device: str, expert: int | None, tmp_path: Path) -> None:
+def test_an_update_that_is_not_finite_changes_nothing(
+    device: str, expert: int | None, tmp_path: Path
+) -> None:
     """The third of four; weights, statistics and average, with FSDP2 (1) and without."""
     kept, averaged = Kept(), Averaged()
     try:
         callbacks = (kept, averaged)
         run = Run(
-            tmp_path, batches(4), faults="nan_loss@3", callbacks=callbacks, expert=expert, accelerator=device, devices=1
+            tmp_path,
+            batches(4),
+            faults="nan_loss@3",
+            callbacks=callbacks,
+            expert=expert,
+            accelerator=device,
+            devices=1,
         )
     finally:
         if dist.is_initialized():
@@ -203,11 +252,20 @@ def test_fit_trains_there_and_its_model_answers_here(
 ) -> None:
     """In fp32: a CPU gives the test images the classes that were written at the end of the training."""
     monkeypatch.chdir(tmp_path)
-    options = ("--data.train_size=32", "--data.val_size=8", "--data.test_size=8", f"--trainer.accelerator={device}")
+    options = (
+        "--data.train_size=32",
+        "--data.val_size=8",
+        "--data.test_size=8",
+        f"--trainer.accelerator={device}",
+    )
     assert cli("fit", "synthetic_pets", *tiny, *options, "--name=there").code == 0
     summary = json.loads(Path("runs/there/summary.json").read_text())
     assert summary["steps"] == 8
-    assert (summary["gpu_peak_bytes"] is None) if device == "cpu" else (summary["gpu_peak_bytes"] > 2**20)
+    assert (
+        (summary["gpu_peak_bytes"] is None)
+        if device == "cpu"
+        else (summary["gpu_peak_bytes"] > 2**20)
+    )
     with open("runs/there/predictions_test.csv", newline="") as file:
         said = [row["prediction"] for row in csv.DictReader(file)]
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=32, val_size=8, test_size=8)

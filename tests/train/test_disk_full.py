@@ -15,12 +15,20 @@ from moevision.train.health import Stopwatch
 
 pytestmark = pytest.mark.deep
 
-COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
+COMPARED = (
+    "metrics.csv",
+    "predictions_test.csv",
+    "model/model.safetensors",
+    "model/config.json",
+    "splits.csv",
+)
 Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def whole(cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The run folder of a training that had room; not to be changed."""
     root = tmp_path_factory.mktemp("whole")
     outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={root}")
@@ -35,7 +43,9 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     disk.mkdir()
     if not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root may mount a file system, on Linux")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     monkeypatch.chdir(disk)
@@ -55,7 +65,9 @@ def fill(disk: Path) -> None:
     assert shutil.disk_usage(disk).free == 0
 
 
-@pytest.mark.parametrize("before", ["save_model", "csv_text", "plot_confusion", "_write_summary", "model_card"])
+@pytest.mark.parametrize(
+    "before", ["save_model", "csv_text", "plot_confusion", "_write_summary", "model_card"]
+)
 def test_a_disk_that_is_full_when_the_report_is_written(
     before: str,
     cli: Cli,
@@ -68,7 +80,9 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     with monkeypatch.context() as patched:
         real = getattr(finish, before)
-        patched.setattr(finish, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
+        patched.setattr(
+            finish, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1]
+        )
         outcome = cli("fit", drawn_pets, *tiny, "--name=full")
     assert outcome.code == 2, outcome.err
     assert "Traceback" not in outcome.err
@@ -82,7 +96,9 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: trained.append(given))
     again = cli("fit", "--resume", "runs/full")
     assert again.code == 2, "the disk is still full, and it is said again"
-    assert again.err.splitlines()[-1].endswith("mend that, then go on with moevision fit --resume runs/full.")
+    assert again.err.splitlines()[-1].endswith(
+        "mend that, then go on with moevision fit --resume runs/full."
+    )
     (small_disk / "filler").unlink()
     outcome = cli("fit", "--resume", "runs/full")
     assert outcome.code == 0, outcome.err

@@ -40,7 +40,9 @@ def test_it_stops_and_says_so(stopped):
 
 @pytest.mark.deep
 @pytest.mark.parametrize("where", ["in the second epoch", "after the decision"])
-def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path):
+def test_a_resumed_run_stops_where_the_whole_one_does(
+    cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     if where == "in the second epoch":
         real, name, owner = Stopwatch.on_train_batch_end, "on_train_batch_end", Stopwatch
@@ -66,12 +68,18 @@ def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, sto
     assert "Stopped early after 3 of 6 epochs" in (run / "summary.md").read_text()
 
 
-@pytest.mark.parametrize(("done", "said"), [(24, ["Stopped early after 24 of 30 steps: val/top1 was"]), (30, [])])
+@pytest.mark.parametrize(
+    ("done", "said"), [(24, ["Stopped early after 24 of 30 steps: val/top1 was"]), (30, [])]
+)
 def test_a_training_that_is_measured_in_steps_says_it_too(done, said):
     stop = StopEarly(EarlyStoppingConfig(2))
     stop.wait_count = 2
     trainer = SimpleNamespace(
-        max_epochs=-1, max_steps=30, current_epoch=3, global_step=done, estimated_stepping_batches=30
+        max_epochs=-1,
+        max_steps=30,
+        current_epoch=3,
+        global_step=done,
+        estimated_stepping_batches=30,
     )
     assert [sentence.partition(" no better")[0] for sentence in stop.sentences(trainer)] == said
 

@@ -23,10 +23,14 @@ class Weights(L.Callback):
         self.after: list[Tensor] = []
         self.validated: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.after.append(pl_module.net.head.weight.detach().double().clone())
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any
+    ) -> None:
         self.validated.append(pl_module.net.head.weight.detach().double().clone())
 
 
@@ -47,26 +51,40 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
 
 
 # The resumed run has a loader that can't skip, and of the callbacks only the average.
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_holds_the_average_and_the_weights(tmp_path: Path) -> None:
     """`state_dict` is the average, which every loader gets; a training that goes on begins with both."""
-    saving = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    saving = ModelCheckpoint(
+        tmp_path / "saved", filename="{step}", every_n_train_steps=4, save_top_k=-1
+    )
     weights = Weights()
     Run(tmp_path, batches(8), callbacks=(weights, saving), enable_checkpointing=True)
     file = tmp_path / "saved" / "step=4.ckpt"
     checkpoint = torch.load(file, weights_only=True)
-    assert torch.equal(checkpoint["current_model_state"]["net.head.weight"].double(), weights.after[3])
+    assert torch.equal(
+        checkpoint["current_model_state"]["net.head.weight"].double(), weights.after[3]
+    )
     assert not torch.equal(checkpoint["state_dict"]["net.head.weight"].double(), weights.after[3])
     assert checkpoint["callbacks"]["WeightEMA"] == {"updates": 4}
     loaded = ClassificationTask.load_from_checkpoint(file, weights_only=True)
     assert torch.equal(loaded.net.head.weight, checkpoint["state_dict"]["net.head.weight"])
     average, start = WeightEMA(EmaConfig(decay=0.9)), Start()
     trainer = L.Trainer(
-        accelerator="cpu", callbacks=[average, start], logger=False, enable_checkpointing=False, max_epochs=1,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(tiny_task(), Epochs(batches(4), 4), Epochs(batches(1), 1), ckpt_path=file, weights_only=True)
+        accelerator="cpu",
+        callbacks=[average, start],
+        logger=False,
+        enable_checkpointing=False,
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(
+        tiny_task(), Epochs(batches(4), 4), Epochs(batches(1), 1), ckpt_path=file, weights_only=True
+    )
     assert start.updates == 4
     for name, tensor in start.weights.items():
         assert torch.equal(tensor, checkpoint["current_model_state"]["net." + name]), name
@@ -82,7 +100,9 @@ class Start(L.Callback):
         assert average.network is not None
         self.updates = average.updates
         self.weights = {name: tensor.clone() for name, tensor in pl_module.net.state_dict().items()}
-        self.average = {name: tensor.clone() for name, tensor in average.network.state_dict().items()}
+        self.average = {
+            name: tensor.clone() for name, tensor in average.network.state_dict().items()
+        }
 
 
 def test_an_interrupted_validation_leaves_the_weights(tmp_path: Path) -> None:

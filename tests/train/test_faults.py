@@ -10,7 +10,9 @@ from tests.train.guarded import Run, batches, tiny_task
 
 
 def test_reading_faults() -> None:
-    assert parse_faults("nan_loss@7, inf_grad@9:expert3, spike@20x2.5,nan_weight@12:block3:expert1:rank1") == [
+    assert parse_faults(
+        "nan_loss@7, inf_grad@9:expert3, spike@20x2.5,nan_weight@12:block3:expert1:rank1"
+    ) == [
         Fault("nan_loss", 7),
         Fault("inf_grad", 9, expert=3),
         Fault("spike", 20, factor=2.5),
@@ -19,7 +21,9 @@ def test_reading_faults() -> None:
     assert parse_faults("") == []
 
 
-@pytest.mark.parametrize("text", ["nan_loss", "nan_lost@3", "nan_loss@3:layer2", "spike@2x", "nan_loss@-1", "@3"])
+@pytest.mark.parametrize(
+    "text", ["nan_loss", "nan_lost@3", "nan_loss@3:layer2", "spike@2x", "nan_loss@-1", "@3"]
+)
 def test_a_fault_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UserError, match="write KIND@N"):
         FaultInjector(text)

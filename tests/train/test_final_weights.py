@@ -22,16 +22,22 @@ from moevision.train.report import BALANCED, LOSS, read_summary
 
 EPOCHS = ("--trainer.max_epochs=3",)
 GOOD, BAD = (
-    Validated(np.array(right, dtype=bool), np.zeros(4), np.array([0, 0, 1, 1])) for right in ([1] * 4, [0] * 4)
+    Validated(np.array(right, dtype=bool), np.zeros(4), np.array([0, 0, 1, 1]))
+    for right in ([1] * 4, [0] * 4)
 )
 
 
 # ---- the rule
 
 
-def of_cells(both: int, only_one: int, only_other: int, neither: int) -> tuple[Validated, Validated]:
+def of_cells(
+    both: int, only_one: int, only_other: int, neither: int
+) -> tuple[Validated, Validated]:
     """Two checkpoints, and whether one alone, the other alone, both or neither classify an image correctly."""
-    cells = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, only_one, only_other, neither], axis=0) > 0
+    cells = (
+        np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, only_one, only_other, neither], axis=0)
+        > 0
+    )
     loss, labels = np.zeros(len(cells)), np.zeros(len(cells), dtype=int)
     return Validated(cells[:, 0], loss, labels), Validated(cells[:, 1], loss, labels)
 
@@ -61,7 +67,9 @@ def test_a_small_class_makes_the_balanced_accuracy_uncertain():
 def test_the_loss_is_better_where_it_is_lower():
     """The standard error of the mean of four paired differences, by hand."""
     losses = np.array([[0.2, 0.1, 0.9, 0.4], [0.5, 0.2, 0.8, 0.9]])
-    best, last = (Validated(np.ones(4, dtype=bool), each, np.zeros(4, dtype=int)) for each in losses)
+    best, last = (
+        Validated(np.ones(4, dtype=bool), each, np.zeros(4, dtype=int)) for each in losses
+    )
     gaps = losses[1] - losses[0]
     assert gain_of(best, last, LOSS) == pytest.approx((0.2, statistics.stdev(gaps) / 2))
     one = Validated(best.correct[:1], np.array([0.1]), best.labels[:1])
@@ -76,13 +84,17 @@ def test_the_loss_is_better_where_it_is_lower():
 def first_is_best(monkeypatch):
     """best.ckpt is the first epoch's, whatever its validation says."""
     monkeypatch.setattr(
-        ModelCheckpoint, "check_monitor_top_k", lambda self, trainer, current=None: trainer.current_epoch == 0
+        ModelCheckpoint,
+        "check_monitor_top_k",
+        lambda self, trainer, current=None: trainer.current_epoch == 0,
     )
 
 
 def weights_of(run: Path, name: str) -> dict[str, torch.Tensor]:
     state = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
-    return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+    return {
+        key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")
+    }
 
 
 def is_exported(run: Path, name: str) -> bool:
@@ -104,7 +116,9 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
     known: list[Validated] = []
     real = final_weights._validate
     monkeypatch.setattr(
-        final_weights, "_validate", lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1]
+        final_weights,
+        "_validate",
+        lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1],
     )
     outcome = cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
@@ -144,7 +158,9 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
     assert checkpoint_of_run(run) == run / "checkpoints" / BEST
 
 
-def test_a_run_that_is_stopped_while_it_chooses_goes_on(cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path):
+def test_a_run_that_is_stopped_while_it_chooses_goes_on(
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
 
     def stop(*given):
@@ -155,18 +171,35 @@ def test_a_run_that_is_stopped_while_it_chooses_goes_on(cli, tiny, drawn_pets, f
         assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
     assert cli("fit", "--resume", "runs/pets").code == 0
     assert len(validations(Path("runs/pets"))) == 3
-    assert "on 4 validation images the accuracy of the best epoch" in Path("runs/pets/summary.md").read_text()
+    assert (
+        "on 4 validation images the accuracy of the best epoch"
+        in Path("runs/pets/summary.md").read_text()
+    )
 
 
 def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):
     """By summary.json, of which only the name last.ckpt counts: nothing else is opened."""
     run = tmp_path / "run"
-    fixture = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished" / "summary.json"
+    fixture = (
+        Path(__file__).parents[1]
+        / "fixtures"
+        / "formats"
+        / "0.1"
+        / "runs"
+        / "finished"
+        / "summary.json"
+    )
     known = json.loads(fixture.read_text())
     for name in (BEST, LAST):
         SafeCheckpointIO().save_checkpoint({"global_step": 1}, run / "checkpoints" / name)
     (tmp_path / "other.ckpt").touch()
-    names = {None: BEST, BEST: BEST, LAST: LAST, "../../other.ckpt": BEST, str(tmp_path / "other.ckpt"): BEST}
+    names = {
+        None: BEST,
+        BEST: BEST,
+        LAST: LAST,
+        "../../other.ckpt": BEST,
+        str(tmp_path / "other.ckpt"): BEST,
+    }
     for name, expected in names.items():
         known["test"]["checkpoint"] = name
         (run / "summary.json").write_text(json.dumps(known))
@@ -180,7 +213,11 @@ def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):
 
 def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
     """Early stopping goes by it too: it ends at the first loss that isn't the lowest so far."""
-    options = ("--checkpoint.monitor=val/loss", "--trainer.max_epochs=6", "--early_stopping.patience=1")
+    options = (
+        "--checkpoint.monitor=val/loss",
+        "--trainer.max_epochs=6",
+        "--early_stopping.patience=1",
+    )
     outcome = cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "pets"
@@ -191,7 +228,9 @@ def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
     assert len(losses) == 6 or not lowest_so_far[-1]
     assert len(losses) > 2  # the highest would have ended it
     saved = torch.load(run / "checkpoints" / BEST, weights_only=True)
-    state = next(state for name, state in saved["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    state = next(
+        state for name, state in saved["callbacks"].items() if name.startswith("ModelCheckpoint")
+    )
     assert float(state["best_model_score"]) == pytest.approx(min(losses))
 
 
@@ -199,7 +238,10 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     files = SafeCheckpointIO()
     for name in (LAST, BEST):
         files.save_checkpoint({"global_step": 1, "weight": torch.ones(64)}, tmp_path / name)
-    assert final_checkpoint(tmp_path) == (tmp_path / BEST, "the weights of the best validation epoch")
+    assert final_checkpoint(tmp_path) == (
+        tmp_path / BEST,
+        "the weights of the best validation epoch",
+    )
     whole = (tmp_path / BEST).read_bytes()
     place = whole.index(torch.ones(64).numpy().tobytes())
     (tmp_path / BEST).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])

@@ -26,7 +26,13 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.models.strangers import answers
 from moevision.train import recipe
-from moevision.train.recipe import choose_recipe, chosen, default_precision, find_config, read_config
+from moevision.train.recipe import (
+    choose_recipe,
+    chosen,
+    default_precision,
+    find_config,
+    read_config,
+)
 from moevision.train.resume import claim
 from moevision.train.start import epochs_for
 
@@ -51,9 +57,14 @@ def test_the_output_says_what_happens(tiny_run):
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
     assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
     assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
-    assert re.search(r"^plan: 2 epochs of 25 images, less than a minute at [\d,]+ images/s \(by a", text, re.MULTILINE)
+    assert re.search(
+        r"^plan: 2 epochs of 25 images, less than a minute at [\d,]+ images/s \(by a",
+        text,
+        re.MULTILINE,
+    )
     assert (
-        "start: from scratch (--model.arch.name shapes the model, so that no pretrained weights are looked for)" in text
+        "start: from scratch (--model.arch.name shapes the model, so that no pretrained weights are looked for)"
+        in text
     )
     assert "litlogger" not in text
     assert "warning: 1 of the images can't be used, the first (train) is dog/broken.png" in text
@@ -78,7 +89,9 @@ def test_every_file_of_the_run_folder(tiny_run):
         "model/model.safetensors",
     }
     for run in (tiny_run, tiny_run / "twin"):
-        assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} >= files
+        assert {
+            path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()
+        } >= files
     for name in ("curves.png", "confusion.png"):
         with Image.open(tiny_run / name) as picture:
             assert min(picture.size) > 200
@@ -86,7 +99,9 @@ def test_every_file_of_the_run_folder(tiny_run):
 
 def test_metrics_have_rows_of_training_and_validation(tiny_run):
     logged = rows(tiny_run / "metrics.csv")
-    assert len([row for row in logged if row["train/loss"]]) == 6  # 25 images, one of them broken: 3 steps an epoch
+    assert (
+        len([row for row in logged if row["train/loss"]]) == 6
+    )  # 25 images, one of them broken: 3 steps an epoch
     validated = [row for row in logged if row["val/top1"]]
     assert [row["epoch"] for row in validated] == ["0", "1"]
     for layer in (1, 3):
@@ -100,7 +115,9 @@ def test_metrics_have_rows_of_training_and_validation(tiny_run):
 def test_predictions_agree_with_the_summary(tiny_run):
     predictions = rows(tiny_run / "predictions_test.csv")
     right = sum(row["label"] == row["prediction"] for row in predictions)
-    assert [row["correct"] for row in predictions] == [str(int(r["label"] == r["prediction"])) for r in predictions]
+    assert [row["correct"] for row in predictions] == [
+        str(int(r["label"] == r["prediction"])) for r in predictions
+    ]
     assert [row["image"] for row in predictions] == [
         row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
     ]
@@ -117,10 +134,15 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
     for layer in (1, 3):
         assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
     ours = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "predictions_test.csv")}
-    twin = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "twin" / "predictions_test.csv")}
+    twin = {
+        row["image"]: int(row["correct"])
+        for row in rows(tiny_run / "twin" / "predictions_test.csv")
+    }
     assert ours.keys() == twin.keys()
     points = 100 * (sum(ours.values()) - sum(twin.values())) / len(ours)
-    found = re.search(r"\*\*([+−-][\d.]+) percentage points\*\*, 95 % interval (\S+) to (\S+)", summary)
+    found = re.search(
+        r"\*\*([+−-][\d.]+) percentage points\*\*, 95 % interval (\S+) to (\S+)", summary
+    )
     assert found, summary
     difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
     assert difference == pytest.approx(points, abs=0.051)
@@ -137,11 +159,16 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
 
 def test_the_hash_of_the_model_is_recorded(tiny_run):
     recorded = json.loads((tiny_run / "provenance.json").read_text())["run"]["model_sha256"]
-    assert recorded == hashlib.sha256((tiny_run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        recorded
+        == hashlib.sha256((tiny_run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    )
 
 
 def test_the_bad_image_is_listed(tiny_run):
-    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [("dog/broken.png", "train")]
+    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [
+        ("dog/broken.png", "train")
+    ]
     assert "- 1 file could not be read" in (tiny_run / "summary.md").read_text()
 
 
@@ -167,7 +194,9 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
         pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
         image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
         with torch.no_grad():
-            probability, label = (net(image) / config["calibration"]["temperature"]).softmax(-1)[0].max(0)
+            probability, label = (
+                (net(image) / config["calibration"]["temperature"]).softmax(-1)[0].max(0)
+            )
         assert config["label_names"][int(label)] == row["prediction"]
         assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-4)
 
@@ -187,18 +216,27 @@ def test_scores_by_class_are_scikit_learns(cli, tiny_run):
 
     known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
-    said = json.loads(cli("predict", tiny_run, *(pets / name for name in known), "--format=json").out)
-    of_dog = [next(each["probability"] for each in row["top5"] if each["class"] == "dog") for row in said]
+    said = json.loads(
+        cli("predict", tiny_run, *(pets / name for name in known), "--format=json").out
+    )
+    of_dog = [
+        next(each["probability"] for each in row["top5"] if each["class"] == "dog") for row in said
+    ]
     labels, answers = ([row[name] for row in known.values()] for name in ("label", "prediction"))
     names = ["cat", "dog"]
     expected = precision_recall_fscore_support(labels, answers, labels=names, zero_division=0)
     auroc = roc_auc_score([label == "dog" for label in labels], of_dog)
     summary = (tiny_run / "summary.md").read_text()
-    for row, name, *shares, images in zip(rows(tiny_run / "classes_test.csv"), names, *expected, strict=True):
+    for row, name, *shares, images in zip(
+        rows(tiny_run / "classes_test.csv"), names, *expected, strict=True
+    ):
         assert (row["class"], int(row["images"])) == (name, images)
         found = [float(row[column]) for column in ("precision", "recall", "f1", "auroc")]
         assert found == pytest.approx([*shares, auroc], abs=1e-4)
-        assert f"| {name} | {100 * shares[1]:.1f} % | {100 * shares[0]:.1f} % | {100 * shares[2]:.1f} % |" in summary
+        assert (
+            f"| {name} | {100 * shares[1]:.1f} % | {100 * shares[0]:.1f} % | {100 * shares[2]:.1f} % |"
+            in summary
+        )
 
 
 def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
@@ -207,35 +245,51 @@ def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
     assert outcome.code == 0, outcome.err
     again = tiny_run.with_name("pets-2")
     assert same_metrics(tiny_run, again)
-    assert (again / "predictions_test.csv").read_text() == (tiny_run / "predictions_test.csv").read_text()
+    assert (again / "predictions_test.csv").read_text() == (
+        tiny_run / "predictions_test.csv"
+    ).read_text()
     assert not (again / "twin").exists()
-    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before, "an earlier run is never touched"
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before, (
+        "an earlier run is never touched"
+    )
 
 
 def test_evaluating_the_checkpoint_again(cli, tiny_run):
     """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
     logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
     for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
-        outcome = cli(verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+        outcome = cli(
+            verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt"
+        )
         assert outcome.code == 0, outcome.err
         assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
         folder = Path("again") / f"pets-{verb}"
         (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
         scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
-        assert float(found[f"{split}/top1"]) == max(scores), "best.ckpt is the epoch of the best validation"
+        assert float(found[f"{split}/top1"]) == max(scores), (
+            "best.ckpt is the epoch of the best validation"
+        )
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
 
 
 def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
     """Also of a copy, whole or not, since a split of its own would test with images of the training; of others all."""
     monkeypatch.chdir(tmp_path)
-    given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt", "--data.max_bad_fraction=0.2")
+    given = (
+        "--runs_root=again",
+        "--ckpt_path",
+        tiny_run / "checkpoints" / "best.ckpt",
+        "--data.max_bad_fraction=0.2",
+    )
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
     lost = next(row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "train")
     for vanished in (0, 1):
         outcome = cli("test", other, *given)
         assert outcome.code == 0, outcome.err
-        assert "test: 12 images, cut from all images at random by class (as listed in splits.csv)." in outcome.out
+        assert (
+            "test: 12 images, cut from all images at random by class (as listed in splits.csv)."
+            in outcome.out
+        )
         assert outcome.out.count("1 images listed in") == vanished
         (other / lost).unlink(missing_ok=True)
     for picture in [*other.rglob("*.png")]:
@@ -294,7 +348,9 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     run = unfinished_copy(tiny_run)
     outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
     assert outcome.code == 0, outcome.err
-    assert re.search(r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out)
+    assert re.search(
+        r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out
+    )
     assert "came after" not in outcome.err  # said once
     assert "changed: --data.path was" in outcome.err
     listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
@@ -305,29 +361,61 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
 @pytest.mark.deep
 def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
     """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
-    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
+    )
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
     first = cli(
-        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+        "fit",
+        drawn_pets,
+        "--pretrained",
+        "dense",
+        *options,
+        "--name=up",
+        "--trainer.enable_progress_bar=false",
     )
     assert first.code == 0, first.err
     shutil.rmtree("dense")
     Path("runs/up/summary.json").unlink()
     best = "runs/up/checkpoints/best.ckpt"
-    for arguments in (["fit", "--resume=runs/up"], ["test", "--ckpt_path", best], ["predict", best, drawn_pets]):
+    for arguments in (
+        ["fit", "--resume=runs/up"],
+        ["test", "--ckpt_path", best],
+        ["predict", best, drawn_pets],
+    ):
         again = cli(*arguments)
         assert again.code == 0, again.err
 
 
 def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
     """With a configuration that names another architecture: its name is not recorded, and its sizes are refused."""
-    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
-    arch = {"name": "vit_moe", "base": "vit_tiny_patch16_224", "depth": 4, "num_experts": 3, "global_pool": "avg"}
-    Path("mine.yaml").write_text(yaml.safe_dump({"model": {"arch": arch}, "data": {"image_size": 32, "batch_size": 8}}))
-    fit = ("fit", drawn_pets, "--config=mine.yaml", "--pretrained=dense", "--trainer.max_epochs=1", "--name=up")
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
+    )
+    arch = {
+        "name": "vit_moe",
+        "base": "vit_tiny_patch16_224",
+        "depth": 4,
+        "num_experts": 3,
+        "global_pool": "avg",
+    }
+    Path("mine.yaml").write_text(
+        yaml.safe_dump({"model": {"arch": arch}, "data": {"image_size": 32, "batch_size": 8}})
+    )
+    fit = (
+        "fit",
+        drawn_pets,
+        "--config=mine.yaml",
+        "--pretrained=dense",
+        "--trainer.max_epochs=1",
+        "--name=up",
+    )
     refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
     assert refused.code == 2
-    assert "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train" in refused.err
+    assert (
+        "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train"
+        in refused.err
+    )
     assert not Path("runs/up").exists()
     outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
     assert outcome.code == 0, outcome.err
@@ -335,20 +423,43 @@ def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
     assert recorded["name"] is recorded["base"] is None
     again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
     assert str(again) == str(trained)
-    assert (len(trained.blocks), trained.global_pool, moe_layers(trained)[0].router.num_experts) == (4, "avg", 3)
+    assert (
+        len(trained.blocks),
+        trained.global_pool,
+        moe_layers(trained)[0].router.num_experts,
+    ) == (4, "avg", 3)
 
 
 def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
-    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
-    options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--with-twin")
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
+    )
+    options = (
+        "--data.image_size=32",
+        "--trainer.max_epochs=1",
+        "--trainer.precision=32-true",
+        "--with-twin",
+    )
     outcome = cli(
-        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+        "fit",
+        drawn_pets,
+        "--pretrained",
+        "dense",
+        *options,
+        "--name=up",
+        "--trainer.enable_progress_bar=false",
     )
     assert outcome.code == 0, outcome.err
     assert "from scratch" not in outcome.out + outcome.err
     arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
-    assert (arguments["base"], arguments["expert_hidden"]) == ("test_vit", 192)  # 3 x width: test_vit's own MLP
-    assert "It has the same pretrained weights and active FLOPs" in Path("runs/up/summary.md").read_text()
+    assert (arguments["base"], arguments["expert_hidden"]) == (
+        "test_vit",
+        192,
+    )  # 3 x width: test_vit's own MLP
+    assert (
+        "It has the same pretrained weights and active FLOPs"
+        in Path("runs/up/summary.md").read_text()
+    )
     twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
     assert twice.code == 2
     assert "for --with-twin or --dense: leave it out" in twice.err
@@ -366,7 +477,8 @@ def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeyp
     outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
     assert outcome.code == 2
     assert (
-        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root" in outcome.err
+        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root"
+        in outcome.err
     )
     assert not Path("runs").exists()
 
@@ -377,7 +489,12 @@ def test_images_below_a_run_are_not_always_read(draw):
     draw(Path("plain"), per_class=1)
     assert holds("split", Path("split/train/runs/a"))
     assert holds("./plain", Path("plain/cat/runs"))
-    for path, place in (("split", "split/runs/a"), ("plain", "plain/.runs/a"), ("plain", "runs/a"), ("cifar10", "a")):
+    for path, place in (
+        ("split", "split/runs/a"),
+        ("plain", "plain/.runs/a"),
+        ("plain", "runs/a"),
+        ("cifar10", "a"),
+    ):
         assert not holds(path, Path(place))
 
 
@@ -390,7 +507,9 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
-def test_a_limit_beyond_every_number_of_batches_is_none(cli, tiny, drawn_pets, tmp_path, monkeypatch):
+def test_a_limit_beyond_every_number_of_batches_is_none(
+    cli, tiny, drawn_pets, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     limits = [f"--trainer.limit_{split}_batches=1e30" for split in ("train", "val", "test")]
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits)
@@ -398,11 +517,15 @@ def test_a_limit_beyond_every_number_of_batches_is_none(cli, tiny, drawn_pets, t
     assert json.loads(Path("runs/pets/summary.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"])
+@pytest.mark.parametrize(
+    "option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"]
+)
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith("moevision: The Trainer does not take these options: ")
+    assert outcome.err.splitlines()[-1].startswith(
+        "moevision: The Trainer does not take these options: "
+    )
     assert not list(Path("runs").glob("*"))
 
 
@@ -435,12 +558,19 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 )
 def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typed, rate):
     """6e-3 is the recipes' for Muon (`configs/cifar10.yaml`), 1e-3 AdamW's default here."""
-    assert choose_recipe(str(drawn_pets), "none", read("fit", typed).options)["model.optim.lr"] == rate
+    assert (
+        choose_recipe(str(drawn_pets), "none", read("fit", typed).options)["model.optim.lr"] == rate
+    )
 
 
 @pytest.mark.parametrize(
     ("images", "epochs", "batch"),
-    [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 images, 10 to 100 epochs
+    [
+        (0, 100, 8),
+        (400, 100, 20),
+        (10_000, 20, 64),
+        (50_000, 10, 64),
+    ],  # 200 000 images, 10 to 100 epochs
 )
 def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
     monkeypatch.setattr(recipe, "count_images", lambda _: images)
@@ -465,7 +595,8 @@ def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("devices", "workers"), [([], 8), (["1"], 8), (["2"], 7), (["[0,3,5]"], 3), (["-1"], 3), (["auto"], 3)]
+    ("devices", "workers"),
+    [([], 8), (["1"], 8), (["2"], 7), (["[0,3,5]"], 3), (["-1"], 3), (["auto"], 3)],
 )
 def test_processes_share_the_cores_for_data_workers(monkeypatch, devices, workers):
     """16 cores, one of them for the first process; -1, auto and lists are taken for all of the four GPUs."""
@@ -517,7 +648,9 @@ def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
     """Calibration, the test and the timing of one image take images of that type."""
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}")
+    outcome = cli(
+        "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}"
+    )
     assert outcome.code == 0, outcome.err
     (run,) = Path("runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
@@ -530,7 +663,9 @@ def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
     """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
     seeds = []
     for asked in ("true", "true", "false"):
-        outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked)
+        outcome = cli(
+            "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked
+        )
         assert outcome.code == 0, outcome.err
     for run in sorted(Path("runs").iterdir()):
         seeds.append(json.loads((run / "summary.json").read_text())["seed"])
@@ -539,7 +674,12 @@ def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
 
 
 def test_a_run_without_validation_is_validated_by_one_more_option(cli, tiny, drawn_pets):
-    assert cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0").code == 0
+    assert (
+        cli(
+            "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0"
+        ).code
+        == 0
+    )
     outcome = cli("validate", "runs/pets")
     assert outcome.code == 2
     assert "limit_val_batches 0 leaves nothing to validate: say 1.0" in outcome.err
@@ -552,8 +692,12 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
     assert outcome.code == 0, outcome.err
     (run,) = Path("runs").iterdir()
-    assert "images per step | 0.3; 1; 8 |" in (run / "summary.md").read_text()  # a batch of 8 of 24 images
-    (command,) = re.findall(r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE)
+    assert (
+        "images per step | 0.3; 1; 8 |" in (run / "summary.md").read_text()
+    )  # a batch of 8 of 24 images
+    (command,) = re.findall(
+        r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE
+    )
     again = cli(*shlex.split(command))
     assert again.code == 0, again.err
 
@@ -597,7 +741,13 @@ def test_a_config_replaces_the_recipe(drawn_pets):
 
 def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
     """A twentieth of the run's validation images is refused, and most noise; the test images are not looked at."""
-    outcome = cli("fit", draw(tmp_path / "pets", per_class=80), *tiny, "--data.val_fraction=0.25", "--name=far")
+    outcome = cli(
+        "fit",
+        draw(tmp_path / "pets", per_class=80),
+        *tiny,
+        "--data.val_fraction=0.25",
+        "--name=far",
+    )
     assert outcome.code == 0, outcome.err
     model = load_model("runs/far")
     val = open_pictures(tmp_path / "pets", 32, split="val", run_dir="runs/far")

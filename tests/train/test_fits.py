@@ -42,14 +42,18 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fit", ["pad", pytest.param("squash", marks=pytest.mark.deep)])
-def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit, tiny, tmp_path, monkeypatch):
+def test_every_use_of_a_model_prepares_images_as_its_training_did(
+    cli, wide, fit, tiny, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     outcome = cli("fit", wide, *tiny, "--data.fit", fit, "--name=wide")
     assert outcome.code == 0, outcome.err
     model = load_model("runs/wide")
     assert model.framing == Framing(fit, model.mean)
     assert load_trained("runs/wide/checkpoints/best.ckpt").framing == model.framing
-    assert json.loads((tmp_path / "runs/wide/model/config.json").read_text())["pretrained_cfg"]["crop_mode"] in (
+    assert json.loads((tmp_path / "runs/wide/model/config.json").read_text())["pretrained_cfg"][
+        "crop_mode"
+    ] in (
         "border",
         "squash",
     )
@@ -58,17 +62,23 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(cli, wide, fit
         tested = {row["image"]: row for row in csv.DictReader(file)}
     predicted = cli("predict", "runs/wide", *(wide / name for name in tested))
     view_of = open_pictures(wide, 32, framing=model.framing, run_dir="runs/wide")
-    for row, (name, expected) in zip(csv.DictReader(predicted.out.splitlines()), tested.items(), strict=True):
+    for row, (name, expected) in zip(
+        csv.DictReader(predicted.out.splitlines()), tested.items(), strict=True
+    ):
         assert row["class"] == expected["prediction"]
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
         pixels = square_pixels(safe_open(wide / name), 32, model.framing)
-        seen = view_of.image([view_of.picture_name(index) for index in range(len(view_of))].index(name))
+        seen = view_of.image(
+            [view_of.picture_name(index) for index in range(len(view_of))].index(name)
+        )
         assert np.array_equal(seen, pixels)
         assert np.array_equal(route_image(model, wide / name).picture.pixels, pixels)
         assert not np.array_equal(pixels, square_pixels(safe_open(wide / name), 32))
 
     entry = open_entries("runs/wide")[0]
-    assert Explorer([entry]).boot({})["limits"]["fit"] == fit  # the page squares a visitor's image by it
+    assert (
+        Explorer([entry]).boot({})["limits"]["fit"] == fit
+    )  # the page squares a visitor's image by it
     upload = "data:image/png;base64," + base64.b64encode((wide / name).read_bytes()).decode()
     assert np.array_equal(_open(upload, entry.examples).pixels, pixels)
 
@@ -82,12 +92,19 @@ def test_the_example_of_a_server_prepares_images_so_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "litserve", SimpleNamespace(LitAPI=object))
     net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
-    save_model(SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3, fit="pad"), tmp_path / "runs" / "pets" / "model")
-    server = runpy.run_path(str(Path(__file__).parents[2] / "deploy" / "litserve_app.py"))["Classifier"]()
+    save_model(
+        SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3, fit="pad"),
+        tmp_path / "runs" / "pets" / "model",
+    )
+    server = runpy.run_path(str(Path(__file__).parents[2] / "deploy" / "litserve_app.py"))[
+        "Classifier"
+    ]()
     server.setup("cpu")
     Image.new("RGB", (40, 20), "red").save("red.png")
     pixels = server.decode_request({"image": SimpleNamespace(file="red.png")})
-    assert np.array_equal(pixels.permute(1, 2, 0), square_pixels(safe_open("red.png"), 32, Framing("pad", (0.5,) * 3)))
+    assert np.array_equal(
+        pixels.permute(1, 2, 0), square_pixels(safe_open("red.png"), 32, Framing("pad", (0.5,) * 3))
+    )
 
 
 def test_a_padded_photo_under_the_patches_keeps_its_long_side():

@@ -19,14 +19,30 @@ from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 CASES: dict[str, tuple[str, list[int], int, int, int, int, str]] = {
     "first step": ("nan_input@1", [0], 1, 6, 1, 5, "router of block 1"),
     "loss": ("nan_loss@4", [3], 1, 6, 1, 5, "cross-entropy"),
-    "one expert's gradient": ("inf_grad@3:expert3", [2], 1, 6, 1, 5, "blocks.1.mlp.experts.fc1.weight (expert 3)"),
+    "one expert's gradient": (
+        "inf_grad@3:expert3",
+        [2],
+        1,
+        6,
+        1,
+        5,
+        "blocks.1.mlp.experts.fc1.weight (expert 3)",
+    ),
     "last step of an epoch": ("nan_router@4:block3", [3], 2, 4, 1, 7, "router of block 3"),
     "last step of all": ("nan_grad@6", [5], 1, 6, 1, 5, "gradient of head.weight"),
     "first of a window": ("nan_input@3", [2, 3], 1, 8, 2, 3, "router of block 1"),
     "last of a window": ("nan_loss@4", [2, 3], 1, 8, 2, 3, "cross-entropy"),
     # Windows [0 1] [2 3] [4], then [5 6] [7 8] [9]; the fifth update that is applied has one batch only.
     "a window that the epoch cuts short": ("nan_loss@5", [4], 2, 5, 2, 4, "cross-entropy"),
-    "three faults": ("nan_loss@2, nan_input@3, inf_grad@5:block3", [1, 2, 4], 1, 9, 1, 6, "cross-entropy"),
+    "three faults": (
+        "nan_loss@2, nan_input@3, inf_grad@5:block3",
+        [1, 2, 4],
+        1,
+        9,
+        1,
+        6,
+        "cross-entropy",
+    ),
 }
 
 
@@ -67,13 +83,17 @@ def test_a_refused_update_never_existed(
     every = batches(epochs * per_epoch)
     updates = epochs * -(-per_epoch // window)
     options: dict[str, Any] = {"after": after, "accumulate_grad_batches": window}
-    struck = Run(tmp_path, every, faults=faults, max_epochs=epochs, task=tiny_task(**router), **options)
+    struck = Run(
+        tmp_path, every, faults=faults, max_epochs=epochs, task=tiny_task(**router), **options
+    )
     assert capsys.readouterr().err.count("update left out") == number
     assert (struck.record.skipped, struck.record.rollbacks) == (number, 0)
     assert sum(struck.injector.injected.values()) == number
     assert source in struck.record.events[0].source
     rest = [batch for index, batch in enumerate(every) if index not in left_out]
-    filled = (rest + every)[: updates * window]  # as many updates are planned, so the schedule is the same
+    filled = (rest + every)[
+        : updates * window
+    ]  # as many updates are planned, so the schedule is the same
     clean = Run(tmp_path, filled, task=tiny_task(**router), **options)
     assert clean.record.skipped == 0
     assert struck.states.applied == updates - number
@@ -91,7 +111,10 @@ def test_every_refused_update_is_written_down(tmp_path: Path) -> None:
     """guard.csv names the step, the source and the eight images of the batch; batch 3 holds the numbers 16 to 23."""
     Run(tmp_path, batches(4), faults="nan_loss@3")
     rows = (tmp_path / "guard.csv").read_text().splitlines()
-    assert rows == ["step,epoch,kind,source,samples", "3,0,skip,cross-entropy,16 17 18 19 20 21 22 23"]
+    assert rows == [
+        "step,epoch,kind,source,samples",
+        "3,0,skip,cross-entropy,16 17 18 19 20 21 22 23",
+    ]
 
 
 def test_the_schedule_counts_applied_updates(tmp_path: Path) -> None:
@@ -104,7 +127,8 @@ def test_the_schedule_counts_applied_updates(tmp_path: Path) -> None:
 def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
     """Without a fault the run with the guard ends where the run without it ends."""
     watched, alone = (
-        Run(tmp_path, batches(4), guard=guard, after=4) for guard in (GuardConfig(snapshot_every=2), None)
+        Run(tmp_path, batches(4), guard=guard, after=4)
+        for guard in (GuardConfig(snapshot_every=2), None)
     )
     assert_same(watched.states.state, alone.states.state)
 
@@ -113,7 +137,12 @@ def test_thresholds_are_those_of_the_page() -> None:
     """benchmarks/guard: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
     config = GuardConfig()
     assert (config.spike_updates, config.spike_sigmas) == (10, 6.0)
-    assert (config.snapshot_every, config.snapshots, config.max_skips, config.max_rollbacks) == (100, 2, 10, 3)
+    assert (config.snapshot_every, config.snapshots, config.max_skips, config.max_rollbacks) == (
+        100,
+        2,
+        10,
+        3,
+    )
 
 
 def test_a_threshold_that_cannot_be(tmp_path: Path) -> None:
@@ -127,12 +156,18 @@ def test_a_threshold_that_cannot_be(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:
     task = tiny_task()
     torch.nn.init.constant_(task.net.head.weight, float("nan"))
-    with pytest.raises(UserError, match=r"begin with numbers that are not finite \(weight of head\.weight"):
+    with pytest.raises(
+        UserError, match=r"begin with numbers that are not finite \(weight of head\.weight"
+    ):
         Run(tmp_path, batches(2), task=task)
 
 
 def test_the_command_line_says_what_was_left_out(
-    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path, strike: Callable[[str], None]
+    cli: Callable[..., Any],
+    tiny: tuple[str, ...],
+    drawn_pets: Path,
+    tmp_path: Path,
+    strike: Callable[[str], None],
 ) -> None:
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     strike("nan_loss@1, nan_input@2, nan_weight@4")
@@ -152,16 +187,27 @@ def test_the_command_line_says_what_was_left_out(
     last = (run / "metrics.csv").read_text().splitlines()
     names = last[0].split(",")
     rows = [dict(zip(names, row.split(","), strict=True)) for row in last[1:]]
-    assert [row["guard/skipped"] for row in rows if row["guard/skipped"]][:4] == ["1.0", "2.0", "2.0", "2.0"]
+    assert [row["guard/skipped"] for row in rows if row["guard/skipped"]][:4] == [
+        "1.0",
+        "2.0",
+        "2.0",
+        "2.0",
+    ]
 
 
 def test_the_guard_can_be_switched_off(
     cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
 ) -> None:
     outcome = cli(
-        "fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--guard.enabled=false", "--trainer.max_epochs=1",
+        "fit",
+        drawn_pets,
+        *tiny,
+        "--runs_root",
+        tmp_path,
+        "--guard.enabled=false",
+        "--trainer.max_epochs=1",
         "--name=off",
-    )  # fmt: skip
+    )
     assert outcome.code == 0, outcome.err
     assert "guard/skipped" not in (tmp_path / "off" / "metrics.csv").read_text()
     assert "train/update_norm" in (tmp_path / "off" / "metrics.csv").read_text()
@@ -191,7 +237,11 @@ def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
 ) -> None:
     record = GuardRecord()
     trainer: Any = SimpleNamespace(
-        datamodule=None, global_step=4, current_epoch=0, is_global_zero=True, default_root_dir=tmp_path
+        datamodule=None,
+        global_step=4,
+        current_epoch=0,
+        is_global_zero=True,
+        default_root_dir=tmp_path,
     )
     for _ in range(12):
         note(record, trainer, "skip", "loss", range(300))
@@ -203,7 +253,13 @@ def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
 # an overflow that is no fault.
 WINDOWS: dict[str, tuple[list[float], float, float | None, int, int]] = {
     "all is well": ([1.0, 2.0], 1.0, 1024.0, 0, 0),
-    "one of two losses, and a gradient that doesn't show it": ([float("nan"), 1.0], 1.0, None, 1, 0),
+    "one of two losses, and a gradient that doesn't show it": (
+        [float("nan"), 1.0],
+        1.0,
+        None,
+        1,
+        0,
+    ),
     "a loss is no matter of the scale": ([1.0, float("nan")], float("nan"), 1024.0, 1, 0),
     "a scale that is too large": ([1.0, 2.0], float("inf"), 1024.0, 0, 1),
     "a scale that can't be lowered": ([1.0, 2.0], float("inf"), 1.0, 1, 0),
@@ -216,10 +272,18 @@ def test_what_is_refused_and_what_it_counts_as(window: str, tmp_path: Path) -> N
     losses, norm, scale, skipped, overflows = WINDOWS[window]
     task, guard = tiny_task(), StabilityGuard()
     trainer: Any = SimpleNamespace(
-        datamodule=None, global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=tmp_path, callbacks=[],
-        world_size=1, accumulate_grad_batches=2,
-        precision_plugin=SimpleNamespace(scaler=None if scale is None else SimpleNamespace(get_scale=lambda: scale)),
-    )  # fmt: skip
+        datamodule=None,
+        global_step=0,
+        current_epoch=0,
+        is_global_zero=True,
+        default_root_dir=tmp_path,
+        callbacks=[],
+        world_size=1,
+        accumulate_grad_batches=2,
+        precision_plugin=SimpleNamespace(
+            scaler=None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        ),
+    )
     guard.setup(trainer, task, "fit")
     for batch, loss in enumerate(losses):
         guard.on_train_batch_start(trainer, task, {"index": torch.tensor([batch])}, batch)
@@ -238,7 +302,11 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
 
     class Kept(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kept.extend(len(each.snapshots) for each in trainer.callbacks if isinstance(each, StabilityGuard))
+            kept.extend(
+                len(each.snapshots)
+                for each in trainer.callbacks
+                if isinstance(each, StabilityGuard)
+            )
 
     run = Run(tmp_path, batches(2), callbacks=(Kept(),))
     assert run.guard is not None

@@ -33,10 +33,31 @@ SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)
 
 # name: (fault, guard, router, batches in all, batches whose updates are left, the cause)
 CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] = {
-    "a weight, at the first step": ("nan_weight@1", EVERY_4, NOISY, 6, [1, 2, 3, 4, 5], "weight of head.weight"),
+    "a weight, at the first step": (
+        "nan_weight@1",
+        EVERY_4,
+        NOISY,
+        6,
+        [1, 2, 3, 4, 5],
+        "weight of head.weight",
+    ),
     # Batch 7 computes NaN: back to the snapshot after four updates, so 5 and 6 are taken back and 7 is left out.
-    "a weight": ("nan_weight@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 7, 8, 9, 10, 11], "weight of head.weight"),
-    "a weight, with Muon": ("nan_weight@7", EVERY_4, MUON, 12, [0, 1, 2, 3, 7, 8, 9, 10, 11], "weight of head.weight"),
+    "a weight": (
+        "nan_weight@7",
+        EVERY_4,
+        NOISY,
+        12,
+        [0, 1, 2, 3, 7, 8, 9, 10, 11],
+        "weight of head.weight",
+    ),
+    "a weight, with Muon": (
+        "nan_weight@7",
+        EVERY_4,
+        MUON,
+        12,
+        [0, 1, 2, 3, 7, 8, 9, 10, 11],
+        "weight of head.weight",
+    ),
     "a weight of an expert": (
         "nan_weight@7:expert1",
         EVERY_4,
@@ -63,7 +84,14 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
         "weight of head.weight",
     ),
     # Nothing that training computes uses a running mean: it is found when the next snapshot is due, after update 8.
-    "a BatchNorm statistic": ("nan_buffer@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "buffer of patch_embed"),
+    "a BatchNorm statistic": (
+        "nan_buffer@7",
+        EVERY_4,
+        NOISY,
+        12,
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        "buffer of patch_embed",
+    ),
     "a router bias": (
         "nan_buffer@7:block1",
         EVERY_4,
@@ -72,9 +100,23 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
         [0, 1, 2, 3, 8, 9, 10, 11],
         "buffer of blocks.1.mlp.router.bias",
     ),
-    "the average only": ("nan_ema@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "ema.weight of head.weight"),
+    "the average only": (
+        "nan_ema@7",
+        EVERY_4,
+        NOISY,
+        12,
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        "ema.weight of head.weight",
+    ),
     # Updates 20 to 24 are suspicious; the last snapshot before them was taken after 15.
-    "a lasting spike": ("spike@20x50", SPIKES, NOISY, 32, [*range(15), *range(24, 32)], "loss spike"),
+    "a lasting spike": (
+        "spike@20x50",
+        SPIKES,
+        NOISY,
+        32,
+        [*range(15), *range(24, 32)],
+        "loss spike",
+    ),
 }
 
 
@@ -92,10 +134,17 @@ def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
             applied.append(int(pl_module.update_applied))
 
     struck = Run(
-        tmp_path, every, faults=faults, guard=config, task=tiny_task(lr=1e-3, **router), callbacks=(Applied(),)
+        tmp_path,
+        every,
+        faults=faults,
+        guard=config,
+        task=tiny_task(lr=1e-3, **router),
+        callbacks=(Applied(),),
     )
     assert struck.record.skipped == 0
-    assert struck.record.rollbacks == len(faults.split(",")) == sum(struck.injector.injected.values())
+    assert (
+        struck.record.rollbacks == len(faults.split(",")) == sum(struck.injector.injected.values())
+    )
     assert struck.record.events[0].source.startswith(cause)
     assert struck.record.lost == sum(applied) - len(left)
     filled = ([every[index] for index in left] + every)[:count]
@@ -123,15 +172,25 @@ def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) ->
 
 def test_refusing_again_and_again_is_a_reason_to_return(tmp_path: Path) -> None:
     """Two refused updates of the last 100 are allowed here, and three were injected."""
-    run = Run(tmp_path, batches(6), faults="nan_loss@2, nan_loss@3, nan_loss@4", guard=GuardConfig(max_skips=2))
+    run = Run(
+        tmp_path,
+        batches(6),
+        faults="nan_loss@2, nan_loss@3, nan_loss@4",
+        guard=GuardConfig(max_skips=2),
+    )
     assert (run.record.skipped, run.record.rollbacks, run.record.lost) == (3, 1, 1)
-    assert run.record.events[-1].source == "3 of the last 4 updates refused, mostly for: cross-entropy"
+    assert (
+        run.record.events[-1].source == "3 of the last 4 updates refused, mostly for: cross-entropy"
+    )
 
 
 def test_a_return_names_no_images(tmp_path: Path) -> None:
     """A weight turned bad by itself: those of the step at which it was noticed are no cause, and nobody looks there."""
     run = Run(tmp_path, batches(4), faults="nan_loss@2, nan_weight@3")
-    assert [(event.kind, len(event.samples)) for event in run.record.events] == [("skip", 8), ("rollback", 0)]
+    assert [(event.kind, len(event.samples)) for event in run.record.events] == [
+        ("skip", 8),
+        ("rollback", 0),
+    ]
 
 
 def standing_trainer(task: Any, **values: Any) -> Any:
@@ -139,7 +198,13 @@ def standing_trainer(task: Any, **values: Any) -> Any:
     optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1)
     plugin = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
-    own = {"global_step": 3, "callbacks": [], "optimizers": [optimizer], "lr_scheduler_configs": [], "current_epoch": 0}
+    own = {
+        "global_step": 3,
+        "callbacks": [],
+        "optimizers": [optimizer],
+        "lr_scheduler_configs": [],
+        "current_epoch": 0,
+    }
     own |= {"is_global_zero": False, "datamodule": None, "default_root_dir": "."}
     return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
 
@@ -155,7 +220,10 @@ def test_a_return_drops_the_gradients(tmp_path: Path) -> None:
     trainer.optimizers[0].step()
     snapshot.restore(trainer, task)
     assert all(weight.grad is None for weight in task.net.parameters())
-    assert all(torch.equal(weight, saved) for weight, saved in zip(task.net.parameters(), before, strict=True))
+    assert all(
+        torch.equal(weight, saved)
+        for weight, saved in zip(task.net.parameters(), before, strict=True)
+    )
 
 
 def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
@@ -173,8 +241,12 @@ def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
     testing = SimpleNamespace(fn=TrainerFn.TESTING, status=TrainerStatus.RUNNING)
     interrupted = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.INTERRUPTED)
     guard.on_train_end(standing_trainer(task, state=testing), task)
-    guard.on_train_end(standing_trainer(task, state=interrupted), task)  # other processes won't answer
-    guard.on_train_end(standing_trainer(task, callbacks=[swapped]), task)  # the network holds the average
+    guard.on_train_end(
+        standing_trainer(task, state=interrupted), task
+    )  # other processes won't answer
+    guard.on_train_end(
+        standing_trainer(task, callbacks=[swapped]), task
+    )  # the network holds the average
     assert bad.isnan().any()
     guard.on_train_end(fitting, task)
     assert torch.equal(task.net.head.weight.data, good)
@@ -185,7 +257,11 @@ def test_a_checkpoint_is_of_the_state_that_was_returned_to() -> None:
     task, guard = tiny_task(), StabilityGuard()
     trainer = standing_trainer(task)
     guard.on_train_start(trainer, task)
-    checkpoint: dict[str, Any] = {"optimizer_states": "as it was", "lr_schedulers": "as it was", "callbacks": {}}
+    checkpoint: dict[str, Any] = {
+        "optimizer_states": "as it was",
+        "lr_schedulers": "as it was",
+        "callbacks": {},
+    }
     guard.on_save_checkpoint(trainer, task, checkpoint)
     assert checkpoint["optimizer_states"] == "as it was", "nothing was wrong"
     task.net.head.weight.data[0] = float("nan")
@@ -205,7 +281,9 @@ def test_large_numbers_are_finite() -> None:
 @pytest.mark.parametrize("fault", ["nan_buffer@3", "nan_ema@3", "nan_weight@4:expert3"])
 def test_no_checkpoint_ever_holds_nan(fault: str, tmp_path: Path) -> None:
     """A checkpoint after every step: the fault is found at the latest when it would be saved."""
-    saving = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saving = ModelCheckpoint(
+        tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1
+    )
     run = Run(tmp_path, batches(6), faults=fault, callbacks=(saving,), enable_checkpointing=True)
     files = sorted((tmp_path / "all").glob("*.ckpt"))
     assert len(files) == 6

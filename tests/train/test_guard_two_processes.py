@@ -45,7 +45,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said[-6000:]
     return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)] for case in EXPECTED
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in EXPECTED
     }
 
 
@@ -64,22 +65,33 @@ def test_both_processes_decide_alike(case: str, two: dict[str, list[dict[str, An
     for network in ("net", "average"):
         first, second = (state[network] for state in two[case])
         for name, tensor in first.items():
-            if "running" not in name:  # each process has BatchNorm statistics of its own; rank 0's are used
+            if (
+                "running" not in name
+            ):  # each process has BatchNorm statistics of its own; rank 0's are used
                 assert torch.equal(tensor, second[name]), name
     struck = re.findall(r"rank(\d)", {**TWO_PROCESS_CASES, **SHARDED_CASES}[case])
-    assert [sum(state["injected"].values()) for state in two[case]] == [struck.count("0"), struck.count("1")]
+    assert [sum(state["injected"].values()) for state in two[case]] == [
+        struck.count("0"),
+        struck.count("1"),
+    ]
 
 
 @pytest.mark.parametrize("case", ["clean", "EP 2, loss", "FSDP2, loss"])
-def test_an_update_of_the_average_is_its_formula(case: str, two: dict[str, list[dict[str, Any]]]) -> None:
+def test_an_update_of_the_average_is_its_formula(
+    case: str, two: dict[str, list[dict[str, Any]]]
+) -> None:
     """The average's own parts move by the weights' own parts: gathered, they are what whole tensors would give."""
     for state in two[case]:
         assert state["averaged"] < 1e-6
 
 
-def test_a_bad_buffer_of_another_process_changes_nothing(two: dict[str, list[dict[str, Any]]]) -> None:
+def test_a_bad_buffer_of_another_process_changes_nothing(
+    two: dict[str, list[dict[str, Any]]],
+) -> None:
     for struck, clean in zip(two["buffer of another"], two["clean"], strict=True):
-        assert all(torch.equal(tensor, struck["net"][name]) for name, tensor in clean["net"].items())
+        assert all(
+            torch.equal(tensor, struck["net"][name]) for name, tensor in clean["net"].items()
+        )
 
 
 def test_the_pictures_of_both_processes_are_named(two: dict[str, list[dict[str, Any]]]) -> None:

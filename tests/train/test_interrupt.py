@@ -14,8 +14,14 @@ pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSI
 @pytest.fixture(autouse=True)
 def as_in_a_terminal():
     """Listen to signals even where the tests were started by nohup or in the background, which ignore some."""
-    handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL, "SIGTERM": signal.SIG_DFL}
-    earlier = {name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()}
+    handlers = {
+        "SIGINT": signal.default_int_handler,
+        "SIGHUP": signal.SIG_DFL,
+        "SIGTERM": signal.SIG_DFL,
+    }
+    earlier = {
+        name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()
+    }
     yield
     for name, handler in earlier.items():
         signal.signal(getattr(signal, name), handler)
@@ -25,7 +31,9 @@ def send(name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143), ("SIGUSR1", 138)]
+)
 def test_outside_training_a_signal_ends_at_once(name, code):
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(Interrupted) as stopped, Interruption():

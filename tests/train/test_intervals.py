@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from moevision.stats import accuracy_interval, detectable, mcnemar_p_value, paired_difference, paired_score
+from moevision.stats import (
+    accuracy_interval,
+    detectable,
+    mcnemar_p_value,
+    paired_difference,
+    paired_score,
+)
 
 
 def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -18,17 +24,25 @@ def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndar
     return a, b
 
 
-@pytest.mark.parametrize(("correct", "total"), [(0, 20), (1, 20), (13, 20), (20, 20), (965, 1000), (1, 1)])
+@pytest.mark.parametrize(
+    ("correct", "total"), [(0, 20), (1, 20), (13, 20), (20, 20), (965, 1000), (1, 1)]
+)
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
 def test_accuracy_interval_equals_scipy(correct: int, total: int, level: float) -> None:
-    expected = stats.binomtest(correct, total).proportion_ci(confidence_level=level, method="wilson")
-    assert accuracy_interval(correct, total, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    expected = stats.binomtest(correct, total).proportion_ci(
+        confidence_level=level, method="wilson"
+    )
+    assert accuracy_interval(correct, total, level) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_accuracy_interval_bounds_lie_z_standard_errors_away() -> None:
     z = stats.norm.ppf(0.975)
     for bound in accuracy_interval(70, 80):
-        assert abs(70 / 80 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 80), rel=1e-9)
+        assert abs(70 / 80 - bound) == pytest.approx(
+            z * math.sqrt(bound * (1 - bound) / 80), rel=1e-9
+        )
 
 
 def test_published_example_of_tango_interval() -> None:
@@ -40,12 +54,18 @@ def test_published_example_of_tango_interval() -> None:
     result = paired_difference(*_vectors(both=1, only_a=1, only_b=7, neither=12))
     assert result.difference == pytest.approx(-6 / 21)
     assert (result.low, result.high) == pytest.approx((-0.517, -0.026), abs=5e-4)
-    assert result.p_value == pytest.approx(2 * (1 + 8) / 2**8)  # by hand: C(8,0) + C(8,1) of 256, twice
+    assert result.p_value == pytest.approx(
+        2 * (1 + 8) / 2**8
+    )  # by hand: C(8,0) + C(8,1) of 256, twice
     assert (result.n, result.only_a, result.only_b) == (21, 1, 7)
 
 
-@pytest.mark.parametrize(("only_a", "only_b", "n"), [(5, 3, 30), (0, 6, 25), (40, 10, 200), (9, 9, 40)])
-def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(only_a: int, only_b: int, n: int) -> None:
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "n"), [(5, 3, 30), (0, 6, 25), (40, 10, 200), (9, 9, 40)]
+)
+def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(
+    only_a: int, only_b: int, n: int
+) -> None:
     """scipy finds the constrained maximum instead of the quadratic; the score is then -+z at the bounds."""
     result = paired_difference(*_vectors(n - only_a - only_b, only_a, only_b, 0))
     z = stats.norm.ppf(0.975)
@@ -56,7 +76,9 @@ def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(only_a: int, 
             return -float(np.sum(np.array([only_a, only_b, n - only_a - only_b]) * np.log(cells)))
 
         limits = (max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12)
-        q = optimize.minimize_scalar(minus_log_likelihood, bounds=limits, method="bounded", options={"xatol": 1e-12}).x
+        q = optimize.minimize_scalar(
+            minus_log_likelihood, bounds=limits, method="bounded", options={"xatol": 1e-12}
+        ).x
         standard_error = math.sqrt((2 * q + bound - bound**2) / n)
         assert ((only_a - only_b) / n - bound) / standard_error == pytest.approx(expected, rel=1e-4)
 
@@ -75,8 +97,12 @@ def test_score_at_zero_is_mcnemars_chi_square() -> None:
 
 def _coverage(n: int, p_only_a: float, p_only_b: float) -> float:
     """Probability that the interval holds the true difference, summed over every outcome of n images."""
-    outcomes = [(a, b, n - a - b) for a, b in itertools.product(range(n + 1), repeat=2) if a + b <= n]
-    weights = stats.multinomial.pmf(np.array(outcomes), n, [p_only_a, p_only_b, 1 - p_only_a - p_only_b])
+    outcomes = [
+        (a, b, n - a - b) for a, b in itertools.product(range(n + 1), repeat=2) if a + b <= n
+    ]
+    weights = stats.multinomial.pmf(
+        np.array(outcomes), n, [p_only_a, p_only_b, 1 - p_only_a - p_only_b]
+    )
     covered = 0.0
     for (only_a, only_b, both), weight in zip(outcomes, weights, strict=True):
         if weight > 1e-7:
@@ -85,7 +111,9 @@ def _coverage(n: int, p_only_a: float, p_only_b: float) -> float:
     return covered
 
 
-@pytest.mark.parametrize(("p_only_a", "p_only_b"), [(0.05, 0.05), (0.15, 0.05), (0.3, 0.1), (0.02, 0.2)])
+@pytest.mark.parametrize(
+    ("p_only_a", "p_only_b"), [(0.05, 0.05), (0.15, 0.05), (0.3, 0.1), (0.02, 0.2)]
+)
 def test_coverage_is_nominal_from_100_images(p_only_a: float, p_only_b: float) -> None:
     assert 0.945 <= _coverage(100, p_only_a, p_only_b) <= 0.96
 
@@ -97,16 +125,22 @@ def test_coverage_of_small_lopsided_samples_is_as_documented() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
-def test_paired_difference_is_antisymmetric_and_ordered(both: int, a: int, b: int, neither: int) -> None:
+def test_paired_difference_is_antisymmetric_and_ordered(
+    both: int, a: int, b: int, neither: int
+) -> None:
     if both + a + b + neither == 0:
         return
     one = paired_difference(*_vectors(both, a, b, neither))
     other = paired_difference(*_vectors(both, b, a, neither))
     assert -1 <= one.low <= one.difference + 1e-12 <= one.high + 2e-12 <= 1 + 2e-12
-    assert (one.low, one.high, one.p_value) == pytest.approx((-other.high, -other.low, other.p_value))
+    assert (one.low, one.high, one.p_value) == pytest.approx(
+        (-other.high, -other.low, other.p_value)
+    )
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (8, 8), (300, 340), (2000, 2100)])
+@pytest.mark.parametrize(
+    ("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (8, 8), (300, 340), (2000, 2100)]
+)
 def test_mcnemar_equals_scipys_sign_test(only_a: int, only_b: int) -> None:
     throws = only_a + only_b
     expected = stats.binomtest(only_a, throws, 0.5).pvalue if throws else 1.0
@@ -125,6 +159,8 @@ def test_wrong_input_is_said() -> None:
 def test_detectable_difference_has_its_power() -> None:
     """By drawing: the share of significant tests is 80 %, three standard errors of 4 000 draws around it."""
     draws = np.random.default_rng(0).normal(detectable(6), 1, size=(4000, 6))
-    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(
+        0.8, abs=0.02
+    )
     assert detectable(8) == pytest.approx(1.16, abs=0.005)
     assert detectable(5, 0.05 / 4) == pytest.approx(2.48, abs=0.005)

@@ -11,8 +11,16 @@ from moevision.train import fit as training
 @pytest.mark.parametrize(
     ("job", "devices", "said"),
     [
-        ({"SLURM_NTASKS": "4"}, 4, "Use `--ntasks-per-node=4` instead. Start the command with srun."),
-        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4, "This job has 4 tasks, and only srun starts them"),
+        (
+            {"SLURM_NTASKS": "4"},
+            4,
+            "Use `--ntasks-per-node=4` instead. Start the command with srun.",
+        ),
+        (
+            {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"},
+            4,
+            "This job has 4 tasks, and only srun starts them",
+        ),
     ],
     ids=["--ntasks", "--ntasks-per-node"],
 )
@@ -28,11 +36,21 @@ def test_a_batch_script_of_slurm_without_srun(
 ) -> None:
     """One process runs, and would wait for the others or train alone on an image of two."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {"JOB_NAME": "train.sh", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+    for name, value in {
+        "JOB_NAME": "train.sh",
+        "JOB_ID": "7",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    options = ("--trainer.accelerator=cpu", f"--trainer.devices={devices}", "--trainer.strategy=ddp")
+    options = (
+        "--trainer.accelerator=cpu",
+        f"--trainer.devices={devices}",
+        "--trainer.strategy=ddp",
+    )
     outcome = cli("fit", drawn_pets, *tiny, *options)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith("moevision: ")
@@ -40,9 +58,17 @@ def test_a_batch_script_of_slurm_without_srun(
     assert not list(Path("runs").glob("*"))
 
 
-@pytest.mark.parametrize(("asked", "number"), [((), 1), (("--trainer.devices=1",), 1), (("--trainer.devices=3",), 3)])
+@pytest.mark.parametrize(
+    ("asked", "number"), [((), 1), (("--trainer.devices=1",), 1), (("--trainer.devices=3",), 3)]
+)
 def test_as_many_processes_as_devices(
-    asked: tuple[str, ...], number: int, cli: Any, tiny: Any, drawn_pets: Path, monkeypatch: Any, tmp_path: Path
+    asked: tuple[str, ...],
+    number: int,
+    cli: Any,
+    tiny: Any,
+    drawn_pets: Path,
+    monkeypatch: Any,
+    tmp_path: Path,
 ) -> None:
     """Also where a run with three of them goes on, and says nothing of them."""
     monkeypatch.chdir(tmp_path)
@@ -53,7 +79,9 @@ def test_as_many_processes_as_devices(
         raise SystemExit(7)
 
     monkeypatch.setattr(training, "start_processes", start)
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", *asked, "--trainer.max_steps=1")
+    outcome = cli(
+        "fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", *asked, "--trainer.max_steps=1"
+    )
     assert (outcome.code, started) == ((0, []) if number == 1 else (7, [number])), outcome.err
     if number == 1:
         config = Path("runs/pets/config.yaml")

@@ -15,8 +15,12 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_p
     outcome = cli("fit", drawn_pets, *tiny, *logger)
     assert outcome.code == 0, outcome.err
     run = Path("runs/pets")
-    assert {"config.yaml", "metrics.csv", "curves.png", "summary.md"} <= {file.name for file in run.iterdir()}
-    (folder,) = {file.parent for file in Path("logs").rglob("events.out.*")}  # a file for fit, one for the test
+    assert {"config.yaml", "metrics.csv", "curves.png", "summary.md"} <= {
+        file.name for file in run.iterdir()
+    }
+    (folder,) = {
+        file.parent for file in Path("logs").rglob("events.out.*")
+    }  # a file for fit, one for the test
     found = EventAccumulator(str(folder))
     found.Reload()
     tags = set(found.Tags()["scalars"])
@@ -26,4 +30,6 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_p
     assert len(rows) == len(found.Scalars("val/top1")) == 2
     load = [float(row["moe/1/load_max"]) for row in rows]
     # the test adds a value of its own at the end
-    assert [event.value for event in found.Scalars("moe/1/load_max")][:2] == pytest.approx(load, rel=1e-6)
+    assert [event.value for event in found.Scalars("moe/1/load_max")][:2] == pytest.approx(
+        load, rel=1e-6
+    )

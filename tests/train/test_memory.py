@@ -21,18 +21,25 @@ def task_of(**arch: Any) -> ClassificationTask:
 
 
 def trainer_of(**options: Any) -> L.Trainer:
-    return L.Trainer(**{"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **options})
+    return L.Trainer(
+        **{"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **options}
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_states_are_those_of_a_real_optimizer(name):
     task = ClassificationTask(
-        MoEConfig(name="test_vit_moe"), num_classes=2, image_size=32, optim=OptimizerConfig(name=name)
+        MoEConfig(name="test_vit_moe"),
+        num_classes=2,
+        image_size=32,
+        optim=OptimizerConfig(name=name),
     )
     optimizer, _ = build_optimizer(task.net, task.optim, total_steps=2)
     task.net(torch.randn(2, 3, 32, 32)).square().sum().backward()
     optimizer.step()
-    moments = sum(x.nbytes for state in optimizer.state.values() for key, x in state.items() if key != "step")
+    moments = sum(
+        x.nbytes for state in optimizer.state.values() for key, x in state.items() if key != "step"
+    )
     weights = sum(p.nbytes for p in task.net.parameters())
     gradients = sum(p.grad.nbytes for p in task.net.parameters() if p.grad is not None)
     assert sum(memory.state_bytes(task, trainer_of())) == weights + gradients + moments
@@ -44,7 +51,9 @@ def test_frozen_weights_have_neither_gradient_nor_moments():
     task = task_of()
     for parameter in task.net.parameters():
         parameter.requires_grad_(False)
-    task.net.head.requires_grad_(True)  # 32 · 2 weights and 2 biases, each with a gradient and two moments
+    task.net.head.requires_grad_(
+        True
+    )  # 32 · 2 weights and 2 biases, each with a gradient and two moments
     weights = sum(p.nbytes for p in task.net.parameters())
     assert sum(memory.state_bytes(task, trainer_of())) == weights + 3 * 4 * 66
 
@@ -68,7 +77,10 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     with pytest.raises(UserError, match="--force"):  # each has half of the memory
         memory.check_memory(task, trainer_of(devices=2, strategy="ddp"))
     monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs - 1)
-    with pytest.raises(UserError, match=r"use fewer experts \(--model.arch.num_experts\) or a smaller model; --force"):
+    with pytest.raises(
+        UserError,
+        match=r"use fewer experts \(--model.arch.num_experts\) or a smaller model; --force",
+    ):
         memory.check_memory(task, trainer)
     with pytest.raises(UserError, match=r"use a device with more memory; --force"):
         memory.check_memory(task, trainer, goes_on=True)
@@ -83,7 +95,9 @@ def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
     capacity = -(-needs // 3)
     alone = trainer_of()
     monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
-    with pytest.raises(UserError, match=r"Card has .* or --parallel fsdp on 3 GPUs or more; --force"):
+    with pytest.raises(
+        UserError, match=r"Card has .* or --parallel fsdp on 3 GPUs or more; --force"
+    ):
         memory.check_memory(task, alone)
     capacity = -(-needs // 5)
     monkeypatch.setattr(MoEParallelStrategy, "root_device", torch.device("cuda", 0))
@@ -91,7 +105,9 @@ def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
     sharded = trainer_of(devices=2, strategy=MoEParallelStrategy())
     with pytest.raises(UserError, match=r"on 5 GPUs or more or --parallel.offload true; --force"):
         memory.check_memory(task, sharded)
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs)  # half of it holds a half of everything
+    monkeypatch.setattr(
+        memory, "usable_memory_bytes", lambda: needs
+    )  # half of it holds a half of everything
     memory.check_memory(task, trainer_of(devices=2, strategy=MoEParallelStrategy(offload=True)))
 
 

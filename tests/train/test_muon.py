@@ -14,7 +14,14 @@ from torch import nn
 from moevision import forward_routing
 from moevision.layers import PackedLinear, moe_layers
 from moevision.models.config import MoEConfig
-from moevision.train.optim import Muon, OptimizerConfig, build_optimizer, matrices_of, orthogonal, parameter_groups
+from moevision.train.optim import (
+    Muon,
+    OptimizerConfig,
+    build_optimizer,
+    matrices_of,
+    orthogonal,
+    parameter_groups,
+)
 from moevision.train.task import ClassificationTask
 
 ITERATIONS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
@@ -43,7 +50,9 @@ def test_orthogonal_is_the_nearest_orthogonal_matrix(shape: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
     found = orthogonal(matrices)
-    torch.testing.assert_close(found, torch.stack([by_definition(m) for m in maps(matrices)]).reshape(shape))
+    torch.testing.assert_close(
+        found, torch.stack([by_definition(m) for m in maps(matrices)]).reshape(shape)
+    )
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     well = s / matrices.norm(dim=(-2, -1), keepdim=True)[..., 0] > 0.05
     values = torch.linalg.svdvals(found)
@@ -58,12 +67,15 @@ class OnGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(fast: bool, dtype: torch.dtype, monkeypatch: Any) -> None:
+def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(
+    fast: bool, dtype: torch.dtype, monkeypatch: Any
+) -> None:
     """Those before Ampere emulate it."""
     seen = []
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: fast)
     monkeypatch.setattr(
-        "moevision.train.optim.zeropower_via_newtonschulz", lambda x, *_, dtype: seen.append(dtype) or x
+        "moevision.train.optim.zeropower_via_newtonschulz",
+        lambda x, *_, dtype: seen.append(dtype) or x,
     )
     orthogonal(torch.eye(3).as_subclass(OnGpu))
     assert seen == [dtype]
@@ -96,9 +108,13 @@ def test_products_in_bfloat16_point_where_those_in_float32_do() -> None:
 @pytest.mark.parametrize(("precision", "bfloat16"), [("bf16-mixed", True), ("32-true", False)])
 def test_a_training_in_bfloat16_says_so(precision: str, bfloat16: bool) -> None:
     arch = MoEConfig(name="test_vit_moe")
-    task = ClassificationTask(arch=arch, optim=OptimizerConfig("muon"), num_classes=3, image_size=32)
+    task = ClassificationTask(
+        arch=arch, optim=OptimizerConfig("muon"), num_classes=3, image_size=32
+    )
     with patch.object(
-        ClassificationTask, "trainer", SimpleNamespace(precision=precision, estimated_stepping_batches=9)
+        ClassificationTask,
+        "trainer",
+        SimpleNamespace(precision=precision, estimated_stepping_batches=9),
     ):
         found = cast(Any, task.configure_optimizers())["optimizer"]
     assert found.bfloat16 is bfloat16
@@ -106,7 +122,9 @@ def test_a_training_in_bfloat16_says_so(precision: str, bfloat16: bool) -> None:
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=3, stem="stages", router="vmoe_top_k", top_k=2).double()
+    net = timm.create_model(
+        "test_vit_moe", num_classes=3, stem="stages", router="vmoe_top_k", top_k=2
+    ).double()
     for layer in moe_layers(net):
         nn.init.normal_(layer.router.weight)
     return net
@@ -116,7 +134,9 @@ def test_updates_follow_the_definition() -> None:
     """Three steps in float64: v = β v + (1 - β) g; w -= lr (λ w + 0.2 sqrt(max(out, in)) O(β v + (1 - β) g))."""
     net, twin = model(), model()
     lr, decay, beta = 3e-3, 0.1, 0.95
-    optimizer, schedule = build_optimizer(net, OptimizerConfig("muon", lr=lr, weight_decay=decay), total_steps=9)
+    optimizer, schedule = build_optimizer(
+        net, OptimizerConfig("muon", lr=lr, weight_decay=decay), total_steps=9
+    )
     names = matrices_of(net)
     decayed = {"head.weight", "patch_embed.backbone.0.0.conv.weight"}
     decayed |= {f"blocks.{block}.mlp.router.weight" for block in (1, 3)}
@@ -141,7 +161,8 @@ def test_updates_follow_the_definition() -> None:
                 weight, velocity, g = theirs.data, momentum[name], theirs.grad
                 velocity.copy_(beta * velocity + (1 - beta) * g)
                 steps = [
-                    0.2 * math.sqrt(max(m.shape)) * by_definition(m) for m in maps(beta * velocity + (1 - beta) * g)
+                    0.2 * math.sqrt(max(m.shape)) * by_definition(m)
+                    for m in maps(beta * velocity + (1 - beta) * g)
                 ]
                 weight -= rate * (decay * weight + torch.stack(steps).reshape(weight.shape))
         for group in adamw.param_groups:
@@ -151,7 +172,9 @@ def test_updates_follow_the_definition() -> None:
         schedule.step()
         optimizer.zero_grad()
         adamw.zero_grad()
-        for (name, mine), theirs in zip(net.named_parameters(), twin.named_parameters(), strict=True):
+        for (name, mine), theirs in zip(
+            net.named_parameters(), twin.named_parameters(), strict=True
+        ):
             torch.testing.assert_close(mine, theirs[1], rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -160,11 +183,22 @@ def test_what_is_a_matrix() -> None:
     expected = {f"blocks.{i}.attn.{name}.weight" for i in range(4) for name in ("qkv", "proj")}
     expected |= {f"blocks.{i}.mlp.{name}.weight" for i in (0, 2) for name in ("fc1", "fc2")}
     expected |= {f"blocks.{i}.mlp.experts.{name}.weight" for i in (1, 3) for name in ("fc1", "fc2")}
-    stages = ("1.0.conv", "1.1.conv1.conv", "1.1.conv2.conv", "2.0.conv", "2.1.conv1.conv", "2.1.conv2.conv")
+    stages = (
+        "1.0.conv",
+        "1.1.conv1.conv",
+        "1.1.conv2.conv",
+        "2.0.conv",
+        "2.1.conv1.conv",
+        "2.1.conv2.conv",
+    )
     expected |= {f"patch_embed.backbone.{name}.weight" for name in stages}
     assert matrices_of(model()) == expected
-    distilled = matrices_of(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1))
-    assert distilled == {f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    distilled = matrices_of(
+        timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    )
+    assert distilled == {
+        f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
@@ -175,7 +209,11 @@ def test_rates_and_decay_are_those_of_adamw(layer_decay: float | None) -> None:
     def found(name: str) -> dict[int, tuple[float, float]]:
         groups = parameter_groups(net, OptimizerConfig(name, lr=0.01, layer_decay=layer_decay))  # type: ignore[arg-type]
         assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
-        return {id(p): (group.get("lr", 0.01), group["weight_decay"]) for group in groups for p in group["params"]}
+        return {
+            id(p): (group.get("lr", 0.01), group["weight_decay"])
+            for group in groups
+            for p in group["params"]
+        }
 
     assert found("muon") == found("adamw")
     first = parameter_groups(net, OptimizerConfig("muon", layer_decay=layer_decay))[0]
@@ -220,7 +258,9 @@ def test_the_state_goes_on() -> None:
     def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in net.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.grad = torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
         optimizer.step()
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -234,4 +274,6 @@ def test_the_state_goes_on() -> None:
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which hands out the live tensors
     step(net, optimizer, 1)
     step(resumed, other, 1)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True)
+    )

@@ -17,7 +17,12 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig
 from moevision.train import task as task_module
-from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, parameter_groups
+from moevision.train.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    freeze_parameters,
+    parameter_groups,
+)
 from moevision.train.task import ClassificationTask
 
 LR, DECAY = 0.01, 0.5
@@ -87,7 +92,9 @@ def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -
     peaks = [group["max_lr"] for group in optimizer.param_groups]
     assert max(peaks) == peaks[0] == LR, "the first group is the one that reports show"
     assert min(peaks) == pytest.approx(LR if layer_decay is None else LR * DECAY ** (DEPTH + 1))
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([peak / 25 for peak in peaks])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [peak / 25 for peak in peaks]
+    )
     warmup_end = 0.2 * 11 - 1  # in steps, as torch places it
     optimizer.step()
     schedule.step()
@@ -124,11 +131,15 @@ def learning(net: nn.Module) -> set[str]:
 def test_freezing_the_first_blocks() -> None:
     net = freeze_parameters(tiny(), 2)
     expected = {
-        name for name, _ in net.named_parameters() if name.startswith(("blocks.2", "blocks.3", "fc_norm", "head"))
+        name
+        for name, _ in net.named_parameters()
+        if name.startswith(("blocks.2", "blocks.3", "fc_norm", "head"))
     }
     assert learning(net) == expected
     assert learning(freeze_parameters(tiny(), 0)) == {
-        name for name, _ in net.named_parameters() if not name.startswith(("patch_embed", "pos_embed"))
+        name
+        for name, _ in net.named_parameters()
+        if not name.startswith(("patch_embed", "pos_embed"))
     }
     assert learning(freeze_parameters(tiny(), None)) == {name for name, _ in net.named_parameters()}
 
@@ -138,10 +149,16 @@ def test_freezing_all_but() -> None:
     assert learning(net) == {"head.weight", "head.bias"}
     net = freeze_parameters(tiny(), "all_but_experts")
     assert learning(net) == {
-        name for name, _ in net.named_parameters() if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))
+        name
+        for name, _ in net.named_parameters()
+        if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))
     }
-    distilled = freeze_parameters(tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2), "all_but_head")
-    assert learning(distilled) == {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+    distilled = freeze_parameters(
+        tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2), "all_but_head"
+    )
+    assert learning(distilled) == {
+        f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("layer_decay", [None, DECAY])
@@ -178,7 +195,9 @@ def test_everything_frozen_is_no_training() -> None:
 def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], ClassificationTask]:
     """State before, and the task after one optimizer step on noise."""
     L.seed_everything(0, verbose=False)
-    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), optim=config, num_classes=3, image_size=32)
+    task = ClassificationTask(
+        arch=MoEConfig(name="test_vit_moe"), optim=config, num_classes=3, image_size=32
+    )
     before = {name: value.clone() for name, value in task.net.state_dict().items()}
     optimizer, _ = build_optimizer(task.net, config, total_steps=4)
     task.train()
@@ -191,15 +210,22 @@ def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], Classifi
 def test_a_frozen_stem_keeps_weights_and_statistics() -> None:
     """BatchNorm of the stem would drift with every batch, though its weights are frozen; train() must not undo it."""
     before, task = one_step(OptimizerConfig(lr=LR, freeze="all_but_experts"))
-    moved = {name for name, value in task.net.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved <= {name for name in before if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))}
+    moved = {
+        name
+        for name, value in task.net.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert moved <= {
+        name for name in before if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))
+    }
     assert "blocks.1.mlp.experts.fc1.weight" in moved
     assert not any("running" in name for name in moved)
     assert task.net.blocks[0].training, "dropout and stochastic depth stay as configured"
     before, task = one_step(OptimizerConfig(lr=LR))
     after = task.net.state_dict()
     assert not torch.equal(
-        after["patch_embed.backbone.0.bn.running_mean"], before["patch_embed.backbone.0.bn.running_mean"]
+        after["patch_embed.backbone.0.bn.running_mean"],
+        before["patch_embed.backbone.0.bn.running_mean"],
     )
 
 
@@ -209,7 +235,9 @@ def test_a_checkpoint_brings_the_options_back() -> None:
     assert task.optim == OptimizerConfig(lr=LR, layer_decay=DECAY, freeze=1)
     assert task.hparams["optim"]["freeze"] == 1
     assert task_module.OptimizerConfig is OptimizerConfig
-    old = ClassificationTask(optim={"lr": LR, "weight_decay": 0.05, "warmup_fraction": 0.2, "beta2": 0.99})  # type: ignore[arg-type]
+    old = ClassificationTask(
+        optim={"lr": LR, "weight_decay": 0.05, "warmup_fraction": 0.2, "beta2": 0.99}
+    )  # type: ignore[arg-type]
     assert old.optim == OptimizerConfig(lr=LR), "a checkpoint from before these options"
 
 
@@ -233,7 +261,9 @@ def models_with_packed_biases() -> list[nn.Module]:
     [
         param_groups_layer_decay,
         param_groups_weight_decay,
-        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay, layer_decay=0.5).param_groups,
+        lambda net, decay, **_: (
+            create_optimizer_v2(net, "adamw", weight_decay=decay, layer_decay=0.5).param_groups
+        ),
         lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay).param_groups,
     ],
     ids=["layer decay", "one rate", "optimizer with layer decay", "optimizer"],
@@ -248,5 +278,7 @@ def test_timms_optimizers_spare_packed_biases(groups: Callable[..., list[dict[st
             if group["weight_decay"]
         }
         for name, parameter in net.named_parameters():
-            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+            spared = (
+                parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+            )
             assert (id(parameter) in decayed) is not spared, name

@@ -16,7 +16,18 @@ from moevision.train.parallel.layout import check_divides, check_network
 from moevision.train.parallel.parts import filled, outline, total_norm
 from tests.forks import Forked
 from tests.train import layouts
-from tests.train.layouts import CASES, CLASSES, COUNTED, DDP, EP2, EP4, FSDP, IMAGES, REPLICATED, build
+from tests.train.layouts import (
+    CASES,
+    CLASSES,
+    COUNTED,
+    DDP,
+    EP2,
+    EP4,
+    FSDP,
+    IMAGES,
+    REPLICATED,
+    build,
+)
 
 pytestmark = pytest.mark.deep
 
@@ -47,7 +58,9 @@ def test_layouts_train_like_one_process(name: str, size: int, layout: int, compa
         assert found["logits"] < 2**-7
         assert found["norm"] < 2**-7
         plain = f"bf16, {layout}"  # weights of experts that were rounded before they were gathered are the same
-        if CASES[name].gathered and plain in (others := json.loads((compared / f"errors-{size}.json").read_text())):
+        if CASES[name].gathered and plain in (
+            others := json.loads((compared / f"errors-{size}.json").read_text())
+        ):
             assert found["logits"] == others[plain]["logits"]
         return
     assert found["logits"] < 1e-10
@@ -77,7 +90,9 @@ def planned_traffic(net: nn.Module, processes: int, layout: int) -> dict[str, li
         planned[kind] = [sum(pair) for pair in zip(before, more, strict=True)]
 
     if layout == DDP:
-        add("all_reduce", 4 * (other_parameters + expert_parameters), 1, processes, times=2)  # in one bucket
+        add(
+            "all_reduce", 4 * (other_parameters + expert_parameters), 1, processes, times=2
+        )  # in one bucket
     elif layout > REPLICATED:
         add("all_reduce", 4 * other_parameters, units, processes, times=2)
         add("all_reduce", 4 * expert_parameters / n, len(moe), processes // n, times=2)
@@ -130,8 +145,12 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
         (2, 0, "loop", "this one has none"),
     ],
 )
-def test_networks_that_can_not_be_divided(expert: int, experts: int, backend: Backend, says: str) -> None:
-    arch = MoEConfig("test_vit_moe", num_experts=experts or 8, twin=None if experts else "active_flops")
+def test_networks_that_can_not_be_divided(
+    expert: int, experts: int, backend: Backend, says: str
+) -> None:
+    arch = MoEConfig(
+        "test_vit_moe", num_experts=experts or 8, twin=None if experts else "active_flops"
+    )
     net = build_model(arch, 4, 32)
     for layer in net.modules():
         if isinstance(layer, MoEMlp):

@@ -42,7 +42,9 @@ def whole(work: Path) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def stopped(work: Path) -> Path:
     """The run folder of a training that was stopped after three steps of 18."""
-    process = start(work, "synthetic_pets", *SHARDED, "--name=stopped", "--checkpoint.every_steps=3")
+    process = start(
+        work, "synthetic_pets", *SHARDED, "--name=stopped", "--checkpoint.every_steps=3"
+    )
     wait_until(process, (work / "runs" / "stopped" / "checkpoints" / "last.ckpt").is_file)
     os.kill(cast(int, process.pid), signal.SIGTERM)
     said, _ = process.communicate(timeout=900)
@@ -56,9 +58,16 @@ def stopped(work: Path) -> Path:
 def test_the_exported_model_is_the_tested_checkpoint(whole: tuple[Path, str]) -> None:
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
-    assert "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each" in said
-    assert "images, how long they take isn't known before" in said  # no device has to hold the whole model
-    tested = run / "checkpoints" / json.loads((run / "summary.json").read_text())["test"]["checkpoint"]
+    assert (
+        "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each"
+        in said
+    )
+    assert (
+        "images, how long they take isn't known before" in said
+    )  # no device has to hold the whole model
+    tested = (
+        run / "checkpoints" / json.loads((run / "summary.json").read_text())["test"]["checkpoint"]
+    )
     saved, model = torch.load(tested), load_file(run / "model" / "model.safetensors")
     assert {f"net.{name}" for name in model} <= saved["state_dict"].keys()
     for name, tensor in model.items():
@@ -74,15 +83,22 @@ def test_the_exported_model_is_the_tested_checkpoint(whole: tuple[Path, str]) ->
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("name", "options"), [("replicas", TWO), ("shards", SHARDED)])
-def test_two_processes_validate_both_checkpoints_together(work: Path, name: str, options: tuple[str, ...]) -> None:
+def test_two_processes_validate_both_checkpoints_together(
+    work: Path, name: str, options: tuple[str, ...]
+) -> None:
     """With a learning rate of 0 the first epoch is the best; 33 images can't be halved, and each counts once."""
     fit(work, "synthetic_pets", *options, "--model.optim.lr=1e-30", f"--name={name}")
     summary = (work / "runs" / name / "summary.md").read_text()
-    assert "(EMA) of the weights of the last epoch: on 33 validation images the accuracy of the best epoch" in summary
+    assert (
+        "(EMA) of the weights of the last epoch: on 33 validation images the accuracy of the best epoch"
+        in summary
+    )
 
 
 @pytest.mark.deep
-def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path, str], stopped: Path) -> None:
+def test_interrupted_and_resumed_is_uninterrupted(
+    work: Path, whole: tuple[Path, str], stopped: Path
+) -> None:
     """Also where the first process's running statistics (BatchNorm) are the only ones that are saved."""
     said = fit(work, "--resume", "runs/stopped")
     assert "bit-identical" not in said
@@ -100,9 +116,13 @@ def test_a_run_that_lacks_its_report_alone_goes_on(work: Path, whole: tuple[Path
 
 
 @pytest.mark.deep
-def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: tuple[Path, str]) -> None:
+def test_torchrun_starts_the_same_training_and_a_dense_twin(
+    work: Path, whole: tuple[Path, str]
+) -> None:
     """The twin has no experts to divide: its weights are sharded alone."""
-    said = fit(work, "synthetic_pets", *SHARDED, "--name=launched", "--with-twin", launcher=TORCHRUN)
+    said = fit(
+        work, "synthetic_pets", *SHARDED, "--name=launched", "--with-twin", launcher=TORCHRUN
+    )
     assert differing(work / "runs" / "launched", whole[0]) == []
     assert said.count("parallel: weights sharded over 2 processes (FSDP2)") == 2
     assert (work / "runs" / "launched" / "twin" / "summary.md").is_file()
@@ -133,7 +153,10 @@ def test_numbers_of_one_process_are_not_finite(work: Path) -> None:
     run = work / "runs" / "struck"
     assert json.loads((run / "summary.json").read_text())["steps"] == 6 - 2
     assert "2 updates left out because a number was not finite." in (run / "summary.md").read_text()
-    assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(run / "model" / "model.safetensors").values()
+    )
 
 
 @pytest.mark.deep
@@ -151,7 +174,14 @@ def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) 
 @pytest.mark.usefixtures("stopped")
 def test_a_sharded_run_goes_on_in_one_process(work: Path) -> None:
     """Half of the processes sum the gradients of two batches each: 18 steps of 16 images, as they were to be."""
-    said = fit(work, "--resume", "runs/alone", "--trainer.devices=1", "--parallel.layout=null", "--parallel.expert=1")
+    said = fit(
+        work,
+        "--resume",
+        "runs/alone",
+        "--trainer.devices=1",
+        "--parallel.layout=null",
+        "--parallel.expert=1",
+    )
     assert "the number of processes (--trainer.devices) was 2, now 1" in said
     summary = json.loads((work / "runs" / "alone" / "summary.json").read_text())
     assert (summary["steps"], summary["batch_size"]) == (18, 16)
@@ -163,23 +193,59 @@ def test_a_sharded_run_goes_on_in_one_process(work: Path) -> None:
     [
         (["--parallel.expert=2"], "say --parallel fsdp or --parallel ddp"),
         (["--parallel", "fsdp"], "there is one: say --trainer.devices N"),
-        (["--parallel=ddp", "--parallel.offload=true", "--trainer.devices=2"], "what --parallel fsdp has divided"),
+        (
+            ["--parallel=ddp", "--parallel.offload=true", "--trainer.devices=2"],
+            "what --parallel fsdp has divided",
+        ),
         (["--parallel=fsdp", "--trainer.strategy=ddp"], "are two ways to say it"),
-        (["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"], "does not divide the 3 processes"),
-        (["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"], "does not divide the 4 experts of block"),
-        (["--parallel=fsdp", "--trainer.devices=2", "--trainer.precision=bf16-true"], "not in bf16-true"),
-        (["--parallel=fsdp", "--trainer.devices=2", "--model.compile=true"], "--model.compile has no tests"),
-        (["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"], "8 val images in batches of 1 leave one"),
+        (
+            ["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"],
+            "does not divide the 3 processes",
+        ),
+        (
+            ["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"],
+            "does not divide the 4 experts of block",
+        ),
+        (
+            ["--parallel=fsdp", "--trainer.devices=2", "--trainer.precision=bf16-true"],
+            "not in bf16-true",
+        ),
+        (
+            ["--parallel=fsdp", "--trainer.devices=2", "--model.compile=true"],
+            "--model.compile has no tests",
+        ),
+        (
+            ["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"],
+            "8 val images in batches of 1 leave one",
+        ),
     ],
 )
 def test_what_can_not_work_is_refused(
-    options: list[str], says: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    says: str,
+    cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "start_processes", lambda number: None)  # this one stands for each of them
+    monkeypatch.setattr(
+        training, "start_processes", lambda number: None
+    )  # this one stands for each of them
     monkeypatch.setattr(training, "_check_processes", lambda trainer: None)
-    tiny = ["--data.train_size=16", "--data.val_size=8", "--data.test_size=8", "--data.image_size=32"]
-    found = cli("fit", "synthetic_pets", "--model.arch.name=test_vit_moe", "--trainer.accelerator=cpu", *tiny, *options)
+    tiny = [
+        "--data.train_size=16",
+        "--data.val_size=8",
+        "--data.test_size=8",
+        "--data.image_size=32",
+    ]
+    found = cli(
+        "fit",
+        "synthetic_pets",
+        "--model.arch.name=test_vit_moe",
+        "--trainer.accelerator=cpu",
+        *tiny,
+        *options,
+    )
     assert found.code == 2
     assert says in found.err
     assert not list(tmp_path.glob("runs/*/*"))

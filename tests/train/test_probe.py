@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def data(drawn_pets: Path, draw, tmp_path: Path) -> ImageDataModule:
-    module = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, test_fraction=0.3, val_fraction=0.2)
+    module = ImageDataModule(
+        str(drawn_pets), image_size=32, batch_size=8, test_fraction=0.3, val_fraction=0.2
+    )
     module.setup("fit")
     return module
 
@@ -32,7 +34,9 @@ def net() -> torch.nn.Module:
     return timm.create_model("test_vit", img_size=32, num_classes=2)
 
 
-def features_of(net: torch.nn.Module, data: ImageDataModule, split: str) -> tuple[np.ndarray, np.ndarray]:
+def features_of(
+    net: torch.nn.Module, data: ImageDataModule, split: str
+) -> tuple[np.ndarray, np.ndarray]:
     """By the model's own forward pass, with its classifier taken off."""
     bare = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
     bare.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("head.")})
@@ -41,7 +45,9 @@ def features_of(net: torch.nn.Module, data: ImageDataModule, split: str) -> tupl
     return tuple(torch.cat(part).numpy() for part in zip(*batches, strict=True))
 
 
-def test_the_probe_is_scikit_learns(data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_the_probe_is_scikit_learns(
+    data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(start, "_STRENGTHS", (0.1,))
     found = fit_probe(net, data, CPU)
     assert found is not None
@@ -56,7 +62,9 @@ def test_the_probe_is_scikit_learns(data: ImageDataModule, net: torch.nn.Module,
     with torch.no_grad():
         logits = torch.cat([net(batch["image"]) for batch in data.plain_loader("test")])
     margin = (logits[:, 1] - logits[:, 0]).numpy()
-    np.testing.assert_allclose(margin, expected.decision_function(scaler.transform(test_x)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        margin, expected.decision_function(scaler.transform(test_x)), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_classifier_that_is_as_good_is_kept(data: ImageDataModule, net: torch.nn.Module) -> None:
@@ -96,16 +104,23 @@ def test_a_start_with_experts_is_told(data: ImageDataModule, net: torch.nn.Modul
         found = fit_probe(model, data, CPU)
         assert found is not None
         assert found.of_experts == experts
-        assert found.mbytes == pytest.approx(4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+        assert found.mbytes == pytest.approx(
+            4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        )
 
 
 def test_it_takes_some_images_of_every_class(
-    data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: ImageDataModule,
+    net: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(start, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
     classes = [sample.label for sample in data.contents.datasets["train"].samples]
     read, loader = {}, data.plain_loader
-    monkeypatch.setattr(data, "plain_loader", lambda split, some: read.update({split: some}) or loader(split, some))
+    monkeypatch.setattr(
+        data, "plain_loader", lambda split, some: read.update({split: some}) or loader(split, some)
+    )
     found = fit_probe(net, data, CPU)
     assert found is not None
     assert (found.train_images, found.val_images, len(found.test_correct)) == (20, 4, 10)
@@ -122,8 +137,10 @@ def test_it_is_tested_on_all_test_images() -> None:
     data = SimpleNamespace(
         contents=SimpleNamespace(datasets={"test": SimpleNamespace(samples=samples)}),
         plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
-        num_classes=3, seed=0, batch_size=8,
-    )  # fmt: skip
+        num_classes=3,
+        seed=0,
+        batch_size=8,
+    )
     net = timm.create_model("test_vit", img_size=32, num_classes=3)
     start.features_of(net, data, {"test": start._MOST_IMAGES["test"]}, CPU)
     assert read["test"] == list(range(5_000))
@@ -135,17 +152,25 @@ def test_a_rare_class_is_among_the_sampled_training_images(rare: int) -> None:
     read: dict[str, list[int]] = {}
     samples = [SimpleNamespace(label=label) for label in [0] * 1500 + [1] * 1500 + [2] * rare]
     data = SimpleNamespace(
-        contents=SimpleNamespace(datasets=dict.fromkeys(("train", "val"), SimpleNamespace(samples=samples))),
+        contents=SimpleNamespace(
+            datasets=dict.fromkeys(("train", "val"), SimpleNamespace(samples=samples))
+        ),
         plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
-        num_classes=3, seed=0, batch_size=8,
-    )  # fmt: skip
+        num_classes=3,
+        seed=0,
+        batch_size=8,
+    )
     net = timm.create_model("test_vit", img_size=32, num_classes=3)
     start.features_of(net, data, {"train": 300, "val": 300}, CPU)
-    counts = {split: Counter(samples[row].label for row in set(rows)) for split, rows in read.items()}
+    counts = {
+        split: Counter(samples[row].label for row in set(rows)) for split, rows in read.items()
+    }
     assert counts["train"].total() == counts["val"].total() == 300
     assert counts["train"][2] >= min(rare, 5)
     assert abs(counts["train"][0] - counts["train"][1]) <= 2
-    assert counts["val"][2] == pytest.approx(rare / 10, abs=1)  # what is measured keeps the classes' shares
+    assert counts["val"][2] == pytest.approx(
+        rare / 10, abs=1
+    )  # what is measured keeps the classes' shares
 
 
 def one_batch() -> dict[str, torch.Tensor]:

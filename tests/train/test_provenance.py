@@ -20,12 +20,16 @@ from moevision.train.provenance import collect_provenance, git_state
 def _git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     command = ["git", *identity, *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_says_what_a_rerun_needs() -> None:
     command = ["moevision", "fit", "my photos", "--seed_everything", "3"]
-    record = collect_provenance(command=command, seed=3, data_sha256="ab" * 32, extra={"backend": "grouped"})
+    record = collect_provenance(
+        command=command, seed=3, data_sha256="ab" * 32, extra={"backend": "grouped"}
+    )
     assert record["moevision"] == moevision.__version__
     assert record["command"] == command
     assert shlex.split(record["command_line"]) == command  # can be pasted into a shell
@@ -36,7 +40,9 @@ def test_says_what_a_rerun_needs() -> None:
     assert record["hardware"]["torch_threads"] == torch.get_num_threads()
     assert record["hardware"]["memory_gib"] is None or record["hardware"]["memory_gib"] > 0.1
     assert record["run"] == {"backend": "grouped"}
-    assert json.loads(json.dumps(record, allow_nan=False)) == record  # primitives only: nothing changes
+    assert (
+        json.loads(json.dumps(record, allow_nan=False)) == record
+    )  # primitives only: nothing changes
 
 
 def test_start_time_is_utc() -> None:
@@ -139,8 +145,12 @@ def test_write_json_atomic_replaces_whole_files(tmp_path: Path) -> None:
     for bad in ({"a": float("nan")}, {"a": Path("x")}):
         with pytest.raises((ValueError, TypeError)):
             write_json_atomic(path, bad)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, "ü", None]}  # the old file stands
-    assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]  # and no neighbour was left
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "a": [1, "ü", None]
+    }  # the old file stands
+    assert [entry.name for entry in path.parent.iterdir()] == [
+        "a.json"
+    ]  # and no neighbour was left
 
 
 def test_file_names_that_are_not_unicode_stay_valid_json(tmp_path: Path) -> None:

@@ -40,7 +40,13 @@ def shown(drawn_pets, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(cli, tiny, drawn_pets, shown, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("recorded")
-    options = (*tiny, *OPTIONS, f"--record_routing.images={shown}", f"--runs_root={root}", "--with-twin")
+    options = (
+        *tiny,
+        *OPTIONS,
+        f"--record_routing.images={shown}",
+        f"--runs_root={root}",
+        "--with-twin",
+    )
     outcome = cli("fit", drawn_pets, *options)
     assert outcome.code == 0, outcome.err
     return root / "pets"
@@ -64,20 +70,28 @@ def test_the_last_moment_is_the_saved_model(run, shown):
     for row, name in enumerate(names):
         pixels = torch.from_numpy(square_pixels(safe_open(shown / name), 32)).permute(2, 0, 1)[None]
         with torch.no_grad():
-            logits, routings = forward_routing(saved.net.eval(), normalize(pixels, saved.mean, saved.std))
+            logits, routings = forward_routing(
+                saved.net.eval(), normalize(pixels, saved.mean, saved.std)
+            )
         np.testing.assert_allclose(history.probabilities[-1, row], logits.softmax(-1)[0], atol=1e-3)
         for routing in routings:
             own = history.weights[routing.layer][-1, row]
-            np.testing.assert_allclose(own, routing.expert_weights()[0, routing.num_prefix_tokens :], atol=1e-3)
+            np.testing.assert_allclose(
+                own, routing.expert_weights()[0, routing.num_prefix_tokens :], atol=1e-3
+            )
             assert (history.first_choice(routing.layer)[-1, row] == own.argmax(-1)).all()
     assert history.grid == (4, 4)
     assert not np.array_equal(history.weights[1][0], history.weights[1][-1]), "it learned"
 
 
 def test_recording_changes_no_training(run, cli, tiny, drawn_pets, tmp_path):
-    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={tmp_path}", "--record_routing.images=null")
+    outcome = cli(
+        "fit", drawn_pets, *tiny, f"--runs_root={tmp_path}", "--record_routing.images=null"
+    )
     assert outcome.code == 0, outcome.err
-    assert (tmp_path / "pets/model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "pets/model/model.safetensors").read_bytes() == (
+        run / "model/model.safetensors"
+    ).read_bytes()
     assert not (tmp_path / "pets" / FILE).exists()
 
 
@@ -99,7 +113,9 @@ def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
     in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
     assert list(history.image_names) == in_turn[:12]
     (entry,) = open_entries(str(plain))
-    assert [entry.examples.id_of_name(name) for name in history.image_names] == entry.examples.all_ids[:12]
+    assert [
+        entry.examples.id_of_name(name) for name in history.image_names
+    ] == entry.examples.all_ids[:12]
     # Six steps of eight images are soon over: 1 % of that isn't a pass of 12 images, and beginning and end are kept.
     assert history.steps[0] == 0
     assert len(history) == 2
@@ -132,7 +148,9 @@ def test_a_dense_twin_has_nothing_to_record(run):
 
 @pytest.mark.deep
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path):
+def test_a_resumed_run_has_the_same_file(
+    cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path
+):
     """Stopped at a moment of the plan, 0, 1, 3 and 6, or between two of them: going on is none."""
     assert planned_moments(6, 4) == [0, 1, 3, 6]
     monkeypatch.chdir(tmp_path)
@@ -205,7 +223,11 @@ def test_a_damaged_file(run, tmp_path, fault):
     if fault == "order":
         metadata["history"] = metadata["history"].replace('"steps": [0, ', '"steps": [9, ')
     if fault != "missing":
-        file.write_bytes(safetensors.numpy.save(arrays, metadata)[: 200 if fault == "cut" else None])
-    said = {"cut": "can't be loaded", "schema": "history/9", "missing": "There is no"}.get(fault, "is damaged")
+        file.write_bytes(
+            safetensors.numpy.save(arrays, metadata)[: 200 if fault == "cut" else None]
+        )
+    said = {"cut": "can't be loaded", "schema": "history/9", "missing": "There is no"}.get(
+        fault, "is damaged"
+    )
     with pytest.raises(UserError, match=said):
         RoutingHistory.load(file)

@@ -28,7 +28,12 @@ NAN, INF = math.nan, math.inf
     ("make", "option", "values", "words"),
     [
         (OptimizerConfig, "lr", (0, -1, NAN, INF), "--model.optim.lr is {}: it must be above 0"),
-        (OptimizerConfig, "weight_decay", (-1, NAN), "--model.optim.weight_decay is {}: it must be at least 0"),
+        (
+            OptimizerConfig,
+            "weight_decay",
+            (-1, NAN),
+            "--model.optim.weight_decay is {}: it must be at least 0",
+        ),
         (
             OptimizerConfig,
             "beta2",
@@ -41,31 +46,106 @@ NAN, INF = math.nan, math.inf
             (-0.1, 1.1, NAN),
             "--model.optim.warmup_fraction is {}: it must be between",
         ),
-        (OptimizerConfig, "layer_decay", (0, 1.5, NAN), "--model.optim.layer_decay is {}: it must be above 0 and at"),
-        (AuxLossWeights, "importance", (-1, NAN, INF), "--model.aux.importance is {}: it must be at least 0"),
+        (
+            OptimizerConfig,
+            "layer_decay",
+            (0, 1.5, NAN),
+            "--model.optim.layer_decay is {}: it must be above 0 and at",
+        ),
+        (
+            AuxLossWeights,
+            "importance",
+            (-1, NAN, INF),
+            "--model.aux.importance is {}: it must be at least 0",
+        ),
         (AuxLossWeights, "load", (-1, NAN), "--model.aux.load is {}: it must be at least 0"),
-        (AuxLossWeights, "load_balancing", (-1, NAN), "--model.aux.load_balancing is {}: it must be at least 0"),
+        (
+            AuxLossWeights,
+            "load_balancing",
+            (-1, NAN),
+            "--model.aux.load_balancing is {}: it must be at least 0",
+        ),
         (AuxLossWeights, "z", (-1, NAN), "--model.aux.z is {}: it must be at least 0"),
         (AuxLossWeights, "label", (-1, NAN), "--model.aux.label is {}: it must be at least 0"),
-        (ClassificationTask, "label_smoothing", (-0.1, 1.5, NAN), "--model.label_smoothing is {}: it must be at least"),
-        (RouterOptions, "capacity_factor", (0, NAN, INF), "capacity_factor is {}: it must be above 0"),
-        (MoEConfig, "num_experts", (0, [4, 0]), "--model.arch.num_experts is 0: it must be at least 1"),
-        (MoEConfig, "upcycle_noise", (-1, NAN, INF), "--model.arch.upcycle_noise is {}: it must be at least 0"),
-        (MoEConfig, "upcycle_reinit", (-1, 1.5, NAN), "--model.arch.upcycle_reinit is {}: it must be at least 0 and"),
+        (
+            ClassificationTask,
+            "label_smoothing",
+            (-0.1, 1.5, NAN),
+            "--model.label_smoothing is {}: it must be at least",
+        ),
+        (
+            RouterOptions,
+            "capacity_factor",
+            (0, NAN, INF),
+            "capacity_factor is {}: it must be above 0",
+        ),
+        (
+            MoEConfig,
+            "num_experts",
+            (0, [4, 0]),
+            "--model.arch.num_experts is 0: it must be at least 1",
+        ),
+        (
+            MoEConfig,
+            "upcycle_noise",
+            (-1, NAN, INF),
+            "--model.arch.upcycle_noise is {}: it must be at least 0",
+        ),
+        (
+            MoEConfig,
+            "upcycle_reinit",
+            (-1, 1.5, NAN),
+            "--model.arch.upcycle_reinit is {}: it must be at least 0 and",
+        ),
         (ImageDataModule, "mixup", (-1, NAN, INF), "--data.mixup is {}: it must be at least 0"),
-        (ImageDataModule, "num_workers", (-1, 257, 5000), "--data.num_workers is {}: it must be at least 0 and at mos"),
-        (ImageDataModule, "min_crop_scale", (-1, 2, NAN), "--data.min_crop_scale is {}: it must be between 0 and 1"),
-        (ImageDataModule, "seed", (-1, 2**32), "--data.seed is {}: it must be at least 0 and less than 2**32"),
-        (ImageDataModule, "std", ((NAN, 1, 1), (1, INF, 1)), "--data.std is {}: every channel's deviation must be"),
-        (CheckpointConfig, "every_minutes", (0, NAN), "--checkpoint.every_minutes is {}: it must be above 0"),
+        (
+            ImageDataModule,
+            "num_workers",
+            (-1, 257, 5000),
+            "--data.num_workers is {}: it must be at least 0 and at mos",
+        ),
+        (
+            ImageDataModule,
+            "min_crop_scale",
+            (-1, 2, NAN),
+            "--data.min_crop_scale is {}: it must be between 0 and 1",
+        ),
+        (
+            ImageDataModule,
+            "seed",
+            (-1, 2**32),
+            "--data.seed is {}: it must be at least 0 and less than 2**32",
+        ),
+        (
+            ImageDataModule,
+            "std",
+            ((NAN, 1, 1), (1, INF, 1)),
+            "--data.std is {}: every channel's deviation must be",
+        ),
+        (
+            CheckpointConfig,
+            "every_minutes",
+            (0, NAN),
+            "--checkpoint.every_minutes is {}: it must be above 0",
+        ),
         (
             lambda **o: StabilityGuard(GuardConfig(**o)),
             "spike_sigmas",
             (-1, NAN),
             "--guard.spike_sigmas is {}: it must",
         ),
-        (lambda **o: WeightEMA(EmaConfig(**o)), "decay", (0, 1, NAN), "--ema.decay is {}: it must be between 0 and 1"),
-        (lambda **o: upcycle("test_vit", **o), "noise", (-1, NAN, INF), "noise is {}: it must be at least 0"),
+        (
+            lambda **o: WeightEMA(EmaConfig(**o)),
+            "decay",
+            (0, 1, NAN),
+            "--ema.decay is {}: it must be between 0 and 1",
+        ),
+        (
+            lambda **o: upcycle("test_vit", **o),
+            "noise",
+            (-1, NAN, INF),
+            "noise is {}: it must be at least 0",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
@@ -85,26 +165,47 @@ def test_the_weight_of_a_class_is_above_0(weight):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0: it must be at least 1"),
-        ("--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch is 0: it must be at least 1"),
+        (
+            "--trainer.accumulate_grad_batches=0",
+            "accumulate_grad_batches is 0: it must be at least 1",
+        ),
+        (
+            "--trainer.check_val_every_n_epoch=0",
+            "check_val_every_n_epoch is 0: it must be at least 1",
+        ),
         ("--trainer.val_check_interval=0", "val_check_interval is 0: it must be above 0"),
         ("--trainer.gradient_clip_val=-1.5", "gradient_clip_val is -1.5: it must be at least 0"),
         ("--trainer.accelerator=tpu", "The Trainer does not take these options"),
         ("--model.optim.lr=-1", "lr is -1.0: it must be above 0"),
         ("--model.num_classes=0", "--model.num_classes is what the images say: leave it out"),
-        ("--model.image_size=-1", "--model.image_size is what the images say: leave it out, and use --data.image_size"),
-        ("--data.image_column=x", "--data.image_column names a column of a table, and there is none in"),
-        ("--data.label_column=x", "--data.label_column names a column of a table, and there is none in"),
+        (
+            "--model.image_size=-1",
+            "--model.image_size is what the images say: leave it out, and use --data.image_size",
+        ),
+        (
+            "--data.image_column=x",
+            "--data.image_column names a column of a table, and there is none in",
+        ),
+        (
+            "--data.label_column=x",
+            "--data.label_column names a column of a table, and there is none in",
+        ),
         ("--data.path=other", " and --data.path other both name images: use one of them"),
         # 24 training images are three batches of 8.
-        ("--trainer.accumulate_grad_batches=4", "accumulate_grad_batches is 4 and an epoch has 3 batches: use at most"),
+        (
+            "--trainer.accumulate_grad_batches=4",
+            "accumulate_grad_batches is 4 and an epoch has 3 batches: use at most",
+        ),
         ("--model.arch.num_experts=100000000", "Weights, gradients and moments of this model take"),
         (
             "--trainer.logger=false",
             "metrics.csv is always written, the report is made of it: leave --trainer.logger false",
         ),
         ("--trainer.default_root_dir=x", "there is no option 'trainer.default_root_dir'"),
-        ("--seed_everything=-5", "seed_everything is -5: it must be at least 0 and less than 2**32"),
+        (
+            "--seed_everything=-5",
+            "seed_everything is -5: it must be at least 0 and less than 2**32",
+        ),
         ("--seed_everything=99999999999999999999", "it must be at least 0 and less than 2**32"),
     ],
 )
@@ -142,7 +243,9 @@ def test_data_prune_says_so(cli):
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        ),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         MemoryError(),
     ],
@@ -157,5 +260,7 @@ def test_memory_that_is_not_there(cli, monkeypatch, error):
     monkeypatch.setattr(program, "_call", fail)
     outcome = cli("predict", "model", "images")
     assert outcome.code == 2
-    assert outcome.err.startswith("moevision: there is not enough memory for predict here: use a smaller model")
+    assert outcome.err.startswith(
+        "moevision: there is not enough memory for predict here: use a smaller model"
+    )
     assert "Traceback" in cli("predict", "model", "images", "--traceback").err

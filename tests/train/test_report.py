@@ -18,7 +18,12 @@ from sklearn.metrics import confusion_matrix
 
 from moevision.efficiency import ModelCost
 from moevision.layers import LayerLoad
-from moevision.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
+from moevision.stats import (
+    PairedDifference,
+    accuracy_interval,
+    paired_difference,
+    paired_macro_difference,
+)
 from moevision.train import plots
 from moevision.train.plots import moving_average, plot_confusion, plot_curves, read_metrics
 from moevision.train.report import (
@@ -85,7 +90,9 @@ def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path: Path) -> Non
 def test_smooth_by_hand_and_over_gaps() -> None:
     """span 3: weight 1/2. Weighted means: 1; (.5*.5*1 + .5*3)/.75; NaN is passed over."""
     smoothed = moving_average(np.array([1.0, 3.0, np.nan, 5.0]), span=3)
-    np.testing.assert_allclose(smoothed, [1.0, 7 / 3, np.nan, (0.125 * 1 + 0.25 * 3 + 0.5 * 5) / 0.875])
+    np.testing.assert_allclose(
+        smoothed, [1.0, 7 / 3, np.nan, (0.125 * 1 + 0.25 * 3 + 0.5 * 5) / 0.875]
+    )
     np.testing.assert_array_equal(moving_average(np.array([4.0, 2.0]), span=1), [4.0, 2.0])
 
 
@@ -128,7 +135,10 @@ def test_curves_survive_a_diverged_run(tmp_path: Path) -> None:
     ("values", "ends"), [((1.0, 1.0), (0.9, 1.0)), ((0.12, 0.87), (0.1, 0.9)), ((0.5,), (0.5, 0.6))]
 )
 def test_accuracy_is_drawn_in_its_own_range(
-    values: tuple[float, ...], ends: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: tuple[float, ...],
+    ends: tuple[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the tenth below the lowest to the one above the highest, and never beyond 100 %."""
     figures: list[Figure] = []
@@ -140,19 +150,26 @@ def test_accuracy_is_drawn_in_its_own_range(
 
 def test_there_are_no_curves_where_nothing_was_logged(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("epoch,step\n0,1\n")
-    plot_curves(tmp_path / "empty.csv", tmp_path / "curves.png")  # of a training that ended before anything was logged
+    plot_curves(
+        tmp_path / "empty.csv", tmp_path / "curves.png"
+    )  # of a training that ended before anything was logged
     assert not (tmp_path / "curves.png").exists()
 
 
 def test_pictures_from_several_threads_equal_those_from_one(tmp_path: Path) -> None:
     metrics = _write_csv(tmp_path / "m.csv", _rows(3, ("blocks.1.mlp",)))
     plot_curves(metrics, tmp_path / "alone.png")
-    threads = [threading.Thread(target=plot_curves, args=(metrics, tmp_path / f"{i}.png")) for i in range(3)]
+    threads = [
+        threading.Thread(target=plot_curves, args=(metrics, tmp_path / f"{i}.png"))
+        for i in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {(tmp_path / f"{i}.png").read_bytes() for i in range(3)} == {(tmp_path / "alone.png").read_bytes()}
+    assert {(tmp_path / f"{i}.png").read_bytes() for i in range(3)} == {
+        (tmp_path / "alone.png").read_bytes()
+    }
 
 
 def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +182,18 @@ def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch: pytest.Mo
     expected = confusion_matrix(labels, predictions, labels=range(4), normalize="true")
     np.testing.assert_allclose(share[[0, 1, 3]], expected[[0, 1, 3]])
     assert share.mask[2].all()
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (3)", "b (1)", "c (0)", "d (1)"]
-    assert [text.get_text() for text in axes.texts] == ["1\n33 %", "2\n67 %", "1\n100 %", "1\n100 %"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "a (3)",
+        "b (1)",
+        "c (0)",
+        "d (1)",
+    ]
+    assert [text.get_text() for text in axes.texts] == [
+        "1\n33 %",
+        "2\n67 %",
+        "1\n100 %",
+        "1\n100 %",
+    ]
 
 
 @pytest.mark.parametrize("classes", [2, 20, 37, 102])
@@ -199,7 +226,10 @@ def summary() -> RunSummary:
             loss=0.5,
             balanced_accuracy=0.71,
             ece=0.034,
-            per_class=[ClassScores("cat", 100, 120, 100 / 130, 0.8, 0.75), ClassScores("dog", 50, 80)],
+            per_class=[
+                ClassScores("cat", 100, 120, 100 / 130, 0.8, 0.75),
+                ClassScores("dog", 50, 80),
+            ],
         ),
         cost=ModelCost(5_310_000, 2_650_000, 345_000_000, 1_200_000),
         epochs=5,
@@ -231,7 +261,9 @@ def _lines(summary: RunSummary, folder: Path) -> list[str]:
     return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_summary_says_how_long_training_waited_for_data(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_says_how_long_training_waited_for_data(
+    summary: RunSummary, tmp_path: Path
+) -> None:
     row = "| waiting for data | {} |"
     assert row.format("not measured") in _lines(summary, tmp_path)
     text = _lines(replace(summary, data_wait=0.0123), tmp_path)
@@ -262,9 +294,13 @@ def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_p
 
 
 def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path: Path) -> None:
-    assert not any(line.startswith("## Beside its dense twin") for line in _lines(summary, tmp_path))
+    assert not any(
+        line.startswith("## Beside its dense twin") for line in _lines(summary, tmp_path)
+    )
     pair = PairedDifference(-0.013, -0.034, 0.008, 200, 6, 9, 0.61)
-    twin = TwinComparison(pair, "active FLOPs", 153, ModelCost(2_650_000, 2_650_000, 344_000_000), 600, 180)
+    twin = TwinComparison(
+        pair, "active FLOPs", 153, ModelCost(2_650_000, 2_650_000, 344_000_000), 600, 180
+    )
     text = "\n".join(_lines(replace(summary, twin=twin), tmp_path))
     assert "**−1.3 percentage points**, 95 % interval −3.4 to +0.8" in text
     assert "only this model right: 6, only the twin right: 9" in text
@@ -276,7 +312,9 @@ def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path
 def test_summary_lists_what_was_left_out(summary: RunSummary, tmp_path: Path) -> None:
     assert "- Bad images: none." in _lines(summary, tmp_path)
     bad = [(f"a/{i}.jpg", "truncated", "train") for i in range(12)]
-    lines = _lines(replace(summary, bad_images=bad, notes=["Stopped early after epoch 3."]), tmp_path)
+    lines = _lines(
+        replace(summary, bad_images=bad, notes=["Stopped early after epoch 3."]), tmp_path
+    )
     assert "- Stopped early after epoch 3." in lines
     assert any(line.startswith("- 12 files could not be read") for line in lines)
     assert sum("truncated" in line for line in lines) == 10
@@ -292,10 +330,14 @@ def test_summary_names_only_files_that_exist(summary: RunSummary, tmp_path: Path
 def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) -> None:
     run = tmp_path / "my run"
     lines = _lines(summary, run)
-    assert f"    moevision predict '{run}/model' IMAGE_OR_FOLDER" in lines  # quoted: the path has a space
+    assert (
+        f"    moevision predict '{run}/model' IMAGE_OR_FOLDER" in lines
+    )  # quoted: the path has a space
 
 
-def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: RunSummary, tmp_path: Path) -> None:
+def test_many_classes_show_the_weakest_and_names_cannot_break_tables(
+    summary: RunSummary, tmp_path: Path
+) -> None:
     names = [f"a|b\n<i>{i}" for i in range(30)]
     per_class = [ClassScores(name, i, 30) for i, name in enumerate(names)]
     many = replace(
@@ -335,17 +377,26 @@ def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
     assert [each.behind for each in close.contenders] == [
         paired_difference(entries[2].correct, each.correct) for each in entries
     ]
-    far = choose([entry(NAMES[0], near), entry(NAMES[1], worse), entries[2]], LABELS, unbalanced=False)
+    far = choose(
+        [entry(NAMES[0], near), entry(NAMES[1], worse), entries[2]], LABELS, unbalanced=False
+    )
     assert far.recommended.name == "Mixture of Experts"  # a probe is as dear to predict with
     probe_is_best = choose([entry(NAMES[0], best), *entries[:0:-1]], LABELS, unbalanced=False)
-    assert probe_is_best.sentence.startswith("Use the linear probe: nothing here has a higher accuracy.")
+    assert probe_is_best.sentence.startswith(
+        "Use the linear probe: nothing here has a higher accuracy."
+    )
     shown = choose([entry(NAMES[1], worse), entry(NAMES[2], best)], LABELS, unbalanced=False)
     assert shown.sentence == (
         "Use the Mixture of Experts: nothing here has a higher accuracy. One seed; another one moves all of them."
     )
     equal = choose([entry(NAMES[1], near), entry(NAMES[2], near[::-1])], LABELS, unbalanced=False)
-    assert equal.sentence == "Use dense: nothing here has a higher accuracy. One seed; another one moves all of them."
-    best_is_dense = choose([entry(NAMES[1], best), entry(NAMES[2], worse)], LABELS, unbalanced=False)
+    assert (
+        equal.sentence
+        == "Use dense: nothing here has a higher accuracy. One seed; another one moves all of them."
+    )
+    best_is_dense = choose(
+        [entry(NAMES[1], best), entry(NAMES[2], worse)], LABELS, unbalanced=False
+    )
     assert best_is_dense.sentence == equal.sentence
 
 
@@ -370,7 +421,9 @@ def test_where_classes_are_unbalanced_their_mean_decides() -> None:
     fair = entry("Mixture of Experts", [1] * 78 + [0] * 12 + [1] * 10)
     assert choose([always, fair], LABELS, unbalanced=False).recommended.name == "dense fine-tune"
     choice = choose([always, fair], LABELS, unbalanced=True)
-    assert [each.balanced_accuracy for each in choice.contenders] == pytest.approx([0.5, (78 / 90 + 1) / 2])
+    assert [each.balanced_accuracy for each in choice.contenders] == pytest.approx(
+        [0.5, (78 / 90 + 1) / 2]
+    )
     assert choice.recommended.name == "Mixture of Experts"
     behind = choice.contenders[0].behind
     assert behind.difference == pytest.approx((78 / 90 + 1) / 2 - 0.5)
@@ -381,7 +434,10 @@ def test_where_classes_are_unbalanced_their_mean_decides() -> None:
 
 def test_an_interval_over_many_classes_is_about_its_estimate() -> None:
     """100 classes of 10 images, in each 4 right in A alone and 1 in B alone: .3, and by hand .260 to .339."""
-    a, b = np.tile([1, 1, 1, 1, 0, 1, 1, 1, 1, 1], 100) > 0, np.tile([0, 0, 0, 0, 1, 1, 1, 1, 1, 1], 100) > 0
+    a, b = (
+        np.tile([1, 1, 1, 1, 0, 1, 1, 1, 1, 1], 100) > 0,
+        np.tile([0, 0, 0, 0, 1, 1, 1, 1, 1, 1], 100) > 0,
+    )
     found = paired_macro_difference(a, b, np.repeat(np.arange(100), 10))
     assert (found.difference, found.low, found.high) == pytest.approx((0.3, 0.260, 0.339), abs=6e-4)
 
@@ -399,7 +455,10 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
         (head,) = (place for place, line in enumerate(lines) if "ms per image | MB" in line)
         table = lines[head : head + 4]  # head, rule, two models
         assert len({line.count("|") for line in table}) == 1, table
-        assert [line.split(" |")[0] for line in table[2:]] == ["| linear probe", "| Mixture of Experts"]
+        assert [line.split(" |")[0] for line in table[2:]] == [
+            "| linear probe",
+            "| Mixture of Experts",
+        ]
         assert table[2].endswith("| 12.3 | 10 | 1 min 0 s |")
         assert table[3].endswith("| best | not measured | 10 | 1 min 0 s |")
         (tmp_path / "summary.json").write_text(json.dumps(asdict(chosen), default=list))
@@ -407,9 +466,21 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
     advice = "`--dense --model.optim.freeze all_but_head --trainer.max_epochs 1`"
     assert f"to get it as a model, add\n{advice} to the command." in text
     given = replace(summary, choice=choose(entries, LABELS, unbalanced=False, experts_given=True))
-    beside_no_dense = "\n".join(_lines(given, tmp_path))  # which fit refuses where training began with experts
-    assert "add\n`--model.optim.freeze all_but_head --trainer.max_epochs 1` to the command.\n" in beside_no_dense
+    beside_no_dense = "\n".join(
+        _lines(given, tmp_path)
+    )  # which fit refuses where training began with experts
+    assert (
+        "add\n`--model.optim.freeze all_but_head --trainer.max_epochs 1` to the command.\n"
+        in beside_no_dense
+    )
     assert "--dense" not in beside_no_dense
-    twin = TwinComparison(PairedDifference(0, 0, 0, 200, 6, 9, 1), "active FLOPs", 153, ModelCost(1, 1, 1), 600, 180)
-    beside_twin = "\n".join(_lines(replace(chosen, twin=twin), tmp_path))  # fit refuses --dense beside --with-twin
-    assert f"to get it as a model, give\n{advice} in place of `--with-twin` in the command." in beside_twin
+    twin = TwinComparison(
+        PairedDifference(0, 0, 0, 200, 6, 9, 1), "active FLOPs", 153, ModelCost(1, 1, 1), 600, 180
+    )
+    beside_twin = "\n".join(
+        _lines(replace(chosen, twin=twin), tmp_path)
+    )  # fit refuses --dense beside --with-twin
+    assert (
+        f"to get it as a model, give\n{advice} in place of `--with-twin` in the command."
+        in beside_twin
+    )

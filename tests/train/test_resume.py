@@ -52,7 +52,14 @@ from moevision.train.resume import (
 from moevision.train.task import ClassificationTask
 from tests.train import resume_matrix as matrix
 
-COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
+COMPARED = (
+    "metrics.csv",
+    "predictions_test.csv",
+    "model/model.safetensors",
+    "config.yaml",
+    "splits.csv",
+    "scores.csv",
+)
 # 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
 OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})
@@ -78,14 +85,21 @@ def interrupted(cli, tiny, drawn_pets, send_signal) -> Path:
     send_signal(LATE)
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143, outcome.err
-    assert outcome.err.splitlines()[-2:] == ["Stopped by SIGTERM. To go on:", "moevision fit --resume runs/pets"]
+    assert outcome.err.splitlines()[-2:] == [
+        "Stopped by SIGTERM. To go on:",
+        "moevision fit --resume runs/pets",
+    ]
     return Path("runs/pets")
 
 
 def differing(run: Path, other: Path) -> list[str]:
     def content(path):
         text = path.read_bytes()
-        return re.sub(rb"(?m)^ *(runs_root|cache_mb): .*$", b"", text) if path.suffix == ".yaml" else text
+        return (
+            re.sub(rb"(?m)^ *(runs_root|cache_mb): .*$", b"", text)
+            if path.suffix == ".yaml"
+            else text
+        )
 
     return [name for name in COMPARED if content(run / name) != content(other / name)]
 
@@ -130,11 +144,15 @@ def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path
     with quiet_lightning():
         found = matrix.run_cell(setting, place, trained(name), tmp_path)
     assert (found["differs"], found["leaked"]) == ([], [])
-    assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
+    assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), (
+        "it can fail"
+    )
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("step", [3, 5, 6, 8], ids=["an epoch's end", "within one", "the next end", "the last step"])
+@pytest.mark.parametrize(
+    "step", [3, 5, 6, 8], ids=["an epoch's end", "within one", "the next end", "the last step"]
+)
 def test_a_training_that_ends_by_its_steps(cli, tiny, drawn_pets, send_signal, step):
     """Three steps an epoch, eight in all: scores and predictions too are those of the run that nobody interrupted."""
     options = (*tiny, "--trainer.max_epochs=null", "--trainer.max_steps=8", "--data.scores=true")
@@ -144,9 +162,15 @@ def test_a_training_that_ends_by_its_steps(cli, tiny, drawn_pets, send_signal, s
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
     assert f"from last.ckpt, step {step} (verified)" in outcome.err
-    assert differing(Path("runs/pets"), Path("runs/whole")) == ["config.yaml"], "which has another name"
-    run, alone = (json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("pets", "whole"))
-    assert (run["epochs"], run["steps"]) == (alone["epochs"], alone["steps"]) == (round(8 / 3, 1), 8)
+    assert differing(Path("runs/pets"), Path("runs/whole")) == ["config.yaml"], (
+        "which has another name"
+    )
+    run, alone = (
+        json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("pets", "whole")
+    )
+    assert (
+        (run["epochs"], run["steps"]) == (alone["epochs"], alone["steps"]) == (round(8 / 3, 1), 8)
+    )
 
 
 @pytest.mark.deep
@@ -186,7 +210,9 @@ def test_a_training_that_runs_out_of_time_goes_on_later(cli, tiny, drawn_pets, w
         "moevision fit --resume runs/pets",
     ]
     assert not Path("runs/pets/summary.json").exists()
-    outcome = cli("fit", "--resume=runs/pets", "--trainer.max_time=00:01:00:00")  # a slow machine needs more than 1 s
+    outcome = cli(
+        "fit", "--resume=runs/pets", "--trainer.max_time=00:01:00:00"
+    )  # a slow machine needs more than 1 s
     assert outcome.code == 0, outcome.err
     assert "from last.ckpt, step " in outcome.err
     assert differing(Path("runs/pets"), whole) == ["config.yaml"]
@@ -204,15 +230,22 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     assert "changed:" not in outcome.err, "a recipe that would choose otherwise today is no change"
     assert differing(Path("runs/pets"), whole) == []
     summary = json.loads(Path("runs/pets/summary.json").read_text())
-    assert 2 * 24 / summary["images_per_s"] < summary["duration_s"], "two epochs of 24 images took a part of the time"
+    assert 2 * 24 / summary["images_per_s"] < summary["duration_s"], (
+        "two epochs of 24 images took a part of the time"
+    )
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
     outcome = cli(*command)
-    assert (outcome.code, {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}) == (0, before)
+    assert (outcome.code, {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}) == (
+        0,
+        before,
+    )
     assert "nothing to do" in outcome.err
 
 
 @pytest.mark.deep
-def test_what_an_attempt_without_a_checkpoint_logged_goes(cli, tiny, drawn_pets, interrupted, whole):
+def test_what_an_attempt_without_a_checkpoint_logged_goes(
+    cli, tiny, drawn_pets, interrupted, whole
+):
     for file in (interrupted / "checkpoints").iterdir():
         file.unlink()
     before = len((interrupted / "metrics.csv").read_text().splitlines())
@@ -233,7 +266,15 @@ def test_a_training_that_begins_draws_its_own_split(cli, tiny, drawn_pets, inter
         file.write_text("of the earlier attempt")
     outcome = cli("fit", drawn_pets, *tiny, "--resume", "auto", "--data.val_fraction=0.3")
     assert outcome.code == 0, outcome.err
-    outcome = cli("fit", drawn_pets, *tiny, "--name", "new", "--data.val_fraction=0.3", "--trainer.max_steps=1")
+    outcome = cli(
+        "fit",
+        drawn_pets,
+        *tiny,
+        "--name",
+        "new",
+        "--data.val_fraction=0.3",
+        "--trainer.max_steps=1",
+    )
     assert outcome.code == 0, outcome.err
     assert (interrupted / "splits.csv").read_bytes() == Path("runs/new/splits.csv").read_bytes()
     assert not any(file.exists() for file in left)
@@ -241,7 +282,8 @@ def test_a_training_that_begins_draws_its_own_split(cli, tiny, drawn_pets, inter
 
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
-        "moevision.train.fit.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
+        "moevision.train.fit.describe_plan",
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen",
     )
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143
@@ -251,20 +293,30 @@ def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, mo
 
 def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
-    for option in ("--data.batch_size=4", "--model.optim.lr=0.1", "--seed_everything=3", "--data.mixup=0.2"):
+    for option in (
+        "--data.batch_size=4",
+        "--model.optim.lr=0.1",
+        "--seed_everything=3",
+        "--data.mixup=0.2",
+    ):
         outcome = cli("fit", "--resume", interrupted, option)
         assert outcome.code == 2
         assert f"moevision: {option.split('=')[0]} is " in outcome.err
         assert "start a new run from its weights with --pretrained" in outcome.err
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
     threads = torch.get_num_threads()
-    with monkeypatch.context() as patched:  # not really: two threads on a busy core wait for each other
+    with (
+        monkeypatch.context() as patched
+    ):  # not really: two threads on a busy core wait for each other
         patched.setattr(torch, "get_num_threads", lambda: threads + 1)
         outcome = cli("fit", "--resume", interrupted, "--data.num_workers=1", "--data.seed=0")
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("changed:") == 1
     assert "changed: --data.num_workers was 0, now 1" in outcome.err
-    assert f"uninterrupted run: the number of threads (OMP_NUM_THREADS) was {threads}, now" in outcome.err
+    assert (
+        f"uninterrupted run: the number of threads (OMP_NUM_THREADS) was {threads}, now"
+        in outcome.err
+    )
     notes = json.loads((interrupted / "sessions.json").read_text())[1]["notes"]
     assert notes[0] == "--data.num_workers was 0, now 1"
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
@@ -285,7 +337,10 @@ def test_where_memory_is_too_small_what_may_change_is_named(cli, interrupted, mo
 
 def test_the_next_command_says_the_changes_again(whole):
     """The run's config.yaml doesn't: it stays what the run began with."""
-    for notes, more in (([], ""), (["--data.path was pets, now my pets"], " --data.path 'my pets'")):
+    for notes, more in (
+        ([], ""),
+        (["--data.path was pets, now my pets"], " --data.path 'my pets'"),
+    ):
         session = Session(["moevision", "fit", "--data.path", "my pets", "--resume", str(whole)])
         session.run_dir, session.notes = whole, notes
         assert session.resume_command == f"moevision fit --resume {whole}{more}"
@@ -362,11 +417,16 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     assert outcome.err.endswith("; --data.path says where the run's images are now.\n")
     outcome = cli("fit", "--resume", moved, "--data.path", pets)
     assert outcome.code == 0, outcome.err
-    (command,) = re.findall(r"^    moevision (test .*)$", (moved / "summary.md").read_text(), re.MULTILINE)
+    (command,) = re.findall(
+        r"^    moevision (test .*)$", (moved / "summary.md").read_text(), re.MULTILINE
+    )
     assert cli(*shlex.split(command)).code == 0
     assert find_images(str(moved)).path == "photos"
     assert "the list of images is another one" in outcome.err
-    scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
+    scores = [
+        state["best_model_score"]
+        for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")
+    ]
     assert scores
     assert all(score is not None for score in scores)
 
@@ -380,17 +440,30 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
     changed.write_bytes(changed.read_bytes() + b"0")
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert "uninterrupted run: image files have other sizes than then, so other contents." in outcome.err
+    assert (
+        "uninterrupted run: image files have other sizes than then, so other contents."
+        in outcome.err
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
-    [("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options")],
+    [
+        (
+            "SingleDeviceStrategy",
+            {"init_args": {"device": "nonsense"}},
+            "The Trainer does not take these options",
+        )
+    ],
 )
-def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, drawn_pets, name, arguments, said):
+def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(
+    cli, tiny, drawn_pets, name, arguments, said
+):
     strategy = json.dumps({"class_path": f"lightning.pytorch.strategies.{name}", **arguments})
     try:
-        outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}")
+        outcome = cli(
+            "fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}"
+        )
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -400,13 +473,18 @@ def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, dr
 
 
 @pytest.mark.parametrize(
-    ("steps", "options"), [(1, ()), (2, ("--dense", "--trainer.log_every_n_steps=10")), (5, ())], ids=["1", "2", "5"]
+    ("steps", "options"),
+    [(1, ()), (2, ("--dense", "--trainer.log_every_n_steps=10")), (5, ())],
+    ids=["1", "2", "5"],
 )
 def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps, options):
     """Five are the ones of which a fifth, the warm-up, is one step; two may end before anything is logged."""
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}", *options)
     assert outcome.code == 0, outcome.err
-    no_epoch = "the weights of the last step, because there is no best.ckpt" in Path("runs/pets/summary.md").read_text()
+    no_epoch = (
+        "the weights of the last step, because there is no best.ckpt"
+        in Path("runs/pets/summary.md").read_text()
+    )
     assert (no_epoch, Path("runs/pets/curves.png").exists()) == (steps < 3, not options)
     found, _ = newest_valid(Path("runs/pets/checkpoints"))
     assert found.step == steps
@@ -423,7 +501,9 @@ def test_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
 
     def save(files, *given, **named):
         if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", "runs/pets/checkpoints/last.ckpt")
+            raise OSError(
+                errno.ENOSPC, "No space left on device", "runs/pets/checkpoints/last.ckpt"
+            )
         real(files, *given, **named)
 
     with monkeypatch.context() as patched:
@@ -456,11 +536,17 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
     outcome = cli("fit", "--resume", "runs/two")
     assert outcome.code == 0, outcome.err
     assert "Going on with runs/two/twin from last.ckpt, step 4" in outcome.err
-    one, two = (json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"] for name in ("one", "two"))
+    one, two = (
+        json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"]
+        for name in ("one", "two")
+    )
     assert [word.replace("two", "one") for word in two] == one
     for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
         for folder in ("", "twin/"):
-            assert Path(f"runs/one/{folder}{name}").read_bytes() == Path(f"runs/two/{folder}{name}").read_bytes()
+            assert (
+                Path(f"runs/one/{folder}{name}").read_bytes()
+                == Path(f"runs/two/{folder}{name}").read_bytes()
+            )
     assert "is finished" in cli("fit", "--resume", "runs/two").err
 
 
@@ -474,7 +560,10 @@ def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, 
     torch.save(checkpoint, last)
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert "ends after 12 steps and this training has 6, so that it does not come down to its end" in outcome.err
+    assert (
+        "ends after 12 steps and this training has 6, so that it does not come down to its end"
+        in outcome.err
+    )
 
 
 def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pets, send_signal):
@@ -502,10 +591,15 @@ def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pet
             2,
             "it began with 2 processes and goes on with 1. Go on with a number of processes that divides the one befor",
         ),
-        (1, "the training images (or, from Python, the epochs) are others than then. Put them back as they were, or"),
+        (
+            1,
+            "the training images (or, from Python, the epochs) are others than then. Put them back as they were, or",
+        ),
     ],
 )
-def test_a_learning_rate_that_has_come_down_names_the_cause(cli, tiny, drawn_pets, send_signal, before, cause):
+def test_a_learning_rate_that_has_come_down_names_the_cause(
+    cli, tiny, drawn_pets, send_signal, before, cause
+):
     """The checkpoint is of a training of five steps, and there are six."""
     send_signal(1)
     assert cli("fit", drawn_pets, *tiny).code == 143
@@ -522,7 +616,9 @@ def test_a_learning_rate_that_has_come_down_names_the_cause(cli, tiny, drawn_pet
 
 
 @pytest.mark.filterwarnings("ignore:the run began with world_size 2")
-def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processes(cli, tiny, drawn_pets, send_signal):
+def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processes(
+    cli, tiny, drawn_pets, send_signal
+):
     """The run was begun by two processes of 8 images each; by one, each step of it and of its twin has two batches."""
     send_signal(1)
     assert cli("fit", drawn_pets, *tiny, "--with-twin").code == 143
@@ -533,19 +629,31 @@ def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processe
     torch.save(checkpoint, last)
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    run, twin = (json.loads(Path(f"runs/pets/{folder}summary.json").read_text()) for folder in ("", "twin/"))
+    run, twin = (
+        json.loads(Path(f"runs/pets/{folder}summary.json").read_text()) for folder in ("", "twin/")
+    )
     assert (run["batch_size"], twin["batch_size"]) == (16, 16)
 
 
-def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_command(cli, drawn_pets, send_signal):
+def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_command(
+    cli, drawn_pets, send_signal
+):
     """A job script repeats it: the recipe was chosen at the first start, and `true` has drawn its seed there."""
-    options = ("--pretrained=none", "--data.image_size=32", "--trainer.max_steps=4", "--seed_everything=true")
+    options = (
+        "--pretrained=none",
+        "--data.image_size=32",
+        "--trainer.max_steps=4",
+        "--seed_everything=true",
+    )
     command = ("fit", drawn_pets, *options, "--with-twin", "--resume=auto")
     send_signal(2)
     assert cli(*command).code == 143
     outcome = cli(*command)
     assert outcome.code == 0, outcome.err
-    run, twin = (yaml.safe_load(Path(f"runs/pets/{folder}config.yaml").read_text()) for folder in ("", "twin/"))
+    run, twin = (
+        yaml.safe_load(Path(f"runs/pets/{folder}config.yaml").read_text())
+        for folder in ("", "twin/")
+    )
     assert twin["model"]["arch"] == {**run["model"]["arch"], "twin": "active_flops"}
     for part in ("trainer", "data", "seed_everything"):
         assert twin[part] == run[part]
@@ -556,7 +664,10 @@ def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_co
 
 def test_an_option_that_only_one_side_has_is_a_change():
     """Arguments of Lightning's own defaults stand in no config.yaml unless they were given."""
-    for sides in (({}, {"trainer.limit_train_batches": 2}), ({"trainer.limit_train_batches": 2}, {})):
+    for sides in (
+        ({}, {"trainer.limit_train_batches": 2}),
+        ({"trainer.limit_train_batches": 2}, {}),
+    ):
         with pytest.raises(UserError, match="limit_train_batches"):
             changed_options(*sides)
 
@@ -589,7 +700,9 @@ def start_real(*arguments, code):
     """Code in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.deep
@@ -649,7 +762,11 @@ def stopped_while_saving(process, run):
 
 
 def files_of(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.deep
@@ -664,7 +781,9 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
         for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
             outcome = cli("fit", *again)
             assert (outcome.code, files_of(run)) == (2, before)
-            assert outcome.err.splitlines()[-1].startswith("moevision: Another process is training in runs/pets")
+            assert outcome.err.splitlines()[-1].startswith(
+                "moevision: Another process is training in runs/pets"
+            )
         outcome = cli(*command, "--resume=auto")
         assert (outcome.code, files_of(run)) == (2, before)
         assert unfinished in before
@@ -677,7 +796,9 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     assert "can't be written" not in said
     assert differing(run, whole) == ["config.yaml"], "which has another --checkpoint.every_steps"
     assert cli("fit", "--resume", "runs/killed").code == 0
-    assert differing(Path("runs/killed"), whole) == ["config.yaml"], "scores.csv is exact over a kill, too"
+    assert differing(Path("runs/killed"), whole) == ["config.yaml"], (
+        "scores.csv is exact over a kill, too"
+    )
 
 
 def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
@@ -717,7 +838,15 @@ def test_a_closed_terminal(drawn_pets, tiny):
     """The terminal is closed while steps are done: the run is saved and ends with 129."""
     master, slave = pty.openpty()
     options = [option for option in tiny if "max_epochs" not in option]
-    command = [sys.executable, "-m", "moevision", "fit", str(drawn_pets), *options, "--trainer.max_epochs=5000"]
+    command = [
+        sys.executable,
+        "-m",
+        "moevision",
+        "fit",
+        str(drawn_pets),
+        *options,
+        "--trainer.max_epochs=5000",
+    ]
     found = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
     terminal = {
         "env": found,
@@ -759,7 +888,9 @@ def test_the_argument():
             read("fit", wrong)
 
 
-@pytest.mark.parametrize("typed", [["quickstart"], ["--config", "quickstart"], ["pets", "--name=quickstart"]])
+@pytest.mark.parametrize(
+    "typed", [["quickstart"], ["--config", "quickstart"], ["pets", "--name=quickstart"]]
+)
 def test_auto_finds_the_folder_of_the_command(monkeypatch, typed):
     """By its --name, that of its configuration, or its images."""
     looked = []
@@ -779,7 +910,13 @@ def test_random_generators_come_back():
     import random
 
     def draw():
-        return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist(), random.gauss(0, 1)
+        return (
+            random.random(),
+            np.random.rand(),
+            np.random.randn(),
+            torch.rand(3).tolist(),
+            random.gauss(0, 1),
+        )
 
     draw()
     state = random_state()
@@ -795,7 +932,12 @@ class Colour(Enum):
 
 
 def test_plain_data():
-    given = {"a": np.float64(1.5), "b": [Path("x/y"), np.arange(2)], "c": (Colour.RED, None), 3: {"d": np.int64(4)}}
+    given = {
+        "a": np.float64(1.5),
+        "b": [Path("x/y"), np.arange(2)],
+        "c": (Colour.RED, None),
+        3: {"d": np.int64(4)},
+    }
     assert plain(given) == {"a": 1.5, "b": ["x/y", [0, 1]], "c": ("red", None), 3: {"d": 4}}
     tensor = torch.ones(2)
     assert plain({"t": tensor})["t"] is tensor
@@ -803,13 +945,21 @@ def test_plain_data():
 
 def test_checkpoints_of_a_model_made_in_a_notebook_load(tmp_path):
     """NumPy's numbers as hyperparameters, and Lightning's own way of writing."""
-    data = ImageDataModule("synthetic_pets", image_size=32, batch_size=8, train_size=8, val_size=8, test_size=8)
+    data = ImageDataModule(
+        "synthetic_pets", image_size=32, batch_size=8, train_size=8, val_size=8, test_size=8
+    )
     optim = OptimizerConfig(lr=np.float64(1e-3), weight_decay=np.float32(0.05))
     task = ClassificationTask(MoEConfig(name="test_vit_moe", num_experts=4), optim)
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tmp_path, enable_checkpointing=False, num_sanity_val_steps=0,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+    )
     trainer.fit(task, data)
     trainer.save_checkpoint(tmp_path / "notebook.ckpt")
     loaded = torch.load(tmp_path / "notebook.ckpt", weights_only=True)
@@ -823,17 +973,29 @@ def test_the_config_is_on_the_disk_before_the_first_step(cli, tiny, drawn_pets, 
     happened = []
     write, step = training.write_text_atomic, Stopwatch.on_train_batch_end
     monkeypatch.setattr(
-        training, "write_text_atomic", lambda path, text: (happened.append(Path(path).name), write(path, text))
+        training,
+        "write_text_atomic",
+        lambda path, text: (happened.append(Path(path).name), write(path, text)),
     )
-    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given)))
+    monkeypatch.setattr(
+        Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given))
+    )
     assert cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1").code == 0
     assert happened[:2] == ["config.yaml", "step"]
 
 
 def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
-    found = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["moevision"]["fingerprint"]
-    assert {name: found[name] for name in ("torch", "numpy")} == {name: version(name) for name in ("torch", "numpy")}
-    assert (found["world_size"], found["precision"], found["threads"]) == (1, "32-true", torch.get_num_threads())
+    found = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["moevision"][
+        "fingerprint"
+    ]
+    assert {name: found[name] for name in ("torch", "numpy")} == {
+        name: version(name) for name in ("torch", "numpy")
+    }
+    assert (found["world_size"], found["precision"], found["threads"]) == (
+        1,
+        "32-true",
+        torch.get_num_threads(),
+    )
 
 
 def test_how_often_a_point_may_be_saved():
@@ -850,7 +1012,10 @@ def test_an_option_that_had_no_value_is_called_null():
 
 def test_a_checkpoint_in_the_place_of_its_run_folder(tmp_path):
     checkpoint = tmp_path / "runs" / "pets" / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match=rf"no config\.yaml: give its folder, {re.escape(str(tmp_path))}/runs/pets\."):
+    with pytest.raises(
+        UserError,
+        match=rf"no config\.yaml: give its folder, {re.escape(str(tmp_path))}/runs/pets\.",
+    ):
         recorded_config(checkpoint)
     with pytest.raises(UserError, match=r"it has no config\.yaml\.$"):
         recorded_config(tmp_path)

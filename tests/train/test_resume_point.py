@@ -14,7 +14,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
 from moevision.train.fit import keep_the_step
-from moevision.train.processes import Interrupted, Interruption, part_random_state, random_state, restore_random_state
+from moevision.train.processes import (
+    Interrupted,
+    Interruption,
+    part_random_state,
+    random_state,
+    restore_random_state,
+)
 from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between_batches
 
 
@@ -29,15 +35,28 @@ def point(tmp_path):
 
 def trainer(**values):
     """What a `ResumePoint` asks of a trainer."""
-    alone = {"world_size": 1, "global_rank": 0, "is_global_zero": True, "global_step": 0, "loggers": []}
-    data = {"datamodule": None, "callbacks": [], "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+    alone = {
+        "world_size": 1,
+        "global_rank": 0,
+        "is_global_zero": True,
+        "global_step": 0,
+        "loggers": [],
+    }
+    data = {
+        "datamodule": None,
+        "callbacks": [],
+        "limit_train_batches": 1.0,
+        "accumulate_grad_batches": 1,
+    }
     data["fit_loop"] = SimpleNamespace()
     return SimpleNamespace(**{**alone, **data, "state": SimpleNamespace(fn="fit"), **values})
 
 
 def loops(**progress):
     """What a checkpoint says of Lightning's loops, within an epoch."""
-    return {"fit_loop": {"epoch_progress": {"current": {"processed": 1, "completed": 1}}, **progress}}
+    return {
+        "fit_loop": {"epoch_progress": {"current": {"processed": 1, "completed": 1}}, **progress}
+    }
 
 
 def draw():
@@ -84,7 +103,11 @@ def test_processes_that_began_with_one_seed_part():
     number = hash_u64(5, 1)
     assert number > 2**32
     torch_number = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
-    expected = random.Random(number).random(), np.random.RandomState(number % 2**32).rand(), torch_number
+    expected = (
+        random.Random(number).random(),
+        np.random.RandomState(number % 2**32).rand(),
+        torch_number,
+    )
     assert draw() == expected
 
 
@@ -124,7 +147,10 @@ def test_without_cuda_its_generators_are_not_asked(monkeypatch):
 def test_each_reason_to_save_is_enough(point, config, minutes, steps, due):
     point.config = config
     point._saved_s = time.monotonic() - 60 * minutes
-    assert point.decide(trainer(global_step=steps, strategy=SingleDeviceStrategy("cpu"))) == (due, False)
+    assert point.decide(trainer(global_step=steps, strategy=SingleDeviceStrategy("cpu"))) == (
+        due,
+        False,
+    )
 
 
 def test_of_two_processes_both_do_what_one_wants(point):
@@ -154,13 +180,22 @@ def test_after_an_error_a_signal_does_not_wait_for_the_end_of_a_step(point):
 @pytest.mark.parametrize("validated", [False, True])
 def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
     """Seven steps were done, three batches of this epoch are fetched and the third is not done; then as it was."""
-    progress = SimpleNamespace(is_last_batch=True, total=SimpleNamespace(ready=8), current=SimpleNamespace(ready=3))
+    progress = SimpleNamespace(
+        is_last_batch=True, total=SimpleNamespace(ready=8), current=SimpleNamespace(ready=3)
+    )
     loop = SimpleNamespace(
-        batch_progress=progress, _batches_that_stepped=7, _should_check_val_fx=lambda fetcher: validated
+        batch_progress=progress,
+        _batches_that_stepped=7,
+        _should_check_val_fx=lambda fetcher: validated,
     )
 
     def shown():
-        return progress.is_last_batch, progress.total.ready, progress.current.ready, loop._batches_that_stepped
+        return (
+            progress.is_last_batch,
+            progress.total.ready,
+            progress.current.ready,
+            loop._batches_that_stepped,
+        )
 
     fit_loop = SimpleNamespace(epoch_loop=loop, _data_fetcher=None)
     with suppress(OSError), _between_batches(SimpleNamespace(fit_loop=fit_loop)):
@@ -170,7 +205,9 @@ def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
 
 
 @pytest.mark.filterwarnings("ignore:the run began with batch_size")
-@pytest.mark.parametrize(("size", "accumulated", "expected"), [(4, 1, 3), (1, 1, 12), (2, 2, 6), (8, 1, 1)])
+@pytest.mark.parametrize(
+    ("size", "accumulated", "expected"), [(4, 1, 3), (1, 1, 12), (2, 2, 6), (8, 1, 1)]
+)
 def test_batches_of_another_size_hold_the_same_images(point, size, accumulated, expected):
     """Three batches of four images are trained with; a step begins with a multiple of `accumulated`, rounded down."""
     sizes = {"train_size": 24, "val_size": 2, "test_size": 2}
@@ -183,42 +220,57 @@ def test_batches_of_another_size_hold_the_same_images(point, size, accumulated, 
         "loops": loops(**{"epoch_loop.batch_progress": progress}),
     }
     data.load_state_dict(checkpoint["ImageDataModule"])  # as Lightning does before
-    point.on_load_checkpoint(trainer(datamodule=data, accumulate_grad_batches=accumulated), None, checkpoint)
+    point.on_load_checkpoint(
+        trainer(datamodule=data, accumulate_grad_batches=accumulated), None, checkpoint
+    )
     assert (data.state_dict()["epoch"], data.state_dict()["batch"]) == (1, expected)
     assert progress == {"current": dict.fromkeys(names, expected), "is_last_batch": size == 4}
 
 
 def test_a_run_folder_that_was_moved_is_followed(point):
     """In what ModelCheckpoint remembers, and nowhere else."""
-    state = {"dirpath": "/old/pets/checkpoints", "best_model_path": "/old/pets/checkpoints/best.ckpt", "best_k": 0.5}
-    checkpoint = {"callbacks": {"ModelCheckpoint{'monitor': 'val/top1'}": dict(state), "Foreign": dict(state)}}
+    state = {
+        "dirpath": "/old/pets/checkpoints",
+        "best_model_path": "/old/pets/checkpoints/best.ckpt",
+        "best_k": 0.5,
+    }
+    checkpoint = {
+        "callbacks": {"ModelCheckpoint{'monitor': 'val/top1'}": dict(state), "Foreign": dict(state)}
+    }
     point.on_load_checkpoint(trainer(state=SimpleNamespace(fn="test")), None, checkpoint)
     here = str(point.path.parent.resolve())
     assert checkpoint["callbacks"] == {
         "ModelCheckpoint{'monitor': 'val/top1'}": {
-            "dirpath": here, "best_model_path": f"{here}/best.ckpt", "best_k": 0.5
+            "dirpath": here,
+            "best_model_path": f"{here}/best.ckpt",
+            "best_k": 0.5,
         },
         "Foreign": state,
-    }  # fmt: skip
+    }
 
 
 # --- another number of processes
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "window", "batch", "found"), [(1, 2, 1, 6, 3), (2, 1, 2, 3, 6), (2, 1, 4, 3, 4)]
+    ("before", "now", "window", "batch", "found"),
+    [(1, 2, 1, 6, 3), (2, 1, 2, 3, 6), (2, 1, 4, 3, 4)],
 )
 def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
     point, monkeypatch, before, now, window, batch, found
 ):
     """Of 48 images 24 were read, in batches of 4 of each process; one that belongs to half a step is read again."""
-    data = ImageDataModule("synthetic_pets", image_size=32, train_size=48, val_size=8, test_size=8, batch_size=4)
+    data = ImageDataModule(
+        "synthetic_pets", image_size=32, train_size=48, val_size=8, test_size=8, batch_size=4
+    )
     data.setup("fit")
     monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
     counts = {"current": {"ready": batch, "completed": batch}, "is_last_batch": False}
     state = {"epoch": 1, "batch": batch, "batch_size": 4, "world_size": before}
     checkpoint = {"ImageDataModule": state, "loops": loops(**{"epoch_loop.batch_progress": counts})}
-    point.on_load_checkpoint(trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint)
+    point.on_load_checkpoint(
+        trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint
+    )
     assert counts["current"] == {"ready": found, "completed": found}
     assert data._start == (1, 4 * found)
 

@@ -25,12 +25,16 @@ class Seen(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._keep(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._keep(pl_module)
         self.loads.append([count.clone() for count in pl_module.window_counts])
 
     def _keep(self, pl_module: L.LightningModule) -> None:
-        self.weights.append(torch.cat([p.detach().double().flatten() for p in pl_module.parameters()]))
+        self.weights.append(
+            torch.cat([p.detach().double().flatten() for p in pl_module.parameters()])
+        )
 
 
 def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
@@ -40,16 +44,22 @@ def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
     logged = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     update = float((seen.weights[3] - seen.weights[2]).norm())
     assert logged["train/update_norm"] == pytest.approx(update, rel=1e-4)
-    assert logged["train/update_ratio"] == pytest.approx(update / float(seen.weights[2].norm()), rel=1e-4)
+    assert logged["train/update_ratio"] == pytest.approx(
+        update / float(seen.weights[2].norm()), rel=1e-4
+    )
     for block, load in zip((1, 3), seen.loads[2], strict=True):
-        assert logged[f"moe/{block}/max_violation"] == pytest.approx(float(load.max() / load.double().mean() - 1))
+        assert logged[f"moe/{block}/max_violation"] == pytest.approx(
+            float(load.max() / load.double().mean() - 1)
+        )
 
 
 def test_nothing_is_logged_every_0_steps(tmp_path: Path) -> None:
     """As in Lightning, 0 means never; the guard of this training would log too."""
     run = Run(tmp_path, batches(1), callbacks=(RouterHealth(),), log_every_n_steps=0)
     assert run.trainer.global_step == 1
-    assert not [name for name in run.trainer.callback_metrics if "update" in name or "guard" in name]
+    assert not [
+        name for name in run.trainer.callback_metrics if "update" in name or "guard" in name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,9 @@ def test_a_collapse_is_said_with_advice(
     task = tiny_task(**router)
     freeze_parameters(task.net, freeze)
     monkeypatch.setattr("moevision.train.health._PATIENCE", 2)
-    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=10**6)
+    task.trainer = L.Trainer(
+        logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=10**6
+    )
     task.update_applied = True
     task.window_counts = [torch.tensor([25, 26, 0, 1]), torch.tensor([13, 13, 13, 13])]
     assert len(moe_layers(task.net)) == 2
@@ -86,6 +98,8 @@ def test_a_collapse_is_said_with_advice(
     if freeze is not None:
         assert said == ""
         return
-    assert said.count("experts collapse in block 1: 2 of 4 experts (2, 3) got less than a tenth") == 1
+    assert (
+        said.count("experts collapse in block 1: 2 of 4 experts (2, 3) got less than a tenth") == 1
+    )
     assert "block 3" not in said
     assert advice in said

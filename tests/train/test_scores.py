@@ -84,9 +84,20 @@ class Fit:
         **options: Any,
     ) -> None:
         L.seed_everything(0, verbose=False)
-        sizes = {"image_size": 32, "batch_size": BATCH, "train_size": IMAGES, "val_size": 8, "test_size": 8}
+        sizes = {
+            "image_size": 32,
+            "batch_size": BATCH,
+            "train_size": IMAGES,
+            "val_size": 8,
+            "test_size": 8,
+        }
         self.data = ImageDataModule("synthetic_pets", **(sizes | (data or {})))
-        arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1}
+        arch = {
+            "name": "test_vit_moe",
+            "stem": "patch",
+            "proj_drop_rate": 0.1,
+            "drop_path_rate": 0.1,
+        }
         self.task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(lr=1e-2))
         self.scores, self.witness = ExampleScores(), Witness()
         watching = [FaultInjector(faults), self.scores, StabilityGuard(guard), self.witness]
@@ -148,17 +159,23 @@ def assert_transcribed(table: Scores, batches: Sequence[Sequence[Visit]], routed
     """The table is that of these batches, those from `routed_from` on with experts."""
     for image in range(len(table.images)):
         visits = [visit for batch in batches for visit in batch if visit.image == image]
-        routed = [visit for batch in batches[routed_from:] for visit in batch if visit.image == image]
+        routed = [
+            visit for batch in batches[routed_from:] for visit in batch if visit.image == image
+        ]
         assert table.visits[image] == len(visits)
         if not visits:
             assert all(np.isnan(table.scores[name][image]) for name in SCORES)
             continue
         expected = transcribed(visits, routed)
         for name in SCORES:
-            assert table.scores[name][image] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+            assert table.scores[name][image] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (
+                name
+            )
         for block, shares in table.experts.items():
             if routed:
-                np.testing.assert_allclose(shares[image], cast(list[float], expected[f"L{block}"]), atol=1e-3)
+                np.testing.assert_allclose(
+                    shares[image], cast(list[float], expected[f"L{block}"]), atol=1e-3
+                )
             else:
                 assert np.isnan(shares[image]).all()
 
@@ -174,10 +191,12 @@ def test_a_visit_by_hand() -> None:
     logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]] * 2).log()
     first, second = visit_measures(logits, torch.tensor([0, 1])).tolist()
     assert first == pytest.approx(
-        [math.log(4) - math.log(2), math.sqrt(1 / 4 + 1 / 16 + 2 / 64), math.log(2), 0.5, 1], rel=1e-6
+        [math.log(4) - math.log(2), math.sqrt(1 / 4 + 1 / 16 + 2 / 64), math.log(2), 0.5, 1],
+        rel=1e-6,
     )
     assert second == pytest.approx(
-        [math.log(2) - math.log(4), math.sqrt(9 / 16 + 1 / 4 + 2 / 64), math.log(4), 0.25, 0], rel=1e-6
+        [math.log(2) - math.log(4), math.sqrt(9 / 16 + 1 / 4 + 2 / 64), math.log(4), 0.25, 0],
+        rel=1e-6,
     )
     half = visit_measures(logits.bfloat16(), torch.tensor([0, 1]))  # computed in fp32 all the same
     assert half.dtype is torch.float32
@@ -210,11 +229,19 @@ def test_training_is_the_same_without_scores(whole: Fit, tmp_path: Path) -> None
 
 def test_a_refused_window_counts_as_a_whole(tmp_path: Path) -> None:
     """Two micro-batches in each of 6 updates; batch 4 of 12 (from 1) is not finite, so 3 and 4 are no visits."""
-    fit = Fit(tmp_path, faults="nan_loss@4", accumulate_grad_batches=2, max_epochs=3, data={"train_size": 32})
+    fit = Fit(
+        tmp_path,
+        faults="nan_loss@4",
+        accumulate_grad_batches=2,
+        max_epochs=3,
+        data={"train_size": 32},
+    )
     windows = [fit.witness.batches[first : first + 2] for first in range(0, 12, 2)]
     applied = fit.witness.applied[1::2]
     assert applied.count(False) == 1
-    left = [batch for window, good in zip(windows, applied, strict=True) if good for batch in window]
+    left = [
+        batch for window, good in zip(windows, applied, strict=True) if good for batch in window
+    ]
     assert fit.table.visits.sum() == 10 * BATCH
     # Experts count in the last two of six updates: from the ninth batch on, of which two are missing.
     assert_transcribed(fit.table, left, 6)
@@ -232,7 +259,9 @@ def test_a_return_while_saving_is_in_the_checkpoint(tmp_path: Path) -> None:
     """After six updates a weight turns bad and a checkpoint is asked for: it holds the state after four."""
 
     class Poison(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 6:
                 with torch.no_grad():
                     pl_module.net.head.weight[0] = torch.nan
@@ -256,7 +285,9 @@ def test_mixed_images_have_no_scores(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_scores_of_half_a_training_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_half_a_training_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A checkpoint without scores, as of an earlier version, is gone on with without them."""
     file = tmp_path / "saved.ckpt"
 
@@ -325,11 +356,16 @@ def one_of_two(rank: int, folder: Path) -> None:
     )
     assert fit.scores.sums is not None
     torch.save(
-        {"rows": fit.scores.sums.state_dict()["rows"], "batches": [list(map(tuple, b)) for b in fit.witness.batches]},
+        {
+            "rows": fit.scores.sums.state_dict()["rows"],
+            "batches": [list(map(tuple, b)) for b in fit.witness.batches],
+        },
         folder / f"{rank}.pt",
     )
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":  # forks, so that torch and Lightning are imported once for both
-    torch.multiprocessing.start_processes(one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork"
+    )

@@ -101,7 +101,9 @@ def test_a_download_that_breaks_off_goes_on(hub: FakeHub, monkeypatch: pytest.Mo
     assert hub.ranges == ["", "bytes=100000-"]
 
 
-def test_a_download_that_is_given_up_leaves_nothing_half(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_is_given_up_leaves_nothing_half(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     impatient(monkeypatch)
     hub.breaks[:] = [100_000] + [0] * 20
     with pytest.raises(UserError, match=r"broke off .*start the same command again"):
@@ -117,7 +119,9 @@ def test_a_download_that_is_given_up_leaves_nothing_half(hub: FakeHub, monkeypat
 
 
 @pytest.mark.parametrize("nobody", ["refuses", "is silent", "HF_HUB_OFFLINE"])
-def test_offline_is_known_within_three_seconds(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_known_within_three_seconds(
+    nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import socket
 
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
@@ -162,22 +166,32 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
 
 def test_what_is_lost_is_what_the_records_say() -> None:
     """Said where nothing could be had, not to who wants to start from scratch."""
-    seeds = {"pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"), "scratch": ("folder-none",)}
+    seeds = {
+        "pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"),
+        "scratch": ("folder-none",),
+    }
     lines = (ROOT / "benchmarks" / "accuracy" / "runs.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    tests = {start: [record["test"] for record in records if record["name"] in names] for start, names in seeds.items()}
+    tests = {
+        start: [record["test"] for record in records if record["name"] in names]
+        for start, names in seeds.items()
+    }
     pretrained, scratch = (
         f"{100 * sum(test['correct'] for test in of) / sum(test['total'] for test in of):.0f} %"
         for of in tests.values()
     )
-    assert f"reached {pretrained}, training from scratch {scratch}." in choose_start(None, IMAGES).line
+    assert (
+        f"reached {pretrained}, training from scratch {scratch}." in choose_start(None, IMAGES).line
+    )
     assert choose_start(NONE, IMAGES) == (None, "")
 
 
 # ---- the question
 
 
-def test_yes_at_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_yes_at_a_terminal(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     waiting = typed(monkeypatch, "")
     found = choose_start(None, IMAGES).weights
     assert found is not None
@@ -188,7 +202,9 @@ def test_yes_at_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys
     assert re.search(r"Start from test_vit\.r160_in1k \(\d+ MB, licence apache-2\.0\)", question)
 
 
-def test_no_at_a_terminal_and_another_choice(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_at_a_terminal_and_another_choice(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     typed(monkeypatch, "n")
     assert choose_start(None, IMAGES).weights is None
     assert hub.ranges == []
@@ -205,7 +221,10 @@ def test_no_at_a_terminal_and_another_choice(hub: FakeHub, monkeypatch: pytest.M
 @pytest.fixture
 def weight_file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    state = {name: value.half() for name, value in timm.create_model("test_vit", num_classes=0).state_dict().items()}
+    state = {
+        name: value.half()
+        for name, value in timm.create_model("test_vit", num_classes=0).state_dict().items()
+    }
     about = {"architecture": "test_vit", "source": "drawn at random", "license": "mit"}
     save_file(state, tmp_path / "weights.safetensors", about)
     return tmp_path / "weights.safetensors"
@@ -219,7 +238,9 @@ def asked(*arguments: object, recorded: bool = False) -> dict[str, Any]:
     return chosen("fit", read("fit", list(map(str, arguments))), recorded=recorded)
 
 
-def test_a_file_of_weights(weight_file: Path, drawn_pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_weights(
+    weight_file: Path, drawn_pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = recipe(drawn_pets, str(weight_file))
     assert found["model.arch.pretrained"] == str(weight_file)
     assert found["model.arch.base"] == "test_vit"
@@ -237,7 +258,9 @@ def test_a_file_of_weights(weight_file: Path, drawn_pets: Path, capsys: pytest.C
 
 def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def side(name: str, **options: Any) -> int:
-        return int(start.image_side(timm.create_model(name, **options), options.get("img_size", 224)))
+        return int(
+            start.image_side(timm.create_model(name, **options), options.get("img_size", 224))
+        )
 
     monkeypatch.setattr(start, "has_gpu", lambda: False)
     assert side("vit_tiny_patch16_224") == 112
@@ -258,7 +281,9 @@ def test_colours_and_heads_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(100, 20), (800, 10), (2_880, 3), (20_000, 3)])
-def test_epochs_follow_the_number_of_images(monkeypatch: pytest.MonkeyPatch, images: int, epochs: int) -> None:
+def test_epochs_follow_the_number_of_images(
+    monkeypatch: pytest.MonkeyPatch, images: int, epochs: int
+) -> None:
     monkeypatch.setattr(start, "has_gpu", lambda: False)
     assert start.epochs_for(images) == epochs
 
@@ -266,12 +291,18 @@ def test_epochs_follow_the_number_of_images(monkeypatch: pytest.MonkeyPatch, ima
 def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for threads, images, expected in ((4, 2_000, start.SMALL), (1, 19_000, start.TINY), (64, 19_000, start.SMALL)):
+    for threads, images, expected in (
+        (4, 2_000, start.SMALL),
+        (1, 19_000, start.TINY),
+        (64, 19_000, start.SMALL),
+    ):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert start.fitting(images)[0] == expected
 
 
-def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_names_a_model_is_not_asked(
+    drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     typed(monkeypatch)  # an answer would be an IndexError
     monkeypatch.setattr("moevision.train.recipe.memory_available_bytes", lambda: 2**30)
     deeper = recipe(drawn_pets, None, "--model.arch.depth", "4")
@@ -279,11 +310,16 @@ def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypa
     assert deeper["model.optim.name"] == "muon"
     named = recipe(drawn_pets, None, "--model.arch.name=test_vit_moe")
     assert not {"model.arch.name", "model.optim.name", "model.arch.pretrained"} & named.keys()
-    assert (named["data.image_size"], named["model.arch.patch_size"]) == (64, 8)  # one choice: 64 tokens
+    assert (named["data.image_size"], named["model.arch.patch_size"]) == (
+        64,
+        8,
+    )  # one choice: 64 tokens
     sized = ["--model.arch.name=vit_moe_base_patch16_224", "--data.image_size", "224"]
     assert "model.arch.patch_size" not in recipe(drawn_pets, None, *sized)
     assert choose_recipe("synthetic_pets") == choose_recipe("synthetic_pets", NONE)
-    assert choose_recipe("imagenet") == choose_recipe("imagenet", NONE)  # 1.3 million are enough to learn from
+    assert choose_recipe("imagenet") == choose_recipe(
+        "imagenet", NONE
+    )  # 1.3 million are enough to learn from
     assert hub.asked == []
 
 
@@ -296,10 +332,14 @@ def test_the_command_line(drawn_pets: Path) -> None:
     with pytest.raises(UserError, match="pretrained needs a value"):
         asked(drawn_pets, "--pretrained", "--name", "x")
     assert asked("--pretrained=auto", recorded=True) == {}  # a run that goes on has chosen
-    assert asked("--config=quickstart", "--pretrained=none") == asked("quickstart") | {"model.arch.pretrained": None}
+    assert asked("--config=quickstart", "--pretrained=none") == asked("quickstart") | {
+        "model.arch.pretrained": None
+    }
 
 
-def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(weight_file: Path) -> None:
+def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(
+    weight_file: Path,
+) -> None:
     """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
     for from_scratch in (asked("imagenette"), asked("imagenette", "--pretrained=none")):
         assert from_scratch["model.arch.name"] == "vit_moe_hybrid_patch16_128"
@@ -314,9 +354,13 @@ def test_clusters_of_untrained_layers_are_refused(
 ) -> None:
     """It was left out without a word."""
     monkeypatch.chdir(tmp_path)
-    found = cli("fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster")
+    found = cli(
+        "fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster"
+    )
     assert found.code == 2
-    assert "--router_start cluster begins with clusters of what pretrained layers compute" in found.err
+    assert (
+        "--router_start cluster begins with clusters of what pretrained layers compute" in found.err
+    )
     assert not list(tmp_path.glob("runs/*/*"))
 
 
@@ -329,8 +373,15 @@ def test_fit_trains_from_a_download_that_broke_off(
     """The hub is asked for the rest, and the training starts from the whole of what it sent."""
     impatient(monkeypatch)
     hub.breaks[:] = [100_000]
-    options = ("--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.image_size=32", "--name=run")
-    done = cli("fit", drawn_pets, "--pretrained", NAME, *options, "--trainer.enable_progress_bar=false")
+    options = (
+        "--trainer.max_epochs=1",
+        "--trainer.precision=32-true",
+        "--data.image_size=32",
+        "--name=run",
+    )
+    done = cli(
+        "fit", drawn_pets, "--pretrained", NAME, *options, "--trainer.enable_progress_bar=false"
+    )
     assert done.code == 0, done.err
     assert hub.ranges == ["", "bytes=100000-"]
     assert f"start: {NAME} (" in done.err
@@ -345,10 +396,16 @@ def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each probe takes 1000 s of the clock and of the CPU."""
     passed_s: list[int] = []
     regression, now, cpu_s = start._best_regression, time.monotonic, health.cpu_s
-    monkeypatch.setattr(start, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
+    monkeypatch.setattr(
+        start, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given)
+    )
     for module in (health, start):
         monkeypatch.setattr(
-            module, "time", SimpleNamespace(monotonic=lambda: now() + sum(passed_s), process_time=time.process_time)
+            module,
+            "time",
+            SimpleNamespace(
+                monotonic=lambda: now() + sum(passed_s), process_time=time.process_time
+            ),
         )
         monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
@@ -368,11 +425,23 @@ def test_fit_from_a_file_with_its_twin(
         "--data.test_fraction=0.3",
     )
     quiet = ("--trainer.enable_progress_bar=false", "--data.image_size=32")
-    outcome = cli("fit", drawn_pets, "--pretrained", weight_file, "--with-twin", "--name=run", *options, *quiet)
+    outcome = cli(
+        "fit",
+        drawn_pets,
+        "--pretrained",
+        weight_file,
+        "--with-twin",
+        "--name=run",
+        *options,
+        *quiet,
+    )
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("start: ") == 1  # no twin's
     (line,) = re.findall(r"^linear probe: .*$", outcome.out, re.M)[:1]
-    assert outcome.out.count("routers start from clusters of their input; largest over mean cluster") == 1  # no twin's
+    assert (
+        outcome.out.count("routers start from clusters of their input; largest over mean cluster")
+        == 1
+    )  # no twin's
     assert "router_start: cluster" in Path("runs/run/config.yaml").read_text()
     probe = json.loads(Path("runs/run/probe.json").read_text())
     assert len(probe["test_correct"]) == 12
@@ -380,11 +449,20 @@ def test_fit_from_a_file_with_its_twin(
     assert json.loads(Path("runs/run/twin/probe.json").read_text()) == probe  # fitted once
     summary = json.loads(Path("runs/run/summary.json").read_text())
     for each in (summary, json.loads(Path("runs/run/twin/summary.json").read_text())):
-        assert all(1000 < each[name] < 2000 for name in ("expected_s", "duration_s", "cpu_s")), "the probe's time, too"
+        assert all(1000 < each[name] < 2000 for name in ("expected_s", "duration_s", "cpu_s")), (
+            "the probe's time, too"
+        )
     rows = summary["choice"]["contenders"]
-    assert [row["name"] for row in rows] == ["linear probe", "dense fine-tune", "Mixture of Experts"]
+    assert [row["name"] for row in rows] == [
+        "linear probe",
+        "dense fine-tune",
+        "Mixture of Experts",
+    ]
     assert rows[0]["correct"] == sum(probe["test_correct"].values())
-    assert [row["correct"] for row in rows[1:]] == [summary["twin"]["correct"], summary["test"]["correct"]]
+    assert [row["correct"] for row in rows[1:]] == [
+        summary["twin"]["correct"],
+        summary["test"]["correct"],
+    ]
     assert all(row["ms_per_image"] > 0 and row["mbytes"] > 0 and row["train_s"] > 0 for row in rows)
     assert rows[2]["mbytes"] > rows[1]["mbytes"] == pytest.approx(rows[0]["mbytes"], rel=0.05)
     text = Path("runs/run/summary.md").read_text()
@@ -394,5 +472,9 @@ def test_fit_from_a_file_with_its_twin(
     assert from_clusters(net), "the model's own folder says so, for question 2 of `analyze`"
     assert [layer.layer_index for layer in moe_layers(net)] == [3, 5]
     assert routes_read(net) == [True, True]
-    again = cli("fit", drawn_pets, "--pretrained", AUTO, "--resume=auto", "--name=run", *options, *quiet)
-    assert (again.code, "nothing to do" in again.err) == (0, True), again.err  # nor is anything chosen again
+    again = cli(
+        "fit", drawn_pets, "--pretrained", AUTO, "--resume=auto", "--name=run", *options, *quiet
+    )
+    assert (again.code, "nothing to do" in again.err) == (0, True), (
+        again.err
+    )  # nor is anything chosen again

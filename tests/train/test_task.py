@@ -22,7 +22,9 @@ from moevision.train.task import ClassificationTask, OptimizerConfig
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.json"
 
 
-def task_of(classes: int = 8, stem: Literal["patch", "conv"] | None = None, **options: Any) -> ClassificationTask:
+def task_of(
+    classes: int = 8, stem: Literal["patch", "conv"] | None = None, **options: Any
+) -> ClassificationTask:
     L.seed_everything(0, verbose=False)
     arch = MoEConfig(name="test_vit_moe", stem=stem)
     return ClassificationTask(arch=arch, num_classes=classes, image_size=32, **options)
@@ -30,14 +32,22 @@ def task_of(classes: int = 8, stem: Literal["patch", "conv"] | None = None, **op
 
 def pets(size: int = 64, **options: Any) -> ImageDataModule:
     return ImageDataModule(
-        "synthetic_pets", image_size=32, batch_size=16, train_size=size, val_size=16, test_size=16, **options
+        "synthetic_pets",
+        image_size=32,
+        batch_size=16,
+        train_size=size,
+        val_size=16,
+        test_size=16,
+        **options,
     )
 
 
 def trainer_of(folder: Path, **options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return L.Trainer(default_root_dir=folder, use_distributed_sampler=False, **{**quiet, **defaults, **options})
+    return L.Trainer(
+        default_root_dir=folder, use_distributed_sampler=False, **{**quiet, **defaults, **options}
+    )
 
 
 class Losses(L.Callback):
@@ -47,7 +57,12 @@ class Losses(L.Callback):
         self.values: list[float] = []
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self.values.append(float(outputs["loss"]))
 
@@ -90,7 +105,9 @@ def loss_curve(folder: Path) -> list[float]:
     torch.set_num_threads(1)
     try:
         losses = Losses()
-        trainer = trainer_of(folder, max_epochs=5, max_steps=20, limit_val_batches=0, callbacks=[losses])
+        trainer = trainer_of(
+            folder, max_epochs=5, max_steps=20, limit_val_batches=0, callbacks=[losses]
+        )
         trainer.fit(task_of(optim=OptimizerConfig(lr=3e-3)), pets())
     finally:
         torch.set_num_threads(threads)
@@ -110,7 +127,11 @@ def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, log_every_n_steps=1)
     trainer.fit(task, pets())
     logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    expected = logged["train/cross_entropy"] + 0.3 * logged["train/importance_loss"] + 0.2 * logged["train/load_loss"]
+    expected = (
+        logged["train/cross_entropy"]
+        + 0.3 * logged["train/importance_loss"]
+        + 0.2 * logged["train/load_loss"]
+    )
     assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
     assert logged["train/importance_loss"] > 0
 
@@ -121,7 +142,9 @@ def test_training_step_tells_the_routers_the_class(mixup: float, tmp_path: Path)
     aux = AuxLossWeights(importance=0, load=0, label=0.3)
     task = ClassificationTask(arch=MoEConfig(name="test_vit_moe", num_experts=16), aux=aux)
     seen: list[tuple[torch.Tensor, list[Any]]] = []
-    task.observer = lambda batch, logits, routings: seen.append((batch.get("target", batch["label"]), list(routings)))
+    task.observer = lambda batch, logits, routings: seen.append(
+        (batch.get("target", batch["label"]), list(routings))
+    )
     trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, log_every_n_steps=1)
     trainer.fit(task, pets(mixup=mixup))
     logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
@@ -130,7 +153,9 @@ def test_training_step_tells_the_routers_the_class(mixup: float, tmp_path: Path)
     shares = target if mixup else torch.eye(8)[target]
     expected = sum(label_loss(routing, shares).item() for routing in routings) / 2  # two layers
     assert logged["train/label_loss"] == pytest.approx(expected, rel=1e-5)
-    assert logged["train/loss"] == pytest.approx(logged["train/cross_entropy"] + 0.3 * expected, rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(
+        logged["train/cross_entropy"] + 0.3 * expected, rel=1e-5
+    )
 
 
 def test_experts_that_the_classes_cannot_share_are_refused_before_training() -> None:
@@ -145,7 +170,9 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
     trainer.test(task, data, verbose=False)
     assert [load.layer for load in task.test_loads] == [1, 3]
     assert all(sum(load.counts) == 512 for load in task.test_loads)
-    assert all(load.cv_squared_floor == 0 for load in task.test_loads)  # untrained scores tie: all images route alike
+    assert all(
+        load.cv_squared_floor == 0 for load in task.test_loads
+    )  # untrained scores tie: all images route alike
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     _, routings = forward_routing(task.net.eval(), batch["image"])
@@ -159,8 +186,12 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
 def test_the_loss_is_a_mean_over_images(split: Literal["val", "test"], tmp_path: Path) -> None:
     """18 images in batches of 16 and 2: each image counts alike, so the mean over the two batches is another number."""
     task = task_of()
-    torch.nn.init.normal_(cast(Any, task.net).head.weight, std=0.5)  # confident, hence very different losses
-    data = ImageDataModule("synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=18, test_size=18)
+    torch.nn.init.normal_(
+        cast(Any, task.net).head.weight, std=0.5
+    )  # confident, hence very different losses
+    data = ImageDataModule(
+        "synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=18, test_size=18
+    )
     trainer = trainer_of(tmp_path)
     (trainer.validate if split == "val" else trainer.test)(task, data, verbose=False)
     batches = list(data.val_dataloader() if split == "val" else data.test_dataloader())
@@ -182,10 +213,13 @@ def test_one_image_of_nan_makes_the_loss_nan(tmp_path: Path) -> None:
     """18 images in batches of 16 and 2; one of the last two isn't finite."""
     task = task_of()
     rows = [
-        {"image": torch.randn(n, 3, 32, 32), "label": torch.arange(n) % 8, "index": torch.arange(n)} for n in (16, 2)
+        {"image": torch.randn(n, 3, 32, 32), "label": torch.arange(n) % 8, "index": torch.arange(n)}
+        for n in (16, 2)
     ]
     rows[1]["image"][1] = math.nan
-    (found,) = trainer_of(tmp_path).validate(task, DataLoader(cast(Any, rows), batch_size=None), verbose=False)
+    (found,) = trainer_of(tmp_path).validate(
+        task, DataLoader(cast(Any, rows), batch_size=None), verbose=False
+    )
     assert math.isnan(found["val/loss"])
 
 
@@ -203,7 +237,9 @@ def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
     assert loaded.aux_weights == AuxLossWeights(importance=0.3)
 
 
-def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(
+    task: ClassificationTask, batches: list[torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients of one optimizer step over micro-batches, and the last value of the balance losses."""
     task.net.zero_grad()
     task.aux_loss.start_window()
@@ -214,7 +250,9 @@ def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[di
         total, _ = task.aux_loss(routings)
         aux = torch.zeros(()) if total is None else total
         ((task._cross_entropy(logits, label) + aux) / len(batches)).backward()
-    return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(aux.detach())
+    return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(
+        aux.detach()
+    )
 
 
 def deterministic(aux: AuxLossWeights) -> ClassificationTask:
@@ -273,7 +311,9 @@ def test_class_weights_weigh_the_loss_of_an_image(soft: bool) -> None:
 
 def test_classes_and_size_must_agree(tmp_path: Path) -> None:
     other = ClassificationTask(MoEConfig(name="test_vit_moe"), num_classes=8, image_size=16)
-    with pytest.raises(UserError, match=r"images of 16 px, the data has 8 and 32 px: .* --data\.image_size 16"):
+    with pytest.raises(
+        UserError, match=r"images of 16 px, the data has 8 and 32 px: .* --data\.image_size 16"
+    ):
         trainer_of(tmp_path).test(other, pets(), verbose=False)
     with pytest.raises(UserError, match=r"is of 5 classes .* the data has 8"):
         trainer_of(tmp_path).test(task_of(5), pets(), verbose=False)
@@ -294,11 +334,17 @@ def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
 
     dense = timm.create_model("test_vit", num_classes=4, img_size=32).eval()
     timm.models.save_for_hf(dense, tmp_path, safe_serialization=True)
-    model = build_model(MoEConfig(pretrained=str(tmp_path), num_experts=4), num_classes=3, image_size=32).eval()
+    model = build_model(
+        MoEConfig(pretrained=str(tmp_path), num_experts=4), num_classes=3, image_size=32
+    ).eval()
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model.forward_features(x), dense.forward_features(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.forward_features(x), dense.forward_features(x), rtol=1e-5, atol=1e-5
+    )
     assert len(moe_layers(model)) == 3
-    twin = build_model(MoEConfig(pretrained=str(tmp_path), twin="active_flops"), num_classes=3, image_size=32)
+    twin = build_model(
+        MoEConfig(pretrained=str(tmp_path), twin="active_flops"), num_classes=3, image_size=32
+    )
     assert not moe_layers(twin)
 
 
@@ -308,8 +354,14 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None
 
     net = timm.create_model("test_vit_moe", num_classes=3, img_size=32)
     timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
-    own = {"num_experts": [4] * len(moe_layers(net)), "top_k": moe_layers(net)[0].router.top_k, "moe_layers": "every2"}
-    config = MoEConfig(pretrained=str(tmp_path), **own, expert_hidden=moe_layers(net)[0].experts.fc1.out_features)
+    own = {
+        "num_experts": [4] * len(moe_layers(net)),
+        "top_k": moe_layers(net)[0].router.top_k,
+        "moe_layers": "every2",
+    }
+    config = MoEConfig(
+        pretrained=str(tmp_path), **own, expert_hidden=moe_layers(net)[0].experts.fc1.out_features
+    )
     built = build_model(config, num_classes=3, image_size=32)
     assert torch.equal(moe_layers(built)[0].router.weight, moe_layers(net)[0].router.weight)
     for options, words in (
@@ -324,8 +376,12 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None
         other = MoEConfig(pretrained=str(tmp_path), **options)
         with pytest.raises(UserError, match=words):
             build_model(other, num_classes=3, image_size=32)
-    config = MoEConfig(pretrained=str(tmp_path), num_experts=16)  # of a run of an earlier version, which goes on
-    assert len(moe_layers(build_model(config, 3, 32, load_pretrained=False))) == len(moe_layers(net))
+    config = MoEConfig(
+        pretrained=str(tmp_path), num_experts=16
+    )  # of a run of an earlier version, which goes on
+    assert len(moe_layers(build_model(config, 3, 32, load_pretrained=False))) == len(
+        moe_layers(net)
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,8 +399,12 @@ def test_models_that_do_not_exist(config: MoEConfig, message: str) -> None:
         build_model(config, num_classes=3, image_size=32)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
-def test_each_block_is_compiled_and_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it after a graph break
+def test_each_block_is_compiled_and_trains_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By dynamo alone: what inductor makes of it on a CPU takes minutes."""
     compiled: list[torch.nn.Module] = []
     real = torch.nn.Module.compile
@@ -374,39 +434,65 @@ def test_each_block_is_compiled_and_trains_alike(tmp_path: Path, monkeypatch: py
         ({"router": "soft"}, False),  # its slots mix all tokens
     ],
 )
-def test_the_plan_says_where_routes_change_no_answer(tmp_path: Path, options: dict[str, Any], said: bool) -> None:
+def test_the_plan_says_where_routes_change_no_answer(
+    tmp_path: Path, options: dict[str, Any], said: bool
+) -> None:
     """timm's `test_vit` classifies by its class token, which reads no patch of the last block."""
     task = ClassificationTask(
         arch=MoEConfig(name="vit_moe", base="test_vit", **{"moe_layers": "all", **options}),
         num_classes=3,
         image_size=32,
     )
-    data = cast(Any, SimpleNamespace(class_counts={"train": {"cat": 8}}, batch_size=4, train_batches=lambda world: 2))
+    data = cast(
+        Any,
+        SimpleNamespace(
+            class_counts={"train": {"cat": 8}}, batch_size=4, train_batches=lambda world: 2
+        ),
+    )
     assert ("routes of patches in block" in describe_plan(task, data, trainer_of(tmp_path))) is said
 
 
 @pytest.mark.parametrize(
     ("options", "batches", "words"),
     [
-        ({"max_epochs": 3}, 15, "3 epochs of 44 images"),  # each leaves 4 images out, which fill no batch
+        (
+            {"max_epochs": 3},
+            15,
+            "3 epochs of 44 images",
+        ),  # each leaves 4 images out, which fill no batch
         ({"max_epochs": 1}, 5, "1 epoch of 44 images"),
         ({"max_epochs": 3, "limit_train_batches": 2}, 6, "3 epochs of 16 images"),
         ({"max_epochs": 3, "limit_train_batches": 0.5}, 6, "3 epochs of 16 images"),
         ({"max_epochs": 3, "max_steps": 4}, 4, "4 steps of 8 images"),
         # five batches make three steps, of which the last has one: 5 and 2
-        ({"max_epochs": -1, "max_steps": 4, "accumulate_grad_batches": 2}, 7, "4 steps of 16 images"),
+        (
+            {"max_epochs": -1, "max_steps": 4, "accumulate_grad_batches": 2},
+            7,
+            "4 steps of 16 images",
+        ),
         ({"max_epochs": 3, "max_steps": 40}, 15, "3 epochs of 44 images"),
     ],
 )
 def test_the_plan_counts_what_will_be_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], batches: int, words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    batches: int,
+    words: str,
 ) -> None:
     """44 images in batches of 8, each of which takes a minute, and a tenth more."""
     monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", lambda *_: 60.0)
     counts = {"train": {"cat": 20, "dog": 24}}
-    data = cast(Any, SimpleNamespace(class_counts=counts, batch_size=8, train_batches=lambda world: 44 // 8 // world))
+    data = cast(
+        Any,
+        SimpleNamespace(
+            class_counts=counts, batch_size=8, train_batches=lambda world: 44 // 8 // world
+        ),
+    )
     task, trainer = task_of(), trainer_of(tmp_path, **options)
     seconds = expected_seconds(task, data, trainer)
     assert seconds == pytest.approx(66 * batches)
-    assert f"plan: {words}, about {seconds / 60:.0f} min at " in describe_plan(task, data, trainer, seconds)
+    assert f"plan: {words}, about {seconds / 60:.0f} min at " in describe_plan(
+        task, data, trainer, seconds
+    )
     assert f"plan: {words}, less than a minute at " in describe_plan(task, data, trainer, 29.0)

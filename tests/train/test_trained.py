@@ -19,7 +19,12 @@ from moevision.train.resume import load_trained
 def run(tmp_path_factory, cli):
     """One epoch on drawn pets; best.ckpt holds the weights that `model/` was written from."""
     folder = tmp_path_factory.mktemp("trained")
-    sizes = ("--data.image_size=32", "--data.train_size=16", "--data.val_size=8", "--data.test_size=8")
+    sizes = (
+        "--data.image_size=32",
+        "--data.train_size=16",
+        "--data.val_size=8",
+        "--data.test_size=8",
+    )
     model = ("--model.arch.name=test_vit_moe", "--ema.decay=0.5", f"--runs_root={folder}")
     assert cli("fit", "synthetic_pets", *sizes, *model, "--trainer.max_epochs=1").code == 0
     return folder / "synthetic_pets"
@@ -38,11 +43,15 @@ def test_a_checkpoint_is_the_model_of_its_weights(run):
 def test_predict_reads_it(run, cli, tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     said = [
-        cli("predict", str(model), str(tmp_path), "--format=json") for model in (run, run / "checkpoints/best.ckpt")
+        cli("predict", str(model), str(tmp_path), "--format=json")
+        for model in (run, run / "checkpoints/best.ckpt")
     ]
     (finished,), (so_far,) = (json.loads(each.out) for each in said)
     assert so_far["class"] == finished["class"]
-    assert (finished["calibrated"], so_far["calibrated"]) == (True, False)  # by the validation images, at the end
+    assert (finished["calibrated"], so_far["calibrated"]) == (
+        True,
+        False,
+    )  # by the validation images, at the end
 
 
 @pytest.mark.parametrize(
@@ -98,13 +107,18 @@ def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, tmp_pa
         assert outcome.code == 0, outcome.err
         assert said in outcome.out
         assert outcome.out.count(" images, ") == 1
-    assert loss_of(Path("again/test-test")) == pytest.approx(loss_of(Path("again/synthetic_pets-test")), rel=1e-4)
+    assert loss_of(Path("again/test-test")) == pytest.approx(
+        loss_of(Path("again/synthetic_pets-test")), rel=1e-4
+    )
     assert loss_of(Path("again/split-test")) == loss_of(Path("again/test-test"))
 
     Path("pets/test/cat").rename("pets/test/lion")
     outcome = cli("test", "pets/test", *given)
     assert outcome.code == 2
-    assert "pets/test has no images of the class 'cat', which the model has: add some there" in outcome.err
+    assert (
+        "pets/test has no images of the class 'cat', which the model has: add some there"
+        in outcome.err
+    )
 
 
 def test_what_is_none_is_refused(run, tmp_path):

@@ -29,11 +29,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Te
     process = Forked([two_processes.__file__, str(folder)], folder, {**os.environ, **shared})
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said[-6000:]
-    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)] for case in (*CASES, "loss")}
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]
+        for case in (*CASES, "loss")
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(case: str, two: dict[str, list[dict[str, Tensor]]], tmp_path: Path) -> None:
+def test_two_processes_are_one(
+    case: str, two: dict[str, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
     """16 images per step: in one process at once, in two with one or two micro-batches each; float64, no noise.
 
     What is logged too, although the processes have different images: a mean over 8 here and 8 there is one over 16.
@@ -43,8 +48,12 @@ def test_two_processes_are_one(case: str, two: dict[str, list[dict[str, Tensor]]
     assert {"train/loss", "train/cross_entropy", "train/top1", "train/grad_norm"} <= one.keys()
     for name in one:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
-        if CASES[case][2] == 1 or name == "train/grad_norm" or not name.startswith("train/"):  # else of a micro-batch
-            torch.testing.assert_close(first[name], one[name], rtol=1e-6, atol=1e-8, check_dtype=False, msg=name)
+        if (
+            CASES[case][2] == 1 or name == "train/grad_norm" or not name.startswith("train/")
+        ):  # else of a micro-batch
+            torch.testing.assert_close(
+                first[name], one[name], rtol=1e-6, atol=1e-8, check_dtype=False, msg=name
+            )
 
 
 def test_the_loss_of_two_processes_is_a_mean_over_images(
@@ -64,7 +73,15 @@ REDUCED = {
     "bias": [MEANS, MEANS, LOADS, LOADS],  # a mean for each micro-batch; the bias's own loads
     # Importance is a function of E sums, load balancing of 2 E: one for both and all layers, and one backward.
     "losses": [2 * 3 * 4, MEANS, 2 * 3 * 4, LOADS],
-    "z over micro-batches": [2 * 2, MEANS, 2 * 2, 2 * 2, MEANS, 2 * 2, LOADS],  # a sum and a number of tokens
+    "z over micro-batches": [
+        2 * 2,
+        MEANS,
+        2 * 2,
+        2 * 2,
+        MEANS,
+        2 * 2,
+        LOADS,
+    ],  # a sum and a number of tokens
     "label over micro-batches": [2 * 2, MEANS, 2 * 2, 2 * 2, MEANS, 2 * 2, LOADS],
     "soft": [MEANS, MEANS, LOADS],
 }
@@ -75,7 +92,9 @@ def test_reductions_are_bundled(case: str, two: dict[str, list[dict[str, Tensor]
     assert [state["reduced"].tolist() for state in two[case]] == [STEPS * REDUCED[case]] * 2
 
 
-def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(two: dict[str, list[dict[str, Tensor]]]) -> None:
+def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(
+    two: dict[str, list[dict[str, Tensor]]],
+) -> None:
     """16 images of 16 patches with K = 2 are 512 choices in each layer, and three steps of the bias were made of them.
 
     One process's share, or the last micro-batch's, would be 256.

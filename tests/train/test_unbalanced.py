@@ -28,8 +28,12 @@ def two_to_one(draw, tmp_path_factory) -> Path:
 def best_of(run):
     """(what best.ckpt is the best of, that value)."""
     saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
-    name, state = next((name, state) for name, state in saved.items() if name.startswith("ModelCheckpoint"))
-    return next(each for each in ("val/top1", BALANCED) if f"'{each}'" in name), float(state["best_model_score"])
+    name, state = next(
+        (name, state) for name, state in saved.items() if name.startswith("ModelCheckpoint")
+    )
+    return next(each for each in ("val/top1", BALANCED) if f"'{each}'" in name), float(
+        state["best_model_score"]
+    )
 
 
 def highest(run, column):
@@ -45,26 +49,36 @@ def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_o
     outcome = cli("fit", two_to_one, *tiny, *STOPS, f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("best.ckpt is chosen by val/balanced_acc") == 1
-    assert f"Stopped early after 2 of 4 epochs: {BALANCED} was no better" in outcome.out + outcome.err
+    assert (
+        f"Stopped early after 2 of 4 epochs: {BALANCED} was no better" in outcome.out + outcome.err
+    )
     run = tmp_path / "pets"
     assert recorded(run) == BALANCED
     assert best_of(run) == (BALANCED, pytest.approx(highest(run, BALANCED)))
     summary = read_summary(run / "summary.json")
     assert summary.monitor == BALANCED
     assert summary.unbalanced
-    assert f"\nbalanced accuracy {percent(summary.test.balanced_accuracy)}; " in outcome.out + outcome.err
-    assert "best.ckpt is the epoch with the best balanced accuracy" in (run / "summary.md").read_text()
+    assert (
+        f"\nbalanced accuracy {percent(summary.test.balanced_accuracy)}; "
+        in outcome.out + outcome.err
+    )
+    assert (
+        "best.ckpt is the epoch with the best balanced accuracy" in (run / "summary.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
-    ("asked", "best"), [("--checkpoint.monitor", "val/top1"), ("--early_stopping.monitor", BALANCED)]
+    ("asked", "best"),
+    [("--checkpoint.monitor", "val/top1"), ("--early_stopping.monitor", BALANCED)],
 )
 def test_what_was_asked_for_goes_first(cli, tiny, two_to_one, asked, best, tmp_path):
     outcome = cli("fit", two_to_one, *tiny, *STOPS, asked, "val/top1", f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     said = outcome.out + outcome.err
     assert "2 of 4 epochs: val/top1 was no better" in said
-    assert ("best.ckpt is chosen by" in said) == ("\nbalanced accuracy " in said) == (best == BALANCED)
+    assert (
+        ("best.ckpt is chosen by" in said) == ("\nbalanced accuracy " in said) == (best == BALANCED)
+    )
     assert best_of(tmp_path / "pets")[0] == best
 
 
@@ -90,7 +104,12 @@ def test_a_run_that_goes_on_keeps_its_choice(
         (run / "config.yaml").write_text(yaml.safe_dump(config))
     # Images have come or gone: the rule would answer otherwise.
     monkeypatch.setattr(training, "is_unbalanced", lambda counts: earlier_version)
-    refused = cli("fit", "--resume", run, f"--checkpoint.monitor={'val/top1' if first == BALANCED else BALANCED}")
+    refused = cli(
+        "fit",
+        "--resume",
+        run,
+        f"--checkpoint.monitor={'val/top1' if first == BALANCED else BALANCED}",
+    )
     assert refused.code == 2
     assert "--checkpoint.monitor" in refused.err
     outcome = cli("fit", "--resume", run)

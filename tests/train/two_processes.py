@@ -31,7 +31,11 @@ STEPS, IMAGES, CLASSES = 3, 16, 4
 # are the full batch's over processes; over micro-batches only z's and label's are, and all where those are alike.
 CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     "bias": ({"router": "bias_balanced", "bias_rate": 0.05}, {}, 2),
-    "losses": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.5, "load_balancing": 0.5, "load": 0.0}, 1),
+    "losses": (
+        {"router": "vmoe_top_k", "noise": "none"},
+        {"importance": 0.5, "load_balancing": 0.5, "load": 0.0},
+        1,
+    ),
     "z over micro-batches": ({"router": "switch"}, {"load_balancing": 0.0, "z": 0.5}, 2),
     "micro-batches alike": (
         {"router": "vmoe_top_k", "noise": "none"},
@@ -44,7 +48,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
         2,
     ),
     "soft": ({"router": "soft"}, {}, 2),
-    "class weights": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.0, "load": 0.0}, 2),
+    "class weights": (
+        {"router": "vmoe_top_k", "noise": "none"},
+        {"importance": 0.0, "load": 0.0},
+        2,
+    ),
     "expert choice": ({"router": "expert_choice", "noise": "none"}, {}, 1),
 }
 
@@ -79,7 +87,9 @@ def trainer_of(folder: Path, processes: int, **options: Any) -> L.Trainer:
     )
 
 
-def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batches: int = 1) -> dict[str, Tensor]:
+def train(
+    case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batches: int = 1
+) -> dict[str, Tensor]:
     """The network's state after STEPS optimizer steps in float64, what the last one logged, and two more.
 
     `counts` [2, E] is what the routers' biases were last moved by, if they have some, `reduced` the sizes of all
@@ -121,7 +131,10 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
         given[:] = counts
         update_router_bias(net, counts)
 
-    with patch.object(dist, "all_reduce", noted_reduce), patch("moevision.train.task.update_router_bias", noted_update):
+    with (
+        patch.object(dist, "all_reduce", noted_reduce),
+        patch("moevision.train.task.update_router_bias", noted_update),
+    ):
         trainer.fit(task, loader, loader)
     assert trainer.global_step == STEPS
     logged = {name: value for name, value in trainer.callback_metrics.items() if name != "epoch"}
@@ -135,16 +148,28 @@ def evaluated_loss(folder: Path, processes: int = 1, rank: int = 0) -> dict[str,
     Two processes have batches of 3 and 3, and of 2 and 3 images.
     """
     L.seed_everything(0, verbose=False)
-    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), num_classes=CLASSES, image_size=32)
-    nn.init.normal_(cast(Any, task.net).head.weight, std=0.5)  # confident, hence very different losses
+    task = ClassificationTask(
+        arch=MoEConfig(name="test_vit_moe"), num_classes=CLASSES, image_size=32
+    )
+    nn.init.normal_(
+        cast(Any, task.net).head.weight, std=0.5
+    )  # confident, hence very different losses
     images, labels = torch.randn(11, 3, 32, 32), torch.arange(11) % CLASSES
     rows = eval_batches(11, 4, rank, processes)
-    batches = [{"image": images[own], "label": labels[own], "index": torch.tensor(own)} for own in rows]
+    batches = [
+        {"image": images[own], "label": labels[own], "index": torch.tensor(own)} for own in rows
+    ]
     trainer = trainer_of(folder, processes)
-    (found,) = trainer.validate(task, DataLoader(cast(Any, batches), batch_size=None), verbose=False)
+    (found,) = trainer.validate(
+        task, DataLoader(cast(Any, batches), batch_size=None), verbose=False
+    )
     with torch.no_grad():
         each = -task.eval()(images).log_softmax(-1)[torch.arange(11), labels]
-    return {"loss": torch.tensor(found["val/loss"]), "each": each, "sizes": torch.tensor([len(own) for own in rows])}
+    return {
+        "loss": torch.tensor(found["val/loss"]),
+        "each": each,
+        "sizes": torch.tensor([len(own) for own in rows]),
+    }
 
 
 def one_of_two(rank: int, folder: Path) -> None:
@@ -158,4 +183,6 @@ def one_of_two(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":  # forks, so that torch and Lightning are imported once for both
-    torch.multiprocessing.start_processes(one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork"
+    )

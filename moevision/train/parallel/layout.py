@@ -80,7 +80,9 @@ def check_network(net: nn.Module, expert: int) -> None:
         return
     layers = moe_layers(net)
     if not layers:
-        raise UserError("--parallel.expert needs a model with experts; this one has none: leave it out.")
+        raise UserError(
+            "--parallel.expert needs a model with experts; this one has none: leave it out."
+        )
     for layer in layers:
         count = layer.router.num_experts
         if count % expert:
@@ -113,11 +115,15 @@ def share_buffers(net: nn.Module) -> None:
     buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, src=0)
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, part in zip(
+        buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
+    ):
         buffer.copy_(part.view_as(buffer))
 
 
-def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
+def shard(
+    net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False
+) -> nn.Module:
     """Divide a timm model over the processes of a layout, in place; all of them have the same weights before.
 
     `gathered` is autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
@@ -127,7 +133,9 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *
     """
     whole = _evenly(layout.world.size(-1))
     logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
-    policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        gathered, torch.float32 if gathered else None, cast_forward_inputs=False
+    )
     kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     fully_shard = functools.partial(shard_whole, offload_policy=kept)
     for layer in moe_layers(net):
@@ -139,11 +147,20 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *
                     divided = distribute_tensor(weight.detach(), ep, [Shard(0)])  # [E, ...]
                     setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
             before = layer.dispatcher
-            layer.dispatcher = AllToAllDispatcher(ep.get_group(), before.row_multiple, before.max_padding)
+            layer.dispatcher = AllToAllDispatcher(
+                ep.get_group(), before.row_multiple, before.max_padding
+            )
             same = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
-            fully_shard(layer.experts, mesh=same, mp_policy=policy, shard_placement_fn=_evenly(same.size(-1)))
+            fully_shard(
+                layer.experts,
+                mesh=same,
+                mp_policy=policy,
+                shard_placement_fn=_evenly(same.size(-1)),
+            )
         elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
-            fully_shard(layer.experts, mesh=layout.world, mp_policy=policy, shard_placement_fn=whole)
+            fully_shard(
+                layer.experts, mesh=layout.world, mp_policy=policy, shard_placement_fn=whole
+            )
     for block in cast(Any, net).blocks:
         fully_shard(block, mesh=layout.world, shard_placement_fn=whole)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.
@@ -167,7 +184,16 @@ def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
     """
 
     def cut(parameter: nn.Parameter) -> Shard:
-        return Shard(next((dim for dim, size in enumerate(own_part(parameter).shape) if size % processes == 0), 0))
+        return Shard(
+            next(
+                (
+                    dim
+                    for dim, size in enumerate(own_part(parameter).shape)
+                    if size % processes == 0
+                ),
+                0,
+            )
+        )
 
     return cut
 
@@ -196,7 +222,9 @@ class AllToAllDispatcher(LocalDispatcher):
     `row_multiple` and `max_padding` as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup, row_multiple: int | None, max_padding: float | None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, row_multiple: int | None, max_padding: float | None
+    ) -> None:
         super().__init__(row_multiple, max_padding)
         self.group, self.size = group, dist.get_world_size(group)
         self._home = LocalDispatcher(row_multiple=1, max_padding=1.0)
@@ -208,7 +236,9 @@ class AllToAllDispatcher(LocalDispatcher):
     def dispatch(self, x: Tensor, routing: Routing) -> Travelling:
         """Begin to send the tokens x [T, D] of this process to their experts."""
         home = self._home.dispatch(x, routing)
-        to_each = home.counts.view(self.size, -1).contiguous()  # [W, E'] by process, then by its experts
+        to_each = home.counts.view(
+            self.size, -1
+        ).contiguous()  # [W, E'] by process, then by its experts
         from_each = torch.empty_like(to_each)
         dist.all_to_all_single(from_each, to_each, group=self.group)
         sent, received = torch.stack([to_each.sum(1), from_each.sum(1)]).tolist()
@@ -218,13 +248,17 @@ class AllToAllDispatcher(LocalDispatcher):
         padded = padded_counts(counts, x, self.row_multiple, self.max_padding)
         # From (process, expert) as rows arrive to (expert, process) as experts want them.
         lengths = from_each.flatten()
-        first = (padded.cumsum(0) - padded) + (from_each.cumsum(0) - from_each)  # [W, E'] where each group is put
+        first = (padded.cumsum(0) - padded) + (
+            from_each.cumsum(0) - from_each
+        )  # [W, E'] where each group is put
         shift = first.flatten() - (lengths.cumsum(0) - lengths)
         number = torch.arange(total, device=x.device)
         place = number + shift.repeat_interleave(lengths, output_size=total)
         length = total if padded is counts else int(padded.sum())
         arrival = number.new_zeros(length).index_copy_(0, place, number)
-        return Travelling(rows, padded, home=home, place=place, arrival=arrival, sent=sent, received=received)
+        return Travelling(
+            rows, padded, home=home, place=place, arrival=arrival, sent=sent, received=received
+        )
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Wait for the rows of this process's experts: [R' + padding, D] sorted by expert, and counts [E']."""

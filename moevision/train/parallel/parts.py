@@ -52,7 +52,9 @@ def copies(x: Tensor) -> int:
     """How many processes hold the part of a tensor that this one holds; 0 if it isn't divided."""
     if not isinstance(x, DTensor):
         return 0
-    return math.prod(x.device_mesh.size(dim) for dim, placed in enumerate(x.placements) if placed.is_replicate())
+    return math.prod(
+        x.device_mesh.size(dim) for dim, placed in enumerate(x.placements) if placed.is_replicate()
+    )
 
 
 def full(x: Tensor) -> Tensor:
@@ -64,15 +66,21 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor that all processes have, divided as `like` is."""
     if not isinstance(like, DTensor):
         return whole
-    shape, begin = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
-    part = whole[tuple(slice(start, start + length) for start, length in zip(begin, shape, strict=True))]
+    shape, begin = compute_local_shape_and_global_offset(
+        whole.shape, like.device_mesh, like.placements
+    )
+    part = whole[
+        tuple(slice(start, start + length) for start, length in zip(begin, shape, strict=True))
+    ]
     return _with_part(part.contiguous().to(like.device, copy=True), like)
 
 
 def _with_part(part: Tensor, like: DTensor) -> DTensor:
     # `DTensor.from_local` would move a part that lies in main memory to the device of the mesh.
     meta = TensorMeta(like.shape, like.stride(), part.dtype)
-    return DTensor(part, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False)
+    return DTensor(
+        part, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False
+    )
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -143,7 +151,9 @@ DIVIDED = optim.TensorOperations(total_norm, clip, {"adamw": AdamW, "muon": Muon
 def outline(net: nn.Module) -> nn.Module:
     """A copy of a network that isn't sharded, with parameters that have shapes and no memory: `filled` gives values."""
     known = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        id(parameter): nn.Parameter(
+            torch.empty_like(parameter, device="meta"), parameter.requires_grad
+        )
         for parameter in net.parameters()
     }
     return copy.deepcopy(net, known)
@@ -196,7 +206,9 @@ def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Lik
         found = None
         if place[0] in ("state_dict", "current_model_state"):  # the second: beside a moving average
             found = weights.get(str(place[1]))
-        elif place[0] == "optimizer_states" and place[2] == "state" and place[4] != "step":  # a number is nobody's part
+        elif (
+            place[0] == "optimizer_states" and place[2] == "state" and place[4] != "step"
+        ):  # a number is nobody's part
             found = learning[int(place[3])]
         return None if found is None or mesh_of(found) is None else found.detach()
 

@@ -27,8 +27,23 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import parameter_groups
-from moevision.train.parallel.layout import Layout, check_divides, check_network, same_everywhere, shard, share_buffers
-from moevision.train.parallel.parts import DIVIDED, divide, filled, gathered, is_sharded, like_these, outline
+from moevision.train.parallel.layout import (
+    Layout,
+    check_divides,
+    check_network,
+    same_everywhere,
+    shard,
+    share_buffers,
+)
+from moevision.train.parallel.parts import (
+    DIVIDED,
+    divide,
+    filled,
+    gathered,
+    is_sharded,
+    like_these,
+    outline,
+)
 from moevision.train.task import ClassificationTask
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
@@ -65,7 +80,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
                 "of them by --trainer.precision."
             )
 
-    def check_fit(self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
+    def check_fit(
+        self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool
+    ) -> None:
         """Raise a UserError, before anything is trained, for what a sharded fit can't do; `data` are set up.
 
         What only shows later `data` refuses. `records`: whether --record_routing is on.
@@ -81,7 +98,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
                     "an image while others wait for it: give more images, or another --data.batch_size."
                 )
         if task.compile_blocks:
-            raise UserError(f"--model.compile has no tests under --parallel {self.said}: leave one of them out.")
+            raise UserError(
+                f"--model.compile has no tests under --parallel {self.said}: leave one of them out."
+            )
         if records:
             raise UserError(
                 f"--record_routing asks one process alone, and under --parallel {self.said} none has the whole model."
@@ -109,7 +128,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self.checkpoint_io = SafeCheckpointIO()
         self._data_parallel_size = self.num_nodes * self.num_processes
         if self.offload and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # parts travel too: norms, Muon's matrices, the export
+            self._process_group_backend = (
+                "cpu:gloo,cuda:nccl"  # parts travel too: norms, Muon's matrices, the export
+            )
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
@@ -133,7 +154,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self._outline = outline(task.net)
         layout = Layout.of(self.root_device.type, self.expert, replicated=self.replicated)
         gathered = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        net = shard(task.net, layout, gathered, offload=self.offload)  # block by block: no device ever has it whole
+        net = shard(
+            task.net, layout, gathered, offload=self.offload
+        )  # block by block: no device ever has it whole
         if any(isinstance(module, _BatchNorm) for module in net.modules()):
             net.register_forward_pre_hook(lambda module, _: share_buffers(module))
         task.net = nn.Identity()
@@ -151,7 +174,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if self.is_global_zero:
             self._task.net = filled(cast(nn.Module, self._outline), state).eval()
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         return super().backward(closure_loss / self.world_size, optimizer, *args, **kwargs)
 
     # State dictionaries: the task's and the optimizer's own, with parts; `load_checkpoint` has divided what is loaded.
@@ -164,14 +189,20 @@ class MoEParallelStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
         whole = gathered(checkpoint)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(whole, filepath)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         self._shard()
         task = self._task
         learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]
-        checkpoint = cast(SafeCheckpointIO, self.checkpoint_io).load_checkpoint(checkpoint_path, mmap=True)
+        checkpoint = cast(SafeCheckpointIO, self.checkpoint_io).load_checkpoint(
+            checkpoint_path, mmap=True
+        )
         return divide(checkpoint, like_these(dict(task.named_parameters()), learning))
